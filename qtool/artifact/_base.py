@@ -1,0 +1,61 @@
+"""What an artifact is: a byte layout on disk that can carry some formats, with a writer and a reader.
+
+A writer takes any `QuantizedCheckpoint` (the neutral one that a run leaves, or another artifact's reader), so `export`
+and `quantize` share it. It streams: one tensor in memory at a time, everything under a temporary name until whole.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint
+
+
+@dataclass(frozen=True)
+class Carry:
+    """Whether an artifact can hold a layer. `reason` is empty if it can, exactly."""
+
+    possible: bool
+    reason: str = ""
+
+
+class Artifact(ABC):
+    """One layout. The registry name is the file's: `compressed-tensors`, `gguf`, `qtool`.
+
+    Attributes:
+        fuses: True if runtimes merge q/k/v and gate/up, so that each such set needs one format.
+        runtimes: who reads it, for the support table.
+    """
+
+    fuses: ClassVar[bool]
+    runtimes: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Carry:
+        """Known before anything is computed, from the format alone. `layer` None: a kept tensor, cast as `keep` says."""
+
+    @abstractmethod
+    def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
+        """Writes the artifact into the existing, empty folder `out` and returns its files.
+
+        Args:
+            model: what to write.
+            out: a temporary folder; the caller gives it its final name.
+            card: what the model card says: base_model, recipe name and text, sizes, measured quality.
+
+        Raises:
+            StorageError: the disk is full or not writable.
+            PlanError: the codes or scales of a layer do not fit exactly, with the reason.
+        """
+
+    @abstractmethod
+    def open(self, path: Path) -> QuantizedCheckpoint:
+        """Reads an artifact of this layout. Raises CheckpointError: damaged, or another layout."""
+
+    @classmethod
+    @abstractmethod
+    def recognizes(cls, path: Path) -> bool:
+        """True if `path` looks like this layout; reads headers only."""

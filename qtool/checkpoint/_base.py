@@ -1,0 +1,138 @@
+"""What qtool reads from and what its artifacts read back as: names, shapes, tensors one at a time.
+
+A `Checkpoint` is a model whose tensors carry Hugging Face names ("model.layers.0.self_attn.q_proj.weight"), wherever
+they are stored. A `QuantizedCheckpoint` also knows, for some modules, codes and parameters; asked for such a weight as
+a plain tensor it decodes it. Every artifact's reader returns one, so evaluation and export do not care where it came from.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qtool.checkpoint.families._base import Family
+from qtool.formats._base import Format, Quantized
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and type of a stored tensor, known without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor in memory."""
+        count = 1
+        for extent in self.shape:
+            count *= extent
+        return count * self.dtype.itemsize
+
+
+class Checkpoint(ABC):
+    """A model on disk.
+
+    Attributes:
+        source: what the user called it (folder, hub id, file); for messages and reports.
+        config: the model's config.json, as transformers names its fields.
+        family: what its architecture calls things.
+        files: side files by name (tokenizer.json, generation_config.json, chat_template.jinja, ...), to be copied along.
+    """
+
+    source: str
+    config: dict[str, Any]
+    family: Family
+    files: dict[str, Path]
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Names of all tensors, in the model's own order: embedding, block 0, block 1, ..., norm, head."""
+
+    @abstractmethod
+    def info(self, name: str) -> TensorInfo:
+        """Shape and type, without reading the tensor. Raises CheckpointError: no such tensor."""
+
+    @abstractmethod
+    def tensor(self, name: str) -> Tensor:
+        """Reads one tensor; nothing of it stays in memory but the result. Raises CheckpointError: it cannot be read."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hex digest that changes when the model's content does: of sizes, headers and sampled content, not of every byte."""
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names()
+
+    @property
+    def tied(self) -> bool:
+        """True if the output layer uses the token embedding's matrix."""
+        return "lm_head.weight" not in self.names()
+
+
+@dataclass(frozen=True)
+class Layer:
+    """How a module is quantized.
+
+    Attributes:
+        format: representation of its weight.
+        activations: representation of its input, chosen per token at run time; None: left alone.
+    """
+
+    format: Format
+    activations: Format | None = None
+
+
+class QuantizedCheckpoint(Checkpoint):
+    """A model some of whose linear weights are stored as codes.
+
+    Attributes:
+        layers: module name ("model.layers.0.mlp.up_proj") -> how it is stored. `names()` lists its weight as
+            "<module>.weight" all the same, with the shape and type of the decoded tensor.
+    """
+
+    layers: Mapping[str, Layer]
+
+    @abstractmethod
+    def quantized(self, module: str) -> Quantized:
+        """Codes and parameters of one module of `layers`."""
+
+
+@dataclass(frozen=True)
+class Module:
+    """A matrix that a recipe can give a format to.
+
+    Attributes:
+        name: module path without ".weight".
+        aliases: other names of the same matrix: "lm_head" of a tied embedding.
+        kind: "linear" or "embedding".
+        role: what it does, the same word in every family: q, k, v, o, gate, up, down, embedding, head.
+        block: index of its decoder block; None outside of them.
+        reads: name of the input it reads, shared by all modules that read the same one: "model.layers.0.attn_in".
+        fused: name of the set that runtimes merge into one matrix: "model.layers.0.qkv"; None if they never do.
+        shape: (N, K).
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    kind: str
+    role: str
+    block: int | None
+    reads: str
+    fused: str | None
+    shape: tuple[int, int]
+
+
+def modules(checkpoint: Checkpoint) -> Iterator[Module]:
+    """All matrices of the model that a recipe can give a format to, in the order of `checkpoint.names()`.
+
+    Raises:
+        CheckpointError: a decoder block holds a matrix that the family does not know, or lacks one.
+    """
+    raise NotImplementedError

@@ -1,0 +1,118 @@
+"""Every failure that a user can cause or meet, and the exit code that tells scripts which kind it was.
+
+    QtoolError          1  anything unexpected that qtool noticed itself
+    |- UsageError       2  flags or arguments that do not fit together (Typer uses 2 as well)
+    |- RecipeError      3  the recipe's text is wrong: syntax, unknown key, bad value
+    |- PlanError        4  the recipe does not fit the model or the artifact
+    |- CheckpointError  5  the source is missing, damaged or of an unknown kind
+    |- NumericsError    6  NaN, Inf, or a matrix that no damping makes solvable
+    |- StorageError     7  the output cannot be written: full disk, occupied folder
+    |- VerifyError      8  an artifact read back differs from what was computed
+    |- GateError        9  the measured quality misses a gate
+    |- MissingExtra    10  an optional package is needed
+    |- HubError        11  the model hub refused or cannot be reached
+
+A run that the user interrupts exits with 130.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+
+class QtoolError(Exception):
+    """One line for the user: what is wrong, what was wanted, what was found, what to do next.
+
+    Args:
+        what: the thing that is wrong, without a full stop at the end.
+        wanted: what qtool expected there.
+        found: what is there instead.
+        hint: the next step.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, wanted: object = None, found: object = None, hint: str | None = None) -> None:
+        clauses = [f"wanted {wanted}"] if wanted is not None else []
+        clauses += [f"found {found}"] if found is not None else []
+        line = what + (": " + ", ".join(clauses) if clauses else "")
+        super().__init__(line + (f"; {hint}" if hint else ""))
+
+
+class UsageError(QtoolError):
+    """Flags or arguments that do not fit together."""
+
+    exit_code = 2
+
+
+class Problems(QtoolError):
+    """Several mistakes of one kind, shown together, one line each."""
+
+    def __init__(self, problems: Sequence[str], title: str) -> None:
+        self.problems = tuple(problems)
+        count = f"{len(self.problems)} problem{'s' * (len(self.problems) != 1)}"
+        Exception.__init__(self, f"{title}: {count}\n" + "\n".join(f"  {p}" for p in self.problems))
+
+
+class RecipeError(Problems):
+    """The recipe's text is wrong."""
+
+    exit_code = 3
+
+
+class PlanError(Problems):
+    """The recipe does not fit the model or the artifact."""
+
+    exit_code = 4
+
+
+class CheckpointError(QtoolError):
+    """The source is missing, damaged or of an unknown kind."""
+
+    exit_code = 5
+
+
+class NumericsError(QtoolError):
+    """NaN, Inf, or a matrix that no damping makes solvable."""
+
+    exit_code = 6
+
+
+class StorageError(QtoolError):
+    """The output cannot be written."""
+
+    exit_code = 7
+
+
+class VerifyError(QtoolError):
+    """An artifact read back differs from what was computed."""
+
+    exit_code = 8
+
+
+class GateError(QtoolError):
+    """The measured quality misses a gate."""
+
+    exit_code = 9
+
+
+class MissingExtra(QtoolError):
+    """An optional package is needed."""
+
+    exit_code = 10
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs the package {package}", hint=f"install it with: pip install 'qtool[{extra}]'")
+
+
+class HubError(QtoolError):
+    """The model hub refused or cannot be reached."""
+
+    exit_code = 11
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Returns "did you mean X?" for a near spelling, else the list of known names."""
+    close = get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(sorted(known))

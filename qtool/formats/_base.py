@@ -1,0 +1,143 @@
+"""What a format is: the representation of a weight matrix, known to methods only through this protocol.
+
+Every scalar format decodes as `w_hat = scale * levels[code] + offset`: a shared ascending table of levels, and a
+(scale, offset) pair per row and group of columns. Integers, minifloats, ternary grids and GGUF's K-quants all read
+that way, so a method that walks columns, or refits scales in closed form, needs nothing else.
+
+Shape letters, here and in every format: N rows (output features), K columns (input features), C columns of a slice,
+G groups of a slice (C / group_columns, or 1), L levels.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+Params = dict[str, Tensor]
+"""Fitted parameters by name, each [N, entries]; C / entries columns share one entry."""
+
+
+class Quantized(NamedTuple):
+    """One matrix in quantized form.
+
+    codes: uint8 [N, K], indices into `format.levels()`.
+    params: what `format.fit` returned for all K columns.
+    format: how the two are read.
+    """
+
+    codes: Tensor
+    params: Params
+    format: Format
+
+    def decode(self) -> Tensor:
+        """float32 [N, K], the weights that a runtime sees."""
+        return self.format.decode(self.codes, self.params)
+
+
+class Format(BaseModel):
+    """A representation: grid, granularity, scale type. Instances are immutable, hashable and comparable.
+
+    The fields of a subclass are its options in a recipe. A subclass sets `group_columns` (and `block_columns`), and implements the
+    abstract methods; `snap` and `decode` follow from them unless the true arithmetic differs.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    symmetric_grid: ClassVar[bool] = True
+    """False where the offset is free, so that a closed-form refit may move it."""
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """The shorthand that recipes use; parsing it gives an equal format."""
+
+    @classmethod
+    def parse(cls, text: str) -> Format | None:
+        """The format that a shorthand spells, or None if it is not one of this family's."""
+        return cls() if text == cls.__name__.lower() else None
+
+    @property
+    @abstractmethod
+    def group_columns(self) -> int | None:
+        """Columns that share one (scale, offset); None: the whole row."""
+
+    @property
+    def block_columns(self) -> int | None:
+        """Columns whose parameters are fitted together (a multiple of `group_columns`); None: the whole row."""
+        return self.group_columns
+
+    @abstractmethod
+    def levels(self) -> Tensor:
+        """float32 [L], ascending; a code is an index into it."""
+
+    @abstractmethod
+    def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
+        """Chooses parameters for a slice of whole blocks.
+
+        Args:
+            w: float32 [N, C].
+            importance: float32 [C] >= 0, the weight of a column's squared error; None: all alike.
+        """
+
+    @abstractmethod
+    def affine(self, params: Params) -> tuple[Tensor, Tensor]:
+        """(scale, offset), float32 [N, G] each."""
+
+    @abstractmethod
+    def refit(self, params: Params, scale: Tensor, offset: Tensor) -> Params:
+        """The storable parameters nearest to a wanted (scale, offset), float32 [N, G] each.
+
+        What cannot be moved freely (an integer zero point, a shared super-block scale) stays as `params` has it.
+        """
+
+    @abstractmethod
+    def storage_bits(self, n: int, k: int) -> int:
+        """Bits that a matrix of n rows and k columns takes, parameters included."""
+
+    def snap(self, w: Tensor, params: Params) -> Tensor:
+        """Rounds to the nearest level: w float32 [N, C] -> uint8 [N, C]. Ties of uniform grids go to the even level."""
+        scale, offset = (expand(p, w.shape[1]) for p in self.affine(params))
+        x = torch.where(scale == 0, 0.0, (w - offset) / torch.where(scale == 0, 1.0, scale))
+        levels = self.levels().to(w.device)
+        lowest, highest = float(levels[0]), float(levels[-1])
+        if highest - lowest == len(levels) - 1:  # consecutive integers
+            return (x.round().clamp(lowest, highest) - lowest).to(torch.uint8)
+        return torch.bucketize(x, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+
+    def decode(self, codes: Tensor, params: Params) -> Tensor:
+        """uint8 [N, C] -> float32 [N, C]."""
+        scale, offset = (expand(p, codes.shape[1]) for p in self.affine(params))
+        return self.levels().to(codes.device)[codes.long()] * scale + offset
+
+    def misfit(self, k: int) -> str | None:
+        """Why rows of k columns cannot be held, with what would fit; None if they can."""
+        block = self.block_columns
+        if block is None or k % block == 0:
+            return None
+        near = sorted((g for g in (16, 32, 64, 96, 128, 192, 256) if k % g == 0), key=lambda g: abs(g - block))
+        return f"rows of {k} columns are not divisible by {block}" + (
+            f"; groups that divide: {', '.join(map(str, near[:3]))}" if near else ""
+        )
+
+
+def expand(p: Tensor, columns: int) -> Tensor:
+    """One entry per column: [N, G] -> [N, columns]."""
+    return p.expand(-1, columns) if p.shape[1] == 1 else p.repeat_interleave(columns // p.shape[1], dim=1)
+
+
+def take(params: Params, start: int, stop: int, columns: int) -> Params:
+    """The parameters of columns start to stop (whole groups) out of `columns`."""
+    cut = {}
+    for name, p in params.items():
+        width = columns // p.shape[1]
+        cut[name] = p if p.shape[1] == 1 else p[:, start // width : stop // width]
+    return cut
+
+
+def join(parts: list[Params]) -> Params:
+    """Puts the parameters of neighbouring slices side by side."""
+    return {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}

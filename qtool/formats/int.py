@@ -1,0 +1,77 @@
+"""Integers of 2 to 8 bits with one scale per tensor, row or group of columns.
+
+    symmetric:   w_hat = s * q             q in [-2^(b-1), 2^(b-1) - 1]
+    asymmetric:  w_hat = s * (q - z)       z an integer in the same range
+
+The code range, and the storage of scales in the model's own dtype, are those of compressed-tensors
+(https://github.com/vllm-project/compressed-tensors). A symmetric scale may be negative: the grid has one more level
+below zero than above, and the sign says on which side of the group that level helps. Its min-max fit is
+amax / (2^(b-1) - 1/2), which splits the error of the largest weight between both ends.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from qtool.formats._base import Format, Params, expand
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SHORTHAND = re.compile(r"int([2-8])-(g(\d+)|channel|token|tensor)(-asym)?")
+
+
+class Int(Format):
+    """Integer grid.
+
+    Attributes:
+        bits: 2 to 8.
+        group: columns per scale, or "channel" (of a weight) and "token" (of an input): one scale a row, or "tensor".
+        symmetric: no zero point.
+        scales: "minmax" covers every weight; "search" minimizes the (importance-weighted) squared error.
+        scale_dtype: how scales are stored.
+    """
+
+    bits: int = Field(ge=2, le=8)
+    group: int | Literal["channel", "token", "tensor"]
+    symmetric: bool = True
+    scales: Literal["minmax", "search"] = "search"
+    scale_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+
+    @property
+    def label(self) -> str:
+        """`int4-g128`, `int4-g64-asym`, `int8-channel`, with the options that differ from the defaults behind it."""
+        group = f"g{self.group}" if isinstance(self.group, int) else self.group
+        return f"int{self.bits}-{group}" + "-asym" * (not self.symmetric)
+
+    @classmethod
+    def parse(cls, text: str) -> Int | None:
+        """See `Format.parse`."""
+        match = SHORTHAND.fullmatch(text)
+        if not match:
+            return None
+        group = int(match[3]) if match[3] else match[2]
+        return cls.model_validate({"bits": int(match[1]), "group": group, "symmetric": not match[4]})
+
+    @property
+    def group_columns(self) -> int | None:
+        """See `Format.group_columns`."""
+        return self.group if isinstance(self.group, int) else None
+
+    @property
+    def lowest(self) -> int:
+        """The lowest code value q; stored codes count from it."""
+        return -(1 << (self.bits - 1))
+
+    def levels(self) -> Tensor:
+        """See `Format.levels`."""
+        return torch.arange(self.lowest, -self.lowest, dtype=torch.float32)
+
+    def storage_bits(self, n: int, k: int) -> int:
+        """Codes, scales, and zero points of `bits` bits each."""
+        entries = 1 if self.group == "tensor" else n * (k // self.group_columns if self.group_columns else 1)
+        per_entry = DTYPES[self.scale_dtype].itemsize * 8 + (0 if self.symmetric else self.bits)
+        return n * k * self.bits + entries * per_entry

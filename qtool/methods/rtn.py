@@ -1,0 +1,29 @@
+"""Round to nearest: fit the format's parameters to the weights, snap.
+
+`importance: true` weighs the fit's squared error with the mean square of each input channel, as llama.cpp does with its
+importance matrix (https://github.com/ggml-org/llama.cpp/pull/4861); the codes themselves are nearest levels either way.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from qtool.formats._base import Format, Quantized
+from qtool.methods._base import Method, Solution
+from qtool.stats import InputStats, Stat
+
+
+class RTN(Method):
+    """Round to nearest."""
+
+    importance: bool = False
+
+    @property
+    def needs(self) -> frozenset[Stat]:
+        """Channel sums for a weighted fit, else nothing."""
+        return frozenset({Stat.CHANNELS}) if self.importance else frozenset()
+
+    def solve(self, w: Tensor, stats: InputStats | None, fmt: Format) -> Solution:
+        """See `Method.solve`."""
+        params = fmt.fit(w, stats.importance if stats and self.importance else None)
+        return Solution(Quantized(fmt.snap(w, params), params, fmt))

@@ -1,0 +1,125 @@
+"""The report's data model: versioned JSON first; Markdown and HTML are rendered from it and hold nothing else."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Entry(BaseModel):
+    """Part of a report; unknown keys are errors, so that an older reader never misreads a newer file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LayerEntry(Entry):
+    """One module of the model, quantized or kept.
+
+    Attributes:
+        name, role, block, shape: as in the plan.
+        format, method, activations: labels; None where kept.
+        bits_per_weight, nbytes: of the stored matrix, parameters included.
+        weight_error_db: 10 log10(|W|^2 / |W - W_hat|^2), dB; None where kept.
+        output_error_db: the same of the layer's output on the calibration tokens; None where nothing was measured.
+        tokens: how many calibrated it; 0 without data.
+        fallback: what was done instead of what the recipe asked, and why.
+        seconds: solving time.
+    """
+
+    name: str
+    role: str
+    block: int | None
+    shape: tuple[int, int]
+    format: str | None
+    method: str | None
+    activations: str | None
+    bits_per_weight: float
+    nbytes: int
+    weight_error_db: float | None
+    output_error_db: float | None
+    tokens: int
+    fallback: str | None
+    seconds: float
+
+
+class FileEntry(Entry):
+    """A written file."""
+
+    name: str
+    nbytes: int
+    sha256: str
+
+
+class ArtifactEntry(Entry):
+    """A written artifact; `verified` says that it was read back and equals what was computed."""
+
+    kind: str
+    path: str
+    files: tuple[FileEntry, ...]
+    runtimes: tuple[str, ...]
+    verified: bool
+
+
+class StageEntry(Entry):
+    """Time and the process's peak resident memory so far, at the end of a stage."""
+
+    name: str
+    seconds: float
+    peak_bytes: int
+
+
+class EvaluationEntry(Entry):
+    """Quality against the unquantized model on a text, by llama-perplexity's protocol.
+
+    Attributes:
+        text, tokens: what was scored, and how many positions.
+        runtime: "qtool" or "llama.cpp".
+        ppl, ppl_error, base_ppl: perplexities, and the standard error of the first.
+        kld_mean, kld_median, kld_p99, kld_p999, kld_max: divergence from the baseline per token, nats.
+        top1: share of positions with the same most likely token.
+        rms_dp: root mean square change of the correct token's probability.
+    """
+
+    text: str
+    tokens: int
+    runtime: str
+    ppl: float
+    ppl_error: float
+    base_ppl: float | None = None
+    kld_mean: float | None = None
+    kld_median: float | None = None
+    kld_p99: float | None = None
+    kld_p999: float | None = None
+    kld_max: float | None = None
+    top1: float | None = None
+    rms_dp: float | None = None
+
+
+class Report(Entry):
+    """Everything a run did.
+
+    Attributes:
+        version: of this model; grows when a field changes its meaning.
+        qtool: program version.
+        recipe_name, recipe: the recipe's name and its full content after `extends` and `--set`.
+        source, source_fingerprint, source_bytes, parameters: the model that went in.
+        calibration: token source, samples, length and token count; empty without data.
+        limited_blocks: blocks that were quantized in a smoke run; None for a whole run.
+        environment: versions of python and packages, cpu, threads, device.
+    """
+
+    version: int = 1
+    qtool: str
+    recipe_name: str
+    recipe: dict[str, object]
+    source: str
+    source_fingerprint: str
+    source_bytes: int
+    parameters: int
+    calibration: dict[str, object]
+    limited_blocks: int | None
+    layers: tuple[LayerEntry, ...]
+    artifacts: tuple[ArtifactEntry, ...]
+    stages: tuple[StageEntry, ...]
+    evaluations: tuple[EvaluationEntry, ...]
+    warnings: tuple[str, ...]
+    environment: dict[str, str]
