@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from qtool.formats._base import Format, Params, expand
+from qtool.numerics import search
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHORTHAND = re.compile(r"int([2-8])-(g(\d+)|channel|token|tensor)(-asym)?")
@@ -75,3 +76,48 @@ class Int(Format):
         entries = 1 if self.group == "tensor" else n * (k // self.group_columns if self.group_columns else 1)
         per_entry = DTYPES[self.scale_dtype].itemsize * 8 + (0 if self.symmetric else self.bits)
         return n * k * self.bits + entries * per_entry
+
+    def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
+        """See `Format.fit`. One scale per tensor is fitted to the flattened matrix."""
+        if self.group == "tensor":
+            weights = None if importance is None else importance.repeat(w.shape[0])
+            fitted = self._fit_groups(w.reshape(1, -1), weights, w.numel())
+            return {name: p.expand(w.shape[0], 1).contiguous() for name, p in fitted.items()}
+        return self._fit_groups(w, importance, self.group_columns or w.shape[1])
+
+    def _fit_groups(self, w: Tensor, importance: Tensor | None, width: int) -> Params:
+        highest = -self.lowest - 1
+        if self.scales == "minmax":
+            groups = w.reshape(w.shape[0], -1, width)
+            low, high = groups.amin(2).clamp_max(0), groups.amax(2).clamp_min(0)
+            if self.symmetric:
+                return self._store(torch.maximum(-low, high) / (highest + 0.5))
+            scale = (high - low) / (highest - self.lowest)
+            return self._store(scale, self.lowest - low / torch.where(scale == 0, 1.0, scale))
+        if self.symmetric:
+            return self._store(search.symmetric(w, importance, width, self.lowest, highest))
+        return self._store(*search.zero_point(w, importance, width, self.lowest, highest))
+
+    def _store(self, scale: Tensor, zero: Tensor | None = None) -> Params:
+        """Rounds to the stored types; a group of zeros gets scale 1, because runtimes dislike dividing by 0."""
+        scale = scale.to(DTYPES[self.scale_dtype])
+        params = {"scale": torch.where(scale == 0, torch.ones_like(scale), scale)}
+        if zero is not None:
+            params["zero"] = zero.round().clamp(self.lowest, -self.lowest - 1).to(torch.int8)
+        return params
+
+    def affine(self, params: Params) -> tuple[Tensor, Tensor]:
+        """See `Format.affine`."""
+        scale = params["scale"].float()
+        return scale, torch.zeros_like(scale) if self.symmetric else -scale * params["zero"].float()
+
+    def refit(self, params: Params, scale: Tensor, offset: Tensor) -> Params:
+        """See `Format.refit`; zero points stay."""
+        return self._store(scale) | {name: p for name, p in params.items() if name == "zero"}
+
+    def decode(self, codes: Tensor, params: Params) -> Tensor:
+        """See `Format.decode`: `s * (q - z)` with one rounding, as runtimes compute it."""
+        q = codes.float() + self.lowest
+        if not self.symmetric:
+            q = q - expand(params["zero"].float(), codes.shape[1])
+        return q * expand(params["scale"].float(), codes.shape[1])

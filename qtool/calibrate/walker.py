@@ -1,0 +1,225 @@
+"""Runs a model one decoder block at a time: weights are streamed in, hidden states of all tokens are carried along.
+
+The model class is transformers' own, built on the meta device, so nothing of it takes memory but the block in hand. The
+arguments that a block wants beside its hidden states (attention mask, rotary tables) are recorded once, by running the
+model's own forward with its blocks replaced by recorders, so no family needs code here.
+
+Shape letters: S samples, T tokens per sample, H hidden size, V vocabulary, K input features of a linear layer.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtool.calibrate.hidden import Hidden
+from qtool.checkpoint._base import Checkpoint, Module, QuantizedCheckpoint, modules
+from qtool.errors import CheckpointError
+from qtool.formats._base import Format
+from qtool.stats import InputStats, Stat
+
+BATCH_TOKENS = 4096
+"""Tokens per forward pass: enough to keep matrix products busy, few enough that a block's intermediates stay small."""
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it natively, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16
+    cpu = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else torch.float32
+
+
+class Recorder(nn.Module):
+    """Stands in for a decoder block: keeps the keyword arguments of the call, returns the hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arguments: dict[str, Any] = {}
+
+    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
+        """Takes the place of a block's forward; hidden is [1, T, H]."""
+        self.arguments = arguments
+        return hidden
+
+
+class Walker:
+    """One model, walked block by block.
+
+    Args:
+        checkpoint: where weights come from, one tensor at a time; a quantized one gives decoded weights.
+        device: where blocks are run.
+        dtype: of weights and hidden states.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+        self.family = checkpoint.family
+        self.model = build_on_meta(checkpoint.config, dtype)
+        self.blocks = list(self.model.model.layers)
+        self.norm = self.model.model.norm
+        self.modules: dict[int, list[Module]] = {i: [] for i in range(len(self.blocks))}
+        for module in modules(checkpoint):
+            if module.block is not None:
+                self.modules[module.block].append(module)
+        self.arguments: dict[int, list[dict[str, Any]]] = {}
+        self.head: tuple[nn.Module, Tensor] | None = None
+
+    def embed(self, tokens: Tensor) -> Hidden:
+        """Token ids, int64 [S, T] -> hidden states before the first block, [S, T, H]."""
+        table = self.checkpoint.tensor(f"{self.family.embedding}.weight")
+        hidden = Hidden(*tokens.shape, table.shape[1], self.dtype)
+        for s in range(tokens.shape[0]):
+            hidden[s : s + 1] = table[tokens[s : s + 1]].to(self.dtype)
+        return hidden
+
+    def load_block(self, i: int) -> nn.Module:
+        """Block i with its weights, on the device."""
+        block = copy.deepcopy(self.blocks[i])
+        prefix = self.family.block_prefix.format(i=i)
+        state = {n: self.tensor(prefix + n) for n, _ in block.named_parameters()}
+        block.load_state_dict(state, assign=True)
+        return block.eval().requires_grad_(False)
+
+    def tensor(self, name: str) -> Tensor:
+        """A weight in the walker's dtype, on its device."""
+        return self.checkpoint.tensor(name).to(self.device, self.dtype)
+
+    def set_weight(self, block: nn.Module, module: Module, w: Tensor) -> None:
+        """Replaces a linear layer's weight, [N, K], by what a runtime would multiply with."""
+        self.linear(block, module).weight.data = w.to(self.device, self.dtype)
+
+    def linear(self, block: nn.Module, module: Module) -> nn.Module:
+        """The submodule of a loaded block."""
+        return block.get_submodule(module.name.removeprefix(self.family.block_prefix.format(i=module.block)))
+
+    @torch.inference_mode()
+    def collect(
+        self, block: nn.Module, i: int, hidden: Hidden, needs: frozenset[Stat], advance: bool = False
+    ) -> dict[str, InputStats]:
+        """Runs block i once over all tokens and measures the inputs of its linear layers.
+
+        Args:
+            block: from `load_block(i)`.
+            i: its index.
+            hidden: inputs of the block, unchanged unless `advance`.
+            needs: what to measure.
+            advance: also replace `hidden` by the block's outputs.
+
+        Returns:
+            Statistics by `Module.reads`.
+        """
+        readers = {m.reads: m for m in reversed(self.modules[i])}
+        stats = {r: InputStats(m.shape[1], needs, self.device) for r, m in readers.items()}
+
+        def measure(reads: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
+            return lambda _, inputs: stats[reads].add(inputs[0].flatten(0, -2))
+
+        hooks = [self.linear(block, m).register_forward_pre_hook(measure(r)) for r, m in readers.items()]
+        try:
+            for part, output in self.outputs(block, i, hidden):
+                if advance:
+                    hidden[part] = output
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return stats
+
+    @torch.inference_mode()
+    def advance(self, block: nn.Module, i: int, hidden: Hidden) -> None:
+        """Runs block i and replaces its inputs by its outputs; inputs of linear layers are quantized where stored so."""
+        with self.quantized_inputs(block, i):
+            for part, output in self.outputs(block, i, hidden):
+                hidden[part] = output
+
+    @contextmanager
+    def quantized_inputs(self, block: nn.Module, i: int, formats: dict[str, Format] | None = None) -> Iterator[None]:
+        """Within the context, linear layers of the block see inputs rounded as a runtime rounds them, per token.
+
+        Args:
+            block: from `load_block(i)`.
+            i: its index.
+            formats: input format by module name; None: those that the checkpoint declares.
+        """
+        if formats is None:
+            layers = self.checkpoint.layers if isinstance(self.checkpoint, QuantizedCheckpoint) else {}
+            formats = {name: layer.activations for name, layer in layers.items() if layer.activations}
+
+        def rounded(fmt: Format) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
+            return lambda _, inputs: quantize_tokens(inputs[0], fmt)
+
+        found = [(m, formats[m.name]) for m in self.modules[i] if m.name in formats]
+        hooks = [self.linear(block, m).register_forward_pre_hook(rounded(f)) for m, f in found]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def outputs(self, block: nn.Module, i: int, hidden: Hidden) -> Iterator[tuple[slice, Tensor]]:
+        """Runs a block over all samples, some at a time: (which samples, [s, T, H])."""
+        arguments = self.block_arguments(hidden.length)[i]
+        step = max(1, BATCH_TOKENS // hidden.length)
+        for start in range(0, hidden.samples, step):
+            part = slice(start, min(start + step, hidden.samples))
+            output = block(hidden[part].to(self.device), **arguments)
+            yield part, output[0] if isinstance(output, tuple) else output
+
+    def block_arguments(self, length: int) -> list[dict[str, Any]]:
+        """What the model's own forward passes to each block beside hidden states, for samples of `length` tokens."""
+        if length not in self.arguments:
+            body = self.model.model
+            recorders = nn.ModuleList(Recorder() for _ in self.blocks)
+            body.layers = recorders
+            body.norm = nn.Identity()
+            x = torch.zeros(1, length, body.config.hidden_size, dtype=self.dtype, device=self.device)
+            with torch.inference_mode():
+                body(inputs_embeds=x, use_cache=False)
+            self.arguments[length] = [r.arguments for r in recorders]
+        return self.arguments[length]
+
+    @torch.inference_mode()
+    def logits(self, hidden: Hidden, sample: int, start: int = 0) -> Tensor:
+        """Final norm and output layer for positions `start` and later of one sample: float32 [T - start, V]."""
+        if self.head is None:
+            name = self.family.embedding if self.checkpoint.tied else self.family.head
+            norm = copy.deepcopy(self.norm)
+            norm.load_state_dict({"weight": self.tensor(f"{self.family.norm}.weight")}, assign=True)
+            self.head = norm, self.tensor(f"{name}.weight")
+        norm, weight = self.head
+        x = norm(hidden[sample : sample + 1][0, start:].to(self.device))
+        return (x @ weight.T).float()
+
+
+def quantize_tokens(x: Tensor, fmt: Format) -> Tensor:
+    """Rounds every token's vector to a format fitted to that vector alone: [..., K] -> same shape and dtype."""
+    rows = x.flatten(0, -2).float()
+    params = fmt.fit(rows)
+    return fmt.decode(fmt.snap(rows, params), params).to(x.dtype).view(x.shape)
+
+
+def build_on_meta(config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    """transformers' model for a config.json, with parameters on the meta device and real rotary tables.
+
+    Raises:
+        CheckpointError: transformers does not know or refuses the config.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    known = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
+    try:
+        parsed = AutoConfig.for_model(**known)
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation="sdpa")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError("config.json does not describe a model that transformers builds", found=error) from error
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config=parsed)
+    return model

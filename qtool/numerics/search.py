@@ -1,0 +1,165 @@
+"""Error-minimizing scales for integer grids: a sweep over clipping ratios, each closed by weighted least squares.
+
+For every row and group of columns the searches minimize
+
+    sum_j importance_j (x_j - s * l_j - o)^2        over s, o and integers l_j in [lowest, highest]
+
+A candidate step rounds the group, then the best (s, o) for those codes follows in closed form, which is also how its
+error is scored (the idea of ggml's make_qx_quants and make_qkx2_quants, https://github.com/ggml-org/llama.cpp, here with
+a wider sweep, both signs of the scale, and integer zero points). Codes are rounded again to the final parameters later.
+
+Shape letters: N rows, C columns, G groups of C / G columns each.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from qtool.numerics.parallel import over_rows
+
+STEPS = 24
+"""Clipping ratios tried per sign (symmetric) or per zero point (asymmetric)."""
+
+FAST = {"nnan", "ninf", "nsz", "arcp", "contract", "reassoc"}
+
+
+def clip_ratios(levels: int) -> np.ndarray:
+    """Where the largest weight may land, relative to the end of the grid: beyond it (clipped) up to a bit short of it.
+
+    Coarse grids clip harder. The bounds enclose the optimum of normal, Laplace and Student-t groups of 16 to 4096
+    weights at every width from 2 to 8 bits.
+    """
+    bits = math.log2(levels)
+    return np.linspace(max(0.4, 0.85 - 1.0 / bits**2), 1.0 + 5.0 / bits**2, STEPS).astype(np.float32)
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def symmetric_rows(x, importance, width, lowest, highest, ratios, scale, start, stop):  # type: ignore[no-untyped-def]
+    """Fills scale [N, G] for rows start to stop. x [N, C], importance [C]."""
+    for n in range(start, stop):
+        for g in range(x.shape[1] // width):
+            v, weight = x[n, g * width : (g + 1) * width], importance[g * width : (g + 1) * width]
+            extreme = np.float32(0.0)
+            for j in range(width):
+                if abs(v[j]) > abs(extreme):
+                    extreme = v[j]
+            best, best_scale = np.float32(-1.0), np.float32(0.0)
+            if extreme != 0:
+                for sign in (-1.0, 1.0):
+                    for ratio in ratios:
+                        inverse = np.float32(sign * ratio * (-lowest if sign < 0 else highest)) / extreme
+                        xl, ll = np.float32(0.0), np.float32(0.0)
+                        for j in range(width):
+                            level = min(max(np.rint(v[j] * inverse), lowest), highest)
+                            xl += weight[j] * v[j] * level
+                            ll += weight[j] * level * level
+                        if ll > 0 and xl * xl > best * ll:
+                            best, best_scale = xl * xl / ll, xl / ll
+            scale[n, g] = best_scale
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def zero_point_rows(x, importance, width, lowest, highest, ratios, scale, zero, start, stop):  # type: ignore[no-untyped-def]
+    """Fills scale and integer-valued zero, [N, G], for rows start to stop. x [N, C], importance [C]."""
+    for n in range(start, stop):
+        for g in range(x.shape[1] // width):
+            v, weight = x[n, g * width : (g + 1) * width], importance[g * width : (g + 1) * width]
+            low, high = min(np.float32(0.0), v.min()), max(np.float32(0.0), v.max())
+            best, best_scale, best_zero = np.float32(-1.0), np.float32(0.0), np.float32(0.0)
+            if high > low:
+                for ratio in ratios:
+                    inverse = np.float32(highest - lowest) * ratio / (high - low)
+                    middle = (lowest + highest) / 2 - np.rint((low + high) / 2 * inverse)
+                    for shift in (-0.5, 0.5, -1.5, 1.5):
+                        z = min(max(np.rint(middle + shift), lowest), highest)
+                        xl, ll = np.float32(0.0), np.float32(0.0)
+                        for j in range(width):
+                            level = min(max(np.rint(v[j] * inverse), lowest - z), highest - z)
+                            xl += weight[j] * v[j] * level
+                            ll += weight[j] * level * level
+                        if ll > 0 and xl * xl > best * ll:
+                            best, best_scale, best_zero = xl * xl / ll, xl / ll, z
+            scale[n, g], zero[n, g] = best_scale, best_zero
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def offset_rows(x, importance, width, highest, ratios, scale, offset, start, stop):  # type: ignore[no-untyped-def]
+    """Fills scale and free offset, [N, G], for levels 0 to highest and rows start to stop. x [N, C], importance [C]."""
+    for n in range(start, stop):
+        for g in range(x.shape[1] // width):
+            v, weight = x[n, g * width : (g + 1) * width], importance[g * width : (g + 1) * width]
+            low, high = v.min(), v.max()
+            total, mean = np.float32(0.0), np.float32(0.0)
+            for j in range(width):
+                total += weight[j]
+                mean += weight[j] * v[j]
+            mean = mean / total if total > 0 else np.float32(0.0)
+            best, best_scale, best_offset = np.float32(-1.0), np.float32(0.0), mean
+            if high > low and total > 0:
+                for ratio in ratios:
+                    inverse = np.float32(highest) * ratio / (high - low)
+                    anchor = (low + high) / 2 - np.float32(highest) / 2 / inverse
+                    for shift in (0.0, -0.3, 0.3):
+                        start_at = anchor + np.float32(shift) / inverse
+                        lsum, ll, xl = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+                        for j in range(width):
+                            level = min(max(np.rint((v[j] - start_at) * inverse), 0.0), highest)
+                            lsum += weight[j] * level
+                            ll += weight[j] * level * level
+                            xl += weight[j] * (v[j] - mean) * level
+                        spread = ll - lsum * lsum / total
+                        if spread > 0 and xl * xl > best * spread:
+                            best, best_scale = xl * xl / spread, xl / spread
+                            best_offset = mean - best_scale * lsum / total
+            scale[n, g], offset[n, g] = best_scale, best_offset
+
+
+def _arrays(x: Tensor, importance: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+    """float32 arrays on the CPU; importances that are all zero, or absent, count as all alike."""
+    weight = torch.ones(x.shape[1]) if importance is None else importance.float().cpu()
+    weight = weight / weight.mean().clamp_min(1e-30)
+    return x.float().contiguous().cpu().numpy(), weight.contiguous().numpy()
+
+
+def symmetric(x: Tensor, importance: Tensor | None, width: int, lowest: int, highest: int) -> Tensor:
+    """Scales for x ~ s * l, l in [lowest, highest]; either sign.
+
+    Args:
+        x: float32 [N, C].
+        importance: float32 [C] or None.
+        width: columns per group; divides C.
+        lowest, highest: ends of the grid.
+
+    Returns:
+        float32 [N, G], on the device of x.
+    """
+    values, weight = _arrays(x, importance)
+    scale = np.zeros((x.shape[0], x.shape[1] // width), np.float32)
+    ratios = clip_ratios(highest - lowest + 1)
+    over_rows(lambda a, b: symmetric_rows(values, weight, width, lowest, highest, ratios, scale, a, b), len(values))
+    return torch.from_numpy(scale).to(x.device)
+
+
+def zero_point(x: Tensor, importance: Tensor | None, width: int, lowest: int, highest: int) -> tuple[Tensor, Tensor]:
+    """Scales and integer zero points for x ~ s * (q - z), q and z in [lowest, highest]; arguments as in `symmetric`."""
+    values, weight = _arrays(x, importance)
+    scale, zero = (np.zeros((x.shape[0], x.shape[1] // width), np.float32) for _ in range(2))
+    ratios = clip_ratios(highest - lowest + 1)
+    over_rows(
+        lambda a, b: zero_point_rows(values, weight, width, lowest, highest, ratios, scale, zero, a, b), len(values)
+    )
+    return torch.from_numpy(scale).to(x.device), torch.from_numpy(zero).to(x.device)
+
+
+def free_offset(x: Tensor, importance: Tensor | None, width: int, highest: int) -> tuple[Tensor, Tensor]:
+    """Scales and offsets for x ~ s * l + o, l in [0, highest]; arguments as in `symmetric`."""
+    values, weight = _arrays(x, importance)
+    scale, offset = (np.zeros((x.shape[0], x.shape[1] // width), np.float32) for _ in range(2))
+    ratios = clip_ratios(highest + 1)
+    over_rows(lambda a, b: offset_rows(values, weight, width, highest, ratios, scale, offset, a, b), len(values))
+    return torch.from_numpy(scale).to(x.device), torch.from_numpy(offset).to(x.device)
