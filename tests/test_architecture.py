@@ -1,0 +1,168 @@
+"""The shape of the source, as rules that a machine checks: order of rooms, sizes, and what may be said where."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qtool import registry
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "qtool"
+
+ORDER = (
+    "__init__",
+    "errors",
+    "registry",
+    "numerics",
+    "formats",
+    "stats",
+    "methods",
+    "recipe",
+    "checkpoint",
+    "plan",
+    "calibrate",
+    "artifact",
+    "evaluate",
+    "report",
+    "pipeline",
+    "cli",
+    "__main__",
+)
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
+
+LONGEST_FILE = 300
+LONGEST_FUNCTION = 60
+
+
+def dotted(path: Path) -> str:
+    """Module name of a source file."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def room(module: str) -> str:
+    """The part of a module's name that ORDER ranks."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, module) of everything below qtool that a source imports, wherever the statement stands."""
+    known = {dotted(path) for path in SOURCES}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names if alias.name.split(".")[0] == "qtool")
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            raise AssertionError(f"line {node.lineno}: a relative import hides the room it reaches into")
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "qtool":
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield node.lineno, inner if inner in known or node.module == "qtool" else str(node.module)
+
+
+def ids(path: Path) -> str:
+    """Test id of a source file."""
+    return str(path.relative_to(PACKAGE))
+
+
+def test_order_names_every_room():
+    on_disk = {room(dotted(path)) for path in SOURCES}
+    assert on_disk == set(ORDER)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=ids)
+def test_imports_come_from_rooms_above(path):
+    own = ORDER.index(room(dotted(path)))
+    upward = []
+    for line, module in imports(TREES[path]):
+        target = room(module) if room(module) in ORDER else "__init__"  # `from qtool import __version__`
+        if ORDER.index(target) > own:
+            upward.append(f"line {line}: {module}")
+    assert not upward
+
+
+def test_no_import_cycles():
+    graph = {dotted(path): {module for _, module in imports(tree)} for path, tree in TREES.items()}
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, f"cycle: {' -> '.join((*trail[trail.index(module) :], module))}"
+        if module not in done:
+            for target in sorted(graph.get(module, ())):
+                visit(target, (*trail, module))
+            done.add(module)
+
+    for module in sorted(graph):
+        visit(module, ())
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=ids)
+def test_files_and_functions_are_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST_FILE
+    functions = (node for node in ast.walk(TREES[path]) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    long = {node.name: size for node in functions if (size := node.end_lineno - node.lineno + 1) > LONGEST_FUNCTION}
+    assert not long
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if room(dotted(path)) != "cli"], ids=ids)
+def test_only_the_command_line_prints_and_reads_the_environment(path):
+    found = []
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("print", "input"):
+            found.append(f"line {node.lineno}: {node.func.id}()")
+        elif isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "putenv", "stdout", "stderr"):
+            found.append(f"line {node.lineno}: {ast.unparse(node)}")
+    assert not found
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "methods").glob("*.py")), ids=ids)
+def test_methods_name_no_format(path):
+    imported = {module for _, module in imports(TREES[path]) if room(module) == "formats"}
+    assert imported <= {"qtool.formats._base"}
+    names = registry.names("formats")
+    words = {name for name in names if not hasattr(builtins, name)}
+    words |= {registry.load("formats", name).__name__ for name in names}
+    shorthands = r"int[2-8]-\w+"
+    assert not re.findall(rf"\b(?:{'|'.join(sorted(words))}|{shorthands})\b", path.read_text(encoding="utf-8"))
+
+
+def seconds_of_help() -> float:
+    """Wall time of one `qtool --help` in a fresh interpreter."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "qtool", "--help"], check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+def test_help_is_quick():
+    # The best of several, because the machine may be busy with something else.
+    assert any(seconds_of_help() < 1.0 for _ in range(5))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["quantize", "--help"], ["eval", "--help"], ["recipes", "list"], ["--version"]],
+    ids=" ".join,
+)
+def test_listing_leaves_heavy_libraries_alone(arguments):
+    program = (
+        "import sys\nfrom qtool.cli.app import main\n"
+        f"sys.argv = ['qtool', *{arguments!r}]\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
+        "print(sorted({'torch', 'transformers', 'numba', 'datasets'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_import_rule_sees_a_planted_upward_import():
+    planted = ast.parse("def f():\n    from qtool.pipeline import events\n    import qtool.cli.app\n")
+    assert list(imports(planted)) == [(2, "qtool.pipeline.events"), (3, "qtool.cli.app")]
+    assert ORDER.index(room("qtool.pipeline.events")) > ORDER.index(room("qtool.methods.gptq"))

@@ -1,0 +1,70 @@
+"""Whatever a registry lists can be loaded, is spelled as the registry promises, and says where it comes from."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+
+import pytest
+
+from qtool import registry
+from qtool.artifact._base import Artifact
+from qtool.checkpoint.families._base import Family
+from qtool.errors import QtoolError
+from qtool.formats._base import Format
+from qtool.methods._base import Method
+
+BASES = {"artifact": Artifact, "checkpoint/families": Family, "formats": Format, "methods": Method}
+ENTRIES = [(room, name) for room in BASES for name in registry.names(room)]
+
+
+def each(test):
+    """Runs a test once for every registered thing."""
+    return pytest.mark.parametrize(("room", "name"), ENTRIES, ids=[f"{room}/{name}" for room, name in ENTRIES])(test)
+
+
+@pytest.mark.parametrize("room", BASES)
+def test_no_registry_is_empty(room):
+    assert registry.names(room)
+
+
+@each
+def test_entry_loads_and_is_a_concrete_class_spelled_like_its_file(room, name):
+    entry = registry.load(room, name)
+    assert inspect.isclass(entry)
+    assert issubclass(entry, BASES[room])
+    assert not inspect.isabstract(entry)
+    assert entry.__name__.lower() == re.sub("[-_]", "", name) or entry.__name__.lower() == name
+    assert entry.__module__.rsplit(".", 1)[-1] == name.replace("-", "_")
+
+
+@each
+def test_module_explains_itself_and_names_its_source(room, name):
+    module = importlib.import_module(f"qtool.{room.replace('/', '.')}.{name.replace('-', '_')}")
+    text = ast.get_docstring(ast.parse(inspect.getsource(module)))
+    assert text is not None
+    assert re.search(r"https://\S+\.\S+/\S+", text), "the module's docstring needs the URL of a paper or specification"
+    assert inspect.getdoc(registry.load(room, name)) != inspect.getdoc(BASES[room])
+
+
+@pytest.mark.parametrize("room", BASES)
+def test_unknown_name_suggests_a_near_one(room):
+    known = registry.names(room)[0]
+    with pytest.raises(QtoolError, match=f"did you mean '{known}'"):
+        registry.load(room, known + "x")
+
+
+@pytest.mark.parametrize("name", registry.names("methods"))
+def test_method_is_named_as_registered_and_runs_on_defaults(name):
+    method = registry.load("methods", name)
+    assert method.name() == name
+    assert method() == method()
+
+
+@pytest.mark.parametrize("name", registry.names("artifact"))
+def test_artifact_says_who_reads_it(name):
+    artifact = registry.load("artifact", name)
+    assert isinstance(artifact.fuses, bool)
+    assert artifact.runtimes
