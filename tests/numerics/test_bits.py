@@ -1,0 +1,50 @@
+"""Bit packing against the golden vectors of the format (made by compressed-tensors 0.19) and against Python's big integers."""
+
+import pytest
+import torch
+
+from qtool.numerics.bits import pack, pack_words, unpack, unpack_words
+
+GOLDEN = [
+    pytest.param(4, range(-8, 0), [0x76543210], id="int4-negative"),
+    pytest.param(4, range(8), [0xFEDCBA98], id="int4-positive"),
+    pytest.param(4, range(-5, 5), [0xA9876543, 0x000000CB], id="int4-ten-columns"),
+    pytest.param(8, [-128, 0, 1, 127], [0xFF818000], id="int8"),
+    pytest.param(3, [*range(-4, 4)] * 4, [0x88FAC688, 0xC688FAC6, 0xFAC688FA], id="int3-across-words"),
+]
+
+
+def fields_of(values, bits):
+    return torch.tensor([[v + (1 << (bits - 1)) for v in values]], dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(("bits", "values", "words"), GOLDEN)
+def test_golden_words(bits, values, words):
+    packed = pack_words(fields_of(values, bits), bits)
+    assert packed.dtype == torch.int32
+    assert [w & 0xFFFFFFFF for w in packed[0].tolist()] == words
+    assert torch.equal(unpack_words(packed, bits, len(values)), fields_of(values, bits))
+
+
+def test_golden_zero_points_are_packed_along_rows():
+    zero = torch.tensor([[-8, 0], [-7, 1], [3, 2], [7, -1], [0, 0], [1, 1], [2, 2], [4, 4]])
+    packed = pack_words((zero.T + 8).to(torch.uint8), 4).T
+    assert [[w & 0xFFFFFFFF for w in row] for row in packed.tolist()] == [[0xCA98FB10, 0xCA987A98]]
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 31, 32, 33, 100])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_equals_one_big_integer(bits, count):
+    fields = torch.randint(0, 1 << bits, (3, 2, count), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+    packed = pack(fields, bits)
+    for row, packed_row in zip(fields.reshape(6, count).tolist(), packed.reshape(6, -1).tolist(), strict=True):
+        stream = sum(field << (i * bits) for i, field in enumerate(row))
+        assert bytes(packed_row) == stream.to_bytes((count * bits + 7) // 8, "little")
+    assert torch.equal(unpack(packed, bits, count), fields)
+    assert torch.equal(unpack_words(pack_words(fields, bits), bits, count), fields)
+
+
+def test_strided_input_is_packed_by_value():
+    fields = torch.arange(64, dtype=torch.uint8).reshape(8, 8) % 16
+    assert torch.equal(pack(fields.T, 4), pack(fields.T.contiguous(), 4))
+    assert torch.equal(unpack(pack(fields, 4).T.contiguous().T, 4, 8), fields)
