@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
+from qtool.evaluate.result import Evaluation
+
 
 class Entry(BaseModel):
     """Part of a report; unknown keys are errors, so that an older reader never misreads a newer file."""
@@ -67,33 +69,6 @@ class StageEntry(Entry):
     peak_bytes: int
 
 
-class EvaluationEntry(Entry):
-    """Quality against the unquantized model on a text, by llama-perplexity's protocol.
-
-    Attributes:
-        text, tokens: what was scored, and how many positions.
-        runtime: "qtool" or "llama.cpp".
-        ppl, ppl_error, base_ppl: perplexities, and the standard error of the first.
-        kld_mean, kld_median, kld_p99, kld_p999, kld_max: divergence from the baseline per token, nats.
-        top1: share of positions with the same most likely token.
-        rms_dp: root mean square change of the correct token's probability.
-    """
-
-    text: str
-    tokens: int
-    runtime: str
-    ppl: float
-    ppl_error: float
-    base_ppl: float | None = None
-    kld_mean: float | None = None
-    kld_median: float | None = None
-    kld_p99: float | None = None
-    kld_p999: float | None = None
-    kld_max: float | None = None
-    top1: float | None = None
-    rms_dp: float | None = None
-
-
 class Report(Entry):
     """Everything a run did.
 
@@ -120,6 +95,6 @@ class Report(Entry):
     layers: tuple[LayerEntry, ...]
     artifacts: tuple[ArtifactEntry, ...]
     stages: tuple[StageEntry, ...]
-    evaluations: tuple[EvaluationEntry, ...]
+    evaluations: tuple[Evaluation, ...]
     warnings: tuple[str, ...]
     environment: dict[str, str]

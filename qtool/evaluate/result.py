@@ -1,0 +1,52 @@
+"""What an evaluation measured. Reports hold these objects as they are."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Evaluation(BaseModel):
+    """Quality on a text, by llama-perplexity's protocol, alone and against the unquantized model.
+
+    Everything that compares with a baseline is None where there was none.
+
+    Attributes:
+        text: file name of the text.
+        tokens: scored positions.
+        context, chunks: tokens per chunk, and how many chunks.
+        runtime: what ran the quantized model: "qtool" or "llama.cpp".
+        ppl, ppl_error: perplexity and its standard error.
+        base_ppl: perplexity of the baseline.
+        kld_mean, kld_error: KL divergence from the baseline to the quantized model per position, nats, and the
+            standard error of the mean.
+        kld_median, kld_p90, kld_p95, kld_p99, kld_p999, kld_max: its distribution over positions.
+        top1: share of positions where both models find the same token most likely.
+        dp_mean, rms_dp: mean and root mean square of the change of the correct token's probability, in [-1, 1].
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+    text: str
+    tokens: int
+    context: int
+    chunks: int
+    runtime: str
+    ppl: float
+    ppl_error: float
+    base_ppl: float | None = None
+    kld_mean: float | None = None
+    kld_error: float | None = None
+    kld_median: float | None = None
+    kld_p90: float | None = None
+    kld_p95: float | None = None
+    kld_p99: float | None = None
+    kld_p999: float | None = None
+    kld_max: float | None = None
+    top1: float | None = None
+    dp_mean: float | None = None
+    rms_dp: float | None = None
+
+    @property
+    def ppl_ratio(self) -> float | None:
+        """Perplexity over the baseline's."""
+        return None if self.base_ppl is None else self.ppl / self.base_ppl

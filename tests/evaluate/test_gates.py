@@ -1,0 +1,66 @@
+import math
+
+import pytest
+
+from qtool.errors import GateError, UsageError
+from qtool.evaluate.gates import GATES, check_gates, parse_gates, validate_gates
+from qtool.evaluate.result import Evaluation
+
+FOUND = Evaluation(
+    text="t.txt", tokens=510, context=512, chunks=2, runtime="qtool", ppl=20.4, ppl_error=0.5, base_ppl=20.0,
+    kld_mean=0.04, kld_error=0.001, kld_median=0.02, kld_p90=0.1, kld_p95=0.15, kld_p99=0.4, kld_p999=0.9, kld_max=2.0,
+    top1=0.91, dp_mean=-0.01, rms_dp=0.05,
+)  # fmt: skip
+
+
+def test_parses_limits():
+    assert parse_gates(["kld=0.05", "ppl_ratio = 1.02"]) == {"kld": 0.05, "ppl_ratio": 1.02}
+
+
+@pytest.mark.parametrize("text", ["kld", "kld=", "kld=low", "=0.1x"])
+def test_what_is_no_gate(text):
+    with pytest.raises(UsageError, match=r"wanted e\.g\. kld=0.05, found"):
+        parse_gates([text])
+
+
+def test_a_near_spelling_is_suggested():
+    with pytest.raises(UsageError, match="no gate is called 'kdl'; did you mean 'kld'"):
+        parse_gates(["kdl=0.05"])
+
+
+@pytest.mark.parametrize("limit", [math.nan, math.inf])
+def test_a_limit_must_be_finite(limit):
+    with pytest.raises(UsageError, match="the limit of gate kld: wanted a finite number"):
+        validate_gates({"kld": limit}, compared=True)
+
+
+def test_comparing_gates_need_a_baseline():
+    validate_gates({"ppl": 30.0}, compared=False)
+    with pytest.raises(UsageError, match="gate top1 compares with a baseline"):
+        validate_gates({"ppl": 30.0, "top1": 0.9}, compared=False)
+
+
+def measured(gate):
+    return getattr(FOUND, GATES[gate])
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_each_gate_turns_at_its_limit(gate):
+    inward = -1 if gate == "top1" else 1
+    check_gates(FOUND, {gate: measured(gate)})
+    check_gates(FOUND, {gate: measured(gate) * (1 + inward * 1e-6)})
+    with pytest.raises(GateError):
+        check_gates(FOUND, {gate: measured(gate) * (1 - inward * 1e-6)})
+
+
+def test_each_missed_gate_is_named_and_no_other():
+    with pytest.raises(GateError) as caught:
+        check_gates(FOUND, {"kld": 0.01, "ppl_ratio": 1.05, "top1": 0.95})
+    assert str(caught.value) == (
+        "quality misses 2 of 3 gates: kld wanted at most 0.01, found 0.04; top1 wanted at least 0.95, found 0.91"
+    )
+
+
+def test_a_measurement_that_is_no_number_misses():
+    with pytest.raises(GateError):
+        check_gates(FOUND.model_copy(update={"kld_mean": math.nan}), {"kld": 0.1})
