@@ -2,12 +2,23 @@
 
 A family says which linear layers a decoder block has, what each of them reads, and which of them runtimes merge.
 What GGUF calls the family, and the metadata that file format wants, is said here too, so that a new family is one file.
+
+Shape letters: H attention heads, G key/value heads, D head dimension, E hidden size, F intermediate size, V vocabulary.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from qtool.checkpoint.families._rope import llama3_factors, rope_metadata
+from qtool.errors import CheckpointError
+
+Value = int | float | bool | str
+"""A GGUF metadata value: int is stored as UINT32, float as FLOAT32."""
 
 
 @dataclass(frozen=True)
@@ -38,27 +49,141 @@ GATED_MLP = (
     Linear("mlp.up_proj", "up", "mlp_in", "gate_up"),
     Linear("mlp.down_proj", "down", "mlp_mid"),
 )
+GGUF_FIELDS = {
+    "vocab_size": "vocab_size",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+"""GGUF metadata key below the architecture's name -> field of config.json."""
 
 
 class Family:
     """Names of one architecture. Subclasses override what differs.
 
     Attributes:
+        architecture: the model class in transformers, as config.json's `architectures` names it.
+        defaults: what transformers assumes where config.json says nothing.
         linears: the linear layers of every decoder block, in the order of computation.
+        norms: the norms of every block, below it, and the config-like name of their length.
         block_prefix: name prefix of block i, with "{i}".
         embedding, norm, head: module names around the blocks.
         gguf_arch: `general.architecture` of its GGUF files.
+        gguf_marker: metadata key that tells it from a family of the same `gguf_arch`; None if it is the plain one.
         gguf_permute: roles whose rows llama.cpp wants in interleaved rotary order.
     """
 
+    architecture: ClassVar[str]
+    defaults: ClassVar[dict[str, Any]] = {}
     linears: ClassVar[tuple[Linear, ...]] = ATTENTION + GATED_MLP
+    norms: ClassVar[dict[str, str]] = {"input_layernorm": "hidden", "post_attention_layernorm": "hidden"}
     block_prefix: ClassVar[str] = "model.layers.{i}."
     embedding: ClassVar[str] = "model.embed_tokens"
     norm: ClassVar[str] = "model.norm"
     head: ClassVar[str] = "lm_head"
     gguf_arch: ClassVar[str]
+    gguf_marker: ClassVar[str | None] = None
     gguf_permute: ClassVar[frozenset[str]] = frozenset()
 
     def blocks(self, config: dict[str, Any]) -> int:
         """Number of decoder blocks."""
         return int(config["num_hidden_layers"])
+
+    def heads(self, config: dict[str, Any]) -> tuple[int, int, int]:
+        """(H, G, D)."""
+        heads = int(config["num_attention_heads"])
+        kv_heads = int(config.get("num_key_value_heads") or heads)
+        return heads, kv_heads, int(config.get("head_dim") or config["hidden_size"] // heads)
+
+    def has_bias(self, config: dict[str, Any], role: str) -> bool:
+        """True if linear layers of that role add a bias."""
+        return False
+
+    def shapes(self, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the model, in the model's order. The output matrix is left out where it is tied."""
+        vocab, hidden = int(config["vocab_size"]), int(config["hidden_size"])
+        shapes: dict[str, tuple[int, ...]] = {f"{self.embedding}.weight": (vocab, hidden)}
+        block = self._block_shapes(config)
+        for i in range(self.blocks(config)):
+            prefix = self.block_prefix.format(i=i)
+            shapes.update({prefix + name: shape for name, shape in block.items()})
+        shapes[f"{self.norm}.weight"] = (hidden,)
+        if not config.get("tie_word_embeddings", False):
+            shapes[f"{self.head}.weight"] = (vocab, hidden)
+        return shapes
+
+    def _block_shapes(self, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        hidden, wide = int(config["hidden_size"]), int(config["intermediate_size"])
+        heads, kv_heads, dim = self.heads(config)
+        rows = {"q": heads * dim, "k": kv_heads * dim, "v": kv_heads * dim, "o": hidden}
+        rows |= {"gate": wide, "up": wide, "down": hidden}
+        columns = {"attn_in": hidden, "attn_out": heads * dim, "mlp_in": hidden, "mlp_mid": wide}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for linear in self.linears:
+            shapes[f"{linear.path}.weight"] = (rows[linear.role], columns[linear.reads])
+            if self.has_bias(config, linear.role):
+                shapes[f"{linear.path}.bias"] = (rows[linear.role],)
+        lengths = {"hidden": hidden, "head": dim}
+        return shapes | {f"{norm}.weight": (lengths[length],) for norm, length in self.norms.items()}
+
+    def gguf_metadata(self, config: dict[str, Any]) -> dict[str, Value]:
+        """The architecture's key-values of a GGUF file, full keys; `general.*` and `tokenizer.*` are the writer's.
+
+        Raises:
+            CheckpointError: the format has no word for something in the config.
+        """
+        if config.get("hidden_act", "silu") != "silu":
+            raise CheckpointError(
+                "GGUF cannot hold this activation function", wanted="silu", found=config["hidden_act"]
+            )
+        heads, kv_heads, dim = self.heads(config)
+        known = config | {"num_key_value_heads": kv_heads}
+        values: dict[str, Value] = {key: known[field] for key, field in GGUF_FIELDS.items()}
+        values["attention.layer_norm_rms_epsilon"] = float(config["rms_norm_eps"])
+        values["rope.dimension_count"] = dim
+        if dim * heads != config["hidden_size"]:
+            values |= {"attention.key_length": dim, "attention.value_length": dim}
+        values |= rope_metadata(config)
+        return {f"{self.gguf_arch}.{key}": value for key, value in values.items()}
+
+    def gguf_fields(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Fields of config.json that only this family has, from a GGUF file's key-values."""
+        return {}
+
+    def gguf_extra_tensors(self, config: dict[str, Any]) -> dict[str, Tensor]:
+        """Tensors that GGUF wants and the checkpoint only implies, float32."""
+        factors = llama3_factors(config, self.heads(config)[2])
+        return {} if factors is None else {"rope_freqs.weight": factors}
+
+    def gguf_names(self, config: dict[str, Any]) -> dict[str, str]:
+        """Tensor name here -> tensor name in GGUF, for every tensor of the model (and the output matrix, tied or not)."""
+        import gguf
+
+        arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.gguf_arch)
+        names = gguf.get_tensor_name_map(arch, self.blocks(config))
+        mapped = {}
+        for name in [*self.shapes(config), f"{self.head}.weight"]:
+            found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            if found is None:
+                raise CheckpointError(
+                    f"the gguf package has no name for tensor {name} of architecture {self.gguf_arch}"
+                )
+            mapped[name] = found
+        return mapped
+
+    def gguf_rows(self, config: dict[str, Any], role: str) -> Tensor | None:
+        """Order of rows in GGUF: its row j is row `order[j]` here; int64 [N]. None if the order is the same.
+
+        Transformers rotates element i of a head with element i + D/2, llama.cpp's `llama` with its neighbour, so the
+        halves are interleaved. Biases and packed rows are permuted alike; `order.argsort()` is the way back.
+        Source: https://github.com/ggml-org/llama.cpp, conversion of LlamaModel.
+        """
+        if role not in self.gguf_permute:
+            return None
+        heads, kv_heads, dim = self.heads(config)
+        count = kv_heads if role == "k" else heads
+        return torch.arange(count * dim).view(count, 2, dim // 2).transpose(1, 2).reshape(-1)

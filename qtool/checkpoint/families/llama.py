@@ -1,0 +1,23 @@
+"""Llama 1 to 3.3, and what uses its architecture: SmolLM2, TinyLlama, Yi, ...
+
+Source: https://huggingface.co/docs/transformers/model_doc/llama
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qtool.checkpoint.families._base import Family
+
+
+class Llama(Family):
+    """`LlamaForCausalLM`."""
+
+    architecture = "LlamaForCausalLM"
+    defaults = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
+    gguf_arch = "llama"
+    gguf_permute = frozenset({"q", "k"})
+
+    def has_bias(self, config: dict[str, Any], role: str) -> bool:
+        """See `Family.has_bias`."""
+        return bool(config.get("attention_bias" if role in ("q", "k", "v", "o") else "mlp_bias", False))

@@ -1,0 +1,23 @@
+"""Qwen 3, dense: norms on the heads of q and k, a head dimension of its own.
+
+Source: https://huggingface.co/docs/transformers/model_doc/qwen3
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qtool.checkpoint.families._base import Family
+
+
+class Qwen3(Family):
+    """`Qwen3ForCausalLM`."""
+
+    architecture = "Qwen3ForCausalLM"
+    defaults = {"max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "num_key_value_heads": 32, "head_dim": 128}
+    norms = {"self_attn.q_norm": "head", "self_attn.k_norm": "head"} | Family.norms
+    gguf_arch = "qwen3"
+
+    def has_bias(self, config: dict[str, Any], role: str) -> bool:
+        """See `Family.has_bias`."""
+        return role in ("q", "k", "v", "o") and bool(config.get("attention_bias", False))
