@@ -2,8 +2,8 @@
 
 Field i of a row occupies the row's bits [i * b, (i + 1) * b), least significant bit first, across byte and word
 boundaries: the layout of compressed-tensors' `pack-quantized` (since 0.18 for 3, 5, 6 and 7 bits,
-https://github.com/vllm-project/compressed-tensors) and of qtool's own neutral checkpoint. The last byte or word of a row is
-filled up with zeros.
+https://github.com/vllm-project/compressed-tensors) and of qtool's own neutral checkpoint. The last byte or word of a
+row is filled up with zeros.
 
 Eight fields of b bits are exactly b bytes, so eight of them at a time are gathered in one 64-bit integer.
 
@@ -30,7 +30,7 @@ def pack(fields: Tensor, bits: int) -> Tensor:
     count = fields.shape[-1]
     if bits == 8:
         return fields.contiguous()
-    eights = pad(fields, (0, -count % 8)).unflatten(-1, (-1, 8))
+    eights = pad(fields, (0, -count % 8)).reshape(*fields.shape[:-1], -1, 8)
     gathered = torch.zeros(eights.shape[:-1], dtype=torch.int64, device=fields.device)
     for i in range(8):
         gathered |= eights[..., i].long() << (i * bits)
@@ -52,7 +52,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     if bits == 8:
         return packed[..., :count].contiguous()
     packed = packed[..., : (count * bits + 7) // 8]
-    groups = pad(packed, (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits))
+    groups = pad(packed, (0, -packed.shape[-1] % bits)).reshape(*packed.shape[:-1], -1, bits)
     gathered = pad(groups, (0, 8 - bits)).view(torch.int64).squeeze(-1)
     fields = torch.empty((*gathered.shape, 8), dtype=torch.uint8, device=packed.device)
     for i in range(8):

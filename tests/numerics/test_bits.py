@@ -1,4 +1,4 @@
-"""Bit packing against the golden vectors of the format (made by compressed-tensors 0.19) and against Python's big integers."""
+"""Bit packing against golden vectors (made by compressed-tensors 0.19) and against Python's big integers."""
 
 import pytest
 import torch
@@ -35,7 +35,9 @@ def test_golden_zero_points_are_packed_along_rows():
 @pytest.mark.parametrize("count", [1, 7, 8, 31, 32, 33, 100])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_equals_one_big_integer(bits, count):
-    fields = torch.randint(0, 1 << bits, (3, 2, count), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+    fields = torch.randint(
+        0, 1 << bits, (3, 2, count), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits)
+    )
     packed = pack(fields, bits)
     for row, packed_row in zip(fields.reshape(6, count).tolist(), packed.reshape(6, -1).tolist(), strict=True):
         stream = sum(field << (i * bits) for i, field in enumerate(row))

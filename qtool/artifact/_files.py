@@ -1,0 +1,206 @@
+"""Output that is whole or absent: temporary siblings, fsync, rename; SHA-256 of what was written.
+
+A folder in the making is called `.NAME.XXXXXXXX.partial`, next to the final one, so that giving it its name is one
+rename on one file system. The run that writes it holds a lock on it (flock on the folder itself), which the system drops
+when the process ends in whatever way; a partial folder without a lock is left over from a killed run, and is removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import glob
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qtool.errors import StorageError
+
+SUMS = "SHA256SUMS"
+SIGNATURE = "# written by qtool; check with: sha256sum --check SHA256SUMS\n"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turns what the system says about writing below `path` into a StorageError."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename if isinstance(error.filename, str) else path
+        hint = "free some space and run the same command again" if error.errno in FULL else "choose another output"
+        raise StorageError(f"cannot write {where}", found=error.strerror or error, hint=hint) from error
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Holds an existing folder for this process.
+
+    Raises:
+        StorageError: another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StorageError(
+                f"another run is writing {folder}", hint="wait for it, or choose another output"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a temporary folder that becomes `out`, with a SHA256SUMS file, when the block ends without an exception.
+
+    Args:
+        out: the final name; parents are created.
+        overwrite: replace an earlier output of qtool. Anything else is never replaced.
+
+    Raises:
+        StorageError: `out` is occupied, or the disk is full or not writable.
+    """
+    out = out.resolve()
+    check_free(out, overwrite)
+    with storage_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(out)
+        partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".partial"))
+        try:
+            with lock(partial):
+                yield partial
+                write_sums(partial)
+                partial.chmod(0o777 & ~_umask())
+                _sync_tree(partial)
+                check_free(out, overwrite)
+                _give_name(partial, out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary name for a file that becomes `path` when the block ends without an exception.
+
+    An existing file of that name is replaced.
+
+    Raises:
+        StorageError: the disk is full or not writable.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with storage_errors(path):
+        try:
+            yield partial
+            _sync(partial)
+            partial.replace(path)
+            _sync(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def check_free(out: Path, overwrite: bool = False) -> None:
+    """Makes sure that an output folder can be written; to be called before work that would be lost.
+
+    Raises:
+        StorageError: `out` holds something that may not be replaced.
+    """
+    if not out.exists() and not out.is_symlink():
+        return
+    if not out.is_dir():
+        raise StorageError(
+            "the output is occupied", wanted="a new folder", found=f"the file {out}", hint="choose another"
+        )
+    if not any(out.iterdir()):
+        return
+    foreign = _foreign(out)
+    if foreign is not None:
+        hint = "choose another folder, or move it away"
+        raise StorageError("the output folder holds something else", found=str(out / foreign), hint=hint)
+    if not overwrite:
+        hint = "pass --overwrite to replace it, or choose another folder"
+        raise StorageError("the output folder holds an earlier output", found=str(out), hint=hint)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_sums(folder: Path) -> None:
+    """Writes SHA256SUMS over all other files of a folder, in alphabetical order."""
+    names = [name for name in _files(folder) if name != SUMS]
+    lines = [f"{sha256(folder / name)}  {name}\n" for name in names]
+    (folder / SUMS).write_text(SIGNATURE + "".join(lines), encoding="utf-8")
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """Hex digest by file name, as SHA256SUMS has it; empty if qtool wrote none."""
+    path = folder / SUMS
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if not text.startswith(SIGNATURE):
+        return {}
+    rows = (line.partition("  ") for line in text[len(SIGNATURE) :].splitlines())
+    return {name: digest for digest, _, name in rows}
+
+
+def _foreign(out: Path) -> str | None:
+    """A file in `out` that no run of qtool wrote."""
+    sums = read_sums(out)
+    return next((name for name in _files(out) if not sums or name not in {*sums, SUMS}), None)
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir() or p.is_symlink())
+
+
+def _remove_leftovers(out: Path) -> None:
+    for folder in out.parent.glob(f".{glob.escape(out.name)}.????????.partial"):
+        try:
+            with lock(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+        except StorageError:
+            continue  # a run that is still alive
+
+
+def _give_name(partial: Path, out: Path) -> None:
+    """Renames; what `out` held until now disappears last."""
+    if out.exists() and any(out.iterdir()):
+        old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".partial"))
+        out.replace(old)
+        partial.replace(out)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        partial.replace(out)
+    _sync(out.parent)
+
+
+def _sync_tree(folder: Path) -> None:
+    for name in _files(folder):
+        _sync(folder / name)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    """The process's file mode mask, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
