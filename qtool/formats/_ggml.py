@@ -1,0 +1,247 @@
+"""Weights in the block types of GGUF files: bytes that llama.cpp reads as they are.
+
+Layouts are those of ggml (https://github.com/ggml-org/llama.cpp, ggml/src/ggml-common.h): a row is a sequence of
+blocks of consecutive columns, each with its parameters in fp16 before its codes. The classic types share one shape: 32
+columns, a scale d and perhaps a minimum m, and codes of 4, 5 or 8 bits:
+
+    Q4_0, Q5_0, Q8_0:  w_hat = d * (q - 2^(b-1))     d may be negative
+    Q4_1, Q5_1:        w_hat = d * q + m
+
+`scales: search` minimizes the (importance-weighted) squared error of each block and keeps ggml's own choice where that
+is better. `scales: ggml` gives the bytes of `ggml_quantize_chunk` without an importance matrix.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from qtool.errors import NumericsError
+from qtool.formats._base import Format, Params, Quantized, expand
+from qtool.formats.int import Int
+from qtool.numerics import search
+
+FP16_MAX = 65504.0
+CHUNK = 1 << 21
+"""Weights that a search works on at once, so that its memory does not grow with the matrix."""
+
+
+class BlockFormat(Format):
+    """A block type of GGUF. Subclasses say how the blocks of a row become bytes and back.
+
+    Attributes:
+        ggml_type: its number in tensor tables.
+        columns: columns per block.
+        block_bytes: bytes per block.
+    """
+
+    ggml_type: ClassVar[int]
+    columns: ClassVar[int]
+    block_bytes: ClassVar[int]
+
+    @property
+    def block_columns(self) -> int | None:
+        """See `Format.block_columns`."""
+        return self.columns
+
+    def storage_bits(self, n: int, k: int) -> int:
+        """See `Format.storage_bits`."""
+        return n * (k // self.columns) * self.block_bytes * 8
+
+    @abstractmethod
+    def pack(self, codes: Tensor, params: Params) -> Tensor:
+        """uint8 [N, K] and parameters -> uint8 [N, K / columns * block_bytes], the bytes of the file."""
+
+    @abstractmethod
+    def unpack(self, packed: Tensor) -> tuple[Tensor, Params]:
+        """The exact inverse of `pack`."""
+
+    @abstractmethod
+    def may_hold(self, fmt: Format) -> str | None:
+        """Why this type cannot hold matrices in another format, whatever their data; None if it can."""
+
+    @abstractmethod
+    def hold(self, quantized: Quantized) -> Quantized | str:
+        """The same values in this type, exactly; or the reason why they cannot be."""
+
+
+class Classic(BlockFormat):
+    """Blocks of 32 columns with one scale, and perhaps a minimum.
+
+    Attributes:
+        bits: of a code.
+        offset: True if a block has a minimum.
+        ggml_range: ggml's own encoder divides a block's largest absolute value (or its range) by this.
+        scales: "search" minimizes the error; "ggml" repeats ggml's encoder bit by bit and ignores importance.
+    """
+
+    columns: ClassVar[int] = 32
+    bits: ClassVar[int]
+    offset: ClassVar[bool] = False
+    ggml_range: ClassVar[int]
+
+    scales: Literal["search", "ggml"] = "search"
+
+    @property
+    def label(self) -> str:
+        """`q4_0`, or `q4_0-ggml`."""
+        return type(self).__name__.lower() + "-ggml" * (self.scales == "ggml")
+
+    @classmethod
+    def parse(cls, text: str) -> Classic | None:
+        """See `Format.parse`."""
+        name = cls.__name__.lower()
+        return cls() if text == name else cls(scales="ggml") if text == name + "-ggml" else None
+
+    @property
+    def group_columns(self) -> int | None:
+        """See `Format.group_columns`."""
+        return self.columns
+
+    @property
+    def lowest(self) -> int:
+        """The level of code 0."""
+        return 0 if self.offset else -(1 << (self.bits - 1))
+
+    def levels(self) -> Tensor:
+        """See `Format.levels`."""
+        return torch.arange(self.lowest, self.lowest + (1 << self.bits), dtype=torch.float32)
+
+    def affine(self, params: Params) -> tuple[Tensor, Tensor]:
+        """See `Format.affine`."""
+        d = params["d"].float()
+        return d, params["m"].float() if self.offset else torch.zeros_like(d)
+
+    def refit(self, params: Params, scale: Tensor, offset: Tensor) -> Params:
+        """See `Format.refit`."""
+        return self.stored(scale, offset)
+
+    def stored(self, d: Tensor, m: Tensor) -> Params:
+        """Rounds to fp16. Raises NumericsError: too large for it."""
+        params = {"d": d.half(), "m": m.half()} if self.offset else {"d": d.half()}
+        if not all(p.isfinite().all() for p in params.values()):
+            largest = max(float(d.abs().max()), float(m.abs().max()))
+            raise NumericsError(
+                f"{self.label} stores scales in fp16", wanted=f"at most {FP16_MAX:g}", found=f"{largest:g}"
+            )
+        return params
+
+    def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
+        """See `Format.fit`."""
+        if self.scales == "ggml":
+            return self.stored(*self.ggml_scales(w))
+        rows = max(1, CHUNK // w.shape[1])
+        parts = [self._search(w[i : i + rows], importance) for i in range(0, w.shape[0], rows)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def ggml_scales(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """(d, m) of ggml's encoder before they are rounded to fp16, float32 [N, G] each."""
+        blocks = w.reshape(w.shape[0], -1, self.columns)
+        if self.offset:
+            low, high = blocks.aminmax(dim=-1)
+            return (high - low) / self.ggml_range, low
+        extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)).squeeze(-1)
+        d = extreme.abs() / self.ggml_range if self.ggml_range > 0 else extreme / self.ggml_range
+        return d, torch.zeros_like(d)
+
+    def snap(self, w: Tensor, params: Params) -> Tensor:
+        """See `Format.snap`. ggml rounds against scales not yet in fp16; so do we, where `params` are its own."""
+        if self.scales == "ggml" and w.shape[1] % self.columns == 0:
+            d, m = self.ggml_scales(w)
+            own = self.stored(d, m)
+            if all(torch.equal(own[name], params[name]) for name in own):
+                return self._ggml_codes(w, d, m)
+        return super().snap(w, params)
+
+    def _ggml_codes(self, w: Tensor, d: Tensor, m: Tensor) -> Tensor:
+        """Codes by ggml's order of float32 operations: times the reciprocal, ties up (for Q8_0 away from zero)."""
+        inverse = torch.where(d == 0, 0.0, 1.0 / torch.where(d == 0, 1.0, d))
+        x = (w - expand(m, w.shape[1])) * expand(inverse, w.shape[1])
+        if self.bits == 8:
+            whole = x.trunc()
+            tie = (x - whole).abs() == 0.5
+            return (torch.where(tie, whole + x.sign(), x.round()) - self.lowest).to(torch.uint8)
+        return (x + (0.5 - self.lowest)).floor().clamp(0, (1 << self.bits) - 1).to(torch.uint8)
+
+    def _search(self, w: Tensor, importance: Tensor | None) -> Params:
+        """The better of a search and ggml's parameters, per block: float32 [N, C] -> fp16 [N, G] each."""
+        highest = self.lowest + (1 << self.bits) - 1
+        if self.offset:
+            ours = self.stored(*search.free_offset(w, importance, self.columns, highest))
+        else:
+            scale = search.symmetric(w, importance, self.columns, self.lowest, highest)
+            ours = self.stored(scale, torch.zeros_like(scale))
+        ggml = self.stored(*self.ggml_scales(w))
+        better = self._error(w, importance, ours) < self._error(w, importance, ggml)
+        return {name: torch.where(better, ours[name], ggml[name]) for name in ours}
+
+    def _error(self, w: Tensor, importance: Tensor | None, params: Params) -> Tensor:
+        """Weighted squared error per block after rounding to the nearest level, float32 [N, G]."""
+        error = (self.decode(super().snap(w, params), params) - w).square_()
+        if importance is not None:
+            error *= importance
+        return error.reshape(w.shape[0], -1, self.columns).sum(-1)
+
+    def pack(self, codes: Tensor, params: Params) -> Tensor:
+        """See `BlockFormat.pack`. Byte j holds column j in its low and column j + 16 in its high nibble."""
+        q = codes.reshape(codes.shape[0], -1, self.columns)
+        parts = [params[name].contiguous().view(torch.uint8).reshape(*q.shape[:2], 2) for name in params]
+        if self.bits == 5:
+            places = 2 ** torch.arange(8, dtype=torch.uint8)
+            parts.append((q >> 4).reshape(*q.shape[:2], 4, 8).mul(places).sum(-1, dtype=torch.uint8))
+        parts.append(q ^ 128 if self.bits == 8 else (q[..., :16] & 15) | (q[..., 16:] << 4))
+        return torch.cat(parts, dim=-1).reshape(codes.shape[0], -1)
+
+    def unpack(self, packed: Tensor) -> tuple[Tensor, Params]:
+        """See `BlockFormat.unpack`."""
+        n = packed.shape[0]
+        blocks = packed.reshape(n, -1, self.block_bytes)
+        names = ("d", "m") if self.offset else ("d",)
+        params = {
+            name: blocks[..., 2 * i : 2 * i + 2].contiguous().view(torch.float16).squeeze(-1)
+            for i, name in enumerate(names)
+        }
+        body = blocks[..., 2 * len(names) :]
+        if self.bits == 8:
+            return (body ^ 128).reshape(n, -1), params
+        nibbles = body[..., -16:]
+        q = torch.cat([nibbles & 15, nibbles >> 4], dim=-1)
+        if self.bits == 5:
+            high = (body[..., :4, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+            q |= high.reshape(q.shape) << 4
+        return q.reshape(n, -1), params
+
+    def may_hold(self, fmt: Format) -> str | None:
+        """See `BlockFormat.may_hold`."""
+        if isinstance(fmt, type(self)):
+            return None
+        if not isinstance(fmt, Int):
+            return f"{self.label} holds no {fmt.label}"
+        if fmt.group_columns is not None and fmt.group_columns % self.columns:
+            return f"{self.label} needs groups that are a multiple of {self.columns} columns, not {fmt.group_columns}"
+        bits = fmt.bits + (not fmt.symmetric and not self.offset)
+        if bits > self.bits or (fmt.symmetric and self.offset):
+            return f"the {'range' if fmt.symmetric else 'zero points'} of {fmt.label} do not fit {self.label}"
+        return None
+
+    def hold(self, quantized: Quantized) -> Quantized | str:
+        """See `BlockFormat.hold`. An integer zero point becomes part of the codes, or of the minimum."""
+        codes, params, fmt = quantized
+        reason = self.may_hold(fmt) or self.misfit(codes.shape[1])
+        if reason or isinstance(fmt, type(self)):
+            return reason or quantized
+        scale, offset = (expand(p, codes.shape[1] // self.columns) for p in fmt.affine(params))
+        lowest_value = offset + float(fmt.levels()[0]) * scale
+        if self.offset:
+            stored = {"d": scale.half(), "m": lowest_value.half()}
+            exact = torch.equal(stored["m"].float(), lowest_value)
+        else:
+            stored, shift = {"d": scale.half()}, (lowest_value / scale).round()
+            exact = torch.equal(shift * scale, lowest_value)
+            codes = (codes + expand(shift - self.lowest, codes.shape[1])).to(torch.uint8)
+        if not torch.equal(stored["d"].float(), scale):
+            return "some scales are not exact in fp16"
+        return Quantized(codes, stored, self) if exact else "some zero points times their scales are not exact in fp16"
