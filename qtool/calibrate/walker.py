@@ -185,13 +185,26 @@ class Walker:
         return self.arguments[length]
 
     @torch.inference_mode()
+    def collect_head(self, hidden: Hidden, needs: frozenset[Stat]) -> InputStats:
+        """Measures what the output layer reads: the normed hidden states behind the last block."""
+        norm = self.load_norm()
+        stats = InputStats(hidden.values.shape[-1], needs, self.device)
+        for s in range(hidden.samples):
+            stats.add(norm(hidden[s : s + 1].to(self.device)).flatten(0, -2))
+        return stats
+
+    def load_norm(self) -> nn.Module:
+        """The final norm with its weights."""
+        norm = copy.deepcopy(self.norm)
+        norm.load_state_dict({"weight": self.tensor(f"{self.family.norm}.weight")}, assign=True)
+        return norm
+
+    @torch.inference_mode()
     def logits(self, hidden: Hidden, sample: int, start: int = 0) -> Tensor:
         """Final norm and output layer for positions `start` and later of one sample: float32 [T - start, V]."""
         if self.head is None:
             name = self.family.embedding if self.checkpoint.tied else self.family.head
-            norm = copy.deepcopy(self.norm)
-            norm.load_state_dict({"weight": self.tensor(f"{self.family.norm}.weight")}, assign=True)
-            self.head = norm, self.tensor(f"{name}.weight")
+            self.head = self.load_norm(), self.tensor(f"{name}.weight")
         norm, weight = self.head
         x = norm(hidden[sample : sample + 1][0, start:].to(self.device))
         return (x @ weight.T).float()
