@@ -2,7 +2,8 @@
 
 A `Checkpoint` is a model whose tensors carry Hugging Face names ("model.layers.0.self_attn.q_proj.weight"), wherever
 they are stored. A `QuantizedCheckpoint` also knows, for some modules, codes and parameters; asked for such a weight as
-a plain tensor it decodes it. Every artifact's reader returns one, so evaluation and export do not care where it came from.
+a plain tensor it decodes it. Every artifact's reader returns one, so evaluation and export do not care where it came
+from.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qtool.checkpoint.families._base import Family
+from qtool.errors import CheckpointError, NumericsError
 from qtool.formats._base import Format, Quantized
 
 
@@ -43,7 +45,8 @@ class Checkpoint(ABC):
         source: what the user called it (folder, hub id, file); for messages and reports.
         config: the model's config.json, as transformers names its fields.
         family: what its architecture calls things.
-        files: side files by name (tokenizer.json, generation_config.json, chat_template.jinja, ...), to be copied along.
+        files: side files by name (tokenizer.json, generation_config.json, chat_template.jinja, ...), to be copied
+            along.
     """
 
     source: str
@@ -63,9 +66,13 @@ class Checkpoint(ABC):
     def tensor(self, name: str) -> Tensor:
         """Reads one tensor; nothing of it stays in memory but the result. Raises CheckpointError: it cannot be read."""
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Reads rows `start` to `stop` of one tensor. Raises CheckpointError: they cannot be read."""
+        return self.tensor(name)[start:stop].clone()
+
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hex digest that changes when the model's content does: of sizes, headers and sampled content, not of every byte."""
+        """Hex digest that changes with the model's content: of names, sizes and sampled content, not of every byte."""
 
     def __contains__(self, name: str) -> bool:
         return name in self.names()
@@ -133,6 +140,70 @@ def modules(checkpoint: Checkpoint) -> Iterator[Module]:
     """All matrices of the model that a recipe can give a format to, in the order of `checkpoint.names()`.
 
     Raises:
-        CheckpointError: a decoder block holds a matrix that the family does not know, or lacks one.
+        CheckpointError: a tensor is missing, has another shape than config.json says, or belongs to no such model.
     """
-    raise NotImplementedError
+    verify(checkpoint)
+    family, config = checkpoint.family, checkpoint.config
+    aliases = (family.head,) if checkpoint.tied else ()
+    shape = _matrix(checkpoint, family.embedding)
+    yield Module(family.embedding, aliases, "embedding", "embedding", None, "tokens", None, shape)
+    for i in range(family.blocks(config)):
+        prefix = family.block_prefix.format(i=i)
+        for linear in family.linears:
+            name = prefix + linear.path
+            fused = prefix + linear.fused if linear.fused else None
+            shape = _matrix(checkpoint, name)
+            yield Module(name, (), "linear", linear.role, i, prefix + linear.reads, fused, shape)
+    if not checkpoint.tied:
+        yield Module(family.head, (), "linear", "head", None, "head_in", None, _matrix(checkpoint, family.head))
+
+
+def _matrix(checkpoint: Checkpoint, module: str) -> tuple[int, int]:
+    n, k = checkpoint.info(f"{module}.weight").shape
+    return n, k
+
+
+def verify(checkpoint: Checkpoint) -> None:
+    """Compares names and shapes with what config.json implies.
+
+    Raises:
+        CheckpointError: a tensor is missing, superfluous or of another shape.
+    """
+    expected, found = checkpoint.family.shapes(checkpoint.config), checkpoint.names()
+    kind = checkpoint.config["model_type"]
+    if missing := expected.keys() - set(found):
+        first = next(name for name in expected if name in missing)
+        raise CheckpointError(
+            f"{checkpoint.source} lacks {len(missing)} of the {len(expected)} tensors of a {kind} model",
+            found=f"no {first}",
+            hint="is config.json the one that belongs to these weights?",
+        )
+    if unknown := [name for name in found if name not in expected]:
+        raise CheckpointError(
+            f"{checkpoint.source} holds a tensor that {kind} models do not have",
+            found=unknown[0],
+            hint="only the plain architectures are supported, not variants that reuse their model_type",
+        )
+    for name, shape in expected.items():
+        if checkpoint.info(name).shape != shape:
+            raise CheckpointError(
+                f"{checkpoint.source}: tensor {name} does not fit config.json",
+                wanted=list(shape),
+                found=list(checkpoint.info(name).shape),
+            )
+
+
+def finite(tensor: Tensor, name: str) -> Tensor:
+    """Returns the tensor unchanged.
+
+    Raises:
+        NumericsError: it holds NaN or Inf.
+    """
+    good = torch.isfinite(tensor)
+    if good.all():
+        return tensor
+    first = int(good.reshape(-1).to(torch.uint8).argmin())
+    index = [int(i) for i in torch.unravel_index(torch.tensor(first), tensor.shape)]
+    value = float(tensor.reshape(-1)[first])
+    bad = int((~good).sum())
+    raise NumericsError(f"tensor {name} is not finite", found=f"{value} at {index}, {bad} of {tensor.numel()} values")

@@ -160,7 +160,7 @@ class Family:
         return {} if factors is None else {"rope_freqs.weight": factors}
 
     def gguf_names(self, config: dict[str, Any]) -> dict[str, str]:
-        """Tensor name here -> tensor name in GGUF, for every tensor of the model (and the output matrix, tied or not)."""
+        """Name here -> name in GGUF of every tensor of the model, the output matrix included even if it is tied."""
         import gguf
 
         arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.gguf_arch)

@@ -5,7 +5,7 @@ Source: https://huggingface.co/docs/transformers/model_doc/llama
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from qtool.checkpoint.families._base import Family
 
@@ -14,7 +14,7 @@ class Llama(Family):
     """`LlamaForCausalLM`."""
 
     architecture = "LlamaForCausalLM"
-    defaults = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
+    defaults: ClassVar[dict[str, Any]] = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
     gguf_arch = "llama"
     gguf_permute = frozenset({"q", "k"})
 

@@ -5,7 +5,7 @@ Source: https://huggingface.co/docs/transformers/model_doc/mistral
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from qtool.checkpoint.families._base import Family, Value
 
@@ -14,7 +14,7 @@ class Mistral(Family):
     """`MistralForCausalLM`. Its GGUF files are Llama's; only a sliding window tells them apart."""
 
     architecture = "MistralForCausalLM"
-    defaults = {
+    defaults: ClassVar[dict[str, Any]] = {
         "max_position_embeddings": 131072,
         "rms_norm_eps": 1e-6,
         "num_key_value_heads": 8,

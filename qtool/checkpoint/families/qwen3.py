@@ -5,7 +5,7 @@ Source: https://huggingface.co/docs/transformers/model_doc/qwen3
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from qtool.checkpoint.families._base import Family
 
@@ -14,8 +14,13 @@ class Qwen3(Family):
     """`Qwen3ForCausalLM`."""
 
     architecture = "Qwen3ForCausalLM"
-    defaults = {"max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "num_key_value_heads": 32, "head_dim": 128}
-    norms = {"self_attn.q_norm": "head", "self_attn.k_norm": "head"} | Family.norms
+    defaults: ClassVar[dict[str, Any]] = {
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+    }
+    norms: ClassVar[dict[str, str]] = {"self_attn.q_norm": "head", "self_attn.k_norm": "head"} | Family.norms
     gguf_arch = "qwen3"
 
     def has_bias(self, config: dict[str, Any], role: str) -> bool:

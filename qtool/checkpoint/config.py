@@ -1,0 +1,79 @@
+"""config.json: read, checked, completed with what transformers assumes, and matched to a family."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qtool import registry
+from qtool.checkpoint.families._base import Family
+from qtool.errors import CheckpointError
+
+FAMILIES = "checkpoint/families"
+COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+LIMIT = 2**24
+"""No count of a model is larger; a file that claims more is damaged and would exhaust the memory."""
+BLOCK_LIMIT = 10_000
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        CheckpointError: no such file, or something else is in it.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: wrong content", wanted="a JSON object", found=type(value).__name__)
+    return value
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], Family]:
+    """Reads config.json and completes it.
+
+    Returns:
+        The configuration, its counts checked, with the family's defaults where it says nothing; and the family.
+
+    Raises:
+        CheckpointError: missing, damaged, or of a family that qtool does not know.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path.parent} holds no config.json", hint="a checkpoint folder comes with one")
+    return complete(read_json(path), path)
+
+
+def complete(config: dict[str, Any], where: Path) -> tuple[dict[str, Any], Family]:
+    """See `read_config`; `where` is named in errors."""
+    kind, known = config.get("model_type"), registry.names(FAMILIES)
+    if kind not in known:
+        raise CheckpointError(
+            f"{where}: unknown model family",
+            wanted=f"model_type one of {', '.join(known)}",
+            found=repr(kind)[:60],
+            hint="a new family is one file in qtool/checkpoint/families",
+        )
+    family: Family = registry.load(FAMILIES, kind)()
+    config = family.defaults | config
+    _check(config, where)
+    return config, family
+
+
+def _check(config: dict[str, Any], where: Path) -> None:
+    for field in (*COUNTS, *(f for f in ("num_key_value_heads", "head_dim") if config.get(f) is not None)):
+        count = config.get(field)
+        if type(count) is not int or not 0 < count <= (BLOCK_LIMIT if field == "num_hidden_layers" else LIMIT):
+            raise CheckpointError(f"{where}: impossible {field}", wanted="a positive integer", found=repr(count)[:40])
+    heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
+    if heads % kv_heads:
+        raise CheckpointError(f"{where}: {heads} attention heads cannot share {kv_heads} key/value heads")
+    if not config.get("head_dim") and config["hidden_size"] % heads:
+        raise CheckpointError(f"{where}: hidden_size {config['hidden_size']} is no multiple of {heads} attention heads")
+    for field in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(field), dict | None):
+            raise CheckpointError(f"{where}: wrong {field}", wanted="an object", found=repr(config[field])[:40])

