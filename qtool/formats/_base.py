@@ -47,8 +47,10 @@ class Format(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    symmetric_grid: ClassVar[bool] = True
-    """False where the offset is free, so that a closed-form refit may move it."""
+    examples: ClassVar[tuple[str, ...]] = ()
+    """Shorthands to suggest and to complete, where the family spells more than its own name."""
+    free_offset: ClassVar[bool] = False
+    """True where the offset is free, so that a closed-form refit may move it beside the scale."""
 
     @property
     @abstractmethod

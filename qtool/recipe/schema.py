@@ -2,86 +2,283 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    PrivateAttr,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+from pydantic.functional_validators import ModelWrapValidatorHandler
+from typing_extensions import Self
 
 from qtool import registry
+from qtool.errors import nearest
 from qtool.formats._base import Format
 from qtool.methods._base import Method
+from qtool.recipe.match import compile_pattern
+from qtool.recipe.problems import Keys, Mistakes, checked, explain, mistake, show
 
 
 class Strict(BaseModel):
     """Unknown keys are errors; objects do not change."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def conflicts(cls, value: Mapping[str, Any]) -> list[tuple[Keys, str]]:
+        """Mistakes that more than one key makes together."""
+        return []
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explain(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Words every mistake at the level where it is made, so that its wording knows the keys that exist there."""
+        mistakes = cls.conflicts(value) if isinstance(value, Mapping) else []
+        try:
+            result = handler(value)
+        except ValidationError as error:
+            raise Mistakes([*explain(error, cls, value), *mistakes]) from None
+        if mistakes:
+            raise Mistakes(mistakes)
+        return result
 
 
 def parse_format(value: Any) -> Format:
     """`int4-g128`, `q4_0`, or a mapping with `type:` and the format's own fields."""
-    raise NotImplementedError
+    if isinstance(value, Format):
+        return value
+    if isinstance(value, str):
+        return _shorthand(value)
+    if not isinstance(value, Mapping) or not isinstance(value.get("type"), str):
+        wanted = "a format such as int4-g128, or a mapping with type: and the format's fields"
+        raise mistake("no format", wanted=wanted, found=show(value))
+    name, known = value["type"], registry.names("formats")
+    if name not in known:
+        raise Mistakes([(("type",), f"no format is called {show(name)}; {nearest(name, known)}")])
+    fields = {key: field for key, field in value.items() if key != "type"}
+    return cast(Format, checked(registry.load("formats", name), fields))
+
+
+def _shorthand(text: str) -> Format:
+    """The format that a single word spells: a registered name, or what a family's `parse` accepts."""
+    families = {name: registry.load("formats", name) for name in registry.names("formats")}
+    if text in families:
+        try:
+            return cast(Format, families[text]())
+        except ValidationError:
+            hint = f"write {{type: {text}, ...}} or a shorthand such as {families[text].examples[0]}"
+            raise mistake(f"the format {text} needs options", hint=hint) from None
+    for family in families.values():
+        if found := checked(family, text, family.parse):
+            return cast(Format, found)
+    examples = [example for family in families.values() for example in family.examples]
+    raise mistake(f"no format is called {show(text)}", hint=nearest(text, [*families, *examples]))
 
 
 def parse_method(value: Any) -> Method:
     """`gptq`, or `{gptq: {damp: 0.01}}`."""
-    raise NotImplementedError
+    if isinstance(value, Method):
+        return value
+    options = {value: {}} if isinstance(value, str) else value
+    if not isinstance(options, Mapping) or len(options) != 1:
+        raise mistake("no method", wanted="a name such as rtn, or {gptq: {damp: 0.01}}", found=show(value))
+    ((name, fields),) = options.items()
+    if name not in registry.names("methods"):
+        raise mistake(f"no method is called {show(name)}", hint=nearest(str(name), registry.names("methods")))
+    try:
+        return cast(Method, checked(registry.load("methods", name), {} if fields is None else fields))
+    except Mistakes as error:
+        raise Mistakes([((name, *path), text) for path, text in error.found]) from None
 
 
-FormatField = Annotated[SerializeAsAny[Format], BeforeValidator(parse_format)]
-MethodField = Annotated[SerializeAsAny[Method], BeforeValidator(parse_method)]
+def dump_format(fmt: Format) -> Any:
+    """What `parse_format` reads back as an equal format: the shorthand where it says everything."""
+    if type(fmt).parse(fmt.label) == fmt:
+        return fmt.label
+    return {"type": type(fmt).__module__.rpartition(".")[2], **fmt.model_dump(mode="json")}
+
+
+def _parse_fallback(value: Any) -> Any:
+    return value if value == "error" else parse_format(value)
+
+
+def _dump_fallback(value: Any) -> Any:
+    return dump_format(value) if isinstance(value, Format) else value
+
+
+def _dump_method(method: Method) -> Any:
+    return {method.name(): method.model_dump(mode="json")}
+
+
+def _check_pattern(pattern: str) -> str:
+    compile_pattern(pattern)
+    return pattern
+
+
+def _check_artifact(name: str) -> str:
+    if name not in registry.names("artifact"):
+        raise mistake(f"no artifact is called {show(name)}", hint=nearest(name, registry.names("artifact")))
+    return name
+
+
+def _check_source(data: str) -> str:
+    if data in ("builtin", "self") or data.startswith("hf:") or data.endswith((".txt", ".jsonl", ".parquet")):
+        return data
+    raise mistake(
+        "no token source",
+        wanted="builtin, self, a file that ends in .txt, .jsonl or .parquet, or hf:REPO[:CONFIG[:SPLIT]]",
+        found=show(data),
+    )
+
+
+def _shape_of(value: Any) -> str:
+    return "list" if isinstance(value, list | tuple) else "text"
+
+
+FormatField = Annotated[Format, BeforeValidator(parse_format), PlainSerializer(dump_format)]
+MethodField = Annotated[Method, BeforeValidator(parse_method), PlainSerializer(_dump_method)]
+FallbackField = Annotated[Literal["error"] | Format, BeforeValidator(_parse_fallback), PlainSerializer(_dump_fallback)]
+TokenSource = Annotated[str, AfterValidator(_check_source)]
 
 
 class Source(Strict):
-    """One token source of a mixture: builtin, self, path.txt, .jsonl, .parquet, hf:repo[:config[:split]]."""
+    """One token source of a mixture.
 
-    data: str
-    weight: float = Field(1.0, gt=0)
+    Attributes:
+        data: builtin (prose of Python's standard library), self (sampled from the model), a file that ends in .txt,
+            .jsonl or .parquet, or hf:repo[:config[:split]].
+        weight: its share of the samples, relative to the other sources.
+    """
+
+    data: TokenSource
+    weight: float = Field(default=1.0, gt=0)
 
 
 class Calibration(Strict):
-    """Which tokens are run through the model, and how."""
+    """Which tokens are run through the model, and how.
 
-    data: str | tuple[Source, ...] = "builtin"
-    samples: int = Field(128, ge=1)
-    length: int = Field(2048, ge=16)
+    Attributes:
+        data: builtin (prose of Python's standard library), self (sampled from the model), a file that ends in .txt,
+            .jsonl or .parquet, hf:repo[:config[:split]], or a list of these with weights.
+        samples: token sequences.
+        length: tokens per sequence.
+        seed: chooses the sequences.
+        chat_template: whether messages of a .jsonl file are laid out by the model's chat template.
+        propagate: what a block reads: the output of the quantized blocks before it, or of the original ones.
+    """
+
+    data: Annotated[
+        Annotated[TokenSource, Tag("text")] | Annotated[tuple[Source, ...], Field(min_length=1), Tag("list")],
+        Discriminator(_shape_of),
+    ] = "builtin"
+    samples: int = Field(default=128, ge=1)
+    length: int = Field(default=2048, ge=16)
     seed: int = 0
     chat_template: bool = False
     propagate: Literal["quantized", "float"] = "quantized"
 
 
 class Rule(Strict):
-    """What to do with the layers that a pattern matches. The first rule that matches a layer decides."""
+    """What to do with the layers that a pattern matches. The first rule that matches a layer decides.
 
-    match: str
+    Attributes:
+        match: a glob on module names in which * crosses dots, or re: and a regular expression for the whole name. A
+            single * means every linear layer.
+        weights: the format of the weights.
+        method: how their codes are chosen; rtn if nothing is said.
+        activations: the format that inputs are rounded to at run time, token by token.
+        keep: true leaves the layers as they are; f32, f16 or bf16 casts them.
+        fallback: the format for layers whose rows the first one cannot divide; error refuses them.
+    """
+
+    match: Annotated[str, Field(min_length=1), AfterValidator(_check_pattern)]
     weights: FormatField | None = None
     method: MethodField | None = None
     activations: FormatField | None = None
     keep: Literal[True, "f32", "f16", "bf16"] | None = None
-    fallback: Literal["error"] | FormatField = "error"
+    fallback: FallbackField = "error"
+    _where: str = PrivateAttr("")
+
+    @classmethod
+    def conflicts(cls, value: Mapping[str, Any]) -> list[tuple[Keys, str]]:
+        """A rule gives a format or keeps, and only a format has options."""
+        given = [key for key in ("weights", "method", "activations", "fallback") if value.get(key) is not None]
+        if value.get("keep") is not None:
+            return [((key,), "a rule with keep: quantizes nothing; remove one of the two") for key in given]
+        if "weights" in given:
+            return []
+        return [((), "a rule says what to do with its layers; add weights: FORMAT or keep: true")]
+
+    @property
+    def where(self) -> str:
+        """File and line that it stands in; empty for a rule that was not read from text."""
+        return self._where
+
+    def place(self, where: str) -> None:
+        """Remembers where it stands."""
+        self._where = where
 
 
 class Export(Strict):
-    """One artifact to write. Further keys are the artifact's own options."""
+    """One artifact to write.
 
-    to: str
+    Attributes:
+        to: the artifact's layout.
+    """
+
+    to: Annotated[str, AfterValidator(_check_artifact)]
 
 
 class Eval(Strict):
-    """What to measure after quantizing."""
+    """What to measure after quantizing.
+
+    Attributes:
+        text: file with the text to score.
+        context: tokens per window.
+        chunks: windows to score; all of them if nothing is said.
+        gates: limits by name, such as kld: 0.05; a result that misses one fails the run.
+    """
 
     text: str
-    context: int = 512
-    chunks: int | None = None
+    context: int = Field(default=512, ge=16)
+    chunks: int | None = Field(default=None, ge=1)
     gates: dict[str, float] = Field(default_factory=dict)
 
 
 class Recipe(Strict):
-    """A whole recipe."""
+    """A whole recipe.
+
+    Attributes:
+        recipe: version of this grammar.
+        name: what reports and model cards call it.
+        description: one line for `qtool recipes list`.
+        calibration: which tokens are run through the model, and how.
+        layers: rules; the first one that matches a layer decides.
+        export: artifacts to write.
+        eval: what to measure after quantizing.
+    """
 
     recipe: Literal[1]
-    name: str
+    name: str = Field(min_length=1)
     description: str = ""
     calibration: Calibration = Calibration()
     layers: tuple[Rule, ...] = Field(min_length=1)
     export: tuple[Export, ...] = ()
     eval: Eval | None = None
+
+    @classmethod
+    def conflicts(cls, value: Mapping[str, Any]) -> list[tuple[Keys, str]]:
+        """Two artifacts of one layout would have the same place."""
+        exports = value.get("export")
+        names = [e.get("to") for e in exports if isinstance(e, Mapping)] if isinstance(exports, list | tuple) else []
+        return [(("export", i), f"{n!r} is listed twice") for i, n in enumerate(names) if n in names[:i]]

@@ -1,0 +1,91 @@
+"""The grammar of recipes as JSON Schema, so that editors complete and check them while they are written.
+
+It follows from the models and the registries: whatever format, method or artifact exists is in it, with its options.
+https://json-schema.org/draft/2020-12
+"""
+
+from __future__ import annotations
+
+import re
+from inspect import cleandoc
+from typing import Any
+
+from pydantic import BaseModel
+
+from qtool import registry
+from qtool.recipe.schema import Recipe
+
+ATTRIBUTE = re.compile(r"^    (\w+(?:, \w+)*): (.+(?:\n {8}.+)*)", re.MULTILINE)
+"""One entry of a docstring's "Attributes:" section."""
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a recipe file, `extends` included."""
+    schema = Recipe.model_json_schema()
+    definitions = schema["$defs"]
+    definitions |= {"Format": _formats(), "Method": _methods()}
+    for part in (schema, *definitions.values()):
+        _describe(part)
+    definitions["Export"]["properties"]["to"]["enum"] = registry.names("artifact")
+    schema["properties"]["extends"] = {
+        "type": "string",
+        "description": "Begins with another recipe, by path or by the name of one that ships; what is said here wins.",
+    }
+    schema["required"] = ["recipe", "name"]
+    schema["anyOf"] = [{"required": ["layers"]}, {"required": ["extends"]}]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _formats() -> dict[str, Any]:
+    """Any registered format: a shorthand, or a mapping with `type`."""
+    words: list[str] = []
+    mappings = []
+    for name in registry.names("formats"):
+        family = registry.load("formats", name)
+        options = _options(family)
+        words += family.examples if options.get("required") else [name, *family.examples]
+        options["properties"] = {"type": {"const": name}, **options["properties"]}
+        options["required"] = ["type", *options.get("required", [])]
+        mappings.append(options)
+    return {
+        "description": "A format: a shorthand such as int4-g128 or q4_0, or a mapping with type and its options.",
+        "anyOf": [{"type": "string", "examples": words}, *mappings],
+    }
+
+
+def _methods() -> dict[str, Any]:
+    """Any registered method: its name, or a mapping from its name to its options."""
+    names = registry.names("methods")
+    mappings = []
+    for name in names:
+        options = _options(registry.load("methods", name))
+        mappings.append(
+            {
+                "type": "object",
+                "description": options["description"],
+                "properties": {name: options},
+                "required": [name],
+                "additionalProperties": False,
+            }
+        )
+    return {
+        "description": "How codes are chosen: a method's name, or a mapping from its name to its options.",
+        "anyOf": [{"enum": names}, *mappings],
+    }
+
+
+def _options(model: type[BaseModel]) -> dict[str, Any]:
+    """The options of one registered class."""
+    schema = model.model_json_schema()
+    _describe(schema)
+    return schema
+
+
+def _describe(schema: dict[str, Any]) -> None:
+    """Moves what a docstring's "Attributes:" section says to the properties that it is about."""
+    text, _, attributes = cleandoc(schema.get("description", "")).partition("Attributes:")
+    schema["description"] = text.strip()
+    for names, description in ATTRIBUTE.findall(attributes):
+        for name in names.split(", "):
+            if name in schema.get("properties", {}):
+                schema["properties"][name].setdefault("description", re.sub(r"\s+", " ", description))

@@ -1,0 +1,209 @@
+"""A recipe's name or path -> a checked `Recipe`: finds the file, follows `extends`, applies `--set`.
+
+`extends: NAME_OR_PATH` begins with another recipe. What the file says itself wins:
+  * `name`, `description` and `recipe` are never inherited; every file has its own.
+  * `calibration` and `eval` are merged key by key; `export` replaces the other list.
+  * A rule of `layers` whose `match` the base has too takes that rule's place. All other rules come before the base's,
+    in their order, so that they decide first.
+A relative path in `extends` counts from the folder of the file that says it.
+
+Importing this module imports no torch, so that recipes are listed quickly.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qtool.errors import RecipeError, nearest
+from qtool.recipe.nodes import BROKEN, Node, Reader
+from qtool.recipe.problems import Keys, explain, show
+
+if TYPE_CHECKING:
+    from qtool.recipe.schema import Recipe
+
+OWN = frozenset({"recipe", "name", "description", "extends"})
+"""Keys that a recipe never inherits."""
+INDEX = re.compile("[0-9]{1,6}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A recipe that ships with qtool."""
+
+    name: str
+    description: str
+    path: Path
+
+
+def shelf() -> Path:
+    """The folder of the recipes that ship: inside the installed package, or in the repository beside it."""
+    package = Path(__file__).parents[1]
+    installed = package / "_recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def list_recipes() -> list[Entry]:
+    """The recipes that ship, by name."""
+    reader, entries = Reader(), []
+    for path in sorted(shelf().glob("*.yaml")):
+        fields = reader.read(path).plain()
+        entries.append(Entry(path.stem, str(fields.get("description", "")), path))
+    return entries
+
+
+def find_recipe(name: str, folder: Path | None = None) -> Path:
+    """The file that a user means: a path first, then the name of a recipe that ships.
+
+    Args:
+        name: path, or name without ".yaml".
+        folder: where a relative path counts from; None: the working folder.
+
+    Raises:
+        RecipeError: neither exists.
+    """
+    path = (folder or Path()) / name
+    try:
+        if path.is_file():
+            return path
+    except (OSError, ValueError):  # too long for a path, or no characters of one
+        pass
+    shipped = {path.stem: path for path in shelf().glob("*.yaml")}
+    if name in shipped:
+        return shipped[name]
+    line = f"no file and no shipped recipe is called {show(name)}; {nearest(name, list(shipped))}"
+    raise RecipeError([line], "recipe not found")
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads and checks a recipe.
+
+    Args:
+        name: path, or name of a recipe that ships.
+        overrides: `key=value` each: a dotted path with list indices, as in `calibration.samples=32` or
+            `layers.0.weights=int4-g64`, and a value in YAML.
+
+    Raises:
+        RecipeError: everything that is wrong, each with file and line (or flag), key, found and wanted.
+    """
+    from pydantic import ValidationError
+
+    from qtool.recipe.schema import Recipe
+
+    reader = Reader()
+    tree = _read(find_recipe(name), reader, ())
+    for text in overrides:
+        _override(tree, text, reader)
+    plain = tree.plain()
+    try:
+        recipe = Recipe.model_validate(plain, strict=True)
+    except ValidationError as error:
+        for keys, text in explain(error, Recipe, plain):
+            node = tree.at(keys)
+            if node.value is not BROKEN:
+                reader.report(node.where, keys, text)
+    if reader.problems:
+        raise RecipeError(reader.problems, f"recipe {name}")
+    for rule, node in zip(recipe.layers, tree.value["layers"].value, strict=True):
+        rule.place(node.where)
+    return recipe
+
+
+def _read(path: Path, reader: Reader, chain: tuple[Path, ...]) -> Node:
+    """The tree of a file with everything that it extends. `chain` holds the files that led here."""
+    tree = reader.read(path)
+    extends = tree.value.pop("extends", None) if isinstance(tree.value, dict) else None
+    if extends is None:
+        return tree
+    base = _base(extends, path, reader, (*chain, path.resolve()))
+    return _extend(
+        base if isinstance(base.value, dict) else Node({"layers": Node(BROKEN, base.where)}, base.where), tree
+    )
+
+
+def _base(extends: Node, path: Path, reader: Reader, chain: tuple[Path, ...]) -> Node:
+    """The tree of the recipe that the file at `path` extends; broken, with a report, if there is none."""
+    broken = Node(BROKEN, extends.where)
+    if extends.value is BROKEN:
+        return broken
+    if not isinstance(extends.value, str):
+        reader.report(extends.where, ("extends",), f"wanted a recipe's name or path, found {show(extends.plain())}")
+        return broken
+    try:
+        found = find_recipe(extends.value, path.parent)
+    except RecipeError as error:
+        reader.report(extends.where, ("extends",), error.problems[0])
+        return broken
+    if found.resolve() in chain:
+        circle = " -> ".join(p.name for p in (*chain, found))
+        reader.report(extends.where, ("extends",), f"recipes extend each other in a circle: {circle}")
+        return broken
+    return _read(found, reader, chain)
+
+
+def _extend(base: Node, child: Node) -> Node:
+    """The base with everything that the child says; see the module's docstring."""
+    merged = {key: node for key, node in base.value.items() if key not in OWN}
+    for key, node in child.value.items():
+        inherited = merged.get(key)
+        if key == "layers" and inherited is not None and _lists(inherited, node):
+            node = Node(_extend_rules(inherited.value, node.value), node.where)
+        elif inherited is not None and isinstance(inherited.value, dict) and isinstance(node.value, dict):
+            node = Node({**inherited.value, **node.value}, node.where)
+        merged[key] = node
+    return Node(merged, child.where)
+
+
+def _lists(*nodes: Node) -> bool:
+    return all(isinstance(node.value, list) for node in nodes)
+
+
+def _extend_rules(base: list[Node], child: list[Node]) -> list[Node]:
+    rules = list(base)
+    first: list[Node] = []
+    patterns = [_pattern(rule) for rule in base]
+    for rule in child:
+        pattern = _pattern(rule)
+        if pattern is not None and pattern in patterns:
+            rules[patterns.index(pattern)] = rule
+        else:
+            first.append(rule)
+    return first + rules
+
+
+def _pattern(rule: Node) -> str | None:
+    """What a rule matches, if it says so."""
+    match = rule.value.get("match") if isinstance(rule.value, dict) else None
+    return match.value if match and isinstance(match.value, str) else None
+
+
+def _override(tree: Node, text: str, reader: Reader) -> None:
+    """Puts the value of one `key=value` into the tree."""
+    key, equals, written = text.partition("=")
+    flag = f"--set {text}"
+    keys: Keys = tuple(int(part) if INDEX.fullmatch(part) else part for part in key.split("."))
+    if not equals or "" in keys:
+        reader.report(flag, (), "wanted KEY=VALUE, as in calibration.samples=32")
+        return
+    node = tree
+    for depth, part in enumerate(keys):
+        if isinstance(node.value, dict) and isinstance(part, str):
+            node = node.value.setdefault(part, Node({}, flag))
+        elif isinstance(node.value, list) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+        else:
+            reader.report(flag, keys[:depth], _dead_end(node, part))
+            return
+    node.value, node.where = reader.parse(written, lambda _: flag).value, flag
+
+
+def _dead_end(node: Node, part: str | int) -> str:
+    """Why a path does not go on from a node."""
+    if isinstance(node.value, list):
+        return f"wanted an index below {len(node.value)}, found {part!r}"
+    if isinstance(node.value, dict):
+        return f"wanted a key, found the index {part}"
+    return f"has no keys to set, found {show(node.plain())}; set the whole of it"

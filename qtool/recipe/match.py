@@ -1,0 +1,56 @@
+"""Layer patterns: globs on module names in which `*` crosses dots, or `re:` and a full-match regular expression."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import warnings
+from functools import lru_cache
+from typing import Protocol
+
+EVERY_LINEAR = "*"
+
+
+class Named(Protocol):
+    """What a pattern is held against; `qtool.checkpoint._base.Module` is one."""
+
+    @property
+    def name(self) -> str:
+        """Module path."""
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """Other names of the same matrix."""
+
+    @property
+    def kind(self) -> str:
+        """Either "linear" or "embedding"."""
+
+
+@lru_cache(maxsize=4096)
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """The regular expression that a pattern stands for.
+
+    Raises:
+        ValueError: the text after `re:` is not a regular expression.
+    """
+    if not pattern.startswith("re:"):
+        return re.compile(fnmatch.translate(pattern))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # what Python only warns about means something else in its next version
+            return re.compile(pattern[3:])
+    except (re.error, OverflowError, RecursionError, Warning) as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+
+
+def matches(pattern: str, module: Named) -> bool:
+    """True if the pattern names the module, by its name or an alias.
+
+    `*` alone means every linear layer: the token embedding is only reached by a pattern that says more, such as
+    `model.embed_tokens`, or `lm_head` where the output layer is tied to it.
+    """
+    if pattern == EVERY_LINEAR:
+        return module.kind == "linear"
+    expression = compile_pattern(pattern)
+    return any(expression.fullmatch(name) for name in (module.name, *module.aliases))
