@@ -1,0 +1,59 @@
+"""Factorizations that the solvers need.
+
+Shape letters: K input features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qtool.errors import NumericsError
+
+DAMPING_STEPS = (1.0, 10.0, 100.0)
+"""Factors on the wanted damping, tried in turn until the matrix factorizes."""
+
+
+def inverse_factor(gram: Tensor, damp: float) -> tuple[Tensor, float]:
+    """Upper Cholesky factor of the inverse of a damped Gram matrix: U with U^T U = (H + damp * mean(diag H) * I)^-1.
+
+    It comes from one factorization of H read backwards and one triangular inverse, without forming the inverse: with J
+    the reversal of rows and columns, J H J = L L^T gives H^-1 = (J L^-1 J)^T (J L^-1 J), and J L^-1 J is upper triangular.
+
+    Args:
+        gram: float32 [K, K], symmetric, positive semidefinite.
+        damp: relative to the mean of the diagonal.
+
+    Returns:
+        (U, float32 [K, K]; the relative damping that was used, larger than `damp` if the matrix did not factorize).
+
+    Raises:
+        NumericsError: not positive definite even with 100 times the damping.
+    """
+    mean = gram.diagonal().mean()
+    for step in DAMPING_STEPS:
+        damped = gram.flip(0, 1).contiguous()
+        damped.diagonal().add_(damp * step * mean)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0:
+            inverse = invert_lower(lower)
+            if bool(inverse.isfinite().all()):
+                return inverse.flip(0, 1).contiguous(), damp * step
+    raise NumericsError(
+        "the Gram matrix of calibration inputs cannot be factorized",
+        wanted="a positive definite matrix",
+        found=f"none with damping up to {damp * DAMPING_STEPS[-1]:g}",
+    )
+
+
+def invert_lower(lower: Tensor) -> Tensor:
+    """Inverse of a lower triangular matrix [K, K], by halves, so that nearly all work is matrix products."""
+    k = len(lower)
+    if k <= 128:
+        return torch.linalg.solve_triangular(lower, torch.eye(k, dtype=lower.dtype, device=lower.device), upper=False)
+    half = k // 2
+    first, last = invert_lower(lower[:half, :half]), invert_lower(lower[half:, half:])
+    inverse = torch.zeros_like(lower)
+    inverse[:half, :half], inverse[half:, half:] = first, last
+    inverse[half:, :half] = -last @ (lower[half:, :half] @ first)
+    return inverse

@@ -1,0 +1,151 @@
+"""The column walk of GPTQ and the coordinate descent after it, as compiled kernels over rows.
+
+Both minimize tr(D H D^T), D = W - W_hat, one row at a time, for a grid `w_hat = scale * level + offset` whose (scale, offset)
+are fixed per row and group of columns. Rows are independent, so every thread takes some.
+
+Shape letters: N rows, K columns, B columns of a block, G groups, L levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from qtool.numerics.parallel import over_rows
+
+BLOCK = 128
+"""Columns whose errors are fed forward inside the kernel; what lies to the right is updated once per block."""
+
+FAST = {"nnan", "ninf", "nsz", "arcp", "contract", "reassoc"}
+
+
+@njit(nogil=True, cache=True, inline="always")
+def nearest(x, levels, lowest, uniform):  # type: ignore[no-untyped-def]
+    """Index of the level nearest to x; consecutive integers are rounded, other tables bisected."""
+    last = len(levels) - 1
+    if uniform:
+        return int(min(max(np.rint(x), lowest), lowest + last) - lowest)
+    below, above = 0, last
+    while below < above:
+        middle = (below + above) // 2
+        if x > (levels[middle] + levels[middle + 1]) * np.float32(0.5):
+            below = middle + 1
+        else:
+            above = middle
+    return below
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def walk_rows(w, factor, scale, offset, levels, uniform, codes, error, start, stop):  # type: ignore[no-untyped-def]
+    """Walks the B columns of a block for rows start to stop.
+
+    w [N, B] is updated in place; factor [B, B] is the block of the inverse factor U; scale, offset [N, B] are given per
+    column; codes uint8 [N, B] and error [N, B] are filled, error being D_j / U_jj.
+    """
+    lowest = levels[0]
+    for n in range(start, stop):
+        row = w[n]
+        for j in range(w.shape[1]):
+            s, o = scale[n, j], offset[n, j]
+            code = nearest((row[j] - o) / s, levels, lowest, uniform) if s != 0 else 0
+            e = (row[j] - (s * levels[code] + o)) / factor[j, j]
+            codes[n, j] = code
+            error[n, j] = e
+            for i in range(j + 1, w.shape[1]):
+                row[i] -= e * factor[j, i]
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def descend_rows(w, gram, scale, offset, levels, uniform, codes, sweeps, start, stop):  # type: ignore[no-untyped-def]
+    """Coordinate descent on the codes of rows start to stop: each in turn moves to the best level given all others.
+
+    w [N, K]; gram [K, K]; scale, offset [N, G], for K / G columns each; codes uint8 [N, K] are improved in place. Every change lowers
+    the objective; a row is done when a sweep changes nothing.
+    """
+    k = w.shape[1]
+    width = k // scale.shape[1]
+    lowest = levels[0]
+    gradient = np.empty(k, np.float32)
+    for n in range(start, stop):
+        gradient[:] = 0
+        for j in range(k):
+            d = w[n, j] - (scale[n, j // width] * levels[codes[n, j]] + offset[n, j // width])
+            if d != 0:
+                for i in range(k):
+                    gradient[i] += d * gram[j, i]
+        for _ in range(sweeps):
+            changes = 0
+            for j in range(k):
+                s, o = scale[n, j // width], offset[n, j // width]
+                if s == 0 or gram[j, j] <= 0:
+                    continue
+                now = s * levels[codes[n, j]] + o
+                code = nearest((now + gradient[j] / gram[j, j] - o) / s, levels, lowest, uniform)
+                if code == codes[n, j]:
+                    continue
+                step = s * levels[code] + o - now
+                if step * (np.float32(2.0) * gradient[j] - step * gram[j, j]) <= 0:
+                    continue
+                codes[n, j] = code
+                changes += 1
+                for i in range(k):
+                    gradient[i] -= step * gram[j, i]
+            if changes == 0:
+                break
+
+
+def is_uniform(levels: Tensor) -> bool:
+    """True for consecutive integers."""
+    return bool((levels.diff() == 1).all()) and float(levels[0]).is_integer()
+
+
+def walk(
+    w: Tensor, factor: Tensor, levels: Tensor, block: int, parameters: Callable[[int, int, Tensor], tuple[Tensor, Tensor]]
+) -> Tensor:
+    """GPTQ's walk over all columns, from left to right.
+
+    Args:
+        w: float32 [N, K], columns in walking order.
+        factor: float32 [K, K], U of `linalg.inverse_factor`, in the same order.
+        levels: float32 [L].
+        block: columns per block.
+        parameters: called as (start, stop, w[:, start:stop] with all errors so far fed in) when the walk reaches a
+            block; returns scale and offset, float32 [N, stop - start], per column.
+
+    Returns:
+        Codes, uint8 [N, K], in walking order.
+    """
+    w = w.clone()
+    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+    uniform = is_uniform(levels)
+    for a in range(0, w.shape[1], block):
+        b = min(a + block, w.shape[1])
+        current = w[:, a:b].contiguous()
+        scale, offset = parameters(a, b, current)
+        found, error = _walk_block(current, factor[a:b, a:b], scale, offset, levels, uniform)
+        codes[:, a:b] = found
+        w[:, b:].addmm_(error, factor[a:b, b:], alpha=-1)
+    return codes
+
+
+def _walk_block(
+    w: Tensor, factor: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool
+) -> tuple[Tensor, Tensor]:
+    """(codes, errors), [N, B] each, of one block."""
+    codes, error = np.empty(w.shape, np.uint8), np.empty(w.shape, np.float32)
+    arrays = [t.contiguous().cpu().numpy() for t in (w, factor, scale, offset, levels)]
+    over_rows(lambda a, b: walk_rows(*arrays, uniform, codes, error, a, b), len(codes))
+    return torch.from_numpy(codes).to(w.device), torch.from_numpy(error).to(w.device)
+
+
+def descend(w: Tensor, gram: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, codes: Tensor, sweeps: int) -> Tensor:
+    """Improves codes, uint8 [N, K], by coordinate descent; see `descend_rows`. Returns new codes."""
+    better = codes.cpu().numpy().copy()
+    arrays = [t.contiguous().cpu().numpy() for t in (w, gram, scale, offset, levels)]
+    uniform = is_uniform(levels)
+    over_rows(lambda a, b: descend_rows(*arrays, uniform, better, sweeps, a, b), len(better))
+    return torch.from_numpy(better).to(codes.device)
