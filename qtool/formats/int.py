@@ -12,7 +12,7 @@ amax / (2^(b-1) - 1/2), which splits the error of the largest weight between bot
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -36,8 +36,10 @@ class Int(Format):
         scale_dtype: how scales are stored.
     """
 
+    examples = ("int4-g128", "int4-g64", "int4-g32", "int4-g128-asym", "int3-g64", "int8-channel", "int8-token")
+
     bits: int = Field(ge=2, le=8)
-    group: int | Literal["channel", "token", "tensor"]
+    group: Annotated[int, Field(gt=0)] | Literal["channel", "token", "tensor"]
     symmetric: bool = True
     scales: Literal["minmax", "search"] = "search"
     scale_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
