@@ -2,12 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
-from qtool.checkpoint._base import Checkpoint, Layer, Module
+from pydantic import BaseModel
+
+from qtool import __version__
+from qtool.checkpoint._base import Checkpoint, Layer, Module, modules
+from qtool.errors import PlanError, UsageError, nearest
 from qtool.formats._base import Format
 from qtool.methods._base import Method
-from qtool.recipe.schema import Recipe
+from qtool.recipe.findings import Findings
+from qtool.recipe.match import matches
+from qtool.recipe.schema import Recipe, Rule, parse_method
+
+DTYPE_BITS = {"f32": 32, "f16": 16, "bf16": 16}
+
+
+class Verdict(Protocol):
+    """Whether an artifact can hold a layer, and why not; `qtool.artifact._base.Carry` is one."""
+
+    @property
+    def possible(self) -> bool:
+        """True if it can."""
+
+    @property
+    def reason(self) -> str:
+        """Why not."""
+
+
+class Carrier(Protocol):
+    """What the plan asks an artifact; `qtool.artifact._base.Artifact` is one."""
+
+    @property
+    def fuses(self) -> bool:
+        """True if runtimes merge the layers of a fused set."""
+
+    def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Verdict:
+        """Known from the format alone."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +74,24 @@ class LayerPlan:
         """As checkpoints describe it; None if kept."""
         return Layer(self.format, self.activations) if self.format else None
 
+    @property
+    def label(self) -> str:
+        """What becomes of it in a word or two: "int8-channel with int8-token inputs", "kept", "kept as f16"."""
+        if self.format is None:
+            return "kept" if self.keep == "source" else f"kept as {self.keep}"
+        return self.format.label + (f" with {self.activations.label} inputs" if self.activations else "")
+
+
+@dataclass(frozen=True)
+class Share:
+    """All layers of one role that are treated alike: how many, their weights, and their bytes when stored."""
+
+    role: str
+    label: str
+    layers: int
+    weights: int
+    nbytes: int
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -50,6 +103,8 @@ class Plan:
         artifacts: names of the artifacts to write, in recipe order.
         other_bytes: tensors that are no module (norms, biases), copied bit for bit.
         warnings: what the user should know and nobody has to fix.
+        source_fingerprint: of the checkpoint.
+        limited_blocks: blocks that a smoke run quantizes; None for a whole run.
     """
 
     recipe: Recipe
@@ -57,12 +112,177 @@ class Plan:
     artifacts: tuple[str, ...]
     other_bytes: int
     warnings: tuple[str, ...]
+    source_fingerprint: str = ""
+    limited_blocks: int | None = None
+
+    @property
+    def predicted_bytes(self) -> int:
+        """Bytes of all tensors when stored."""
+        return sum(_bytes(p) for p in self.layers) + self.other_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean over all matrices, kept ones and parameters included."""
+        return sum(p.bits for p in self.layers) / sum(_weights(p) for p in self.layers)
+
+    def summary(self) -> tuple[Share, ...]:
+        """The layers by role and treatment, in the model's order."""
+        shares: dict[tuple[str, str], Share] = {}
+        for p in self.layers:
+            key = (p.module.role, p.label)
+            s = shares.get(key, Share(*key, 0, 0, 0))
+            shares[key] = Share(*key, s.layers + 1, s.weights + _weights(p), s.nbytes + _bytes(p))
+        return tuple(shares.values())
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of everything that decides the codes: program version, model, calibration settings, layers.
+
+        Names, artifacts and evaluation are left out: they only use the result. So is the content of a calibration
+        file, which the recipe merely names.
+        """
+        layers = [[p.module.name, *map(_exact, (p.format, p.method, p.activations)), p.keep] for p in self.layers]
+        calibration = self.recipe.calibration.model_dump(mode="json")
+        content = [__version__, self.source_fingerprint, calibration, layers]
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def make_plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
+def _weights(p: LayerPlan) -> int:
+    return p.module.shape[0] * p.module.shape[1]
+
+
+def _bytes(p: LayerPlan) -> int:
+    return -(-p.bits // 8)
+
+
+def _exact(thing: BaseModel | None) -> Any:
+    return thing and [type(thing).__name__, thing.model_dump(mode="json")]
+
+
+def make_plan(
+    recipe: Recipe, checkpoint: Checkpoint, carriers: Mapping[str, Carrier], limit_layers: int | None = None
+) -> Plan:
     """Decides every layer.
+
+    Args:
+        recipe: what to do.
+        checkpoint: to what; only names and shapes are looked at.
+        carriers: the artifact behind each name of `recipe.export`.
+        limit_layers: quantize only that many decoder blocks and keep all the rest as it is.
 
     Raises:
         PlanError: every mismatch of recipe, model and artifacts, all at once.
+        UsageError: the model does not have so many blocks.
     """
-    raise NotImplementedError
+    found = tuple(modules(checkpoint))
+    findings = Findings(recipe.layers)
+    decisions, warnings = _assign(found, findings)
+    layers = tuple(_decide(m, decisions.get(m.name, -1), checkpoint, findings) for m in found)
+    artifacts = tuple(export.to for export in recipe.export)
+    for name in artifacts:
+        _check_carrier(name, carriers[name], layers, findings)
+    if lines := findings.lines():
+        raise PlanError(lines, f"recipe {recipe.name} does not fit {checkpoint.source}")
+    if limit_layers is not None:
+        layers, warning = _limit(layers, limit_layers, checkpoint)
+        warnings.append(warning)
+    matrices = {f"{m.name}.weight" for m in found}
+    other = sum(checkpoint.info(name).nbytes for name in checkpoint.names() if name not in matrices)
+    return Plan(recipe, layers, artifacts, other, tuple(warnings), checkpoint.fingerprint(), limit_layers)
+
+
+def _assign(found: Sequence[Module], findings: Findings) -> tuple[dict[str, int], list[str]]:
+    """The rule that decides each module, by module name, and warnings about rules that decide none."""
+    decisions: dict[str, int] = {}
+    warnings = []
+    for i, rule in enumerate(findings.rules):
+        hits = [m.name for m in found if matches(rule.match, m)]
+        new = [name for name in hits if name not in decisions]
+        decisions |= dict.fromkeys(new, i)
+        if not hits:
+            findings.add(i, f"matches nothing in this model; {nearest(rule.match, _patterns(found))}")
+        elif not new:
+            warnings.append(
+                f"{findings.position(i)} decides nothing: earlier rules match all of its {len(hits)} layers"
+            )
+    for m in found:
+        if m.kind == "linear" and m.name not in decisions:
+            advice = 'end layers: with a rule for the rest, such as {match: "*", keep: true}'
+            findings.add(-1, f"no rule matches; {advice}", m.name)
+    return decisions, warnings
+
+
+def _patterns(found: Iterable[Module]) -> list[str]:
+    """Patterns that match something: names, with `*` for what comes before a block's own part of them."""
+    patterns = {"*": None}
+    for m in found:
+        inner = m.name if m.block is None else "*" + m.name.partition(f".{m.block}")[2]
+        patterns |= dict.fromkeys((inner, *m.aliases))
+    return list(patterns)
+
+
+def _decide(module: Module, index: int, checkpoint: Checkpoint, findings: Findings) -> LayerPlan:
+    """Applies a rule (-1: none) to a module."""
+    rule = findings.rules[index] if index >= 0 else None
+    n, k = module.shape
+    if rule is None or rule.weights is None:
+        keep = rule.keep if rule and isinstance(rule.keep, str) else "source"
+        bits = checkpoint.info(f"{module.name}.weight").nbytes * 8 if keep == "source" else n * k * DTYPE_BITS[keep]
+        return LayerPlan(module, None, None, None, keep, None, index, bits)
+    method = rule.method or parse_method("rtn")
+    if module.kind == "embedding":
+        if method.needs:
+            text = (
+                f"{method.name()} measures inputs, and an embedding only looks rows up; give it a rule with method: rtn"
+            )
+            findings.add(index, text, module.name)
+        if rule.activations:
+            text = "an embedding has no inputs to round; give it a rule without activations:"
+            findings.add(index, text, module.name)
+    fmt, fallback = _fitting(rule, rule.weights, module, index, findings)
+    return LayerPlan(module, fmt, method, rule.activations, "source", fallback, index, fmt.storage_bits(n, k))
+
+
+def _fitting(rule: Rule, wanted: Format, module: Module, index: int, findings: Findings) -> tuple[Format, str | None]:
+    """The format that a rule gives to a module, and what is to be said if it is the rule's second choice."""
+    misfit = wanted.misfit(module.shape[1])
+    if misfit is None:
+        return wanted, None
+    if not isinstance(rule.fallback, Format):
+        findings.add(index, f"{wanted.label}: {misfit}; or name a second choice, fallback: FORMAT", module.name)
+        return wanted, None
+    if second := rule.fallback.misfit(module.shape[1]):
+        findings.add(index, f"{wanted.label}: {misfit}; nor does fallback {rule.fallback.label}: {second}", module.name)
+    return rule.fallback, f"{rule.fallback.label} instead of {wanted.label}: {misfit.partition(';')[0]}"
+
+
+def _check_carrier(name: str, carrier: Carrier, layers: Sequence[LayerPlan], findings: Findings) -> None:
+    """Notes every layer that the artifact cannot hold, and every set that its runtimes could not merge."""
+    sets: dict[str, list[LayerPlan]] = {}
+    for p in layers:
+        verdict = carrier.can_carry(p.module, p.layer, p.keep)
+        if not verdict.possible:
+            findings.add(p.rule, f"{name} cannot hold this as {p.label}: {verdict.reason}", p.module.name)
+        if carrier.fuses and p.module.fused:
+            sets.setdefault(p.module.fused, []).append(p)
+    for fused, members in sets.items():
+        if len({(p.layer, p.keep) for p in members}) > 1:
+            choices = ", ".join(f"{p.module.role} {p.label}" for p in members)
+            ends = "|".join(p.module.name.rpartition(".")[2] for p in members)
+            advice = rf'let one rule decide them all, such as match: "re:.*\.({ends})"'
+            odd = next(p for p in members if (p.layer, p.keep) != (members[0].layer, members[0].keep))
+            text = f"runtimes of {name} merge these into one matrix, wanted one format, found {choices}; {advice}"
+            findings.add(odd.rule, text, fused)
+
+
+def _limit(layers: Sequence[LayerPlan], limit: int, checkpoint: Checkpoint) -> tuple[tuple[LayerPlan, ...], str]:
+    """The layers of a smoke run, and what is to be said about it."""
+    blocks = checkpoint.family.blocks(checkpoint.config)
+    if not 1 <= limit <= blocks:
+        raise UsageError("--limit-layers", wanted=f"1 to {blocks} decoder blocks", found=limit)
+
+    def untouched(p: LayerPlan) -> LayerPlan:
+        bits = checkpoint.info(f"{p.module.name}.weight").nbytes * 8
+        return replace(p, format=None, method=None, activations=None, keep="source", fallback=None, bits=bits)
+
+    limited = tuple(p if p.module.block in range(limit) else untouched(p) for p in layers)
+    return limited, f"smoke run: only the first {limit} of {blocks} decoder blocks are quantized, the rest is untouched"
