@@ -24,7 +24,7 @@ demo: $(DEMO_OUT)/report.json
 	@echo "the report: $(DEMO_OUT)/report.html"
 
 $(DEMO_OUT)/report.json: $(READY)
-	$(BIN)/qtool quantize "$$($(BIN)/python scripts/demo_model.py)" --recipe $(DEMO_RECIPE) --output $(DEMO_OUT)
+	$(BIN)/qtool quantize "$$($(BIN)/python scripts/demo_model.py)" --recipe $(DEMO_RECIPE) -o $(DEMO_OUT)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

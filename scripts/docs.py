@@ -10,11 +10,18 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from qtool import errors, registry
+from qtool.checkpoint._base import Layer, Module
+from qtool.cli.app import app
+from qtool.recipe.json_schema import json_schema
+from qtool.recipe.load import list_recipes
+from qtool.recipe.schema import parse_format
 
 ROOT = Path(__file__).parents[1]
 PART = re.compile(r"(<!-- begin ([\w-]+) -->\n)(.*?)(<!-- end \2 -->)", re.DOTALL)
@@ -30,15 +37,10 @@ def render(text: str) -> str:
     return PART.sub(lambda part: f"{part[1]}{PARTS[part[2]]().strip()}\n{part[4]}", text)
 
 
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
-    lines = [header, tuple("---" for _ in header), *rows]
+    lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def sentence(doc: str | None) -> str:
-    """First paragraph of a docstring, on one line."""
-    return " ".join(inspect.cleandoc(doc or "").split("\n\n")[0].split())
 
 
 def exit_codes() -> str:
@@ -46,21 +48,15 @@ def exit_codes() -> str:
     tree = [errors.QtoolError]
     for kind in tree:
         tree.extend(kind.__subclasses__())
-    own = [kind for kind in tree if "exit_code" in vars(kind)]
-    rows = [(str(k.exit_code), k.__name__, sentence(k.__doc__)) for k in sorted(own, key=lambda k: k.exit_code)]
-    rows[0] = ("1", "QtoolError", "Anything else that went wrong, expected or not.")
-    rows.insert(0, ("0", "", "Done."))
-    return table(("code", "error", "meaning"), [*rows, ("130", "", "Interrupted; the same command continues.")])
+    own = {k.exit_code: (k.__name__, inspect.cleandoc(k.__doc__ or "")) for k in tree if "exit_code" in vars(k)}
+    own |= {0: ("", "Done."), 130: ("", "Interrupted.")}
+    own[1] = (own[1][0], "Anything else that went wrong.")
+    return table(("code", "error", "meaning"), [(str(code), *own[code]) for code in sorted(own)])
 
 
 def commands() -> str:
     """Usage and options of every command, from the Typer app."""
-    import typer
-
-    from qtool.cli.app import app
-
-    root = typer.main.get_command(app)
-    chapters = []
+    parts = []
 
     def walk(command: Any, context: typer.Context) -> None:
         if subcommands := getattr(command, "commands", None):
@@ -69,44 +65,113 @@ def commands() -> str:
             return
         usage = " ".join((context.command_path, *command.collect_usage_pieces(context)))
         records = [record for p in command.get_params(context) if (record := p.get_help_record(context))]
-        rows = [(f"`{flags}`", " ".join(text.split())) for flags, text in records if flags != "--help"]
-        help_text = inspect.cleandoc(command.help or "")
-        chapters.append(f"## {context.command_path}\n\n    {usage}\n\n{help_text}\n\n{table(('', ''), rows)}")
+        rows = [(f"`{flags}`", " ".join(text.split())) for flags, text in records if "--help" not in flags]
+        text = inspect.cleandoc(command.help or "")
+        parts.append(f"## {context.command_path}\n\n    {usage}\n\n{text}\n\n" + table(("", ""), rows))
 
+    root = typer.main.get_command(app)
     walk(root, typer.Context(root, info_name="qtool"))
-    return "\n\n".join(chapters)
+    return "\n\n".join(parts)
 
 
 def chapters(room: str) -> str:
     """What every module of a registry says about itself, and the options of its class."""
     parts = []
     for name in registry.names(room):
-        entry = registry.load(room, name)
-        module = sys.modules[entry.__module__]
-        options = [(f"`{key}`", f"`{default(field)}`") for key, field in getattr(entry, "model_fields", {}).items()]
-        about = attributes(entry)
-        rows = [(key, value, about.get(key.strip("`"), "")) for key, value in options]
-        body = f"## {name}\n\n{inspect.cleandoc(module.__doc__ or '')}"
-        parts.append(body + ("\n\n" + table(("option", "default", "meaning"), rows) if rows else ""))
+        module = sys.modules[registry.load(room, name).__module__]
+        schema = options_of(room, name)
+        table_ = "\n\n" + options(schema) if schema.get("properties") else ""
+        parts.append(f"## {name}\n\n{inspect.cleandoc(module.__doc__ or '')}{table_}")
     return "\n\n".join(parts)
 
 
-def default(field: Any) -> str:
-    """A pydantic field's default, as YAML would spell it."""
-    if field.is_required():
-        return "required"
-    value = field.get_default(call_default_factory=True)
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+def options_of(room: str, name: str) -> dict[str, Any]:
+    """The part of the recipe schema that describes a registered format or method; empty for other rooms."""
+    if room == "formats":
+        kinds = json_schema()["$defs"]["Format"]["anyOf"][1:]
+        (found,) = (kind for kind in kinds if kind["properties"]["type"] == {"const": name})
+        return {**found, "properties": {k: v for k, v in found["properties"].items() if k != "type"}}
+    if room == "methods":
+        kinds = json_schema()["$defs"]["Method"]["anyOf"][1:]
+        return dict(next(kind["properties"][name] for kind in kinds if name in kind["properties"]))
+    return {}
 
 
-def attributes(entry: type) -> dict[str, str]:
-    """The `Attributes:` sections of a class and its bases, by name."""
-    found: dict[str, str] = {}
-    for kind in reversed(entry.__mro__):
-        section = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")[2]
-        lines = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
-        found |= {name: " ".join(text.split()) for name, text in lines}
-    return found
+def options(schema: dict[str, Any]) -> str:
+    """The properties of a JSON Schema object as a table."""
+    rows = []
+    for key, value in schema["properties"].items():
+        default = "required" if key in schema.get("required", ()) else spell(value.get("default"))
+        rows.append((f"`{key}`", admits(value), default, value.get("description", "")))
+    return table(("key", "type", "default", "meaning"), rows)
+
+
+def spell(value: Any) -> str:
+    """A default as YAML has it; nothing for nothing."""
+    if value in (None, "", [], {}) or isinstance(value, dict):
+        return ""
+    return f"`{value if isinstance(value, str) else json.dumps(value)}`"
+
+
+def admits(schema: dict[str, Any]) -> str:
+    """What a JSON Schema admits, in words."""
+    if "$ref" in schema:
+        return str(schema["$ref"].rpartition("/")[2].lower())
+    several = schema.get("anyOf") or schema.get("oneOf") or ()
+    words = [admits(each) for each in several if each.get("type") != "null"]
+    words += [spell(value) for value in schema.get("enum", [schema["const"]] if "const" in schema else [])]
+    if words:
+        return " or ".join(words)
+    if schema["type"] == "array":
+        return f"list of {admits(schema['items'])}s"
+    name = {"object": "mapping", "string": "text"}.get(schema["type"], schema["type"])
+    bounds = [f"{word} {schema[key]}" for key, word in BOUNDS.items() if key in schema]
+    return " ".join((name, *bounds))
+
+
+BOUNDS = {"minimum": "from", "maximum": "to", "exclusiveMinimum": "above", "exclusiveMaximum": "below"}
+
+
+def recipe() -> str:
+    """The recipe grammar: a table for the whole, and one for each of its parts."""
+    schema = json_schema()
+    places = {"calibration": "Calibration", "calibration.data[]": "Source", "layers[]": "Rule", "export[]": "Export"}
+    places["eval"] = "Eval"
+    parts = [options(schema)]
+    for place, name in places.items():
+        part = schema["$defs"][name]
+        parts.append(f"## {place}\n\n{part['description']}\n\n{options(part)}")
+    return "\n\n".join(parts)
+
+
+def recipes() -> str:
+    """The recipes that ship."""
+    rows = [(f"[{e.name}](../recipes/{e.path.name})", e.description) for e in list_recipes()]
+    return table(("recipe", "what for"), rows)
+
+
+def support() -> str:
+    """Which artifact holds which format exactly, and who reads it."""
+    artifacts = {name: registry.load("artifact", name)() for name in registry.names("artifact")}
+    rows = []
+    for label, layer in layers():
+        carried = (a.can_carry(SOME_MODULE, layer, "source").possible for a in artifacts.values())
+        rows.append((label, *("yes" if possible else "no" for possible in carried)))
+    readers = ("read by", *(", ".join(artifact.runtimes) for artifact in artifacts.values()))
+    return table(("format", *artifacts), [*rows, readers])
+
+
+SOME_MODULE = Module("model.layers.0.mlp.down_proj", (), "linear", "down", 0, "mlp_mid", None, (1024, 1024))
+
+
+def layers() -> Iterator[tuple[str, Layer]]:
+    """An example or more of every format, and of rounded inputs."""
+    for name in registry.names("formats"):
+        for example in registry.load("formats", name).examples or (name,):
+            if example.endswith("-token"):  # one scale per token: a format of inputs
+                yield f"`int8-channel`, inputs `{example}`", Layer(parse_format("int8-channel"), parse_format(example))
+            else:
+                yield f"`{example}`", Layer(parse_format(example))
 
 
 PARTS: dict[str, Callable[[], str]] = {
@@ -116,6 +181,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "families": lambda: chapters("checkpoint/families"),
     "formats": lambda: chapters("formats"),
     "methods": lambda: chapters("methods"),
+    "recipe": recipe,
+    "recipes": recipes,
+    "support": support,
 }
 
 

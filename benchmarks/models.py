@@ -1,0 +1,112 @@
+"""The models that benchmarks run on, made on the spot: SmolLM2-135M off any grid, and a large random one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from scripts.demo_model import demo_model
+
+LARGE = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+}
+"""Sizes of the large model."""
+
+SPREAD = 0.25
+"""Standard deviation of the logarithm of every factor that moves weights off the demo model's 4-bit grid."""
+
+
+def checkpoint(out: Path) -> Path:
+    """The demo model as a Hugging Face folder in bfloat16, its tokenizer beside it."""
+    if not (out / "tokenizer.json").exists():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        source = demo_model()
+        model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
+        model.save_pretrained(out)
+        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(out)
+    return out
+
+
+def off_grid(source: Path, out: Path, seed: int = 0) -> Path:
+    """An equivalent of a Llama checkpoint of one shard whose weights lie on no quantization grid.
+
+    Three exact rewrites per block with log-normal factors: a norm's gain into the columns of the linear layers that
+    read it, v's rows into o's columns, up's rows into down's columns. Without them a model that comes out of a 4-bit
+    file would look lossless to any quantizer with the same grid.
+    """
+    if (out / "model.safetensors").exists():
+        return out
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    w = {name: tensor.double() for name, tensor in load_file(source / "model.safetensors").items()}
+    generator = torch.Generator().manual_seed(seed)
+
+    def factors(n: int) -> torch.Tensor:
+        return torch.exp(SPREAD * torch.randn(n, generator=generator, dtype=torch.float64))
+
+    queries = config["num_attention_heads"] // config["num_key_value_heads"]
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    for i in range(config["num_hidden_layers"]):
+        attention, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
+        for norm, readers in (
+            ("input_layernorm", [attention + p for p in ("q_proj", "k_proj", "v_proj")]),
+            ("post_attention_layernorm", [mlp + p for p in ("gate_proj", "up_proj")]),
+        ):
+            s = factors(config["hidden_size"])
+            w[f"model.layers.{i}.{norm}.weight"] /= s
+            for reader in readers:
+                w[f"{reader}.weight"] *= s
+        s = factors(config["num_key_value_heads"] * head)
+        w[f"{attention}v_proj.weight"] *= s[:, None]
+        w[f"{attention}o_proj.weight"] /= s.view(-1, head).repeat_interleave(queries, dim=0).flatten()
+        s = factors(config["intermediate_size"])
+        w[f"{mlp}up_proj.weight"] *= s[:, None]
+        w[f"{mlp}down_proj.weight"] /= s
+    shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    save_file({name: t.bfloat16() for name, t in w.items()}, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def large(tokenizer: Path, out: Path, blocks: int = 16) -> Path:
+    """A random Llama of 1.07 billion parameters, one shard a block.
+
+    Args:
+        tokenizer: a checkpoint folder whose side files are taken.
+        out: where to write.
+        blocks: decoder blocks; 16 make 2.1 GB.
+    """
+    manifest = out / "model.safetensors.index.json"
+    if manifest.exists():
+        return out
+    shutil.copytree(tokenizer, out, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    config = json.loads((out / "config.json").read_text(encoding="utf-8")) | LARGE | {"num_hidden_layers": blocks}
+    (out / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    generator, index = torch.Generator().manual_seed(0), {}
+    outer = {"model.embed_tokens": (config["vocab_size"], LARGE["hidden_size"]), "model.norm": (LARGE["hidden_size"],)}
+    for shard, shapes in enumerate([*(block_shapes(f"model.layers.{i}.") for i in range(blocks)), outer], start=1):
+        file = f"model-{shard:05d}-of-{blocks + 1:05d}.safetensors"
+        drawn = {f"{n}.weight": torch.randn(s, generator=generator).mul_(0.02).bfloat16() for n, s in shapes.items()}
+        save_file(drawn, out / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(drawn, file)
+    nbytes = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    manifest.write_text(json.dumps({"metadata": {"total_size": nbytes}, "weight_map": index}), encoding="utf-8")
+    return out
+
+
+def block_shapes(prefix: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of one decoder block of the large model, by module."""
+    hidden, inner, head = LARGE["hidden_size"], LARGE["intermediate_size"], LARGE["head_dim"]
+    rows = {"q": LARGE["num_attention_heads"] * head, "k": LARGE["num_key_value_heads"] * head}
+    shapes = {f"self_attn.{role}_proj": (rows[like], hidden) for role, like in (("q", "q"), ("k", "k"), ("v", "k"))}
+    shapes |= {f"mlp.{role}_proj": (inner, hidden) for role in ("gate", "up")}
+    shapes |= {"self_attn.o_proj": (hidden, rows["q"]), "mlp.down_proj": (hidden, inner)}
+    norms = {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
+    return {f"{prefix}{name}": shape for name, shape in (shapes | norms).items()}
