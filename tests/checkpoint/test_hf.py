@@ -2,11 +2,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qtool.checkpoint._base import modules
 from qtool.checkpoint.hf import HFCheckpoint
 
 

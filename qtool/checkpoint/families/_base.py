@@ -8,6 +8,7 @@ Shape letters: H attention heads, G key/value heads, D head dimension, E hidden 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -150,8 +151,8 @@ class Family:
         values |= rope_metadata(config)
         return {f"{self.gguf_arch}.{key}": value for key, value in values.items()}
 
-    def gguf_fields(self, metadata: dict[str, Any]) -> dict[str, Any]:
-        """Fields of config.json that only this family has, from a GGUF file's key-values."""
+    def gguf_fields(self, metadata: dict[str, Any], tensors: Collection[str]) -> dict[str, Any]:
+        """Fields of config.json that only this family has, from a GGUF file's key-values and tensor names."""
         return {}
 
     def gguf_extra_tensors(self, config: dict[str, Any]) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ Source: https://huggingface.co/docs/transformers/model_doc/mistral
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 from qtool.checkpoint.families._base import Family, Value
@@ -31,6 +32,6 @@ class Mistral(Family):
             values["llama.attention.sliding_window"] = int(config["sliding_window"])
         return values
 
-    def gguf_fields(self, metadata: dict[str, Any]) -> dict[str, Any]:
+    def gguf_fields(self, metadata: dict[str, Any], tensors: Collection[str]) -> dict[str, Any]:
         """See `Family.gguf_fields`."""
         return {"sliding_window": metadata.get("llama.attention.sliding_window")}

@@ -5,6 +5,7 @@ Source: https://huggingface.co/docs/transformers/model_doc/qwen3
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 from qtool.checkpoint.families._base import Family
@@ -26,3 +27,7 @@ class Qwen3(Family):
     def has_bias(self, config: dict[str, Any], role: str) -> bool:
         """See `Family.has_bias`."""
         return role in ("q", "k", "v", "o") and bool(config.get("attention_bias", False))
+
+    def gguf_fields(self, metadata: dict[str, Any], tensors: Collection[str]) -> dict[str, Any]:
+        """See `Family.gguf_fields`."""
+        return {"attention_bias": "blk.0.attn_q.bias" in tensors}

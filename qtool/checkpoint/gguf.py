@@ -1,0 +1,180 @@
+"""A GGUF file as a source: decoded weights under Hugging Face names; config.json and tokenizer from its metadata."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from qtool import registry
+from qtool.checkpoint._base import Checkpoint, TensorInfo, verify
+from qtool.checkpoint.config import FAMILIES, complete
+from qtool.checkpoint.families._base import GGUF_FIELDS, Family
+from qtool.checkpoint.families._rope import rope_config
+from qtool.checkpoint.gguf_io import GGUFFile
+from qtool.checkpoint.gguf_tokenizer import save_tokenizer
+from qtool.checkpoint.hf import samples
+from qtool.checkpoint.safetensors_io import read_bytes
+from qtool.errors import CheckpointError
+
+ROPE_FACTORS = "rope_freqs.weight"
+SPECIAL = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
+
+
+class GGUFCheckpoint(Checkpoint):
+    """One GGUF file. Opening reads the header only; see `Checkpoint` for the methods.
+
+    Raises:
+        CheckpointError: damaged, cut into parts, or not a model that qtool knows.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.source = str(path)
+        self._file = GGUFFile(path)
+        parts = self._file.metadata.get("split.count", 1)
+        if parts != 1:
+            raise CheckpointError(
+                f"{path} is one of {parts} parts", hint="join them first: llama-gguf-split --merge FIRST_PART WHOLE"
+            )
+        self.family = _family(self._file)
+        self.config, _ = complete(_config(self._file, self.family), path)
+        stored = self._file.tensors
+        names = {there: here for here, there in self.family.gguf_names(self.config).items()}
+        if unknown := [name for name in stored if name not in names and name != ROPE_FACTORS]:
+            raise CheckpointError(
+                f"{path} holds a tensor that {self.family.gguf_arch} models do not have: {unknown[0]}"
+            )
+        self._names = {here: there for there, here in names.items() if there in stored}
+        verify(self)
+
+    @cached_property
+    def files(self) -> dict[str, Path]:  # type: ignore[override] # made when asked for
+        """Tokenizer files, made from the metadata when first asked for; they live as long as this object."""
+        self._folder = tempfile.TemporaryDirectory(prefix="qtool-")
+        folder = Path(self._folder.name)
+        save_tokenizer(self._file, folder)
+        return {path.name: path for path in sorted(folder.iterdir())}
+
+    def names(self) -> list[str]:
+        """See `Checkpoint.names`."""
+        return list(self._names)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def info(self, name: str) -> TensorInfo:
+        """See `Checkpoint.info`."""
+        stored = self._file.tensors[self._stored(name)]
+        return TensorInfo(stored.shape, stored.dtype)
+
+    def tensor(self, name: str) -> Tensor:
+        """See `Checkpoint.tensor`."""
+        tensor, order = self._file.read(self._stored(name)), self._order(name)
+        return tensor if order is None else tensor[order.argsort()]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """See `Checkpoint.rows`."""
+        if self._order(name) is not None:
+            return super().rows(name, start, stop)
+        return self._file.read(self._stored(name), start, stop)
+
+    def fingerprint(self) -> str:
+        """See `Checkpoint.fingerprint`."""
+        digest = hashlib.sha256(self._file.header)
+        for name, tensor in self._file.tensors.items():
+            for begin, count in samples(tensor.nbytes):
+                digest.update(read_bytes(self._file.path, tensor.offset + begin, count, name).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _stored(self, name: str) -> str:
+        if name not in self._names:
+            raise CheckpointError(f"{self.source} holds no tensor {name!r}")
+        return self._names[name]
+
+    def _order(self, name: str) -> Tensor | None:
+        """Order of the stored rows, if llama.cpp wants another one; see `Family.gguf_rows`."""
+        path = name.rsplit(".", 1)[0]
+        roles = [linear.role for linear in self.family.linears if path.endswith(f".{linear.path}")]
+        return self.family.gguf_rows(self.config, roles[0]) if roles else None
+
+
+def _family(file: GGUFFile) -> Family:
+    """The family of the file's architecture; of two, the one whose marker is there."""
+    arch = file.metadata.get("general.architecture")
+    families: list[Family] = [registry.load(FAMILIES, name)() for name in registry.names(FAMILIES)]
+    fitting = [family for family in families if family.gguf_arch == arch]
+    if not fitting:
+        known = sorted({family.gguf_arch for family in families})
+        raise CheckpointError(
+            f"{file.path}: unknown architecture", wanted=f"one of {', '.join(known)}", found=repr(arch)[:60]
+        )
+    marked = [family for family in fitting if family.gguf_marker in file.metadata]
+    return (marked or [family for family in fitting if family.gguf_marker is None])[0]
+
+
+def _config(file: GGUFFile, family: Family) -> dict[str, Any]:
+    """What config.json would say, in the spelling that transformers 4 and 5 both read."""
+    arch, told = family.gguf_arch, file.metadata
+    if told.get(f"{arch}.expert_count"):
+        raise CheckpointError(f"{file.path} is a mixture of experts", wanted=f"a dense {arch} model")
+    embedding = file.tensors.get("token_embd.weight")
+    values = {"vocab_size": embedding.shape[0] if embedding else 0}
+    values |= {key: _number(file, f"{arch}.{key}") for key in GGUF_FIELDS if key != "vocab_size"}
+    config: dict[str, Any] = {field: values[key] for key, field in GGUF_FIELDS.items()}
+    config["head_dim"] = _head_dim(file, arch, config)
+    factors = file.read(ROPE_FACTORS) if ROPE_FACTORS in file.tensors else None
+    config |= rope_config(told, arch, config["head_dim"], factors)
+    config |= {
+        field: told[f"tokenizer.ggml.{key}"] for key, field in SPECIAL.items() if f"tokenizer.ggml.{key}" in told
+    }
+    return config | {
+        "architectures": [family.architecture],
+        "model_type": type(family).__name__.lower(),
+        "hidden_act": "silu",
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "dtype": _dtype(file),
+        **family.gguf_fields(told, file.tensors),
+    }
+
+
+def _number(file: GGUFFile, key: str) -> Any:
+    """A number of the metadata; some files repeat it for every block. float32 becomes the shortest equal decimal."""
+    value = file.metadata.get(key)
+    if key.endswith("head_count_kv") and value is None:
+        value = file.metadata.get(key.removesuffix("_kv"))
+    if isinstance(value, list):
+        if len(set(value)) != 1:
+            raise CheckpointError(f"{file.path}: {key} differs between blocks", wanted="one number for all")
+        value = value[0]
+    if not isinstance(value, int | float):
+        raise CheckpointError(f"{file.path}: the metadata lacks {key}", wanted="a number", found=repr(value)[:40])
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _head_dim(file: GGUFFile, arch: str, config: dict[str, Any]) -> int:
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    usual = hidden // heads if heads else 0
+    keys = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+    key, value, rotary = (file.metadata.get(f"{arch}.{name}") for name in keys)
+    dim = next((d for d in (key, rotary) if d is not None), usual)
+    if (value or dim) != dim or (rotary or dim) != dim or type(dim) is not int:
+        raise CheckpointError(
+            f"{file.path}: heads with parts of different length are not supported",
+            wanted="key_length = value_length = rope.dimension_count",
+            found=f"{key}, {value}, {rotary}",
+        )
+    return dim
+
+
+def _dtype(file: GGUFFile) -> str:
+    """The type of most weights; float32 if they are stored in blocks, since that is what blocks decode to."""
+    sizes: Counter[str] = Counter()
+    for tensor in file.tensors.values():
+        sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    return sizes.most_common(1)[0][0] if sizes else "float32"

@@ -1,0 +1,89 @@
+"""The one way from what a user types to a checkpoint: a folder, a GGUF file, or the id of a repository on the hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from qtool.checkpoint._base import Checkpoint
+from qtool.checkpoint.gguf import GGUFCheckpoint
+from qtool.checkpoint.hf import INDEX, SIDE_FILES, HFCheckpoint
+from qtool.errors import CheckpointError, HubError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?", re.ASCII)
+WANTED = ["config.json", INDEX, "*.safetensors", *SIDE_FILES]
+UNWANTED = ["consolidated*.safetensors", "*/*"]
+"""The same weights once more under the maker's own names, and folders with other versions of them."""
+
+
+def open_checkpoint(
+    source: str,
+    *,
+    token: str | None = None,
+    offline: bool = False,
+    cache: Path | None = None,
+    endpoint: str | None = None,
+) -> Checkpoint:
+    """Opens a plain model; quantized artifacts are opened by their own readers.
+
+    Args:
+        source: folder, .gguf file, or hub id such as "HuggingFaceTB/SmolLM2-135M", with "@revision" if wanted.
+        token: for private and gated repositories; None: the one that `hf auth login` saved.
+        offline: use what the hub cache holds and connect to nothing.
+        cache: folder of the hub cache; None: the hub library's own.
+        endpoint: address of the hub; None: the hub library's own.
+
+    Raises:
+        CheckpointError: nothing there, or not a model that qtool can read.
+        HubError: the hub refused or cannot be reached.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return HFCheckpoint(path, source)
+    if path.is_file() and path.suffix == ".gguf":
+        return GGUFCheckpoint(path)
+    if path.exists() or not HUB_ID.fullmatch(source):
+        raise CheckpointError(
+            f"{source} is no checkpoint",
+            wanted="a folder with config.json and safetensors, a .gguf file, or a hub id",
+            found="another kind of file" if path.exists() else "no such file or folder",
+        )
+    return HFCheckpoint(_download(source, token, offline, cache, endpoint), source)
+
+
+def _download(source: str, token: str | None, offline: bool, cache: Path | None, endpoint: str | None) -> Path:
+    """Folder of the hub cache that holds the repository's files, downloaded where missing."""
+    from huggingface_hub import errors, snapshot_download
+
+    repository, _, revision = source.partition("@")
+    try:
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision or None,
+                cache_dir=cache,
+                token=token,
+                local_files_only=offline,
+                allow_patterns=WANTED,
+                ignore_patterns=UNWANTED,
+                endpoint=endpoint,
+            )
+        )
+    except errors.GatedRepoError as error:
+        hint = "accept its terms on its page, then pass a token or run: hf auth login"
+        raise HubError(f"the repository {repository} is gated", hint=hint) from error
+    except errors.RepositoryNotFoundError as error:
+        hint = "check the spelling; a private one needs a token: hf auth login"
+        raise HubError(f"no folder and no hub repository is called {repository}", hint=hint) from error
+    except errors.RevisionNotFoundError as error:
+        raise HubError(f"the repository {repository} has no revision {revision}") from error
+    except errors.LocalEntryNotFoundError as error:
+        hint = "connect once to download it" if offline else "check the connection, or name a local folder"
+        raise HubError(f"no folder is called {source}, and the hub cache does not hold it", hint=hint) from error
+    except errors.HFValidationError as error:
+        raise CheckpointError(f"{source} is neither a file or folder nor a valid hub id") from error
+    except (errors.HfHubHTTPError, OSError) as error:
+        what = " ".join(str(error).split())[:200]
+        raise HubError(
+            f"{repository} cannot be downloaded: {what}", hint="try again, or name a local folder"
+        ) from error
