@@ -28,14 +28,18 @@ class Artifact(ABC):
     Attributes:
         fuses: True if runtimes merge q/k/v and gate/up, so that each such set needs one format.
         runtimes: who reads it, for the support table.
+        library: `library_name` of the hub's metadata; None: the hub has no name for it.
+        usage: how to load it, Markdown for the model card.
     """
 
     fuses: ClassVar[bool]
     runtimes: ClassVar[tuple[str, ...]]
+    library: ClassVar[str | None] = None
+    usage: ClassVar[str] = ""
 
     @abstractmethod
     def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Carry:
-        """Known before anything is computed, from the format alone. `layer` None: a kept tensor, cast as `keep` says."""
+        """Known before anything is computed, from the format alone. `layer` None: kept, and cast as `keep` says."""
 
     @abstractmethod
     def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:

@@ -1,7 +1,7 @@
 """Output that is whole or absent: temporary siblings, fsync, rename; SHA-256 of what was written.
 
 A folder in the making is called `.NAME.XXXXXXXX.partial`, next to the final one, so that giving it its name is one
-rename on one file system. The run that writes it holds a lock on it (flock on the folder itself), which the system drops
+rename on one file system. The run that writes it locks it (flock on the folder itself), and the system drops that lock
 when the process ends in whatever way; a partial folder without a lock is left over from a killed run, and is removed.
 """
 

@@ -1,0 +1,123 @@
+"""What the neutral checkpoint's manifest.json says, and how a quantized matrix becomes tensors.
+
+docs/neutral-checkpoint.md is the specification.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from qtool.artifact._files import new_file
+from qtool.checkpoint._base import Layer
+from qtool.checkpoint.config import read_json
+from qtool.errors import CheckpointError
+from qtool.formats._base import Format, Quantized
+from qtool.numerics.bits import pack
+from qtool.recipe.schema import dump_format, parse_format
+
+MANIFEST = "manifest.json"
+KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+
+
+class Entry(BaseModel):
+    """Part of a manifest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LayerEntry(Entry):
+    """A quantized module: its formats as recipes spell them, and (N, K)."""
+
+    format: str | dict[str, Any]
+    activations: str | dict[str, Any] | None
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, q: Quantized, activations: Format | None) -> LayerEntry:
+        """The entry of a matrix."""
+        inputs = None if activations is None else dump_format(activations)
+        return cls(format=dump_format(q.format), activations=inputs, shape=(q.codes.shape[0], q.codes.shape[1]))
+
+    def layer(self, module: str) -> Layer:
+        """As checkpoints describe it. Raises CheckpointError: no such format."""
+        try:
+            inputs = None if self.activations is None else parse_format(self.activations)
+            return Layer(parse_format(self.format), inputs)
+        except ValueError as error:
+            raise CheckpointError(f"{MANIFEST}: format of {module}: {error}") from error
+
+
+class BlockEntry(Entry):
+    """A file of the folder, `<key>.safetensors`, and the modules in it. `record` belongs to whoever wrote the block."""
+
+    nbytes: int
+    sha256: str
+    layers: dict[str, LayerEntry]
+    record: Any = None
+
+
+class Manifest(Entry):
+    """What manifest.json holds.
+
+    Attributes:
+        version: of this layout.
+        run: what identifies the run that made it: fingerprints, versions.
+        keep: module -> type that its kept weight is cast to: "f32", "f16", "bf16".
+        blocks: by key, in the order of writing.
+    """
+
+    version: Literal[1] = 1
+    run: dict[str, Any]
+    keep: dict[str, Literal["f32", "f16", "bf16"]]
+    blocks: dict[str, BlockEntry]
+
+    def save(self, folder: Path) -> None:
+        """Writes manifest.json, whole or not at all. Raises StorageError."""
+        with new_file(folder / MANIFEST) as partial:
+            partial.write_text(json.dumps(self.model_dump(), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Reads manifest.json. Raises CheckpointError: damaged, or of a newer version."""
+        path = folder / MANIFEST
+        try:
+            manifest = cls.model_validate(read_json(path))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise CheckpointError(f"{path} is no manifest of a neutral checkpoint: {where}: {first['msg']}") from error
+        for key in manifest.blocks:
+            if not KEY.fullmatch(key):
+                raise CheckpointError(f"{path}: impossible block name", wanted="letters, digits, _.-", found=repr(key))
+        return manifest
+
+
+def code_bits(fmt: Format) -> int:
+    """Bits that the neutral checkpoint stores per code."""
+    return max(1, (len(fmt.levels()) - 1).bit_length())
+
+
+def packed(q: Quantized) -> dict[str, Tensor]:
+    """The tensors that hold a matrix, by name below "<module>.weight."."""
+    return {"codes": pack(q.codes, code_bits(q.format)), **q.params}
+
+
+def checked(q: Quantized, module: str, path: Path) -> Quantized:
+    """Returns a matrix that was read, if its parts fit together. Raises CheckpointError: they do not."""
+    n, k = q.codes.shape
+    try:
+        scale, offset = q.format.affine(q.params)
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: parameters of {module} do not fit {q.format.label}", found=error) from error
+    groups = k // (q.format.group_columns or k)
+    if q.format.misfit(k) or {tuple(scale.shape), tuple(offset.shape)} - {(n, groups)}:
+        raise CheckpointError(f"{path}: scales of {module}", wanted=[n, groups], found=list(scale.shape))
+    if int(q.codes.max()) >= len(q.format.levels()):
+        raise CheckpointError(f"{path}: codes of {module}", wanted=f"below {len(q.format.levels())}", found="larger")
+    return q

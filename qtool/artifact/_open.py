@@ -1,0 +1,44 @@
+"""Any path -> the model in it: a quantized artifact of any registered layout, or a plain checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qtool import registry
+from qtool.artifact._base import Artifact
+from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint
+from qtool.checkpoint.open import open_checkpoint
+from qtool.errors import CheckpointError
+
+
+def find_artifact(path: Path) -> tuple[str, Artifact] | None:
+    """Name and layout of the artifact at a path; None if no registered one recognizes it."""
+    if path.exists():
+        for name in registry.names("artifact"):
+            artifact: type[Artifact] = registry.load("artifact", name)
+            if artifact.recognizes(path):
+                return name, artifact()
+    return None
+
+
+def open_artifact(path: Path) -> QuantizedCheckpoint:
+    """Opens a quantized artifact of any layout.
+
+    Raises:
+        CheckpointError: it is damaged, or none.
+    """
+    found = find_artifact(path)
+    if found is None:
+        what = "holds no quantized artifact" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path} {what}", wanted=f"one of {', '.join(registry.names('artifact'))}")
+    return found[1].open(path)
+
+
+def open_model(source: str) -> Checkpoint:
+    """Opens an artifact or a checkpoint: a folder, a file, or a hub id.
+
+    Raises:
+        CheckpointError: it is damaged, of an unknown kind, or cannot be found.
+    """
+    found = find_artifact(Path(source))
+    return found[1].open(Path(source)) if found else open_checkpoint(source)

@@ -1,0 +1,65 @@
+"""The neutral checkpoint: any format's codes and parameters, without what a runtime wants of them.
+
+One safetensors file (https://github.com/huggingface/safetensors#format) per decoder block, one for what is outside of
+the blocks, and a manifest; docs/neutral-checkpoint.md is the specification. qtool itself is the only runtime: `eval`
+reads it, and `export` turns it into artifacts that others read, as soon as they can hold the formats.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, ClassVar
+
+from qtool.artifact._base import Artifact, Carry
+from qtool.artifact._card import write_card, write_side_files
+from qtool.artifact._manifest import MANIFEST
+from qtool.artifact._neutral import NeutralCheckpoint, NeutralWriter
+from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint
+
+OUTSIDE = "outside"
+
+
+class Qtool(Artifact):
+    """See the module."""
+
+    fuses: ClassVar[bool] = False
+    runtimes: ClassVar[tuple[str, ...]] = ("qtool",)
+    usage: ClassVar[str] = "`qtool export FOLDER --to NAME -o OUT` turns it into what other runtimes read."
+
+    def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Carry:
+        """See `Artifact.can_carry`: everything."""
+        return Carry(True)
+
+    def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
+        """See `Artifact.write`."""
+        groups = _groups(model)
+        activations = {module: layer.activations for module, layer in model.layers.items() if layer.activations}
+        writer = NeutralWriter(out, {"recipe": card.get("recipe_name")}, activations)
+        for key, names in groups.items():
+            modules = [name.removesuffix(".weight") for name in names]
+            layers = {module: model.quantized(module) for module in modules if module in model.layers}
+            kept = [name for name in names if name.removesuffix(".weight") not in model.layers]
+            writer.write_block(key, layers, kept=kept, source=model)
+        files = [out / MANIFEST, *(out / f"{key}.safetensors" for key in groups)]
+        return [*files, *write_side_files(model, out, model.config), write_card(self, model, out, card)]
+
+    def open(self, path: Path) -> NeutralCheckpoint:
+        """See `Artifact.open`."""
+        return NeutralCheckpoint(path)
+
+    @classmethod
+    def recognizes(cls, path: Path) -> bool:
+        """See `Artifact.recognizes`."""
+        return (path / MANIFEST).is_file()
+
+
+def _groups(model: QuantizedCheckpoint) -> dict[str, list[str]]:
+    """Tensor names by file: decoder blocks in order, then what is outside of them."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    prefixes = {model.family.block_prefix.format(i=i): i for i in range(model.family.blocks(model.config))}
+    for name in model.names():
+        inside = (f"block-{i}" for prefix, i in prefixes.items() if name.startswith(prefix))
+        groups[next(inside, OUTSIDE)].append(name)
+    groups[OUTSIDE] = groups.pop(OUTSIDE)
+    return dict(groups)

@@ -1,0 +1,83 @@
+"""A quantized model in memory, which is what artifact tests write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from qtool.checkpoint._base import Checkpoint, Layer, QuantizedCheckpoint, modules
+from qtool.checkpoint.hf import HFCheckpoint
+from qtool.formats._base import Quantized
+from qtool.methods.rtn import RTN
+
+
+class InMemory(QuantizedCheckpoint):
+    """A source whose modules are rounded as `choose` says, all in memory."""
+
+    def __init__(self, origin: Checkpoint, choose: Callable[..., Layer | None]) -> None:
+        self.origin = origin
+        self.source, self.config, self.family, self.files = origin.source, origin.config, origin.family, origin.files
+        self.layers = {m.name: layer for m in modules(origin) if (layer := choose(m)) is not None}
+        self.matrices: dict[str, Quantized] = {}
+        for name, layer in self.layers.items():
+            weight = origin.tensor(f"{name}.weight").float()
+            self.matrices[name] = RTN().solve(weight, None, layer.format).quantized
+
+    def names(self):
+        return self.origin.names()
+
+    def info(self, name):
+        return self.origin.info(name)
+
+    def tensor(self, name):
+        module = name.removesuffix(".weight")
+        return self.quantized(module).decode() if module in self.layers else self.origin.tensor(name)
+
+    def quantized(self, module):
+        return self.matrices[module]
+
+    def fingerprint(self):
+        return "in memory"
+
+
+def quantize(folder: Path, fmt, activations=None, **per_role) -> InMemory:
+    """Every linear of the blocks in one format, or in the one that its role names (None: kept)."""
+
+    def choose(module):
+        if module.block is None and module.role not in per_role:
+            return None
+        chosen = per_role.get(module.role, fmt)
+        return Layer(chosen, activations) if chosen is not None else None
+
+    return InMemory(HFCheckpoint(folder), choose)
+
+
+def assert_same_model(found: QuantizedCheckpoint, wanted: QuantizedCheckpoint) -> None:
+    """Equal configuration, formats, codes, parameters and kept tensors, bit for bit."""
+    assert found.config == wanted.config
+    assert found.names() == wanted.names()
+    assert {m: layer.format.label for m, layer in found.layers.items()} == {
+        m: layer.format.label for m, layer in wanted.layers.items()
+    }
+    for name in wanted.names():
+        module = name.removesuffix(".weight")
+        if module in wanted.layers:
+            a, b = found.quantized(module), wanted.quantized(module)
+            assert torch.equal(a.codes, b.codes)
+            assert a.params.keys() == b.params.keys()
+            assert all(
+                torch.equal(a.params[p], b.params[p]) and a.params[p].dtype == b.params[p].dtype for p in a.params
+            )
+            assert torch.equal(found.tensor(name), b.decode())
+        else:
+            assert found.tensor(name).dtype == wanted.tensor(name).dtype
+            assert torch.equal(found.tensor(name), wanted.tensor(name))
+
+
+@pytest.fixture
+def tree():
+    """Content of every file below a folder, by relative name."""
+    return lambda folder: {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
