@@ -1,6 +1,6 @@
 """A Hugging Face tokenizer from the vocabulary in a GGUF file.
 
-Transformers rebuilds vocabulary, merges and special tokens. How text is cut before merging, and whether BOS comes first,
+Transformers rebuilds vocabulary, merges and special tokens. How text is cut before merging, and whether BOS is first,
 it decides by rules that depend on its version; here the file decides.
 """
 
