@@ -1,9 +1,9 @@
 """Scores of positions: negative log likelihood, KL divergence, agreement; collected chunk by chunk.
 
-Follows llama-perplexity (https://github.com/ggml-org/llama.cpp/tree/master/tools/perplexity) in what is scored and how it
-is summed up, with one difference: llama.cpp keeps the baseline's log-probabilities as 16-bit integers, clipped 16 nats
-below the largest, and drops clipped tokens from the sum. Here both models' logits are at hand, and the sum runs over the
-whole vocabulary.
+Follows llama-perplexity (https://github.com/ggml-org/llama.cpp/tree/master/tools/perplexity) in what is scored and how
+it is summed up, with one difference: llama.cpp keeps the baseline's log-probabilities as 16-bit integers, clipped 16
+nats below the largest, and drops clipped tokens from the sum. Here both models' logits are at hand, and the sum runs
+over the whole vocabulary.
 
 Shape letters: P scored positions of a chunk, V vocabulary.
 """

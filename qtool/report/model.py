@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from qtool.evaluate.result import Evaluation
 
@@ -10,7 +10,7 @@ from qtool.evaluate.result import Evaluation
 class Entry(BaseModel):
     """Part of a report; unknown keys are errors, so that an older reader never misreads a newer file."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class LayerEntry(Entry):
@@ -20,7 +20,7 @@ class LayerEntry(Entry):
         name, role, block, shape: as in the plan.
         format, method, activations: labels; None where kept.
         bits_per_weight, nbytes: of the stored matrix, parameters included.
-        weight_error_db: 10 log10(|W|^2 / |W - W_hat|^2), dB; None where kept.
+        weight_error_db: 10 log10(|W|^2 / |W - W_hat|^2), dB; infinite where exact; None where kept.
         output_error_db: the same of the layer's output on the calibration tokens; None where nothing was measured.
         tokens: how many calibrated it; 0 without data.
         fallback: what was done instead of what the recipe asked, and why.
@@ -78,6 +78,7 @@ class Report(Entry):
         recipe_name, recipe: the recipe's name and its full content after `extends` and `--set`.
         source, source_fingerprint, source_bytes, parameters: the model that went in.
         calibration: token source, samples, length and token count; empty without data.
+        other_bytes: tensors that are no module (norms, biases), as stored.
         limited_blocks: blocks that were quantized in a smoke run; None for a whole run.
         environment: versions of python and packages, cpu, threads, device.
     """
@@ -88,8 +89,8 @@ class Report(Entry):
     recipe: dict[str, object]
     source: str
     source_fingerprint: str
-    source_bytes: int
-    parameters: int
+    source_bytes: int = Field(gt=0)
+    parameters: int = Field(gt=0)
     calibration: dict[str, object]
     limited_blocks: int | None
     layers: tuple[LayerEntry, ...]
@@ -98,3 +99,4 @@ class Report(Entry):
     evaluations: tuple[Evaluation, ...]
     warnings: tuple[str, ...]
     environment: dict[str, str]
+    other_bytes: int = 0

@@ -1,0 +1,123 @@
+"""Writes a report as JSON, Markdown and one HTML page, and reads the JSON back.
+
+The HTML page is whole in itself (no script, nothing from the network: its content security policy says so), and both
+texts are functions of the JSON: the same report gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from pydantic import ValidationError
+
+from qtool.artifact._files import new_file
+from qtool.errors import CheckpointError
+from qtool.report import summary
+from qtool.report.charts import charts
+from qtool.report.model import Report
+
+VERSION: int = Report.model_fields["version"].default
+
+
+def write_report(report: Report, folder: Path) -> list[Path]:
+    """Writes report.json, report.md and report.html into an existing folder; each is whole or absent.
+
+    Raises:
+        StorageError: the disk is full or not writable.
+    """
+    texts = {
+        "report.json": report.model_dump_json(indent=1) + "\n",
+        "report.md": markdown(report),
+        "report.html": html(report),
+    }
+    for name, text in texts.items():
+        with new_file(folder / name) as partial:
+            partial.write_text(text, encoding="utf-8")
+    return [folder / name for name in texts]
+
+
+def read_report(path: Path) -> Report:
+    """Reads a report.json.
+
+    Raises:
+        CheckpointError: no such file, no report, damaged, or written by a newer qtool.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read the report {path}", found=error.strerror) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no report", wanted="JSON", found=error) from error
+    version = content.get("version") if isinstance(content, dict) else None
+    if not isinstance(version, int):
+        raise CheckpointError(f"{path} is no report", wanted="an object with a version", found=type(content).__name__)
+    if version > VERSION:
+        hint = "read it with a newer qtool"
+        raise CheckpointError(f"{path} has another version", wanted=f"at most {VERSION}", found=version, hint=hint)
+    try:
+        return Report.model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{path} is damaged at {where or 'the top'}", found=first["msg"]) from error
+
+
+def html(report: Report) -> str:
+    """The page."""
+    environment = environment_for(autoescape=True)
+    return environment.get_template("page.html.j2").render(**context(report), charts=charts(report))
+
+
+def markdown(report: Report) -> str:
+    """The same content without plots and without the table of all layers."""
+    text = environment_for(autoescape=False).get_template("page.md.j2").render(**context(report))
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def context(report: Report) -> dict[str, Any]:
+    """What both templates use: the report, functions on it, and its recipe as YAML."""
+    recipe = json.loads(report.model_dump_json())["recipe"]
+    return {
+        "report": report,
+        "s": summary,
+        "title": f"{report.recipe_name}: {Path(report.source).name}",
+        "recipe": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100),
+    }
+
+
+def environment_for(autoescape: bool) -> Environment:
+    """Templates live beside this module."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"md": escape_markdown, "code": code_span, "fence": fence}
+    return environment
+
+
+def escape_markdown(text: object) -> str:
+    """Text that Markdown shows as it is, also in a table cell."""
+    return re.sub(r"([\\`*_\[\]<>|&~#])", r"\\\1", " ".join(str(text).split()))
+
+
+def code_span(text: object) -> str:
+    """Inline code, also in a table cell: a fence longer than any run of backticks inside."""
+    line = " ".join(str(text).split()).replace("|", "\\|")
+    ticks = "`" * (max(map(len, re.findall(r"`+", line)), default=0) + 1)
+    pad = " " if "`" in line else ""
+    return f"{ticks}{pad}{line}{pad}{ticks}"
+
+
+def fence(text: str, language: str) -> str:
+    """A code block that its content cannot close."""
+    ticks = "`" * max(3, max(map(len, re.findall(r"`+", text)), default=0) + 1)
+    return f"{ticks}{language}\n{text.rstrip()}\n{ticks}"

@@ -1,0 +1,269 @@
+"""Numbers that Markdown and HTML show beside the report's own: totals, rows by role, the verdict. No markup here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from qtool.evaluate.result import Evaluation
+from qtool.report.model import LayerEntry, Report
+
+ROLES = ("q", "k", "v", "o", "gate", "up", "down", "embedding", "head")
+"""The order in which tables and legends show roles; others follow in alphabetical order."""
+
+
+@dataclass(frozen=True)
+class SizeRow:
+    """All modules of one role that are stored alike."""
+
+    role: str
+    format: str
+    methods: str
+    layers: int
+    weights: int
+    nbytes: int
+    share: float
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight."""
+        return 8 * self.nbytes / self.weights
+
+
+@dataclass(frozen=True)
+class ErrorRow:
+    """Signal-to-error ratios of one role's layers, dB."""
+
+    role: str
+    layers: int
+    best: float
+    median: float
+    worst: float
+    worst_layer: str
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something the reader should see first. `layers` are the names it is about, if it is about layers."""
+
+    kind: str
+    text: str
+    layers: tuple[str, ...] = ()
+
+
+def roles(report: Report) -> list[str]:
+    """Roles that occur, in the order of display."""
+    found = {layer.role for layer in report.layers}
+    return [r for r in ROLES if r in found] + sorted(found - set(ROLES))
+
+
+def model_bytes(report: Report) -> int:
+    """What the model's tensors take as stored, without file headers."""
+    return sum(layer.nbytes for layer in report.layers) + report.other_bytes
+
+
+def bits_per_weight(report: Report) -> float:
+    """Over the whole model, kept tensors included."""
+    return 8 * model_bytes(report) / report.parameters
+
+
+def weights(layer: LayerEntry) -> int:
+    """Number of weights of a module."""
+    return layer.shape[0] * layer.shape[1]
+
+
+def stored_as(layer: LayerEntry) -> str:
+    """Format label of the weight, with that of the activations."""
+    if layer.format is None:
+        return "kept"
+    return f"{layer.format} · activations {layer.activations}" if layer.activations else layer.format
+
+
+def size_rows(report: Report) -> list[SizeRow]:
+    """By role, then by format in order of appearance; norms and biases are not among them."""
+    total = model_bytes(report)
+    rows = []
+    for role in roles(report):
+        groups: dict[str, list[LayerEntry]] = {}
+        for layer in report.layers:
+            if layer.role == role:
+                groups.setdefault(stored_as(layer), []).append(layer)
+        for label, group in groups.items():
+            nbytes = sum(layer.nbytes for layer in group)
+            methods = ", ".join(sorted({layer.method for layer in group if layer.method}))
+            rows.append(SizeRow(role, label, methods, len(group), sum(map(weights, group)), nbytes, nbytes / total))
+    return rows
+
+
+def measures_output(report: Report) -> bool:
+    """True if calibration measured output errors, so that these are shown; else weight errors are."""
+    return any(layer.output_error_db is not None for layer in report.layers)
+
+
+def errors(report: Report) -> list[tuple[LayerEntry, float]]:
+    """Quantized layers with the signal-to-error ratio that plots and tables show, dB."""
+    key = "output_error_db" if measures_output(report) else "weight_error_db"
+    return [(layer, db) for layer in report.layers if (db := getattr(layer, key)) is not None]
+
+
+def finite(values: Iterable[float]) -> list[float]:
+    """Without infinities (exact layers) and NaN."""
+    return [v for v in values if math.isfinite(v)]
+
+
+def error_rows(report: Report) -> list[ErrorRow]:
+    """By role."""
+    rows = []
+    for role in roles(report):
+        found = [(db, layer.name) for layer, db in errors(report) if layer.role == role]
+        if found:
+            worst, name = min(found, key=lambda pair: pair[0])
+            ratios = [db for db, _ in found]
+            rows.append(ErrorRow(role, len(found), max(ratios), median(ratios), worst, name))
+    return rows
+
+
+def notices(report: Report) -> list[Notice]:
+    """Smoke run, fallbacks (one notice per reason), artifacts that were not verified, warnings; in this order."""
+    found = []
+    if report.limited_blocks is not None:
+        text = f"Smoke run: only the first {report.limited_blocks} decoder blocks were quantized."
+        found.append(Notice("smoke run", text))
+    reasons: dict[str, list[str]] = {}
+    for layer in report.layers:
+        if layer.fallback:
+            reasons.setdefault(layer.fallback, []).append(layer.name)
+    found += [Notice("fallback", reason, tuple(names)) for reason, names in reasons.items()]
+    found += [
+        Notice("not verified", f"{a.kind} ({a.path}) was not read back and compared.")
+        for a in report.artifacts
+        if not a.verified
+    ]
+    return found + [Notice("warning", text) for text in report.warnings]
+
+
+def main_evaluation(report: Report) -> Evaluation | None:
+    """The evaluation that the verdict quotes: the first that has a baseline, else the first."""
+    compared = [e for e in report.evaluations if e.kld_mean is not None]
+    return next(iter(compared or report.evaluations), None)
+
+
+def verdict(report: Report) -> str:
+    """One or two sentences: what became of the size, and what it cost."""
+    after = model_bytes(report)
+    line = (
+        f"{size(report.source_bytes)} became {size(after)} ({percent(after / report.source_bytes)}), "
+        f"{bits_per_weight(report):.2f} bits per weight."
+    )
+    e = main_evaluation(report)
+    if e is None:
+        return line + " Quality was not measured."
+    if e.kld_mean is None or e.ppl_ratio is None:
+        return line + f" Perplexity {e.ppl:.4g} on {e.text}."
+    return line + f" KL divergence {number(e.kld_mean)} nats per token, perplexity {change(e.ppl_ratio)} on {e.text}."
+
+
+def cards(report: Report) -> list[tuple[str, str, str]]:
+    """(what, value, remark) of the key numbers."""
+    after = model_bytes(report)
+    found = [
+        ("size", size(after), f"{percent(after / report.source_bytes)} of {size(report.source_bytes)}"),
+        ("bits per weight", f"{bits_per_weight(report):.2f}", f"{report.parameters:,} parameters"),
+    ]
+    e = main_evaluation(report)
+    if e is not None:
+        if e.kld_mean is not None and e.kld_p99 is not None:
+            found.append(("KL divergence", number(e.kld_mean), f"nats per token; 99 % below {number(e.kld_p99)}"))
+        remark = f"± {e.ppl_error:.2g}" if e.base_ppl is None else f"± {e.ppl_error:.2g}; baseline {e.base_ppl:.4g}"
+        found.append(("perplexity", f"{e.ppl:.4g}", remark))
+        if e.top1 is not None:
+            found.append(("top-1 agreement", percent(e.top1), "same most likely token"))
+    ratios = finite(db for _, db in errors(report))
+    if ratios:
+        kind = "layer outputs" if measures_output(report) else "weights"
+        found.append(("median error", f"{median(ratios):.1f} dB", f"of {kind}; worst {min(ratios):.1f} dB"))
+    if report.stages:
+        found.append(("time", duration(sum(s.seconds for s in report.stages)), "all stages"))
+        found.append(("peak memory", size(max(s.peak_bytes for s in report.stages)), "resident, whole process"))
+    return found
+
+
+def size(nbytes: float) -> str:
+    """Decimal units, three to four digits: 98.4 MB."""
+    units: Sequence[str] = ("B", "kB", "MB", "GB", "TB")
+    power = 0
+    while nbytes >= 999.95 and power < len(units) - 1:
+        nbytes, power = nbytes / 1000, power + 1
+    return f"{nbytes:.0f} B" if power == 0 else f"{nbytes:.1f} {units[power]}"
+
+
+def duration(seconds: float) -> str:
+    """0.42 s, 4.2 s, 38 s, 2 min 18 s, 1 h 04 min."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s" if seconds >= 0.95 else f"{seconds:.2f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def number(x: float) -> str:
+    """Three significant digits."""
+    return f"{x:#.3g}".rstrip(".")
+
+
+def percent(share: float) -> str:
+    """0.366 -> "36.6 %"."""
+    return f"{100 * share:.1f} %"
+
+
+def change(ratio: float) -> str:
+    """1.021 -> "+2.1 %"."""
+    return f"{100 * (ratio - 1):+.1f} %"
+
+
+def decibels(db: float | None) -> str:
+    """One decimal; exact layers say so."""
+    if db is None:
+        return "-"
+    return "exact" if db == math.inf else f"{db:.1f}"
+
+
+def evaluation_rows(report: Report) -> list[tuple[str, list[str]]]:
+    """(measure, its value in each evaluation); measures that no evaluation has are left out."""
+    measures: list[tuple[str, Callable[[Evaluation], str | None]]] = [
+        ("text", lambda e: e.text),
+        ("run by", lambda e: e.runtime),
+        ("scored tokens", lambda e: f"{e.tokens:,}"),
+        ("chunks", lambda e: f"{e.chunks:,} of {e.context:,} tokens"),
+        ("perplexity", lambda e: f"{e.ppl:.4f} ± {e.ppl_error:.2g}"),
+        ("perplexity of the baseline", lambda e: None if e.base_ppl is None else f"{e.base_ppl:.4f}"),
+        ("perplexity ratio", lambda e: None if e.ppl_ratio is None else f"{e.ppl_ratio:.4f}"),
+        ("KL divergence, mean (nats)", with_error),
+        ("KL divergence, median", lambda e: optional(e.kld_median)),
+        ("KL divergence, 90 %", lambda e: optional(e.kld_p90)),
+        ("KL divergence, 95 %", lambda e: optional(e.kld_p95)),
+        ("KL divergence, 99 %", lambda e: optional(e.kld_p99)),
+        ("KL divergence, 99.9 %", lambda e: optional(e.kld_p999)),
+        ("KL divergence, largest", lambda e: optional(e.kld_max)),
+        ("same most likely token", lambda e: None if e.top1 is None else percent(e.top1)),
+        ("Δp of the right token, mean", lambda e: None if e.dp_mean is None else f"{100 * e.dp_mean:+.2f} %"),
+        ("Δp of the right token, RMS", lambda e: None if e.rms_dp is None else f"{100 * e.rms_dp:.2f} %"),
+    ]
+    rows = [(label, [value(e) for e in report.evaluations]) for label, value in measures]
+    return [(label, [v or "-" for v in values]) for label, values in rows if any(values)]
+
+
+def with_error(e: Evaluation) -> str | None:
+    """Mean KL divergence and its standard error."""
+    if e.kld_mean is None:
+        return None
+    return number(e.kld_mean) + ("" if e.kld_error is None else f" ± {e.kld_error:.2g}")
+
+
+def optional(x: float | None) -> str | None:
+    """A number, or nothing."""
+    return None if x is None else number(x)

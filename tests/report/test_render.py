@@ -1,0 +1,221 @@
+import json
+import math
+from html.parser import HTMLParser
+
+import pytest
+import yaml
+
+from qtool.errors import CheckpointError, StorageError
+from qtool.report.render import code_span, escape_markdown, fence, html, markdown, read_report, write_report
+
+HOSTILE = "<script>alert('1')</script> | `x` [a](http://e.example) \" & </svg> {{ 7 * 7 }}\n# head"
+VOID = {"meta", "input", "br", "link", "img"}
+
+
+class Page(HTMLParser):
+    """Collects text and attributes, and insists on balanced tags."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.texts = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def hostile(report):
+    """Every string that a model, a path or a user can choose is markup."""
+    layer = report.layers[5].model_copy(
+        update={"name": HOSTILE, "role": HOSTILE, "format": HOSTILE, "fallback": HOSTILE}
+    )
+    file = report.artifacts[0].files[0].model_copy(update={"name": HOSTILE})
+    artifact = report.artifacts[0].model_copy(update={"kind": HOSTILE, "path": HOSTILE, "files": (file,)})
+    evaluation = report.evaluations[0].model_copy(update={"text": HOSTILE})
+    return report.model_copy(
+        update={
+            "recipe_name": HOSTILE, "recipe": {HOSTILE: HOSTILE}, "source": "/m/" + HOSTILE, "warnings": (HOSTILE,),
+            "layers": (*report.layers, layer), "artifacts": (artifact,), "evaluations": (evaluation,),
+            "environment": {HOSTILE: HOSTILE}, "calibration": {"data": HOSTILE},
+            "stages": (report.stages[0].model_copy(update={"name": HOSTILE}),),
+        }
+    )  # fmt: skip
+
+
+def test_three_files_that_repeat_to_the_byte(report, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    first, second = write_report(report, tmp_path / "a"), write_report(report, tmp_path / "b")
+    assert [p.name for p in first] == ["report.json", "report.md", "report.html"]
+    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["report.html", "report.json", "report.md"]
+
+
+def test_a_folder_that_does_not_exist(report, tmp_path):
+    with pytest.raises(StorageError):
+        write_report(report, tmp_path / "none")
+
+
+def test_json_reads_back_equal_and_renders_equal(report, tmp_path):
+    exact = report.layers[3].model_copy(update={"weight_error_db": math.inf, "output_error_db": -math.inf})
+    report = report.model_copy(update={"layers": (*report.layers[:3], exact, *report.layers[4:])})
+    again = read_report(write_report(report, tmp_path)[0])
+    assert again == report
+    assert html(again) == html(report)
+    assert markdown(again) == markdown(report)
+
+
+def test_json_is_standard_json(report, tmp_path):
+    exact = report.layers[3].model_copy(update={"weight_error_db": math.inf})
+    path = write_report(report.model_copy(update={"layers": (exact,)}), tmp_path)[0]
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    content = json.loads(path.read_text(), parse_constant=refuse)
+    assert content["version"] == 1
+    assert content["layers"][0]["weight_error_db"] == "Infinity"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c | {"version": 2}, "has another version: wanted at most 1, found 2; read it with a newer qtool"),
+        (lambda c: c | {"more": 1}, "is damaged at more"),
+        (lambda c: c | {"parameters": 0}, "is damaged at parameters"),
+        (lambda c: c | {"stages": [{"name": "plan"}]}, r"is damaged at stages\.0\.seconds"),
+        (lambda c: {k: v for k, v in c.items() if k != "source"}, "is damaged at source: found Field required"),
+        (lambda c: {k: v for k, v in c.items() if k != "version"}, "is no report: wanted an object with a version"),
+        (lambda c: [c], "is no report: wanted an object with a version, found list"),
+    ],
+    ids=["newer", "unknown-key", "no-parameters", "half-stage", "no-source", "no-version", "list"],
+)
+def test_what_is_no_readable_report(report, tmp_path, change, message):
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(change(json.loads(report.model_dump_json()))))
+    with pytest.raises(CheckpointError, match=message):
+        read_report(path)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"version": 1', b"\xff\xfe\x00", b"[" * 100_000], ids=lambda c: repr(c[:9]))
+def test_what_is_no_json(tmp_path, content):
+    path = tmp_path / "report.json"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="is no report: wanted JSON"):
+        read_report(path)
+
+
+def test_a_report_that_is_missing(tmp_path):
+    with pytest.raises(CheckpointError, match=r"cannot read the report .*: found No such file"):
+        read_report(tmp_path / "report.json")
+
+
+def test_the_page_says_everything(report):
+    page = Page(html(report))
+    text = " ".join(page.texts)
+    for layer in report.layers:
+        assert layer.name in text
+    for wanted in (*report.warnings, report.source, report.source_fingerprint, "rtn instead of gptq: the Hessian"):
+        assert wanted in text
+    for file in report.artifacts[0].files:
+        assert file.sha256 in text
+    assert page.tags.count("svg") == 3
+    assert page.tags.count("circle") == 210
+
+
+def test_the_page_is_whole_in_itself(report):
+    page = Page(html(report))
+    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
+    assert not {name for name, _ in page.attributes} & {"src", "href", "onclick", "onload", "data"}
+    assert "url(" not in html(report)
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
+
+
+def test_hostile_strings_stay_text_in_html(report):
+    report = hostile(report)
+    page = Page(html(report))
+    assert "script" not in page.tags
+    assert "a" not in page.tags
+    text = " ".join(page.texts)
+    assert text.count("<script>alert('1')</script>") > 10
+    assert "49" not in text.split("{{")[1][:8]  # templates do not evaluate what they show
+
+
+def test_hostile_strings_stay_text_in_markdown(report):
+    lines = markdown(hostile(report)).splitlines()
+    headings = [line for line in lines if line.startswith("#") and not line.startswith("##")]
+    assert len(headings) == 1
+    for number, line in enumerate(lines):
+        if line.startswith("| ---"):
+            columns = line.count("|")
+            rows = [lines[number - 1]]
+            while lines[number + len(rows)].startswith("|"):
+                rows.append(lines[number + len(rows)])
+            assert {row.count("|") - row.count("\\|") for row in rows} == {columns}
+
+
+@pytest.mark.parametrize("text", ["a`b", "``", "a|b", "line\nbreak", "plain"])
+def test_code_spans_hold_any_text(text):
+    span = code_span(text)
+    fence_length = len(span) - len(span.lstrip("`"))
+    inside = span[fence_length:-fence_length]
+    assert "`" * fence_length not in inside
+    assert inside.strip().replace("\\|", "|") == " ".join(text.split())
+
+
+def test_a_fence_is_longer_than_any_inside():
+    assert fence("```\n````", "yaml").splitlines() == ["`````yaml", "```", "````", "`````"]
+
+
+def test_markdown_escapes():
+    assert escape_markdown("a_b*c <d>\n| `e`") == r"a\_b\*c \<d\> \| \`e\`"
+
+
+def test_the_recipe_in_markdown_is_yaml(report):
+    text = markdown(report)
+    inside = text.split("```yaml\n")[1].split("\n```")[0]
+    assert yaml.safe_load(inside) == report.recipe
+
+
+def test_a_run_without_data_gates_or_artifacts(report):
+    layers = tuple(x.model_copy(update={"output_error_db": None, "tokens": 0}) for x in report.layers)
+    bare = report.model_copy(
+        update={"layers": layers, "evaluations": (), "artifacts": (), "stages": (), "calibration": {}, "warnings": ()}
+    )
+    text = html(bare)
+    assert "Signal-to-error ratio of weights" in text
+    assert "none: weights only" in text
+    assert "Quality was not measured" in markdown(bare)
+    assert Page(text).tags.count("svg") == 3
+
+
+def test_exact_layers_are_called_exact_and_are_not_plotted(report):
+    layers = tuple(
+        x.model_copy(update={"output_error_db": None, "weight_error_db": math.inf, "fallback": None}) if x.format else x
+        for x in report.layers
+    )
+    text = html(report.model_copy(update={"layers": layers, "warnings": ()}))
+    page = Page(text)
+    assert page.tags.count("svg") == 1
+    assert text.count("exact") > 210
+    assert "No fallbacks, no warnings." in text
+
+
+def test_colours_mean_the_same_role_in_every_plot(report):
+    text = html(report)
+    assert text.count('<li class="c6"><i></i>down</li>') == 2
