@@ -1,0 +1,74 @@
+"""GGUF: one file with weights, metadata and tokenizer, which llama.cpp and what is built on it load and chat with.
+
+Matrices in the formats that are GGUF block types are stored as they are. Integers of qtool's own formats are stored in
+the smallest block type that holds exactly the same values: their zero points become part of the codes, or of minima.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, ClassVar
+
+from qtool.artifact._base import Artifact, Carry
+from qtool.artifact._card import write_card
+from qtool.artifact._files import storage_errors
+from qtool.artifact.gguf._reader import QuantizedGGUF
+from qtool.artifact.gguf._writer import Writer, candidates
+from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint
+from qtool.errors import CheckpointError
+
+
+class GGUF(Artifact):
+    """See the module.
+
+    Args:
+        pre_tokenizer: llama.cpp's name for the tokenizer's splitting rules, where they are not recognized.
+    """
+
+    fuses: ClassVar[bool] = False
+    runtimes: ClassVar[tuple[str, ...]] = ("llama.cpp",)
+    usage: ClassVar[str] = "`llama-cli -m FILE.gguf` chats with it."
+
+    def __init__(self, pre_tokenizer: str | None = None) -> None:
+        self.pre_tokenizer = pre_tokenizer
+
+    def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Carry:
+        """See `Artifact.can_carry`."""
+        if layer is None:
+            return Carry(True)
+        if layer.activations is not None:
+            return Carry(False, "GGUF cannot say how activations are quantized; llama.cpp decides that itself")
+        blocks = candidates(layer.format)
+        if not blocks:
+            return Carry(False, f"no GGUF block type holds {layer.format.label}; q4_0 to q8_0 are some")
+        misfit = blocks[0].misfit(module.shape[1])
+        return Carry(False, f"{blocks[0].label}: {misfit}") if misfit else Carry(True)
+
+    def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
+        """See `Artifact.write`. The file is called after the model and the recipe."""
+        source = Path(str(card.get("base_model", model.source)).rstrip("/"))
+        base = source.stem if source.suffix == ".gguf" else source.name
+        name = "-".join(filter(None, (base, card.get("recipe_name"))))
+        path = out / (re.sub(r"[^\w.-]+", "-", name).strip("-.") + ".gguf")
+        with storage_errors(out):
+            Writer(model, path, self.pre_tokenizer).write()
+        return [path, write_card(self, model, out, card)]
+
+    def open(self, path: Path) -> QuantizedGGUF:
+        """See `Artifact.open`; of a folder the one file in it."""
+        files = _files(path)
+        if len(files) != 1:
+            raise CheckpointError(f"{path} is no GGUF artifact", wanted="one .gguf file", found=len(files))
+        return QuantizedGGUF(files[0])
+
+    @classmethod
+    def recognizes(cls, path: Path) -> bool:
+        """See `Artifact.recognizes`."""
+        files = _files(path)
+        return len(files) == 1 and files[0].open("rb").read(4) == b"GGUF"
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(path.glob("*.gguf"))

@@ -1,0 +1,35 @@
+"""Reads a GGUF file with its codes, where they are in a block type that qtool knows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qtool.artifact.gguf._writer import block_types
+from qtool.checkpoint._base import Layer, QuantizedCheckpoint
+from qtool.checkpoint.gguf import GGUFCheckpoint
+from qtool.checkpoint.safetensors_io import read_bytes
+from qtool.formats._base import Quantized
+
+
+class QuantizedGGUF(GGUFCheckpoint, QuantizedCheckpoint):
+    """A GGUF file. Matrices in other block types are plain tensors here, decoded when read.
+
+    Raises:
+        CheckpointError: damaged, cut into parts, or not a model that qtool knows.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        blocks = {cls.ggml_type: cls() for cls in block_types()}
+        kinds = {name: self._file.tensors[self._stored(name)].kind for name in self.names()}
+        self._formats = {name.removesuffix(".weight"): blocks[kind] for name, kind in kinds.items() if kind in blocks}
+        self.layers = {module: Layer(block) for module, block in self._formats.items()}
+
+    def quantized(self, module: str) -> Quantized:
+        """See `QuantizedCheckpoint.quantized`."""
+        name = f"{module}.weight"
+        stored, order = self._file.tensors[self._stored(name)], self._order(name)
+        packed = read_bytes(self._file.path, stored.offset, stored.nbytes, name).view(stored.shape[0], -1)
+        block = self._formats[module]
+        codes, params = block.unpack(packed if order is None else packed[order.argsort()])
+        return Quantized(codes, params, block)

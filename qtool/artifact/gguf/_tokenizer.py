@@ -1,0 +1,141 @@
+"""A tokenizer in GGUF's words.
+
+Two kinds exist in the architectures that qtool knows: byte-level BPE ("gpt2": tokens, merges, and the name of a
+pre-tokenizer) and SentencePiece's BPE with bytes as a last resort ("llama": tokens and scores).
+Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and llama-vocab.cpp of llama.cpp.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qtool.artifact.gguf._container import Value
+from qtool.artifact.gguf._vocabulary import Vocabulary, from_json, from_sentencepiece, merges
+from qtool.checkpoint import pretokenizers
+from qtool.checkpoint.config import read_json
+from qtool.errors import CheckpointError
+
+Files = Mapping[str, Path]
+SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+"""Name of a special token in config files -> in GGUF."""
+
+
+def tokenizer_metadata(
+    files: Mapping[str, Path], config: Mapping[str, Any], pre: str | None = None
+) -> dict[str, Value]:
+    """The `tokenizer.*` key-values of a GGUF file.
+
+    Args:
+        files: the model's side files by name.
+        config: its config.json.
+        pre: GGUF's name of the pre-tokenizer, where it is not recognized.
+
+    Raises:
+        CheckpointError: no tokenizer, or one that llama.cpp has no name for.
+    """
+    tokenizer = read_json(files["tokenizer.json"]) if "tokenizer.json" in files else {}
+    settings = read_json(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
+    try:
+        vocabulary, values = _model(files, tokenizer, pre)
+        vocabulary.resize(int(config["vocab_size"]))
+        values |= {"tokenizer.ggml.tokens": vocabulary.texts, "tokenizer.ggml.token_type": vocabulary.types}
+        if vocabulary.scores:
+            values["tokenizer.ggml.scores"] = vocabulary.scores
+        special = _special_ids(vocabulary, settings, config)
+        values |= {f"tokenizer.ggml.{SPECIAL[name]}_token_id": token for name, token in special.items()}
+        values |= _added_ends(tokenizer, settings, vocabulary, special)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError("the tokenizer files are damaged", found=f"{type(error).__name__}: {error}") from error
+    return values | _chat_templates(files, settings)
+
+
+def _model(
+    files: Mapping[str, Path], tokenizer: dict[str, Any], pre: str | None
+) -> tuple[Vocabulary, dict[str, Value]]:
+    if not tokenizer:
+        if "tokenizer.model" not in files:
+            raise CheckpointError("a GGUF file needs a tokenizer", wanted="tokenizer.json or tokenizer.model")
+        vocabulary, prefix = from_sentencepiece(files["tokenizer.model"])
+        return vocabulary, {"tokenizer.ggml.model": "llama", "tokenizer.ggml.add_space_prefix": prefix}
+    model = tokenizer["model"]
+    if model.get("type") != "BPE":
+        raise CheckpointError("GGUF cannot hold this tokenizer", wanted="a BPE model", found=model.get("type"))
+    if model.get("byte_fallback"):
+        prefix = _space_prefix(tokenizer)
+        return from_json(tokenizer), {"tokenizer.ggml.model": "llama", "tokenizer.ggml.add_space_prefix": prefix}
+    pre = pre or pretokenizers.identify(tokenizer)
+    if pre is None:
+        raise CheckpointError(
+            "GGUF has a name for each way to split text before merging, and this tokenizer.json's is not recognized",
+            wanted=", ".join(pretokenizers.RULES),
+            found=json.dumps(tokenizer.get("pre_tokenizer"))[:200],
+            hint="if llama.cpp knows it, name it: export: [{to: gguf, pre_tokenizer: NAME}]",
+        )
+    values: dict[str, Value] = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre}
+    return from_json(tokenizer), values | {"tokenizer.ggml.merges": merges(model)}
+
+
+def _space_prefix(tokenizer: dict[str, Any]) -> bool:
+    """Whether a space is put before the text: by a normalizer in older files, by a pre-tokenizer in newer ones."""
+    normalizer, splitter = tokenizer.get("normalizer") or {}, tokenizer.get("pre_tokenizer") or {}
+    steps = normalizer.get("normalizers", [normalizer])
+    return any(step.get("type") == "Prepend" for step in steps) or (
+        splitter.get("type") == "Metaspace" and splitter.get("prepend_scheme", "always") != "never"
+    )
+
+
+def _special_ids(vocabulary: Vocabulary, settings: dict[str, Any], config: Mapping[str, Any]) -> dict[str, int]:
+    """Ids of the special tokens that exist; tokenizer_config.json names them, config.json numbers them."""
+    ids = {text: i for i, text in enumerate(vocabulary.texts)}
+    found = {}
+    for name in SPECIAL:
+        token, number = settings.get(f"{name}_token"), config.get(f"{name}_token_id")
+        text = token["content"] if isinstance(token, dict) else token
+        number = number[0] if isinstance(number, list) else number
+        if text in ids:
+            found[name] = ids[text]
+        elif number is not None:
+            found[name] = int(number)
+    return found
+
+
+def _added_ends(
+    tokenizer: dict[str, Any], settings: dict[str, Any], vocabulary: Vocabulary, special: dict[str, int]
+) -> dict[str, Value]:
+    """Whether the tokenizer puts the first and last special token around a text.
+
+    tokenizer_config.json decides if it says anything, as in transformers, else the template in tokenizer.json.
+    A SentencePiece model alone knows nothing of it; Llama's tokenizer then adds the first.
+    """
+    told = {end: settings.get(f"add_{end}_token") for end in ("bos", "eos")}
+    if any(value is not None for value in told.values()):
+        return {f"tokenizer.ggml.add_{end}_token": bool(value) for end, value in told.items()}
+    processor = tokenizer.get("post_processor") or {}
+    template = [part for step in processor.get("processors", [processor]) for part in step.get("single", [])]
+    ends = {"bos": template[:1], "eos": template[-1:]}
+    values: dict[str, Value] = {}
+    for end, parts in ends.items():
+        text = vocabulary.texts[special[end]] if end in special else None
+        added = [part["SpecialToken"]["id"] for part in parts if "SpecialToken" in part]
+        values[f"tokenizer.ggml.add_{end}_token"] = text in added if tokenizer else end == "bos"
+    return values
+
+
+def _chat_templates(files: Files, settings: dict[str, Any]) -> dict[str, Value]:
+    """The chat template, or several by name."""
+    template = settings.get("chat_template")
+    if "chat_template.json" in files:
+        template = read_json(files["chat_template.json"]).get("chat_template")
+    if "chat_template.jinja" in files:
+        template = files["chat_template.jinja"].read_text(encoding="utf-8")
+    if isinstance(template, str):
+        return {"tokenizer.chat_template": template}
+    named = {entry["name"]: entry["template"] for entry in template or []}
+    values: dict[str, Value] = {}
+    for name, text in named.items():
+        values["tokenizer.chat_template" + (f".{name}" if name != "default" else "")] = text
+    others = [name for name in named if name != "default"]
+    return values | {"tokenizer.chat_templates": others} if others else values
