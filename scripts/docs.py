@@ -9,8 +9,8 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +78,20 @@ def chapters(room: str) -> str:
     """What every module of a registry says about itself, and the options of its class."""
     parts = []
     for name in registry.names(room):
-        module = sys.modules[registry.load(room, name).__module__]
         schema = options_of(room, name)
         table_ = "\n\n" + options(schema) if schema.get("properties") else ""
-        parts.append(f"## {name}\n\n{inspect.cleandoc(module.__doc__ or '')}{table_}")
+        parts.append(f"## {name}\n\n{about(room, name)}{table_}")
     return "\n\n".join(parts)
 
 
+def about(room: str, name: str) -> str:
+    """The docstring of a registered module."""
+    module = import_module(f"qtool.{room.replace('/', '.')}.{name.replace('-', '_')}")
+    return inspect.cleandoc(module.__doc__ or "")
+
+
 def options_of(room: str, name: str) -> dict[str, Any]:
-    """The part of the recipe schema that describes a registered format or method; empty for other rooms."""
+    """The part of the recipe schema that describes a registered format or method; empty for an artifact."""
     if room == "formats":
         kinds = json_schema()["$defs"]["Format"]["anyOf"][1:]
         (found,) = (kind for kind in kinds if kind["properties"]["type"] == {"const": name})
@@ -130,6 +135,14 @@ def admits(schema: dict[str, Any]) -> str:
 
 
 BOUNDS = {"minimum": "from", "maximum": "to", "exclusiveMinimum": "above", "exclusiveMaximum": "below"}
+
+
+def families() -> str:
+    """The model families: name, what they are, source."""
+    rows = []
+    for name in registry.names("checkpoint/families"):
+        rows.append((f"`{name}`", about("checkpoint/families", name).split("\n\n")[0].replace("\n", " ")))
+    return table(("model_type", "what"), rows)
 
 
 def recipe() -> str:
@@ -178,7 +191,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "artifacts": lambda: chapters("artifact"),
     "commands": commands,
     "exit-codes": exit_codes,
-    "families": lambda: chapters("checkpoint/families"),
+    "families": families,
     "formats": lambda: chapters("formats"),
     "methods": lambda: chapters("methods"),
     "recipe": recipe,

@@ -37,7 +37,8 @@ def test_entry_loads_and_is_a_concrete_class_spelled_like_its_file(room, name):
     assert issubclass(entry, BASES[room])
     assert not inspect.isabstract(entry)
     assert entry.__name__.lower() == re.sub("[-_]", "", name) or entry.__name__.lower() == name
-    assert entry.__module__.rsplit(".", 1)[-1] == name.replace("-", "_")
+    home = f"qtool.{room.replace('/', '.')}.{name.replace('-', '_')}"
+    assert f"{entry.__module__}.".startswith(f"{home}.")
 
 
 @each
