@@ -1,0 +1,62 @@
+"""`qtool`: the Typer app. A command parses, calls one stage of `qtool.pipeline`, and prints its result.
+
+Nothing that is imported here imports torch: each command imports its stage inside its body, so `--help` stays quick.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+import typer
+
+from qtool import __version__, errors
+from qtool.cli import calibrate, evaluate, export, inspect, plan, quantize, recipes
+from qtool.cli.boundary import INTERRUPTED, Command
+
+
+def exit_codes() -> str:
+    """The codes and what they mean, as a Markdown list, from the tree in the docstring of `qtool.errors`."""
+    tree = re.findall(r"(\w+) +(\d+)  (.+)", errors.__doc__ or "")
+    meanings = ["0 done", *(f"{code} {meaning}" for _, code, meaning in tree), f"{INTERRUPTED} interrupted"]
+    return "Exit codes:\n\n" + "\n".join(f"* {line}" for line in meanings)
+
+
+app = typer.Typer(
+    name="qtool",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    epilog=exit_codes(),
+)
+app.command("quantize", cls=Command)(quantize.command)
+app.command("calibrate", cls=Command)(calibrate.command)
+app.command("export", cls=Command)(export.command)
+app.command("eval", cls=Command)(evaluate.command)
+app.command("plan", cls=Command)(plan.command)
+app.command("inspect", cls=Command)(inspect.command)
+app.add_typer(recipes.app, name="recipes")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"qtool {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Turn model checkpoints into quantized artifacts, and prove what that cost.
+
+    Start with `qtool recipes list`, look ahead with `qtool plan`, then run `qtool quantize`.
+    """
+
+
+def main() -> None:
+    """Runs the command line."""
+    app(prog_name="qtool")

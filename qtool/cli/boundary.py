@@ -1,0 +1,67 @@
+"""The one error boundary: whatever a command raises becomes one line on stderr and a documented exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from typer.core import TyperCommand
+
+from qtool.errors import QtoolError, StorageError
+
+INTERRUPTED = 130
+NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EROFS: "it is read-only"}
+
+
+class Command(TyperCommand):
+    """A command whose failures end here. Pass it as `cls` to `app.command`; its function has a `debug` parameter."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        """Runs the command; see `TyperCommand.invoke`."""
+        try:
+            result = super().invoke(ctx)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return result
+        except (typer.Exit, typer.Abort, typer.TyperException):
+            raise
+        except BrokenPipeError as error:
+            _silence_stdout()
+            raise typer.Exit(0) from error
+        except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001 (this is the boundary)
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            code, line = verdict(error)
+            _complain(line)
+            raise typer.Exit(code) from error
+
+
+def verdict(error: BaseException) -> tuple[int, str]:
+    """Exit code and message for what a command raised."""
+    if isinstance(error, QtoolError):
+        return error.exit_code, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted; run the same command again to continue"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, for CUDA
+        return 1, "out of memory; lower calibration.samples or calibration.length, or use --device cpu"
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        what = f"cannot write {error.filename}" if error.filename else "cannot write"
+        return StorageError.exit_code, f"{what}: {NO_ROOM[error.errno]}; free some room and run the same command again"
+    first_line = (str(error).strip().splitlines() or ["no message"])[0]
+    return 1, f"unexpected {type(error).__name__}: {first_line}; run again with --debug for the traceback"
+
+
+def _complain(line: str) -> None:
+    if sys.stderr is not None:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(line)}")
+
+
+def _silence_stdout() -> None:
+    """The reader of our output has gone; without this the interpreter complains while it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

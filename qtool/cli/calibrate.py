@@ -1,0 +1,48 @@
+"""`qtool calibrate`."""
+
+from __future__ import annotations
+
+from qtool.cli import options
+from qtool.cli.console import Console, document, result, size
+
+
+def command(
+    model: options.Model,
+    recipe: options.Recipe,
+    out: options.Out,
+    overrides: options.Overrides = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    seed: options.Seed = None,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """Measure the inputs of MODEL's layers once, for reuse with `quantize --stats`.
+
+    Holds per-channel statistics (what importance-weighted rounding needs), not the Gram matrices of GPTQ.
+
+    Example: `qtool calibrate ./SmolLM2-135M -r gguf-q4_0 -o smollm2.stats`
+    """
+    with Console(quiet, verbose) as console:
+        from qtool.pipeline import calibrate as stage
+
+        measured = stage.run(
+            stage.CalibrateOptions(
+                model=model,
+                recipe=recipe,
+                out=out,
+                overrides=tuple(overrides or ()),
+                device=device,
+                dtype=dtype,
+                seed=seed,
+                overwrite=overwrite,
+            ),
+            console,
+        )
+    if json:
+        document({"path": str(out), "inputs": measured.inputs, "tokens": measured.tokens, "bytes": measured.nbytes})
+    else:
+        result(f"{measured.inputs} inputs on {measured.tokens} tokens, {size(measured.nbytes)}: {out}")

@@ -1,0 +1,161 @@
+"""What the user sees: progress and warnings on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from qtool.errors import UsageError
+from qtool.pipeline.events import Event
+from qtool.pipeline.measure import resident_bytes
+
+LINE_INTERVAL = 10.0
+"""Seconds between two progress lines of a stage when stderr is no terminal."""
+
+
+class Console:
+    """Progress of stages, as a listener: `run(options, console)` within `with Console(...) as console`.
+
+    Args:
+        quiet: show only warnings.
+        verbose: show every event.
+    """
+
+    def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
+        if quiet and verbose:
+            raise UsageError("--quiet and --verbose exclude each other")
+        self.quiet, self.verbose = quiet, verbose
+        self.stderr = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        self.bars: Progress | None = None
+        self.tasks: dict[str, TaskID] = {}
+        self.started: dict[str, float] = {}
+        self.last_line: dict[str, float] = {}
+
+    def __enter__(self) -> Console:
+        if sys.stderr is None:
+            self.quiet = True
+        elif self.stderr.is_terminal and not self.quiet:
+            self.bars = Progress(
+                SpinnerColumn(finished_text="[green]✓"),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.completed}/{task.fields[of]}"),
+                TimeElapsedColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[values]}"),
+                console=self.stderr,
+            )
+            self.bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self.bars:
+            self.bars.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Shows an event; this makes a console a `qtool.pipeline.events.Listener`."""
+        if event.warning:
+            self.warn(event.message)
+            return
+        if self.quiet:
+            return
+        if self.bars:
+            self._advance_bar(self.bars, event)
+        else:
+            self._print_line(event)
+
+    def warn(self, message: str) -> None:
+        """Shows a warning, also with --quiet."""
+        if sys.stderr is not None:
+            self.stderr.print(f"[yellow]warning:[/] {escape(message)}")
+
+    def _advance_bar(self, bars: Progress, event: Event) -> None:
+        if event.stage not in self.tasks:
+            self.tasks[event.stage] = bars.add_task(event.stage, of="?", values="", total=None)
+        rate = self._rate(event)
+        memory = f"{size(resident_bytes())} memory"
+        bars.update(
+            self.tasks[event.stage],
+            completed=event.done,
+            total=event.total or None,
+            of=event.total or "?",
+            values="  ".join(filter(None, (show(event.values), rate, memory))),
+        )
+        if self.verbose and event.message:
+            self.stderr.print(escape(event.message))
+
+    def _print_line(self, event: Event) -> None:
+        now = time.monotonic()
+        edge = event.done == 0 or event.done == event.total
+        if not (edge or self.verbose) and now - self.last_line.get(event.stage, 0) < LINE_INTERVAL:
+            return
+        rate = self._rate(event)
+        self.last_line[event.stage] = now
+        count = f"{event.done}/{event.total}" if event.total else str(event.done or "")
+        if event.total and 0 < event.done < event.total:
+            left = (now - self.started[event.stage]) / event.done * (event.total - event.done)
+            rate += f"  ETA {duration(left)}"
+        parts = (f"{event.stage} {count}".strip() + (f" {event.message}" if event.message else ""), show(event.values))
+        memory = f"{size(resident_bytes())} memory" if event.done else ""
+        self.stderr.print("  ".join(filter(None, (*parts, rate, memory))), markup=False)
+
+    def _rate(self, event: Event) -> str:
+        """Steps per second since the stage began, or seconds per step if that is easier to read."""
+        seconds = time.monotonic() - self.started.setdefault(event.stage, time.monotonic())
+        if not event.done or seconds <= 0:
+            return ""
+        rate = event.done / seconds
+        return f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
+
+
+def show(values: dict[str, float]) -> str:
+    """`{"error_db": 18.23, "tokens/s": 5400.0}` -> `18.2 dB  5400 tokens/s`."""
+    units = {"error_db": "dB"}
+    return "  ".join(
+        f"{v:.4g} {units.get(k, k)}" if k not in units else f"{v:.1f} {units[k]}" for k, v in values.items()
+    )
+
+
+def result(text: str) -> None:
+    """Prints a result on stdout."""
+    print(text)
+
+
+def document(value: Any) -> None:
+    """Prints one JSON document on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: frozenset[int] = frozenset()) -> str:
+    """Columns separated by two spaces; those in `numbers` are flush right. Nothing is ever cut to the screen's width."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = []
+    for row in (header, *rows):
+        cells = (c.rjust(w) if i in numbers else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def size(nbytes: float) -> str:
+    """Bytes in decimal units: 269060552 -> `269.1 MB`."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.1f} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """`8.4 s`, `2 min 05 s`, `1 h 02 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = int(seconds // 60)
+    return f"{minutes} min {int(seconds % 60):02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,82 @@
+"""`qtool eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from qtool.cli import options
+from qtool.cli.console import Console, document, result, table
+
+
+def command(
+    artifact: options.ArtifactPath,
+    text: Annotated[Path, typer.Option("--text", metavar="FILE", help="UTF-8 text to score.", show_default=False)],
+    baseline: Annotated[
+        str | None,
+        typer.Option("--baseline", metavar="MODEL", help="The unquantized model to compare with.", show_default=False),
+    ] = None,
+    context: Annotated[int, typer.Option(min=4, help="Tokens per chunk; the second half is scored.")] = 512,
+    chunks: Annotated[
+        int | None, typer.Option(min=1, help="Score at most this many chunks.", show_default="all of the text")
+    ] = None,
+    runtime: Annotated[
+        Literal["qtool", "llama.cpp"], typer.Option(help="What runs the artifact; llama.cpp reads GGUF only.")
+    ] = "qtool",
+    gate: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=LIMIT",
+            help="Exit with code 9 if the result misses the limit: kld=0.05, ppl_ratio=1.02, top1=0.9. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="OUT", help="Also write the JSON here.", show_default=False)
+    ] = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """Measure ARTIFACT on a text: perplexity, and the divergence from a baseline.
+
+    The protocol is llama-perplexity's, so numbers compare.
+
+    Example: `qtool eval ./SmolLM2-135M-w4 --baseline ./SmolLM2-135M --text prose.txt --gate kld=0.05`
+    """
+    with Console(quiet, verbose) as console:
+        from qtool.evaluate.gates import check_gates, parse_gates
+        from qtool.pipeline import evaluate as stage
+
+        gates = parse_gates(gate or ())
+        found = stage.run(
+            stage.EvaluateOptions(
+                artifact=artifact,
+                baseline=baseline,
+                text=text,
+                context=context,
+                chunks=chunks,
+                runtime=runtime,
+                gates=gates,
+                device=device,
+                dtype=dtype,
+                out=out,
+            ),
+            console,
+        )
+    values = found.model_dump(mode="json")
+    if json:
+        document(values)
+    else:
+        result(
+            table(
+                ["measure", "value"],
+                [[k, f"{v:.6g}" if isinstance(v, float) else str(v)] for k, v in values.items() if v is not None],
+            )
+        )
+    check_gates(found, gates)

@@ -1,0 +1,39 @@
+"""`qtool export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qtool.cli import options
+from qtool.cli.console import Console, document, result, size
+
+
+def command(
+    artifact: options.ArtifactPath,
+    to: Annotated[
+        str, typer.Option("--to", metavar="NAME", help=f"The layout to write: {options.ARTIFACTS}.", show_default=False)
+    ],
+    out: options.Out,
+    overwrite: options.Overwrite = False,
+    verify: Annotated[bool, typer.Option(help="Read the result back and compare.")] = True,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """Write ARTIFACT's codes in another layout: exactly, or not at all.
+
+    Example: `qtool export ./SmolLM2-135M-w4g32 --to gguf -o ./SmolLM2-135M-gguf`
+    """
+    with Console(quiet, verbose) as console:
+        from qtool.pipeline import export as stage
+
+        written = stage.run(stage.ExportOptions(artifact, to, Path(out), overwrite, verify), console)
+    if json:
+        document(written.model_dump(mode="json"))
+    else:
+        nbytes = sum(f.nbytes for f in written.files)
+        result(f"{written.kind}, {size(nbytes)}, {'verified' if written.verified else 'not verified'}: {out}")

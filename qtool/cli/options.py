@@ -1,0 +1,65 @@
+"""Arguments and options that several commands share, each with its help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from qtool import registry
+
+FORMATS, METHODS, ARTIFACTS = (", ".join(registry.names(room)) for room in ("formats", "methods", "artifact"))
+
+OUTPUT = "Output"
+COMPUTE = "Compute"
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A checkpoint: local folder, hub id, or GGUF file.", show_default=False)
+]
+ArtifactPath = Annotated[
+    str, typer.Argument(metavar="ARTIFACT", help=f"A quantized model: {ARTIFACTS}.", show_default=False)
+]
+Recipe = Annotated[
+    str,
+    typer.Option(
+        "--recipe",
+        "-r",
+        metavar="RECIPE",
+        help="A recipe file, or the name of one that ships with qtool (`qtool recipes list`). "
+        f"Formats: {FORMATS}. Methods: {METHODS}. Artifacts: {ARTIFACTS}.",
+        show_default=False,
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a recipe field, as in --set calibration.samples=32. May be repeated.",
+        show_default=False,
+    ),
+]
+Out = Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Where the result goes.", show_default=False)]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an earlier result of qtool there.", rich_help_panel=OUTPUT)
+]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.", rich_help_panel=COMPUTE)]
+Dtype = Annotated[
+    Literal["auto", "bf16", "fp32"],
+    typer.Option(help="Type of forward passes; auto: bf16 where the processor is fast at it.", rich_help_panel=COMPUTE),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(help="Replaces the recipe's calibration seed.", rich_help_panel=COMPUTE, show_default=False),
+]
+LimitLayers = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Smoke run: quantize N decoder blocks, leave the rest.", show_default=False),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel=OUTPUT)]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Say nothing on stderr but warnings and errors.", rich_help_panel=OUTPUT)
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log every step on stderr.", rich_help_panel=OUTPUT)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=OUTPUT)]

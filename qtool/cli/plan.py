@@ -1,0 +1,87 @@
+"""`qtool plan`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qtool.cli import options
+from qtool.cli.console import Console, document, result, size, table
+
+if TYPE_CHECKING:
+    from qtool.plan import LayerPlan, Plan
+
+
+def command(
+    model: options.Model,
+    recipe: options.Recipe,
+    overrides: options.Overrides = None,
+    limit_layers: options.LimitLayers = None,
+    json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Show what RECIPE would do to MODEL: formats, methods, sizes. No weight is read.
+
+    Example: `qtool plan ./SmolLM2-135M -r w4a16-gptq-g64`
+    """
+    from qtool.pipeline.prepare import prepare
+
+    plan = prepare(model, recipe, tuple(overrides or ()), limit=limit_layers).plan
+    console = Console()
+    for warning in plan.warnings:
+        console.warn(warning)
+    if json:
+        document(as_json(plan))
+    else:
+        result(show(plan))
+
+
+def show(plan: Plan) -> str:
+    """A line for all layers of a role that are treated alike, then totals."""
+    alike: dict[tuple[str, ...], list[LayerPlan]] = {}
+    for p in plan.layers:
+        method = p.method.name() if p.method else "-"
+        alike.setdefault((p.module.role, p.label, method, p.fallback or ""), []).append(p)
+    rows = []
+    for (role, label, method, fallback), layers in alike.items():
+        bits = sum(p.bits for p in layers)
+        weights = sum(p.module.shape[0] * p.module.shape[1] for p in layers)
+        rows.append([role, str(len(layers)), label, method, f"{bits / weights:.3f}", size(bits / 8), fallback])
+    header = ["role", "layers", "format", "method", "bits", "size", "fallback" if any(r[-1] for r in rows) else ""]
+    return "\n".join(
+        [
+            table(header, rows, frozenset({1, 4, 5})),
+            f"other tensors: {size(plan.other_bytes)}",
+            f"predicted size: {size(plan.predicted_bytes)}, {plan.bits_per_weight:.3f} bits per weight",
+            f"artifacts: {', '.join(plan.artifacts)}",
+        ]
+    )
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Every layer, and totals."""
+    return {
+        "recipe": plan.recipe.name,
+        "layers": [
+            {
+                "name": p.module.name,
+                "role": p.module.role,
+                "block": p.module.block,
+                "shape": p.module.shape,
+                "format": p.format and p.format.label,
+                "method": p.method and p.method.name(),
+                "activations": p.activations and p.activations.label,
+                "keep": None if p.format else p.keep,
+                "fallback": p.fallback,
+                "rule": p.rule,
+                "bits": p.bits,
+            }
+            for p in plan.layers
+        ],
+        "other_bytes": plan.other_bytes,
+        "predicted_bytes": plan.predicted_bytes,
+        "bits_per_weight": plan.bits_per_weight,
+        "artifacts": plan.artifacts,
+        "warnings": plan.warnings,
+    }

@@ -1,0 +1,107 @@
+"""`qtool quantize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qtool.cli import options
+from qtool.cli.console import Console, document, duration, result, size, table
+
+if TYPE_CHECKING:
+    from qtool.report.model import Report
+
+
+def command(
+    model: options.Model,
+    recipe: options.Recipe,
+    out: options.Out,
+    overrides: options.Overrides = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    seed: options.Seed = None,
+    limit_layers: options.LimitLayers = None,
+    stats: Annotated[
+        Path | None,
+        typer.Option(metavar="STATS", help="Reuse what `qtool calibrate` measured.", show_default=False),
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the work folder OUT.work after success.")] = False,
+    overwrite: options.Overwrite = False,
+    verify: Annotated[bool, typer.Option(help="Read artifacts back and compare them with what was computed.")] = True,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="REPO", help="Upload the result to this hub repository.", show_default=False),
+    ] = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """Quantize MODEL as RECIPE says, write the artifacts and a report into OUT.
+
+    An interrupted run continues where it stopped when the same command is given again.
+
+    Example: `qtool quantize ./SmolLM2-135M -r w4a16-gptq-g64 -o ./SmolLM2-135M-w4`
+    """
+    with Console(quiet, verbose) as console:
+        from qtool.pipeline import quantize as stage
+
+        report = stage.run(
+            stage.QuantizeOptions(
+                model=model,
+                recipe=recipe,
+                out=out,
+                overrides=tuple(overrides or ()),
+                device=device,
+                dtype=dtype,
+                seed=seed,
+                limit=limit_layers,
+                stats=stats,
+                keep=keep,
+                overwrite=overwrite,
+                verify=verify,
+                push_to=push_to_hub,
+            ),
+            console,
+        )
+    if json:
+        document(report.model_dump(mode="json"))
+    else:
+        result(summary(report, out))
+
+
+def summary(report: Report, out: Path) -> str:
+    """What a run did, in a few lines."""
+    rows = []
+    for artifact in report.artifacts:
+        nbytes = sum(f.nbytes for f in artifact.files)
+        checked = "verified" if artifact.verified else "not verified"
+        rows.append(
+            [artifact.kind, size(nbytes), f"{report.source_bytes / nbytes:.2f}x", checked, str(out / artifact.path)]
+        )
+    quantized = [e for e in report.layers if e.format]
+    bits = sum(e.nbytes for e in quantized) * 8 / max(1, sum(e.shape[0] * e.shape[1] for e in quantized))
+    lines = [table(["artifact", "size", "smaller", "", "folder"], rows, frozenset({1, 2}))]
+    lines.append(f"{len(quantized)} of {len(report.layers)} matrices quantized, {bits:.2f} bits per weight")
+    errors = [(e.weight_error_db, e.name) for e in quantized if e.weight_error_db is not None]
+    if errors:
+        worst, name = min(errors)
+        lines.append(f"largest weight error {worst:.1f} dB in {name}")
+    lines += [f"{e.text}: {quality(e.model_dump())}" for e in report.evaluations]
+    seconds = sum(s.seconds for s in report.stages)
+    peak = max((s.peak_bytes for s in report.stages), default=0)
+    lines.append(f"{duration(seconds)}, {size(peak)} peak memory; report: {out / 'report.html'}")
+    return "\n".join(lines)
+
+
+def quality(evaluation: dict[str, float | None]) -> str:
+    """An evaluation's main numbers in one line."""
+    text = f"perplexity {evaluation['ppl']:.4f} ± {evaluation['ppl_error']:.4f}"
+    if evaluation["base_ppl"] is not None:
+        text += (
+            f" (baseline {evaluation['base_ppl']:.4f}), KL divergence {evaluation['kld_mean']:.4f} nats, "
+            f"same top token {evaluation['top1']:.1%}"
+        )
+    return text

@@ -1,0 +1,98 @@
+"""Measures a quantized model on a text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from qtool.artifact._files import new_file
+from qtool.artifact._open import open_model
+from qtool.checkpoint._base import Checkpoint
+from qtool.errors import UsageError
+from qtool.evaluate.gates import validate_gates
+from qtool.evaluate.result import Evaluation
+from qtool.evaluate.run import Progress, evaluate
+from qtool.pipeline.events import Event, Listener, silent
+from qtool.pipeline.prepare import device_of, dtype_of
+from qtool.recipe.schema import Eval
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What `qtool eval` was asked to do.
+
+    Attributes:
+        artifact: the model under test: an artifact, or any checkpoint.
+        baseline: the model to compare with; None: perplexity only.
+        text, context, chunks, runtime: see `qtool.evaluate.run.evaluate`.
+        gates: limits by name; only checked for sense here, the caller holds the result against them.
+        device, dtype: "auto", or where and in which type to compute.
+        out: JSON file to write.
+    """
+
+    artifact: str
+    baseline: str | None
+    text: Path
+    context: int = 512
+    chunks: int | None = None
+    runtime: Literal["qtool", "llama.cpp"] = "qtool"
+    gates: dict[str, float] = field(default_factory=dict)
+    device: str = "auto"
+    dtype: str = "auto"
+    out: Path | None = None
+
+
+def run(options: EvaluateOptions, listener: Listener = silent) -> Evaluation:
+    """Opens the models, evaluates, writes the JSON file if one is wanted.
+
+    Raises:
+        QtoolError: of most kinds; see `qtool.evaluate.run.evaluate`.
+    """
+    validate_gates(options.gates, compared=options.baseline is not None)
+    check_text(options.text)
+    device = device_of(options.device)
+    evaluation = evaluate(
+        open_model(options.artifact),
+        None if options.baseline is None else open_model(options.baseline),
+        options.text,
+        context=options.context,
+        chunks=options.chunks,
+        device=device,
+        dtype=dtype_of(options.dtype, device),
+        progress=tell(listener),
+        runtime=options.runtime,
+    )
+    if options.out:
+        with new_file(options.out) as partial:
+            partial.write_text(evaluation.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return evaluation
+
+
+def compare(
+    model: Checkpoint, baseline: Checkpoint, asked: Eval, device: torch.device, dtype: torch.dtype, listener: Listener
+) -> Evaluation:
+    """The evaluation that a recipe asks for."""
+    return evaluate(
+        model,
+        baseline,
+        Path(asked.text),
+        context=asked.context,
+        chunks=asked.chunks,
+        device=device,
+        dtype=dtype,
+        progress=tell(listener),
+    )
+
+
+def check_text(text: Path) -> None:
+    """Refuses a text that is not there, before hours of work. Raises UsageError."""
+    if not text.is_file():
+        raise UsageError("the evaluation text", wanted="a UTF-8 file", found=f"no file {text}")
+
+
+def tell(listener: Listener) -> Progress:
+    """A listener as `evaluate` wants one."""
+    return lambda done, total, message: listener(Event("evaluate", done, total, message))

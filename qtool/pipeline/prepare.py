@@ -1,0 +1,65 @@
+"""What every run begins with: the model opened, the recipe read, the plan made; nothing of the weights is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qtool import registry
+from qtool.artifact._base import Artifact
+from qtool.calibrate.walker import compute_dtype
+from qtool.checkpoint._base import Checkpoint
+from qtool.checkpoint.open import open_checkpoint
+from qtool.errors import UsageError
+from qtool.plan import Plan, make_plan
+from qtool.recipe.load import load_recipe
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model, what to do with it, and what to write it as."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    artifacts: dict[str, Artifact]
+
+
+def prepare(
+    model: str, recipe: str, overrides: Sequence[str] = (), seed: int | None = None, limit: int | None = None
+) -> Job:
+    """Opens a model and plans a recipe for it.
+
+    Args:
+        model: folder, hub id or GGUF file.
+        recipe: path or name.
+        overrides: `key=value` for fields of the recipe.
+        seed: replaces the calibration's seed.
+        limit: quantize this many decoder blocks and nothing else.
+
+    Raises:
+        RecipeError, CheckpointError, PlanError, UsageError: see `load_recipe`, `open_checkpoint`, `make_plan`.
+    """
+    if seed is not None:
+        overrides = (*overrides, f"calibration.seed={seed}")
+    parsed = load_recipe(recipe, overrides)
+    checkpoint = open_checkpoint(model)
+    artifacts = {export.to: registry.load("artifact", export.to)() for export in parsed.export}
+    return Job(checkpoint, make_plan(parsed, checkpoint, artifacts, limit), artifacts)
+
+
+def device_of(name: str) -> torch.device:
+    """The device that "auto", "cpu" or "cuda" means. Raises UsageError: there is no CUDA device."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda", wanted="a CUDA device that torch sees", found="none", hint="use --device cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """The type of forward passes that "auto", "bf16" or "fp32" means on a device."""
+    return compute_dtype(device) if name == "auto" else DTYPES[name]

@@ -1,0 +1,71 @@
+"""From codes in the neutral checkpoint to artifacts on disk: write, read back, describe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qtool.artifact._base import Artifact
+from qtool.artifact._files import sha256, write_sums
+from qtool.checkpoint._base import QuantizedCheckpoint
+from qtool.pipeline.events import Event, Listener
+from qtool.pipeline.measure import Stopwatch
+from qtool.pipeline.verify import verify
+from qtool.report.model import ArtifactEntry, FileEntry
+
+
+def publish(
+    artifacts: Mapping[str, Artifact],
+    model: QuantizedCheckpoint,
+    folder: Path,
+    card: dict[str, Any],
+    check: bool,
+    watch: Stopwatch,
+    listener: Listener,
+) -> tuple[ArtifactEntry, ...]:
+    """Writes artifacts into a temporary folder: one into the folder itself, several into a subfolder each.
+
+    Args:
+        artifacts: writers by name.
+        model: what to write.
+        folder: exists, is empty, and gets its final name from the caller.
+        card: see `Artifact.write`.
+        check: read every artifact back and compare.
+        watch: counts each write and each verification as a stage.
+        listener: told about progress.
+
+    Raises:
+        VerifyError: an artifact read back differs.
+        PlanError, StorageError: see `Artifact.write`.
+    """
+    entries = []
+    for name, artifact in artifacts.items():
+        place = folder if len(artifacts) == 1 else folder / name
+        place.mkdir(exist_ok=True)
+        listener(Event(f"write {name}", 0, 1))
+        with watch.stage(f"write {name}"):
+            files = artifact.write(model, place, card)
+        listener(Event(f"write {name}", 1, 1))
+        if check:
+            with watch.stage(f"verify {name}"):
+                verify(f"verify {name}", artifact.open(place), model, listener)
+        if place != folder:
+            write_sums(place)
+        entries.append(describe(name, artifact, place, sorted(files), folder, check))
+    return tuple(entries)
+
+
+def describe(
+    name: str, artifact: Artifact, place: Path, files: Sequence[Path], folder: Path, checked: bool
+) -> ArtifactEntry:
+    """The report's entry of a written artifact; paths are relative to the output folder."""
+    return ArtifactEntry(
+        kind=name,
+        path=place.relative_to(folder).as_posix(),
+        files=tuple(
+            FileEntry(name=f.relative_to(place).as_posix(), nbytes=f.stat().st_size, sha256=sha256(f)) for f in files
+        ),
+        runtimes=artifact.runtimes,
+        verified=checked,
+    )

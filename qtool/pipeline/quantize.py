@@ -1,0 +1,149 @@
+"""The whole way: plan, measure, solve block by block, evaluate, write artifacts, report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qtool.artifact._files import check_free, new_folder
+from qtool.evaluate.gates import check_gates, validate_gates
+from qtool.evaluate.result import Evaluation
+from qtool.formats._base import Quantized
+from qtool.pipeline import evaluate
+from qtool.pipeline.events import Event, Listener, silent
+from qtool.pipeline.measure import Stopwatch
+from qtool.pipeline.prepare import Job, device_of, dtype_of, prepare
+from qtool.pipeline.publish import publish
+from qtool.pipeline.solve import Unit, kept, mean_db, refuse_non_finite, solve, units
+from qtool.pipeline.statistics import Statistics, statistics_for
+from qtool.pipeline.summarize import make_report, model_card
+from qtool.pipeline.upload import upload
+from qtool.pipeline.work import Work, identity, open_work
+from qtool.report.model import LayerEntry, Report
+from qtool.report.render import write_report
+from qtool.stats import InputStats
+
+Solved = dict[str, tuple[Quantized, LayerEntry]]
+"""By module name."""
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What `qtool quantize` was asked to do.
+
+    Attributes:
+        model, recipe, overrides, seed, limit: see `prepare`.
+        out: folder of the result; `<out>.work` is used on the way.
+        device, dtype: "auto", or where and in which type to compute.
+        stats: statistics of an earlier `calibrate` to use instead of running the model.
+        keep: leave the work folder.
+        overwrite: replace an earlier result.
+        verify: read artifacts back.
+        push_to: hub repository to upload to.
+    """
+
+    model: str
+    recipe: str
+    out: Path
+    overrides: tuple[str, ...] = ()
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int | None = None
+    limit: int | None = None
+    stats: Path | None = None
+    keep: bool = False
+    overwrite: bool = False
+    verify: bool = True
+    push_to: str | None = None
+
+
+def run(options: QuantizeOptions, listener: Listener = silent) -> Report:
+    """Quantizes a model; the same call continues what was interrupted.
+
+    Raises:
+        QtoolError: of every kind. GateError comes last: everything is written by then.
+    """
+    check_free(options.out, options.overwrite)
+    watch = Stopwatch()
+    with watch.stage("plan"):
+        job = prepare(options.model, options.recipe, options.overrides, options.seed, options.limit)
+        asked = job.plan.recipe.eval
+        if asked:
+            validate_gates(asked.gates, compared=True)
+            evaluate.check_text(Path(asked.text))
+        device = device_of(options.device)
+        dtype = dtype_of(options.dtype, device)
+    for warning in job.plan.warnings:
+        listener(Event("plan", 1, 1, warning, warning=True))
+    with watch.stage("calibrate"):
+        source = statistics_for(job, options.stats, device, dtype, listener)
+    place = options.out.with_name(f"{options.out.name}.work")
+    with open_work(place, job, identity(job, source.digest, str(device), str(dtype)), listener) as work:
+        with watch.stage("quantize"):
+            entries = solve_all(job, work, source, device, listener)
+        model, evaluations = work.model(), []
+        if asked:
+            with watch.stage("evaluate"):
+                evaluations.append(evaluate.compare(model, job.checkpoint, asked, device, dtype, listener))
+        card = model_card(job, entries, evaluations)
+        with new_folder(options.out, options.overwrite) as folder:
+            artifacts = publish(job.artifacts, model, folder, card, options.verify, watch, listener)
+            report = make_report(job, entries, artifacts, watch.entries, evaluations, source.about, device)
+            write_report(report, folder)
+        if not options.keep:
+            work.remove()
+    if options.push_to:
+        upload(options.out, options.push_to, listener)
+    for evaluation in evaluations:
+        check_gates(evaluation, asked.gates)
+    return report
+
+
+def solve_all(
+    job: Job, work: Work, source: Statistics, device: torch.device, listener: Listener
+) -> tuple[LayerEntry, ...]:
+    """Goes through the plan unit by unit; what an earlier run finished is only walked through."""
+    if not work.finished:
+        refuse_non_finite(job.checkpoint)
+    entries = {p.module.name: kept(p) for p in job.plan.layers if p.format is None}
+    steps = steps_of(job)
+    listener(Event("quantize", 0, len(steps)))
+    for done, unit in enumerate(steps, 1):
+        found, weight = work.entries(unit), work.weight
+        if found is None:
+            solved = solve_unit(unit, job, source.measure(unit), device)
+            found = [entry for _, entry in solved.values()]
+            work.save(unit, {name: quantized for name, (quantized, _) in solved.items()}, found)
+            weight = partial(decoded, solved)
+        source.finish(unit, weight)
+        entries |= {entry.name: entry for entry in found}
+        error = mean_db(found)
+        listener(Event("quantize", done, len(steps), unit.name, {} if error is None else {"error_db": error}))
+    return tuple(entries[p.module.name] for p in job.plan.layers)
+
+
+def steps_of(job: Job) -> list[Unit]:
+    """The units that a run goes through: those with something to quantize, and blocks that inputs flow through."""
+    steps = [unit for unit in units(job.plan) if unit.quantized or unit.block is not None]
+    last = max((i for i, unit in enumerate(steps) if unit.quantized), default=-1)
+    return steps[: last + 1]
+
+
+def solve_unit(unit: Unit, job: Job, measured: dict[str, InputStats], device: torch.device) -> Solved:
+    """Solves a unit's modules, those with the same input one after the other, so that its statistics can go."""
+    solved: Solved = {}
+    by_input = sorted(unit.quantized, key=lambda p: p.module.reads)
+    for reads, plans in groupby(by_input, lambda p: p.module.reads):
+        stats = measured.pop(reads, None)
+        solved |= {p.module.name: solve(p, job.checkpoint, stats, device) for p in plans}
+    return solved
+
+
+def decoded(solved: Solved, module: str) -> Tensor:
+    """float32 [N, K], what a runtime multiplies with."""
+    return solved[module][0].decode()

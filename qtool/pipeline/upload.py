@@ -1,0 +1,30 @@
+"""Uploads a finished result to the model hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qtool.errors import HubError
+from qtool.pipeline.events import Event, Listener
+
+
+def upload(folder: Path, repo: str, listener: Listener) -> str:
+    """Creates the repository if it is missing, uploads the folder in one commit, and returns the address.
+
+    Raises:
+        HubError: refused, or out of reach; the folder stays as it is.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    listener(Event("upload", 0, 1, repo))
+    api = HfApi()
+    try:
+        address = str(api.create_repo(repo, exist_ok=True))
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload the output of qtool")
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        hint = f"the result is in {folder}; log in with `hf auth login` and try `hf upload {repo} {folder}`"
+        raise HubError(f"cannot upload to {repo}", found=reason, hint=hint) from error
+    listener(Event("upload", 1, 1, address))
+    return address

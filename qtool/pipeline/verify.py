@@ -1,0 +1,52 @@
+"""An artifact that was just written is read back by its own reader and compared with what was meant."""
+
+from __future__ import annotations
+
+import torch
+
+from qtool.checkpoint._base import QuantizedCheckpoint
+from qtool.errors import VerifyError
+from qtool.pipeline.events import Event, Listener
+
+
+def verify(stage: str, written: QuantizedCheckpoint, model: QuantizedCheckpoint, listener: Listener) -> None:
+    """Compares every tensor, weights as a runtime decodes them.
+
+    Args:
+        stage: name for the listener.
+        written: the artifact, read back.
+        model: what it was written from.
+        listener: told about each tensor.
+
+    Raises:
+        VerifyError: a tensor is missing or differs.
+    """
+    names = model.names()
+    held = set(written.names())
+    for done, name in enumerate(names):
+        listener(Event(stage, done, len(names), name))
+        module = name.removesuffix(".weight")
+        if name not in held or (module in model.layers) != (module in written.layers):
+            raise VerifyError(
+                f"{written.source}: {name}",
+                wanted="quantized" if module in model.layers else "kept",
+                found="missing" if name not in held else "the opposite",
+            )
+        if module in model.layers and model.layers[module].activations != written.layers[module].activations:
+            raise VerifyError(
+                f"{written.source}: activations of {module}",
+                wanted=model.layers[module].activations,
+                found=written.layers[module].activations,
+            )
+        wanted, found = model.tensor(name).float(), written.tensor(name).float()
+        if not torch.equal(wanted, found):
+            raise VerifyError(f"{written.source}: {name} read back differs", found=difference(wanted, found))
+    listener(Event(stage, len(names), len(names)))
+
+
+def difference(wanted: torch.Tensor, found: torch.Tensor) -> str:
+    """How much two tensors differ, for a message."""
+    if wanted.shape != found.shape:
+        return f"shape {list(found.shape)} instead of {list(wanted.shape)}"
+    apart = wanted != found
+    return f"{int(apart.sum())} of {apart.numel()} numbers, by up to {float((wanted - found).abs().max()):.3g}"

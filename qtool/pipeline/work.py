@@ -1,0 +1,130 @@
+"""The work folder `OUT.work`: finished blocks, and what identifies the run that made them, so that it can go on."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qtool import registry
+from qtool.artifact._files import lock, storage_errors
+from qtool.artifact._manifest import MANIFEST, Manifest
+from qtool.artifact._neutral import NeutralCheckpoint, NeutralWriter
+from qtool.errors import StorageError
+from qtool.formats._base import Quantized
+from qtool.pipeline.events import Event, Listener
+from qtool.pipeline.prepare import Job
+from qtool.pipeline.solve import Unit
+from qtool.report.model import LayerEntry
+
+
+class Work:
+    """Finished units of one run.
+
+    Args:
+        folder: exists.
+        job: the run.
+        run: what identifies it, see `identity`.
+    """
+
+    def __init__(self, folder: Path, job: Job, run: Mapping[str, Any]) -> None:
+        self.folder, self.source = folder, job.checkpoint
+        layers = job.plan.layers
+        activations = {p.module.name: p.activations for p in layers if p.activations}
+        keep = {p.module.name: p.keep for p in layers if p.format is None}
+        self.writer = NeutralWriter(folder, run, activations, keep)
+        self.finished: dict[str, Any] = self.writer.finished()
+        self.earlier = self.model() if self.finished else None
+
+    def entries(self, unit: Unit) -> list[LayerEntry] | None:
+        """The report's entries of a unit that an earlier run finished; None: it has to be done."""
+        record = self.finished.get(unit.name)
+        return None if record is None else [LayerEntry.model_validate(entry) for entry in record]
+
+    def weight(self, module: str) -> Tensor:
+        """float32 [N, K], decoded, of a module that an earlier run finished."""
+        assert self.earlier is not None
+        return self.earlier.quantized(module).decode()
+
+    def save(self, unit: Unit, solved: Mapping[str, Quantized], entries: list[LayerEntry]) -> None:
+        """Writes a unit, whole or not at all."""
+        self.writer.write_block(unit.name, solved, [entry.model_dump(mode="json") for entry in entries])
+
+    def model(self) -> NeutralCheckpoint:
+        """What is finished, together with the source's other tensors."""
+        return NeutralCheckpoint(self.folder, self.source)
+
+    def remove(self) -> None:
+        """Removes the folder, manifest first, so that half of it is never taken for a run to continue."""
+        with storage_errors(self.folder):
+            (self.folder / MANIFEST).unlink()
+            shutil.rmtree(self.folder)
+
+
+@contextmanager
+def open_work(folder: Path, job: Job, run: Mapping[str, Any], listener: Listener) -> Iterator[Work]:
+    """Opens the work folder, or begins it; holds it for this process.
+
+    Raises:
+        StorageError: it holds something else, another process holds it, or it cannot be written.
+        CheckpointError: its manifest is damaged.
+    """
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder):
+        discard_other(folder, run, listener)
+        yield Work(folder, job, run)
+
+
+def discard_other(folder: Path, run: Mapping[str, Any], listener: Listener) -> None:
+    """Empties a work folder that another run began and never finished.
+
+    Raises:
+        StorageError: it holds files that no run of qtool wrote.
+    """
+    ours = {".safetensors", ".partial"}
+    foreign = [path for path in sorted(folder.iterdir()) if path.suffix not in ours and path.name != MANIFEST]
+    known = (folder / MANIFEST).exists()
+    if not known:
+        foreign += sorted(folder.glob("*.safetensors"))
+    if foreign:
+        raise StorageError("the work folder holds something else", found=foreign[0], hint="choose another output")
+    found = Manifest.load(folder).run if known else run
+    if found == run:
+        return
+    differing = ", ".join(key for key in run if found.get(key) != run[key])
+    listener(Event("quantize", 0, 0, f"{folder} was begun with another {differing}: starting anew", warning=True))
+    with storage_errors(folder):
+        (folder / MANIFEST).unlink()
+        for path in folder.iterdir():
+            path.unlink()
+
+
+def identity(job: Job, calibration: str | None, device: str, dtype: str) -> dict[str, Any]:
+    """What two runs must share for one to continue the other.
+
+    Args:
+        job: the run.
+        calibration: digest of the tokens or statistics; None without data.
+        device, dtype: where and in which type blocks are run.
+    """
+    run = {
+        "code": code_digest(),
+        "model": job.plan.source_fingerprint,
+        "recipe": job.plan.fingerprint(),
+        "device": device,
+    }
+    return run if calibration is None else {**run, "calibration": calibration, "dtype": dtype}
+
+
+def code_digest() -> str:
+    """Of qtool's own source, so that a run never goes on with blocks that other code made."""
+    digest = hashlib.sha256()
+    for path in sorted(registry.ROOT.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
