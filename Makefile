@@ -5,6 +5,7 @@ READY := .venv/ready
 DEMO_RECIPE := w4a16-gptq-g64
 DEMO_OUT := demo/SmolLM2-135M-Instruct-$(DEMO_RECIPE)
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 .PHONY: setup demo test check format docs bench clean
 
@@ -44,8 +45,15 @@ format: $(READY)
 docs: $(READY)
 	$(BIN)/python -m scripts.docs
 
-bench: $(READY)
-	$(BIN)/python -m benchmarks
+# BENCH_ARGS="gptq --calibration some.txt --evaluation other.txt" for one of them on your own text.
+bench: $(READY) .venv-peer/ready
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+.venv-peer/ready: benchmarks/peer-requirements.txt
+	$(PYTHON) -m venv .venv-peer
+	.venv-peer/bin/python -m pip install --quiet --constraint $< torch
+	.venv-peer/bin/python -m pip install --quiet --requirement $<
+	@touch $@
 
 clean:
-	rm -rf .venv build dist demo .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-peer build dist demo .mypy_cache .pytest_cache .ruff_cache

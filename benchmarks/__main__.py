@@ -1,0 +1,117 @@
+"""Measures qtool as whole processes, side by side with what it is compared to, and prints the ratios.
+
+    python -m benchmarks [gptq] [stream] [--work DIR] [--calibration FILE] [--evaluation FILE] [--peer PYTHON]
+
+gptq    4 bits in groups of 64 on 32 x 512 tokens of SmolLM2-135M off any grid, against llm-compressor on the same tokens
+stream  Q8_0 without data on a random model of 1.07 billion parameters, against copying the files; peak memory
+
+Everything is written below DIR, and the numbers to DIR/results.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks import models
+from benchmarks.measure import Cost, measure
+from scripts.prose import prose
+
+QTOOL = [sys.executable, "-m", "qtool"]
+SAMPLES, LENGTH = 32, 512
+
+
+def gptq(work: Path, calibration: str, evaluation: Path, peer: Path) -> dict[str, float]:
+    """Time, memory and KL divergence of both programs, and the ratios."""
+    model = models.off_grid(models.checkpoint(work / "demo"), work / "off-grid")
+    tokens = write_tokens(model, calibration, work / "tokens.safetensors")
+    ours, theirs = work / "qtool", work / "llm-compressor"
+    settings = {"calibration.samples": SAMPLES, "calibration.length": LENGTH, "calibration.data": calibration}
+    flags = [flag for key, value in settings.items() for flag in ("--set", f"{key}={value}")]
+    quantize = [*QTOOL, "quantize", model, "--recipe", "w4a16-gptq-g64", "-o", ours, "--overwrite", *flags]
+    cost = measure(quantize, work / "qtool.log")
+    script = Path(__file__).with_name("peer_gptq.py")
+    peer_cost = measure([peer, script, model, tokens, theirs], work / "llm-compressor.log")
+    kld = divergence(ours / "compressed-tensors", model, evaluation)
+    peer_kld = divergence(theirs, model, evaluation)
+    return {
+        **costs("qtool", cost),
+        "qtool_kld": kld,
+        **costs("llm-compressor", peer_cost),
+        "llm-compressor_kld": peer_kld,
+        "time_ratio": cost.seconds / peer_cost.seconds,
+        "memory_ratio": cost.peak_bytes / peer_cost.peak_bytes,
+        "kld_ratio": kld / peer_kld,
+    }
+
+
+def stream(work: Path) -> dict[str, float]:
+    """Time against a plain copy of the input, and peak memory beside torch's own import."""
+    model = models.large(models.checkpoint(work / "demo"), work / "large")
+    out = work / "large-q8_0"
+    cost = measure([*QTOOL, "quantize", model, "--recipe", "gguf-q8_0", "-o", out, "--overwrite"], work / "stream.log")
+    torch_only = measure([sys.executable, "-c", "import torch"], work / "torch.log")
+    copy = measure(["cp", "-r", model, work / "copy"], work / "copy.log")
+    measure(["rm", "-r", work / "copy"], work / "copy.log")
+    return {
+        **costs("qtool", cost),
+        "torch_import_gib": torch_only.peak_bytes / 2**30,
+        "beside_torch_mb": (cost.peak_bytes - torch_only.peak_bytes) / 1e6,
+        "copy_seconds": copy.seconds,
+        "time_ratio": cost.seconds / copy.seconds,
+    }
+
+
+def costs(name: str, cost: Cost) -> dict[str, float]:
+    """A cost as named numbers."""
+    return {f"{name}_seconds": cost.seconds, f"{name}_peak_gib": cost.peak_bytes / 2**30}
+
+
+def write_tokens(model: Path, data: str, out: Path) -> Path:
+    """The very tokens that qtool calibrates with, for the other program."""
+    from qtool.calibrate.tokens import calibration_tokens
+    from qtool.checkpoint.open import open_checkpoint
+    from qtool.recipe.schema import Calibration
+
+    wanted = Calibration(data=data, samples=SAMPLES, length=LENGTH)
+    tokens = calibration_tokens(wanted, open_checkpoint(str(model)))
+    save_file({"tokens": tokens.to(torch.int64).contiguous()}, out)
+    return out
+
+
+def divergence(artifact: Path, baseline: Path, text: Path) -> float:
+    """Mean KL divergence per token, nats."""
+    command = [*QTOOL, "eval", artifact, "--baseline", baseline, "--text", text, "--json", "--quiet"]
+    return float(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["kld_mean"])
+
+
+def main() -> None:
+    """Runs the wanted benchmarks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", nargs="*", choices=["gptq", "stream", []], help="default: all")
+    parser.add_argument("--work", type=Path, default=Path("demo/bench"))
+    parser.add_argument("--calibration", default="builtin", help="a recipe's calibration.data")
+    parser.add_argument("--evaluation", type=Path, help="UTF-8 text; default: docstrings of the standard library")
+    parser.add_argument("--peer", type=Path, default=Path(".venv-peer/bin/python"), help="Python with llm-compressor")
+    options = parser.parse_args()
+    work = options.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    if (text := options.evaluation) is None:
+        text = work / "prose.txt"
+        text.write_text(prose(), encoding="utf-8")
+    results = {}
+    for name in options.which or ("gptq", "stream"):
+        found = gptq(work, options.calibration, text, options.peer) if name == "gptq" else stream(work)
+        results[name] = {key: round(value, 4) for key, value in found.items()}
+        print(name, *(f"{key:>24} {value:.3f}" for key, value in found.items()), sep="\n")
+        (work / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
