@@ -45,7 +45,7 @@ format: $(READY)
 docs: $(READY)
 	$(BIN)/python -m scripts.docs
 
-# BENCH_ARGS="gptq --calibration some.txt --evaluation other.txt" for one of them on your own text.
+# BENCH_ARGS="--only gptq --calibration some.txt --evaluation other.txt" for one of them on your own text.
 bench: $(READY) .venv-peer/ready
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
