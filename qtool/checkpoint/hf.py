@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ class HFCheckpoint(Checkpoint):
                 hint="start from the checkpoint that it was made from",
             )
         self.files = {name: folder / name for name in SIDE_FILES if (folder / name).is_file()}
-        stored = _locate(folder)
+        stored = locate(folder)
         ignored = {name for name in stored if name.endswith(".rotary_emb.inv_freq")}  # a constant that old files keep
         self._drop_tied_copy(stored, ignored)
         order = {name: place for place, name in enumerate(self.family.shapes(self.config))}
@@ -88,15 +89,7 @@ class HFCheckpoint(Checkpoint):
 
     def fingerprint(self) -> str:
         """See `Checkpoint.fingerprint`. Moving the folder or cutting it into other shards changes nothing."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for name, path in sorted(self.files.items()):
-            digest.update(name.encode() + hashlib.sha256(path.read_bytes()).digest())
-        for name, file in self._stored.items():
-            info, offset = file.info(name), file.entries[name].offset
-            digest.update(f"{name} {info.dtype} {info.shape}".encode())
-            for begin, count in samples(info.nbytes):
-                digest.update(read_bytes(file.path, offset + begin, count, name).numpy().tobytes())
-        return digest.hexdigest()
+        return digest(self.config, self.files, self._stored)
 
     def _file(self, name: str) -> SafetensorsFile:
         if name not in self._stored:
@@ -120,6 +113,19 @@ class HFCheckpoint(Checkpoint):
         ignored.add(head)
 
 
+def digest(config: dict[str, Any], files: dict[str, Path], stored: dict[str, SafetensorsFile]) -> str:
+    """Hex digest of a folder's configuration, side files, headers, and samples of its tensors."""
+    found = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, path in sorted(files.items()):
+        found.update(name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    for name, file in stored.items():
+        info, offset = file.info(name), file.entries[name].offset
+        found.update(f"{name} {info.dtype} {info.shape}".encode())
+        for begin, count in samples(info.nbytes):
+            found.update(read_bytes(file.path, offset + begin, count, name).numpy().tobytes())
+    return found.hexdigest()
+
+
 def samples(nbytes: int) -> Iterator[tuple[int, int]]:
     """(begin, count) of the bytes of a tensor that its fingerprint looks at."""
     for begin in sorted({0, max(0, nbytes // 2 - SAMPLE // 2), max(0, nbytes - SAMPLE)}):
@@ -135,7 +141,7 @@ def _equal(a: SafetensorsFile, a_name: str, b: SafetensorsFile, b_name: str) -> 
     return all(torch.equal(a.read(a_name, *s), b.read(b_name, *s)) for s in slices)
 
 
-def _locate(folder: Path) -> dict[str, SafetensorsFile]:
+def locate(folder: Path) -> dict[str, SafetensorsFile]:
     """Tensor name -> file, from the one file or the index of many."""
     if (folder / WEIGHTS).exists():
         file = SafetensorsFile(folder / WEIGHTS)
