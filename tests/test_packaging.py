@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import configparser
 import os
 import re
@@ -75,3 +76,29 @@ def test_version_is_the_same_everywhere(installed):
     assert info.name == f"qtool-{version}.dist-info"
     assert version in python(installed, "-m", "qtool", "--version").stdout
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_requirements_are_what_is_imported(installed):
+    (info,) = installed.glob("*.dist-info")
+    needs = re.findall(r"^Requires-Dist: ([\w.-]+)(.*)$", (info / "METADATA").read_text(encoding="utf-8"), re.MULTILINE)
+    always = {name for name, rest in needs if "extra ==" not in rest}
+    optional = {name for name, rest in needs if re.search("extra == '(data|llamacpp)'", rest)}
+    assert imported() >= {module(name) for name in always}, "a requirement that nothing imports"
+    assert imported() <= {module(name) for name in always | optional} | {"qtool"}, "an import that nothing requires"
+
+
+def module(requirement):
+    """What a package of that name is imported as."""
+    return {"pyyaml": "yaml"}.get(requirement, requirement.replace("-", "_"))
+
+
+def imported():
+    """Everything outside the standard library that the package imports, anywhere."""
+    found = set()
+    for path in (ROOT / "qtool").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(node.module.split(".")[0])
+    return found - sys.stdlib_module_names
