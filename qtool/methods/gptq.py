@@ -24,9 +24,9 @@ from torch import Tensor
 from qtool.errors import NumericsError
 from qtool.formats._base import Format, Params, Quantized, expand, join
 from qtool.methods._base import Method, Solution
-from qtool.numerics.least_squares import improve_parameters
+from qtool.methods._refine import refine
 from qtool.numerics.linalg import inverse_factor
-from qtool.numerics.walk import BLOCK, descend, walk
+from qtool.numerics.walk import BLOCK, walk
 from qtool.stats import InputStats, Stat
 
 SWEEPS = 8
@@ -46,7 +46,7 @@ class GPTQ(Method):
 
     damp: float = Field(0.02, gt=0, le=1)
     order: Literal["activation", "none"] = "activation"
-    fit: Literal["before", "walk"] = "before"
+    fit: Literal["before", "walk"] = "walk"
     rounds: int = Field(2, ge=0, le=20)
 
     @property
@@ -68,14 +68,12 @@ class GPTQ(Method):
             params = fmt.fit(w)
             return Solution(Quantized(fmt.snap(w, params), params, fmt), f"rounded to nearest: {error}")
         fallback = f"damping raised from {self.damp:g} to {used:g}" if used > self.damp else None
-        codes, params = self._walk(w, order, factor, fmt)
-        gram = stats.gram.clone()
-        gram.diagonal().add_(used * gram.diagonal().mean())
-        for _ in range(self.rounds):
-            params = refit_scales(w, gram, Quantized(codes, params, fmt))
-            scale, offset = fmt.affine(params)
-            codes = descend(w, gram, scale, offset, fmt.levels(), codes, SWEEPS)
-        return Solution(Quantized(codes, params, fmt), fallback)
+        quantized = Quantized(*self._walk(w, order, factor, fmt), fmt)
+        if self.rounds:
+            gram = stats.gram.clone()
+            gram.diagonal().add_(used * gram.diagonal().mean())
+            quantized = refine(w, gram, quantized, self.rounds, SWEEPS)
+        return Solution(quantized, fallback)
 
     def _factor(self, stats: InputStats, block: int) -> tuple[Tensor, Tensor, float]:
         """(column order [K], inverse factor U of the Gram matrix in that order, damping used), once per input."""
@@ -116,28 +114,3 @@ class GPTQ(Method):
 
         codes[:, order] = walk(w[:, order], factor, fmt.levels(), block, fit_block)
         return codes, join([fitted[i] for i in range(k // block)])
-
-
-def refit_scales(w: Tensor, gram: Tensor, q: Quantized) -> Params:
-    """Parameters with the least objective for the codes of q, as far as the format stores them; never worse in any row.
-
-    Args:
-        w: float32 [N, K].
-        gram: float32 [K, K], damped.
-        q: the present solution.
-    """
-    fmt, k = q.format, w.shape[1]
-    scale, offset = fmt.affine(q.params)
-    w_hat = q.decode()
-    levels = fmt.levels().to(w.device)[q.codes.long()]
-    if not fmt.free_offset:  # an offset, if there is one, is a multiple of the scale: w_hat = scale * (level - zero)
-        levels = levels + expand(torch.where(scale == 0, 0.0, offset / torch.where(scale == 0, 1.0, scale)), k)
-    more, shift = improve_parameters(w, w_hat, levels, gram, scale.shape[1], fmt.free_offset)
-    moved = fmt.refit(q.params, scale + more, offset if shift is None else offset + shift)
-    better = objective(w - fmt.decode(q.codes, moved), gram) < objective(w - w_hat, gram)
-    return {name: torch.where(better[:, None], moved[name], old) for name, old in q.params.items()}
-
-
-def objective(error: Tensor, gram: Tensor) -> Tensor:
-    """e H e^T of every row: float32 [N, K], [K, K] -> [N]."""
-    return ((error @ gram) * error).sum(1)

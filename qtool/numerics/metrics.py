@@ -27,7 +27,8 @@ def output_error_db(w: Tensor, w_hat: Tensor, gram: Tensor) -> float:
     |X W^T|^2 = tr(W G W^T) with G = X^T X.
 
     Args:
-        w, w_hat: [N, K].
+        w: [N, K].
+        w_hat: [N, K], what a runtime multiplies with.
         gram: G, [K, K].
     """
     error = w - w_hat

@@ -60,40 +60,31 @@ def walk_rows(w, factor, scale, offset, levels, uniform, codes, error, start, st
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def descend_rows(w, gram, scale, offset, levels, uniform, codes, sweeps, start, stop):  # type: ignore[no-untyped-def]
+def descend_rows(gram, scale, levels, uniform, codes, pull, sweeps, start, stop):  # type: ignore[no-untyped-def]
     """Coordinate descent on the codes of rows start to stop: each in turn moves to the best level given all others.
 
-    w [N, K]; gram [K, K]; scale, offset [N, G], for K / G columns each; codes uint8 [N, K] are improved in place. Every change lowers
-    the objective; a row is done when a sweep changes nothing.
+    gram [K, K]; scale [N, G], for K / G columns each; codes uint8 [N, K] and pull [N, K] are kept up to date in
+    place. Every change lowers the objective; a row is done when a sweep changes nothing.
     """
-    k = w.shape[1]
+    k = codes.shape[1]
     width = k // scale.shape[1]
     lowest = levels[0]
-    gradient = np.empty(k, np.float32)
     for n in range(start, stop):
-        gradient[:] = 0
-        for j in range(k):
-            d = w[n, j] - (scale[n, j // width] * levels[codes[n, j]] + offset[n, j // width])
-            if d != 0:
-                for i in range(k):
-                    gradient[i] += d * gram[j, i]
         for _ in range(sweeps):
             changes = 0
             for j in range(k):
-                s, o = scale[n, j // width], offset[n, j // width]
-                if s == 0 or gram[j, j] <= 0:
+                s, curvature = scale[n, j // width], gram[j, j]
+                if s == 0 or curvature <= 0:
                     continue
-                now = s * levels[codes[n, j]] + o
-                code = nearest((now + gradient[j] / gram[j, j] - o) / s, levels, lowest, uniform)
-                if code == codes[n, j]:
-                    continue
-                step = s * levels[code] + o - now
-                if step * (np.float32(2.0) * gradient[j] - step * gram[j, j]) <= 0:
+                level = levels[codes[n, j]]
+                code = nearest(level + pull[n, j] / (curvature * s), levels, lowest, uniform)
+                step = s * (levels[code] - level)
+                if step * (np.float32(2.0) * pull[n, j] - step * curvature) <= 0:
                     continue
                 codes[n, j] = code
                 changes += 1
                 for i in range(k):
-                    gradient[i] -= step * gram[j, i]
+                    pull[n, i] -= step * gram[j, i]
             if changes == 0:
                 break
 
@@ -142,10 +133,12 @@ def _walk_block(
     return torch.from_numpy(codes).to(w.device), torch.from_numpy(error).to(w.device)
 
 
-def descend(w: Tensor, gram: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, codes: Tensor, sweeps: int) -> Tensor:
-    """Improves codes, uint8 [N, K], by coordinate descent; see `descend_rows`. Returns new codes."""
-    better = codes.cpu().numpy().copy()
-    arrays = [t.contiguous().cpu().numpy() for t in (w, gram, scale, offset, levels)]
+def descend(
+    gram: Tensor, scale: Tensor, levels: Tensor, codes: Tensor, pull: Tensor, sweeps: int
+) -> tuple[Tensor, Tensor]:
+    """Improves codes, uint8 [N, K], by coordinate descent; see `descend_rows`. Returns new codes and their pull."""
+    better, gradient = (t.cpu().numpy().copy() for t in (codes, pull))
+    arrays = [t.contiguous().cpu().numpy() for t in (gram, scale, levels)]
     uniform = is_uniform(levels)
-    over_rows(lambda a, b: descend_rows(*arrays, uniform, better, sweeps, a, b), len(better))
-    return torch.from_numpy(better).to(codes.device)
+    over_rows(lambda a, b: descend_rows(*arrays, uniform, better, gradient, sweeps, a, b), len(better))
+    return torch.from_numpy(better).to(codes.device), torch.from_numpy(gradient).to(pull.device)
