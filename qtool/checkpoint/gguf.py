@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tempfile
+import weakref
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
@@ -56,8 +58,8 @@ class GGUFCheckpoint(Checkpoint):
     @cached_property
     def files(self) -> dict[str, Path]:  # type: ignore[override] # made when asked for
         """Tokenizer files, made from the metadata when first asked for; they live as long as this object."""
-        self._folder = tempfile.TemporaryDirectory(prefix="qtool-")
-        folder = Path(self._folder.name)
+        folder = Path(tempfile.mkdtemp(prefix="qtool-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         save_tokenizer(self._file, folder)
         return {path.name: path for path in sorted(folder.iterdir())}
 

@@ -50,10 +50,10 @@ class GGUF(Artifact):
         """See `Artifact.write`. The file is called after the model and the recipe."""
         source = Path(str(card.get("base_model", model.source)).rstrip("/"))
         base = source.stem if source.suffix == ".gguf" else source.name
-        name = "-".join(filter(None, (base, card.get("recipe_name"))))
-        path = out / (re.sub(r"[^\w.-]+", "-", name).strip("-.") + ".gguf")
+        stem = "-".join(filter(None, (base, card.get("recipe_name"))))
+        path = out / (re.sub(r"[^\w.-]+", "-", stem).strip("-.") + ".gguf")
         with storage_errors(out):
-            Writer(model, path, self.pre_tokenizer).write()
+            Writer(model, path, base, self.pre_tokenizer).write()
         return [path, write_card(self, model, out, card)]
 
     def open(self, path: Path) -> QuantizedGGUF:
@@ -67,7 +67,10 @@ class GGUF(Artifact):
     def recognizes(cls, path: Path) -> bool:
         """See `Artifact.recognizes`."""
         files = _files(path)
-        return len(files) == 1 and files[0].open("rb").read(4) == b"GGUF"
+        if len(files) != 1:
+            return False
+        with files[0].open("rb") as file:
+            return file.read(4) == b"GGUF"
 
 
 def _files(path: Path) -> list[Path]:

@@ -61,19 +61,20 @@ class Writer:
     Args:
         model: what to write.
         path: where.
+        name: the model's.
         pre_tokenizer: GGUF's name of the pre-tokenizer, where it is not recognized.
     """
 
-    def __init__(self, model: QuantizedCheckpoint, path: Path, pre_tokenizer: str | None) -> None:
+    def __init__(self, model: QuantizedCheckpoint, path: Path, name: str, pre_tokenizer: str | None) -> None:
         self.model, self.path = model, path
         self.family, self.config = model.family, model.config
         self.names = self.family.gguf_names(self.config)
         self.extra = self.family.gguf_extra_tensors(self.config)
-        weights = sum(math.prod(model.info(name).shape) for name in model.names())
+        weights = sum(math.prod(model.info(tensor).shape) for tensor in model.names())
         self.metadata: dict[str, Value] = {
             "general.architecture": self.family.gguf_arch,
             "general.type": "model",
-            "general.name": path.stem,
+            "general.name": name,
             "general.size_label": size_label(weights),
             "general.file_type": 0,
             "general.quantization_version": 2,

@@ -1,0 +1,258 @@
+"""GGUF files of tiny models, judged by llama.cpp and by gguf's own reader."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from qtool import registry
+from qtool.artifact._base import Carry
+from qtool.artifact._neutral import NeutralCheckpoint, NeutralWriter
+from qtool.artifact.gguf import GGUF
+from qtool.artifact.gguf._writer import size_label
+from qtool.checkpoint._base import Layer, Module, modules
+from qtool.checkpoint.gguf_io import GGUFFile
+from qtool.checkpoint.hf import HFCheckpoint
+from qtool.checkpoint.safetensors_io import read_bytes
+from qtool.errors import CheckpointError, PlanError, StorageError
+from qtool.evaluate.llamacpp import LlamaCpp
+from qtool.formats.int import Int
+from qtool.methods.rtn import RTN
+
+TOKENS = [(7 * i * i + 3 * i) % 500 for i in range(40)]
+FORMATS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
+
+
+def neutral(folder: Path, work: Path, choose=lambda module: None, keep="f32"):
+    """A neutral checkpoint in which `choose` gives some modules a format; the others are cast."""
+    source = HFCheckpoint(folder)
+    chosen = {module.name: choose(module) for module in modules(source)}
+    writer = NeutralWriter(work, {}, keep={name: keep for name, fmt in chosen.items() if fmt is None})
+    layers = {
+        name: RTN().solve(source.tensor(f"{name}.weight").float(), None, fmt).quantized
+        for name, fmt in chosen.items()
+        if fmt
+    }
+    writer.write_block("all", layers)
+    return NeutralCheckpoint(work, source)
+
+
+def write(model, out: Path, **card):
+    out.mkdir()
+    return GGUF().write(model, out, card)[0]
+
+
+def reference_logits(folder: Path, tensors=None):
+    """float32 [40, V] by transformers, with other weights if given."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if tensors is not None:
+        missing, unexpected = model.load_state_dict(tensors, strict=False)
+        assert not unexpected and missing in ([], ["lm_head.weight"])
+    with torch.no_grad():
+        return model(torch.tensor([TOKENS])).logits[0]
+
+
+def distance(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+def test_llama_cpp_computes_what_transformers_computes(tiny_folder: Path, tmp_path: Path):
+    path = write(neutral(tiny_folder, tmp_path / "work"), tmp_path / "out")
+    assert distance(LlamaCpp(path, 64).logits(TOKENS), reference_logits(tiny_folder)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_kept_matrices_keep_their_type(dtype, tiny_checkpoint: Callable[[str], Path], tmp_path: Path):
+    model = neutral(tiny_checkpoint("llama-biased"), tmp_path / "work", keep=dtype)
+    path = write(model, tmp_path / "out")
+    stored = {t.name: t for t in gguf.GGUFReader(path).tensors}
+    kinds = {name: t.tensor_type.name.lower() for name, t in stored.items()}
+    assert kinds["blk.1.ffn_up.weight"] == kinds["token_embd.weight"] == dtype
+    assert {kinds[n] for n in kinds if n.endswith((".bias", "_norm.weight"))} == {"f32"}
+    written = GGUF().open(path)
+    assert all(torch.equal(written.tensor(n), model.tensor(n).to(written.info(n).dtype)) for n in model.names())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("model_name", ["llama", "qwen2"])
+def test_quantized_models_read_back_and_run(name, model_name, tiny_checkpoint, tmp_path: Path):
+    fmt = registry.load("formats", name)()
+    folder = tiny_checkpoint(model_name)
+    model = neutral(folder, tmp_path / "work", lambda module: fmt)
+    path = write(model, tmp_path / "out")
+    written = GGUF().open(path.parent)
+    assert written.layers == model.layers
+    for module in model.layers:
+        codes, params, _ = written.quantized(module)
+        wanted = model.quantized(module)
+        assert torch.equal(codes, wanted.codes)
+        assert all(torch.equal(params[p], wanted.params[p]) for p in wanted.params)
+    tensors = {n: written.tensor(n).float() for n in written.names()}
+    assert all(torch.equal(tensors[n], model.tensor(n).float()) for n in model.names())
+    ours = reference_logits(folder, tensors)
+    assert distance(LlamaCpp(path, 64).logits(TOKENS), ours) < 0.02  # llama.cpp rounds activations to 8 bits
+    assert distance(reference_logits(folder), ours) > {"4": 0.06, "5": 0.03, "8": 0.003}[name[1]]
+
+
+def test_integers_go_into_blocks_of_the_same_values(tiny_checkpoint, tmp_path: Path):
+    sources = {
+        "q": Int(bits=4, group=32),
+        "k": Int(bits=4, group=32, symmetric=False),
+        "v": Int(bits=3, group=64, symmetric=False),
+        "gate": Int(bits=8, group="channel"),
+        "down": Int(bits=5, group=64),
+    }
+    model = neutral(tiny_checkpoint("llama"), tmp_path / "work", lambda module: sources.get(module.role))
+    path = write(model, tmp_path / "out")
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
+    assert kinds["blk.0.attn_q.weight"] == kinds["blk.0.attn_v.weight"] == "Q4_0"
+    assert kinds["blk.0.attn_k.weight"] == "Q5_0"  # some minima are not exact in fp16, as Q4_1 would need
+    assert kinds["blk.0.ffn_gate.weight"] == "Q8_0" and kinds["blk.0.ffn_down.weight"] == "Q5_0"
+    written = GGUF().open(path)
+    assert set(written.layers) == set(model.layers)
+    assert all(torch.equal(written.tensor(n).float(), model.tensor(n).float()) for n in model.names())
+
+
+def test_scales_that_blocks_cannot_hold_stop_the_writer(tiny_checkpoint, tmp_path: Path):
+    fmt = Int(bits=4, group=32, scale_dtype="fp32")
+    model = neutral(tiny_checkpoint("llama"), tmp_path / "work", lambda m: fmt if m.role == "up" else None)
+    with pytest.raises(PlanError, match=r"mlp\.up_proj: q4_0: some scales are not exact in fp16"):
+        write(model, tmp_path / "out")
+
+
+def test_metadata_and_table_as_the_gguf_package_reads_them(tiny_checkpoint, tmp_path: Path):
+    model = neutral(tiny_checkpoint("llama-tied"), tmp_path / "work", lambda m: registry.load("formats", "q8_0")())
+    path = write(model, tmp_path / "out", base_model="maker/My Model", recipe_name="q8")
+    assert path.name == "My-Model-q8.gguf"
+    reader = gguf.GGUFReader(path)
+    values = {key: field.contents() for key, field in reader.fields.items()}
+    assert values["GGUF.version"] == 3 and values["GGUF.tensor_count"] == len(reader.tensors) == 3 * 9 + 2
+    expected = {
+        "general.architecture": "llama",
+        "general.type": "model",
+        "general.name": "My Model",
+        "general.file_type": 7,
+        "general.quantization_version": 2,
+        "general.size_label": "144K",
+        "llama.block_count": 3,
+        "llama.context_length": 2048,
+        "llama.embedding_length": 64,
+        "llama.feed_forward_length": 128,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.rope.dimension_count": 16,
+        "llama.vocab_size": 512,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.padding_token_id": 0,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.add_eos_token": False,
+    }
+    assert {key: values[key] for key in expected} == expected
+    assert values["llama.attention.layer_norm_rms_epsilon"] == np.float32(model.config["rms_norm_eps"])
+    assert len(values["tokenizer.ggml.tokens"]) == 512 and values["tokenizer.ggml.tokens"][505] == "[PAD505]"
+    assert values["tokenizer.chat_template"].startswith("{% for message in messages %}")
+    assert "output.weight" not in {t.name for t in reader.tensors}
+    first = next(t for t in reader.tensors if t.name == "blk.2.ffn_down.weight")
+    assert list(first.shape) == [128, 64]  # GGUF counts from the fastest extent
+    card = (path.parent / "README.md").read_text()
+    assert "My Model, quantized" in card and "llama.cpp" in card
+
+
+def test_same_input_same_bytes(tiny_checkpoint, tmp_path: Path):
+    model = neutral(tiny_checkpoint("qwen3"), tmp_path / "work", lambda m: registry.load("formats", "q4_1")())
+    first, second = (write(model, tmp_path / out, recipe_name="x") for out in ("a", "b"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def module(role="q", k=64):
+    return Module(f"model.layers.0.self_attn.{role}_proj", (), "linear", role, 0, "x", None, (64, k))
+
+
+@pytest.mark.parametrize(
+    ("layer", "k", "carry"),
+    [
+        (None, 64, Carry(True)),
+        (Layer(registry.load("formats", "q4_0")()), 64, Carry(True)),
+        (Layer(Int(bits=4, group=32, symmetric=False)), 64, Carry(True)),
+        (
+            Layer(registry.load("formats", "q4_0")()),
+            48,
+            Carry(False, "q4_0: rows of 48 columns are not divisible by 32; groups that divide: 16"),
+        ),
+        (
+            Layer(Int(bits=4, group=16)),
+            64,
+            Carry(False, "no GGUF block type holds int4-g16; q4_0 to q8_0 are some"),
+        ),
+        (
+            Layer(Int(bits=8, group="channel"), Int(bits=8, group="token")),
+            64,
+            Carry(False, "GGUF cannot say how activations are quantized; llama.cpp decides that itself"),
+        ),
+    ],
+    ids=["kept", "block", "int", "width", "group", "activations"],
+)
+def test_what_it_can_carry_is_known_before_any_data(layer, k, carry):
+    assert GGUF().can_carry(module(k=k), layer, "source") == carry
+
+
+def test_recognizing_and_opening(tiny_checkpoint, tmp_path: Path):
+    path = write(neutral(tiny_checkpoint("llama"), tmp_path / "work"), tmp_path / "out")
+    assert GGUF.recognizes(path) and GGUF.recognizes(path.parent)
+    assert not GGUF.recognizes(tiny_checkpoint("llama")) and not GGUF.recognizes(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match=r"wanted one \.gguf file, found 0"):
+        GGUF().open(tmp_path)
+
+
+def test_an_unwritable_folder_is_a_storage_error(tiny_checkpoint, tmp_path: Path):
+    model = neutral(tiny_checkpoint("llama"), tmp_path / "work")
+    with pytest.raises(StorageError, match="cannot write"):
+        GGUF().write(model, tmp_path / "missing", {})
+
+
+@pytest.mark.parametrize(
+    ("weights", "label"),
+    [(134_515_008, "135M"), (1_235_814_400, "1.2B"), (8_030_261_248, "8.0B"), (70_553_706_496, "71B"), (5400, "5.4K")],
+)
+def test_size_labels(weights, label):
+    assert size_label(weights) == label
+
+
+def test_llama_cpp_gives_its_reason(tmp_path: Path):
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(CheckpointError, match=r"llama\.cpp does not load .*bad\.gguf: found .*version"):
+        LlamaCpp(path, 32)
+
+
+@pytest.mark.slow
+def test_the_demo_file_is_rewritten_as_it_was(demo_gguf: Path, tmp_path: Path):
+    """Blocks unpacked, permuted back and forth and packed again are the bytes that llama.cpp's converter wrote."""
+    path = write(GGUF().open(demo_gguf), tmp_path / "out")
+    there, here = GGUFFile(demo_gguf), GGUFFile(path)
+    assert here.tensors.keys() == there.tensors.keys()
+    for name, tensor in here.tensors.items():
+        original = there.tensors[name]
+        assert (tensor.kind, tensor.shape) == (original.kind, original.shape)
+        wanted = read_bytes(demo_gguf, original.offset, original.nbytes, name)
+        assert torch.equal(read_bytes(path, tensor.offset, tensor.nbytes, name), wanted)
+    wanted = {key: value for key, value in there.metadata.items() if not key.startswith("general.")}
+    wanted.pop("tokenizer.ggml.add_space_prefix")  # llama.cpp reads it for SentencePiece only
+    assert {key: here.metadata.get(key) for key in wanted} == wanted
+    assert {key: here.metadata[f"general.{key}"] for key in ("file_type", "size_label")} == {
+        "file_type": 3,
+        "size_label": "135M",
+    }
+    prompt = "<|im_start|>user\nWhat is 12345 plus 1?<|im_end|>\n<|im_start|>assistant\n"
+    runtime, again = LlamaCpp(demo_gguf, 64), LlamaCpp(path, 64)
+    answer = again.generate(again.tokenize(prompt), 16)
+    assert len(answer) == 16 and answer == runtime.generate(runtime.tokenize(prompt), 16)
