@@ -7,6 +7,7 @@ https://json-schema.org/draft/2020-12
 from __future__ import annotations
 
 import re
+import sys
 from inspect import cleandoc
 from typing import Any
 
@@ -25,7 +26,7 @@ def json_schema() -> dict[str, Any]:
     definitions = schema["$defs"]
     definitions |= {"Format": _formats(), "Method": _methods()}
     for part in (schema, *definitions.values()):
-        _describe(part)
+        _describe(part, part["description"])
     definitions["Export"]["properties"]["to"]["enum"] = registry.names("artifact")
     schema["properties"]["extends"] = {
         "type": "string",
@@ -75,15 +76,17 @@ def _methods() -> dict[str, Any]:
 
 
 def _options(model: type[BaseModel]) -> dict[str, Any]:
-    """The options of one registered class."""
+    """The options of one registered class, described by its module's first line and its bases' docstrings."""
     schema = model.model_json_schema()
-    _describe(schema)
+    for base in model.__mro__:
+        _describe(schema, base.__doc__ or "")
+    schema["description"] = (sys.modules[model.__module__].__doc__ or "").partition("\n")[0]
     return schema
 
 
-def _describe(schema: dict[str, Any]) -> None:
-    """Moves what a docstring's "Attributes:" section says to the properties that it is about."""
-    text, _, attributes = cleandoc(schema.get("description", "")).partition("Attributes:")
+def _describe(schema: dict[str, Any], docstring: str) -> None:
+    """Hands what a docstring's "Attributes:" section says to the properties that it is about."""
+    text, _, attributes = cleandoc(docstring).partition("Attributes:")
     schema["description"] = text.strip()
     for names, description in ATTRIBUTE.findall(attributes):
         for name in names.split(", "):

@@ -106,10 +106,16 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
             if node.value is not BROKEN:
                 reader.report(node.where, keys, text)
     if reader.problems:
-        raise RecipeError(reader.problems, f"recipe {name}")
+        raise RecipeError(sorted(reader.problems, key=_by_line), f"recipe {name}")
     for rule, node in zip(recipe.layers, tree.value["layers"].value, strict=True):
         rule.place(node.where)
     return recipe
+
+
+def _by_line(problem: str) -> tuple[str, int]:
+    """Sorts "file:12: text" by file and line; what has no line comes first."""
+    place, _, line = problem.partition(": ")[0].rpartition(":")
+    return (place, int(line)) if line.isdecimal() else ("", 0)
 
 
 def _read(path: Path, reader: Reader, chain: tuple[Path, ...]) -> Node:

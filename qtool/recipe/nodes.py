@@ -1,13 +1,12 @@
 """YAML text -> a tree of plain values, each of which knows where it was written.
 
-Only what a recipe needs of YAML 1.1 is accepted: mappings with distinct words as keys, lists, strings, finite numbers,
+Only what a recipe needs of YAML 1.1 is accepted: mappings with distinct words as keys, lists, strings, numbers,
 booleans and null. Anchors, tags and merge keys are refused, and so are large or deep documents, so that no text takes
 long to read.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ from qtool.recipe.problems import Keys, dotted
 LARGEST = 1 << 18
 """Bytes of YAML; a rule for each of 3000 layers fits."""
 DEEPEST = 16
+LONGEST_LINE = 600
+"""Characters of a problem that are shown."""
 SCALARS = frozenset({"str", "int", "float", "bool", "null"})
 BROKEN = object()
 """Stands for a value that was reported already."""
@@ -140,8 +141,8 @@ class Reader:
         except ValueError as error:
             self.report(place, path, f"{node.value[:40]!r} cannot be read: {error}")
             return BROKEN
-        if isinstance(value, float) and not math.isfinite(value):
-            self.report(place, path, f"wanted a finite number, found {node.value[:40]}")
+        if isinstance(value, int | float) and not abs(value) < 2**64:
+            self.report(place, path, f"wanted a finite number below 2^64, found {node.value[:40]}")
             return BROKEN
         return value
 
@@ -153,7 +154,9 @@ class Reader:
             path: the value that it is about.
             text: what is wrong.
         """
-        self.problems.append(f"{place}: {dotted(path)}: {text}" if path else f"{place}: {text}")
+        line = f"{place}: {dotted(path)}: {text}" if path else f"{place}: {text}"
+        line = line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + "..."
+        self.problems.append("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
 
 
 def _refusal(text: str) -> tuple[int, str] | None:

@@ -22,10 +22,10 @@ WANTED = {
     "model_type": "a mapping",
     "mapping_type": "a mapping",
     "literal_error": "{expected}",
-    "greater_than": "more than {gt}",
-    "greater_than_equal": "at least {ge}",
-    "less_than": "less than {lt}",
-    "less_than_equal": "at most {le}",
+    "greater_than": "more than {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "at most {le:g}",
     "too_short": "at least {min_length} entry",
     "string_too_short": "at least {min_length} character",
     "finite_number": "a finite number",
@@ -79,7 +79,7 @@ def explain(error: ValidationError, model: type[BaseModel], value: Any) -> list[
             texts.append((path, str(cause)))
         elif entry["type"] != "too_short" or not entry["input"]:  # entries that are wrong themselves are not counted
             wanted = WANTED.get(entry["type"], entry["msg"]).format(**entry.get("ctx", {}))
-            wants.setdefault(path, ([], entry["input"]))[0].append(wanted)
+            wants.setdefault(path, ([], entry["input"]))[0].append(wanted.replace("True", "true"))
     for path, (wanted_any, found) in wants.items():
         quote = "; put it in quotes" if wanted_any == ["a string"] and isinstance(found, bool | int | float) else ""
         texts.append((path, f"wanted {' or '.join(wanted_any)}, found {show(found)}{quote}"))
@@ -105,11 +105,12 @@ def show(value: Any) -> str:
         return "nothing"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, Mapping):
-        return "a mapping with " + ", ".join(map(str, value)) if value else "an empty mapping"
     if isinstance(value, list | tuple):
         return f"a list of {len(value)}"
-    text = repr(value)
+    if isinstance(value, Mapping):
+        text = "a mapping with " + ", ".join(map(str, value)) if value else "an empty mapping"
+    else:
+        text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -1,0 +1,60 @@
+"""Which modules a pattern names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from qtool.recipe.match import compile_pattern, matches
+
+
+@dataclass
+class Named:
+    name: str
+    aliases: tuple[str, ...] = ()
+    kind: str = "linear"
+
+
+DOWN = Named("model.layers.12.mlp.down_proj")
+TIED = Named("model.embed_tokens", ("lm_head",), "embedding")
+UNTIED = Named("model.embed_tokens", (), "embedding")
+HEAD = Named("lm_head")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "module", "expected"),
+    [
+        ("*", DOWN, True),
+        ("*", HEAD, True),
+        ("*", TIED, False),
+        ("*", UNTIED, False),
+        ("**", UNTIED, True),
+        ("re:.*", UNTIED, True),
+        ("*.down_proj", DOWN, True),
+        ("*.mlp.*", DOWN, True),
+        ("model.layers.1?.mlp.down_proj", DOWN, True),
+        ("model.layers.1.*", DOWN, False),
+        ("model.layers.[01]2.*", DOWN, True),
+        ("*DOWN_proj", DOWN, False),
+        ("down_proj", DOWN, False),
+        ("model.layers.12", DOWN, False),
+        ("modelxlayersx12xmlpxdown_proj", DOWN, False),
+        (r"re:.*\.(up|down)_proj", DOWN, True),
+        ("re:down", DOWN, False),
+        ("re:model.layers.12", DOWN, False),
+        ("lm_head", TIED, True),
+        ("lm_head", UNTIED, False),
+        ("lm_head", HEAD, True),
+        ("model.embed_tokens", TIED, True),
+        ("re:lm_head|.*embed_tokens", UNTIED, True),
+    ],
+)
+def test_matches(pattern, module, expected):
+    assert matches(pattern, module) is expected
+
+
+@pytest.mark.parametrize("pattern", ["re:(", "re:*", "re:a{99999999999}", "re:" + "(" * 5000, "re:[[a]", "re:a(?i)b"])
+def test_what_is_no_regular_expression_is_said(pattern):
+    with pytest.raises(ValueError, match="is not a regular expression: "):
+        compile_pattern(pattern)
