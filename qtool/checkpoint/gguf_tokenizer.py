@@ -1,7 +1,7 @@
-"""A Hugging Face tokenizer from the vocabulary in a GGUF file.
+"""A Hugging Face tokenizer from the vocabulary in a GGUF file: tokenizer.json, spelled out.
 
-Transformers rebuilds vocabulary, merges and special tokens. How text is cut before merging, and whether BOS is first,
-it decides by rules that depend on its version; here the file decides.
+Two kinds are known: byte-level BPE, whose splitting rules GGUF names (`pretokenizers.py`), and SentencePiece's BPE,
+which has scores instead of merges. Source: https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp
 """
 
 from __future__ import annotations
@@ -27,58 +27,133 @@ SAME = {
 """Names in GGUF files -> the one of `RULES` that llama.cpp treats alike."""
 BOS_FIRST = ("llama-bpe", "tekken")
 """Byte-level vocabularies whose text begins with BOS where the file says nothing; SentencePiece's always does."""
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+"""Values of `tokenizer.ggml.token_type`."""
+SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
 
 def save_tokenizer(file: GGUFFile, folder: Path) -> None:
     """Writes tokenizer.json, tokenizer_config.json and the chat template into `folder`.
 
     Raises:
-        CheckpointError: no vocabulary, or one whose rules are unknown.
+        CheckpointError: no vocabulary, a damaged one, or one whose rules are unknown.
     """
-    told = file.metadata
-    model, pre = told.get("tokenizer.ggml.model"), told.get("tokenizer.ggml.pre")
-    pre = SAME.get(str(pre), pre)
+    told: dict[str, Any] = {key.removeprefix("tokenizer.ggml."): value for key, value in file.metadata.items()}
+    model, tokens = told.get("model"), told.get("tokens", [])
     if model not in ("gpt2", "llama"):
-        raise _unknown(file, "kind of tokenizer", "gpt2 or llama", model)
-    if model == "gpt2" and pre not in RULES:
-        raise _unknown(file, "pre-tokenizer", ", ".join(sorted({*RULES, *SAME})), pre)
-    tokenizer = _converted(file)
-    begin = told.get("tokenizer.ggml.add_bos_token", model == "llama" or pre in BOS_FIRST)
-    _begin(tokenizer, tokenizer.bos_token if begin else None)
-    tokenizer.save_pretrained(folder)
-    if model == "gpt2":
-        _split_by(folder / "tokenizer.json", *RULES[str(pre)])
+        raise _unusable(file, "unknown kind of tokenizer", "gpt2 or llama", model)
+    if not _strings(tokens) or len(set(tokens)) < len(tokens):
+        raise _unusable(file, "damaged vocabulary", "a list of different tokens", tokens)
+    types = told.get("token_type", [NORMAL] * len(tokens))
+    if not isinstance(types, list) or len(types) != len(tokens):
+        raise _unusable(file, "damaged vocabulary", f"{len(tokens)} token types", types)
+    pre = SAME.get(str(told.get("pre")), str(told.get("pre")))
+    spelled = _byte_level(file, told, pre) if model == "gpt2" else _sentencepiece(file, told, types)
+    special = {name: _token(file, told, key) for key, name in SPECIAL.items() if f"{key}_token_id" in told}
+    first = told.get("add_bos_token", model == "llama" or pre in BOS_FIRST)
+    spelled |= {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [_added(i, tokens[i], t) for i, t in enumerate(types) if t in (UNKNOWN, CONTROL, USER_DEFINED)],
+        "post_processor": _beginning(special.get("bos_token") if first else None, told.get("bos_token_id")),
+    }
+    _check(file, json.dumps(spelled))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | special
+    (folder / "tokenizer.json").write_text(json.dumps(spelled, ensure_ascii=False), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
+    if template := file.metadata.get("tokenizer.chat_template"):
+        (folder / "chat_template.jinja").write_text(str(template), encoding="utf-8")
 
 
-def _unknown(file: GGUFFile, what: str, wanted: str, found: Any) -> CheckpointError:
-    hint = "start from the original checkpoint"
-    return CheckpointError(f"{file.path}: unknown {what}", wanted=wanted, found=repr(found)[:40], hint=hint)
+def _byte_level(file: GGUFFile, told: dict[str, Any], pre: str) -> dict[str, Any]:
+    if pre not in RULES:
+        raise _unusable(file, "unknown pre-tokenizer", ", ".join(sorted({*RULES, *SAME})), pre)
+    if not _strings(told.get("merges")):
+        raise _unusable(file, "damaged vocabulary", "merges", told.get("merges"))
+    steps, ignore_merges = RULES[pre]
+    merges = [merge.split(" ") for merge in told["merges"]]
+    return {
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": _bpe(told["tokens"], merges, ignore_merges=ignore_merges),
+    }
 
 
-def _converted(file: GGUFFile) -> Any:
-    from transformers import AutoTokenizer
+def _sentencepiece(file: GGUFFile, told: dict[str, Any], types: list[int]) -> dict[str, Any]:
+    tokens, scores = told["tokens"], told.get("scores") or []
+    if len(scores) != len(tokens):
+        raise _unusable(file, "damaged vocabulary", f"{len(tokens)} scores", scores)
+    known = {token: score for token, score, t in zip(tokens, scores, types, strict=True) if t in (NORMAL, USER_DEFINED)}
+    merges = [
+        (-score, [token[:i], token[i:]])
+        for token, score in known.items()
+        for i in range(1, len(token))
+        if token[:i] in known and token[i:] in known
+    ]
+    prefix = bool(told.get("add_space_prefix", True))
+    blanks = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    spaces = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
+    prepend = [{"type": "Prepend", "prepend": "▁"}] if prefix else []
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": [*prepend, blanks]},
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
+        "model": _bpe(
+            tokens,
+            [pair for _, pair in sorted(merges, key=lambda merge: merge[0])],
+            unk_token=_token(file, told, "unknown"),
+            fuse_unk=True,
+            byte_fallback=True,
+        ),
+    }
+
+
+def _bpe(tokens: list[str], merges: list[list[str]], **options: Any) -> dict[str, Any]:
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    return {"type": "BPE", "dropout": None, "unk_token": None, "vocab": vocabulary, "merges": merges, **options}
+
+
+def _added(number: int, token: str, kind: int) -> dict[str, Any]:
+    """Matched in the text as a whole, before anything else."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": number, "content": token, **flags, "special": kind != USER_DEFINED}
+
+
+def _beginning(bos: str | None, number: int | None) -> dict[str, Any]:
+    """Makes every encoded text begin with `bos`, or with nothing."""
+    texts = [{"Sequence": {"id": which, "type_id": i}} for i, which in enumerate("AB")]
+    marks = [{"SpecialToken": {"id": bos, "type_id": i}} for i in (0, 1)] if bos is not None else []
+    return {
+        "type": "TemplateProcessing",
+        "single": [*marks[:1], texts[0]],
+        "pair": [*marks[:1], texts[0], *marks[1:], texts[1]],
+        "special_tokens": {bos: {"id": bos, "ids": [number], "tokens": [bos]}} if bos is not None else {},
+    }
+
+
+def _token(file: GGUFFile, told: dict[str, Any], which: str) -> str:
+    number, tokens = told.get(f"{which}_token_id", 0), told["tokens"]
+    if type(number) is not int or not 0 <= number < len(tokens):
+        raise _unusable(file, f"impossible {which}_token_id", f"less than {len(tokens)}", number)
+    return str(tokens[number])
+
+
+def _strings(values: Any) -> bool:
+    return isinstance(values, list) and bool(values) and all(isinstance(value, str) for value in values)
+
+
+def _check(file: GGUFFile, spelled: str) -> None:
+    from tokenizers import Tokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(file.path.parent), gguf_file=file.path.name, local_files_only=True)
-    except Exception as error:  # whatever a strange vocabulary makes the library raise
-        what = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{file.path}: transformers cannot rebuild the tokenizer: {what}", hint="start from the original checkpoint"
-        ) from error
+        Tokenizer.from_str(spelled)
+    except Exception as error:  # the library raises nothing more particular
+        raise _unusable(file, "damaged vocabulary", "merges of tokens into tokens", error) from error
 
 
-def _begin(tokenizer: Any, bos: str | None) -> None:
-    """Makes every encoded text begin with `bos`, or with nothing."""
-    from tokenizers.processors import TemplateProcessing
-
-    first, second = (f"{bos} ", f" {bos}:1") if bos else ("", "")
-    special = [(bos, tokenizer.convert_tokens_to_ids(bos))] if bos else []
-    template = TemplateProcessing(single=f"{first}$A", pair=f"{first}$A{second} $B:1", special_tokens=special)
-    tokenizer.backend_tokenizer.post_processor = template
-
-
-def _split_by(path: Path, steps: list[dict[str, Any]], ignore_merges: bool) -> None:
-    spelled = json.loads(path.read_text(encoding="utf-8"))
-    spelled["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
-    spelled["model"]["ignore_merges"] = ignore_merges
-    path.write_text(json.dumps(spelled, ensure_ascii=False, indent=2), encoding="utf-8")
+def _unusable(file: GGUFFile, what: str, wanted: str, found: Any) -> CheckpointError:
+    hint = "start from the original checkpoint"
+    return CheckpointError(f"{file.path}: {what}", wanted=wanted, found=f"{found!r:.60}", hint=hint)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from errno import ENOSPC
 from pathlib import Path
 
 from qtool.checkpoint._base import Checkpoint
 from qtool.checkpoint.gguf import GGUFCheckpoint
 from qtool.checkpoint.hf import INDEX, SIDE_FILES, HFCheckpoint
-from qtool.errors import CheckpointError, HubError
+from qtool.errors import CheckpointError, HubError, StorageError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?", re.ASCII)
 WANTED = ["config.json", INDEX, "*.safetensors", *SIDE_FILES]
@@ -76,14 +77,20 @@ def _download(source: str, token: str | None, offline: bool, cache: Path | None,
         hint = "check the spelling; a private one needs a token: hf auth login"
         raise HubError(f"no folder and no hub repository is called {repository}", hint=hint) from error
     except errors.RevisionNotFoundError as error:
-        raise HubError(f"the repository {repository} has no revision {revision}") from error
+        raise HubError(f"the repository {repository} has no revision {revision}", hint="check the spelling") from error
     except errors.LocalEntryNotFoundError as error:
-        hint = "connect once to download it" if offline else "check the connection, or name a local folder"
-        raise HubError(f"no folder is called {source}, and the hub cache does not hold it", hint=hint) from error
+        why = _line(error.__cause__) if error.__cause__ else "qtool is offline"
+        hint = "connect, or name a local folder"
+        raise HubError(f"no folder is called {source} and the hub cache lacks it: {why}", hint=hint) from error
     except errors.HFValidationError as error:
         raise CheckpointError(f"{source} is neither a file or folder nor a valid hub id") from error
-    except (errors.HfHubHTTPError, OSError) as error:
-        what = " ".join(str(error).split())[:200]
-        raise HubError(
-            f"{repository} cannot be downloaded: {what}", hint="try again, or name a local folder"
-        ) from error
+    except Exception as error:  # the hub library lets through what its HTTP library raises, and that one changes
+        if isinstance(error, OSError) and error.errno == ENOSPC:
+            raise StorageError(f"the disk is too full to download {repository}", hint="free space") from error
+        hint = "try again, or name a local folder"
+        raise HubError(f"{repository} cannot be downloaded: {_line(error)}", hint=hint) from error
+
+
+def _line(error: BaseException) -> str:
+    """A message of whatever length as part of one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
