@@ -1,0 +1,180 @@
+"""Runs a text through a model, or through two side by side, and scores it.
+
+The protocol is llama-perplexity's: the text is tokenized once, cut into chunks of `context` tokens without overlap (a
+rest is dropped), each chunk's first token is replaced by BOS where the tokenizer adds one, and of each chunk the
+positions from the middle on are scored, so that every one of them has seen at least half a context. Of 512 tokens
+these are 255.
+
+Each model is walked block by block with the hidden states of all chunks, so memory holds one block of weights, the
+output matrix and one chunk of logits per model, however long the text or large the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qtool.calibrate.tokenizer import load_tokenizer
+from qtool.calibrate.tokens import beginning, quiet_tokenizer
+from qtool.calibrate.walker import Walker
+from qtool.checkpoint._base import Checkpoint
+from qtool.checkpoint.gguf import GGUFCheckpoint
+from qtool.errors import CheckpointError, UsageError
+from qtool.evaluate.divergence import Scores
+from qtool.evaluate.result import Evaluation
+
+Progress = Callable[[int, int, str], None]
+"""Told (steps done, steps in all, what was just finished)."""
+
+Logits = Callable[[int], Tensor]
+"""Chunk index -> float [P, V], logits of the scored positions."""
+
+
+def evaluate(
+    quantized: Checkpoint,
+    baseline: Checkpoint | None,
+    text: Path,
+    *,
+    context: int,
+    chunks: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress,
+    runtime: Literal["qtool", "llama.cpp"] = "qtool",
+) -> Evaluation:
+    """Perplexity of a model on a text, and its divergence from a baseline.
+
+    Args:
+        quantized: the model under test; activations are quantized where it says so.
+        baseline: what to compare with; None: perplexity only.
+        text: UTF-8 file.
+        context: tokens per chunk.
+        chunks: how many chunks to use at most; None: all that the text holds.
+        device: where both models are run.
+        dtype: of weights and hidden states in both.
+        progress: is told about each block and chunk.
+        runtime: "llama.cpp" runs the tested model's GGUF file in llama.cpp; the baseline is run here in any case.
+
+    Raises:
+        UsageError: the text cannot be read, or is too short.
+        CheckpointError: no tokenizer, or the two models do not share a vocabulary.
+        NumericsError: a model's logits are not finite.
+    """
+    if runtime == "llama.cpp" and not isinstance(quantized, GGUFCheckpoint):
+        raise UsageError("--runtime llama.cpp", wanted="a GGUF file", found=quantized.source)
+    tokens = chunked(*encode(text, baseline or quantized), context, chunks)
+    first = context // 2
+    models = [m for m in (quantized, baseline) if m is not None]
+    check_vocabulary(models, int(tokens.max()))
+    walked = [m for m in models if m is baseline or runtime == "qtool"]
+    blocks = sum(m.family.blocks(m.config) for m in walked)
+    steps = Steps(progress, blocks + len(tokens))
+    sources = [walk(m, tokens, first, device, dtype, steps) for m in walked]
+    if runtime == "llama.cpp":
+        sources.insert(0, llama_cpp(quantized, tokens, first))
+    scores = Scores()
+    for s in range(len(tokens)):
+        logits = [source(s) for source in sources]
+        scores.add(logits[0], tokens[s, first + 1 :], *logits[1:])
+        steps.step(f"chunk {s + 1}")
+    return Evaluation(
+        text=text.name,
+        tokens=tokens[:, first + 1 :].numel(),
+        context=context,
+        chunks=len(tokens),
+        runtime=runtime,
+        **scores.summary(),
+    )
+
+
+def check_vocabulary(models: Sequence[Checkpoint], largest: int) -> None:
+    """Makes sure that logits can be compared and that every token has an embedding.
+
+    Raises:
+        CheckpointError: the models' output layers differ in size, or the text holds a token id beyond them.
+    """
+    rows = [m.info(f"{m.family.embedding if m.tied else m.family.head}.weight").shape[0] for m in models]
+    if len(set(rows)) > 1:
+        found = f"{rows[0]} and {rows[1]} tokens"
+        raise CheckpointError("model and baseline cannot be compared", wanted="one vocabulary", found=found)
+    if largest >= rows[0]:
+        wanted = f"token ids below {rows[0]}"
+        raise CheckpointError("tokenizer and model do not belong together", wanted=wanted, found=largest)
+
+
+class Steps:
+    """Counts steps for a listener."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self.progress, self.done, self.total = progress, 0, total
+        progress(0, total, "")
+
+    def step(self, message: str) -> None:
+        """One more is done."""
+        self.done += 1
+        self.progress(self.done, self.total, message)
+
+
+def walk(
+    model: Checkpoint, tokens: Tensor, first: int, device: torch.device, dtype: torch.dtype, steps: Steps
+) -> Logits:
+    """Takes all chunks, int64 [S, T], through all blocks; what is left is the output layer, chunk by chunk."""
+    walker = Walker(model, device, dtype)
+    hidden = walker.embed(tokens)
+    for i in range(len(walker.blocks)):
+        walker.advance(walker.load_block(i), i, hidden)
+        steps.step(f"{model.source}: block {i}")
+    return lambda s: walker.logits(hidden, s, first)[:-1]
+
+
+def llama_cpp(model: Checkpoint, tokens: Tensor, first: int) -> Logits:
+    """The same by llama.cpp, which reads the GGUF file itself."""
+    from qtool.evaluate.llamacpp import LlamaCpp
+
+    runtime = LlamaCpp(Path(model.source), tokens.shape[1])
+    return lambda s: runtime.logits(tokens[s])[first:-1]
+
+
+def encode(text: Path, model: Checkpoint) -> tuple[list[int], int | None]:
+    """Token ids of a whole file, and BOS if the tokenizer begins texts with it.
+
+    Special tokens that are spelled out in the text count as such.
+
+    Raises:
+        UsageError: the file cannot be read.
+        CheckpointError: the model has no tokenizer.
+    """
+    try:
+        content = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the evaluation text {text}", wanted="a readable UTF-8 file", found=error) from error
+    tokenizer = load_tokenizer(model)
+    with quiet_tokenizer():
+        return tokenizer(content)["input_ids"], beginning(tokenizer)
+
+
+def chunked(ids: list[int], bos: int | None, context: int, chunks: int | None) -> Tensor:
+    """Cuts a tokenized text into int64 [S, context].
+
+    Raises:
+        UsageError: fewer tokens than one chunk.
+    """
+    if context < 4 or (chunks is not None and chunks < 1):
+        wanted = "a context of at least 4 tokens and at least 1 chunk"
+        raise UsageError("the evaluation", wanted=wanted, found=f"{context} and {chunks}")
+    count = min(len(ids) // context, chunks or len(ids))
+    if count == 0:
+        raise UsageError(
+            "the evaluation text is shorter than one chunk",
+            wanted=f"at least {context} tokens",
+            found=len(ids),
+            hint="give a longer text or a smaller context",
+        )
+    tokens = torch.tensor(ids[: count * context]).view(count, context)
+    if bos is not None:
+        tokens[:, 0] = bos
+    return tokens
