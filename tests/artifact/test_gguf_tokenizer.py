@@ -1,0 +1,251 @@
+"""Tokenizers in GGUF files: llama.cpp cuts text as the original tokenizer does."""
+
+import json
+import pydoc_data.topics
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from qtool.artifact.gguf import GGUF
+from qtool.artifact.gguf._tokenizer import tokenizer_metadata
+from qtool.checkpoint.pretokenizers import RULES
+from qtool.errors import CheckpointError
+from qtool.evaluate.llamacpp import LlamaCpp
+from tests.artifact.test_gguf import neutral, write
+
+PROSE = list(pydoc_data.topics.topics.values())[:20]
+TEXTS = [
+    *(text[:1500] for text in PROSE[5:8]),
+    "Hello, world! It's 12345 o'clock; we'Ll see... THEY'RE 1 22 333 4444",
+    "  leading\n\n\n  spaces\t\tand\r\ntabs   \n trailing   ",
+    "naïve café — Ünïcödé, 你好世界, Привет мир, שלום, 🙂🙃 ½ x² ٣٤٥",
+    "snake_case CamelCase kebab-case http://a.b/c?d=e&f=[1,2] {'k': 0.5} // --> <tag/>",
+    "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n",
+    "",
+    " ",
+    "\n",
+]
+
+
+def byte_level(name: str) -> Tokenizer:
+    """A BPE trained under one of the known pre-tokenizers."""
+    steps, ignore_merges = RULES[name]
+    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    spelled = json.loads(tokenizer.to_str())
+    spelled["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    tokenizer = Tokenizer.from_str(json.dumps(spelled))
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(PROSE, trainer)
+    return tokenizer
+
+
+def sentencepiece_like(prefix: bool = True) -> Tokenizer:
+    """Llama 2's kind: spaces are marked, every pair that makes a token is a merge, bytes are the last resort."""
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Replace(" ", "▁")
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    trained.train_from_iterator(PROSE, trainers.BpeTrainer(vocab_size=220, show_progress=False))
+    learned = json.loads(trained.to_str())["model"]["vocab"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *sorted(learned, key=learned.get)]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    merges = [(p[:i], p[i:]) for p in pieces[259:] for i in range(1, len(p)) if {p[:i], p[i:]} <= vocab.keys()]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    steps = [normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")]
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def llama_cpp(tiny_checkpoint, tmp_path_factory):
+    """Writes a tiny model with the given tokenizer files and loads it in llama.cpp."""
+
+    def load(files: dict[str, str | bytes]) -> LlamaCpp:
+        root = tmp_path_factory.mktemp("tokenizer")
+        shutil.copytree(tiny_checkpoint("llama"), root / "model")
+        for old in (*root.glob("model/*token*"), *root.glob("model/chat_template*")):
+            old.unlink()
+        for name, content in files.items():
+            (root / "model" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        return LlamaCpp(write(neutral(root / "model", root / "work"), root / "out"), 64)
+
+    return load
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_byte_level_tokenization(name, llama_cpp):
+    tokenizer = byte_level(name)
+    runtime = llama_cpp({"tokenizer.json": tokenizer.to_str()})
+    for text in TEXTS:
+        assert runtime.tokenize(text) == tokenizer.encode(text).ids, text
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_tokenization_from_tokenizer_json(prefix, llama_cpp):
+    tokenizer = sentencepiece_like(prefix)
+    runtime = llama_cpp({"tokenizer.json": tokenizer.to_str()})
+    for text in filter(None, TEXTS):
+        assert runtime.tokenize(text) == tokenizer.encode(text).ids, text
+
+
+def protobuf(number: int, value: int | float | str | bytes) -> bytes:
+    """One field of a protocol buffer; sizes below 2^14 are enough here."""
+
+    def varint(n: int) -> bytes:
+        return bytes([n]) if n < 128 else bytes([n & 127 | 128, n >> 7])
+
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    if isinstance(value, float):
+        return varint(number << 3 | 5) + struct.pack("<f", value)
+    value = value.encode() if isinstance(value, str) else value
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def tokenizer_model(tokenizer: Tokenizer, kind: int = 2) -> bytes:
+    """The same tokens as a SentencePiece model: unknown, control, 256 bytes, then pieces by falling score."""
+    types = [2, 3, 3] + [6] * 256
+    data = b""
+    for text, i in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        piece = protobuf(1, text) + protobuf(2, float(-max(0, i - 259)))
+        data += protobuf(1, piece + (protobuf(3, types[i]) if i < 259 else b""))
+    return data + protobuf(2, protobuf(3, kind)) + protobuf(3, protobuf(3, 1))
+
+
+def test_sentencepiece_tokenization_from_tokenizer_model(llama_cpp):
+    tokenizer = sentencepiece_like()
+    runtime = llama_cpp({"tokenizer.model": tokenizer_model(tokenizer)})
+    for text in filter(None, TEXTS):
+        assert runtime.tokenize(text) == tokenizer.encode(text).ids, text
+
+
+@pytest.mark.slow
+def test_the_demo_models_tokenization(demo_gguf: Path):
+    """Rebuilt tokenizer of the demo file against llama.cpp on the file itself."""
+    model = GGUF().open(demo_gguf)  # its files live as long as it does
+    tokenizer = Tokenizer.from_file(str(model.files["tokenizer.json"]))
+    runtime = LlamaCpp(demo_gguf, 32)
+    for text in TEXTS:
+        assert runtime.tokenize(text) == tokenizer.encode(text).ids, text
+
+
+def metadata(tmp_path: Path, tokenizer: Tokenizer | dict, size=512, config=None, pre=None, **files):
+    spelled = tokenizer if isinstance(tokenizer, dict) else json.loads(tokenizer.to_str())
+    paths = {}
+    for name, content in {"tokenizer.json": spelled, **files}.items():
+        name = name.replace("__", ".")
+        paths[name] = tmp_path / name
+        paths[name].write_text(content if isinstance(content, str) else json.dumps(content))
+    return tokenizer_metadata(paths, {"vocab_size": size, **(config or {})}, pre)
+
+
+def test_an_unknown_pre_tokenizer_is_an_error_that_names_the_option(tmp_path: Path):
+    tokenizer = byte_level("gpt-2")
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    with pytest.raises(CheckpointError, match=r"not recognized: wanted gpt-2, .*pre_tokenizer: NAME"):
+        metadata(tmp_path, tokenizer)
+    assert metadata(tmp_path, tokenizer, pre="mpt")["tokenizer.ggml.pre"] == "mpt"
+
+
+def test_ignored_merges_are_part_of_the_rules(tmp_path: Path):
+    spelled = json.loads(byte_level("llama-bpe").to_str())
+    assert metadata(tmp_path, spelled)["tokenizer.ggml.pre"] == "llama-bpe"
+    spelled["model"]["ignore_merges"] = False
+    assert metadata(tmp_path, spelled)["tokenizer.ggml.pre"] == "smaug-bpe"
+
+
+def test_types_of_tokens(tmp_path: Path):
+    tokenizer = byte_level("gpt-2")
+    tokenizer.add_tokens(["<tool>"])
+    values = metadata(tmp_path, tokenizer, size=505)
+    tokens, types = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.token_type"]
+    assert (types[1], types[100], types[tokens.index("<tool>")], types[504]) == (3, 1, 4, 5)
+    assert tokens[501:] == [f"[PAD{i}]" for i in range(501, 505)]
+    values = metadata(tmp_path, sentencepiece_like())
+    assert values["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]
+    assert values["tokenizer.ggml.token_type"][258:260] == [6, 1]
+
+
+def test_more_tokens_than_the_model_has_rows(tmp_path: Path):
+    with pytest.raises(CheckpointError, match="does not fit the model: wanted 300 tokens, found 500"):
+        metadata(tmp_path, byte_level("gpt-2"), size=300)
+
+
+def test_special_tokens_by_name_and_by_number(tmp_path: Path):
+    settings = {"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|im_end|>", "unk_token": None}
+    config = {"bos_token_id": 7, "eos_token_id": [8, 9], "pad_token_id": 5}
+    values = metadata(tmp_path, byte_level("gpt-2"), config=config, tokenizer_config__json=settings)
+    ids = {key: value for key, value in values.items() if key.endswith("token_id")}
+    assert ids == {
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.padding_token_id": 5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "template", "bos", "eos"),
+    [
+        ({}, None, False, False),
+        ({}, "<|im_start|> $A", True, False),
+        ({}, "<|im_start|> $A <|im_end|>", True, True),
+        ({"add_bos_token": True}, None, True, False),
+        ({"add_bos_token": False}, "<|im_start|> $A", False, False),
+    ],
+)
+def test_added_first_and_last_tokens(settings, template, bos, eos, tmp_path: Path):
+    tokenizer = byte_level("gpt-2")
+    if template:
+        special = [("<|im_start|>", 1), ("<|im_end|>", 2)]
+        tokenizer.post_processor = processors.Sequence(
+            [processors.ByteLevel(), processors.TemplateProcessing(single=template, special_tokens=special)]
+        )
+    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    values = metadata(tmp_path, tokenizer, tokenizer_config__json=names | settings)
+    assert (values["tokenizer.ggml.add_bos_token"], values["tokenizer.ggml.add_eos_token"]) == (bos, eos)
+
+
+def test_chat_templates(tmp_path: Path):
+    plain = metadata(tmp_path, byte_level("gpt-2"), tokenizer_config__json={"chat_template": "{{ a }}"})
+    assert plain["tokenizer.chat_template"] == "{{ a }}" and "tokenizer.chat_templates" not in plain
+    named = [{"name": "default", "template": "{{ d }}"}, {"name": "tools", "template": "{{ t }}"}]
+    several = metadata(tmp_path, byte_level("gpt-2"), tokenizer_config__json={"chat_template": named})
+    assert several["tokenizer.chat_template"] == "{{ d }}"
+    assert several["tokenizer.chat_template.tools"] == "{{ t }}" and several["tokenizer.chat_templates"] == ["tools"]
+    newest = metadata(tmp_path, byte_level("gpt-2"), chat_template__jinja="{{ j }}", tokenizer_config__json={})
+    assert newest["tokenizer.chat_template"] == "{{ j }}"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "is no SentencePiece model|BPE: wanted model type 2"),
+        ("\xff" * 40, "is no SentencePiece model"),
+        (tokenizer_model(sentencepiece_like())[:999].decode("latin-1"), "is no SentencePiece model"),
+        (tokenizer_model(sentencepiece_like(), kind=1).decode("latin-1"), "wanted model type 2, found 1"),
+    ],
+    ids=["empty", "noise", "cut", "unigram"],
+)
+def test_bad_sentencepiece_models(content, reason, tmp_path: Path):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=reason):
+        tokenizer_metadata({"tokenizer.model": path}, {"vocab_size": 512})
+
+
+def test_no_tokenizer_and_a_damaged_one(tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"needs a tokenizer: wanted tokenizer\.json or tokenizer\.model"):
+        tokenizer_metadata({}, {"vocab_size": 512})
+    with pytest.raises(CheckpointError, match="wanted a BPE model, found WordPiece"):
+        metadata(tmp_path, {"model": {"type": "WordPiece"}})
+    with pytest.raises(CheckpointError, match="the tokenizer files are damaged"):
+        metadata(tmp_path, {"model": {"type": "BPE", "byte_fallback": True, "vocab": [1]}})

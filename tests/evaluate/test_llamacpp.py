@@ -1,0 +1,72 @@
+"""llama.cpp behind ctypes: the same tokens as transformers, and clear words where it cannot run."""
+
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import pytest
+import torch
+
+from qtool.artifact.gguf import GGUF
+from qtool.errors import MissingExtra, QtoolError, UsageError
+from qtool.evaluate import llamacpp
+from qtool.evaluate.llamacpp import LlamaCpp
+from tests.artifact.test_gguf import neutral
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint, tmp_path_factory) -> tuple[Path, Path]:
+    """(folder, GGUF file) of one tiny model."""
+    folder, root = tiny_checkpoint("qwen2"), tmp_path_factory.mktemp("llamacpp")
+    (root / "out").mkdir()
+    return folder, GGUF().write(neutral(folder, root / "work"), root / "out", {})[0]
+
+
+def test_greedy_generation_is_that_of_transformers(model):
+    from transformers import AutoModelForCausalLM
+
+    folder, path = model
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    prompt = [5, 100, 17, 300]
+    wanted = reference.generate(
+        torch.tensor([prompt]), attention_mask=torch.ones(1, 4), max_new_tokens=20, do_sample=False, pad_token_id=0
+    )[0, 4:]
+    ended = [i for i, token in enumerate(wanted.tolist()) if token == 2]
+    assert LlamaCpp(path, 32).generate(prompt, 20) == wanted[: ended[0] if ended else 20].tolist()
+
+
+def test_logits_do_not_depend_on_what_was_run_before(model):
+    runtime = LlamaCpp(model[1], 16)
+    first = runtime.logits([1, 2, 3, 4])
+    assert first.shape == (4, 512) and first.dtype == torch.float32
+    runtime.logits([9] * 16)
+    assert torch.equal(runtime.logits(torch.tensor([1, 2, 3, 4])), first)
+
+
+def test_more_tokens_than_the_context(model):
+    with pytest.raises(UsageError, match="wanted 1 to 16 tokens, found 17"):
+        LlamaCpp(model[1], 16).logits([1] * 17)
+    with pytest.raises(UsageError, match="found 0"):
+        LlamaCpp(model[1], 16).logits([])
+
+
+@pytest.fixture
+def fresh_library():
+    """The library is loaded anew in the test and after it."""
+    llamacpp.library.cache_clear()
+    yield
+    llamacpp.library.cache_clear()
+
+
+@pytest.mark.parametrize("spec", [None, ModuleSpec("xllamacpp", None)])
+def test_the_package_is_missing(spec, monkeypatch, fresh_library):
+    monkeypatch.setattr(llamacpp, "find_spec", lambda name: spec)
+    with pytest.raises(MissingExtra, match=r"needs the package xllamacpp; .*qtool\[llamacpp\]"):
+        llamacpp.library()
+
+
+def test_another_layout_is_noticed(monkeypatch, fresh_library):
+    shifted = [("new_field", llamacpp.ctypes.c_int32), *llamacpp.ContextParams._fields_]
+    other = type("Other", (llamacpp.ctypes.Structure,), {"_fields_": shifted})
+    monkeypatch.setattr(llamacpp, "ContextParams", other)
+    with pytest.raises(QtoolError, match=r"differently \(field n_ctx\): wanted 512, found 2048"):
+        llamacpp.library()
