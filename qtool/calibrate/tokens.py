@@ -1,0 +1,131 @@
+"""Calibration tokens: samples of equal length, cut from the sources that a recipe names.
+
+Shape letters: S samples, T tokens per sample.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qtool.calibrate.documents import documents
+from qtool.calibrate.tokenizer import load_tokenizer
+from qtool.calibrate.walker import build_on_meta
+from qtool.checkpoint._base import Checkpoint
+from qtool.errors import CheckpointError
+from qtool.recipe.schema import Calibration, Source
+
+CHOICE = 8
+"""How many samples' worth of text is read for each one that is used, if the source has that much."""
+
+
+def load_tokens(calibration: Calibration, checkpoint: Checkpoint) -> Tensor:
+    """The tokens that a recipe asks for, the same ones for the same seed: int64 [S, T].
+
+    Text is tokenized as one stream and cut into windows of T, of which the seed chooses some. Where the tokenizer begins
+    a text with a special token, each sample begins with it.
+
+    Raises:
+        CheckpointError: no tokenizer, no such file, or too little text in it.
+        MissingExtra, HubError: see `documents`.
+    """
+    tokenizer = load_tokenizer(checkpoint)
+    sources = calibration.data
+    mixture = (Source(data=sources),) if isinstance(sources, str) else sources
+    parts = []
+    for number, (source, samples) in enumerate(zip(mixture, shares(mixture, calibration.samples), strict=True)):
+        generator = torch.Generator().manual_seed(calibration.seed + number)
+        if source.data == "self":
+            parts.append(sampled(checkpoint, tokenizer, samples, calibration.length, generator))
+        elif samples:
+            parts.append(windows(source.data, tokenizer, samples, calibration, generator))
+    return torch.cat(parts)
+
+
+def shares(mixture: tuple[Source, ...], samples: int) -> list[int]:
+    """How many samples each source gives: in proportion to its weight, largest remainders rounded up."""
+    total = sum(s.weight for s in mixture)
+    exact = [samples * s.weight / total for s in mixture]
+    counts = [int(e) for e in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
+    for i in by_remainder[: samples - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def windows(source: str, tokenizer: Any, samples: int, calibration: Calibration, generator: torch.Generator) -> Tensor:
+    """Windows of a source's text, int64 [samples, T]; see `load_tokens`."""
+    length = calibration.length
+    stream: list[int] = []
+    with quiet_tokenizer():
+        for text in documents(source, tokenizer, calibration.chat_template):
+            stream += tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(stream) >= CHOICE * samples * length:
+                break
+    found = len(stream) // length
+    if found < samples:
+        raise CheckpointError(
+            f"calibration data {source} is too short",
+            wanted=f"{samples} samples of {length} tokens",
+            found=f"{len(stream)} tokens",
+            hint=f"set calibration.samples={found} or a shorter calibration.length",
+        )
+    chosen = torch.randperm(found, generator=generator)[:samples]
+    tokens = torch.tensor(stream[: found * length]).view(found, length)[chosen]
+    begin = beginning(tokenizer)
+    if begin is not None:
+        tokens[:, 0] = begin
+    return tokens
+
+
+def beginning(tokenizer: Any) -> int | None:
+    """The token that the tokenizer puts before every text, if it does."""
+    ids = tokenizer("a")["input_ids"]
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    return int(ids[0]) if ids and ids[:1] != bare[:1] else None
+
+
+def sampled(
+    checkpoint: Checkpoint, tokenizer: Any, samples: int, length: int, generator: torch.Generator
+) -> Tensor:
+    """Text that the model writes itself, from a random first token on (https://arxiv.org/abs/2305.17888): int64 [samples, T].
+
+    The whole model is in memory meanwhile.
+    """
+    model = build_on_meta(checkpoint.config, torch.float32)
+    tied = {"lm_head.weight": model.model.embed_tokens.weight} if checkpoint.tied else {}
+    state = {n: checkpoint.tensor(n).float() for n, _ in model.named_parameters() if n not in tied}
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    first = torch.randint(len(tokenizer), (samples, 1), generator=generator)
+    begin = beginning(tokenizer)
+    prompt = first if begin is None else torch.cat([torch.full_like(first, begin), first], dim=1)
+    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+        torch.manual_seed(generator.initial_seed())
+        return sample_from(model.eval(), prompt, length)
+
+
+def sample_from(model: torch.nn.Module, tokens: Tensor, length: int) -> Tensor:
+    """Continues token sequences at temperature 1 until they have `length` tokens: int64 [S, any] -> [S, length]."""
+    cache, fresh = None, tokens
+    while tokens.shape[1] < length:
+        output = model(input_ids=fresh, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        fresh = torch.multinomial(output.logits[:, -1].softmax(-1), 1)
+        tokens = torch.cat([tokens, fresh], dim=1)
+    return tokens
+
+
+class quiet_tokenizer:  # noqa: N801 (used like a function)
+    """Silences the warning that a text is longer than the model's context: it is cut into windows anyway."""
+
+    def __enter__(self) -> None:
+        self.logger = logging.getLogger("transformers.tokenization_utils_base")
+        self.level = self.logger.level
+        self.logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        self.logger.setLevel(self.level)
