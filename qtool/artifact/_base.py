@@ -7,11 +7,13 @@ and `quantize` share it. It streams: one tensor in memory at a time, everything 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint
+from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint, modules
+from qtool.errors import PlanError
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,28 @@ class Artifact(ABC):
     def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Carry:
         """Known before anything is computed, from the format alone. `layer` None: kept, and cast as `keep` says."""
 
+    def check(self, model: QuantizedCheckpoint) -> None:
+        """Makes sure that a model can be written, as far as its formats tell.
+
+        Raises:
+            PlanError: every reason why not, with the layers that it holds for.
+        """
+        reasons: dict[str, list[str]] = defaultdict(list)
+        sets: dict[str, set[Layer | None]] = defaultdict(set)
+        for module in modules(model):
+            layer = model.layers.get(module.name)
+            carry = self.can_carry(module, layer, "source")
+            if not carry.possible:
+                reasons[carry.reason].append(module.name)
+            if self.fuses and module.fused:
+                sets[module.fused].add(layer)
+        for name, layers in sets.items():
+            if len(layers) > 1:
+                reasons["runtimes merge these layers, which have different formats"].append(name)
+        if reasons:
+            lines = [f"{reason}: {names[0]}{_more(names)}" for reason, names in reasons.items()]
+            raise PlanError(lines, f"{model.source} does not fit into this artifact")
+
     @abstractmethod
     def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
         """Writes the artifact into the existing, empty folder `out` and returns its files.
@@ -63,3 +87,7 @@ class Artifact(ABC):
     @abstractmethod
     def recognizes(cls, path: Path) -> bool:
         """True if `path` looks like this layout; reads headers only."""
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -53,7 +53,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         return packed[..., :count].contiguous()
     packed = packed[..., : (count * bits + 7) // 8]
     groups = pad(packed, (0, -packed.shape[-1] % bits)).reshape(*packed.shape[:-1], -1, bits)
-    gathered = pad(groups, (0, 8 - bits)).view(torch.int64).squeeze(-1)
+    gathered = _recast(pad(groups, (0, 8 - bits)), torch.int64).squeeze(-1)
     fields = torch.empty((*gathered.shape, 8), dtype=torch.uint8, device=packed.device)
     for i in range(8):
         fields[..., i] = (gathered >> (i * bits)) & ((1 << bits) - 1)
@@ -63,9 +63,15 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 def pack_words(fields: Tensor, bits: int) -> Tensor:
     """`pack` into int32 words: uint8 [..., K] -> int32 [..., ceil(K * bits / 32)]."""
     packed = pack(fields, bits)
-    return pad(packed, (0, -packed.shape[-1] % 4)).contiguous().view(torch.int32)
+    padded = pad(packed, (0, -packed.shape[-1] % 4))
+    return _recast(padded, torch.int32)
 
 
 def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
     """Inverse of `pack_words`: int32 [..., ceil(count * bits / 32)] -> uint8 [..., count]."""
-    return unpack(words.contiguous().view(torch.uint8), bits, count)
+    return unpack(_recast(words, torch.uint8), bits, count)
+
+
+def _recast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same bytes in another type. Flat, because `view` minds the strides even of dimensions of size 1."""
+    return x.reshape(-1).view(dtype).reshape(*x.shape[:-1], -1)

@@ -46,6 +46,15 @@ def test_equals_one_big_integer(bits, count):
     assert torch.equal(unpack_words(pack_words(fields, bits), bits, count), fields)
 
 
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_transposed_columns(bits):
+    """Zero points of whole rows: [N, 1], packed along N."""
+    column = (torch.arange(8) % (1 << bits)).to(torch.uint8).reshape(8, 1)
+    packed = pack_words(column.T, bits)
+    assert torch.equal(packed, pack_words(column.T.clone(memory_format=torch.contiguous_format), bits))
+    assert torch.equal(unpack_words(packed.T.contiguous().T, bits, 8).T, column)
+
+
 def test_strided_input_is_packed_by_value():
     fields = torch.arange(64, dtype=torch.uint8).reshape(8, 8) % 16
     assert torch.equal(pack(fields.T, 4), pack(fields.T.contiguous(), 4))

@@ -1,0 +1,381 @@
+"""compressed-tensors artifacts against the library of that name, transformers, and files written by that library."""
+
+import json
+import re
+
+import compressed_tensors
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qtool.artifact import _shards
+from qtool.artifact.compressed_tensors import CompressedTensors
+from qtool.checkpoint.hf import HFCheckpoint
+from qtool.errors import CheckpointError, PlanError
+from qtool.formats.int import Int
+from qtool.formats.q4_0 import Q4_0
+from tests.artifact.conftest import assert_same_model, quantize
+
+TOKENS = torch.arange(3, 40).reshape(1, -1)
+TOKEN8 = Int(bits=8, group="token")
+
+
+def write(model, folder, card=None):
+    folder.mkdir(exist_ok=True)
+    return CompressedTensors().write(model, folder, card or {})
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+
+def decompressed(model):
+    """Weights that compressed-tensors computes from the file, by its own code."""
+    for module in model.modules():
+        if hasattr(module, "quantization_scheme"):
+            compressed_tensors.compressors.decompress_module(module)
+    return model.state_dict()
+
+
+def dense(model, folder):
+    """The model that transformers makes of our decoded weights."""
+    twin = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    state = twin.state_dict()
+    for module in model.layers:
+        state[f"{module}.weight"].copy_(model.quantized(module).decode())
+    return twin
+
+
+def assert_loads_exactly(model, folder, origin):
+    loaded, twin = load(folder), dense(model, origin)
+    with torch.no_grad():
+        logits, expected = loaded(TOKENS).logits, twin(TOKENS).logits
+    assert logits.isfinite().all()
+    assert torch.equal(logits, expected)
+    state, reference = decompressed(load(folder)), twin.state_dict()
+    assert {name for name in state if not re.search(r"_scale$|_zero_point$|_shape$|inv_freq", name)} == set(reference)
+    for name, tensor in reference.items():
+        assert state[name].dtype == tensor.dtype
+        assert torch.equal(state[name], tensor), name
+
+
+PACKED = [Int(bits=b, group=g, symmetric=s) for b in range(2, 9) for g, s in [(32, True), (16, False)]]
+PACKED += [Int(bits=b, group="channel", symmetric=s) for b in (3, 4, 8) for s in (True, False)]
+PACKED += [Int(bits=4, group="tensor"), Int(bits=4, group=64, scales="minmax")]
+
+
+@pytest.mark.parametrize("fmt", PACKED, ids=lambda f: f.label)
+def test_packed_weights_load_in_transformers(fmt, tiny_checkpoint, tmp_path):
+    model = quantize(tiny_checkpoint("llama"), fmt)
+    write(model, tmp_path)
+    assert_loads_exactly(model, tmp_path, tiny_checkpoint("llama"))
+
+
+def test_every_family_loads_in_transformers(tiny_folder, tmp_path):
+    model = quantize(tiny_folder, Int(bits=4, group=32, scale_dtype="bf16"), head=Int(bits=8, group=32))
+    files = write(model, tmp_path)
+    assert_loads_exactly(model, tmp_path, tiny_folder)
+    assert sorted(files) == sorted(tmp_path.iterdir())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer("some text").input_ids == AutoTokenizer.from_pretrained(tiny_folder)("some text").input_ids
+
+
+@pytest.mark.parametrize("group", ["channel", "tensor"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_w8a8_loads_in_transformers(group, symmetric, tiny_checkpoint, tmp_path):
+    inputs = Int(bits=8, group="token", symmetric=symmetric)
+    model = quantize(tiny_checkpoint("llama"), Int(bits=8, group=group), inputs)
+    write(model, tmp_path)
+    state, reference = decompressed(load(tmp_path)), dense(model, tiny_checkpoint("llama")).state_dict()
+    for name, tensor in reference.items():
+        assert torch.equal(state[name], tensor), name
+    with torch.no_grad():
+        logits = load(tmp_path)(TOKENS).logits.float()
+        expected = dense(model, tiny_checkpoint("llama"))(TOKENS).logits.float()
+    error = float((logits - expected).norm() / expected.norm())
+    assert 1e-4 < error < 0.1  # inputs are rounded to 8 bits, and only they
+
+
+def test_mixed_formats_have_targets_that_do_not_overlap(tiny_checkpoint, tmp_path):
+    int4, int8 = Int(bits=4, group=32), Int(bits=8, group="channel")
+    model = quantize(tiny_checkpoint("llama"), int4, down=int8, o=None, head=int8)
+    write(model, tmp_path)
+    groups = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["config_groups"]
+    for module in model.layers:
+        matching = [g for g in groups.values() for t in g["targets"] if re.match(t.removeprefix("re:"), module)]
+        assert [g["weights"]["num_bits"] for g in matching] == [model.layers[module].format.bits]
+    for other in (
+        "model.layers.0.self_attn.o_proj",
+        "model.layers.0.mlp.down_projx",
+        "xlm_head",
+        "model.layers.10.mlp.down_proj",
+    ):
+        assert not [t for g in groups.values() for t in g["targets"] if re.match(t.removeprefix("re:"), other)]
+    assert_loads_exactly(model, tmp_path, tiny_checkpoint("llama"))
+    assert_same_model(CompressedTensors().open(tmp_path), model)
+
+
+def test_configuration(tiny_checkpoint, tmp_path):
+    write(quantize(tiny_checkpoint("llama-tied"), Int(bits=4, group=32, symmetric=False)), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": False,
+        "strategy": "group",
+        "group_size": 32,
+        "dynamic": False,
+    }
+    assert config["quantization_config"] == {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "version": "0.15.0",
+        "format": "pack-quantized",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "dequantize": True,
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "format": "pack-quantized",
+                "weights": weights,
+                "input_activations": None,
+                "output_activations": None,
+            }
+        },
+    }
+    assert list(config) == sorted(config)
+    known = compressed_tensors.quantization.QuantizationArgs.model_fields
+    assert set(weights) <= set(known)
+
+
+def test_layout_on_disk(tiny_checkpoint, tmp_path):
+    model = quantize(
+        tiny_checkpoint("llama"), Int(bits=3, group=32, symmetric=False), head=Int(bits=3, group=32, symmetric=False)
+    )
+    write(model, tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        stored = {
+            name: file.get_tensor(name) for name in list(file.keys()) if name.startswith("model.layers.0.mlp.up_proj.")
+        }
+        kept = file.get_tensor("model.norm.weight")
+    assert torch.equal(kept, model.tensor("model.norm.weight"))
+    shapes = {name.rpartition(".")[2]: (t.dtype, tuple(t.shape)) for name, t in stored.items()}
+    assert shapes == {
+        "weight_packed": (torch.int32, (128, 6)),
+        "weight_scale": (torch.bfloat16, (128, 2)),
+        "weight_shape": (torch.int64, (2,)),
+        "weight_zero_point": (torch.int32, (12, 2)),
+    }
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["version"] == "0.18.0"
+
+
+@pytest.mark.parametrize(
+    ("fmt", "inputs"),
+    [
+        (Int(bits=4, group=32), None),
+        (Int(bits=3, group=16, symmetric=False), None),
+        (Int(bits=8, group="channel"), TOKEN8),
+    ],
+    ids=["sym", "asym", "w8a8"],
+)
+def test_comes_back(fmt, inputs, tiny_folder, tmp_path):
+    model = quantize(tiny_folder, fmt, inputs)
+    model.config["dtype"] = "bfloat16"
+    write(model, tmp_path)
+    assert CompressedTensors.recognizes(tmp_path)
+    found = CompressedTensors().open(tmp_path)
+    assert found.layers == model.layers
+    assert_same_model(found, model)
+
+
+def test_same_bytes_again(tiny_checkpoint, tmp_path, tree):
+    for name in ("a", "b"):
+        write(quantize(tiny_checkpoint("qwen2"), Int(bits=4, group=32)), tmp_path / name, {"base_model": "org/model"})
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+
+
+def test_shards(tiny_checkpoint, tmp_path, monkeypatch):
+    model = quantize(tiny_checkpoint("llama"), Int(bits=4, group=32))
+    monkeypatch.setattr(_shards.write_shards, "__defaults__", (80_000,))
+    write(model, tmp_path)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    shards = sorted(p.name for p in tmp_path.glob("*.safetensors"))
+    assert shards == [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    assert len(shards) > 2
+    tensors = {name: t for shard in shards for name, t in load_file(tmp_path / shard).items()}
+    assert {name: shard for shard in shards for name in load_file(tmp_path / shard)} == index["weight_map"]
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
+    assert all(sum(t.nbytes for t in load_file(tmp_path / s).values()) <= 80_000 for s in shards)
+    assert_loads_exactly(model, tmp_path, tiny_checkpoint("llama"))
+    assert_same_model(CompressedTensors().open(tmp_path), model)
+
+
+@pytest.mark.parametrize(
+    ("preset", "fmt"),
+    [
+        ("W4A16", Int(bits=4, group=128)),
+        ("W4A16_ASYM", Int(bits=4, group=128, symmetric=False)),
+        ("W8A16", Int(bits=8, group="channel")),
+        ("W8A8", Int(bits=8, group="channel")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_reads_what_the_library_writes(preset, fmt, tiny_checkpoint, tmp_path):
+    """A model compressed by compressed-tensors itself, as llm-compressor does it."""
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config, preset_name_to_scheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    dense_model = load(tiny_checkpoint("llama"))
+    scheme = preset_name_to_scheme(preset, ["Linear"])
+    if scheme.weights.group_size:
+        scheme.weights.group_size, fmt = 32, fmt.model_copy(update={"group": 32})
+    scheme.format = "int-quantized" if preset == "W8A8" else "pack-quantized"
+    config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"])
+    apply_quantization_config(dense_model, config)
+    expected = {}
+    for name, module in dense_model.named_modules():
+        if hasattr(module, "quantization_scheme"):
+            width = fmt.group_columns or module.weight.shape[1]
+            groups = module.weight.detach().reshape(module.weight.shape[0], -1, width)
+            scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)
+            module.weight_scale.data, module.weight_zero_point.data = scale, zero
+            compressed_tensors.compressors.compress_module(module)
+            expected[name] = None
+    compressor = compressed_tensors.compressors.ModelCompressor.from_pretrained_model(dense_model)
+    dense_model.save_pretrained(tmp_path)
+    if compressor is not None:
+        compressor.update_config(tmp_path)
+    found = CompressedTensors().open(tmp_path)
+    assert found.layers.keys() == expected.keys()
+    assert {layer.format.label for layer in found.layers.values()} == {fmt.label}
+    assert {layer.activations for layer in found.layers.values()} == {TOKEN8 if preset == "W8A8" else None}
+    state = decompressed(dense_model)
+    for module in found.layers:
+        assert torch.equal(found.quantized(module).decode().bfloat16(), state[f"{module}.weight"])
+
+
+def test_scales_that_the_model_type_cannot_hold(tiny_checkpoint, tmp_path):
+    model = quantize(tiny_checkpoint("llama"), Int(bits=4, group=32, scale_dtype="fp32"))
+    with pytest.raises(PlanError, match=r"q_proj: scales stored as float32 are not exact in bfloat16; quantize with"):
+        write(model, tmp_path)
+
+
+REFUSED = [
+    pytest.param(
+        {"fmt": Q4_0()}, "holds integers per group, channel or tensor, such as int4-g128, not q4_0", id="q4_0"
+    ),
+    pytest.param(
+        {"fmt": None, "embedding": Int(bits=8, group=32)}, "the token embedding stays unquantized", id="embedding"
+    ),
+    pytest.param(
+        {"fmt": Int(bits=8, group=32), "activations": TOKEN8}, "quantized inputs go with int8-channel", id="w8-group"
+    ),
+    pytest.param({"fmt": Int(bits=4, group="channel"), "activations": TOKEN8}, "quantized inputs go with", id="w4a8"),
+    pytest.param(
+        {"fmt": Int(bits=8, group="channel"), "activations": Int(bits=8, group="tensor")},
+        "inputs are quantized as int8-token, not int8-tensor",
+        id="per-tensor-inputs",
+    ),
+    pytest.param(
+        {"fmt": Int(bits=4, group=32), "v": Int(bits=8, group=32)},
+        r"runtimes merge these layers, which have different formats: model\.layers\.0\.qkv and 1 more",
+        id="fused",
+    ),
+]
+
+
+@pytest.mark.parametrize(("what", "message"), REFUSED)
+def test_what_it_cannot_hold_is_refused_by_name(what, message, tiny_checkpoint, tmp_path):
+    with pytest.raises(PlanError, match=message):
+        write(quantize(tiny_checkpoint("llama"), **what), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tied_embedding_says_why(tiny_checkpoint, tmp_path):
+    model = quantize(tiny_checkpoint("llama-tied"), None, embedding=Int(bits=8, group=32))
+    with pytest.raises(PlanError, match=r"and is the output layer at the same time: keep it: model\.embed_tokens$"):
+        write(model, tmp_path)
+
+
+def change_config(**changes):
+    def change(folder):
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        for key, value in changes.items():
+            config["quantization_config"][key] = value
+        path.write_text(json.dumps(config))
+
+    return change
+
+
+def change_group(**changes):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        group = config["quantization_config"]["config_groups"]["group_0"]
+        for key, value in changes.items():
+            (group if key in group else group["weights"])[key] = value
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
+def change_tensors(edit):
+    def change(folder):
+        tensors = load_file(folder / "model.safetensors")
+        edit(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return change
+
+
+UP = "model.layers.0.mlp.up_proj"
+DAMAGE = {
+    "other method": (change_config(quant_method="gptq"), "is no compressed-tensors artifact"),
+    "groups of another kind": (change_config(config_groups=[1]), "wrong config_groups"),
+    "broken expression": (change_group(targets=["re:("]), "wrong config_groups"),
+    "cache": (change_config(kv_cache_scheme={"num_bits": 8}), "does not read models with a kv_cache_scheme"),
+    "no target": (change_group(targets=["re:^other$"]), r"no group of config_groups has model\.layers\.0"),
+    "floats": (change_group(type="float"), "wanted pack-quantized or int-quantized with 2 to 8 bits"),
+    "words for a number": (change_group(num_bits="four"), "wrong config_groups"),
+    "other width": (change_group(num_bits=3), r"weight_packed: wanted .*6\).*; compressed-tensors before 0\.18"),
+    "other group": (change_group(group_size=16), r"weight_scale: wanted .*\(64, 4\)"),
+    "group of nothing": (change_group(group_size=-1), "found -1"),
+    "hidden zero points": (change_group(symmetric=False), "holds no tensor .*weight_zero_point"),
+    "static inputs": (
+        change_group(input_activations={"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False}),
+        "wanted inputs of 8-bit integers, scaled per token at run time",
+    ),
+    "no scale": (change_tensors(lambda t: t.pop(f"{UP}.weight_scale")), f"lacks {UP}.weight_scale"),
+    "no codes": (change_tensors(lambda t: t.pop(f"{UP}.weight_packed")), f"lacks 1 of .*{UP}.weight"),
+    "lying shape": (
+        change_tensors(lambda t: t[f"{UP}.weight_shape"].add_(1)),
+        r"weight_shape: wanted \[128, 64\], found \[129, 65\]",
+    ),
+    "group order": (change_tensors(lambda t: t.update({f"{UP}.weight_g_idx": torch.zeros(64)})), "activation order"),
+    "unknown module": (change_tensors(lambda t: t.update({"x.weight_packed": torch.zeros(4)})), "has no such module"),
+    "scale type": (
+        change_tensors(lambda t: t.update({f"{UP}.weight_scale": t[f"{UP}.weight_scale"].double()})),
+        r"weight_scale: wanted bf16, fp16, fp32, found torch\.float64",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_damaged_artifacts(damage, message, tiny_checkpoint, tmp_path):
+    write(quantize(tiny_checkpoint("llama"), Int(bits=4, group=32)), tmp_path)
+    damage(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        CompressedTensors().open(tmp_path).quantized(UP)
+
+
+def test_a_plain_checkpoint_is_not_recognized(tiny_checkpoint, tmp_path):
+    assert not CompressedTensors.recognizes(tiny_checkpoint("llama"))
+    assert not CompressedTensors.recognizes(tmp_path)
+    with pytest.raises(CheckpointError, match="already quantized"):
+        write(quantize(tiny_checkpoint("llama"), Int(bits=4, group=32)), tmp_path)
+        HFCheckpoint(tmp_path)
