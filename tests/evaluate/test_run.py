@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from qtool.artifact.gguf import GGUF
 from qtool.checkpoint._base import Layer, QuantizedCheckpoint
 from qtool.checkpoint.open import open_checkpoint
 from qtool.errors import CheckpointError, UsageError
 from qtool.evaluate.run import evaluate
 from qtool.formats.int import Int
+from tests.artifact.test_gguf import neutral
 
 CONTEXT, CHUNKS = 48, 3
 SETTINGS = {"context": CONTEXT, "chunks": CHUNKS, "device": torch.device("cpu"), "dtype": torch.float32}
@@ -48,10 +50,14 @@ def load_reference(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval()
 
 
-def chunks_of(folder, text, bos=None):
+def token_ids(folder, text):
     from transformers import AutoTokenizer
 
-    ids = AutoTokenizer.from_pretrained(folder)(text.read_text(encoding="utf-8"))["input_ids"]
+    return AutoTokenizer.from_pretrained(folder)(text.read_text(encoding="utf-8"))["input_ids"]
+
+
+def chunks_of(folder, text, bos=None):
+    ids = token_ids(folder, text)
     rows = [ids[c * CONTEXT : (c + 1) * CONTEXT] for c in range(CHUNKS)]
     return [[bos, *row[1:]] for row in rows] if bos is not None else rows
 
@@ -167,15 +173,9 @@ def test_every_chunk_begins_with_bos_where_the_tokenizer_adds_it(tiny_checkpoint
 
 def test_all_chunks_of_the_text_by_default(tiny_checkpoint, text):
     folder = tiny_checkpoint("llama")
-    ids = len(load_tokens(folder, text))
+    ids = len(token_ids(folder, text))
     found = evaluate(open_checkpoint(str(folder)), None, text, **{**SETTINGS, "chunks": None}, progress=lambda *_: None)
     assert found.chunks == ids // CONTEXT > CHUNKS
-
-
-def load_tokens(folder, text):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)(text.read_text(encoding="utf-8"))["input_ids"]
 
 
 def refused(folder, text, baseline=None, **changes):
@@ -204,6 +204,26 @@ def test_a_text_that_is_not_there_or_not_utf8(tiny_checkpoint, tmp_path):
 def test_settings_without_sense(tiny_checkpoint, text, changes):
     with pytest.raises(UsageError, match="wanted a context of at least 4 tokens and at least 1 chunk"):
         refused(tiny_checkpoint("llama"), text, **changes)
+
+
+def test_llama_cpp_finds_what_we_find(tiny_checkpoint, tmp_path, text):
+    """The file holds 32-bit floats: with blocks, llama.cpp rounds activations too, and both are right."""
+    folder = tiny_checkpoint("qwen2")
+    (tmp_path / "out").mkdir()
+    noisy = noisy_copy(folder, tmp_path / "noisy")
+    path = GGUF().write(neutral(noisy, tmp_path / "work"), tmp_path / "out", {})[0]
+    found = {
+        runtime: evaluate(
+            GGUF().open(path), open_checkpoint(str(folder)), text, **SETTINGS, progress=lambda *_: None, runtime=runtime
+        )
+        for runtime in ("qtool", "llama.cpp")
+    }
+    ours, theirs = (found[r].model_dump(exclude={"runtime", "text"}) for r in ("qtool", "llama.cpp"))
+    assert theirs == pytest.approx(ours, rel=1e-3, abs=1e-6)
+    assert found["llama.cpp"].runtime == "llama.cpp"
+    assert found["llama.cpp"].kld_mean > 0.01
+    want = reference(load_reference(noisy), load_reference(folder), chunks_of(folder, text))
+    assert theirs["kld_mean"] == pytest.approx(want["kld"].mean(), rel=1e-3)
 
 
 def test_llama_cpp_wants_a_gguf_file(tiny_checkpoint, text):
