@@ -47,7 +47,7 @@ def prepare(
         overrides = (*overrides, f"calibration.seed={seed}")
     parsed = load_recipe(recipe, overrides)
     checkpoint = open_checkpoint(model)
-    artifacts = {export.to: registry.load("artifact", export.to)() for export in parsed.export}
+    artifacts = {export.to: registry.load("artifact", export.to)(**export.options) for export in parsed.export}
     return Job(checkpoint, make_plan(parsed, checkpoint, artifacts, limit), artifacts)
 
 

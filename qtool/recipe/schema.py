@@ -234,9 +234,23 @@ class Export(Strict):
 
     Attributes:
         to: the artifact's layout.
+        pre_tokenizer: llama.cpp's name for how the tokenizer splits text, where gguf does not recognize it.
     """
 
     to: Annotated[str, AfterValidator(_check_artifact)]
+    pre_tokenizer: Annotated[str, Field(min_length=1)] | None = None
+
+    @classmethod
+    def conflicts(cls, value: Mapping[str, Any]) -> list[tuple[Keys, str]]:
+        """An option belongs to an artifact."""
+        if value.get("pre_tokenizer") is None or value.get("to") == "gguf":
+            return []
+        return [(("pre_tokenizer",), f"an option of gguf, not of {show(value.get('to'))}")]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the artifact's writer is made with."""
+        return self.model_dump(exclude={"to"}, exclude_none=True)
 
 
 class Eval(Strict):

@@ -14,6 +14,7 @@ from qtool.artifact.gguf._tokenizer import tokenizer_metadata
 from qtool.checkpoint.pretokenizers import RULES
 from qtool.errors import CheckpointError
 from qtool.evaluate.llamacpp import LlamaCpp
+from qtool.recipe.schema import Export
 from tests.artifact.test_gguf import neutral, write
 
 PROSE = list(pydoc_data.topics.topics.values())[:20]
@@ -249,3 +250,11 @@ def test_no_tokenizer_and_a_damaged_one(tmp_path: Path):
         metadata(tmp_path, {"model": {"type": "WordPiece"}})
     with pytest.raises(CheckpointError, match="the tokenizer files are damaged"):
         metadata(tmp_path, {"model": {"type": "BPE", "byte_fallback": True, "vocab": [1]}})
+
+
+def test_a_recipe_can_name_the_pre_tokenizer():
+    export = Export.model_validate({"to": "gguf", "pre_tokenizer": "mpt"})
+    assert GGUF(**export.options).pre_tokenizer == "mpt"
+    assert Export(to="gguf").options == {}
+    with pytest.raises(ValueError, match="an option of gguf, not of 'qtool'"):
+        Export.model_validate({"to": "qtool", "pre_tokenizer": "mpt"})
