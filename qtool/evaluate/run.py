@@ -78,8 +78,7 @@ def evaluate(
         sources.insert(0, llama_cpp(quantized, tokens, first))
     scores = Scores()
     for s in range(len(tokens)):
-        logits = [source(s) for source in sources]
-        scores.add(logits[0], tokens[s, first + 1 :], *logits[1:])
+        scores.add(sources[0](s), tokens[s, first + 1 :], *(source(s) for source in sources[1:]))
         steps.step(f"chunk {s + 1}")
     return Evaluation(
         text=text.name,
