@@ -22,7 +22,7 @@ NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is us
 class Command(TyperCommand):
     """A command whose failures end here. Pass it as `cls` to `app.command`; its function has a `debug` parameter."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Runs the command; see `TyperCommand.invoke`."""
         try:
             result = super().invoke(ctx)
@@ -34,7 +34,7 @@ class Command(TyperCommand):
         except BrokenPipeError as error:
             _silence_stdout()
             raise typer.Exit(0) from error
-        except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001 (this is the boundary)
+        except (KeyboardInterrupt, Exception) as error:
             if ctx.params.get("debug"):
                 traceback.print_exc()
             code, line = verdict(error)

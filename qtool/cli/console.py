@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from qtool.errors import UsageError
 from qtool.pipeline.events import Event
-from qtool.pipeline.measure import resident_bytes
+from qtool.pipeline.memory import resident_bytes
 
 LINE_INTERVAL = 10.0
 """Seconds between two progress lines of a stage when stderr is no terminal."""
@@ -136,7 +136,7 @@ def document(value: Any) -> None:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: frozenset[int] = frozenset()) -> str:
-    """Columns separated by two spaces; those in `numbers` are flush right. Nothing is ever cut to the screen's width."""
+    """Columns separated by two spaces; those in `numbers` are flush right. Nothing is cut to the screen's width."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines = []
     for row in (header, *rows):

@@ -29,7 +29,7 @@ def command(
         list[str] | None,
         typer.Option(
             metavar="NAME=LIMIT",
-            help="Exit with code 9 if the result misses the limit: kld=0.05, ppl_ratio=1.02, top1=0.9. May be repeated.",
+            help="Exit with code 9 if the limit is missed: kld=0.05, ppl_ratio=1.02, top1=0.9. May be repeated.",
             show_default=False,
         ),
     ] = None,

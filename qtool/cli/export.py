@@ -31,7 +31,7 @@ def command(
     with Console(quiet, verbose) as console:
         from qtool.pipeline import export as stage
 
-        written = stage.run(stage.ExportOptions(artifact, to, Path(out), overwrite, verify), console)
+        written = stage.run(stage.ExportOptions(Path(artifact), to, out, overwrite, verify), console)
     if json:
         document(written.model_dump(mode="json"))
     else:

@@ -73,6 +73,6 @@ def schema(debug: options.Debug = False) -> None:
 
     Example: `qtool recipes schema > recipe.schema.json`
     """
-    from qtool.recipe.schema import Recipe
+    from qtool.recipe.json_schema import json_schema
 
-    document(Recipe.model_json_schema())
+    document(json_schema())

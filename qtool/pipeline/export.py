@@ -12,8 +12,8 @@ from qtool.artifact._open import open_artifact
 from qtool.checkpoint._base import QuantizedCheckpoint, modules
 from qtool.errors import PlanError
 from qtool.pipeline.events import Listener, silent
-from qtool.pipeline.measure import Stopwatch
 from qtool.pipeline.publish import publish
+from qtool.pipeline.stopwatch import Stopwatch
 from qtool.pipeline.summarize import model_name
 from qtool.report.model import ArtifactEntry
 

@@ -10,7 +10,7 @@ from qtool.artifact._base import Artifact
 from qtool.artifact._files import sha256, write_sums
 from qtool.checkpoint._base import QuantizedCheckpoint
 from qtool.pipeline.events import Event, Listener
-from qtool.pipeline.measure import Stopwatch
+from qtool.pipeline.stopwatch import Stopwatch
 from qtool.pipeline.verify import verify
 from qtool.report.model import ArtifactEntry, FileEntry
 

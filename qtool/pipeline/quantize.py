@@ -12,15 +12,14 @@ from torch import Tensor
 
 from qtool.artifact._files import check_free, new_folder
 from qtool.evaluate.gates import check_gates, validate_gates
-from qtool.evaluate.result import Evaluation
 from qtool.formats._base import Quantized
 from qtool.pipeline import evaluate
 from qtool.pipeline.events import Event, Listener, silent
-from qtool.pipeline.measure import Stopwatch
 from qtool.pipeline.prepare import Job, device_of, dtype_of, prepare
 from qtool.pipeline.publish import publish
 from qtool.pipeline.solve import Unit, kept, mean_db, refuse_non_finite, solve, units
 from qtool.pipeline.statistics import Statistics, statistics_for
+from qtool.pipeline.stopwatch import Stopwatch
 from qtool.pipeline.summarize import make_report, model_card
 from qtool.pipeline.upload import upload
 from qtool.pipeline.work import Work, identity, open_work
@@ -82,7 +81,10 @@ def run(options: QuantizeOptions, listener: Listener = silent) -> Report:
         listener(Event("plan", 1, 1, warning, warning=True))
     with watch.stage("calibrate"):
         source = statistics_for(job, options.stats, device, dtype, listener)
-    place = options.out.with_name(f"{options.out.name}.work")
+    out = options.out.absolute()
+    place = out.with_name(f"{out.name}.work")
+    if not place.exists():
+        refuse_non_finite(job.checkpoint)
     with open_work(place, job, identity(job, source.digest, str(device), str(dtype)), listener) as work:
         with watch.stage("quantize"):
             entries = solve_all(job, work, source, device, listener)
@@ -91,16 +93,16 @@ def run(options: QuantizeOptions, listener: Listener = silent) -> Report:
             with watch.stage("evaluate"):
                 evaluations.append(evaluate.compare(model, job.checkpoint, asked, device, dtype, listener))
         card = model_card(job, entries, evaluations)
-        with new_folder(options.out, options.overwrite) as folder:
+        with new_folder(out, options.overwrite) as folder:
             artifacts = publish(job.artifacts, model, folder, card, options.verify, watch, listener)
             report = make_report(job, entries, artifacts, watch.entries, evaluations, source.about, device)
             write_report(report, folder)
         if not options.keep:
             work.remove()
     if options.push_to:
-        upload(options.out, options.push_to, listener)
-    for evaluation in evaluations:
-        check_gates(evaluation, asked.gates)
+        upload(out, options.push_to, listener)
+    if asked:
+        check_gates(evaluations[0], asked.gates)
     return report
 
 
@@ -108,8 +110,6 @@ def solve_all(
     job: Job, work: Work, source: Statistics, device: torch.device, listener: Listener
 ) -> tuple[LayerEntry, ...]:
     """Goes through the plan unit by unit; what an earlier run finished is only walked through."""
-    if not work.finished:
-        refuse_non_finite(job.checkpoint)
     entries = {p.module.name: kept(p) for p in job.plan.layers if p.format is None}
     steps = steps_of(job)
     listener(Event("quantize", 0, len(steps)))
@@ -120,7 +120,8 @@ def solve_all(
             found = [entry for _, entry in solved.values()]
             work.save(unit, {name: quantized for name, (quantized, _) in solved.items()}, found)
             weight = partial(decoded, solved)
-        source.finish(unit, weight)
+        if any(later.needs and later.name not in work.finished for later in steps[done:]):
+            source.advance(unit, weight)
         entries |= {entry.name: entry for entry in found}
         error = mean_db(found)
         listener(Event("quantize", done, len(steps), unit.name, {} if error is None else {"error_db": error}))

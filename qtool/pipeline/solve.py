@@ -16,7 +16,7 @@ from qtool.formats._base import Quantized
 from qtool.numerics.metrics import output_error_db, sqnr_db
 from qtool.plan import LayerPlan, Plan
 from qtool.report.model import LayerEntry
-from qtool.stats import InputStats
+from qtool.stats import InputStats, Stat
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ class Unit:
     def quantized(self) -> tuple[LayerPlan, ...]:
         """The modules that get a format."""
         return tuple(p for p in self.layers if p.format)
+
+    @property
+    def needs(self) -> frozenset[Stat]:
+        """Everything that its methods want measured."""
+        return frozenset[Stat]().union(*(p.method.needs for p in self.layers if p.method))
 
 
 def units(plan: Plan) -> Iterator[Unit]:

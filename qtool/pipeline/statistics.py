@@ -10,48 +10,52 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qtool.calibrate.tokens import load_tokens
 from qtool.calibrate.walker import Walker
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.prepare import Job
-from qtool.pipeline.solve import Unit
-from qtool.plan import Plan
-from qtool.stats import InputStats, Stat
+from qtool.pipeline.solve import Unit, units
+from qtool.recipe.schema import Calibration
+from qtool.stats import InputStats
 
 Weight = Callable[[str], Tensor]
 """Module name -> [N, K], the weight that a runtime will multiply with."""
 
 
 class Statistics(ABC):
-    """What the loop over units asks: `measure` for each unit that is not finished yet, then `finish` for every unit.
+    """What the loop over units asks: `measure` for a unit that is not solved yet, then `advance` to the next one.
 
-    Attributes:
+    Args:
         digest: changes when the statistics would; None without data.
         about: what the report says about them.
     """
 
-    digest: str | None = None
-    about: dict[str, object] = {}
+    def __init__(self, digest: str | None, about: dict[str, object]) -> None:
+        self.digest, self.about = digest, about
 
     @abstractmethod
     def measure(self, unit: Unit) -> dict[str, InputStats]:
         """Statistics of the inputs that the unit's modules read, by `Module.reads`."""
 
     @abstractmethod
-    def finish(self, unit: Unit, weight: Weight) -> None:
+    def advance(self, unit: Unit, weight: Weight) -> None:
         """Goes on to the next unit; `weight` gives the decoded weights of this one."""
 
 
 class Stored(Statistics):
     """Statistics from an earlier run of `calibrate`, or none at all."""
 
-    def __init__(self, stats: Mapping[str, InputStats]) -> None:
+    def __init__(
+        self, stats: Mapping[str, InputStats], digest: str | None = None, about: dict[str, object] | None = None
+    ) -> None:
+        super().__init__(digest, about or {})
         self.stats = stats
 
     def measure(self, unit: Unit) -> dict[str, InputStats]:
         """See `Statistics.measure`."""
         return dict(self.stats)
 
-    def finish(self, unit: Unit, weight: Weight) -> None:
+    def advance(self, unit: Unit, weight: Weight) -> None:
         """Nothing is carried along."""
 
 
@@ -61,32 +65,30 @@ class Walked(Statistics):
     Args:
         walker: over the unquantized model.
         tokens: int64 [S, T].
-        plan: says what to measure, and how far to walk.
+        calibration: whether a block's successor sees its quantized outputs; for the rest, see the report.
     """
 
-    def __init__(self, walker: Walker, tokens: Tensor, plan: Plan) -> None:
+    def __init__(self, walker: Walker, tokens: Tensor, calibration: Calibration) -> None:
+        about = {**calibration.model_dump(mode="json"), "tokens": tokens.numel()}
+        super().__init__(hashlib.sha256(tokens.numpy().tobytes()).hexdigest(), about)
         self.walker, self.hidden = walker, walker.embed(tokens)
-        self.quantized = plan.recipe.calibration.propagate == "quantized"
-        measured = [p.module.block for p in plan.layers if p.method and p.method.needs]
-        head = None in measured
-        self.last = len(walker.blocks) if head else max(b for b in measured if b is not None)
+        self.quantized = calibration.propagate == "quantized"
         self.block: nn.Module | None = None
-        self.advanced = False
+        self.ahead = False
 
     def measure(self, unit: Unit) -> dict[str, InputStats]:
         """See `Statistics.measure`."""
-        needs = wanted(unit)
-        if not needs:
+        if not unit.needs:
             return {}
         if unit.block is None:
-            return {unit.layers[0].module.reads: self.walker.collect_head(self.hidden, needs)}
+            return {unit.layers[0].module.reads: self.walker.collect_head(self.hidden, unit.needs)}
         self.block = self.walker.load_block(unit.block)
-        self.advanced = not self.quantized and unit.block < self.last
-        return self.walker.collect(self.block, unit.block, self.hidden, needs, advance=self.advanced)
+        self.ahead = not self.quantized  # unquantized outputs are those of the pass that measures
+        return self.walker.collect(self.block, unit.block, self.hidden, unit.needs, advance=self.ahead)
 
-    def finish(self, unit: Unit, weight: Weight) -> None:
-        """Replaces the hidden states by the unit's outputs, unless nobody behind it wants them."""
-        if unit.block is not None and unit.block < self.last and not self.advanced:
+    def advance(self, unit: Unit, weight: Weight) -> None:
+        """Replaces the hidden states by the unit's outputs."""
+        if unit.block is not None and not self.ahead:
             block = self.block or self.walker.load_block(unit.block)
             layers = unit.quantized if self.quantized else ()
             for p in layers:
@@ -94,12 +96,7 @@ class Walked(Statistics):
             inputs = {p.module.name: p.activations for p in layers if p.activations}
             with self.walker.quantized_inputs(block, unit.block, inputs):
                 self.walker.advance(block, unit.block, self.hidden)
-        self.block, self.advanced = None, False
-
-
-def wanted(unit: Unit) -> frozenset[Stat]:
-    """Everything that the unit's methods need."""
-    return frozenset[Stat]().union(*(p.method.needs for p in unit.quantized if p.method))
+        self.block, self.ahead = None, False
 
 
 def statistics_for(
@@ -110,21 +107,18 @@ def statistics_for(
     Args:
         job: says whether any method needs some.
         stored: statistics of an earlier `calibrate`; None: run the calibration tokens.
-        device, dtype: where and in which type blocks are run.
+        device: where blocks are run.
+        dtype: of their weights and hidden states.
         listener: told about progress.
 
     Raises:
         CheckpointError, UsageError, MissingExtra, HubError: see `load_tokens`.
     """
-    if not any(p.method and p.method.needs for p in job.plan.layers):
+    if not any(unit.needs for unit in units(job.plan)):
         return Stored({})
     calibration = job.plan.recipe.calibration
     listener(Event("calibrate", 0, 1, str(calibration.data)))
-    from qtool.calibrate.tokens import load_tokens  # TODO top
-
     tokens = load_tokens(calibration, job.checkpoint)
-    source = Walked(Walker(job.checkpoint, device, dtype), tokens, job.plan)
-    source.digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-    source.about = {**calibration.model_dump(mode="json"), "tokens": tokens.numel()}
+    source = Walked(Walker(job.checkpoint, device, dtype), tokens, calibration)
     listener(Event("calibrate", 1, 1, f"{tokens.numel()} tokens"))
     return source

@@ -8,8 +8,17 @@ from qtool.errors import HubError
 from qtool.pipeline.events import Event, Listener
 
 
-def upload(folder: Path, repo: str, listener: Listener) -> str:
+def upload(
+    folder: Path, repo: str, listener: Listener, endpoint: str | None = None, token: str | None = None
+) -> str:
     """Creates the repository if it is missing, uploads the folder in one commit, and returns the address.
+
+    Args:
+        folder: what to upload.
+        repo: its name on the hub, "owner/name".
+        listener: told about progress.
+        endpoint: address of the hub; None: the hub library's own.
+        token: None: the one that `hf auth login` saved.
 
     Raises:
         HubError: refused, or out of reach; the folder stays as it is.
@@ -18,7 +27,7 @@ def upload(folder: Path, repo: str, listener: Listener) -> str:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     listener(Event("upload", 0, 1, repo))
-    api = HfApi()
+    api = HfApi(endpoint=endpoint, token=token)
     try:
         address = str(api.create_repo(repo, exist_ok=True))
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload the output of qtool")

@@ -111,10 +111,11 @@ def identity(job: Job, calibration: str | None, device: str, dtype: str) -> dict
     Args:
         job: the run.
         calibration: digest of the tokens or statistics; None without data.
-        device, dtype: where and in which type blocks are run.
+        device: where is computed.
+        dtype: of the walked model.
     """
     run = {
-        "code": code_digest(),
+        "version": code_digest(),
         "model": job.plan.source_fingerprint,
         "recipe": job.plan.fingerprint(),
         "device": device,

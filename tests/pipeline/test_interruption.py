@@ -1,0 +1,49 @@
+"""A run that is killed at any moment continues, and ends in the same bytes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RECIPES = {
+    "data-free": """
+recipe: 1
+name: data-free
+layers:
+  - {match: lm_head, weights: q8_0}
+  - {match: "*", weights: q4_0}
+export: [{to: gguf}, {to: qtool}]
+""",
+    "calibrated": """
+recipe: 1
+name: calibrated
+calibration: {samples: 4, length: 32}
+layers:
+  - {match: lm_head, keep: true}
+  - {match: "*", weights: int4-g32, method: gptq}
+export: [{to: qtool}]
+""",
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_killed_at_random_moments_it_ends_in_the_same_bytes(name, tiny_checkpoint, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPES[name])
+    place = tmp_path / "place"
+    place.mkdir()
+    script = Path(__file__).with_name("interrupted.py")
+    command = [sys.executable, script, tiny_checkpoint("qwen3"), recipe, place, "6", "0"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert len(found["wanted"]) > 3
+    for run in found["runs"]:
+        assert run["found"] == found["wanted"], run
+        assert run["left"] == ["out"], run
+        assert set(run["codes"]) & {-9, 130}, "no run was disturbed"
+        assert run["codes"][-1] in (0, -9), run["codes"]
