@@ -261,7 +261,7 @@ def _check_carrier(name: str, carrier: Carrier, layers: Sequence[LayerPlan], fin
     for p in layers:
         verdict = carrier.can_carry(p.module, p.layer, p.keep)
         if not verdict.possible:
-            findings.add(p.rule, f"{name} cannot hold this as {p.label}: {verdict.reason}", p.module.name)
+            findings.add(p.rule, f"{name} cannot hold this ({p.label}): {verdict.reason}", p.module.name)
         if carrier.fuses and p.module.fused:
             sets.setdefault(p.module.fused, []).append(p)
     for fused, members in sets.items():
