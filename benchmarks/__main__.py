@@ -75,12 +75,12 @@ def costs(name: str, cost: Cost) -> dict[str, float]:
 
 def write_tokens(model: Path, data: str, out: Path) -> Path:
     """The very tokens that qtool calibrates with, for the other program."""
-    from qtool.calibrate.tokens import calibration_tokens
+    from qtool.calibrate.tokens import load_tokens
     from qtool.checkpoint.open import open_checkpoint
     from qtool.recipe.schema import Calibration
 
     wanted = Calibration(data=data, samples=SAMPLES, length=LENGTH)
-    tokens = calibration_tokens(wanted, open_checkpoint(str(model)))
+    tokens = load_tokens(wanted, open_checkpoint(str(model)))
     save_file({"tokens": tokens.to(torch.int64).contiguous()}, out)
     return out
 
