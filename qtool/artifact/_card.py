@@ -19,7 +19,7 @@ from qtool.artifact._files import storage_errors
 from qtool.checkpoint._base import QuantizedCheckpoint
 from qtool.errors import CheckpointError
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 QUALITY = (
     ("text", "text", "{}"),
     ("runtime", "runtime", "{}"),
@@ -118,7 +118,10 @@ def _quality(evaluations: list[dict[str, Any]]) -> str:
     lines = [[heading for heading, _, _ in columns], ["---"] * len(columns)]
     for evaluation in evaluations:
         values = [(evaluation.get(field), shown) for _, field, shown in columns]
-        lines.append(["" if value is None else shown.format(value) for value, shown in values])
+        # Infinity arrives as a word, for JSON has no number for it.
+        lines.append(
+            [str(value or "") if value in (None, "Infinity") else shown.format(value) for value, shown in values]
+        )
     return "## Quality\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -53,7 +53,7 @@ def quantization_config(model: QuantizedCheckpoint) -> dict[str, Any]:
         "ignore": _ignored(model),
     }
     if asymmetric and len(schemes) == 1:
-        # transformers (5.23, with compressed-tensors 0.20) makes room for unpacked zero points where the file has packed
+        # transformers (5.23, compressed-tensors 0.20) makes room for unpacked zero points where the file has packed
         # ones, unless it decodes while it loads; then it decodes everything by the first group. vLLM ignores the key.
         config["dequantize"] = True
     return config

@@ -1,0 +1,96 @@
+"""Codes go from one layout to another exactly, or not at all."""
+
+import pytest
+import torch
+
+from qtool import registry
+from qtool.artifact._open import find_artifact, open_artifact, open_model
+from qtool.artifact.compressed_tensors import CompressedTensors
+from qtool.artifact.gguf import GGUF
+from qtool.artifact.qtool import Qtool
+from qtool.checkpoint._base import QuantizedCheckpoint
+from qtool.checkpoint.hf import HFCheckpoint
+from qtool.errors import CheckpointError, PlanError
+from qtool.formats.int import Int
+from qtool.formats.q4_0 import Q4_0
+from tests.artifact.conftest import assert_same_model, quantize
+
+EXACT = [
+    pytest.param(Int(bits=4, group=32), "q4_0", id="sym-q4_0"),
+    pytest.param(Int(bits=4, group=64, scale_dtype="fp16"), "q4_0", id="sym-g64-q4_0"),
+    pytest.param(Int(bits=5, group=32), "q5_0", id="sym-q5_0"),
+    pytest.param(Int(bits=8, group=32), "q8_0", id="sym-q8_0"),
+    pytest.param(Int(bits=4, group=32, symmetric=False), "q4_1", id="asym-q4_1"),
+]
+
+
+def written(artifact, model, folder):
+    folder.mkdir()
+    artifact.write(model, folder, {"base_model": "tiny"})
+    return folder
+
+
+def assert_same_values(found, wanted):
+    assert set(found.names()) == set(wanted.names())
+    assert found.layers.keys() == wanted.layers.keys()
+    for name in wanted.names():
+        assert torch.equal(found.tensor(name).float(), wanted.tensor(name).float()), name
+
+
+@pytest.mark.parametrize("source", ["qtool", "compressed-tensors"])
+@pytest.mark.parametrize(("fmt", "block"), EXACT)
+def test_integers_become_gguf_blocks(source, fmt, block, tiny_checkpoint, tmp_path):
+    model = quantize(tiny_checkpoint("llama"), fmt)
+    if source == "compressed-tensors":
+        model.config["dtype"] = {"bf16": "bfloat16", "fp16": "float16"}[fmt.scale_dtype]
+    first = open_artifact(written(registry.load("artifact", source)(), model, tmp_path / "first"))
+    second = open_artifact(written(GGUF(), first, tmp_path / "second"))
+    labels = {layer.format.label for layer in second.layers.values()}
+    assert labels == {block} or (block == "q4_1" and labels <= {"q4_1", "q5_0"})  # minima that fp16 cannot hold
+    assert_same_values(second, model)
+
+
+@pytest.mark.parametrize(
+    "fmt", [Int(bits=4, group=32), Int(bits=3, group="channel", symmetric=False)], ids=lambda f: f.label
+)
+def test_neutral_and_back(fmt, tiny_checkpoint, tmp_path):
+    model = quantize(tiny_checkpoint("llama"), fmt)
+    neutral = open_artifact(written(Qtool(), model, tmp_path / "neutral"))
+    packed = open_artifact(written(CompressedTensors(), neutral, tmp_path / "packed"))
+    again = open_artifact(written(Qtool(), packed, tmp_path / "again"))
+    assert_same_model(again, model)
+
+
+def test_what_gguf_cannot_hold_is_said_once_with_its_layers(tiny_checkpoint, tmp_path):
+    model = quantize(
+        tiny_checkpoint("llama"), Int(bits=8, group="channel"), Int(bits=8, group="token"), down=Int(bits=4, group=32)
+    )
+    with pytest.raises(PlanError) as caught:
+        GGUF().check(model)
+    assert str(caught.value).splitlines()[1:] == [
+        "  GGUF cannot say how activations are quantized; llama.cpp decides that itself: "
+        "model.layers.0.self_attn.q_proj and 13 more"
+    ]
+    with pytest.raises(PlanError, match=r"such as int4-g128, not q4_0: model\.layers\.0\.self_attn\.q_proj and 13"):
+        CompressedTensors().check(quantize(tiny_checkpoint("llama"), Q4_0()))
+
+
+@pytest.mark.parametrize("name", registry.names("artifact"))
+def test_each_layout_is_recognized_as_itself_and_nothing_else(name, tiny_checkpoint, tmp_path):
+    artifact = registry.load("artifact", name)()
+    folder = written(artifact, quantize(tiny_checkpoint("llama"), Int(bits=4, group=32)), tmp_path / "out")
+    recognized = [n for n in registry.names("artifact") if registry.load("artifact", n).recognizes(folder)]
+    assert recognized == [name]
+    assert find_artifact(folder)[0] == name
+    assert isinstance(open_model(str(folder)), QuantizedCheckpoint)
+
+
+def test_plain_checkpoints_open_as_such(tiny_checkpoint):
+    assert isinstance(open_model(str(tiny_checkpoint("llama"))), HFCheckpoint)
+    with pytest.raises(CheckpointError, match=r"holds no quantized artifact: wanted one of compressed-tensors, gguf"):
+        open_artifact(tiny_checkpoint("llama"))
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(CheckpointError, match="does not exist: wanted one of"):
+        open_artifact(tmp_path / "nothing")
