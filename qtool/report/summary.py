@@ -126,16 +126,12 @@ def error_rows(report: Report) -> list[ErrorRow]:
 
 
 def notices(report: Report) -> list[Notice]:
-    """Smoke run, fallbacks (one notice per reason), artifacts that were not verified, warnings; in this order."""
-    found = []
-    if report.limited_blocks is not None:
-        text = f"Smoke run: only the first {report.limited_blocks} decoder blocks were quantized."
-        found.append(Notice("smoke run", text))
+    """Fallbacks (one notice per reason), artifacts that were not verified, warnings; in this order."""
     reasons: dict[str, list[str]] = {}
     for layer in report.layers:
         if layer.fallback:
             reasons.setdefault(layer.fallback, []).append(layer.name)
-    found += [Notice("fallback", reason, tuple(names)) for reason, names in reasons.items()]
+    found = [Notice("fallback", reason, tuple(names)) for reason, names in reasons.items()]
     found += [
         Notice("not verified", f"{a.kind} ({a.path}) was not read back and compared.")
         for a in report.artifacts
@@ -153,8 +149,9 @@ def main_evaluation(report: Report) -> Evaluation | None:
 def verdict(report: Report) -> str:
     """One or two sentences: what became of the size, and what it cost."""
     after = model_bytes(report)
+    smoke = "" if report.limited_blocks is None else f"Smoke run of {report.limited_blocks} decoder blocks: "
     line = (
-        f"{size(report.source_bytes)} became {size(after)} ({percent(after / report.source_bytes)}), "
+        f"{smoke}{size(report.source_bytes)} became {size(after)} ({percent(after / report.source_bytes)}), "
         f"{bits_per_weight(report):.2f} bits per weight."
     )
     e = main_evaluation(report)
