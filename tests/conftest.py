@@ -7,6 +7,7 @@ dimension that is not hidden / heads, tied and untied output, one file and many,
 from __future__ import annotations
 
 import importlib.util
+import json
 import pydoc_data.topics
 import shutil
 from collections.abc import Callable, Iterator
@@ -136,14 +137,19 @@ def demo_gguf() -> Path:
 def demo_checkpoint(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The demo model as a checkpoint folder in bfloat16, as if it came from the hub; 270 MB, removed at the end."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from qtool.checkpoint._base import TensorInfo
+    from qtool.checkpoint.gguf import GGUFCheckpoint
+    from qtool.checkpoint.safetensors_io import SafetensorsWriter
 
     folder = tmp_path_factory.mktemp("demo")
-    source = {"pretrained_model_name_or_path": str(demo_gguf.parent), "gguf_file": demo_gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
-    model.config.__dict__.pop("quantization_config", None)
-    model.hf_quantizer = None
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    source = GGUFCheckpoint(demo_gguf)
+    infos = {name: TensorInfo(source.info(name).shape, torch.bfloat16) for name in source.names()}
+    with SafetensorsWriter(folder / "model.safetensors", infos) as writer:
+        for name in infos:
+            writer.add(name, source.tensor(name).bfloat16())
+    (folder / "config.json").write_text(json.dumps(source.config | {"dtype": "bfloat16"}))
+    for name, path in source.files.items():
+        shutil.copy(path, folder / name)
     yield folder
     shutil.rmtree(folder)

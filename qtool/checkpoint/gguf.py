@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import shutil
 import tempfile
-import weakref
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
@@ -57,9 +57,9 @@ class GGUFCheckpoint(Checkpoint):
 
     @cached_property
     def files(self) -> dict[str, Path]:  # type: ignore[override] # made when asked for
-        """Tokenizer files, made from the metadata when first asked for; they live as long as this object."""
+        """Tokenizer files, made from the metadata when first asked for; they live as long as the process."""
         folder = Path(tempfile.mkdtemp(prefix="qtool-"))
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
         save_tokenizer(self._file, folder)
         return {path.name: path for path in sorted(folder.iterdir())}
 
