@@ -176,6 +176,13 @@ def test_types_of_tokens(tmp_path: Path):
     assert values["tokenizer.ggml.token_type"][258:260] == [6, 1]
 
 
+def test_a_score_is_the_rank_of_the_first_merge(tmp_path: Path):
+    vocab = {text: i for i, text in enumerate(("a", "b", "c", "ab", "bc", "abc"))}
+    merges = [("a", "b"), ("ab", "c"), ("b", "c"), ("a", "bc")]
+    values = metadata(tmp_path, Tokenizer(models.BPE(vocab, merges, byte_fallback=True)), size=7)
+    assert values["tokenizer.ggml.scores"] == [0.0, 0.0, 0.0, 0.0, -2.0, -1.0, 0.0]
+
+
 def test_more_tokens_than_the_model_has_rows(tmp_path: Path):
     with pytest.raises(CheckpointError, match="does not fit the model: wanted 300 tokens, found 500"):
         metadata(tmp_path, byte_level("gpt-2"), size=300)

@@ -54,6 +54,8 @@ def awkward(seed=0):
     w[110:120] *= 1e4
     w[120:150] = torch.randint(-16, 17, (30, 96), generator=g) / 2  # every rounding boundary
     w[150, 1:] = 0
+    w[153] = torch.arange(96) - 47.5  # a scale of 1 for Q8_0, so that ties are exact
+    w[153, ::32] = 127
     w[151] = torch.tensor([-1.0, 1.0]).repeat(48)  # two weights of equal size: the first decides
     w[152] = torch.tensor([1.0, -1.0]).repeat(48)
     return w
