@@ -239,9 +239,11 @@ class Classic(BlockFormat):
             stored = {"d": scale.half(), "m": lowest_value.half()}
             exact = torch.equal(stored["m"].float(), lowest_value)
         else:
-            stored, shift = {"d": scale.half()}, (lowest_value / scale).round()
+            stored = {"d": scale.half()}
+            shift = torch.where(scale == 0, self.lowest, (lowest_value / scale).round())
             exact = torch.equal(shift * scale, lowest_value)
-            codes = (codes + expand(shift - self.lowest, codes.shape[1])).to(torch.uint8)
+            steps = (shift - self.lowest).to(torch.uint8).unsqueeze(-1)
+            codes = (codes.reshape(*shift.shape, self.columns) + steps).reshape(codes.shape)
         if not torch.equal(stored["d"].float(), scale):
             return "some scales are not exact in fp16"
         return Quantized(codes, stored, self) if exact else "some zero points times their scales are not exact in fp16"

@@ -1,6 +1,7 @@
 """Q4_0: 4-bit codes, one fp16 scale per 32 columns, 4.5 bits per weight: `w_hat = d * (q - 8)`.
 
-Block: d, then 16 bytes of nibbles (18 bytes; `block_q4_0` of https://github.com/ggml-org/llama.cpp, ggml-common.h).
+Block: d, then 16 bytes of nibbles (18 bytes; `block_q4_0` of ggml-common.h,
+https://github.com/ggml-org/llama.cpp).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Q4_1: 4-bit codes, fp16 scale and minimum per 32 columns, 5 bits per weight: `w_hat = d * q + m`.
 
-Block: d, m, then 16 bytes of nibbles (20 bytes; `block_q4_1` of https://github.com/ggml-org/llama.cpp, ggml-common.h).
+Block: d, m, then 16 bytes of nibbles (20 bytes; `block_q4_1` of ggml-common.h,
+https://github.com/ggml-org/llama.cpp).
 """
 
 from __future__ import annotations
@@ -17,5 +18,5 @@ class Q4_1(Classic):  # noqa: N801 - spelled as in ggml
     block_bytes: ClassVar[int] = 20
     bits: ClassVar[int] = 4
     offset: ClassVar[bool] = True
-    symmetric_grid: ClassVar[bool] = False
+    free_offset: ClassVar[bool] = True
     ggml_range: ClassVar[int] = 15

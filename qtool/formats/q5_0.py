@@ -1,6 +1,7 @@
 """Q5_0: 5-bit codes, one fp16 scale per 32 columns, 5.5 bits per weight: `w_hat = d * (q - 16)`.
 
-Block: d, 32 fifth bits, then 16 bytes of nibbles (22 bytes; `block_q5_0` of https://github.com/ggml-org/llama.cpp, ggml-common.h).
+Block: d, 32 fifth bits, then 16 bytes of nibbles (22 bytes; `block_q5_0` of ggml-common.h,
+https://github.com/ggml-org/llama.cpp).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Q8_0: 8-bit codes, one fp16 scale per 32 columns, 8.5 bits per weight: `w_hat = d * q, q a signed byte`.
 
-Block: d, then 32 bytes (34 bytes; `block_q8_0` of https://github.com/ggml-org/llama.cpp, ggml-common.h).
+Block: d, then 32 bytes (34 bytes; `block_q8_0` of ggml-common.h,
+https://github.com/ggml-org/llama.cpp).
 """
 
 from __future__ import annotations

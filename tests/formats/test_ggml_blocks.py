@@ -214,6 +214,13 @@ def test_what_cannot_be_held_is_said_before_any_data(name, source, reason):
     assert registry.load("formats", name)().may_hold(source) == reason
 
 
+def test_groups_of_zeros_are_held():
+    codes = torch.full((1, 64), 15, dtype=torch.uint8)
+    zero = {"scale": torch.tensor([[0.0, 0.5]]).bfloat16()}
+    held = registry.load("formats", "q4_0")().hold(Quantized(codes, zero, Int(bits=4, group=32)))
+    assert held.decode().tolist() == [[0.0] * 32 + [3.5] * 32] and int(held.codes.max()) <= 15
+
+
 def test_scales_that_fp16_cannot_hold_are_refused():
     source = Int(bits=4, group=32)
     codes = torch.zeros(1, 32, dtype=torch.uint8)
