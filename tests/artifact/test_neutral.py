@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from qtool.artifact.qtool import Qtool
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError, NumericsError, StorageError
 from qtool.formats.int import Int
+from qtool.numerics.bits import pack
 from tests.artifact.conftest import assert_same_model, quantize
 
 RUN = {"recipe": "abc", "source": "def"}
@@ -138,6 +140,7 @@ import sys, torch
 from pathlib import Path
 from qtool.artifact._neutral import NeutralWriter
 from qtool.formats.int import Int
+from qtool.numerics.bits import pack
 fmt = Int(bits=4, group=32, scales="minmax")
 writer = NeutralWriter(Path(sys.argv[1]), {"recipe": "abc"})
 print("ready", flush=True)
@@ -210,3 +213,18 @@ def test_missing_file(tiny_checkpoint, tmp_path):
     (tmp_path / "block-1.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"block-1.safetensors cannot be read: No such file"):
         Qtool().open(tmp_path)
+
+
+def test_specification_tells_the_truth(tiny_checkpoint, tmp_path):
+    """The manifest in the documentation has the keys of a real one, and its bytes are what is packed."""
+    text = (Path(__file__).parents[2] / "docs" / "neutral-checkpoint.md").read_text()
+    example = json.loads(text.split("```json")[1].split("```")[0])
+    Qtool().write(quantize(tiny_checkpoint("llama"), Int(bits=4, group=32)), tmp_path, {"recipe_name": "w4a16"})
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert example.keys() == manifest.keys()
+    assert example["run"] == manifest["run"]
+    documented, real = example["blocks"]["block-0"], manifest["blocks"]["block-0"]
+    assert documented.keys() == real.keys()
+    assert documented["layers"][MODULE] == real["layers"][MODULE]
+    assert bytes(pack(torch.arange(8, dtype=torch.uint8), 3).tolist()) == bytes.fromhex("88c6fa")
+    assert "`88 c6 fa`" in text
