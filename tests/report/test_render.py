@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -214,6 +215,17 @@ def test_exact_layers_are_called_exact_and_are_not_plotted(report):
     assert page.tags.count("svg") == 1
     assert text.count("exact") > 210
     assert "No fallbacks, no warnings." in text
+
+
+def test_of_several_layers_in_one_place_the_worst_is_plotted(report):
+    """Experts share role and block."""
+    expert = report.layers[5].model_copy(update={"name": "expert.1", "output_error_db": -3.0})
+    better = expert.model_copy(update={"name": "expert.2", "output_error_db": 60.0})
+    text = html(report.model_copy(update={"layers": (*report.layers, expert, better)}))
+    titles = re.findall(r"<circle[^>]*><title>([^<]*)</title>", text)
+    assert len(titles) == 210
+    assert "expert.1: -3.0 dB, int4-g64" in titles
+    assert report.layers[5].name not in " ".join(titles)
 
 
 def test_colours_mean_the_same_role_in_every_plot(report):
