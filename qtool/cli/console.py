@@ -109,10 +109,12 @@ class Console:
         self.stderr.print("  ".join(filter(None, (*parts, rate, memory))), markup=False)
 
     def _rate(self, event: Event) -> str:
-        """Steps per second since the stage began, or seconds per step if that is easier to read."""
+        """Time that the stage took; before its end steps per second, or seconds per step if that is easier to read."""
         seconds = time.monotonic() - self.started.setdefault(event.stage, time.monotonic())
         if not event.done or seconds <= 0:
             return ""
+        if event.done == event.total:
+            return duration(seconds)
         rate = event.done / seconds
         return f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
 

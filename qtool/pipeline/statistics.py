@@ -10,13 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qtool.artifact._files import sha256
+from qtool.calibrate.store import read_stats
 from qtool.calibrate.tokens import load_tokens
 from qtool.calibrate.walker import Walker
+from qtool.errors import CheckpointError, PlanError
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.prepare import Job
 from qtool.pipeline.solve import Unit, units
 from qtool.recipe.schema import Calibration
-from qtool.stats import InputStats
+from qtool.stats import InputStats, Stat
 
 Weight = Callable[[str], Tensor]
 """Module name -> [N, K], the weight that a runtime will multiply with."""
@@ -112,13 +115,38 @@ def statistics_for(
         listener: told about progress.
 
     Raises:
-        CheckpointError, UsageError, MissingExtra, HubError: see `load_tokens`.
+        CheckpointError, MissingExtra, HubError: see `load_tokens` and `read`.
     """
     if not any(unit.needs for unit in units(job.plan)):
         return Stored({})
+    if stored:
+        return read(stored, job)
     calibration = job.plan.recipe.calibration
     listener(Event("calibrate", 0, 1, str(calibration.data)))
     tokens = load_tokens(calibration, job.checkpoint)
     source = Walked(Walker(job.checkpoint, device, dtype), tokens, calibration)
     listener(Event("calibrate", 1, 1, f"{tokens.numel()} tokens"))
     return source
+
+
+def read(path: Path, job: Job) -> Stored:
+    """Statistics that an earlier `calibrate` wrote.
+
+    Raises:
+        CheckpointError: damaged, or measured on another model.
+        PlanError: a method needs more than they hold.
+    """
+    greedy = {p.method.name() for p in job.plan.layers if p.method and Stat.GRAM in p.method.needs}
+    if greedy:
+        line = f"{', '.join(sorted(greedy))} needs Gram matrices, which such a file does not hold; run without --stats"
+        raise PlanError([line], f"statistics in {path}")
+    stats, about = read_stats(path)
+    if about.get("fingerprint") != job.plan.source_fingerprint:
+        raise CheckpointError(
+            f"the statistics in {path} were measured on another model",
+            wanted=job.checkpoint.source,
+            found=about.get("model"),
+        )
+    calibration = about["calibration"]
+    assert isinstance(calibration, dict)
+    return Stored(stats, sha256(path), calibration)

@@ -8,9 +8,7 @@ from qtool.errors import HubError
 from qtool.pipeline.events import Event, Listener
 
 
-def upload(
-    folder: Path, repo: str, listener: Listener, endpoint: str | None = None, token: str | None = None
-) -> str:
+def upload(folder: Path, repo: str, listener: Listener, endpoint: str | None = None, token: str | None = None) -> str:
     """Creates the repository if it is missing, uploads the folder in one commit, and returns the address.
 
     Args:

@@ -23,8 +23,8 @@ def verify(stage: str, written: QuantizedCheckpoint, model: QuantizedCheckpoint,
     """
     names = model.names()
     held = set(written.names())
-    for done, name in enumerate(names):
-        listener(Event(stage, done, len(names), name))
+    listener(Event(stage, 0, len(names)))
+    for done, name in enumerate(names, 1):
         module = name.removesuffix(".weight")
         if name not in held or (module in model.layers) != (module in written.layers):
             raise VerifyError(
@@ -41,7 +41,7 @@ def verify(stage: str, written: QuantizedCheckpoint, model: QuantizedCheckpoint,
         wanted, found = model.tensor(name).float(), written.tensor(name).float()
         if not torch.equal(wanted, found):
             raise VerifyError(f"{written.source}: {name} read back differs", found=difference(wanted, found))
-    listener(Event(stage, len(names), len(names)))
+        listener(Event(stage, done, len(names), name))
 
 
 def inputs(model: QuantizedCheckpoint, module: str) -> str:

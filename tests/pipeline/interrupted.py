@@ -90,7 +90,10 @@ if __name__ == "__main__":
     import torch
 
     torch.set_num_threads(1)
-    import qtool.pipeline.quantize  # noqa: F401 (paid once, before the forks)
+    import transformers.models.qwen3.modeling_qwen3  # noqa: F401 (paid once, before the forks, as is the next)
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
+
+    import qtool.pipeline.quantize  # noqa: F401
     from qtool.cli.app import main
 
     model, recipe, place, number, seed = sys.argv[1:]

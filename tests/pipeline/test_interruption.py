@@ -37,7 +37,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(name, tiny_checkpoin
     place = tmp_path / "place"
     place.mkdir()
     script = Path(__file__).with_name("interrupted.py")
-    command = [sys.executable, script, tiny_checkpoint("qwen3"), recipe, place, "6", "0"]
+    command = [sys.executable, script, tiny_checkpoint("qwen3"), recipe, place, "4", "0"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)

@@ -1,0 +1,86 @@
+"""Measures the inputs of a model's layers once, for many recipes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qtool.artifact._files import new_file
+from qtool.calibrate.hidden import Hidden
+from qtool.calibrate.store import write_stats
+from qtool.calibrate.tokens import load_tokens
+from qtool.calibrate.walker import Walker
+from qtool.checkpoint._base import modules
+from qtool.errors import StorageError
+from qtool.pipeline.events import Event, Listener, silent
+from qtool.pipeline.prepare import device_of, dtype_of, prepare
+from qtool.pipeline.summarize import model_name
+from qtool.stats import InputStats, Stat
+
+CHANNELS = frozenset({Stat.CHANNELS})
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """What `qtool calibrate` was asked to do.
+
+    Attributes:
+        model, recipe, overrides, seed: see `prepare`; of the recipe, only the calibration matters.
+        out: file of the result.
+        device, dtype: "auto", or where and in which type to compute.
+        overwrite: replace an earlier file.
+    """
+
+    model: str
+    recipe: str
+    out: Path
+    overrides: tuple[str, ...] = ()
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was written: number of inputs, of tokens that each saw, and bytes."""
+
+    inputs: int
+    tokens: int
+    nbytes: int
+
+
+def run(options: CalibrateOptions, listener: Listener = silent) -> Measured:
+    """Runs the calibration tokens through the unquantized model, block by block, and writes the statistics.
+
+    Raises:
+        QtoolError: of most kinds; see `prepare` and `load_tokens`.
+    """
+    if options.out.exists() and not options.overwrite:
+        raise StorageError(f"{options.out} exists", hint="pass --overwrite to replace it, or choose another name")
+    job = prepare(options.model, options.recipe, options.overrides, options.seed)
+    calibration = job.plan.recipe.calibration
+    device = device_of(options.device)
+    walker = Walker(job.checkpoint, device, dtype_of(options.dtype, device))
+    tokens = load_tokens(calibration, job.checkpoint)
+    stats = measure(walker, walker.embed(tokens), listener)
+    about = {
+        "model": model_name(job.checkpoint.source),
+        "fingerprint": job.plan.source_fingerprint,
+        "calibration": {**calibration.model_dump(mode="json"), "tokens": tokens.numel()},
+    }
+    with new_file(options.out) as partial:
+        write_stats(partial, stats, about)
+    return Measured(len(stats), tokens.numel(), options.out.stat().st_size)
+
+
+def measure(walker: Walker, hidden: Hidden, listener: Listener) -> dict[str, InputStats]:
+    """Compact statistics of every input of every block, and of the output layer if it is a matrix of its own."""
+    stats: dict[str, InputStats] = {}
+    blocks = len(walker.blocks)
+    listener(Event("calibrate", 0, blocks))
+    for i in range(blocks):
+        stats |= walker.collect(walker.load_block(i), i, hidden, CHANNELS, advance=True)
+        listener(Event("calibrate", i + 1, blocks, f"block {i}"))
+    heads = [m.reads for m in modules(walker.checkpoint) if m.role == "head"]
+    return stats | {reads: walker.collect_head(hidden, CHANNELS) for reads in heads}
