@@ -30,6 +30,7 @@ def write_tokenizer(writer: gguf.GGUFWriter, folder: Path, pre: str) -> None:
     tokens = sorted(vocabulary, key=vocabulary.__getitem__)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
+    tokens.append("HELLO")  # which no merges build
     writer.add_token_list([*tokens, *(f"[PAD{i}]" for i in range(len(tokens), 512))])
     writer.add_token_types([3 if i in added else 1 for i in range(len(tokens))] + [5] * (512 - len(tokens)))
     writer.add_token_merges([" ".join(pair) for pair in spelled["model"]["merges"]])
@@ -137,6 +138,7 @@ def test_tokenizer(pre: str, tiny_checkpoint: Find, tmp_path: Path) -> None:
     spelled = json.loads(reference.backend_tokenizer.to_str())
     spelled["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": RULES[pre][0]}
     spelled["model"]["ignore_merges"] = RULES[pre][1]
+    spelled["model"]["vocab"]["HELLO"] = len(spelled["model"]["vocab"])
     expected = type(reference.backend_tokenizer).from_str(json.dumps(spelled))
     begin = [1] if pre in ("llama-bpe", "tekken") else []
     for text in TEXTS:
@@ -364,15 +366,21 @@ def test_vanished(tiny_gguf: Path) -> None:
 
 @pytest.mark.demo
 def test_demo_equals_transformers(demo_gguf: Path) -> None:
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
     checkpoint = GGUFCheckpoint(demo_gguf)
-    model = AutoModelForCausalLM.from_pretrained(demo_gguf.parent, gguf_file=demo_gguf.name, dtype=torch.float32)
-    state = model.state_dict()
-    assert checkpoint.tied
-    assert set(checkpoint.names()) == set(state) - {"lm_head.weight"}
-    assert all(torch.equal(checkpoint.tensor(name), state[name]) for name in checkpoint.names())
     config = AutoConfig.for_model(**checkpoint.config)
-    for field in ("rope_parameters", "head_dim", "num_key_value_heads", "max_position_embeddings", "eos_token_id"):
-        assert getattr(config, field) == getattr(model.config, field)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    reference = load_gguf_checkpoint(str(demo_gguf), return_tensors=True, model_to_load=model)
+    assert checkpoint.tied
+    assert set(checkpoint.names()) == set(reference["tensors"])
+    assert all(torch.equal(checkpoint.tensor(name), tensor) for name, tensor in reference["tensors"].items())
+    told = reference["config"]
+    assert told.pop("rope_theta") == config.rope_parameters["rope_theta"]
+    assert told.pop("rms_norm_eps") == pytest.approx(config.rms_norm_eps)
+    told.pop("_model_name_or_path")
+    assert told == {field: getattr(config, field) for field in told}
 
 
 @pytest.mark.demo

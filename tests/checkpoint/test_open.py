@@ -106,7 +106,6 @@ def test_gguf(demo_gguf: Path) -> None:
         ("/no/such/folder", "no such file or folder"),
         ("a/b/c", "no such file"),
         ("../x", "no such file"),
-        ("", "no such"),
     ],
 )
 def test_nothing_there(source: str, found: str) -> None:
