@@ -250,6 +250,11 @@ class TestArtifacts:
     def test_the_method_may_differ(self):
         plan({"match": "*.up_proj", "weights": "int4-g32", "method": "gptq"}, REST, carrier=Carrier(fuses=True))
 
+    def test_kept_layers_need_one_type_too(self):
+        rules = {"match": "*.q_proj", "keep": "f32"}, {"match": "*.self_attn.*", "keep": True}, REST
+        (line,) = refusals(*rules, carrier=Carrier(fuses=True))
+        assert "wanted one format, found q kept as f32, k kept, v kept; let one rule" in line
+
     def test_a_set_may_be_kept_whole(self):
         plan({"match": "*.self_attn.*", "keep": True}, REST, carrier=Carrier(fuses=True))
 

@@ -7,6 +7,7 @@ long to read.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ DEEPEST = 16
 LONGEST_LINE = 600
 """Characters of a problem that are shown."""
 SCALARS = frozenset({"str", "int", "float", "bool", "null"})
+STAR = 'a pattern that begins with * needs quotes, as in match: "*"'
 BROKEN = object()
 """Stands for a value that was reported already."""
 
@@ -164,8 +166,7 @@ def _refusal(text: str) -> tuple[int, str] | None:
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
-            reason = 'a pattern that begins with * needs quotes, as in match: "*"; YAML aliases are not used in recipes'
-            return event.start_mark.line, reason
+            return event.start_mark.line, f"{STAR}; YAML aliases are not used in recipes"
         if getattr(event, "anchor", None):
             return event.start_mark.line, "YAML anchors are not used in recipes; write the value out, or use extends:"
         if getattr(event, "tag", None):
@@ -184,6 +185,4 @@ def _syntax_hint(text: str, mark: yaml.Mark) -> str:
     line = lines[mark.line] if mark.line < len(lines) else ""
     if "\t" in line[: mark.column + 1]:
         return "; YAML indents with spaces, found a tab"
-    if line[mark.column : mark.column + 1] in ("*", "") or ": *" in line:
-        return '; a pattern that begins with * needs quotes, as in match: "*"' if "*" in line else ""
-    return ""
+    return f"; {STAR}" if re.search(r"[-:,{[]\s*\*", line) else ""

@@ -76,7 +76,7 @@ def _shorthand(text: str) -> Format:
         try:
             return cast(Format, families[text]())
         except ValidationError:
-            hint = f"write {{type: {text}, ...}} or a shorthand such as {families[text].examples[0]}"
+            hint = f"write {{type: {text}, ...}} or a shorthand, as in {', '.join(families[text].examples)}"
             raise mistake(f"the format {text} needs options", hint=hint) from None
     for family in families.values():
         if found := checked(family, text, family.parse):
@@ -212,7 +212,7 @@ class Rule(Strict):
     @classmethod
     def conflicts(cls, value: Mapping[str, Any]) -> list[tuple[Keys, str]]:
         """A rule gives a format or keeps, and only a format has options."""
-        given = [key for key in ("weights", "method", "activations", "fallback") if value.get(key) is not None]
+        given = [k for k in ("weights", "method", "activations", "fallback") if value.get(k) not in (None, "error")]
         if value.get("keep") is not None:
             return [((key,), "a rule with keep: quantizes nothing; remove one of the two") for key in given]
         if "weights" in given:

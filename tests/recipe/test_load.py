@@ -75,9 +75,16 @@ eval: {text: b.txt, context: 64, chunks: 2, gates: {kld: 0.05, top1: 1}}
 def test_what_a_recipe_dumps_reads_back_equal(write):
     fmt = "{type: int, bits: 3, group: 32, scales: minmax}"
     rule = f'  - {{match: "*.q_proj", weights: {fmt}, method: {{gptq: {{damp: 0.3}}}}}}\n'
-    recipe = load_recipe(write(HEAD + "layers:\n" + rule + '  - {match: "*", weights: q4_0, fallback: q8_0}\n'))
+    recipe = load_recipe(
+        write(
+            HEAD
+            + "layers:\n  - {match: lm_head, keep: true}\n"
+            + rule
+            + '  - {match: "*", weights: q4_0, fallback: q8_0}\n'
+        )
+    )
     dumped = recipe.model_dump(mode="json")
-    assert dumped["layers"][1]["weights"] == "q4_0"
+    assert dumped["layers"][2]["weights"] == "q4_0"
     again = Recipe.model_validate(dumped)
     assert again.model_dump() == recipe.model_dump()
     assert [(r.weights, r.method, r.fallback) for r in again.layers] == [
