@@ -8,6 +8,7 @@ from typing import Any
 
 from qtool import registry
 from qtool.checkpoint.families._base import Family
+from qtool.checkpoint.families._rope import rope_parameters
 from qtool.errors import CheckpointError
 
 FAMILIES = "checkpoint/families"
@@ -77,3 +78,8 @@ def _check(config: dict[str, Any], where: Path) -> None:
     for field in ("rope_scaling", "rope_parameters"):
         if not isinstance(config.get(field), dict | None):
             raise CheckpointError(f"{where}: wrong {field}", wanted="an object", found=repr(config[field])[:40])
+    rope_parameters(config)
+    if not isinstance(config["rms_norm_eps"], int | float):
+        raise CheckpointError(
+            f"{where}: wrong rms_norm_eps", wanted="a number", found=repr(config["rms_norm_eps"])[:40]
+        )

@@ -216,7 +216,7 @@ def _checked(path: Path, claims: dict[str, Any], position: int, alignment: int, 
         if kind not in BLOCKS:
             raise CheckpointError(f"{path}: tensor {name!r} has an unknown ggml type", found=kind)
         block, block_bytes = BLOCKS[kind]
-        if min(shape) < 1 or shape[-1] % block:
+        if min(shape) < 1 or shape[-1] % block or (block > 1 and len(shape) == 1):
             raise CheckpointError(f"{path}: tensor {name!r} has an impossible shape", found=list(shape))
         nbytes = math.prod(shape) // block * block_bytes
         if start + offset != expected:

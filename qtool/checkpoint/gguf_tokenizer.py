@@ -83,7 +83,7 @@ def _byte_level(file: GGUFFile, told: dict[str, Any], pre: str) -> dict[str, Any
 
 def _sentencepiece(file: GGUFFile, told: dict[str, Any], types: list[int]) -> dict[str, Any]:
     tokens, scores = told["tokens"], told.get("scores") or []
-    if len(scores) != len(tokens):
+    if len(scores) != len(tokens) or not all(isinstance(score, float) for score in scores):
         raise _unusable(file, "damaged vocabulary", f"{len(tokens)} scores", scores)
     known = {token: score for token, score, t in zip(tokens, scores, types, strict=True) if t in (NORMAL, USER_DEFINED)}
     merges = [

@@ -51,8 +51,7 @@ class HFCheckpoint(Checkpoint):
     def __init__(self, folder: Path, source: str | None = None) -> None:
         self.source = source or str(folder)
         self.config, self.family = read_config(folder / "config.json")
-        if "quantization_config" in self.config:
-            how = self.config["quantization_config"]
+        if (how := self.config.get("quantization_config")) is not None:
             raise CheckpointError(
                 f"{self.source} is already quantized",
                 wanted="the original weights",

@@ -222,6 +222,7 @@ BAD_TOKENIZERS: dict[str, tuple[dict[str, Any], str]] = {
     "merge": ({"merges": ["a b c"]}, "wanted merges of tokens into tokens"),
     "ghost-merge": ({"merges": ["ghost token"]}, "wanted merges of tokens into tokens"),
     "bos": ({"bos_token_id": 512}, "impossible bos_token_id: wanted less than 512, found 512"),
+    "score": ({"model": "llama", "scores": ["x"] * 512}, "wanted 512 scores"),
     "scores": ({"model": "llama", "scores": [0.0]}, "wanted 512 scores"),
 }
 
@@ -289,12 +290,16 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "zero-extent": (start(1) + tensor(dims=(32, 0)) + bytes(256), "tensor 't' has an impossible shape"),
     "overflow": (start(1) + tensor(dims=(2**63, 2**63)) + bytes(256), "is truncated: tensor 't'"),
     "unknown-type": (start(1) + tensor(kind=999) + bytes(256), "tensor 't' has an unknown ggml type"),
-    "cut-block": (start(1) + tensor(dims=(48,), kind=8) + bytes(256), "tensor 't' has an impossible shape"),
+    "cut-block": (start(1) + tensor(dims=(48, 2), kind=8) + bytes(256), "tensor 't' has an impossible shape"),
+    "vector-in-blocks": (start(1) + tensor(dims=(64,), kind=8) + bytes(256), "tensor 't' has an impossible shape"),
     "offset": (start(1) + tensor(offset=32) + bytes(256), "leaves a gap or overlaps: wanted offset 0, found 32"),
     "offset-huge": (start(1) + tensor(offset=2**63) + bytes(256), "leaves a gap or overlaps"),
     "overlap": (start(2) + tensor("a") + tensor("b", offset=64) + bytes(512), "tensor 'b' leaves a gap or overlaps"),
     "truncated": (start(1) + tensor() + bytes(100), "is truncated: tensor 't' ends behind it"),
-    "no-decoder": (start(1) + tensor(dims=(256,), kind=15) + bytes(512), r"cannot decode tensor 't': found type Q8_K"),
+    "no-decoder": (
+        start(1) + tensor(dims=(256, 1), kind=15) + bytes(512),
+        r"cannot decode tensor 't': found type Q8_K",
+    ),
 }
 
 
@@ -333,6 +338,9 @@ def test_cut_anywhere(tiny_gguf: Path) -> None:
         ({"llama.rope.dimension_count": 8}, r"does not fit config.json: wanted \[32, 64\], found \[64, 64\]"),
         ({"llama.attention.key_length": 32}, "heads with parts of different length"),
         ({"llama.rope.scaling.type": "longrope"}, "unknown rotary scaling"),
+        ({"llama.rope.scaling.type": "linear"}, "impossible factor of the rotary embedding"),
+        ({"llama.rope.freq_base": "x"}, "impossible rope_theta of the rotary embedding"),
+        ({"llama.rope.dimension_count": "x"}, "heads with parts of different length"),
     ],
 )
 def test_metadata_that_does_not_fit(
@@ -379,7 +387,8 @@ def test_demo_equals_transformers(demo_gguf: Path) -> None:
     told = reference["config"]
     assert told.pop("rope_theta") == config.rope_parameters["rope_theta"]
     assert told.pop("rms_norm_eps") == pytest.approx(config.rms_norm_eps)
-    told.pop("_model_name_or_path")
+    for field in ("_model_name_or_path", "unk_token_id"):  # no business of the architecture
+        told.pop(field)
     assert told == {field: getattr(config, field) for field in told}
 
 

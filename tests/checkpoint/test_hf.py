@@ -170,6 +170,10 @@ DAMAGED_CONFIG: dict[str, tuple[dict[str, Any], str]] = {
     "unshareable": ({"num_key_value_heads": 3}, "4 attention heads cannot share 3"),
     "indivisible": ({"head_dim": None, "hidden_size": 66}, "no multiple of 4"),
     "wrong-rope": ({"rope_scaling": "linear"}, "wrong rope_scaling"),
+    "rope-without-factor": ({"rope_parameters": {"rope_type": "linear"}}, "impossible factor of the rotary embedding"),
+    "rope-theta-text": ({"rope_parameters": {"rope_theta": "1e4"}}, "impossible rope_theta of the rotary embedding"),
+    "rope-type-list": ({"rope_parameters": {"rope_type": [], "rope_theta": -1}}, "impossible rope_theta"),
+    "eps-text": ({"rms_norm_eps": "tiny"}, "wrong rms_norm_eps: wanted a number, found 'tiny'"),
     "other-blocks": ({"num_hidden_layers": 3}, "lacks 9 of the 30 tensors"),
 }
 

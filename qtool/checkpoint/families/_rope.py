@@ -13,21 +13,30 @@ from torch import Tensor
 
 from qtool.errors import CheckpointError
 
-SPELLED_OUT: dict[str, set[str]] = {
+REQUIRED: dict[str, set[str]] = {
     "default": set(),
     "linear": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-    "yarn": {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow"},
+    "yarn": {"factor"},
 }
-"""Kinds of scaling that GGUF can hold, and the parameters of each."""
+"""Kinds of scaling that GGUF can hold, and the numbers that each needs."""
+OPTIONAL = {"yarn": {"original_max_position_embeddings", "beta_fast", "beta_slow"}}
 
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """`rope_type`, `rope_theta` and the parameters of that type, whichever way config.json spells them."""
+    """`rope_type`, `rope_theta` and the parameters of that type, whichever way config.json spells them.
+
+    Raises:
+        CheckpointError: a number is missing or none.
+    """
     told = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = told.pop("type", "default")
-    theta = config.get("rope_theta") or 10000.0
-    return {"rope_type": kind, "rope_theta": theta} | told
+    rope = {"rope_type": kind, "rope_theta": config.get("rope_theta") or 10000.0} | told
+    for field in sorted({"rope_theta"} | REQUIRED.get(str(rope["rope_type"]), set())):
+        if not isinstance(rope.get(field), int | float) or rope[field] <= 0:
+            found = f"{rope.get(field)!r:.40}"
+            raise CheckpointError(f"config.json: impossible {field} of the rotary embedding", wanted="> 0", found=found)
+    return rope
 
 
 def rope_metadata(config: dict[str, Any]) -> dict[str, int | float | bool | str]:
@@ -37,11 +46,11 @@ def rope_metadata(config: dict[str, Any]) -> dict[str, int | float | bool | str]
         CheckpointError: a kind of scaling that GGUF has no keys for.
     """
     rope = rope_parameters(config)
-    kind = rope["rope_type"]
-    if kind not in SPELLED_OUT:
-        raise CheckpointError("GGUF cannot hold this rotary scaling", wanted=", ".join(SPELLED_OUT), found=kind)
-    unknown = set(rope) - SPELLED_OUT[kind] - {"rope_type", "rope_theta"}
-    if unknown := {key for key in unknown if rope[key] is not None}:
+    kind = str(rope["rope_type"])
+    if kind not in REQUIRED:
+        raise CheckpointError("GGUF cannot hold this rotary scaling", wanted=", ".join(REQUIRED), found=kind[:40])
+    known = {"rope_type", "rope_theta"} | REQUIRED[kind] | OPTIONAL.get(kind, set())
+    if unknown := {key for key in set(rope) - known if rope[key] is not None}:
         raise CheckpointError(f"GGUF cannot hold {', '.join(sorted(unknown))} of rotary scaling {kind}")
     values: dict[str, int | float | bool | str] = {"rope.freq_base": float(rope["rope_theta"])}
     if kind in ("linear", "yarn"):
@@ -84,7 +93,7 @@ def rope_config(metadata: dict[str, Any], arch: str, dim: int, factors: Tensor |
     Raises:
         CheckpointError: a kind of scaling that config.json has no words for.
     """
-    fields: dict[str, Any] = {"rope_theta": float(metadata.get(f"{arch}.rope.freq_base", 10000.0))}
+    fields: dict[str, Any] = {"rope_theta": metadata.get(f"{arch}.rope.freq_base", 10000.0)}
     kind = metadata.get(f"{arch}.rope.scaling.type", "none")
     scaling: dict[str, Any] = {"rope_type": kind}
     for key, field in (
@@ -100,8 +109,10 @@ def rope_config(metadata: dict[str, Any], arch: str, dim: int, factors: Tensor |
     if factors is not None:
         if kind != "none":
             raise CheckpointError(f"the GGUF file has both rope_freqs.weight and rotary scaling {kind}")
-        scaling = _llama3_from(factors, fields["rope_theta"], dim)
-    return fields if scaling["rope_type"] == "none" else fields | {"rope_scaling": scaling}
+        scaling = _llama3_from(factors, rope_parameters(fields)["rope_theta"], dim)
+    fields |= {"rope_scaling": scaling} if scaling["rope_type"] != "none" else {}
+    rope_parameters(fields)
+    return fields
 
 
 def _llama3_from(factors: Tensor, theta: float, dim: int) -> dict[str, Any]:
