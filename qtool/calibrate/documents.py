@@ -94,7 +94,7 @@ def _hub_rows(source: str) -> Iterator[Any]:
     repo, config, split = [*source.removeprefix("hf:").split(":"), "", ""][:3]
     try:
         yield from load_dataset(repo, config or None, split=split or "train", streaming=True)
-    except Exception as error:  # noqa: BLE001 (the library passes on whatever its backends raise)
+    except Exception as error:
         raise HubError(f"dataset {repo} cannot be read", found=" ".join(str(error).split())[:200]) from error
 
 
@@ -108,4 +108,6 @@ def _text(row: Any, source: str, tokenizer: Any, chat_template: bool) -> str:
         if chat_template:
             return str(tokenizer.apply_chat_template(messages, tokenize=False))
         return "\n\n".join(str(m["content"]) for m in messages)
-    raise CheckpointError(f"a row of {source} has no text", wanted=f"a field named {', '.join(FIELDS)}", found=list(row))
+    raise CheckpointError(
+        f"a row of {source} has no text", wanted=f"a field named {', '.join(FIELDS)}", found=list(row)
+    )

@@ -88,9 +88,7 @@ def beginning(tokenizer: Any) -> int | None:
     return int(ids[0]) if ids and ids[:1] != bare[:1] else None
 
 
-def sampled(
-    checkpoint: Checkpoint, tokenizer: Any, samples: int, length: int, generator: torch.Generator
-) -> Tensor:
+def sampled(checkpoint: Checkpoint, tokenizer: Any, samples: int, length: int, generator: torch.Generator) -> Tensor:
     """Text that the model writes itself, from a random first token on (https://arxiv.org/abs/2305.17888): int64 [samples, T].
 
     The whole model is in memory meanwhile.

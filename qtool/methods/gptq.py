@@ -101,7 +101,9 @@ class GPTQ(Method):
         if self.fit == "before" or block == k:
             params = fmt.fit(w, weight)
             scale, offset = (expand(p, k)[:, order] for p in fmt.affine(params))
-            codes[:, order] = walk(w[:, order], factor, fmt.levels(), BLOCK, lambda a, b, _: (scale[:, a:b], offset[:, a:b]))
+            codes[:, order] = walk(
+                w[:, order], factor, fmt.levels(), BLOCK, lambda a, b, _: (scale[:, a:b], offset[:, a:b])
+            )
             return codes, params
         fitted: dict[int, Params] = {}
 

@@ -12,8 +12,10 @@ from torch import Tensor
 
 
 def ratio_db(signal: float, error: float) -> float:
-    """10 log10(signal / error); infinite where there is no error."""
-    return math.inf if error <= 0 else 10 * math.log10(max(signal, math.ulp(0.0)) / error)
+    """10 log10(signal / error); infinite where there is no error, minus infinite where there is no signal but error."""
+    if error <= 0:
+        return math.inf
+    return 10 * math.log10(signal / error) if signal > 0 else -math.inf
 
 
 def sqnr_db(w: Tensor, w_hat: Tensor) -> float:

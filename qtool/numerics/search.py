@@ -22,14 +22,14 @@ from torch import Tensor
 
 from qtool.numerics.parallel import over_rows
 
-STEPS = 24
+STEPS = 20
 """Clipping ratios tried per sign (symmetric) or per zero point (asymmetric)."""
 
 FAST = {"nnan", "ninf", "nsz", "arcp", "contract", "reassoc"}
 
 
 def clip_ratios(levels: int) -> np.ndarray:
-    """Where the largest weight may land, relative to the end of the grid: beyond it (clipped) up to a bit short of it.
+    """Where the largest weight may land, relative to the end of the grid: from a bit short of it to beyond it (clipped).
 
     Coarse grids clip harder. The bounds enclose the optimum of normal, Laplace and Student-t groups of 16 to 4096
     weights at every width from 2 to 8 bits.
@@ -38,21 +38,33 @@ def clip_ratios(levels: int) -> np.ndarray:
     return np.linspace(max(0.4, 0.85 - 1.0 / bits**2), 1.0 + 5.0 / bits**2, STEPS).astype(np.float32)
 
 
+@njit(nogil=True, cache=True, inline="always")
+def spans(v, reach, center):  # type: ignore[no-untyped-def]
+    """(lowest, highest) of v - center, and of (v - center) * reach: where the sweep begins and ends."""
+    low = high = v[0] - center
+    near_low = near_high = low * reach[0]
+    for j in range(1, len(v)):
+        d = v[j] - center
+        low, high = min(low, d), max(high, d)
+        near_low, near_high = min(near_low, d * reach[j]), max(near_high, d * reach[j])
+    return low, high, near_low, near_high
+
+
 @njit(nogil=True, cache=True, fastmath=FAST)
-def symmetric_rows(x, importance, width, lowest, highest, ratios, scale, start, stop):  # type: ignore[no-untyped-def]
-    """Fills scale [N, G] for rows start to stop. x [N, C], importance [C]."""
+def symmetric_rows(x, importance, reach, width, lowest, highest, ratios, scale, start, stop):  # type: ignore[no-untyped-def]
+    """Fills scale [N, G] for rows start to stop. x [N, C]; importance, reach [C]."""
     for n in range(start, stop):
         for g in range(x.shape[1] // width):
             v, weight = x[n, g * width : (g + 1) * width], importance[g * width : (g + 1) * width]
-            extreme = np.float32(0.0)
-            for j in range(width):
-                if abs(v[j]) > abs(extreme):
-                    extreme = v[j]
+            low, high, near_low, near_high = spans(v, reach[g * width : (g + 1) * width], np.float32(0.0))
+            far, near = max(high, -low), max(near_high, -near_low)
             best, best_scale = np.float32(-1.0), np.float32(0.0)
-            if extreme != 0:
+            if near > 0:
                 for sign in (-1.0, 1.0):
-                    for ratio in ratios:
-                        inverse = np.float32(sign * ratio * (-lowest if sign < 0 else highest)) / extreme
+                    for i in range(len(ratios)):
+                        t = np.float32(i) / np.float32(len(ratios) - 1)
+                        end = highest + (-lowest - highest) * t
+                        inverse = np.float32(sign) * end * ratios[i] / (far + (near - far) * t)
                         xl, ll = np.float32(0.0), np.float32(0.0)
                         for j in range(width):
                             level = min(max(np.rint(v[j] * inverse), lowest), highest)
@@ -64,16 +76,20 @@ def symmetric_rows(x, importance, width, lowest, highest, ratios, scale, start, 
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def zero_point_rows(x, importance, width, lowest, highest, ratios, scale, zero, start, stop):  # type: ignore[no-untyped-def]
-    """Fills scale and integer-valued zero, [N, G], for rows start to stop. x [N, C], importance [C]."""
+def zero_point_rows(x, importance, reach, width, lowest, highest, ratios, scale, zero, start, stop):  # type: ignore[no-untyped-def]
+    """Fills scale and integer-valued zero, [N, G], for rows start to stop. x [N, C]; importance, reach [C]."""
     for n in range(start, stop):
         for g in range(x.shape[1] // width):
             v, weight = x[n, g * width : (g + 1) * width], importance[g * width : (g + 1) * width]
-            low, high = min(np.float32(0.0), v.min()), max(np.float32(0.0), v.max())
+            far_low, far_high, near_low, near_high = spans(v, reach[g * width : (g + 1) * width], np.float32(0.0))
+            far_low, near_low = min(np.float32(0.0), far_low), min(np.float32(0.0), near_low)
+            far_high, near_high = max(np.float32(0.0), far_high), max(np.float32(0.0), near_high)
             best, best_scale, best_zero = np.float32(-1.0), np.float32(0.0), np.float32(0.0)
-            if high > low:
-                for ratio in ratios:
-                    inverse = np.float32(highest - lowest) * ratio / (high - low)
+            if near_high > near_low:
+                for i in range(len(ratios)):
+                    t = np.float32(i) / np.float32(len(ratios) - 1)
+                    low, high = far_low + (near_low - far_low) * t, far_high + (near_high - far_high) * t
+                    inverse = np.float32(highest - lowest) * ratios[i] / (high - low)
                     middle = (lowest + highest) / 2 - np.rint((low + high) / 2 * inverse)
                     for shift in (-0.5, 0.5, -1.5, 1.5):
                         z = min(max(np.rint(middle + shift), lowest), highest)
@@ -88,22 +104,24 @@ def zero_point_rows(x, importance, width, lowest, highest, ratios, scale, zero, 
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def offset_rows(x, importance, width, highest, ratios, scale, offset, start, stop):  # type: ignore[no-untyped-def]
-    """Fills scale and free offset, [N, G], for levels 0 to highest and rows start to stop. x [N, C], importance [C]."""
+def offset_rows(x, importance, reach, width, highest, ratios, scale, offset, start, stop):  # type: ignore[no-untyped-def]
+    """Fills scale and free offset, [N, G], for levels 0 to highest and rows start to stop. x [N, C]; importance, reach [C]."""
     for n in range(start, stop):
         for g in range(x.shape[1] // width):
             v, weight = x[n, g * width : (g + 1) * width], importance[g * width : (g + 1) * width]
-            low, high = v.min(), v.max()
             total, mean = np.float32(0.0), np.float32(0.0)
             for j in range(width):
                 total += weight[j]
                 mean += weight[j] * v[j]
             mean = mean / total if total > 0 else np.float32(0.0)
+            far_low, far_high, near_low, near_high = spans(v, reach[g * width : (g + 1) * width], mean)
             best, best_scale, best_offset = np.float32(-1.0), np.float32(0.0), mean
-            if high > low and total > 0:
-                for ratio in ratios:
-                    inverse = np.float32(highest) * ratio / (high - low)
-                    anchor = (low + high) / 2 - np.float32(highest) / 2 / inverse
+            if near_high > near_low and far_high > far_low and total > 0:
+                for i in range(len(ratios)):
+                    t = np.float32(i) / np.float32(len(ratios) - 1)
+                    low, high = far_low + (near_low - far_low) * t, far_high + (near_high - far_high) * t
+                    inverse = np.float32(highest) * ratios[i] / (high - low)
+                    anchor = mean + (low + high) / 2 - np.float32(highest) / 2 / inverse
                     for shift in (0.0, -0.3, 0.3):
                         start_at = anchor + np.float32(shift) / inverse
                         lsum, ll, xl = np.float32(0.0), np.float32(0.0), np.float32(0.0)
@@ -119,11 +137,19 @@ def offset_rows(x, importance, width, highest, ratios, scale, offset, start, sto
             scale[n, g], offset[n, g] = best_scale, best_offset
 
 
-def _arrays(x: Tensor, importance: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
-    """float32 arrays on the CPU; importances that are all zero, or absent, count as all alike."""
+def _arrays(x: Tensor, importance: Tensor | None, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """float32 arrays on the CPU: x [N, C], importance [C], reach [C].
+
+    Importances of a group that are all zero, or absent, count as all alike. Reach shrinks columns that hardly
+    count; the sweep goes on to a range that covers only what is left, so that a large weight on a dead input does not
+    set the step of its group.
+    """
     weight = torch.ones(x.shape[1]) if importance is None else importance.float().cpu()
-    weight = weight / weight.mean().clamp_min(1e-30)
-    return x.float().contiguous().cpu().numpy(), weight.contiguous().numpy()
+    groups = weight.view(-1, width)
+    mean = groups.mean(1, keepdim=True)
+    groups = torch.where(mean > 0, groups / mean.clamp_min(1e-30), 1.0)
+    reach = groups.clamp_max(1.0).pow(0.25)
+    return x.float().contiguous().cpu().numpy(), groups.flatten().numpy(), reach.flatten().numpy()
 
 
 def symmetric(x: Tensor, importance: Tensor | None, width: int, lowest: int, highest: int) -> Tensor:
@@ -138,28 +164,31 @@ def symmetric(x: Tensor, importance: Tensor | None, width: int, lowest: int, hig
     Returns:
         float32 [N, G], on the device of x.
     """
-    values, weight = _arrays(x, importance)
+    values, weight, reach = _arrays(x, importance, width)
     scale = np.zeros((x.shape[0], x.shape[1] // width), np.float32)
     ratios = clip_ratios(highest - lowest + 1)
-    over_rows(lambda a, b: symmetric_rows(values, weight, width, lowest, highest, ratios, scale, a, b), len(values))
+    over_rows(
+        lambda a, b: symmetric_rows(values, weight, reach, width, lowest, highest, ratios, scale, a, b), len(values)
+    )
     return torch.from_numpy(scale).to(x.device)
 
 
 def zero_point(x: Tensor, importance: Tensor | None, width: int, lowest: int, highest: int) -> tuple[Tensor, Tensor]:
     """Scales and integer zero points for x ~ s * (q - z), q and z in [lowest, highest]; arguments as in `symmetric`."""
-    values, weight = _arrays(x, importance)
+    values, weight, reach = _arrays(x, importance, width)
     scale, zero = (np.zeros((x.shape[0], x.shape[1] // width), np.float32) for _ in range(2))
     ratios = clip_ratios(highest - lowest + 1)
     over_rows(
-        lambda a, b: zero_point_rows(values, weight, width, lowest, highest, ratios, scale, zero, a, b), len(values)
+        lambda a, b: zero_point_rows(values, weight, reach, width, lowest, highest, ratios, scale, zero, a, b),
+        len(values),
     )
     return torch.from_numpy(scale).to(x.device), torch.from_numpy(zero).to(x.device)
 
 
 def free_offset(x: Tensor, importance: Tensor | None, width: int, highest: int) -> tuple[Tensor, Tensor]:
     """Scales and offsets for x ~ s * l + o, l in [0, highest]; arguments as in `symmetric`."""
-    values, weight = _arrays(x, importance)
+    values, weight, reach = _arrays(x, importance, width)
     scale, offset = (np.zeros((x.shape[0], x.shape[1] // width), np.float32) for _ in range(2))
     ratios = clip_ratios(highest + 1)
-    over_rows(lambda a, b: offset_rows(values, weight, width, highest, ratios, scale, offset, a, b), len(values))
+    over_rows(lambda a, b: offset_rows(values, weight, reach, width, highest, ratios, scale, offset, a, b), len(values))
     return torch.from_numpy(scale).to(x.device), torch.from_numpy(offset).to(x.device)

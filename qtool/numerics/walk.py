@@ -95,7 +95,11 @@ def is_uniform(levels: Tensor) -> bool:
 
 
 def walk(
-    w: Tensor, factor: Tensor, levels: Tensor, block: int, parameters: Callable[[int, int, Tensor], tuple[Tensor, Tensor]]
+    w: Tensor,
+    factor: Tensor,
+    levels: Tensor,
+    block: int,
+    parameters: Callable[[int, int, Tensor], tuple[Tensor, Tensor]],
 ) -> Tensor:
     """GPTQ's walk over all columns, from left to right.
 

@@ -1,0 +1,163 @@
+"""GPTQ against the paper's plain loop, and against rounding, on every format there is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from qtool.formats._base import Format, Quantized
+from qtool.formats.int import Int
+from qtool.methods.gptq import GPTQ
+from qtool.methods.rtn import RTN
+from qtool.recipe.schema import parse_format
+from qtool.stats import InputStats, Stat
+from tests.reference.gptq import gptq, gptq_by_group
+
+FORMATS = ["int2-g32", "int3-g64", "int4-g32", "int4-g64-asym", "int8-channel", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
+
+
+def problem(n: int = 24, k: int = 64, tokens: int = 256, seed: int = 0) -> tuple[Tensor, InputStats]:
+    """A small layer whose inputs are correlated and of very different size."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(k, k, generator=generator) / k**0.5 + torch.eye(k) * 0.5
+    x = torch.randn(tokens, k, generator=generator) @ mix * torch.rand(k, generator=generator).mul(3).exp()
+    stats = InputStats(k, frozenset({Stat.GRAM}))
+    stats.add(x)
+    return torch.randn(n, k, generator=generator) * 0.05, stats
+
+
+def loss(w: Tensor, q: Quantized, stats: InputStats) -> float:
+    d = (w - q.decode()).double()
+    assert stats.gram is not None
+    return float(((d @ stats.gram.double()) * d).sum())
+
+
+def by_activation(stats: InputStats) -> list[int]:
+    assert stats.gram is not None
+    return stats.gram.diagonal().argsort(descending=True, stable=True).tolist()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("order", ["none", "activation"])
+@pytest.mark.parametrize("label", FORMATS)
+def test_codes_equal_the_plain_loop(label: str, order: str) -> None:
+    w, stats = problem()
+    assert stats.gram is not None
+    fmt = parse_format(label)
+    method = GPTQ(fit="before", rounds=0, order=order, damp=0.01)
+    q = method.solve(w, stats, fmt).quantized
+    columns = by_activation(stats) if order == "activation" else list(range(64))
+    expected = gptq(w, stats.gram, 0.01, columns, fmt, q.params)
+    wrong = (q.codes != expected).sum().item()
+    assert wrong <= 0.002 * w.numel()  # float32 against float64: a weight that lies between two levels may tip over
+    assert (q.codes.int() - expected.int()).abs().max() <= 1 or wrong == 0
+
+
+@pytest.mark.parametrize("label", ["int4-g32", "int3-g32-asym", "q4_1"])
+def test_a_group_is_fitted_when_the_walk_reaches_it(label: str) -> None:
+    w, stats = problem()
+    assert stats.gram is not None
+    fmt = parse_format(label)
+    method = GPTQ(fit="walk", rounds=0, damp=0.01)
+    q = method.solve(w, stats, fmt).quantized
+    order, factor, _ = method._factor(stats, 32)
+    weight = torch.empty(64)
+    weight[order] = factor.diagonal().square().reciprocal()
+    expected = gptq_by_group(w, stats.gram, 0.01, order.tolist(), fmt, weight)
+    assert ((q.decode() - expected).abs() > 1e-4).float().mean() <= 0.02
+    assert torch.allclose(q.decode().double().norm(), expected.norm(), rtol=2e-3)
+
+
+def test_walk_order_takes_whole_groups_the_largest_first() -> None:
+    _, stats = problem()
+    assert stats.gram is not None
+    order, *_ = GPTQ(fit="walk")._factor(stats, 32)
+    groups = (order // 32).tolist()
+    assert groups in ([0] * 32 + [1] * 32, [1] * 32 + [0] * 32)
+    diagonal = stats.gram.diagonal()[order]
+    assert bool((diagonal[:31] >= diagonal[1:32]).all())
+    assert diagonal[:32].sum() >= diagonal[32:].sum()
+
+
+MARGIN_DB = {"int2-g32": 3.0, "int8-channel": 4.1}
+"""How much lower the output error is than that of rounding with the same importance-weighted scales."""
+
+
+@pytest.mark.parametrize("label", FORMATS)
+def test_output_error_is_below_rounding(label: str) -> None:
+    w, stats = problem(n=64, k=128, tokens=1024)
+    fmt = parse_format(label)
+    rounded = RTN(importance=True).solve(w, stats, fmt).quantized
+    solved = GPTQ().solve(w, stats, fmt).quantized
+    gain = 10 * torch.tensor(loss(w, rounded, stats) / loss(w, solved, stats)).log10()
+    assert gain >= MARGIN_DB.get(label, 3.7)
+    scaled = solved._replace(params={n: p * 1.01 if n in ("scale", "d") else p for n, p in solved.params.items()})
+    assert loss(w, scaled, stats) > loss(w, solved, stats)
+
+
+@pytest.mark.parametrize("label", ["int4-g32", "int3-g32-asym", "q4_1", "int4-channel"])
+def test_every_round_lowers_the_objective(label: str) -> None:
+    w, stats = problem(n=48, k=128, tokens=1024)
+    fmt = parse_format(label)
+    losses = [loss(w, GPTQ(rounds=r, damp=1e-4).solve(w, stats, fmt).quantized, stats) for r in (0, 1, 2, 3)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[1] < 0.97 * losses[0]
+
+
+def test_dead_channels_are_rounded_and_disturb_nothing() -> None:
+    w, stats = problem()
+    assert stats.gram is not None
+    stats.gram[5] = stats.gram[:, 5] = 0
+    stats.gram[40] = stats.gram[:, 40] = 0
+    fmt = Int(bits=4, group=32)
+    q = GPTQ().solve(w, stats, fmt).quantized
+    assert bool(q.decode().isfinite().all())
+    scale = fmt.affine(q.params)[0][:, 0].abs()
+    inside = w[:, 5].abs() <= 7 * scale
+    assert inside.float().mean() > 0.9
+    assert bool(((w - q.decode())[:, 5].abs() <= 0.501 * scale)[inside].all())
+
+
+def test_a_singular_gram_matrix_gets_damped() -> None:
+    w, stats = problem(tokens=8)  # rank 8 of 64
+    solution = GPTQ(damp=1e-2).solve(w, stats, Int(bits=4, group=32))
+    assert loss(w, solution.quantized, stats) < loss(w, RTN().solve(w, stats, Int(bits=4, group=32)).quantized, stats)
+
+
+def test_stronger_damping_and_fallback_are_reported() -> None:
+    w, stats = problem()
+    assert stats.gram is not None
+    stats.gram -= 0.05 * stats.gram.diagonal().mean() * torch.eye(64)  # no longer positive semidefinite
+    solution = GPTQ(damp=0.01).solve(w, stats, Int(bits=4, group=32))
+    assert solution.fallback and solution.fallback.startswith("damping raised from 0.01 to")
+    stats.gram -= 1e3 * stats.gram.diagonal().mean() * torch.eye(64)
+    stats.cache.clear()
+    solution = GPTQ(damp=0.01).solve(w, stats, Int(bits=4, group=32))
+    assert solution.fallback and solution.fallback.startswith("rounded to nearest: the Gram matrix")
+    expected = RTN().solve(w, stats, Int(bits=4, group=32)).quantized
+    assert torch.equal(solution.quantized.codes, expected.codes)
+
+
+def test_layers_that_read_the_same_input_share_one_factorization(monkeypatch: pytest.MonkeyPatch) -> None:
+    import qtool.methods.gptq as module
+
+    w, stats = problem()
+    calls = []
+    real = module.inverse_factor
+    monkeypatch.setattr(module, "inverse_factor", lambda gram, damp: calls.append(1) or real(gram, damp))
+    for _ in range(3):
+        GPTQ().solve(w, stats, Int(bits=4, group=32))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("label", ["int4-g32", "q4_1"])
+def test_same_bytes_for_any_number_of_threads(label: str) -> None:
+    w, stats = problem(n=50)
+    fmt: Format = parse_format(label)
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(GPTQ().solve(w, stats, fmt).quantized)
+    torch.set_num_threads(threads)
+    assert all(torch.equal(results[0].codes, r.codes) for r in results[1:])

@@ -1,0 +1,72 @@
+"""GPTQ as the paper writes it, one column at a time in float64, with nothing clever: what the fast walk must agree with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qtool.formats._base import Format, Params, expand, take
+
+
+def gptq(w: Tensor, gram: Tensor, damp: float, order: list[int], fmt: Format, params: Params) -> Tensor:
+    """Codes of a matrix for fixed parameters.
+
+    Args:
+        w: [N, K].
+        gram: [K, K].
+        damp: relative to the mean of the diagonal.
+        order: columns in the order in which they are rounded.
+        fmt, params: the grid.
+    """
+    w, h = w.double().clone(), gram.double().clone()
+    k = w.shape[1]
+    h += damp * h.diagonal().mean() * torch.eye(k, dtype=h.dtype)
+    codes = torch.zeros(w.shape, dtype=torch.uint8)
+    left = list(order)
+    while left:
+        inverse = torch.linalg.inv(h[left][:, left])  # over the columns that are still free
+        column = left.pop(0)
+        snapped, value = round_column(w[:, column], column, fmt, params, k)
+        codes[:, column] = snapped
+        error = (w[:, column] - value) / inverse[0, 0]
+        for position, other in enumerate(left, start=1):
+            w[:, other] -= error * inverse[0, position]
+    return codes
+
+
+def round_column(x: Tensor, column: int, fmt: Format, params: Params, k: int) -> tuple[Tensor, Tensor]:
+    """(codes, values) of one column, found by looking at every level."""
+    scale, offset = (expand(p, k)[:, column].double() for p in fmt.affine(params))
+    values = fmt.levels().double()[None] * scale[:, None] + offset[:, None]
+    codes = (values - x[:, None]).abs().argmin(1)
+    return codes.to(torch.uint8), values.gather(1, codes[:, None])[:, 0]
+
+
+def gptq_by_group(w: Tensor, gram: Tensor, damp: float, order: list[int], fmt: Format, weight: Tensor) -> Tensor:
+    """w_hat where a block's parameters are fitted to the corrected weights when the walk first reaches it.
+
+    Args:
+        weight: [K], importance of each column in the fit.
+        w, gram, damp, order, fmt: as in `gptq`; the order takes one block after the other.
+    """
+    w, h = w.double().clone(), gram.double().clone()
+    k, block = w.shape[1], fmt.block_columns
+    assert block
+    h += damp * h.diagonal().mean() * torch.eye(k, dtype=h.dtype)
+    w_hat = torch.zeros_like(w)
+    left, params = list(order), {}
+    while left:
+        inverse = torch.linalg.inv(h[left][:, left])
+        column = left.pop(0)
+        b = column // block
+        if b not in params:
+            part = slice(b * block, (b + 1) * block)
+            params[b] = fmt.fit(w[:, part].float(), weight[part])
+        inside = column % block
+        one = take(params[b], 0, block, block)
+        _, value = round_column(w[:, column], inside, fmt, one, block)
+        w_hat[:, column] = value
+        error = (w[:, column] - value) / inverse[0, 0]
+        for position, other in enumerate(left, start=1):
+            w[:, other] -= error * inverse[0, position]
+    return w_hat
