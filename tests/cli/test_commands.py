@@ -50,7 +50,11 @@ def every_error():
     return [
         (errors.QtoolError("it broke"), 1, "error: it broke\n"),
         (errors.UsageError("--x", wanted=1, found=2), 2, "error: --x: wanted 1, found 2\n"),
-        (errors.RecipeError(problems, "recipe a"), 3, "error: recipe a: 2 problems\n  a.yaml:3: first\n  a.yaml:7: second\n"),
+        (
+            errors.RecipeError(problems, "recipe a"),
+            3,
+            "error: recipe a: 2 problems\n  a.yaml:3: first\n  a.yaml:7: second\n",
+        ),
         (errors.PlanError(["x"], "plan"), 4, "error: plan: 1 problem\n  x\n"),
         (errors.CheckpointError("bad [file]"), 5, "error: bad [file]\n"),
         (errors.NumericsError("NaN in w"), 6, "error: NaN in w\n"),
@@ -148,7 +152,9 @@ def test_help_lists_what_the_registries_hold():
     assert f"Methods: {', '.join(registry.names('methods'))}." in text
 
 
-@pytest.mark.parametrize("arguments", [[], *([c, "--help"] for c in ("quantize", "calibrate", "export", "eval", "plan"))])
+@pytest.mark.parametrize(
+    "arguments", [[], *([c, "--help"] for c in ("quantize", "calibrate", "export", "eval", "plan"))]
+)
 def test_help_imports_nothing_heavy(arguments):
     program = (
         "import sys\nfrom qtool.cli.app import main\n"
@@ -161,7 +167,9 @@ def test_help_imports_nothing_heavy(arguments):
 
 
 def test_completion_script_knows_the_program():
-    result = process("--show-completion", "bash", env={**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"})
+    result = process(
+        "--show-completion", "bash", env={**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    )
     assert result.returncode == 0
     assert "_QTOOL_COMPLETE=complete_bash" in result.stdout
 

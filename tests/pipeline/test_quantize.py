@@ -144,7 +144,11 @@ def test_several_artifacts_hold_the_same_weights(tiny_checkpoint, recipes, tmp_p
     model = AutoModelForCausalLM.from_pretrained(out / "compressed-tensors", dtype=torch.float32)
     model(torch.zeros(1, 4, dtype=torch.long))  # compressed-tensors decodes in the first forward pass, or before
     state = model.state_dict()
-    found = {e.name: decibel(original[f"{e.name}.weight"], state[f"{e.name}.weight"].double().numpy()) for e in report.layers if e.format}
+    found = {
+        e.name: decibel(original[f"{e.name}.weight"], state[f"{e.name}.weight"].double().numpy())
+        for e in report.layers
+        if e.format
+    }
     assert found == pytest.approx({e.name: e.weight_error_db for e in report.layers if e.format}, abs=0.05)
 
 
@@ -257,7 +261,9 @@ def test_missing_device_is_a_usage_error(tiny_checkpoint, recipes, tmp_path, mon
 def test_a_missed_gate_fails_after_everything_is_written(tiny_checkpoint, recipes, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 60)
-    overrides = (f"eval={json.dumps({'text': str(text), 'context': 64, 'chunks': 2, 'gates': {'top1': 1.0, 'kld': 0}})}",)
+    overrides = (
+        f"eval={json.dumps({'text': str(text), 'context': 64, 'chunks': 2, 'gates': {'top1': 1.0, 'kld': 0}})}",
+    )
     with pytest.raises(GateError, match=r"kld wanted at most 0"):
         run(QuantizeOptions(str(tiny_checkpoint("llama")), recipes["gguf"], tmp_path / "out", overrides))
     report = read_report(tmp_path / "out" / "report.json")

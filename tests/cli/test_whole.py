@@ -1,0 +1,135 @@
+"""The commands on a tiny model, as a user runs them: what comes out on stdout, and how failures end."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from qtool.cli.app import app
+from qtool.report.model import Report
+
+RECIPE = """\
+recipe: 1
+name: tiny
+layers:
+  - {match: lm_head, keep: true}
+  - {match: "*", weights: q8_0}
+export: [{to: gguf}]
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture
+def model(tiny_checkpoint):
+    return tiny_checkpoint("llama")
+
+
+def qtool(*arguments):
+    """Runs a command in this process."""
+    return CliRunner().invoke(app, list(map(str, arguments)), prog_name="qtool")
+
+
+def test_plan_shows_formats_and_sizes(model, recipe):
+    result = qtool("plan", model, "--recipe", recipe)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == (
+        "role       layers  format  method    bits     size\n"
+        "embedding       1  kept    -       16.000  65.5 kB\n"
+        "q               2  q8_0    rtn      8.500   8.7 kB\n"
+        "k               2  q8_0    rtn      8.500   4.4 kB\n"
+        "v               2  q8_0    rtn      8.500   4.4 kB\n"
+        "o               2  q8_0    rtn      8.500   8.7 kB\n"
+        "gate            2  q8_0    rtn      8.500  17.4 kB\n"
+        "up              2  q8_0    rtn      8.500  17.4 kB\n"
+        "down            2  q8_0    rtn      8.500  17.4 kB\n"
+        "head            1  kept    -       16.000  65.5 kB\n"
+        "other tensors: 640 B\n"
+        "predicted size: 210.0 kB, 12.029 bits per weight\n"
+        "artifacts: gguf\n"
+    )
+
+
+def test_plan_as_json_lists_every_layer(model, recipe):
+    plan = json.loads(qtool("plan", model, "--recipe", recipe, "--json").stdout)
+    assert len(plan["layers"]) == 16
+    assert plan["layers"][1] == {
+        "name": "model.layers.0.self_attn.q_proj",
+        "role": "q",
+        "block": 0,
+        "shape": [64, 64],
+        "format": "q8_0",
+        "method": "rtn",
+        "activations": None,
+        "keep": None,
+        "fallback": None,
+        "rule": 1,
+        "bits": 64 * 64 * 17 // 2,
+    }
+
+
+def test_quantize_prints_its_result_on_stdout_and_progress_on_stderr(model, recipe, tmp_path):
+    out = tmp_path / "out"
+    result = qtool("quantize", model, "--recipe", recipe, "-o", out)
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    nbytes = sum(p.stat().st_size for p in out.iterdir() if p.suffix == ".gguf" or p.name == "README.md")
+    assert lines[0].split() == ["artifact", "size", "smaller", "folder"]
+    assert lines[1].split() == ["gguf", f"{nbytes / 1e3:.1f}", "kB", f"{279168 / nbytes:.2f}x", "verified", str(out)]
+    assert lines[2] == "14 of 16 matrices quantized, 8.50 bits per weight"
+    assert re.fullmatch(r"largest weight error 4\d\.\d dB in model\.layers\.\d\.\S+", lines[3])
+    assert lines[4].endswith(f"report: {out / 'report.html'}")
+    assert "quantize 2/2 block-1" in result.stderr
+    assert result.stderr.count("quantize") == 2
+
+
+def test_quantize_as_json_prints_the_report_and_nothing_else(model, recipe, tmp_path):
+    result = qtool("quantize", model, "--recipe", recipe, "-o", tmp_path / "out", "--json", "--quiet")
+    assert result.stderr == ""
+    report = Report.model_validate(json.loads(result.stdout))
+    assert report == Report.model_validate_json((tmp_path / "out" / "report.json").read_text())
+
+
+def test_from_quantized_model_to_gate(model, recipe, tmp_path):
+    assert qtool("quantize", model, "--recipe", recipe, "-o", tmp_path / "out", "-q").exit_code == 0
+    text = tmp_path / "prose.txt"
+    text.write_text("What is written without effort is in general read without pleasure. " * 30)
+    command = ["eval", tmp_path / "out", "--baseline", model, "--text", text, "--context", 64, "--chunks", 2, "-q"]
+    good = qtool(*command, "--gate", "kld=0.5", "--gate", "top1=0.5", "--json")
+    assert good.exit_code == 0, good.stderr
+    measured = json.loads(good.stdout)
+    assert 0 < measured["kld_mean"] < 0.1
+    missed = qtool(*command, "--gate", "kld=0")
+    assert missed.exit_code == 9
+    assert re.search(rf"^kld_mean +{measured['kld_mean']:.6g}$", missed.stdout, re.MULTILINE)
+    assert missed.stderr.startswith("error: quality misses 1 of 1 gates: kld wanted at most 0, found ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["plan", "{model}", "-r", "nowhere"], 3, "no file and no shipped recipe is called 'nowhere'"),
+        (["plan", "{model}", "-r", "{recipe}", "--set", "layers.1.weights=int4-g128"], 4, "not divisible by 128"),
+        (["plan", "{tmp}", "-r", "{recipe}"], 5, "holds no config.json"),
+        (["quantize", "{model}", "-r", "{recipe}", "-o", "{model}"], 7, "the output folder holds something else"),
+        (["export", "{model}", "--to", "ggfu", "-o", "{tmp}/out"], 1, "did you mean 'gguf'?"),
+        (["quantize", "{model}", "-r", "{recipe}", "-o", "{tmp}/o", "--limit-layers", "9"], 2, "1 to 2 decoder blocks"),
+    ],
+    ids=["recipe", "plan", "checkpoint", "storage", "name", "usage"],
+)
+def test_real_mistakes_end_in_one_line_and_their_code(arguments, code, message, model, recipe, tmp_path):
+    names = {"model": model, "recipe": recipe, "tmp": tmp_path}
+    result = qtool(*(a.format(**names) for a in arguments))
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,155 @@
+"""Calibrated runs: what layers read, and the errors that follow, against plain forward passes of transformers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file as load_numpy
+from transformers import AutoModelForCausalLM
+
+from qtool.artifact.qtool import Qtool
+from qtool.calibrate.tokens import load_tokens
+from qtool.checkpoint.open import open_checkpoint
+from qtool.errors import CheckpointError, PlanError, StorageError
+from qtool.pipeline.calibrate import CalibrateOptions
+from qtool.pipeline.calibrate import run as calibrate
+from qtool.pipeline.quantize import QuantizeOptions
+from qtool.pipeline.quantize import run as quantize
+from qtool.recipe.load import load_recipe
+
+CALIBRATED = """
+recipe: 1
+name: calibrated
+calibration: {samples: 3, length: 48, propagate: PROPAGATE}
+layers:
+  - {match: "*", weights: int3-g32, method: METHOD}
+export: [{to: qtool}]
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Writes a recipe with a method and a way of propagation: its path."""
+
+    def write(method="gptq", propagate="quantized"):
+        path = tmp_path / "calibrated.yaml"
+        path.write_text(CALIBRATED.replace("METHOD", method).replace("PROPAGATE", propagate))
+        return str(path)
+
+    return write
+
+
+def inputs_of(model, names, tokens):
+    """What linear layers read in a forward pass: name -> float64 [tokens, K]."""
+    seen = {}
+    for name in names:
+        hook = lambda _, x, name=name: seen.__setitem__(name, x[0].flatten(0, -2).double())  # noqa: E731
+        model.get_submodule(name).register_forward_pre_hook(hook)
+    with torch.no_grad():
+        model(tokens)
+    return seen
+
+
+def reference_errors(source, quantized, entries, tokens, propagate):
+    """Output errors in dB, one whole model per block: float, or with everything before that block quantized."""
+    errors = {}
+    for stage in sorted({99 if e.block is None else e.block for e in entries}):
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        state = model.state_dict()
+        here = [e for e in entries if (99 if e.block is None else e.block) == stage]
+        before = [e for e in entries if e.block is not None and e.block < stage]
+        original = {e.name: state[f"{e.name}.weight"].double() for e in here}
+        for e in before if propagate == "quantized" else []:
+            model.get_submodule(e.name).weight.data = quantized.tensor(f"{e.name}.weight")
+        x = inputs_of(model, [e.name for e in here], tokens)
+        for e in here:
+            w, w_hat = original[e.name], quantized.tensor(f"{e.name}.weight").double()
+            signal, noise = (x[e.name] @ w.T).square().sum(), (x[e.name] @ (w - w_hat).T).square().sum()
+            errors[e.name] = float(10 * torch.log10(signal / noise))
+    return errors
+
+
+@pytest.mark.parametrize("propagate", ["quantized", "float"])
+def test_output_errors_are_those_of_plain_forward_passes(propagate, recipe, tiny_checkpoint, tmp_path):
+    source, path = tiny_checkpoint("llama-biased"), recipe("gptq", propagate)
+    report = quantize(QuantizeOptions(str(source), path, tmp_path / "out", dtype="fp32"))
+    quantized = Qtool().open(tmp_path / "out")
+    tokens = load_tokens(load_recipe(path).calibration, open_checkpoint(str(source)))
+    entries = [e for e in report.layers if e.format]
+    assert {e.block for e in entries} == {0, 1, None}
+    wanted = reference_errors(source, quantized, entries, tokens, propagate)
+    assert {e.name: e.output_error_db for e in entries} == pytest.approx(wanted, abs=2e-3)
+    assert {e.tokens for e in entries} == {3 * 48}
+    assert report.calibration["tokens"] == 3 * 48
+
+
+def test_the_two_ways_of_propagation_differ(recipe, tiny_checkpoint, tmp_path):
+    found = {}
+    for propagate in ("quantized", "float"):
+        options = QuantizeOptions(str(tiny_checkpoint("llama")), recipe("gptq", propagate), tmp_path / propagate)
+        found[propagate] = {e.name: e.output_error_db for e in quantize(options).layers if e.format}
+    same = {name for name, error in found["float"].items() if error == found["quantized"][name]}
+    assert {name.split(".")[2] for name in same} == {"0"}
+
+
+def test_stored_statistics_are_those_of_plain_forward_passes(recipe, tiny_checkpoint, tmp_path):
+    source, path = tiny_checkpoint("llama-biased"), recipe("{rtn: {importance: true}}")
+    measured = calibrate(CalibrateOptions(str(source), path, tmp_path / "stats", dtype="fp32"))
+    stored = load_numpy(tmp_path / "stats")
+    assert measured.inputs == 2 * 4 + 1
+    assert (measured.tokens, measured.nbytes) == (3 * 48, (tmp_path / "stats").stat().st_size)
+    tokens = load_tokens(load_recipe(path).calibration, open_checkpoint(str(source)))
+    readers = {
+        "attn_in": "self_attn.k_proj",
+        "attn_out": "self_attn.o_proj",
+        "mlp_in": "mlp.up_proj",
+        "mlp_mid": "mlp.down_proj",
+    }
+    names = {f"model.layers.{i}.{r}": f"model.layers.{i}.{m}" for i in (0, 1) for r, m in readers.items()}
+    names["head_in"] = "lm_head"
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    seen = inputs_of(model, names.values(), tokens)
+    assert {n.rpartition(".")[0] for n in stored} == set(names)
+    for reads, name in names.items():
+        x = seen[name].numpy()
+        np.testing.assert_allclose(stored[f"{reads}.sum_squares"], (x**2).sum(0), rtol=1e-4)
+        np.testing.assert_allclose(stored[f"{reads}.low"], x.min(0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(stored[f"{reads}.high"], x.max(0), rtol=1e-4, atol=1e-5)
+        assert stored[f"{reads}.tokens"] == [3 * 48]
+
+
+def test_stored_statistics_give_the_codes_of_a_float_walk(recipe, tiny_checkpoint, tmp_path):
+    model, path = str(tiny_checkpoint("llama")), recipe("{rtn: {importance: true}}", "float")
+    calibrate(CalibrateOptions(model, path, tmp_path / "stats"))
+    walked = quantize(QuantizeOptions(model, path, tmp_path / "walked"))
+    stored = quantize(QuantizeOptions(model, path, tmp_path / "stored", stats=tmp_path / "stats"))
+    quantize(QuantizeOptions(model, recipe("rtn"), tmp_path / "plain"))
+
+    def weights(name):
+        return {p.name: p.read_bytes() for p in (tmp_path / name).glob("*.safetensors")}
+
+    assert weights("stored") == weights("walked") != weights("plain")
+    assert [e.tokens for e in stored.layers] == [e.tokens for e in walked.layers]
+    assert stored.calibration == walked.calibration
+
+
+def test_statistics_of_another_model_are_refused(recipe, tiny_checkpoint, tmp_path):
+    path, stats = recipe("{rtn: {importance: true}}"), tmp_path / "stats"
+    calibrate(CalibrateOptions(str(tiny_checkpoint("llama")), path, stats))
+    with pytest.raises(CheckpointError, match="measured on another model"):
+        quantize(QuantizeOptions(str(tiny_checkpoint("llama-biased")), path, tmp_path / "out", stats=stats))
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_gptq_wants_more_than_stored_statistics(recipe, tiny_checkpoint, tmp_path):
+    with pytest.raises(PlanError, match="gptq needs Gram matrices"):
+        quantize(QuantizeOptions(str(tiny_checkpoint("llama")), recipe(), tmp_path / "out", stats=tmp_path / "stats"))
+
+
+def test_calibrate_replaces_only_when_told(recipe, tiny_checkpoint, tmp_path):
+    (tmp_path / "stats").write_text("mine")
+    options = CalibrateOptions(str(tiny_checkpoint("llama")), recipe(), tmp_path / "stats")
+    with pytest.raises(StorageError, match="--overwrite"):
+        calibrate(options)
+    assert (tmp_path / "stats").read_text() == "mine"
