@@ -84,13 +84,22 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Share:
-    """All layers of one role that are treated alike: how many, their weights, and their bytes when stored."""
+    """All layers of one role that are treated alike.
+
+    Attributes:
+        role, label, fallback: as in the plan of each.
+        method: its name; None: kept.
+        layers: how many.
+        weights, bits: of all of them together.
+    """
 
     role: str
     label: str
+    method: str | None
+    fallback: str | None
     layers: int
     weights: int
-    nbytes: int
+    bits: int
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,7 @@ class Plan:
     @property
     def predicted_bytes(self) -> int:
         """Bytes of all tensors when stored."""
-        return sum(_bytes(p) for p in self.layers) + self.other_bytes
+        return sum(-(-p.bits // 8) for p in self.layers) + self.other_bytes
 
     @property
     def bits_per_weight(self) -> float:
@@ -127,12 +136,14 @@ class Plan:
 
     def summary(self) -> tuple[Share, ...]:
         """The layers by role and treatment, in the model's order."""
-        shares: dict[tuple[str, str], Share] = {}
+        alike: dict[tuple[str, str, str | None, str | None], list[LayerPlan]] = {}
         for p in self.layers:
-            key = (p.module.role, p.label)
-            s = shares.get(key, Share(*key, 0, 0, 0))
-            shares[key] = Share(*key, s.layers + 1, s.weights + _weights(p), s.nbytes + _bytes(p))
-        return tuple(shares.values())
+            method = p.method.name() if p.method else None
+            alike.setdefault((p.module.role, p.label, method, p.fallback), []).append(p)
+        return tuple(
+            Share(*key, len(layers), sum(map(_weights, layers)), sum(p.bits for p in layers))
+            for key, layers in alike.items()
+        )
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of everything that decides the codes: program version, model, calibration settings, layers.
@@ -148,10 +159,6 @@ class Plan:
 
 def _weights(p: LayerPlan) -> int:
     return p.module.shape[0] * p.module.shape[1]
-
-
-def _bytes(p: LayerPlan) -> int:
-    return -(-p.bits // 8)
 
 
 def _exact(thing: BaseModel | None) -> Any:

@@ -151,9 +151,10 @@ class TestSizes:
         assert list(shares)[:2] == [("embedding", "kept"), ("q", "int4-g32")]
         assert shares["down", "q8_0"].layers == shares["down", "int4-g32"].layers == 1
         assert shares["k", "int4-g32"].layers == 2
-        assert shares["k", "int4-g32"].nbytes == 2 * 32 * 64 * 4.5 / 8
-        assert shares["head", "kept as f16"].nbytes == 100 * 64 * 2
-        assert sum(s.nbytes for s in shares.values()) + made.other_bytes == made.predicted_bytes
+        assert shares["k", "int4-g32"].bits == 2 * 32 * 64 * 4.5
+        assert (shares["k", "int4-g32"].method, shares["head", "kept as f16"].method) == ("rtn", None)
+        assert shares["head", "kept as f16"].bits == 100 * 64 * 16
+        assert sum(s.bits for s in shares.values()) // 8 + made.other_bytes == made.predicted_bytes
         assert sum(s.weights for s in shares.values()) == sum(n * k for n, k in (p.module.shape for p in made.layers))
 
 
@@ -169,6 +170,7 @@ class TestRowsThatDoNotDivide:
         down, up = (by_name(made)[f"model.layers.0.mlp.{name}_proj"] for name in ("down", "up"))
         assert (up.format, up.fallback) == (parse_format("int4-g64"), None)
         assert down.format == parse_format("int4-g32")
+        assert {s.role: s.fallback for s in made.summary()}["down"] == down.fallback
         assert down.fallback == "int4-g32 instead of int4-g64: rows of 96 columns are not divisible by 64"
         assert (up.bits, down.bits) == (96 * 64 * 4 + 96 * 16, 64 * 96 * 4 + 64 * 3 * 16)
 

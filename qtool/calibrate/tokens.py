@@ -25,8 +25,8 @@ CHOICE = 8
 def load_tokens(calibration: Calibration, checkpoint: Checkpoint) -> Tensor:
     """The tokens that a recipe asks for, the same ones for the same seed: int64 [S, T].
 
-    Text is tokenized as one stream and cut into windows of T, of which the seed chooses some. Where the tokenizer begins
-    a text with a special token, each sample begins with it.
+    Text is tokenized as one stream and cut into windows of T, of which the seed chooses some. Where the tokenizer
+    begins a text with a special token, each sample begins with it.
 
     Raises:
         CheckpointError: no tokenizer, no such file, or too little text in it.
@@ -89,9 +89,9 @@ def beginning(tokenizer: Any) -> int | None:
 
 
 def sampled(checkpoint: Checkpoint, tokenizer: Any, samples: int, length: int, generator: torch.Generator) -> Tensor:
-    """Text that the model writes itself, from a random first token on (https://arxiv.org/abs/2305.17888): int64 [samples, T].
+    """Text that the model writes itself, from a random first token on (https://arxiv.org/abs/2305.17888).
 
-    The whole model is in memory meanwhile.
+    The whole model is in memory meanwhile. Returns int64 [samples, T].
     """
     model = build_on_meta(checkpoint.config, torch.float32)
     tied = {"lm_head.weight": model.model.embed_tokens.weight} if checkpoint.tied else {}

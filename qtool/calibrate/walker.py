@@ -133,7 +133,7 @@ class Walker:
 
     @torch.inference_mode()
     def advance(self, block: nn.Module, i: int, hidden: Hidden) -> None:
-        """Runs block i and replaces its inputs by its outputs; inputs of linear layers are quantized where stored so."""
+        """Runs block i and replaces its inputs by its outputs; linear layers see inputs as the checkpoint declares."""
         with self.quantized_inputs(block, i):
             for part, output in self.outputs(block, i, hidden):
                 hidden[part] = output

@@ -41,8 +41,8 @@ class Quantized(NamedTuple):
 class Format(BaseModel):
     """A representation: grid, granularity, scale type. Instances are immutable, hashable and comparable.
 
-    The fields of a subclass are its options in a recipe. A subclass sets `group_columns` (and `block_columns`), and implements the
-    abstract methods; `snap` and `decode` follow from them unless the true arithmetic differs.
+    The fields of a subclass are its options in a recipe. A subclass sets `group_columns` (and `block_columns`), and
+    implements the abstract methods; `snap` and `decode` follow from them unless the true arithmetic differs.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -37,7 +37,7 @@ class Method(BaseModel):
 
     @property
     def sequential(self) -> bool:
-        """True if inputs should come from the already quantized layers before, so that their errors can be corrected."""
+        """True if inputs should come from the quantized layers before, so that their errors can be corrected."""
         return False
 
     @abstractmethod

@@ -1,8 +1,9 @@
 """GPTQ: walk the columns, round each, and let the columns still to come make up for its error.
 
 The objective of a layer is tr(D H D^T) with D = W - W_hat and H the Gram matrix of its inputs: the squared error of its
-outputs. The walk follows Frantar et al., https://arxiv.org/abs/2210.17323; the largest channels go first (activation
-order), but groups keep their place in the row, so an artifact needs no index of groups. Three things go beyond the paper:
+outputs. The walk follows Frantar et al., https://arxiv.org/abs/2210.17323; the largest channels go first
+(activation order), but groups keep their place in the row, so an artifact needs no index of groups. Three things go
+beyond the paper:
 
 - Scales are searched with column j's error weighted by 1 / U_jj^2, the weight it has in the walk's own objective (U is
   the inverse factor the walk divides by), not by H_jj.

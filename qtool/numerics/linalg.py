@@ -18,7 +18,8 @@ def inverse_factor(gram: Tensor, damp: float) -> tuple[Tensor, float]:
     """Upper Cholesky factor of the inverse of a damped Gram matrix: U with U^T U = (H + damp * mean(diag H) * I)^-1.
 
     It comes from one factorization of H read backwards and one triangular inverse, without forming the inverse: with J
-    the reversal of rows and columns, J H J = L L^T gives H^-1 = (J L^-1 J)^T (J L^-1 J), and J L^-1 J is upper triangular.
+    the reversal of rows and columns, J H J = L L^T gives H^-1 = (J L^-1 J)^T (J L^-1 J), and J L^-1 J is upper
+    triangular.
 
     Args:
         gram: float32 [K, K], symmetric, positive semidefinite.

@@ -5,8 +5,8 @@ For every row and group of columns the searches minimize
     sum_j importance_j (x_j - s * l_j - o)^2        over s, o and integers l_j in [lowest, highest]
 
 A candidate step rounds the group, then the best (s, o) for those codes follows in closed form, which is also how its
-error is scored (the idea of ggml's make_qx_quants and make_qkx2_quants, https://github.com/ggml-org/llama.cpp, here with
-a wider sweep, both signs of the scale, and integer zero points). Codes are rounded again to the final parameters later.
+error is scored (the idea of ggml's make_qx_quants and make_qkx2_quants, https://github.com/ggml-org/llama.cpp, here
+with a wider sweep, both signs of the scale, and integer zero points). Codes are rounded again to the final parameters later.
 
 Shape letters: N rows, C columns, G groups of C / G columns each.
 """
@@ -29,7 +29,7 @@ FAST = {"nnan", "ninf", "nsz", "arcp", "contract", "reassoc"}
 
 
 def clip_ratios(levels: int) -> np.ndarray:
-    """Where the largest weight may land, relative to the end of the grid: from a bit short of it to beyond it (clipped).
+    """Where the largest weight may land, relative to the end of the grid: from short of it to beyond it (clipped).
 
     Coarse grids clip harder. The bounds enclose the optimum of normal, Laplace and Student-t groups of 16 to 4096
     weights at every width from 2 to 8 bits.
@@ -105,7 +105,7 @@ def zero_point_rows(x, importance, reach, width, lowest, highest, ratios, scale,
 
 @njit(nogil=True, cache=True, fastmath=FAST)
 def offset_rows(x, importance, reach, width, highest, ratios, scale, offset, start, stop):  # type: ignore[no-untyped-def]
-    """Fills scale and free offset, [N, G], for levels 0 to highest and rows start to stop. x [N, C]; importance, reach [C]."""
+    """Fills scale and free offset, [N, G], for levels 0 to highest and rows start to stop; the rest as above."""
     for n in range(start, stop):
         for g in range(x.shape[1] // width):
             v, weight = x[n, g * width : (g + 1) * width], importance[g * width : (g + 1) * width]
@@ -159,7 +159,8 @@ def symmetric(x: Tensor, importance: Tensor | None, width: int, lowest: int, hig
         x: float32 [N, C].
         importance: float32 [C] or None.
         width: columns per group; divides C.
-        lowest, highest: ends of the grid.
+        lowest: first level of the grid.
+        highest: last level of the grid.
 
     Returns:
         float32 [N, G], on the device of x.

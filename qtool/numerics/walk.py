@@ -1,7 +1,7 @@
 """The column walk of GPTQ and the coordinate descent after it, as compiled kernels over rows.
 
-Both minimize tr(D H D^T), D = W - W_hat, one row at a time, for a grid `w_hat = scale * level + offset` whose (scale, offset)
-are fixed per row and group of columns. Rows are independent, so every thread takes some.
+Both minimize tr(D H D^T), D = W - W_hat, one row at a time, for a grid `w_hat = scale * level + offset` whose
+(scale, offset) are fixed per row and group of columns. Rows are independent, so every thread takes some.
 
 Shape letters: N rows, K columns, B columns of a block, G groups, L levels.
 """

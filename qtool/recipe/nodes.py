@@ -73,7 +73,7 @@ class Reader:
             if len(content) > LARGEST:
                 self.report(str(path), (), f"wanted at most {LARGEST >> 10} KiB of YAML, found more")
             else:
-                return self.parse(content.decode("utf-8-sig"), lambda line: f"{path}:{line + 1}")
+                return self.parse(content.decode(), lambda line: f"{path}:{line + 1}")
         except OSError as error:
             self.report(str(path), (), f"cannot be read: {error.strerror}")
         except UnicodeDecodeError as error:

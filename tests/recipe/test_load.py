@@ -290,9 +290,11 @@ eval: {text: a.txt}
 
     def test_mappings_merge_lists_replace_and_names_are_not_inherited(self, write):
         write(self.BASE, "base.yaml")
-        recipe = load_recipe(write(HEAD + "extends: base.yaml\ncalibration: {seed: 5}\nexport: []\neval: null\n"))
+        recipe = load_recipe(
+            write(HEAD + "extends: base.yaml\ncalibration: {seed: 5, samples: 9}\nexport: []\neval: null\n")
+        )
         assert (recipe.name, recipe.description) == ("test", "")
-        assert recipe.calibration == Calibration(samples=8, length=64, seed=5)
+        assert recipe.calibration == Calibration(samples=9, length=64, seed=5)
         assert recipe.export == ()
         assert recipe.eval is None
         assert len(recipe.layers) == 3

@@ -1,4 +1,4 @@
-"""GPTQ as the paper writes it, one column at a time in float64, with nothing clever: what the fast walk must agree with."""
+"""GPTQ as the paper writes it, one column at a time in float64: what the fast walk must agree with."""
 
 from __future__ import annotations
 
