@@ -5,7 +5,8 @@ boundaries: the layout of compressed-tensors' `pack-quantized` (since 0.18 for 3
 https://github.com/vllm-project/compressed-tensors) and of qtool's own neutral checkpoint. The last byte or word of a
 row is filled up with zeros.
 
-Eight fields of b bits are exactly b bytes, so eight of them at a time are gathered in one 64-bit integer.
+Eight fields of b bits are exactly b bytes, so eight of them at a time are gathered in one 64-bit integer: pairs, pairs
+of pairs, and pairs of those.
 
 Shape letters: K fields of a row, b bits of a field.
 """
@@ -30,10 +31,9 @@ def pack(fields: Tensor, bits: int) -> Tensor:
     count = fields.shape[-1]
     if bits == 8:
         return fields.contiguous()
-    eights = pad(fields, (0, -count % 8)).reshape(*fields.shape[:-1], -1, 8)
-    gathered = torch.zeros(eights.shape[:-1], dtype=torch.int64, device=fields.device)
-    for i in range(8):
-        gathered |= eights[..., i].long() << (i * bits)
+    gathered = pad(fields, (0, -count % 8))
+    for width, dtype in ((bits, torch.int16), (2 * bits, torch.int32), (4 * bits, torch.int64)):
+        gathered = gathered[..., ::2].to(dtype) | gathered[..., 1::2].to(dtype) << width
     packed = gathered.unsqueeze(-1).view(torch.uint8)[..., :bits].flatten(-2)
     return packed[..., : (count * bits + 7) // 8].contiguous()
 
@@ -54,10 +54,10 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     packed = packed[..., : (count * bits + 7) // 8]
     groups = pad(packed, (0, -packed.shape[-1] % bits)).reshape(*packed.shape[:-1], -1, bits)
     gathered = _recast(pad(groups, (0, 8 - bits)), torch.int64).squeeze(-1)
-    fields = torch.empty((*gathered.shape, 8), dtype=torch.uint8, device=packed.device)
-    for i in range(8):
-        fields[..., i] = (gathered >> (i * bits)) & ((1 << bits) - 1)
-    return fields.flatten(-2)[..., :count].contiguous()
+    for width, dtype in ((4 * bits, torch.int32), (2 * bits, torch.int16), (bits, torch.uint8)):
+        halves = (gathered & ((1 << width) - 1), gathered >> width)
+        gathered = torch.stack([half.to(dtype) for half in halves], dim=-1).flatten(-2)
+    return gathered[..., :count].contiguous()
 
 
 def pack_words(fields: Tensor, bits: int) -> Tensor:

@@ -150,3 +150,8 @@ def test_new_file_is_whole_or_as_before(tmp_path):
         partial.write_text("2")
         raise KeyboardInterrupt
     assert tree(tmp_path) == {"manifest.json": b"1"}
+    with path.open() as reader:
+        with _files.new_file(path) as partial:
+            partial.write_text("3")
+        assert reader.read() == "1"  # whoever reads meanwhile sees the old file, whole
+    assert tree(tmp_path) == {"manifest.json": b"3"}
