@@ -103,7 +103,8 @@ class MissingExtra(QtoolError):
     exit_code = 10
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs the package {package}", hint=f"install it with: pip install 'qtool[{extra}]'")
+        hint = f"install it with: pip install 'qtool[{extra}]'"
+        super().__init__(f"{purpose} needs the package {package}", hint=hint)
 
 
 class HubError(QtoolError):

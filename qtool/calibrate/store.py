@@ -34,7 +34,7 @@ def write_stats(path: Path, stats: Mapping[str, InputStats], about: Mapping[str,
     Raises:
         StorageError: the disk is full or not writable.
     """
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for reads, s in stats.items():
         tensors |= {f"{reads}.{n}": getattr(s, n).float().cpu() for n in ("sum_squares", "low", "high")}
         tensors[f"{reads}.tokens"] = torch.tensor([s.tokens])

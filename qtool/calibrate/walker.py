@@ -74,14 +74,15 @@ class Walker:
     def embed(self, tokens: Tensor) -> Hidden:
         """Token ids, int64 [S, T] -> hidden states before the first block, [S, T, H]."""
         table = self.checkpoint.tensor(f"{self.family.embedding}.weight")
-        hidden = Hidden(*tokens.shape, table.shape[1], self.dtype)
-        for s in range(tokens.shape[0]):
+        samples, length = tokens.shape
+        hidden = Hidden(samples, length, table.shape[1], self.dtype)
+        for s in range(samples):
             hidden[s : s + 1] = table[tokens[s : s + 1]].to(self.dtype)
         return hidden
 
     def load_block(self, i: int) -> nn.Module:
         """Block i with its weights, on the device."""
-        block = copy.deepcopy(self.blocks[i])
+        block: nn.Module = copy.deepcopy(self.blocks[i])
         prefix = self.family.block_prefix.format(i=i)
         state = {n: self.tensor(prefix + n) for n, _ in block.named_parameters()}
         block.load_state_dict(state, assign=True)
@@ -175,8 +176,8 @@ class Walker:
         """What the model's own forward passes to each block beside hidden states, for samples of `length` tokens."""
         if length not in self.arguments:
             body = self.model.model
-            recorders = nn.ModuleList(Recorder() for _ in self.blocks)
-            body.layers = recorders
+            recorders = [Recorder() for _ in self.blocks]
+            body.layers = nn.ModuleList(recorders)
             body.norm = nn.Identity()
             x = torch.zeros(1, length, body.config.hidden_size, dtype=self.dtype, device=self.device)
             with torch.inference_mode():
@@ -195,7 +196,7 @@ class Walker:
 
     def load_norm(self) -> nn.Module:
         """The final norm with its weights."""
-        norm = copy.deepcopy(self.norm)
+        norm: nn.Module = copy.deepcopy(self.norm)
         norm.load_state_dict({"weight": self.tensor(f"{self.family.norm}.weight")}, assign=True)
         return norm
 
@@ -206,7 +207,7 @@ class Walker:
             name = self.family.embedding if self.checkpoint.tied else self.family.head
             self.head = self.load_norm(), self.tensor(f"{name}.weight")
         norm, weight = self.head
-        x = norm(hidden[sample : sample + 1][0, start:].to(self.device))
+        x: Tensor = norm(hidden[sample : sample + 1][0, start:].to(self.device))
         return (x @ weight.T).float()
 
 
@@ -217,7 +218,7 @@ def quantize_tokens(x: Tensor, fmt: Format) -> Tensor:
     return fmt.decode(fmt.snap(rows, params), params).to(x.dtype).view(x.shape)
 
 
-def build_on_meta(config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+def build_on_meta(config: dict[str, Any], dtype: torch.dtype) -> Any:
     """transformers' model for a config.json, with parameters on the meta device and real rotary tables.
 
     Raises:

@@ -1,9 +1,10 @@
 """Alternates closed-form parameters and coordinate descent on codes, against the Gram matrix of a layer's inputs.
 
-For one row, w_hat is linear in its parameters p (a scale per group, and an offset where the format lets it
-move): w_hat = B p, a column of B per parameter, zero outside its group. The objective (w - B p)^T H (w - B p) falls most for the
-move d with (B^T H B) d = B^T H (w - B p). Formats round parameters to what they store; a row keeps its new ones only if
-the objective still falls. For fixed parameters, each code in turn then moves to its best level given all the others.
+For one row, w_hat is linear in its parameters p (a scale per group, and an offset where the format lets it move):
+w_hat = B p, a column of B per parameter, zero outside its group. The objective (w - B p)^T H (w - B p) falls most for
+the move d with (B^T H B) d = B^T H (w - B p). Formats round parameters to what they store; a row keeps its new ones
+only if the objective still falls. For fixed parameters, each code in turn then moves to its best level given all the
+others.
 
 `pull` is the rows' (w - w_hat) H, up to a factor the gradient; it is carried along, since it costs as much as the walk.
 

@@ -51,7 +51,9 @@ def invert_lower(lower: Tensor) -> Tensor:
     """Inverse of a lower triangular matrix [K, K], by halves, so that nearly all work is matrix products."""
     k = len(lower)
     if k <= 128:
-        return torch.linalg.solve_triangular(lower, torch.eye(k, dtype=lower.dtype, device=lower.device), upper=False)
+        identity = torch.eye(k, dtype=lower.dtype, device=lower.device)
+        solved: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+        return solved
     half = k // 2
     first, last = invert_lower(lower[:half, :half]), invert_lower(lower[half:, half:])
     inverse = torch.zeros_like(lower)

@@ -6,7 +6,8 @@ For every row and group of columns the searches minimize
 
 A candidate step rounds the group, then the best (s, o) for those codes follows in closed form, which is also how its
 error is scored (the idea of ggml's make_qx_quants and make_qkx2_quants, https://github.com/ggml-org/llama.cpp, here
-with a wider sweep, both signs of the scale, and integer zero points). Codes are rounded again to the final parameters later.
+with a wider sweep, both signs of the scale, and integer zero points). Codes are rounded again to the final parameters
+later.
 
 Shape letters: N rows, C columns, G groups of C / G columns each.
 """
