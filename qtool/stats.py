@@ -12,14 +12,17 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+PANEL = 192
+"""Smallest width of the strips in which a Gram matrix is accumulated; only strips on and below the diagonal are."""
+
 
 class Stat(Enum):
-    """What a method can ask for. Sums of squares, ranges and token counts are cheap and always kept."""
+    """What a method can ask for. Sums of squares and token counts are always kept."""
 
     GRAM = "gram"
     """X^T X, float32 [K, K]: GPTQ's Hessian up to a factor of 2."""
     CHANNELS = "channels"
-    """Sum of squares, absolute maximum, minimum and maximum, float32 [K] each: the importance matrix of llama.cpp."""
+    """Sums of squares and ranges, float32 [K] each: the importance matrix of llama.cpp, and activation scales."""
 
 
 class InputStats:
@@ -27,37 +30,58 @@ class InputStats:
 
     Attributes:
         tokens: T so far.
-        gram: float32 [K, K], or None where no method asked for it.
-        sum_squares, low, high: float32 [K].
+        gram: float32 [K, K], or None where no method asked for it. Its upper half is filled in when it is first read.
+        sum_squares: float32 [K].
+        low, high: float32 [K], infinite where nobody asked for them.
         cache: what methods derived from the finished statistics, kept for the next layer that reads this input.
     """
 
     def __init__(self, k: int, needs: frozenset[Stat], device: torch.device | str = "cpu") -> None:
         self.tokens = 0
-        self.gram = torch.zeros(k, k, device=device) if Stat.GRAM in needs else None
+        self.needs = needs
+        self._lower = torch.zeros(k, k, device=device) if Stat.GRAM in needs else None
+        self._whole = True
         self.sum_squares = torch.zeros(k, device=device)
         self.low = torch.full((k,), torch.inf, device=device)
         self.high = torch.full((k,), -torch.inf, device=device)
         self.cache: dict[object, object] = {}
 
+    @property
+    def gram(self) -> Tensor | None:
+        """X^T X so far, float32 [K, K]."""
+        if self._lower is not None and not self._whole:
+            self._lower.copy_(self._lower.tril() + self._lower.tril(-1).T)
+            self._whole = True
+        return self._lower
+
+    @gram.setter
+    def gram(self, gram: Tensor | None) -> None:
+        self._lower, self._whole = gram, True
+
     def add(self, x: Tensor) -> None:
         """Counts a batch of inputs, [T, K] of any float type."""
-        low, high = torch.aminmax(x, dim=0)
-        self.low = torch.minimum(self.low, low.float())
-        self.high = torch.maximum(self.high, high.float())
+        if Stat.CHANNELS in self.needs:
+            low, high = torch.aminmax(x, dim=0)
+            self.low = torch.minimum(self.low, low.float())
+            self.high = torch.maximum(self.high, high.float())
         x = x.float()
         self.tokens += x.shape[0]
-        if self.gram is None:
+        if self._lower is None:
             self.sum_squares += x.square().sum(0)
-        else:
-            self.gram.addmm_(x.T, x)
-            self.sum_squares = self.gram.diagonal().clone()
+            return
+        k = x.shape[1]
+        width = max(PANEL, -(-k // 8))
+        for start in range(0, k, width):
+            strip = self._lower[start:, start : start + width]
+            strip.addmm_(x[:, start:].T, x[:, start : start + width])
+        self._whole = False
+        self.sum_squares = self._lower.diagonal().clone()
 
     def merge(self, other: InputStats) -> None:
         """Adds what another part of the calibration tokens measured."""
         self.tokens += other.tokens
         if self.gram is not None and other.gram is not None:
-            self.gram += other.gram
+            self.gram = self.gram + other.gram
         self.sum_squares += other.sum_squares
         self.low = torch.minimum(self.low, other.low)
         self.high = torch.maximum(self.high, other.high)

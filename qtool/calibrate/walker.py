@@ -27,6 +27,9 @@ from qtool.stats import InputStats, Stat
 BATCH_TOKENS = 4096
 """Tokens per forward pass: enough to keep matrix products busy, few enough that a block's intermediates stay small."""
 
+TABLE_VALUES = 1 << 24
+"""Values of the embedding, or of the output matrix in float32, that are in memory at a time: 64 MB."""
+
 
 def compute_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the device multiplies it natively, else float32."""
@@ -72,12 +75,25 @@ class Walker:
         self.head: tuple[nn.Module, Tensor] | None = None
 
     def embed(self, tokens: Tensor) -> Hidden:
-        """Token ids, int64 [S, T] -> hidden states before the first block, [S, T, H]."""
-        table = self.checkpoint.tensor(f"{self.family.embedding}.weight")
+        """Token ids, int64 [S, T] -> hidden states before the first block, [S, T, H].
+
+        Raises:
+            CheckpointError: a token has no row in the embedding.
+        """
+        name = f"{self.family.embedding}.weight"
+        rows, width = self.checkpoint.info(name).shape
+        if int(tokens.max()) >= rows:
+            wanted = f"token ids below {rows}"
+            raise CheckpointError("tokenizer and model do not belong together", wanted=wanted, found=int(tokens.max()))
         samples, length = tokens.shape
-        hidden = Hidden(samples, length, table.shape[1], self.dtype)
-        for s in range(samples):
-            hidden[s : s + 1] = table[tokens[s : s + 1]].to(self.dtype)
+        hidden = Hidden(samples, length, width, self.dtype)
+        step = max(1, TABLE_VALUES // width)
+        for start in range(0, rows, step):
+            here = (tokens >= start) & (tokens < start + step)
+            if here.any():
+                table = self.checkpoint.rows(name, start, min(start + step, rows)).to(self.dtype)
+                for s in range(samples):
+                    hidden.values[s, here[s]] = table[tokens[s, here[s]] - start]
         return hidden
 
     def load_block(self, i: int) -> nn.Module:
@@ -123,11 +139,15 @@ class Walker:
             return lambda _, inputs: stats[reads].add(inputs[0].flatten(0, -2))
 
         hooks = [self.linear(block, m).register_forward_pre_hook(measure(r)) for r, m in readers.items()]
+        last = self.linear(block, self.modules[i][-1])
+        if not advance:  # nobody reads what comes after the last input, and its product is a quarter of the work
+            last.forward = lambda x: x.new_zeros(1)
         try:
             for part, output in self.outputs(block, i, hidden):
                 if advance:
                     hidden[part] = output
         finally:
+            last.__dict__.pop("forward", None)
             for hook in hooks:
                 hook.remove()
         return stats
@@ -148,9 +168,7 @@ class Walker:
             i: its index.
             formats: input format by module name; None: those that the checkpoint declares.
         """
-        if formats is None:
-            layers = self.checkpoint.layers if isinstance(self.checkpoint, QuantizedCheckpoint) else {}
-            formats = {name: layer.activations for name, layer in layers.items() if layer.activations}
+        formats = self.input_formats() if formats is None else formats
 
         def rounded(fmt: Format) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
             return lambda _, inputs: quantize_tokens(inputs[0], fmt)
@@ -162,6 +180,11 @@ class Walker:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def input_formats(self) -> dict[str, Format]:
+        """Formats that the checkpoint declares for inputs, by module name."""
+        layers = self.checkpoint.layers if isinstance(self.checkpoint, QuantizedCheckpoint) else {}
+        return {name: layer.activations for name, layer in layers.items() if layer.activations}
 
     def outputs(self, block: nn.Module, i: int, hidden: Hidden) -> Iterator[tuple[slice, Tensor]]:
         """Runs a block over all samples, some at a time: (which samples, [s, T, H])."""
@@ -202,13 +225,23 @@ class Walker:
 
     @torch.inference_mode()
     def logits(self, hidden: Hidden, sample: int, start: int = 0) -> Tensor:
-        """Final norm and output layer for positions `start` and later of one sample: float32 [T - start, V]."""
+        """Final norm and output layer for positions `start` and later of one sample: float32 [T - start, V].
+
+        The product is a float32 one, since bfloat16 would round logits to 3 digits.
+        """
         if self.head is None:
             name = self.family.embedding if self.checkpoint.tied else self.family.head
             self.head = self.load_norm(), self.tensor(f"{name}.weight")
         norm, weight = self.head
         x: Tensor = norm(hidden[sample : sample + 1][0, start:].to(self.device))
-        return (x @ weight.T).float()
+        if fmt := self.input_formats().get(self.family.head):
+            x = quantize_tokens(x, fmt)
+        x = x.float()
+        logits = x.new_empty(len(x), len(weight))
+        step = max(1, TABLE_VALUES // weight.shape[1])
+        for a in range(0, len(weight), step):
+            torch.mm(x, weight[a : a + step].float().T, out=logits[:, a : a + step])
+        return logits
 
 
 def quantize_tokens(x: Tensor, fmt: Format) -> Tensor:

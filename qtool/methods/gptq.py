@@ -30,7 +30,7 @@ from qtool.numerics.linalg import inverse_factor
 from qtool.numerics.walk import BLOCK, walk
 from qtool.stats import InputStats, Stat
 
-SWEEPS = 8
+SWEEPS = 4
 """Most passes of coordinate descent over a row in one round; rows that settle earlier stop earlier."""
 
 
@@ -48,7 +48,7 @@ class GPTQ(Method):
     damp: float = Field(0.02, gt=0, le=1)
     order: Literal["activation", "none"] = "activation"
     fit: Literal["before", "walk"] = "walk"
-    rounds: int = Field(2, ge=0, le=20)
+    rounds: int = Field(1, ge=0, le=20)
 
     @property
     def needs(self) -> frozenset[Stat]:
