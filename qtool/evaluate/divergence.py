@@ -11,6 +11,7 @@ Shape letters: P scored positions of a chunk, V vocabulary.
 from __future__ import annotations
 
 import math
+from array import array
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ class Scores:
     """Grows by one chunk at a time and keeps a few float64 numbers per position, so that quantiles are exact."""
 
     def __init__(self) -> None:
-        self.columns: dict[str, list[Tensor]] = {}
+        # No tensors: small ones between large temporaries keep the allocator from ever giving or using these again.
+        self.columns: dict[str, array[float]] = {}
 
     def add(self, logits: Tensor, targets: Tensor, base: Tensor | None = None) -> None:
         """Scores the positions of a chunk.
@@ -45,11 +47,11 @@ class Scores:
             for name, values in found.items():
                 if not values.isfinite().all():
                     raise NumericsError(f"the logits of a position give a {name} that is NaN or infinite")
-                self.columns.setdefault(name, []).append(values.cpu())
+                self.columns.setdefault(name, array("d")).extend(values.tolist())
 
     def column(self, name: str) -> Tensor:
         """One number per position so far, float64; names as in `score`."""
-        return torch.cat(self.columns[name])
+        return torch.tensor(self.columns[name], dtype=torch.float64)
 
     def summary(self) -> dict[str, float]:
         """The measured fields of an `Evaluation`, by name."""

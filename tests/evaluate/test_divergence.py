@@ -9,6 +9,7 @@ import torch
 from qtool.errors import NumericsError
 from qtool.evaluate import divergence
 from qtool.evaluate.divergence import Scores, quantiles
+from qtool.pipeline.memory import resident_bytes
 
 POSITIONS, VOCABULARY = 37, 50
 
@@ -123,3 +124,17 @@ def test_quantiles_equal_numpy(n):
     x = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
     shares = torch.tensor([0.0, 0.1, 0.5, 0.9, 0.999, 1.0], dtype=torch.float64)
     np.testing.assert_allclose(quantiles(x, shares), np.quantile(x.numpy(), shares.numpy()), rtol=1e-12)
+
+
+def test_memory_stays_flat_in_the_number_of_chunks():
+    def chunk() -> None:
+        base = torch.randn(255, 49152)
+        scores.add(base + 0.1 * torch.randn_like(base), torch.arange(255), base)
+
+    scores = Scores()
+    for _ in range(3):
+        chunk()
+    before = resident_bytes()
+    for _ in range(4):
+        chunk()
+    assert resident_bytes() - before < 50_000_000  # once 250 MB a chunk
