@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qtool.errors import HubError
+from qtool.artifact._hub import push_to_hub
 from qtool.pipeline.events import Event, Listener
 
 
@@ -21,16 +21,7 @@ def upload(folder: Path, repo: str, listener: Listener, endpoint: str | None = N
     Raises:
         HubError: refused, or out of reach; the folder stays as it is.
     """
-    from huggingface_hub import HfApi
-
     listener(Event("upload", 0, 1, repo))
-    api = HfApi(endpoint=endpoint, token=token)
-    try:
-        address = str(api.create_repo(repo, exist_ok=True))
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload the output of qtool")
-    except Exception as error:  # the hub library lets through what its HTTP library raises, and that one changes
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        hint = f"the result is in {folder}; log in with `hf auth login` and try `hf upload {repo} {folder}`"
-        raise HubError(f"cannot upload to {repo}", found=reason, hint=hint) from error
+    address = push_to_hub(folder, repo, token=token, endpoint=endpoint)
     listener(Event("upload", 1, 1, address))
     return address
