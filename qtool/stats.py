@@ -50,7 +50,7 @@ class InputStats:
     def gram(self) -> Tensor | None:
         """X^T X so far, float32 [K, K]."""
         if self._lower is not None and not self._whole:
-            self._lower.copy_(self._lower.tril() + self._lower.tril(-1).T)
+            self._lower = self._lower.tril() + self._lower.tril(-1).T
             self._whole = True
         return self._lower
 
