@@ -15,6 +15,9 @@ PIECE = 1 << 20
 FIELDS = ("messages", "conversations", "text", "content", "prompt")
 """Where rows of a dataset keep their text, tried in this order."""
 
+ROLES = {"human": "user", "gpt": "assistant"}
+"""Who speaks in rows of ShareGPT's kind, in the words of chat templates."""
+
 
 def documents(source: str, tokenizer: Any, chat_template: bool) -> Iterator[str]:
     """The documents of one token source of a recipe, except `self`.
@@ -31,15 +34,16 @@ def documents(source: str, tokenizer: Any, chat_template: bool) -> Iterator[str]
     """
     if source == "builtin":
         return _builtin()
+    template = tokenizer if chat_template else None
     if source.startswith("hf:"):
-        return (_text(row, source, tokenizer, chat_template) for row in _hub_rows(source))
+        return _texts(_hub_rows(source), source, template)
     path = Path(source)
     if not path.is_file():
         raise CheckpointError(f"there is no calibration file {source}", hint="give a .txt, .jsonl or .parquet file")
     if path.suffix == ".jsonl":
-        return (_text(row, source, tokenizer, chat_template) for row in _json_rows(path))
+        return _texts(_json_rows(path), source, template)
     if path.suffix == ".parquet":
-        return (_text(row, source, tokenizer, chat_template) for row in _parquet_rows(path))
+        return _texts(_parquet_rows(path), source, template)
     return _pieces(path)
 
 
@@ -58,17 +62,26 @@ def _pieces(path: Path) -> Iterator[str]:
                 yield piece
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} is not text", wanted="UTF-8", found=f"byte {error.start} of a piece") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _json_rows(path: Path) -> Iterator[Any]:
     """One JSON value per line."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise CheckpointError(f"{path}:{number} is not JSON", found=error) from error
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _parsed(line, f"{path}:{number}")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _parsed(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is not JSON", found=_one_line(error)) from error
 
 
 def _parquet_rows(path: Path) -> Iterator[Any]:
@@ -81,8 +94,8 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=64):
             yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
-        raise CheckpointError(f"{path} is not a readable Parquet file", found=error) from error
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a readable Parquet file", found=_one_line(error)) from error
 
 
 def _hub_rows(source: str) -> Iterator[Any]:
@@ -95,19 +108,45 @@ def _hub_rows(source: str) -> Iterator[Any]:
     try:
         yield from load_dataset(repo, config or None, split=split or "train", streaming=True)
     except Exception as error:
-        raise HubError(f"dataset {repo} cannot be read", found=" ".join(str(error).split())[:200]) from error
+        raise HubError(f"dataset {repo} cannot be read", found=_one_line(error)) from error
 
 
-def _text(row: Any, source: str, tokenizer: Any, chat_template: bool) -> str:
-    """The text of one row: a string, or the first known field of a mapping; messages are laid out or joined."""
-    value = next((row[f] for f in FIELDS if row.get(f)), None) if isinstance(row, dict) else row
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(isinstance(m, dict) for m in value):
-        messages = [{"role": m.get("role", m.get("from")), "content": m.get("content", m.get("value"))} for m in value]
-        if chat_template:
-            return str(tokenizer.apply_chat_template(messages, tokenize=False))
-        return "\n\n".join(str(m["content"]) for m in messages)
-    raise CheckpointError(
-        f"a row of {source} has no text", wanted=f"a field named {', '.join(FIELDS)}", found=list(row)
-    )
+def _texts(rows: Iterator[Any], source: str, template: Any) -> Iterator[str]:
+    """The text of every row: a string, or the first known field of a mapping; messages are laid out or joined.
+
+    Args:
+        rows: strings or mappings.
+        source: for error messages.
+        template: the tokenizer whose chat template lays messages out; None: join them.
+    """
+    for number, row in enumerate(rows, 1):
+        fields = [row[f] for f in FIELDS if row.get(f) is not None] if isinstance(row, dict) else [row]
+        value = next(filter(None, fields), fields[0] if fields else None)
+        where = f"row {number} of {source}"
+        text = _conversation(value, where, template) if isinstance(value, list) else value
+        if not isinstance(text, str):
+            found = ", ".join(map(str, row))[:100] if isinstance(row, dict) else type(row).__name__
+            raise CheckpointError(f"{where} has no text", wanted=f"one of {', '.join(FIELDS)}", found=found)
+        yield text.encode("utf-8", "replace").decode()  # JSON can spell halves of characters
+
+
+def _conversation(messages: list[Any], where: str, template: Any) -> str:
+    """One text of messages, {role, content} or {from, value} each."""
+    turns = []
+    for message in messages:
+        said = message if isinstance(message, dict) else {}
+        role, content = said.get("role", said.get("from")), said.get("content", said.get("value"))
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise CheckpointError(f"a message of {where}", wanted="text as role and content", found=str(message)[:100])
+        turns.append({"role": ROLES.get(role, role), "content": content})
+    if template is None:
+        return "\n\n".join(turn["content"] for turn in turns)
+    try:
+        return str(template.apply_chat_template(turns, tokenize=False))
+    except Exception as error:  # templates are programs that come with the model
+        raise CheckpointError(f"the chat template cannot lay out {where}", found=_one_line(error)) from error
+
+
+def _one_line(error: Exception) -> str:
+    """What another library says, short enough for a message."""
+    return " ".join(str(error).split())[:200]

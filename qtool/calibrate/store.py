@@ -5,6 +5,8 @@ already quantized. The file's metadata says which model and tokens it was measur
 
     <reads>.sum_squares, <reads>.low, <reads>.high    float32 [K]
     <reads>.tokens                                    int64 [1]
+    __metadata__["qtool.statistics"]                  the version, 1
+    __metadata__["about"]                             JSON: {"model": name, "fingerprint": hex, "calibration": object}
 """
 
 from __future__ import annotations
@@ -12,15 +14,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qtool.checkpoint._base import TensorInfo
 from qtool.checkpoint.safetensors_io import SafetensorsFile, SafetensorsWriter
 from qtool.errors import CheckpointError
-from qtool.stats import InputStats
+from qtool.stats import InputStats, Stat
 
 VERSION = "1"
+VECTORS = ("sum_squares", "low", "high")
+ABOUT = {"model": str, "fingerprint": str, "calibration": dict}
 
 
 def write_stats(path: Path, stats: Mapping[str, InputStats], about: Mapping[str, object]) -> None:
@@ -29,14 +34,14 @@ def write_stats(path: Path, stats: Mapping[str, InputStats], about: Mapping[str,
     Args:
         path: of the new file.
         stats: what was measured.
-        about: model, its fingerprint, and calibration, for the metadata; JSON values.
+        about: model, fingerprint and calibration; JSON values.
 
     Raises:
         StorageError: the disk is full or not writable.
     """
     tensors: dict[str, torch.Tensor] = {}
     for reads, s in stats.items():
-        tensors |= {f"{reads}.{n}": getattr(s, n).float().cpu() for n in ("sum_squares", "low", "high")}
+        tensors |= {f"{reads}.{n}": getattr(s, n).float().cpu() for n in VECTORS}
         tensors[f"{reads}.tokens"] = torch.tensor([s.tokens])
     infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
     metadata = {"qtool.statistics": VERSION, "about": json.dumps(about, sort_keys=True)}
@@ -45,7 +50,7 @@ def write_stats(path: Path, stats: Mapping[str, InputStats], about: Mapping[str,
             writer.add(name, tensor)
 
 
-def read_stats(path: Path) -> tuple[dict[str, InputStats], dict[str, object]]:
+def read_stats(path: Path) -> tuple[dict[str, InputStats], dict[str, Any]]:
     """Reads what `write_stats` wrote: (statistics, about).
 
     Raises:
@@ -59,12 +64,34 @@ def read_stats(path: Path) -> tuple[dict[str, InputStats], dict[str, object]]:
             found=file.metadata.get("qtool.statistics", "another kind of file"),
             hint="make one with: qtool calibrate MODEL --recipe RECIPE -o STATS",
         )
-    stats = {}
-    for name in file.entries:
-        if name.endswith(".tokens"):
-            reads = name.removesuffix(".tokens")
-            sums = file.read(f"{reads}.sum_squares")
-            stats[reads] = s = InputStats(len(sums), frozenset())
-            s.sum_squares, s.low, s.high = sums, file.read(f"{reads}.low"), file.read(f"{reads}.high")
-            s.tokens = int(file.read(name))
-    return stats, json.loads(file.metadata.get("about", "{}"))
+    stats = {n.removesuffix(".tokens"): _read_input(file, n) for n in file.entries if n.endswith(".tokens")}
+    if len(file.entries) != len(stats) * (len(VECTORS) + 1):
+        raise CheckpointError(f"{path} holds a tensor that belongs to no input")
+    return stats, _read_about(file)
+
+
+def _read_input(file: SafetensorsFile, name: str) -> InputStats:
+    """The statistics of one input, by the name of its token count; nothing in them is believed unseen."""
+    reads = name.removesuffix(".tokens")
+    tokens = file.read(name)
+    sums, low, high = vectors = [file.read(f"{reads}.{n}") for n in VECTORS]
+    like = all(v.dtype == torch.float32 and v.dim() == 1 and v.shape == sums.shape for v in vectors)
+    if not like or tokens.dtype != torch.int64 or tokens.shape != (1,):
+        raise CheckpointError(f"{file.path}: statistics of {reads}", wanted="float32 [K] three times and int64 [1]")
+    possible = (sums >= 0) & (low <= high) & sums.isfinite() & low.isfinite() & high.isfinite()
+    if not possible.all() or int(tokens) < 1:
+        raise CheckpointError(f"{file.path}: statistics of {reads} hold impossible numbers")
+    stats = InputStats(len(sums), frozenset({Stat.CHANNELS}))
+    stats.sum_squares, stats.low, stats.high, stats.tokens = sums, low, high, int(tokens)
+    return stats
+
+
+def _read_about(file: SafetensorsFile) -> dict[str, Any]:
+    """What the statistics were measured on."""
+    try:
+        about = json.loads(file.metadata.get("about", ""))
+    except (ValueError, RecursionError):
+        about = None
+    if not isinstance(about, dict) or not all(isinstance(about.get(key), kind) for key, kind in ABOUT.items()):
+        raise CheckpointError(f"{file.path} does not say what it was measured on", wanted=", ".join(ABOUT))
+    return about

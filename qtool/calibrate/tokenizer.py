@@ -23,7 +23,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     if folder is None:
         raise CheckpointError(f"{checkpoint.source} has no tokenizer", wanted=f"one of {', '.join(FILES)}")
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare ones on damaged files
         what = " ".join(str(error).split())[:200]
         raise CheckpointError(f"the tokenizer of {checkpoint.source} cannot be read", found=what) from error

@@ -14,7 +14,7 @@ from torch import Tensor
 from qtool.calibrate.documents import documents
 from qtool.calibrate.tokenizer import load_tokenizer
 from qtool.calibrate.walker import build_on_meta
-from qtool.checkpoint._base import Checkpoint
+from qtool.checkpoint._base import Checkpoint, finite
 from qtool.errors import CheckpointError
 from qtool.recipe.schema import Calibration, Source
 
@@ -38,7 +38,7 @@ def load_tokens(calibration: Calibration, checkpoint: Checkpoint) -> Tensor:
     parts = []
     for number, (source, samples) in enumerate(zip(mixture, shares(mixture, calibration.samples), strict=True)):
         generator = torch.Generator().manual_seed(calibration.seed + number)
-        if source.data == "self":
+        if source.data == "self" and samples:
             parts.append(sampled(checkpoint, tokenizer, samples, calibration.length, generator))
         elif samples:
             parts.append(windows(source.data, tokenizer, samples, calibration, generator))
@@ -70,8 +70,8 @@ def windows(source: str, tokenizer: Any, samples: int, calibration: Calibration,
         raise CheckpointError(
             f"calibration data {source} is too short",
             wanted=f"{samples} samples of {length} tokens",
-            found=f"{len(stream)} tokens",
-            hint=f"set calibration.samples={found} or a shorter calibration.length",
+            found=f"{len(stream)} tokens, enough for {found}",
+            hint="give more text, or lower calibration.samples or calibration.length",
         )
     chosen = torch.randperm(found, generator=generator)[:samples]
     tokens = torch.tensor(stream[: found * length]).view(found, length)[chosen]
@@ -91,14 +91,18 @@ def beginning(tokenizer: Any) -> int | None:
 def sampled(checkpoint: Checkpoint, tokenizer: Any, samples: int, length: int, generator: torch.Generator) -> Tensor:
     """Text that the model writes itself, from a random first token on (https://arxiv.org/abs/2305.17888).
 
-    The whole model is in memory meanwhile. Returns int64 [samples, T].
+    The whole model is in memory meanwhile, in float32. Returns int64 [samples, T].
+
+    Raises:
+        NumericsError: the model's logits are not finite.
     """
     model = build_on_meta(checkpoint.config, torch.float32)
     tied = {"lm_head.weight": model.model.embed_tokens.weight} if checkpoint.tied else {}
     state = {n: checkpoint.tensor(n).float() for n, _ in model.named_parameters() if n not in tied}
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
-    first = torch.randint(len(tokenizer), (samples, 1), generator=generator)
+    known = min(len(tokenizer), model.config.vocab_size)
+    first = torch.randint(known, (samples, 1), generator=generator)
     begin = beginning(tokenizer)
     prompt = first if begin is None else torch.cat([torch.full_like(first, begin), first], dim=1)
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
@@ -112,7 +116,7 @@ def sample_from(model: torch.nn.Module, tokens: Tensor, length: int) -> Tensor:
     while tokens.shape[1] < length:
         output = model(input_ids=fresh, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
-        fresh = torch.multinomial(output.logits[:, -1].softmax(-1), 1)
+        fresh = torch.multinomial(finite(output.logits[:, -1], "logits").softmax(-1), 1)
         tokens = torch.cat([tokens, fresh], dim=1)
     return tokens
 
