@@ -95,8 +95,11 @@ class NeutralWriter:
             infos |= {name: source.info(name) for name in kept}
         with new_file(self._path(key)) as partial:
             with SafetensorsWriter(partial, infos, {"qtool": "neutral"}) as writer:
-                for name in infos:
-                    writer.add(name, tensors[name] if name in tensors or source is None else source.tensor(name))
+                for name, tensor in tensors.items():
+                    writer.add(name, tensor)
+                if source is not None:
+                    for name in kept:
+                        writer.add(name, source.tensor(name))
             nbytes, digest = partial.stat().st_size, sha256(partial)
         entries = {module: LayerEntry.of(q, self.activations.get(module)) for module, q in layers.items()}
         block = BlockEntry(nbytes=nbytes, sha256=digest, layers=entries, record=json.loads(json.dumps(record)))
@@ -177,8 +180,21 @@ class NeutralCheckpoint(QuantizedCheckpoint):
         dtype = self._cast(name)
         return tensor if dtype in (None, tensor.dtype) else finite(tensor.to(dtype), name)
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """See `Checkpoint.rows`."""
+        module = name.removesuffix(".weight")
+        if module in self.layers:
+            return self._quantized_rows(module, start, stop).decode()
+        if self._cast(name):
+            return super().rows(name, start, stop)
+        return self._origin.rows(name, start, stop) if self._origin else self._file(name).read(name, start, stop)
+
     def quantized(self, module: str) -> Quantized:
         """See `QuantizedCheckpoint.quantized`."""
+        return self._quantized_rows(module, 0, self._shapes[module][0])
+
+    def _quantized_rows(self, module: str, start: int, stop: int) -> Quantized:
+        """Codes and parameters of some rows."""
         layer, (n, k) = self.layers[module], self._shapes[module]
         prefix = f"{module}.weight."
         file = self._file(prefix + "codes")
@@ -186,9 +202,9 @@ class NeutralCheckpoint(QuantizedCheckpoint):
         expected = TensorInfo((n, (k * bits + 7) // 8), torch.uint8)
         if file.info(prefix + "codes") != expected:
             raise CheckpointError(f"{file.path}: codes of {module}", wanted=expected, found=file.info(prefix + "codes"))
-        codes = unpack(file.read(prefix + "codes"), bits, k)
+        codes = unpack(file.read(prefix + "codes", start, stop), bits, k)
         names = [name.removeprefix(prefix) for name in file.entries if name.startswith(prefix)]
-        params = {name: file.read(prefix + name) for name in names if name != "codes"}
+        params = {name: file.read(prefix + name, start, stop) for name in names if name != "codes"}
         return checked(Quantized(codes, params, layer.format), module, file.path)
 
     def fingerprint(self) -> str:

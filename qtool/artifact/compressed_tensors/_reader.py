@@ -104,6 +104,12 @@ class CompressedCheckpoint(QuantizedCheckpoint):
         module = name.removesuffix(".weight")
         return self.quantized(module).decode() if module in self.layers else self._file(name).read(name)
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """See `Checkpoint.rows`."""
+        if name.removesuffix(".weight") in self.layers:
+            return super().rows(name, start, stop)
+        return self._file(name).read(name, start, stop)
+
     def quantized(self, module: str) -> Quantized:
         """See `QuantizedCheckpoint.quantized`."""
         layer, kind = self.layers[module], self._kinds[module]
