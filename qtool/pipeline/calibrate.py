@@ -13,7 +13,7 @@ from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import modules
 from qtool.errors import StorageError
 from qtool.pipeline.events import Event, Listener, silent
-from qtool.pipeline.prepare import device_of, dtype_of, prepare
+from qtool.pipeline.prepare import prepare
 from qtool.pipeline.summarize import model_name
 from qtool.stats import InputStats, Stat
 
@@ -58,10 +58,10 @@ def run(options: CalibrateOptions, listener: Listener = silent) -> Measured:
     """
     if options.out.exists() and not options.overwrite:
         raise StorageError(f"{options.out} exists", hint="pass --overwrite to replace it, or choose another name")
-    job = prepare(options.model, options.recipe, options.overrides, options.seed)
+    o = options
+    job = prepare(o.model, o.recipe, o.overrides, o.seed, device=o.device, dtype=o.dtype)
     calibration = job.plan.recipe.calibration
-    device = device_of(options.device)
-    walker = Walker(job.checkpoint, device, dtype_of(options.dtype, device))
+    walker = Walker(job.checkpoint, job.device, job.dtype)
     tokens = load_tokens(calibration, job.checkpoint)
     stats = measure(walker, walker.embed(tokens), listener)
     about = {

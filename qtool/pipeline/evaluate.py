@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from qtool.artifact._files import new_file
 from qtool.artifact._open import open_model
 from qtool.checkpoint._base import Checkpoint
@@ -16,7 +14,7 @@ from qtool.evaluate.gates import validate_gates
 from qtool.evaluate.result import Evaluation
 from qtool.evaluate.run import Progress, evaluate
 from qtool.pipeline.events import Event, Listener, silent
-from qtool.pipeline.prepare import device_of, dtype_of
+from qtool.pipeline.prepare import Job, device_of, dtype_of
 from qtool.recipe.schema import Eval
 
 
@@ -71,24 +69,29 @@ def run(options: EvaluateOptions, listener: Listener = silent) -> Evaluation:
     return evaluation
 
 
-def compare(
-    model: Checkpoint, baseline: Checkpoint, asked: Eval, device: torch.device, dtype: torch.dtype, listener: Listener
-) -> Evaluation:
-    """The evaluation that a recipe asks for."""
+def check(asked: Eval | None) -> None:
+    """Refuses an evaluation that cannot be done, before hours of work. Raises UsageError."""
+    if asked:
+        validate_gates(asked.gates, compared=True)
+        check_text(Path(asked.text))
+
+
+def as_asked(job: Job, model: Checkpoint, asked: Eval, listener: Listener) -> Evaluation:
+    """The evaluation that a recipe asks for: of its result, against the source."""
     return evaluate(
         model,
-        baseline,
+        job.checkpoint,
         Path(asked.text),
         context=asked.context,
         chunks=asked.chunks,
-        device=device,
-        dtype=dtype,
+        device=job.device,
+        dtype=job.dtype,
         progress=tell(listener),
     )
 
 
 def check_text(text: Path) -> None:
-    """Refuses a text that is not there, before hours of work. Raises UsageError."""
+    """Refuses a text that is not there. Raises UsageError."""
     if not text.is_file():
         raise UsageError("the evaluation text", wanted="a UTF-8 file", found=f"no file {text}")
 

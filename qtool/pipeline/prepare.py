@@ -21,15 +21,23 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Job:
-    """A model, what to do with it, and what to write it as."""
+    """A model, what to do with it, what to write it as, and where and in which type to run it."""
 
     checkpoint: Checkpoint
     plan: Plan
     artifacts: dict[str, Artifact]
+    device: torch.device
+    dtype: torch.dtype
 
 
 def prepare(
-    model: str, recipe: str, overrides: Sequence[str] = (), seed: int | None = None, limit: int | None = None
+    model: str,
+    recipe: str,
+    overrides: Sequence[str] = (),
+    seed: int | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
 ) -> Job:
     """Opens a model and plans a recipe for it.
 
@@ -39,16 +47,20 @@ def prepare(
         overrides: `key=value` for fields of the recipe.
         seed: replaces the calibration's seed.
         limit: quantize this many decoder blocks and nothing else.
+        device: "auto", "cpu" or "cuda".
+        dtype: of forward passes: "auto", "bf16" or "fp32".
 
     Raises:
         RecipeError, CheckpointError, PlanError, UsageError: see `load_recipe`, `open_checkpoint`, `make_plan`.
     """
+    place = device_of(device)
     if seed is not None:
         overrides = (*overrides, f"calibration.seed={seed}")
     parsed = load_recipe(recipe, overrides)
     checkpoint = open_checkpoint(model)
     artifacts = {export.to: registry.load("artifact", export.to)(**export.options) for export in parsed.export}
-    return Job(checkpoint, make_plan(parsed, checkpoint, artifacts, limit), artifacts)
+    plan = make_plan(parsed, checkpoint, artifacts, limit)
+    return Job(checkpoint, plan, artifacts, place, dtype_of(dtype, place))
 
 
 def device_of(name: str) -> torch.device:

@@ -7,24 +7,23 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from qtool.artifact._files import check_free, new_folder
-from qtool.evaluate.gates import check_gates, validate_gates
+from qtool.evaluate.gates import check_gates
 from qtool.formats._base import Quantized
 from qtool.pipeline import evaluate
 from qtool.pipeline.events import Event, Listener, silent
-from qtool.pipeline.prepare import Job, device_of, dtype_of, prepare
+from qtool.pipeline.prepare import Job, prepare
 from qtool.pipeline.publish import publish
 from qtool.pipeline.solve import Unit, kept, mean_db, refuse_non_finite, solve, units
 from qtool.pipeline.statistics import Statistics, statistics_for
 from qtool.pipeline.stopwatch import Stopwatch
 from qtool.pipeline.summarize import make_report, model_card
 from qtool.pipeline.upload import upload
-from qtool.pipeline.work import Work, identity, open_work
+from qtool.pipeline.work import Work, identity, open_work, published, remove_work
 from qtool.report.model import LayerEntry, Report
-from qtool.report.render import write_report
+from qtool.report.render import read_report, write_report
 from qtool.stats import InputStats
 
 Solved = dict[str, tuple[Quantized, LayerEntry]]
@@ -67,48 +66,56 @@ def run(options: QuantizeOptions, listener: Listener = silent) -> Report:
     Raises:
         QtoolError: of every kind. GateError comes last: everything is written by then.
     """
-    check_free(options.out, options.overwrite)
-    watch = Stopwatch()
-    with watch.stage("plan"):
-        job = prepare(options.model, options.recipe, options.overrides, options.seed, options.limit)
-        asked = job.plan.recipe.eval
-        if asked:
-            validate_gates(asked.gates, compared=True)
-            evaluate.check_text(Path(asked.text))
-        device = device_of(options.device)
-        dtype = dtype_of(options.dtype, device)
-    for warning in job.plan.warnings:
-        listener(Event("plan", 1, 1, warning, warning=True))
-    with watch.stage("calibrate"):
-        source = statistics_for(job, options.stats, device, dtype, listener)
     out = options.out.absolute()
     place = out.with_name(f"{out.name}.work")
     if not place.exists():
-        refuse_non_finite(job.checkpoint)
-    with open_work(place, job, identity(job, source.digest, str(device), str(dtype)), listener) as work:
-        with watch.stage("quantize"):
-            entries = solve_all(job, work, source, device, listener)
-        model, evaluations = work.model(), []
-        if asked:
-            with watch.stage("evaluate"):
-                evaluations.append(evaluate.compare(model, job.checkpoint, asked, device, dtype, listener))
-        card = model_card(job, entries, evaluations)
-        with new_folder(out, options.overwrite) as folder:
-            artifacts = publish(job.artifacts, model, folder, card, options.verify, watch, listener)
-            report = make_report(job, entries, artifacts, watch.entries, evaluations, source.about, device)
-            write_report(report, folder)
-        if not options.keep:
-            work.remove()
+        check_free(out, options.overwrite)
+    watch = Stopwatch()
+    with watch.stage("plan"):
+        o = options
+        job = prepare(o.model, o.recipe, o.overrides, o.seed, o.limit, o.device, o.dtype)
+        evaluate.check(job.plan.recipe.eval)
+    for warning in job.plan.warnings:
+        listener(Event("plan", 1, 1, warning, warning=True))
+    with watch.stage("calibrate"):
+        source = statistics_for(job, options.stats, listener)
+    run_identity = identity(job, source.digest)
+    if published(place, out, run_identity) and not options.overwrite:
+        report = read_report(out / "report.json")
+    else:
+        check_free(out, options.overwrite)
+        if not place.exists():
+            refuse_non_finite(job.checkpoint)
+        with open_work(place, job, run_identity, listener) as work:
+            report = produce(job, work, source, options, watch, listener)
+    if not options.keep:
+        remove_work(place, out)
     if options.push_to:
         upload(out, options.push_to, listener)
-    if asked:
-        check_gates(evaluations[0], asked.gates)
+    for evaluation in report.evaluations:
+        check_gates(evaluation, job.plan.recipe.eval.gates if job.plan.recipe.eval else {})
     return report
 
 
-def solve_all(
-    job: Job, work: Work, source: Statistics, device: torch.device, listener: Listener
-) -> tuple[LayerEntry, ...]:
+def produce(
+    job: Job, work: Work, source: Statistics, options: QuantizeOptions, watch: Stopwatch, listener: Listener
+) -> Report:
+    """Solves what is not solved yet, evaluates, and writes artifacts and report under their final name."""
+    with watch.stage("quantize"):
+        entries = solve_all(job, work, source, listener)
+    model, evaluations = work.model(), []
+    if job.plan.recipe.eval:
+        with watch.stage("evaluate"):
+            evaluations.append(evaluate.as_asked(job, model, job.plan.recipe.eval, listener))
+    card = model_card(job, entries, evaluations)
+    with new_folder(options.out.absolute(), options.overwrite) as folder:
+        artifacts = publish(job.artifacts, model, folder, card, options.verify, watch, listener)
+        report = make_report(job, entries, artifacts, watch.entries, evaluations, source.about)
+        write_report(report, folder)
+    return report
+
+
+def solve_all(job: Job, work: Work, source: Statistics, listener: Listener) -> tuple[LayerEntry, ...]:
     """Goes through the plan unit by unit; what an earlier run finished is only walked through."""
     entries = {p.module.name: kept(p) for p in job.plan.layers if p.format is None}
     steps = steps_of(job)
@@ -116,7 +123,7 @@ def solve_all(
     for done, unit in enumerate(steps, 1):
         found, weight = work.entries(unit), work.weight
         if found is None:
-            solved = solve_unit(unit, job, source.measure(unit), device)
+            solved = solve_unit(unit, job, source.measure(unit))
             found = [entry for _, entry in solved.values()]
             work.save(unit, {name: quantized for name, (quantized, _) in solved.items()}, found)
             weight = partial(decoded, solved)
@@ -135,13 +142,13 @@ def steps_of(job: Job) -> list[Unit]:
     return steps[: last + 1]
 
 
-def solve_unit(unit: Unit, job: Job, measured: dict[str, InputStats], device: torch.device) -> Solved:
+def solve_unit(unit: Unit, job: Job, measured: dict[str, InputStats]) -> Solved:
     """Solves a unit's modules, those with the same input one after the other, so that its statistics can go."""
     solved: Solved = {}
     by_input = sorted(unit.quantized, key=lambda p: p.module.reads)
     for reads, plans in groupby(by_input, lambda p: p.module.reads):
         stats = measured.pop(reads, None)
-        solved |= {p.module.name: solve(p, job.checkpoint, stats, device) for p in plans}
+        solved |= {p.module.name: solve(p, job.checkpoint, stats, job.device) for p in plans}
     return solved
 
 

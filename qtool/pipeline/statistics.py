@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from qtool.artifact._files import sha256
@@ -102,16 +101,12 @@ class Walked(Statistics):
         self.block, self.ahead = None, False
 
 
-def statistics_for(
-    job: Job, stored: Path | None, device: torch.device, dtype: torch.dtype, listener: Listener
-) -> Statistics:
+def statistics_for(job: Job, stored: Path | None, listener: Listener) -> Statistics:
     """Chooses where a run's statistics come from.
 
     Args:
         job: says whether any method needs some.
         stored: statistics of an earlier `calibrate`; None: run the calibration tokens.
-        device: where blocks are run.
-        dtype: of their weights and hidden states.
         listener: told about progress.
 
     Raises:
@@ -124,7 +119,7 @@ def statistics_for(
     calibration = job.plan.recipe.calibration
     listener(Event("calibrate", 0, 1, str(calibration.data)))
     tokens = load_tokens(calibration, job.checkpoint)
-    source = Walked(Walker(job.checkpoint, device, dtype), tokens, calibration)
+    source = Walked(Walker(job.checkpoint, job.device, job.dtype), tokens, calibration)
     listener(Event("calibrate", 1, 1, f"{tokens.numel()} tokens"))
     return source
 
@@ -147,6 +142,10 @@ def read(path: Path, job: Job) -> Stored:
             wanted=job.checkpoint.source,
             found=about.get("model"),
         )
-    calibration = about["calibration"]
-    assert isinstance(calibration, dict)
-    return Stored(stats, sha256(path), calibration)
+    for p in job.plan.layers:
+        if p.method and p.method.needs:
+            found = len(stats[p.module.reads].sum_squares) if p.module.reads in stats else 0
+            if found != p.module.shape[1]:
+                what = f"the statistics in {path} do not fit {p.module.name}"
+                raise CheckpointError(what, wanted=f"{p.module.shape[1]} inputs", found=found)
+    return Stored(stats, sha256(path), about["calibration"])

@@ -41,7 +41,6 @@ def make_report(
     stages: Sequence[StageEntry],
     evaluations: Sequence[Evaluation],
     calibration: dict[str, object],
-    device: torch.device,
 ) -> Report:
     """The whole report of a run."""
     recipe = job.plan.recipe
@@ -61,7 +60,7 @@ def make_report(
         stages=tuple(stages),
         evaluations=tuple(evaluations),
         warnings=job.plan.warnings,
-        environment=environment(device),
+        environment=environment(job.device),
     )
 
 

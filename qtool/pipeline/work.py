@@ -59,12 +59,6 @@ class Work:
         """What is finished, together with the source's other tensors."""
         return NeutralCheckpoint(self.folder, self.source)
 
-    def remove(self) -> None:
-        """Removes the folder, manifest first, so that half of it is never taken for a run to continue."""
-        with storage_errors(self.folder):
-            (self.folder / MANIFEST).unlink()
-            shutil.rmtree(self.folder)
-
 
 @contextmanager
 def open_work(folder: Path, job: Job, run: Mapping[str, Any], listener: Listener) -> Iterator[Work]:
@@ -79,6 +73,21 @@ def open_work(folder: Path, job: Job, run: Mapping[str, Any], listener: Listener
     with lock(folder):
         discard_other(folder, run, listener)
         yield Work(folder, job, run)
+
+
+def published(folder: Path, out: Path, run: Mapping[str, Any]) -> bool:
+    """True if the run that made the work folder wrote its result and was ended before it could tidy up."""
+    manifest = folder / MANIFEST
+    return manifest.exists() and (out / "report.json").is_file() and Manifest.load(folder).run == run
+
+
+def remove_work(folder: Path, out: Path) -> None:
+    """Removes a work folder under a name that the next run cleans up, should this one be killed half-way."""
+    with storage_errors(folder):
+        leftover = out.with_name(f".{out.name}.finished.partial")
+        shutil.rmtree(leftover, ignore_errors=True)
+        folder.rename(leftover)
+        shutil.rmtree(leftover)
 
 
 def discard_other(folder: Path, run: Mapping[str, Any], listener: Listener) -> None:
@@ -105,22 +114,20 @@ def discard_other(folder: Path, run: Mapping[str, Any], listener: Listener) -> N
             path.unlink()
 
 
-def identity(job: Job, calibration: str | None, device: str, dtype: str) -> dict[str, Any]:
+def identity(job: Job, calibration: str | None) -> dict[str, Any]:
     """What two runs must share for one to continue the other.
 
     Args:
         job: the run.
         calibration: digest of the tokens or statistics; None without data.
-        device: where is computed.
-        dtype: of the walked model.
     """
     run = {
         "version": code_digest(),
         "model": job.plan.source_fingerprint,
         "recipe": job.plan.fingerprint(),
-        "device": device,
+        "device": str(job.device),
     }
-    return run if calibration is None else {**run, "calibration": calibration, "dtype": dtype}
+    return run if calibration is None else {**run, "calibration": calibration, "dtype": str(job.dtype)}
 
 
 def code_digest() -> str:

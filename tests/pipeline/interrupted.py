@@ -1,7 +1,7 @@
 """Runs `qtool quantize` over and over and ends it at chosen moments; a program of its own, for test_interruption.py.
 
-It forks one child per run, so that imports are paid once. A moment is a file operation below the output's parent folder
-(an audit event: open, rename, remove, ...), so the narrow windows around a rename are met as surely as the wide ones.
+It forks one child per run, so that imports are paid once. A moment is an operation that changes files below the output's
+parent folder (an audit event: rename, remove, ...), so the narrow windows around a rename are met like the wide ones.
 Prints JSON: {"events": n, "wanted": {file: sha256}, "runs": [{"moment": i, "codes": [...], "found": {...}}]}.
 """
 
@@ -39,7 +39,8 @@ def run(arguments, folder, moment=None, number=signal.SIGKILL):
 
     def hook(event, values):
         nonlocal count
-        if event in EVENTS and str(values[0]).startswith(str(folder)):
+        writes = event in EVENTS and (event != "open" or "w" in str(values[1]))
+        if writes and str(values[0]).startswith(str(folder)):
             count += 1
             os.write(writer, b".")
             if count == moment:
@@ -80,7 +81,7 @@ def experiments(arguments, folder, out, count, seed):
     runs = []
     for i in range(count):
         shutil.rmtree(out)
-        moments = [rng.randint(1, events), rng.randint(1, events // 2)]
+        moments = [rng.randint(2, events // 2), rng.randint(2, events)]
         number = signal.SIGINT if i == count - 1 else signal.SIGKILL
         runs.append(until_done(arguments, folder, out, moments, number))
     return {"events": events, "wanted": wanted, "runs": runs}

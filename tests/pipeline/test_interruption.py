@@ -37,13 +37,13 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(name, tiny_checkpoin
     place = tmp_path / "place"
     place.mkdir()
     script = Path(__file__).with_name("interrupted.py")
-    command = [sys.executable, script, tiny_checkpoint("qwen3"), recipe, place, "4", "0"]
+    command = [sys.executable, script, tiny_checkpoint("qwen3"), recipe, place, "4", "1"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert len(found["wanted"]) > 3
     for run in found["runs"]:
         assert run["found"] == found["wanted"], run
-        assert run["left"] == ["out"], run
+        assert {name for name in run["left"] if not name.startswith(".")} == {"out"}, run
         assert set(run["codes"]) & {-9, 130}, "no run was disturbed"
         assert run["codes"][-1] in (0, -9), run["codes"]

@@ -231,6 +231,16 @@ def test_work_of_the_same_run_is_not_done_again(tiny_checkpoint, recipes, tmp_pa
     assert run(QuantizeOptions(model, recipes["gguf"], out)).layers == first.layers
 
 
+def test_a_run_killed_while_it_tidied_up_is_done(tiny_checkpoint, recipes, tmp_path, monkeypatch):
+    out, model = tmp_path / "out", str(tiny_checkpoint("llama"))
+    first = run(QuantizeOptions(model, recipes["gguf"], out, keep=True))  # leaves what such a run leaves
+    with pytest.raises(StorageError, match="holds an earlier output"):
+        run(QuantizeOptions(model, recipes["compressed"], out))
+    monkeypatch.setattr("qtool.pipeline.quantize.produce", None)
+    assert run(QuantizeOptions(model, recipes["gguf"], out)) == first
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_foreign_work_folder_is_left_alone(tiny_checkpoint, recipes, tmp_path):
     work = tmp_path / "out.work"
     work.mkdir()

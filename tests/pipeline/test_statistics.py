@@ -72,12 +72,12 @@ def reference_errors(source, quantized, entries, tokens, propagate):
 
 @pytest.mark.parametrize("propagate", ["quantized", "float"])
 def test_output_errors_are_those_of_plain_forward_passes(propagate, recipe, tiny_checkpoint, tmp_path):
-    source, path = tiny_checkpoint("llama-biased"), recipe("gptq", propagate)
+    source, path = tiny_checkpoint("qwen3"), recipe("gptq", propagate)
     report = quantize(QuantizeOptions(str(source), path, tmp_path / "out", dtype="fp32"))
     quantized = Qtool().open(tmp_path / "out")
     tokens = load_tokens(load_recipe(path).calibration, open_checkpoint(str(source)))
     entries = [e for e in report.layers if e.format]
-    assert {e.block for e in entries} == {0, 1, None}
+    assert {e.block for e in entries} == {0, 1, 2, None}
     wanted = reference_errors(source, quantized, entries, tokens, propagate)
     assert {e.name: e.output_error_db for e in entries} == pytest.approx(wanted, abs=2e-3)
     assert {e.tokens for e in entries} == {3 * 48}
