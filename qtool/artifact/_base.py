@@ -50,16 +50,16 @@ class Artifact(ABC):
             PlanError: every reason why not, with the layers that it holds for.
         """
         reasons: dict[str, list[str]] = defaultdict(list)
-        sets: dict[str, set[Layer | None]] = defaultdict(set)
+        sets: dict[str, set[tuple[str, str]]] = defaultdict(set)
         for module in modules(model):
             layer = model.layers.get(module.name)
             carry = self.can_carry(module, layer, "source")
             if not carry.possible:
                 reasons[carry.reason].append(module.name)
             if self.fuses and module.fused:
-                sets[module.fused].add(layer)
-        for name, layers in sets.items():
-            if len(layers) > 1:
+                sets[module.fused].add(_labels(layer))
+        for name, labels in sets.items():
+            if len(labels) > 1:
                 reasons["runtimes merge these layers, which have different formats"].append(name)
         if reasons:
             lines = [f"{reason}: {names[0]}{_more(names)}" for reason, names in reasons.items()]
@@ -87,6 +87,13 @@ class Artifact(ABC):
     @abstractmethod
     def recognizes(cls, path: Path) -> bool:
         """True if `path` looks like this layout; reads headers only."""
+
+
+def _labels(layer: Layer | None) -> tuple[str, str]:
+    """What is stored of a layer's formats; options that only matter for choosing codes are left out."""
+    if layer is None:
+        return "", ""
+    return layer.format.label, layer.activations.label if layer.activations else ""
 
 
 def _more(names: list[str]) -> str:

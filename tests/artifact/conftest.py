@@ -75,6 +75,7 @@ def assert_same_model(found: QuantizedCheckpoint, wanted: QuantizedCheckpoint) -
         else:
             assert found.tensor(name).dtype == wanted.tensor(name).dtype
             assert torch.equal(found.tensor(name), wanted.tensor(name))
+        assert torch.equal(found.rows(name, 3, 17), wanted.tensor(name)[3:17])
 
 
 @pytest.fixture

@@ -382,6 +382,32 @@ def test_a_plain_checkpoint_is_not_recognized(tiny_checkpoint, tmp_path):
         HFCheckpoint(tmp_path)
 
 
+def test_asymmetric_beside_another_scheme(tiny_checkpoint, tmp_path):
+    """transformers would decode everything by the first group if it decoded on loading, so it must not be told to."""
+    model = quantize(tiny_checkpoint("llama"), Int(bits=4, group=32, symmetric=False), down=Int(bits=8, group=32))
+    write(model, tmp_path)
+    assert "dequantize" not in json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert_same_model(CompressedTensors().open(tmp_path), model)
+
+
+def test_options_of_the_search_do_not_split_a_fused_set(tiny_checkpoint, tmp_path):
+    model = quantize(tiny_checkpoint("llama"), Int(bits=4, group=32), v=Int(bits=4, group=32, scales="minmax"))
+    write(model, tmp_path)
+    assert_loads_exactly(model, tmp_path, tiny_checkpoint("llama"))
+
+
+def test_int8_tensors_that_hold_fewer_bits(tiny_checkpoint, tmp_path):
+    """llm-compressor's W4A8: 4-bit values in int8."""
+    write(quantize(tiny_checkpoint("llama"), Int(bits=8, group="channel"), TOKEN8), tmp_path)
+    change_group(num_bits=4)(tmp_path)
+    with pytest.raises(CheckpointError, match=r"codes of .*up_proj: wanted below 16, found larger"):
+        CompressedTensors().open(tmp_path).quantized(UP)
+    change_tensors(lambda t: t.update({f"{UP}.weight": t[f"{UP}.weight"] // 16}))(tmp_path)
+    values = load_file(tmp_path / "model.safetensors")
+    expected = values[f"{UP}.weight"].float() * values[f"{UP}.weight_scale"].float()
+    assert torch.equal(CompressedTensors().open(tmp_path).quantized(UP).decode(), expected)
+
+
 @pytest.mark.demo
 def test_the_demo_model_loads_exactly(demo_checkpoint, tmp_path):
     model = quantize(demo_checkpoint, Int(bits=4, group=64, scales="minmax"))

@@ -2,7 +2,8 @@
 
 Integer weights of 2 to 8 bits are stored packed (`pack-quantized`), 8-bit weights whose inputs are quantized as well
 are stored as int8 (`int-quantized`). Codes and scales are stored as they are, so nothing is lost. Widths of 3, 5, 6 and
-7 bits need compressed-tensors 0.18 or later.
+7 bits need compressed-tensors 0.18 or later. A model that mixes asymmetric formats with others is for vLLM only:
+transformers 5.23 cannot load packed zero points beside a second scheme.
 Layout: https://github.com/vllm-project/compressed-tensors
 """
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -37,7 +37,7 @@ def quantization_config(model: QuantizedCheckpoint) -> dict[str, Any]:
         members[key].append(module)
     groups = {}
     for i, (key, scheme) in enumerate(schemes.items()):
-        targets = ["Linear"] if len(schemes) == 1 else sorted(_patterns(members[key], model))
+        targets = ["Linear"] if len(schemes) == 1 else _patterns(members[key], model)
         groups[f"group_{i}"] = {**scheme, "targets": targets}
     formats = {scheme["format"] for scheme in schemes.values()}
     odd = any(isinstance(x.format, Int) and x.format.bits in (3, 5, 6, 7) for x in model.layers.values())
@@ -89,21 +89,18 @@ def _activation_arguments(fmt: Format) -> dict[str, Any]:
     return _arguments(fmt, packed=False) | {"dynamic": True}
 
 
-def _patterns(members: Iterable[str], model: Checkpoint) -> set[str]:
+def _patterns(members: Collection[str], model: Checkpoint) -> list[str]:
     """Anchored expressions that match these modules and nothing else; one for all blocks that have the same one."""
-    blocks: dict[str, list[int]] = defaultdict(list)
-    patterns = set()
-    prefix = re.escape(model.family.block_prefix).replace(re.escape("{i}"), r"(\d+)")
-    for module in members:
-        if found := re.fullmatch(rf"{prefix}(.+)", module):
-            blocks[found[2]].append(int(found[1]))
-        else:
-            patterns.add(f"re:^{re.escape(module)}$")
-    before, after = model.family.block_prefix.split("{i}")
-    for path, numbers in blocks.items():
-        choice = "|".join(map(str, sorted(numbers)))
-        patterns.add(f"re:^{re.escape(before)}(?:{choice}){re.escape(after + path)}$")
-    return patterns
+    before = model.family.block_prefix.split("{i}")[0]
+    blocks: dict[str, list[str]] = defaultdict(list)
+    patterns = []
+    for module in modules(model):
+        if module.name in members and module.block is None:
+            patterns.append(f"re:^{re.escape(module.name)}$")
+        elif module.name in members:
+            blocks[module.name.removeprefix(f"{before}{module.block}")].append(str(module.block))
+    patterns += [f"re:^{re.escape(before)}(?:{'|'.join(i)}){re.escape(path)}$" for path, i in blocks.items()]
+    return sorted(patterns)
 
 
 def _ignored(model: QuantizedCheckpoint) -> list[str]:
@@ -156,8 +153,8 @@ class Schemes:
                 raise CheckpointError(f"{where}: qtool does not read models with a {key}")
         try:
             groups = dict(config.get("config_groups") or {})
-            self.groups = [_Group.model_validate(group) for group in groups.values()]
-            self._targets = [(self._pattern(t), group) for group in self.groups for t in group.targets]
+            read = [_Group.model_validate(group) for group in groups.values()]
+            self._targets = [(self._pattern(target), group) for group in read for target in group.targets]
         except (ValidationError, TypeError, ValueError, re.error) as error:
             first = " ".join(str(error).split())[:200]
             raise CheckpointError(f"{where}: wrong config_groups", found=first) from error

@@ -66,7 +66,7 @@ def decode(kind: str, stored: dict[str, Tensor], fmt: Int, n: int, k: int) -> Qu
     """The inverse of `encode`, for tensors of the shapes and types that `infos` tells."""
     scale = stored["weight_scale"]
     if kind == PLAIN:
-        codes = (stored["weight"].to(torch.int16) - fmt.lowest).clamp(0, 255).to(torch.uint8)
+        codes = (stored["weight"].to(torch.int16) - fmt.lowest).to(torch.uint8)
         return Quantized(codes, {"scale": scale.expand(n, 1).contiguous()}, fmt)
     params = {"scale": scale}
     if not fmt.symmetric:
