@@ -117,3 +117,8 @@ def nearest(name: str, known: Sequence[str]) -> str:
     """Returns "did you mean X?" for a near spelling, else the list of known names."""
     close = get_close_matches(name, known, n=1)
     return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(sorted(known))
+
+
+def one_line(error: BaseException) -> str:
+    """What another library's error says, short enough for a line of ours."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

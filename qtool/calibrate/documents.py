@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qtool.errors import CheckpointError, HubError, MissingExtra
+from qtool.errors import CheckpointError, HubError, MissingExtra, one_line
 
 PIECE = 1 << 20
 """Characters of a text file that count as one document; large files are read piece by piece."""
@@ -81,7 +81,7 @@ def _parsed(line: bytes, where: str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not JSON", found=_one_line(error)) from error
+        raise CheckpointError(f"{where} is not JSON", found=one_line(error)) from error
 
 
 def _parquet_rows(path: Path) -> Iterator[Any]:
@@ -95,7 +95,7 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=64):
             yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a readable Parquet file", found=_one_line(error)) from error
+        raise CheckpointError(f"{path} is not a readable Parquet file", found=one_line(error)) from error
 
 
 def _hub_rows(source: str) -> Iterator[Any]:
@@ -108,7 +108,7 @@ def _hub_rows(source: str) -> Iterator[Any]:
     try:
         yield from load_dataset(repo, config or None, split=split or "train", streaming=True)
     except Exception as error:
-        raise HubError(f"dataset {repo} cannot be read", found=_one_line(error)) from error
+        raise HubError(f"dataset {repo} cannot be read", found=one_line(error)) from error
 
 
 def _texts(rows: Iterator[Any], source: str, template: Any) -> Iterator[str]:
@@ -144,9 +144,4 @@ def _conversation(messages: list[Any], where: str, template: Any) -> str:
     try:
         return str(template.apply_chat_template(turns, tokenize=False))
     except Exception as error:  # templates are programs that come with the model
-        raise CheckpointError(f"the chat template cannot lay out {where}", found=_one_line(error)) from error
-
-
-def _one_line(error: Exception) -> str:
-    """What another library says, short enough for a message."""
-    return " ".join(str(error).split())[:200]
+        raise CheckpointError(f"the chat template cannot lay out {where}", found=one_line(error)) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qtool.checkpoint._base import Checkpoint
-from qtool.errors import CheckpointError
+from qtool.errors import CheckpointError, one_line
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """What holds a vocabulary; one of them is enough."""
@@ -25,5 +25,4 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare ones on damaged files
-        what = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"the tokenizer of {checkpoint.source} cannot be read", found=what) from error
+        raise CheckpointError(f"the tokenizer of {checkpoint.source} cannot be read", found=one_line(error)) from error

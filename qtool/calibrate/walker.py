@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from qtool.calibrate.hidden import Hidden
 from qtool.checkpoint._base import Checkpoint, Module, QuantizedCheckpoint, modules
-from qtool.errors import CheckpointError
+from qtool.errors import CheckpointError, one_line
 from qtool.formats._base import Format
 from qtool.stats import InputStats, Stat
 
@@ -265,8 +265,9 @@ def build_on_meta(config: dict[str, Any], dtype: torch.dtype) -> Any:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation="sdpa")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError("config.json does not describe a model that transformers builds", found=error) from error
+    except Exception as error:  # its own checks raise many kinds
+        what = "config.json does not describe a model that transformers builds"
+        raise CheckpointError(what, found=one_line(error)) from error
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config=parsed)
     return model
