@@ -2,51 +2,29 @@
 
 from __future__ import annotations
 
-import gc
 import json
-import math
 
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
 
 from qtool.calibrate import walker as walker_module
-from qtool.calibrate.walker import Walker, build_on_meta, compute_dtype, quantize_tokens
+from qtool.calibrate.walker import Walker, build_on_meta, compute_dtype
 from qtool.checkpoint._base import Module
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError
-from qtool.formats.int import Int
 from qtool.stats import Stat
-from tests.artifact.conftest import quantize
-from tests.conftest import TINY, make_checkpoint, make_tokenizer
+from tests.calibrate.conftest import load_reference
+from tests.conftest import TINY
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(512, (3, 40), generator=torch.Generator().manual_seed(1))
 ALL = frozenset({Stat.GRAM, Stat.CHANNELS})
-PER_TOKEN = Int(bits=8, group="token", scales="minmax", scale_dtype="fp32")
-
-
-@pytest.fixture(scope="module")
-def sliding(tmp_path_factory):
-    """Mistral whose window is shorter than the samples here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(TINY, "mistral-sliding", {"dtype": "float32", "sliding_window": 8})
-        return make_checkpoint("mistral-sliding", tmp_path_factory.mktemp("sliding"), make_tokenizer())
 
 
 @pytest.fixture(params=[*TINY, "mistral-sliding"])
 def folder(request, tiny_checkpoint, sliding):
     return sliding if request.param == "mistral-sliding" else tiny_checkpoint(request.param)
-
-
-@pytest.fixture
-def llama(tiny_checkpoint):
-    return Walker(HFCheckpoint(tiny_checkpoint("llama")), CPU, torch.float32)
-
-
-def load_reference(folder, dtype=torch.float32):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
 
 
 def inputs_and_logits(model, tokens):
@@ -184,147 +162,6 @@ def test_a_replaced_weight_is_what_the_block_multiplies_with(tiny_checkpoint):
         walker.advance(block, i, hidden)
     _, want = inputs_and_logits(model, TOKENS)
     assert_close(walker.logits(hidden, 2), want[2], rtol=1e-4, atol=1e-4 * float(want.std()))
-
-
-def rounded_token_by_token(x):
-    """8 bits, one scale per token that splits the error of its largest value between both ends of the grid."""
-    out = torch.empty_like(x)
-    for s in range(x.shape[0]):
-        for t in range(x.shape[1]):
-            scale = max(abs(v) for v in x[s, t].tolist()) / 127.5
-            scale = torch.tensor(scale, dtype=torch.float32)
-            for k, v in enumerate(x[s, t]):
-                out[s, t, k] = scale * min(max(round(float(v / scale)), -128), 127)
-    return out
-
-
-def test_tokens_are_rounded_one_by_one():
-    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(2)) * torch.tensor([1.0, 50.0])[:, None, None]
-    assert_close(quantize_tokens(x, PER_TOKEN), rounded_token_by_token(x), rtol=1e-6, atol=0)
-    half = quantize_tokens(x.bfloat16(), PER_TOKEN)
-    assert half.dtype == torch.bfloat16
-    assert_close(half, rounded_token_by_token(x.bfloat16().float()).bfloat16(), rtol=0, atol=0)
-
-
-def inputs_in_walk(walker, block, hidden):
-    """What the linear layers of block 0 read, after anything that was hooked in before."""
-    seen = {}
-    hooks = [
-        walker.linear(block, m).register_forward_pre_hook(lambda _, x, n=m.name: seen.__setitem__(n, x[0].clone()))
-        for m in walker.modules[0]
-    ]
-    with torch.inference_mode():
-        list(walker.outputs(block, 0, hidden))
-    for hook in hooks:
-        hook.remove()
-    return seen
-
-
-def test_inputs_are_rounded_where_asked_and_while_asked(llama):
-    block, hidden = llama.load_block(0), llama.embed(TOKENS[:2, :16])
-    plain = inputs_in_walk(llama, block, hidden)
-    name = "model.layers.0.self_attn.v_proj"
-    with llama.quantized_inputs(block, 0, {name: PER_TOKEN, "model.layers.1.mlp.up_proj": PER_TOKEN}):
-        rounded = inputs_in_walk(llama, block, hidden)
-    assert_close(rounded[name], rounded_token_by_token(plain[name]), rtol=1e-6, atol=0)
-    for untouched in ("self_attn.q_proj", "self_attn.k_proj"):  # of the same input
-        assert torch.equal(rounded[f"model.layers.0.{untouched}"], plain[f"model.layers.0.{untouched}"])
-    assert not torch.equal(rounded["model.layers.0.mlp.up_proj"], plain["model.layers.0.mlp.up_proj"])
-    after = inputs_in_walk(llama, block, hidden)
-    assert all(torch.equal(after[n], plain[n]) for n in plain)
-
-
-def test_declared_inputs_are_rounded_on_the_way_and_before_the_head(tiny_checkpoint):
-    folder = tiny_checkpoint("llama")
-    weights = Int(bits=8, group="channel")
-    declared = quantize(folder, weights, PER_TOKEN, head=weights, q=None)
-    plain = quantize(folder, weights, None, head=weights, q=None)
-    walkers = [Walker(checkpoint, CPU, torch.float32) for checkpoint in (declared, plain)]
-    hidden, want = (walker.embed(TOKENS) for walker in walkers)
-    formats = dict.fromkeys(declared.layers, PER_TOKEN)
-    assert len(formats) == 2 * 6 + 1
-    for i in range(2):
-        walkers[0].advance(walkers[0].load_block(i), i, hidden)
-        block = walkers[1].load_block(i)
-        with walkers[1].quantized_inputs(block, i, formats):
-            walkers[1].advance(block, i, want)
-    assert torch.equal(hidden.values, want.values)
-    assert not torch.equal(hidden.values, through_all_blocks(walkers[1], TOKENS).values)
-    with torch.inference_mode():
-        normed = walkers[1].load_norm()(want[1:2])
-    logits = rounded_token_by_token(normed)[0].double() @ declared.tensor("lm_head.weight").double().T
-    assert_close(walkers[0].logits(hidden, 1).double(), logits, rtol=1e-4, atol=1e-4)
-    assert float((walkers[1].logits(hidden, 1) - logits).abs().max()) > 1e-2
-
-
-class Parts(HFCheckpoint):
-    """Notes which rows of the embedding are read."""
-
-    def __init__(self, folder):
-        super().__init__(folder)
-        self.read = []
-
-    def tensor(self, name):
-        assert name != "model.embed_tokens.weight", "read as a whole"
-        return super().tensor(name)
-
-    def rows(self, name, start, stop):
-        self.read.append((start, stop))
-        return super().rows(name, start, stop)
-
-
-def test_embeddings_are_read_in_parts_and_only_where_needed(tiny_checkpoint, monkeypatch):
-    monkeypatch.setattr(walker_module, "TABLE_VALUES", 64 * 100)
-    folder = tiny_checkpoint("llama")
-    tokens = torch.tensor([[0, 99, 100, 511], [500, 300, 399, 0]])
-    checkpoint = Parts(folder)
-    found = Walker(checkpoint, CPU, torch.float32).embed(tokens)
-    assert checkpoint.read == [(0, 100), (100, 200), (300, 400), (500, 512)]
-    table = load_reference(folder).model.embed_tokens
-    assert torch.equal(found.values, table(tokens).detach())
-
-
-def test_a_token_that_the_model_does_not_have(llama):
-    with pytest.raises(CheckpointError) as caught:
-        llama.embed(torch.tensor([[3, 512]]))
-    assert str(caught.value) == "tokenizer and model do not belong together: wanted token ids below 512, found 512"
-
-
-def live_bytes():
-    """Bytes of all tensors that hold memory."""
-    tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and o.device.type == "cpu"]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
-
-
-class Weighed(HFCheckpoint):
-    """Notes how much memory tensors take each time that one was read."""
-
-    def tensor(self, name):
-        tensor = super().tensor(name)
-        self.peak = max(self.peak, live_bytes())
-        return tensor
-
-
-def test_one_block_is_in_memory_at_a_time(tiny_checkpoint):
-    checkpoint = Weighed(tiny_checkpoint("llama-tied"))  # three blocks, stored in half the width
-    gc.collect()
-    before = checkpoint.peak = live_bytes()
-    walker = Walker(checkpoint, CPU, torch.float32)
-    hidden = walker.embed(TOKENS)
-    for i in range(3):
-        walker.collect(walker.load_block(i), i, hidden, frozenset({Stat.CHANNELS}), advance=True)
-    sizes = [4 * math.prod(checkpoint.info(n).shape) for n in checkpoint.names() if "layers.0." in n]
-    carried = hidden.values.nbytes + sum(t.nbytes for a in walker.arguments[40] for t in tensors_in(a))
-    assert checkpoint.peak - before > sum(sizes)
-    assert checkpoint.peak - before < carried + sum(sizes) + max(sizes) + 4096
-    assert live_bytes() - before < carried + 4096
-
-
-def tensors_in(arguments):
-    """Tensors among the arguments of a block."""
-    flat = [x for value in arguments.values() for x in (value if isinstance(value, tuple) else (value,))]
-    return [x for x in flat if isinstance(x, torch.Tensor)]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,244 @@
+"""Texts of every source, whole and in order; files that lie get one line, with the place."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pydoc_data.topics
+import sys
+import types
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from transformers import AutoTokenizer
+
+from qtool.calibrate import documents as module
+from qtool.calibrate.documents import documents
+from qtool.errors import CheckpointError, HubError, MissingExtra
+
+CHAT = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+SHAREGPT = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}]
+LAID_OUT = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nBecause.<|im_end|>\n"
+
+
+@pytest.fixture
+def tokenizer(tiny_checkpoint):
+    return AutoTokenizer.from_pretrained(tiny_checkpoint("llama"))
+
+
+def texts(source, tokenizer=None, chat_template=False):
+    return list(documents(str(source), tokenizer, chat_template))
+
+
+def write_lines(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_builtin_is_the_language_reference():
+    found = texts("builtin")
+    assert sorted(found) == sorted(pydoc_data.topics.topics.values())
+    assert found == texts("builtin")
+    assert found[0] == pydoc_data.topics.topics[min(pydoc_data.topics.topics)]
+
+
+def test_text_comes_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PIECE", 10)
+    (tmp_path / "a.txt").write_text("Zwölf Boxkämpfer jagen", encoding="utf-8")
+    assert texts(tmp_path / "a.txt") == ["Zwölf Boxk", "ämpfer jag", "en"]
+
+
+def test_text_that_is_none(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"caf\xe9 au lait")
+    with pytest.raises(CheckpointError) as caught:
+        texts(path)
+    assert str(caught.value) == f"{path} is not text: wanted UTF-8, found byte 3 of a piece"
+
+
+def test_files_that_are_not_there_or_not_files(tmp_path):
+    (tmp_path / "folder.jsonl").mkdir()
+    for name in ("none.txt", "folder.jsonl", "none.parquet"):
+        with pytest.raises(CheckpointError) as caught:
+            texts(tmp_path / name)
+        hint = "give a .txt, .jsonl or .parquet file"
+        assert str(caught.value) == f"there is no calibration file {tmp_path / name}; {hint}"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_files_that_the_system_cannot_read(name, tmp_path):
+    (tmp_path / name).symlink_to("/proc/self/mem")  # a file by all accounts; reading its start fails
+    with pytest.raises(CheckpointError, match=rf"{name} (cannot be read: Input/output error|is not a readable Parq)"):
+        texts(tmp_path / name)
+
+
+ROWS = [
+    {"text": "one"},
+    "two",
+    {"content": "three", "id": 3},
+    {"prompt": "four"},
+    {"text": ""},
+    {"messages": [], "text": "six"},
+    {"messages": None, "text": "seven"},
+    {"text": "eight", "messages": CHAT},
+    {"conversations": SHAREGPT},
+    CHAT,
+    {"messages": CHAT, "tools": [1]},
+]
+PLAIN = ["one", "two", "three", "four", "", "six", "seven", *["Why?\n\nBecause."] * 4]
+
+
+def test_rows_of_json(tmp_path, tokenizer):
+    path = write_lines(tmp_path / "a.jsonl", *ROWS)
+    assert texts(path) == PLAIN
+    assert texts(path, tokenizer, chat_template=True) == PLAIN[:7] + [LAID_OUT] * 4
+
+
+def test_lines_without_anything_are_skipped(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\n{"text": "one"}\n  \r\n{"text": "zw\\u00f6lf"}')
+    assert texts(tmp_path / "a.jsonl") == ["one", "zwölf"]
+
+
+def test_halves_of_characters(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud83d b"}\n{"text": "\\ud83d\\ude00"}')
+    assert texts(tmp_path / "a.jsonl") == ["a? b", "\N{GRINNING FACE}"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b'{"text": ', b"hello", b"{'text': 1}", b'"\xff"', b"[" * 200_000, b'{"text": "a"} {}'],
+    ids=lambda b: b[:9],
+)
+def test_broken_lines_are_named(line, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "fine"}\n\n' + line + b'\n{"text": "fine"}\n')
+    found = documents(str(path), None, False)
+    assert next(found) == "fine"
+    with pytest.raises(CheckpointError) as caught:
+        next(found)
+    assert str(caught.value).startswith(f"{path}:3 is not JSON: found ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        ({"words": "a", "id": 1}, "words, id"),
+        ({}, ""),
+        ({"text": 7}, "text"),
+        ({"text": {"a": 1}}, "text"),
+        (7, "int"),
+        (None, "NoneType"),
+        (True, "bool"),
+        ({"k" * 500: 1}, "k" * 100),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_rows_without_text(row, found, tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", {"text": "fine"}, row)
+    with pytest.raises(CheckpointError) as caught:
+        texts(path)
+    wanted = "wanted one of messages, conversations, text, content, prompt"
+    assert str(caught.value) == f"row 2 of {path} has no text: {wanted}, found {found}"
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["Why?", {"role": "user"}, {"content": "Why?"}, {"role": "user", "content": None}, {"role": 1, "content": "a"}],
+    ids=str,
+)
+def test_messages_without_text(message, tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", {"messages": [CHAT[0], message]})
+    with pytest.raises(CheckpointError) as caught:
+        texts(path)
+    assert str(caught.value) == f"a message of row 1 of {path}: wanted text as role and content, found {message}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [None, "{{ raise_exception('roles must alternate') }}", "{{ messages[9]['role'] }}", "{% if %}"],
+    ids=str,
+)
+def test_chat_templates_that_fail(template, tmp_path, tokenizer):
+    tokenizer.chat_template = template
+    path = write_lines(tmp_path / "a.jsonl", {"messages": CHAT})
+    with pytest.raises(CheckpointError, match=rf"^the chat template cannot lay out row 1 of {path}: found [^\n]+$"):
+        texts(path, tokenizer, chat_template=True)
+
+
+def test_rows_of_parquet(tmp_path, tokenizer):
+    rows = [{"id": i, "text": f"text {i}"} for i in range(200)]  # more than one batch
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=50)
+    assert texts(tmp_path / "a.parquet") == [row["text"] for row in rows]
+    chats = pyarrow.Table.from_pylist([{"messages": CHAT, "text": None}, {"messages": None, "text": "plain"}])
+    pyarrow.parquet.write_table(chats, tmp_path / "b.parquet")
+    assert texts(tmp_path / "b.parquet", tokenizer, chat_template=True) == [LAID_OUT, "plain"]
+
+
+def test_damaged_parquet(tmp_path):
+    table = pyarrow.Table.from_pylist([{"text": f"some text {i}"} for i in range(500)])
+    pyarrow.parquet.write_table(table, tmp_path / "whole.parquet")
+    whole, path = (tmp_path / "whole.parquet").read_bytes(), tmp_path / "a.parquet"
+    for content in (b"", b"PAR1", b"text" * 50, whole[:-1], whole[:200] + b"\0" * 400 + whole[600:], whole[100:]):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=rf"^{path} is not a readable Parquet file: found [^\n]+$"):
+            texts(path)
+
+
+@pytest.mark.parametrize(("package", "source"), [("pyarrow", "a.parquet"), ("datasets", "hf:some/set")])
+def test_packages_that_are_missing(package, source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtra) as caught:
+        texts(source)
+    hint = "install it with: pip install 'qtool[data]'"
+    assert str(caught.value) == f"reading {source} needs the package {package}; {hint}"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A module `datasets` of our own: what it was asked for, and rows to give."""
+    fake = types.ModuleType("datasets")
+    fake.asked, fake.rows = [], []
+
+    def load_dataset(repo, config=None, *, split, streaming):
+        fake.asked.append((repo, config, split, streaming))
+        return fake.rows
+
+    fake.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    return fake
+
+
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [
+        ("hf:some/set", ("some/set", None, "train", True)),
+        ("hf:some/set:small", ("some/set", "small", "train", True)),
+        ("hf:some/set:small:test", ("some/set", "small", "test", True)),
+        ("hf:some/set::test", ("some/set", None, "test", True)),
+    ],
+)
+def test_rows_of_the_hub(source, asked, hub, tokenizer):
+    hub.rows = [{"text": "one"}, {"messages": CHAT}]
+    assert texts(source, tokenizer, chat_template=True) == ["one", LAID_OUT]
+    assert hub.asked == [asked]
+
+
+def test_no_more_rows_are_fetched_than_asked_for(hub):
+    hub.rows = map(lambda i: {"text": str(i)}, itertools.count())  # noqa: C417 (a generator would be closed)
+    assert list(itertools.islice(documents("hf:endless", None, False), 3)) == ["0", "1", "2"]
+    assert next(hub.rows) == {"text": "3"}
+
+
+def test_a_hub_that_refuses(hub):
+    def rows():
+        yield {"text": "one"}
+        raise ConnectionError("no\n  route")
+
+    hub.rows = rows()
+    with pytest.raises(HubError) as caught:
+        texts("hf:some/set")
+    assert str(caught.value) == "dataset some/set cannot be read: found no route"

@@ -1,0 +1,87 @@
+"""What a walk keeps in memory: one block, and the parts of the embedding that are needed."""
+
+from __future__ import annotations
+
+import gc
+import math
+
+import pytest
+import torch
+
+from qtool.calibrate import walker as walker_module
+from qtool.calibrate.walker import Walker
+from qtool.checkpoint.hf import HFCheckpoint
+from qtool.errors import CheckpointError
+from qtool.stats import Stat
+from tests.calibrate.conftest import load_reference
+from tests.calibrate.test_walker import CPU, TOKENS
+
+
+class Parts(HFCheckpoint):
+    """Notes which rows of the embedding are read."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.read = []
+
+    def tensor(self, name):
+        assert name != "model.embed_tokens.weight", "read as a whole"
+        return super().tensor(name)
+
+    def rows(self, name, start, stop):
+        self.read.append((start, stop))
+        return super().rows(name, start, stop)
+
+
+def test_embeddings_are_read_in_parts_and_only_where_needed(tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr(walker_module, "TABLE_VALUES", 64 * 100)
+    folder = tiny_checkpoint("llama")
+    tokens = torch.tensor([[0, 99, 100, 511], [500, 300, 399, 0]])
+    checkpoint = Parts(folder)
+    found = Walker(checkpoint, CPU, torch.float32).embed(tokens)
+    assert checkpoint.read == [(0, 100), (100, 200), (300, 400), (500, 512)]
+    table = load_reference(folder).model.embed_tokens
+    assert torch.equal(found.values, table(tokens).detach())
+
+
+def test_a_token_that_the_model_does_not_have(llama):
+    with pytest.raises(CheckpointError) as caught:
+        llama.embed(torch.tensor([[3, 512]]))
+    assert str(caught.value) == "tokenizer and model do not belong together: wanted token ids below 512, found 512"
+
+
+def live_bytes():
+    """Bytes of all tensors that hold memory."""
+    tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and o.device.type == "cpu"]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+class Weighed(HFCheckpoint):
+    """Notes how much memory tensors take each time that one was read."""
+
+    def tensor(self, name):
+        tensor = super().tensor(name)
+        self.peak = max(self.peak, live_bytes())
+        return tensor
+
+
+def test_one_block_is_in_memory_at_a_time(tiny_checkpoint):
+    checkpoint = Weighed(tiny_checkpoint("llama-tied"))  # three blocks, stored in half the width
+    gc.collect()
+    before = checkpoint.peak = live_bytes()
+    walker = Walker(checkpoint, CPU, torch.float32)
+    hidden = walker.embed(TOKENS)
+    for i in range(3):
+        walker.collect(walker.load_block(i), i, hidden, frozenset({Stat.CHANNELS}), advance=True)
+    sizes = [4 * math.prod(checkpoint.info(n).shape) for n in checkpoint.names() if "layers.0." in n]
+    carried = hidden.values.nbytes + sum(t.nbytes for a in walker.arguments[40] for t in tensors_in(a))
+    assert checkpoint.peak - before > sum(sizes)
+    assert checkpoint.peak - before < carried + sum(sizes) + max(sizes) + 4096
+    assert live_bytes() - before < carried + 4096
+
+
+def tensors_in(arguments):
+    """Tensors among the arguments of a block."""
+    flat = [x for value in arguments.values() for x in (value if isinstance(value, tuple) else (value,))]
+    return [x for x in flat if isinstance(x, torch.Tensor)]
