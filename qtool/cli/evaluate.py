@@ -10,6 +10,23 @@ import typer
 from qtool.cli import options
 from qtool.cli.console import Console, document, result, table
 
+Context = Annotated[int, typer.Option(min=4, help="Tokens per chunk; the second half is scored.")]
+Chunks = Annotated[
+    int | None, typer.Option(min=1, help="Score at most this many chunks.", show_default="all of the text")
+]
+Runtime = Annotated[
+    Literal["qtool", "llama.cpp"], typer.Option(help="What runs the artifact; llama.cpp reads GGUF only.")
+]
+Gates = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--gate",
+        metavar="NAME=LIMIT",
+        help="Exit with code 9 if the limit is missed: kld=0.05, ppl_ratio=1.02, top1=0.9. May be repeated.",
+        show_default=False,
+    ),
+]
+
 
 def command(
     artifact: options.ArtifactPath,
@@ -18,21 +35,10 @@ def command(
         str | None,
         typer.Option("--baseline", metavar="MODEL", help="The unquantized model to compare with.", show_default=False),
     ] = None,
-    context: Annotated[int, typer.Option(min=4, help="Tokens per chunk; the second half is scored.")] = 512,
-    chunks: Annotated[
-        int | None, typer.Option(min=1, help="Score at most this many chunks.", show_default="all of the text")
-    ] = None,
-    runtime: Annotated[
-        Literal["qtool", "llama.cpp"], typer.Option(help="What runs the artifact; llama.cpp reads GGUF only.")
-    ] = "qtool",
-    gate: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=LIMIT",
-            help="Exit with code 9 if the limit is missed: kld=0.05, ppl_ratio=1.02, top1=0.9. May be repeated.",
-            show_default=False,
-        ),
-    ] = None,
+    context: Context = 512,
+    chunks: Chunks = None,
+    runtime: Runtime = "qtool",
+    gate: Gates = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="OUT", help="Also write the JSON here.", show_default=False)
     ] = None,

@@ -37,6 +37,10 @@ class Quantized(NamedTuple):
         """float32 [N, K], the weights that a runtime sees."""
         return self.format.decode(self.codes, self.params)
 
+    def rows(self, start: int, stop: int) -> Quantized:
+        """Rows `start` to `stop`, sharing memory."""
+        return Quantized(self.codes[start:stop], {n: p[start:stop] for n, p in self.params.items()}, self.format)
+
 
 class Format(BaseModel):
     """A representation: grid, granularity, scale type. Instances are immutable, hashable and comparable.
@@ -71,6 +75,11 @@ class Format(BaseModel):
     def block_columns(self) -> int | None:
         """Columns whose parameters are fitted together (a multiple of `group_columns`); None: the whole row."""
         return self.group_columns
+
+    @property
+    def by_rows(self) -> bool:
+        """True if a row's parameters depend on that row alone, so that a large matrix can be fitted in parts."""
+        return True
 
     @abstractmethod
     def levels(self) -> Tensor:

@@ -65,6 +65,11 @@ class Int(Format):
         return self.group if isinstance(self.group, int) else None
 
     @property
+    def by_rows(self) -> bool:
+        """See `Format.by_rows`."""
+        return self.group != "tensor"
+
+    @property
     def lowest(self) -> int:
         """The lowest code value q; stored codes count from it."""
         return -(1 << (self.bits - 1))

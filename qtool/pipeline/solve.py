@@ -9,14 +9,18 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
+from torch import Tensor
 
 from qtool.checkpoint._base import Checkpoint, finite
 from qtool.errors import NumericsError
 from qtool.formats._base import Quantized
-from qtool.numerics.metrics import output_error_db, sqnr_db
+from qtool.numerics.metrics import energy, ratio_db
 from qtool.plan import LayerPlan, Plan
 from qtool.report.model import LayerEntry
 from qtool.stats import InputStats, Stat
+
+PART = 1 << 22
+"""Numbers of a large matrix that are worked on at a time: 16 MiB in float32, and a few such temporaries."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def units(plan: Plan) -> Iterator[Unit]:
 def solve(
     plan: LayerPlan, checkpoint: Checkpoint, stats: InputStats | None, device: torch.device
 ) -> tuple[Quantized, LayerEntry]:
-    """Quantizes one module.
+    """Quantizes one module; a large matrix in parts, if nothing ties its rows together.
 
     Args:
         plan: with a format and a method.
@@ -71,35 +75,33 @@ def solve(
     """
     assert plan.format is not None
     assert plan.method is not None
-    w = checkpoint.tensor(f"{plan.module.name}.weight").to(device, torch.float32)
     stats = stats if plan.method.needs else None
-    begin = time.monotonic()
-    solution = plan.method.solve(w, stats, plan.format)
-    seconds = time.monotonic() - begin
-    w_hat = solution.quantized.decode()
-    if not bool(torch.isfinite(w_hat).all()):
-        raise NumericsError(
-            f"{plan.method.name()} made {plan.module.name} infinite or NaN in {plan.format.label}",
-            hint="choose another method or format for it",
-        )
     gram = stats.gram if stats else None
-    codes, params, fmt = solution.quantized
-    return Quantized(codes.cpu(), {name: p.cpu() for name, p in params.items()}, fmt), LayerEntry(
-        name=plan.module.name,
-        role=plan.module.role,
-        block=plan.module.block,
-        shape=plan.module.shape,
-        format=fmt.label,
-        method=plan.method.name(),
-        activations=plan.activations.label if plan.activations else None,
-        bits_per_weight=plan.bits / w.numel(),
-        nbytes=plan.bits // 8,
-        weight_error_db=sqnr_db(w, w_hat),
-        output_error_db=None if gram is None else output_error_db(w, w_hat, gram),
-        tokens=stats.tokens if stats else 0,
-        fallback="; ".join(filter(None, (plan.fallback, solution.fallback))) or None,
-        seconds=seconds,
+    divisible = plan.format.by_rows and gram is None
+    sums, solutions, seconds = Sums(), [], 0.0
+    for start, stop in row_parts(plan.module.shape) if divisible else [(0, plan.module.shape[0])]:
+        w = checkpoint.rows(f"{plan.module.name}.weight", start, stop).to(device, torch.float32)
+        begin = time.monotonic()
+        solution = plan.method.solve(w, stats, plan.format)
+        seconds += time.monotonic() - begin
+        w_hat = solution.quantized.decode()
+        refuse_infinite(w_hat, plan)
+        sums.add(w, w_hat, gram)
+        solutions.append(solution)
+    fallbacks = dict.fromkeys(filter(None, [plan.fallback, *(s.fallback for s in solutions)]))
+    entry = kept(plan).model_copy(
+        update={
+            "format": plan.format.label,
+            "method": plan.method.name(),
+            "activations": plan.activations.label if plan.activations else None,
+            "weight_error_db": ratio_db(sums.signal, sums.error),
+            "output_error_db": None if gram is None else ratio_db(sums.output, sums.output_error),
+            "tokens": stats.tokens if stats else 0,
+            "fallback": "; ".join(fallbacks) or None,
+            "seconds": seconds,
+        }
     )
+    return stack([s.quantized for s in solutions]), entry
 
 
 def kept(plan: LayerPlan) -> LayerEntry:
@@ -123,6 +125,47 @@ def kept(plan: LayerPlan) -> LayerEntry:
     )
 
 
+@dataclass
+class Sums:
+    """Squares of a matrix, of its error, and of the outputs of both; grown part by part."""
+
+    signal: float = 0.0
+    error: float = 0.0
+    output: float = 0.0
+    output_error: float = 0.0
+
+    def add(self, w: Tensor, w_hat: Tensor, gram: Tensor | None) -> None:
+        """Counts some rows, [rows, K]; outputs are known from the Gram matrix of the inputs, [K, K]."""
+        self.signal += energy(w)
+        self.error += energy(w - w_hat)
+        if gram is not None:
+            self.output += energy(w, gram)
+            self.output_error += energy(w - w_hat, gram)
+
+
+def row_parts(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the parts in which a large matrix is worked on."""
+    rows, step = shape[0], max(1, PART // math.prod(shape[1:]))
+    return ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def stack(parts: Sequence[Quantized]) -> Quantized:
+    """Puts rows below each other, in main memory."""
+    params = {name: torch.cat([p.params[name] for p in parts]).cpu() for name in parts[0].params}
+    return Quantized(torch.cat([p.codes for p in parts]).cpu(), params, parts[0].format)
+
+
+def refuse_infinite(w_hat: Tensor, plan: LayerPlan) -> None:
+    """Raises NumericsError: a method's result is not finite."""
+    assert plan.format is not None
+    assert plan.method is not None
+    if not bool(torch.isfinite(w_hat).all()):
+        raise NumericsError(
+            f"{plan.method.name()} made {plan.module.name} infinite or NaN in {plan.format.label}",
+            hint="choose another method or format for it",
+        )
+
+
 def refuse_non_finite(checkpoint: Checkpoint) -> None:
     """Reads every tensor once.
 
@@ -130,9 +173,10 @@ def refuse_non_finite(checkpoint: Checkpoint) -> None:
         NumericsError: one holds NaN or infinity.
     """
     for name in checkpoint.names():
-        tensor = checkpoint.tensor(name)
-        if not math.isfinite(tensor.sum(dtype=torch.float32)):  # quicker than a look at each number, and as strict
-            finite(tensor, name)
+        for start, stop in row_parts(checkpoint.info(name).shape):
+            part = checkpoint.rows(name, start, stop)
+            if not math.isfinite(part.sum(dtype=torch.float32)):  # quicker than a look at each number, and as strict
+                finite(checkpoint.tensor(name), name)
 
 
 def mean_db(entries: Sequence[LayerEntry]) -> float | None:

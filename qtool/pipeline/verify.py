@@ -7,6 +7,7 @@ import torch
 from qtool.checkpoint._base import QuantizedCheckpoint
 from qtool.errors import VerifyError
 from qtool.pipeline.events import Event, Listener
+from qtool.pipeline.solve import row_parts
 
 
 def verify(stage: str, written: QuantizedCheckpoint, model: QuantizedCheckpoint, listener: Listener) -> None:
@@ -38,9 +39,12 @@ def verify(stage: str, written: QuantizedCheckpoint, model: QuantizedCheckpoint,
                 wanted=inputs(model, module),
                 found=inputs(written, module),
             )
-        wanted, found = model.tensor(name).float(), written.tensor(name).float()
-        if not torch.equal(wanted, found):
-            raise VerifyError(f"{written.source}: {name} read back differs", found=difference(wanted, found))
+        codes = written.quantized(module) if module in written.layers else None
+        for start, stop in row_parts(model.info(name).shape):
+            wanted = model.rows(name, start, stop).float()
+            found = codes.rows(start, stop).decode() if codes else written.rows(name, start, stop).float()
+            if not torch.equal(wanted, found):
+                raise VerifyError(f"{written.source}: {name} read back differs", found=difference(wanted, found))
         listener(Event(stage, done, len(names), name))
 
 

@@ -7,7 +7,15 @@ import math
 import pytest
 import torch
 
-from qtool.numerics.metrics import output_error_db, sqnr_db
+from qtool.numerics.metrics import energy, ratio_db
+
+
+def sqnr_db(w, w_hat):
+    return ratio_db(energy(w), energy(w - w_hat))
+
+
+def output_error_db(w, w_hat, gram):
+    return ratio_db(energy(w, gram), energy(w - w_hat, gram))
 
 
 @pytest.fixture

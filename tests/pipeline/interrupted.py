@@ -1,7 +1,7 @@
 """Runs `qtool quantize` over and over and ends it at chosen moments; a program of its own, for test_interruption.py.
 
-It forks one child per run, so that imports are paid once. A moment is an operation that changes files below the output's
-parent folder (an audit event: rename, remove, ...), so the narrow windows around a rename are met like the wide ones.
+It forks one child per run, so that imports are paid once. A moment is an operation that changes files below the folder
+of the output (an audit event: rename, remove, ...), so the narrow windows around a rename are met like the wide ones.
 Prints JSON: {"events": n, "wanted": {file: sha256}, "runs": [{"moment": i, "codes": [...], "found": {...}}]}.
 """
 

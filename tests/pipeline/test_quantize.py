@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qtool.artifact.gguf import GGUF
+from qtool.artifact.gguf._reader import QuantizedGGUF
 from qtool.errors import GateError, NumericsError, StorageError, UsageError, VerifyError
 from qtool.pipeline.quantize import QuantizeOptions, run
 from qtool.report.render import read_report
@@ -201,15 +202,44 @@ def test_a_tampered_artifact_does_not_pass(tiny_checkpoint, recipes, tmp_path, m
 
     def scaled(self, path):
         model = honest(self, path)
-        read = model.tensor
-        model.tensor = lambda name: read(name) * (1.01 if name == "model.layers.1.mlp.up_proj.weight" else 1)
+        read = model.rows
+        model.rows = lambda name, *part: read(name, *part) * (1.01 if name == "model.norm.weight" else 1)
         return model
 
     monkeypatch.setattr(GGUF, "open", scaled)
     options = QuantizeOptions(str(tiny_checkpoint("llama")), recipes["gguf"], tmp_path / "out")
-    with pytest.raises(VerifyError, match=r"model\.layers\.1\.mlp\.up_proj\.weight read back differs"):
+    with pytest.raises(VerifyError, match=r"model\.norm\.weight read back differs"):
         run(options)
     assert [p.name for p in tmp_path.iterdir()] == ["out.work"]
+
+
+def test_tampered_codes_do_not_pass(tiny_checkpoint, recipes, tmp_path, monkeypatch):
+    honest = QuantizedGGUF.quantized
+
+    def changed(self, module):
+        quantized = honest(self, module)
+        if module == "model.layers.1.mlp.up_proj":
+            quantized.codes[-1, -1] ^= 1
+        return quantized
+
+    monkeypatch.setattr(QuantizedGGUF, "quantized", changed)
+    options = QuantizeOptions(str(tiny_checkpoint("llama")), recipes["gguf"], tmp_path / "out")
+    with pytest.raises(
+        VerifyError, match=r"up_proj\.weight read back differs: found 1 of 8192 numbers, by up to 0\.\d+"
+    ):
+        run(options)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 100])
+def test_the_parts_of_large_matrices_make_no_difference(
+    rows, tiny_checkpoint, recipes, gguf_run, tmp_path, monkeypatch
+):
+    source, _, report, _ = gguf_run
+    monkeypatch.setattr("qtool.pipeline.solve.PART", rows * 64)
+    parts = run(QuantizeOptions(str(source), recipes["gguf"], tmp_path / "out"))
+    assert [a.files for a in parts.artifacts] == [a.files for a in report.artifacts]
+    errors = [[e.weight_error_db for e in r.layers if e.format] for r in (parts, report)]
+    assert errors[0] == pytest.approx(errors[1], abs=1e-4)
 
 
 def test_work_of_another_run_is_not_continued(tiny_checkpoint, recipes, tmp_path):
