@@ -21,13 +21,10 @@ from qtool.pipeline.statistics import Statistics, statistics_for
 from qtool.pipeline.stopwatch import Stopwatch
 from qtool.pipeline.summarize import make_report, model_card
 from qtool.pipeline.upload import upload
-from qtool.pipeline.work import Work, identity, open_work, published, remove_work
+from qtool.pipeline.work import Work, begun, identity, open_work, remove_work
+from qtool.plan import LayerPlan
 from qtool.report.model import LayerEntry, Report
 from qtool.report.render import read_report, write_report
-from qtool.stats import InputStats
-
-Solved = dict[str, tuple[Quantized, LayerEntry]]
-"""By module name."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +77,12 @@ def run(options: QuantizeOptions, listener: Listener = silent) -> Report:
     with watch.stage("calibrate"):
         source = statistics_for(job, options.stats, listener)
     run_identity = identity(job, source.digest)
-    if published(place, out, run_identity) and not options.overwrite:
-        report = read_report(out / "report.json")
+    continued = begun(place, run_identity)
+    if continued and (out / "report.json").is_file() and not options.overwrite:
+        report = read_report(out / "report.json")  # an earlier run was ended before it could tidy up
     else:
         check_free(out, options.overwrite)
-        if not place.exists():
+        if not continued:
             refuse_non_finite(job.checkpoint)
         with open_work(place, job, run_identity, listener) as work:
             report = produce(job, work, source, options, watch, listener)
@@ -119,16 +117,11 @@ def solve_all(job: Job, work: Work, source: Statistics, listener: Listener) -> t
     """Goes through the plan unit by unit; what an earlier run finished is only walked through."""
     entries = {p.module.name: kept(p) for p in job.plan.layers if p.format is None}
     steps = steps_of(job)
-    listener(Event("quantize", 0, len(steps)))
+    earlier = f"{len(work.finished)} finished earlier" if work.finished else ""
+    listener(Event("quantize", 0, len(steps), earlier))
     for done, unit in enumerate(steps, 1):
-        found, weight = work.entries(unit), work.weight
-        if found is None:
-            solved = solve_unit(unit, job, source.measure(unit))
-            found = [entry for _, entry in solved.values()]
-            work.save(unit, {name: quantized for name, (quantized, _) in solved.items()}, found)
-            weight = partial(decoded, solved)
-        if any(later.needs and later.name not in work.finished for later in steps[done:]):
-            source.advance(unit, weight)
+        followed = any(later.needs and later.name not in work.finished for later in steps[done:])
+        found = solve_unit(unit, job, work, source, followed)
         entries |= {entry.name: entry for entry in found}
         error = mean_db(found)
         listener(Event("quantize", done, len(steps), unit.name, {} if error is None else {"error_db": error}))
@@ -142,16 +135,40 @@ def steps_of(job: Job) -> list[Unit]:
     return steps[: last + 1]
 
 
-def solve_unit(unit: Unit, job: Job, measured: dict[str, InputStats]) -> Solved:
-    """Solves a unit's modules, those with the same input one after the other, so that its statistics can go."""
-    solved: Solved = {}
-    by_input = sorted(unit.quantized, key=lambda p: p.module.reads)
-    for reads, plans in groupby(by_input, lambda p: p.module.reads):
-        stats = measured.pop(reads, None)
-        solved |= {p.module.name: solve(p, job.checkpoint, stats, job.device) for p in plans}
-    return solved
+def solve_unit(unit: Unit, job: Job, work: Work, source: Statistics, followed: bool) -> list[LayerEntry]:
+    """Solves and saves a unit, unless it is finished already.
+
+    Modules with the same input are solved one after the other, so that its statistics can go.
+
+    Args:
+        unit: what to solve.
+        job: the run.
+        work: where finished units are.
+        source: of statistics.
+        followed: whether a later unit wants to be measured behind this one.
+    """
+    found, weight = work.entries(unit), work.weight
+    if found is None:
+        measured = source.measure(unit)
+        solved: dict[str, Quantized] = {}
+        found = []
+        for reads, plans in groupby(sorted(unit.quantized, key=reads_of), reads_of):
+            stats = measured.pop(reads, None)
+            for p in plans:
+                solved[p.module.name], entry = solve(p, job.checkpoint, stats, job.device)
+                found.append(entry)
+        work.save(unit, solved, found)
+        weight = partial(decoded, solved)
+    if followed:
+        source.advance(unit, weight)
+    return found
 
 
-def decoded(solved: Solved, module: str) -> Tensor:
+def reads_of(plan: LayerPlan) -> str:
+    """Name of the input that a module reads."""
+    return plan.module.reads
+
+
+def decoded(solved: dict[str, Quantized], module: str) -> Tensor:
     """float32 [N, K], what a runtime multiplies with."""
-    return solved[module][0].decode()
+    return solved[module].decode()

@@ -78,7 +78,8 @@ def solve(
     stats = stats if plan.method.needs else None
     gram = stats.gram if stats else None
     divisible = plan.format.by_rows and gram is None
-    sums, solutions, seconds = Sums(), [], 0.0
+    codes = torch.empty(plan.module.shape, dtype=torch.uint8)
+    sums, params, fallbacks, seconds = Sums(), [], {plan.fallback: None}, 0.0
     for start, stop in row_parts(plan.module.shape) if divisible else [(0, plan.module.shape[0])]:
         w = checkpoint.rows(f"{plan.module.name}.weight", start, stop).to(device, torch.float32)
         begin = time.monotonic()
@@ -87,8 +88,9 @@ def solve(
         w_hat = solution.quantized.decode()
         refuse_infinite(w_hat, plan)
         sums.add(w, w_hat, gram)
-        solutions.append(solution)
-    fallbacks = dict.fromkeys(filter(None, [plan.fallback, *(s.fallback for s in solutions)]))
+        codes[start:stop] = solution.quantized.codes
+        params.append({name: p.cpu() for name, p in solution.quantized.params.items()})
+        fallbacks[solution.fallback] = None
     entry = kept(plan).model_copy(
         update={
             "format": plan.format.label,
@@ -97,11 +99,12 @@ def solve(
             "weight_error_db": ratio_db(sums.signal, sums.error),
             "output_error_db": None if gram is None else ratio_db(sums.output, sums.output_error),
             "tokens": stats.tokens if stats else 0,
-            "fallback": "; ".join(fallbacks) or None,
+            "fallback": "; ".join(filter(None, fallbacks)) or None,
             "seconds": seconds,
         }
     )
-    return stack([s.quantized for s in solutions]), entry
+    joined = {name: torch.cat([part[name] for part in params]) for name in params[0]}
+    return Quantized(codes, joined, plan.format), entry
 
 
 def kept(plan: LayerPlan) -> LayerEntry:
@@ -147,12 +150,6 @@ def row_parts(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
     """(start, stop) of the parts in which a large matrix is worked on."""
     rows, step = shape[0], max(1, PART // math.prod(shape[1:]))
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
-
-
-def stack(parts: Sequence[Quantized]) -> Quantized:
-    """Puts rows below each other, in main memory."""
-    params = {name: torch.cat([p.params[name] for p in parts]).cpu() for name in parts[0].params}
-    return Quantized(torch.cat([p.codes for p in parts]).cpu(), params, parts[0].format)
 
 
 def refuse_infinite(w_hat: Tensor, plan: LayerPlan) -> None:

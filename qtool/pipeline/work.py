@@ -42,8 +42,8 @@ class Work:
         self.earlier = self.model() if self.finished else None
 
     def entries(self, unit: Unit) -> list[LayerEntry] | None:
-        """The report's entries of a unit that an earlier run finished; None: it has to be done."""
-        record = self.finished.get(unit.name)
+        """The report's entries of a unit that is finished or has nothing to be done; None: it has to be done."""
+        record = self.finished.get(unit.name) if unit.quantized else []
         return None if record is None else [LayerEntry.model_validate(entry) for entry in record]
 
     def weight(self, module: str) -> Tensor:
@@ -75,10 +75,9 @@ def open_work(folder: Path, job: Job, run: Mapping[str, Any], listener: Listener
         yield Work(folder, job, run)
 
 
-def published(folder: Path, out: Path, run: Mapping[str, Any]) -> bool:
-    """True if the run that made the work folder wrote its result and was ended before it could tidy up."""
-    manifest = folder / MANIFEST
-    return manifest.exists() and (out / "report.json").is_file() and Manifest.load(folder).run == run
+def begun(folder: Path, run: Mapping[str, Any]) -> bool:
+    """True if a work folder belongs to the same run."""
+    return (folder / MANIFEST).exists() and Manifest.load(folder).run == run
 
 
 def remove_work(folder: Path, out: Path) -> None:
@@ -103,9 +102,9 @@ def discard_other(folder: Path, run: Mapping[str, Any], listener: Listener) -> N
         foreign += sorted(folder.glob("*.safetensors"))
     if foreign:
         raise StorageError("the work folder holds something else", found=foreign[0], hint="choose another output")
-    found = Manifest.load(folder).run if known else run
-    if found == run:
+    if not known or begun(folder, run):
         return
+    found = Manifest.load(folder).run
     differing = ", ".join(key for key in run if found.get(key) != run[key])
     listener(Event("quantize", 0, 0, f"{folder} was begun with another {differing}: starting anew", warning=True))
     with storage_errors(folder):
