@@ -191,7 +191,7 @@ class Walker:
         arguments = self.block_arguments(hidden.length)[i]
         step = max(1, BATCH_TOKENS // hidden.length)
         for start in range(0, hidden.samples, step):
-            part = slice(start, min(start + step, hidden.samples))
+            part = slice(start, start + step)
             output = block(hidden[part].to(self.device), **arguments)
             yield part, output[0] if isinstance(output, tuple) else output
 

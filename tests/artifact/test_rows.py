@@ -37,7 +37,7 @@ def test_rows_are_those_of_the_whole(write, model, tmp_path):
     checkpoint = write(model, tmp_path / "model")
     for name in checkpoint.names():
         whole = checkpoint.tensor(name)
-        for start, stop in ((0, 7), (33, 64), (len(whole) - 1, len(whole))):
+        for start, stop in ((0, 7), (9, 32), (len(whole) - 1, len(whole))):
             part = checkpoint.rows(name, start, stop)
             assert part.dtype == whole.dtype
             assert torch.equal(part, whole[start:stop]), (name, start, stop)
