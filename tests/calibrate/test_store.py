@@ -71,6 +71,9 @@ def changed(path, change, metadata=None):
     save_file(tensors, path, {k: v for k, v in said.items() if v is not None})
 
 
+FLAT = ("head_in.sum_squares", "head_in.low", "head_in.high")
+
+
 def numbers(*values):
     return torch.tensor(values, dtype=torch.float32)
 
@@ -91,6 +94,7 @@ def numbers(*values):
         ({"head_in.sum_squares": torch.zeros(3, 4)}, "statistics of head_in: wanted float32 .K. three times"),
         ({"head_in.high": torch.ones(12, dtype=torch.int32)}, "statistics of head_in: wanted float32 .K. three"),
         ({"head_in.sum_squares": torch.tensor(1.0)}, "statistics of head_in: wanted float32 .K. three times"),
+        ({name: torch.ones(3, 4) for name in FLAT}, "statistics of head_in: wanted float32 .K. three times"),
         ({"head_in.high": torch.full((12,), torch.nan)}, "statistics of head_in hold impossible numbers"),
         ({"head_in.high": torch.full((12,), torch.inf)}, "statistics of head_in hold impossible numbers"),
         ({"head_in.low": torch.full((12,), 1e9)}, "statistics of head_in hold impossible numbers"),

@@ -9,6 +9,7 @@ from safetensors.numpy import load_file as load_numpy
 from transformers import AutoModelForCausalLM
 
 from qtool.artifact.qtool import Qtool
+from qtool.calibrate.store import read_stats, write_stats
 from qtool.calibrate.tokens import load_tokens
 from qtool.checkpoint.open import open_checkpoint
 from qtool.errors import CheckpointError, PlanError, StorageError
@@ -139,6 +140,24 @@ def test_statistics_of_another_model_are_refused(recipe, tiny_checkpoint, tmp_pa
     calibrate(CalibrateOptions(str(tiny_checkpoint("llama")), path, stats))
     with pytest.raises(CheckpointError, match="measured on another model"):
         quantize(QuantizeOptions(str(tiny_checkpoint("llama-biased")), path, tmp_path / "out", stats=stats))
+    assert not (tmp_path / "out.work").exists()
+
+
+@pytest.mark.parametrize("change", ["fewer channels", "an input is missing"])
+def test_statistics_that_do_not_fit_the_layers_are_refused(change, recipe, tiny_checkpoint, tmp_path):
+    path, file = recipe("{rtn: {importance: true}}"), tmp_path / "stats"
+    model = str(tiny_checkpoint("llama"))
+    calibrate(CalibrateOptions(model, path, file))
+    stats, about = read_stats(file)
+    wrong = stats.pop("model.layers.1.mlp_mid")
+    if change == "fewer channels":
+        wrong.sum_squares, wrong.low, wrong.high = wrong.sum_squares[1:], wrong.low[1:], wrong.high[1:]
+        stats["model.layers.1.mlp_mid"] = wrong
+    write_stats(file, stats, about)
+    found = {"fewer channels": 127, "an input is missing": 0}[change]
+    wanted = f"do not fit model.layers.1.mlp.down_proj: wanted 128 inputs, found {found}"
+    with pytest.raises(CheckpointError, match=wanted):
+        quantize(QuantizeOptions(model, path, tmp_path / "out", stats=file))
     assert not (tmp_path / "out.work").exists()
 
 
