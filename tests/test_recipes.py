@@ -56,7 +56,7 @@ def test_names_agree_and_header_says_what_it_is_for(entry):
     purpose, _, rest = text.partition("\n#\n")
     assert re.fullmatch(r"(# .+\n?)+", purpose)
     assert rest.startswith(f"#     qtool quantize MODEL --recipe {entry.name} -o OUT\n#\n# Size: ")
-    assert "Needs no calibration data." in purpose or "Calibrates on 128 x 2048 tokens" in purpose
+    assert "Needs no calibration data." in purpose or "Calibrates on 128 x 512 tokens" in purpose
 
 
 @each
@@ -89,9 +89,9 @@ def test_no_family_needs_a_warning(entry, family):
 def test_data_is_needed_where_the_header_says_so(entry):
     made = planned(entry.name, UNTIED)
     needs = any(p.method.needs for p in made.layers if p.method)
-    assert needs == ("Calibrates on 128 x 2048 tokens of built-in prose." in entry.path.read_text())
+    assert needs == ("Calibrates on 128 x 512 tokens of built-in prose." in entry.path.read_text())
     calibration = made.recipe.calibration
-    assert (calibration.data, calibration.samples, calibration.length) == ("builtin", 128, 2048)
+    assert (calibration.data, calibration.samples, calibration.length) == ("builtin", 128, 512)
 
 
 @each

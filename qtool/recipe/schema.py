@@ -182,7 +182,7 @@ class Calibration(Strict):
         Discriminator(_shape_of),
     ] = "builtin"
     samples: int = Field(default=128, ge=1)
-    length: int = Field(default=2048, ge=16)
+    length: int = Field(default=512, ge=16)
     seed: int = 0
     chat_template: bool = False
     propagate: Literal["quantized", "float"] = "quantized"

@@ -17,6 +17,7 @@ from qtool.calibrate import documents as documents_module
 from qtool.calibrate import tokens as tokens_module
 from qtool.calibrate.tokenizer import load_tokenizer
 from qtool.calibrate.tokens import beginning, load_tokens, shares
+from qtool.checkpoint.gguf import GGUFCheckpoint
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError
 from qtool.recipe.schema import Calibration, Source
@@ -167,3 +168,12 @@ def test_shares_are_as_close_as_whole_numbers_get(weights, samples):
     up = [e - int(e) for f, e in zip(found, exact, strict=True) if f > e]
     down = [e - int(e) for f, e in zip(found, exact, strict=True) if f <= e and e != int(e)]
     assert not up or not down or min(up) >= max(down)
+
+
+def test_built_in_prose_is_enough_for_what_recipes_ask_by_default(demo_gguf):
+    """For a vocabulary of 49152, and with room for larger ones, whose tokens are longer."""
+    calibration = Calibration()
+    assert calibration.data == "builtin"
+    ample = calibration.model_copy(update={"samples": calibration.samples * 3 // 2})
+    for asked in (calibration, ample):
+        assert load_tokens(asked, GGUFCheckpoint(demo_gguf)).shape == (asked.samples, asked.length)
