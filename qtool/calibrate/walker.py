@@ -42,9 +42,10 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 class Recorder(nn.Module):
     """Stands in for a decoder block: keeps the keyword arguments of the call, returns the hidden states."""
 
-    def __init__(self) -> None:
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.arguments: dict[str, Any] = {}
+        self.attention_type = getattr(block, "attention_type", None)  # early releases of transformers 5 ask for it
 
     def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
         """Takes the place of a block's forward; hidden is [1, T, H]."""
@@ -199,7 +200,7 @@ class Walker:
         """What the model's own forward passes to each block beside hidden states, for samples of `length` tokens."""
         if length not in self.arguments:
             body = self.model.model
-            recorders = [Recorder() for _ in self.blocks]
+            recorders = [Recorder(block) for block in self.blocks]
             body.layers = nn.ModuleList(recorders)
             body.norm = nn.Identity()
             x = torch.zeros(1, length, body.config.hidden_size, dtype=self.dtype, device=self.device)
