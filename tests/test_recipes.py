@@ -25,7 +25,8 @@ WANTED = W4A16 | {
     "w8a8-int8": ("int8-channel", "rtn"),
     "w3a16-gptq": ("int3-g64", "gptq"),
     "w2a16-gptq": ("int2-g64", "gptq"),
-    **{f"gguf-{name}": (name, "rtn") for name in ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1")},
+    "gguf-q8_0": ("q8_0-ggml", "rtn"),
+    **{f"gguf-{name}": (name, "rtn") for name in ("q4_0", "q4_1", "q5_0", "q5_1")},
 }
 """Name -> format and method of the decoder blocks' linear layers."""
 
@@ -72,7 +73,7 @@ def test_blocks_get_the_format_and_method_of_the_name(entry):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_what_is_outside_the_blocks(entry, tied):
     outside = {p.module.role: p.label for p in planned(entry.name, UNTIED | {"tie_word_embeddings": tied}).layers}
-    label = "q8_0" if entry.name.startswith("gguf") else "kept"
+    label = "q8_0-ggml" if entry.name.startswith("gguf") else "kept"
     assert outside["embedding"] == label
     assert outside.get("head") == (None if tied else label)
 

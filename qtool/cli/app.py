@@ -5,6 +5,7 @@ Nothing that is imported here imports torch: each command imports its stage insi
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Annotated
 
@@ -59,4 +60,7 @@ def root(
 
 def main() -> None:
     """Runs the command line."""
+    # Threads of torch that wait for work should sleep: spinning, they take the cores from compiled kernels and from
+    # other processes. Measured on two cores: 11 % of a GPTQ run alone, a factor of 5 beside another one.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app(prog_name="qtool")
