@@ -25,6 +25,7 @@ from scripts.prose import prose
 
 QTOOL = [sys.executable, "-m", "qtool"]
 SAMPLES, LENGTH = 32, 512
+CHUNKS = 24
 
 
 def gptq(work: Path, calibration: str, evaluation: Path, peer: Path) -> dict[str, float]:
@@ -38,7 +39,7 @@ def gptq(work: Path, calibration: str, evaluation: Path, peer: Path) -> dict[str
     cost = measure(quantize, work / "qtool.log")
     script = Path(__file__).with_name("peer_gptq.py")
     peer_cost = measure([peer, script, model, tokens, theirs], work / "llm-compressor.log")
-    kld = divergence(ours / "compressed-tensors", model, evaluation)
+    kld = divergence(ours, model, evaluation)
     peer_kld = divergence(theirs, model, evaluation)
     return {
         **costs("qtool", cost),
@@ -87,7 +88,19 @@ def write_tokens(model: Path, data: str, out: Path) -> Path:
 
 def divergence(artifact: Path, baseline: Path, text: Path) -> float:
     """Mean KL divergence per token, nats."""
-    command = [*QTOOL, "eval", artifact, "--baseline", baseline, "--text", text, "--json", "--quiet"]
+    command = [
+        *QTOOL,
+        "eval",
+        artifact,
+        "--baseline",
+        baseline,
+        "--text",
+        text,
+        "--chunks",
+        str(CHUNKS),
+        "--json",
+        "--quiet",
+    ]
     return float(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["kld_mean"])
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from qtool.artifact._files import new_file
 from qtool.artifact._open import open_model
 from qtool.checkpoint._base import Checkpoint
@@ -17,6 +19,9 @@ from qtool.pipeline.events import Event, Listener, silent
 from qtool.pipeline.prepare import Job, device_of, dtype_of
 from qtool.recipe.schema import Eval
 
+EXACT = torch.float32
+"""bfloat16 alone costs a divergence of 0.001 nats on the demo model, as much as good 8-bit weights do."""
+
 
 @dataclass(frozen=True)
 class EvaluateOptions:
@@ -27,7 +32,8 @@ class EvaluateOptions:
         baseline: the model to compare with; None: perplexity only.
         text, context, chunks, runtime: see `qtool.evaluate.run.evaluate`.
         gates: limits by name; only checked for sense here, the caller holds the result against them.
-        device, dtype: "auto", or where and in which type to compute.
+        device: "auto", "cpu" or "cuda".
+        dtype: of forward passes; "auto" is float32.
         out: JSON file to write.
     """
 
@@ -59,7 +65,7 @@ def run(options: EvaluateOptions, listener: Listener = silent) -> Evaluation:
         context=options.context,
         chunks=options.chunks,
         device=device,
-        dtype=dtype_of(options.dtype, device),
+        dtype=EXACT if options.dtype == "auto" else dtype_of(options.dtype, device),
         progress=tell(listener),
         runtime=options.runtime,
     )
@@ -85,7 +91,7 @@ def as_asked(job: Job, model: Checkpoint, asked: Eval, listener: Listener) -> Ev
         context=asked.context,
         chunks=asked.chunks,
         device=job.device,
-        dtype=job.dtype,
+        dtype=EXACT,
         progress=tell(listener),
     )
 
