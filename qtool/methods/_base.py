@@ -35,11 +35,6 @@ class Method(BaseModel):
     def needs(self) -> frozenset[Stat]:
         """What calibration has to measure; empty: the method runs without data."""
 
-    @property
-    def sequential(self) -> bool:
-        """True if inputs should come from the quantized layers before, so that their errors can be corrected."""
-        return False
-
     @abstractmethod
     def solve(self, w: Tensor, stats: InputStats | None, fmt: Format) -> Solution:
         """Quantizes one matrix.

@@ -55,11 +55,6 @@ class GPTQ(Method):
         """The Gram matrix."""
         return frozenset({Stat.GRAM})
 
-    @property
-    def sequential(self) -> bool:
-        """Layers correct the errors of those before them."""
-        return True
-
     def solve(self, w: Tensor, stats: InputStats | None, fmt: Format) -> Solution:
         """See `Method.solve`."""
         assert stats is not None and stats.gram is not None  # the caller measured what `needs` asked for
