@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from qtool.checkpoint.open import open_checkpoint
 from scripts.demo_model import demo_model
 
 LARGE = {
@@ -26,13 +27,15 @@ SPREAD = 0.25
 
 def checkpoint(out: Path) -> Path:
     """The demo model as a Hugging Face folder in bfloat16, its tokenizer beside it."""
-    if not (out / "tokenizer.json").exists():
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        source = demo_model()
-        model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
-        model.save_pretrained(out)
-        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(out)
+    if (out / "model.safetensors").exists():
+        return out
+    out.mkdir(parents=True, exist_ok=True)
+    source = open_checkpoint(str(demo_model()))
+    for name, file in source.files.items():
+        shutil.copy(file, out / name)
+    (out / "config.json").write_text(json.dumps(source.config | {"dtype": "bfloat16"}, indent=2), encoding="utf-8")
+    tensors = {name: source.tensor(name).bfloat16() for name in source.names()}
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     return out
 
 
