@@ -7,17 +7,19 @@ columns, a scale d and perhaps a minimum m, and codes of 4, 5 or 8 bits:
     Q4_0, Q5_0, Q8_0:  w_hat = d * (q - 2^(b-1))     d may be negative
     Q4_1, Q5_1:        w_hat = d * q + m
 
-`scales: search` minimizes the (importance-weighted) squared error of each block and keeps ggml's own choice where that
-is better. `scales: ggml` gives the bytes of `ggml_quantize_chunk` without an importance matrix.
+`search` says how hard parameters are searched for: every setting minimizes the (importance-weighted) squared error of
+each block and keeps ggml's own choice where that is better. `search: ggml`, where a type has it, gives the bytes of
+`ggml_quantize_chunk` without an importance matrix.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from qtool.errors import NumericsError
 from qtool.formats._base import Format, Params, Quantized, expand
@@ -27,6 +29,8 @@ from qtool.numerics import search
 FP16_MAX = 65504.0
 CHUNK = 1 << 21
 """Weights that a search works on at once, so that its memory does not grow with the matrix."""
+STEPS = {"fast": 8, "default": search.STEPS, "thorough": 3 * search.STEPS}
+"""Clipping ratios that the search of a classic type tries."""
 
 
 class BlockFormat(Format):
@@ -36,11 +40,29 @@ class BlockFormat(Format):
         ggml_type: its number in tensor tables.
         columns: columns per block.
         block_bytes: bytes per block.
+        search: how hard parameters are searched for. "ggml" repeats ggml's encoder bit by bit and ignores importance;
+            a subclass without such an encoder leaves it out of the choices.
     """
 
     ggml_type: ClassVar[int]
     columns: ClassVar[int]
     block_bytes: ClassVar[int]
+
+    search: Literal["ggml", "fast", "default", "thorough"] = "default"
+
+    @property
+    def label(self) -> str:
+        """`q4_0`, or `q4_0-fast`."""
+        return type(self).__name__.lower() + ("" if self.search == "default" else f"-{self.search}")
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        """See `Format.parse`."""
+        name, _, search = text.partition("-")
+        if name != cls.__name__.lower() or search not in ("", *get_args(cls.model_fields["search"].annotation)):
+            return None
+        found = cls.model_validate({"search": search or "default"})
+        return found if found.label == text else None
 
     @property
     def block_columns(self) -> int | None:
@@ -75,26 +97,12 @@ class Classic(BlockFormat):
         bits: of a code.
         offset: True if a block has a minimum.
         ggml_range: ggml's own encoder divides a block's largest absolute value (or its range) by this.
-        scales: "search" minimizes the error; "ggml" repeats ggml's encoder bit by bit and ignores importance.
     """
 
     columns: ClassVar[int] = 32
     bits: ClassVar[int]
     offset: ClassVar[bool] = False
     ggml_range: ClassVar[int]
-
-    scales: Literal["search", "ggml"] = "search"
-
-    @property
-    def label(self) -> str:
-        """`q4_0`, or `q4_0-ggml`."""
-        return type(self).__name__.lower() + "-ggml" * (self.scales == "ggml")
-
-    @classmethod
-    def parse(cls, text: str) -> Classic | None:
-        """See `Format.parse`."""
-        name = cls.__name__.lower()
-        return cls() if text == name else cls(scales="ggml") if text == name + "-ggml" else None
 
     @property
     def group_columns(self) -> int | None:
@@ -131,7 +139,7 @@ class Classic(BlockFormat):
 
     def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
         """See `Format.fit`."""
-        if self.scales == "ggml":
+        if self.search == "ggml":
             return self.stored(*self.ggml_scales(w))
         rows = max(1, CHUNK // w.shape[1])
         parts = [self._search(w[i : i + rows], importance) for i in range(0, w.shape[0], rows)]
@@ -147,9 +155,9 @@ class Classic(BlockFormat):
         d = extreme.abs() / self.ggml_range if self.ggml_range > 0 else extreme / self.ggml_range
         return d, torch.zeros_like(d)
 
-    def snap(self, w: Tensor, params: Params) -> Tensor:
+    def snap(self, w: Tensor, params: Params, importance: Tensor | None = None) -> Tensor:
         """See `Format.snap`. ggml rounds against scales not yet in fp16; so do we, where `params` are its own."""
-        if self.scales == "ggml" and w.shape[1] % self.columns == 0:
+        if self.search == "ggml" and w.shape[1] % self.columns == 0:
             d, m = self.ggml_scales(w)
             own = self.stored(d, m)
             if all(torch.equal(own[name], params[name]) for name in own):
@@ -170,9 +178,9 @@ class Classic(BlockFormat):
         """The better of a search and ggml's parameters, per block: float32 [N, C] -> fp16 [N, G] each."""
         highest = self.lowest + (1 << self.bits) - 1
         if self.offset:
-            ours = self.stored(*search.free_offset(w, importance, self.columns, highest))
+            ours = self.stored(*search.free_offset(w, importance, self.columns, highest, STEPS[self.search]))
         else:
-            scale = search.symmetric(w, importance, self.columns, self.lowest, highest)
+            scale = search.symmetric(w, importance, self.columns, self.lowest, highest, STEPS[self.search])
             ours = self.stored(scale, torch.zeros_like(scale))
         ggml = self.stored(*self.ggml_scales(w))
         better = self._error(w, importance, ours) < self._error(w, importance, ggml)

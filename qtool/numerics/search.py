@@ -29,14 +29,14 @@ STEPS = 20
 FAST = {"nnan", "ninf", "nsz", "arcp", "contract", "reassoc"}
 
 
-def clip_ratios(levels: int) -> np.ndarray:
+def clip_ratios(levels: int, steps: int = STEPS) -> np.ndarray:
     """Where the largest weight may land, relative to the end of the grid: from short of it to beyond it (clipped).
 
     Coarse grids clip harder. The bounds enclose the optimum of normal, Laplace and Student-t groups of 16 to 4096
     weights at every width from 2 to 8 bits.
     """
     bits = math.log2(levels)
-    return np.linspace(max(0.4, 0.85 - 1.0 / bits**2), 1.0 + 5.0 / bits**2, STEPS).astype(np.float32)
+    return np.linspace(max(0.4, 0.85 - 1.0 / bits**2), 1.0 + 5.0 / bits**2, steps).astype(np.float32)
 
 
 @njit(nogil=True, cache=True, inline="always")
@@ -153,7 +153,9 @@ def _arrays(x: Tensor, importance: Tensor | None, width: int) -> tuple[np.ndarra
     return x.float().contiguous().cpu().numpy(), groups.flatten().numpy(), reach.flatten().numpy()
 
 
-def symmetric(x: Tensor, importance: Tensor | None, width: int, lowest: int, highest: int) -> Tensor:
+def symmetric(
+    x: Tensor, importance: Tensor | None, width: int, lowest: int, highest: int, steps: int = STEPS
+) -> Tensor:
     """Scales for x ~ s * l, l in [lowest, highest]; either sign.
 
     Args:
@@ -162,13 +164,14 @@ def symmetric(x: Tensor, importance: Tensor | None, width: int, lowest: int, hig
         width: columns per group; divides C.
         lowest: first level of the grid.
         highest: last level of the grid.
+        steps: clipping ratios tried per sign.
 
     Returns:
         float32 [N, G], on the device of x.
     """
     values, weight, reach = _arrays(x, importance, width)
     scale = np.zeros((x.shape[0], x.shape[1] // width), np.float32)
-    ratios = clip_ratios(highest - lowest + 1)
+    ratios = clip_ratios(highest - lowest + 1, steps)
     over_rows(
         lambda a, b: symmetric_rows(values, weight, reach, width, lowest, highest, ratios, scale, a, b), len(values)
     )
@@ -187,10 +190,12 @@ def zero_point(x: Tensor, importance: Tensor | None, width: int, lowest: int, hi
     return torch.from_numpy(scale).to(x.device), torch.from_numpy(zero).to(x.device)
 
 
-def free_offset(x: Tensor, importance: Tensor | None, width: int, highest: int) -> tuple[Tensor, Tensor]:
+def free_offset(
+    x: Tensor, importance: Tensor | None, width: int, highest: int, steps: int = STEPS
+) -> tuple[Tensor, Tensor]:
     """Scales and offsets for x ~ s * l + o, l in [0, highest]; arguments as in `symmetric`."""
     values, weight, reach = _arrays(x, importance, width)
     scale, offset = (np.zeros((x.shape[0], x.shape[1] // width), np.float32) for _ in range(2))
-    ratios = clip_ratios(highest + 1)
+    ratios = clip_ratios(highest + 1, steps)
     over_rows(lambda a, b: offset_rows(values, weight, reach, width, highest, ratios, scale, offset, a, b), len(values))
     return torch.from_numpy(scale).to(x.device), torch.from_numpy(offset).to(x.device)

@@ -71,7 +71,7 @@ def random_blocks(fmt, n, k, seed=0):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_ggml_scales_repeat_ggmls_encoder_bit_by_bit(name):
-    fmt = registry.load("formats", name)(scales="ggml")
+    fmt = registry.load("formats", name)(search="ggml")
     w = awkward()
     params = fmt.fit(w)
     packed = fmt.pack(fmt.snap(w, params), params)
@@ -153,8 +153,9 @@ def test_weighted_search_beats_ggmls_importance_matrix(name):
 def test_shorthand(name):
     cls = registry.load("formats", name)
     assert cls.parse(name) == cls() and cls().label == name
-    assert cls.parse(f"{name}-ggml") == cls(scales="ggml") and cls(scales="ggml").label == f"{name}-ggml"
-    assert cls.parse("q9_9") is None and cls.parse(f"{name}-x") is None
+    for search in ("ggml", "fast", "thorough"):
+        assert cls.parse(f"{name}-{search}") == cls(search=search) and cls(search=search).label == f"{name}-{search}"
+    assert all(cls.parse(text) is None for text in ("q9_9", f"{name}-x", f"{name}-default", f"{name}-", f"x{name}"))
 
 
 def test_scales_beyond_fp16_are_an_error():
