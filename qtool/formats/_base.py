@@ -4,6 +4,9 @@ Every scalar format decodes as `w_hat = scale * levels[code] + offset`: a shared
 (scale, offset) pair per row and group of columns. Integers, minifloats, ternary grids and GGUF's K-quants all read
 that way, so a method that walks columns, or refits scales in closed form, needs nothing else.
 
+Formats with a codebook read the same way, but not every combination of neighbouring codes is allowed: `codebook` says
+which, and `snap` and methods choose whole vectors.
+
 Shape letters, here and in every format: N rows (output features), K columns (input features), C columns of a slice,
 G groups of a slice (C / group_columns, or 1), L levels.
 """
@@ -16,6 +19,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
+
+from qtool.numerics.codebook import Codebook
 
 Params = dict[str, Tensor]
 """Fitted parameters by name, each [N, entries]; C / entries columns share one entry."""
@@ -109,8 +114,16 @@ class Format(BaseModel):
     def storage_bits(self, n: int, k: int) -> int:
         """Bits that a matrix of n rows and k columns takes, parameters included."""
 
-    def snap(self, w: Tensor, params: Params) -> Tensor:
-        """Rounds to the nearest level: w float32 [N, C] -> uint8 [N, C]. Ties of uniform grids go to the even level."""
+    def codebook(self) -> Codebook | None:
+        """The allowed combinations of neighbouring codes; None if all are."""
+        return None
+
+    def snap(self, w: Tensor, params: Params, importance: Tensor | None = None) -> Tensor:
+        """Rounds to the nearest level, or vector: w float32 [N, C] -> uint8 [N, C].
+
+        Ties of uniform grids go to the even level. What is nearest depends on the importance of columns, float32 [C],
+        only for vectors.
+        """
         scale, offset = (expand(p, w.shape[1]) for p in self.affine(params))
         x = torch.where(scale == 0, 0.0, (w - offset) / torch.where(scale == 0, 1.0, scale))
         levels = self.levels().to(w.device)

@@ -1,7 +1,8 @@
 """Round to nearest: fit the format's parameters to the weights, snap.
 
 `importance: true` weighs the fit's squared error with the mean square of each input channel, as llama.cpp does with its
-importance matrix (https://github.com/ggml-org/llama.cpp/pull/4861); the codes themselves are nearest levels either way.
+importance matrix (https://github.com/ggml-org/llama.cpp/pull/4861); codes are nearest levels either way, and nearest
+vectors by the same weights where a format has a codebook.
 """
 
 from __future__ import annotations
@@ -25,5 +26,6 @@ class RTN(Method):
 
     def solve(self, w: Tensor, stats: InputStats | None, fmt: Format) -> Solution:
         """See `Method.solve`."""
-        params = fmt.fit(w, stats.importance if stats and self.importance else None)
-        return Solution(Quantized(fmt.snap(w, params), params, fmt))
+        importance = stats.importance if stats and self.importance else None
+        params = fmt.fit(w, importance)
+        return Solution(Quantized(fmt.snap(w, params, importance), params, fmt))
