@@ -81,13 +81,16 @@ class BlockFormat(Format):
     def unpack(self, packed: Tensor) -> tuple[Tensor, Params]:
         """The exact inverse of `pack`."""
 
-    @abstractmethod
     def may_hold(self, fmt: Format) -> str | None:
-        """Why this type cannot hold matrices in another format, whatever their data; None if it can."""
+        """Why this type cannot hold matrices in another format, whatever their data; None if it can.
 
-    @abstractmethod
+        Most types hold nothing but themselves.
+        """
+        return None if isinstance(fmt, type(self)) else f"{self.label} holds no {fmt.label}"
+
     def hold(self, quantized: Quantized) -> Quantized | str:
         """The same values in this type, exactly; or the reason why they cannot be."""
+        return self.may_hold(quantized.format) or quantized
 
 
 class Classic(BlockFormat):
