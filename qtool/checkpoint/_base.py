@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtool.checkpoint.families._base import Family
+from qtool.checkpoint.families._base import Family, stacked
 from qtool.errors import CheckpointError, NumericsError
 from qtool.formats._base import Format, Quantized
 
@@ -118,12 +118,14 @@ class Module:
     Attributes:
         name: module path without ".weight".
         aliases: other names of the same matrix: "lm_head" of a tied embedding.
-        kind: "linear" or "embedding".
-        role: what it does, the same word in every family: q, k, v, o, gate, up, down, embedding, head.
+        kind: "linear", "embedding", or "router" for a linear layer that decides which experts a token goes to.
+        role: what it does, the same word in every family: q, k, v, o, gate, up, down, embedding, head; in a mixture of
+            experts also router, and shared_gate, shared_up, shared_down, shared_router of an expert for all tokens.
         block: index of its decoder block; None outside of them.
         reads: name of the input it reads, shared by all modules that read the same one: "model.layers.0.attn_in".
         fused: name of the set that runtimes merge into one matrix: "model.layers.0.qkv"; None if they never do.
         shape: (N, K).
+        expert: index of its expert; None: every token goes through it.
     """
 
     name: str
@@ -134,6 +136,12 @@ class Module:
     reads: str
     fused: str | None
     shape: tuple[int, int]
+    expert: int | None = None
+
+    @property
+    def stack(self) -> str | None:
+        """Name of the set of all experts' matrices that some layouts store as one tensor; None outside of experts."""
+        return None if self.expert is None else stacked(self.name)[0]
 
 
 def modules(checkpoint: Checkpoint) -> Iterator[Module]:
@@ -149,11 +157,11 @@ def modules(checkpoint: Checkpoint) -> Iterator[Module]:
     yield Module(family.embedding, aliases, "embedding", "embedding", None, "tokens", None, shape)
     for i in range(family.blocks(config)):
         prefix = family.block_prefix.format(i=i)
-        for linear in family.linears:
+        for linear in family.block_linears(config, i):
             name = prefix + linear.path
             fused = prefix + linear.fused if linear.fused else None
             shape = _matrix(checkpoint, name)
-            yield Module(name, (), "linear", linear.role, i, prefix + linear.reads, fused, shape)
+            yield Module(name, (), linear.kind, linear.role, i, prefix + linear.reads, fused, shape, linear.expert)
     if not checkpoint.tied:
         yield Module(family.head, (), "linear", "head", None, "head_in", None, _matrix(checkpoint, family.head))
 

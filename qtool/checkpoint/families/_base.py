@@ -8,6 +8,7 @@ Shape letters: H attention heads, G key/value heads, D head dimension, E hidden 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -31,12 +32,43 @@ class Linear:
         role: q, k, v, o, gate, up, down.
         reads: the input it shares with others of the block: attn_in, attn_out, mlp_in, mlp_mid.
         fused: the set that runtimes merge: "qkv", "gate_up"; None if never.
+        expert: its index in a mixture of experts; None: every token goes through it.
+        kind: "router" if it decides where tokens go: such a layer is kept unless a rule names it.
     """
 
     path: str
     role: str
     reads: str
     fused: str | None = None
+    expert: int | None = None
+    kind: str = "linear"
+
+
+EXPERT = re.compile(r"\.experts\.(\d+)(?=\.)")
+
+
+def stacked(name: str) -> tuple[str, int | None]:
+    """("mlp.experts.gate_proj.weight", 3) of "mlp.experts.3.gate_proj.weight"; of other names (name, None)."""
+    found = EXPERT.search(name)
+    return (name, None) if found is None else (EXPERT.sub(".experts", name, count=1), int(found[1]))
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where a matrix or vector is, if a checkpoint stores it as part of a larger tensor.
+
+    Attributes:
+        tensor: name of the stored one.
+        index: into its first extent; None: it has no such extent.
+        first, step: of rows, in what the index leaves.
+        transposed: whether that is [K, rows] instead of [rows, K].
+    """
+
+    tensor: str
+    index: int | None = None
+    first: int = 0
+    step: int = 1
+    transposed: bool = False
 
 
 ATTENTION = (
@@ -69,11 +101,13 @@ class Family:
     Attributes:
         architecture: the model class in transformers, as config.json's `architectures` names it.
         defaults: what transformers assumes where config.json says nothing.
-        linears: the linear layers of every decoder block, in the order of computation.
+        linears: the linear layers of a plain decoder block, in the order of computation.
         norms: the norms of every block, below it, and the config-like name of their length.
         block_prefix: name prefix of block i, with "{i}".
         embedding, norm, head: module names around the blocks.
         gguf_arch: `general.architecture` of its GGUF files.
+        mixture: True if blocks hold experts, of which each token visits some.
+        counts: fields of config.json that must be positive integers, beside those of every family.
         gguf_marker: metadata key that tells it from a family of the same `gguf_arch`; None if it is the plain one.
         gguf_permute: roles whose rows llama.cpp wants in interleaved rotary order.
     """
@@ -86,6 +120,8 @@ class Family:
     embedding: ClassVar[str] = "model.embed_tokens"
     norm: ClassVar[str] = "model.norm"
     head: ClassVar[str] = "lm_head"
+    mixture: ClassVar[bool] = False
+    counts: ClassVar[tuple[str, ...]] = ()
     gguf_arch: ClassVar[str]
     gguf_marker: ClassVar[str | None] = None
     gguf_permute: ClassVar[frozenset[str]] = frozenset()
@@ -100,6 +136,10 @@ class Family:
         kv_heads = int(config.get("num_key_value_heads") or heads)
         return heads, kv_heads, int(config.get("head_dim") or config["hidden_size"] // heads)
 
+    def experts(self, config: dict[str, Any]) -> int:
+        """Experts of every block; 0 in a dense model."""
+        return 0
+
     def has_bias(self, config: dict[str, Any], role: str) -> bool:
         """True if linear layers of that role add a bias."""
         return False
@@ -108,28 +148,46 @@ class Family:
         """Every tensor of the model, in the model's order. The output matrix is left out where it is tied."""
         vocab, hidden = int(config["vocab_size"]), int(config["hidden_size"])
         shapes: dict[str, tuple[int, ...]] = {f"{self.embedding}.weight": (vocab, hidden)}
-        block = self._block_shapes(config)
         for i in range(self.blocks(config)):
             prefix = self.block_prefix.format(i=i)
-            shapes.update({prefix + name: shape for name, shape in block.items()})
+            shapes.update({prefix + name: shape for name, shape in self.block_shapes(config, i).items()})
         shapes[f"{self.norm}.weight"] = (hidden,)
         if not config.get("tie_word_embeddings", False):
             shapes[f"{self.head}.weight"] = (vocab, hidden)
         return shapes
 
-    def _block_shapes(self, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    def block_linears(self, config: dict[str, Any], i: int) -> tuple[Linear, ...]:
+        """The linear layers of block i, in the order of computation."""
+        return self.linears
+
+    def block_shapes(self, config: dict[str, Any], i: int) -> dict[str, tuple[int, ...]]:
+        """Every tensor of block i, by its name below the block."""
+        hidden, dim = int(config["hidden_size"]), self.heads(config)[2]
+        shapes: dict[str, tuple[int, ...]] = {}
+        for linear in self.block_linears(config, i):
+            n, k = self.linear_shape(config, linear)
+            shapes[f"{linear.path}.weight"] = (n, k)
+            if self.has_bias(config, linear.role):
+                shapes[f"{linear.path}.bias"] = (n,)
+        lengths = {"hidden": hidden, "head": dim}
+        return shapes | {f"{norm}.weight": (lengths[length],) for norm, length in self.norms.items()}
+
+    def linear_shape(self, config: dict[str, Any], linear: Linear) -> tuple[int, int]:
+        """(N, K) of a linear layer."""
         hidden, wide = int(config["hidden_size"]), int(config["intermediate_size"])
         heads, kv_heads, dim = self.heads(config)
         rows = {"q": heads * dim, "k": kv_heads * dim, "v": kv_heads * dim, "o": hidden}
         rows |= {"gate": wide, "up": wide, "down": hidden}
         columns = {"attn_in": hidden, "attn_out": heads * dim, "mlp_in": hidden, "mlp_mid": wide}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for linear in self.linears:
-            shapes[f"{linear.path}.weight"] = (rows[linear.role], columns[linear.reads])
-            if self.has_bias(config, linear.role):
-                shapes[f"{linear.path}.bias"] = (rows[linear.role],)
-        lengths = {"hidden": hidden, "head": dim}
-        return shapes | {f"{norm}.weight": (lengths[length],) for norm, length in self.norms.items()}
+        return rows[linear.role], columns[linear.reads]
+
+    def slices(self, config: dict[str, Any], stored: Collection[str]) -> dict[str, Slice]:
+        """Tensors of the model that a checkpoint with these tensors stores otherwise than under their own names."""
+        return {}
+
+    def submodule(self, path: str) -> str:
+        """What transformers' class calls the module or tensor that checkpoints call `path`, both below the block."""
+        return path
 
     def gguf_metadata(self, config: dict[str, Any]) -> dict[str, Value]:
         """The architecture's key-values of a GGUF file, full keys; `general.*` and `tokenizer.*` are the writer's.
@@ -161,14 +219,17 @@ class Family:
         return {} if factors is None else {"rope_freqs.weight": factors}
 
     def gguf_names(self, config: dict[str, Any]) -> dict[str, str]:
-        """Name here -> name in GGUF of every tensor of the model, the output matrix included even if it is tied."""
+        """Name here -> name in GGUF of every tensor of the model, the output matrix included even if it is tied.
+
+        All experts' matrices of one role in a block have the name of the one tensor in which GGUF stacks them.
+        """
         import gguf
 
         arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.gguf_arch)
         names = gguf.get_tensor_name_map(arch, self.blocks(config))
         mapped = {}
         for name in [*self.shapes(config), f"{self.head}.weight"]:
-            found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            found = names.get_name(stacked(name)[0], try_suffixes=(".weight", ".bias"))
             if found is None:
                 raise CheckpointError(
                     f"the gguf package has no name for tensor {name} of architecture {self.gguf_arch}"
