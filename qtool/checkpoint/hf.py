@@ -51,21 +51,25 @@ class HFCheckpoint(Checkpoint):
     def __init__(self, folder: Path, source: str | None = None) -> None:
         self.source = source or str(folder)
         self.config, self.family = read_config(folder / "config.json")
-        if (how := self.config.get("quantization_config")) is not None:
-            raise CheckpointError(
-                f"{self.source} is already quantized",
-                wanted="the original weights",
-                found=how.get("quant_method") if isinstance(how, dict) else how,
-                hint="start from the checkpoint that it was made from",
-            )
         self.files = {name: folder / name for name in SIDE_FILES if (folder / name).is_file()}
-        stored = locate(folder)
+        stored = self._weights(folder)
         ignored = {name for name in stored if name.endswith(".rotary_emb.inv_freq")}  # a constant that old files keep
         self._drop_tied_copy(stored, ignored)
         order = {name: place for place, name in enumerate(self.family.shapes(self.config))}
         kept = sorted(stored.keys() - ignored, key=lambda name: (order.get(name, len(order)), name))
         self._stored = {name: stored[name] for name in kept}
         verify(self)
+
+    def _weights(self, folder: Path) -> dict[str, SafetensorsFile]:
+        """Tensor name -> file. Readers of quantized layouts list a packed matrix under the name of its weight."""
+        if (how := self.config.get("quantization_config")) is not None:
+            raise CheckpointError(
+                f"{self.source} is already quantized, in a way that qtool does not read",
+                wanted="the original weights",
+                found=how.get("quant_method") if isinstance(how, dict) else how,
+                hint="start from the checkpoint that it was made from",
+            )
+        return locate(folder)
 
     def names(self) -> list[str]:
         """See `Checkpoint.names`."""

@@ -160,7 +160,7 @@ DAMAGED_CONFIG: dict[str, tuple[dict[str, Any], str]] = {
     "other-family": ({"model_type": "mamba"}, r"unknown model family: .*found 'mamba'; a new family is one file"),
     "path-as-family": ({"model_type": "../_base"}, "unknown model family"),
     "list-as-family": ({"model_type": ["llama"]}, "unknown model family"),
-    "quantized": ({"quantization_config": {"quant_method": "gptq"}}, r"already quantized: .*found gptq"),
+    "quantized": ({"quantization_config": {"quant_method": "gptq"}}, r"already quantized, in a way .*found gptq"),
     "quantized-strangely": ({"quantization_config": [1]}, r"already quantized"),
     "no-size": ({"hidden_size": None}, "impossible hidden_size: wanted a positive integer, found None"),
     "negative": ({"vocab_size": -1}, "impossible vocab_size"),

@@ -12,19 +12,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from qtool.artifact._base import Artifact, Carry
 from qtool.artifact._card import write_card, write_side_files
+from qtool.artifact._integers import exact_scales, model_dtype
 from qtool.artifact._shards import write_shards
 from qtool.artifact.compressed_tensors._config import METHOD, quantization_config
 from qtool.artifact.compressed_tensors._layout import encode, infos, layout
 from qtool.artifact.compressed_tensors._reader import CompressedCheckpoint
 from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint
 from qtool.checkpoint.config import read_json
-from qtool.errors import CheckpointError, PlanError
-from qtool.formats._base import Quantized
+from qtool.errors import CheckpointError
 from qtool.formats.int import Int
 
 USAGE = """
@@ -108,23 +107,3 @@ def _refusal(module: Module, layer: Layer) -> str | None:
     if not isinstance(inputs, Int) or inputs.bits != 8 or inputs.group != "token":
         return f"inputs are quantized as int8-token, not {inputs.label}"
     return None
-
-
-def model_dtype(model: QuantizedCheckpoint) -> torch.dtype:
-    """The type that runtimes give the model, and its scales with it."""
-    name = str(model.config.get("dtype") or model.config.get("torch_dtype"))
-    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    return known.get(name) or model.info(f"{model.family.embedding}.weight").dtype
-
-
-def exact_scales(quantized: Quantized, module: str, dtype: torch.dtype) -> Quantized:
-    """Returns a matrix whose scales do not change in `dtype`. Raises PlanError: they do."""
-    scale = quantized.params["scale"]
-    if not torch.equal(scale.to(dtype).to(scale.dtype), scale):
-        name = str(dtype).removeprefix("torch.")
-        hint = "quantize with `scale_dtype` of the model's own type"
-        problem = (
-            f"{module}: scales stored as {str(scale.dtype).removeprefix('torch.')} are not exact in {name}; {hint}"
-        )
-        raise PlanError([problem], f"runtimes load this model, and its scales, in {name}")
-    return quantized
