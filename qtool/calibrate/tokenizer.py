@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from qtool.checkpoint._base import Checkpoint
+from qtool.checkpoint.config import read_json
 from qtool.errors import CheckpointError, one_line
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -14,15 +16,42 @@ FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """transformers' tokenizer of a checkpoint, from its own files; nothing is downloaded and no code of it is run.
 
+    A tokenizer.json says everything, so it is taken as it is. For other files AutoTokenizer has to find the class that
+    reads them, which takes a second of imports.
+
     Raises:
         CheckpointError: it has none, or one that transformers cannot read.
     """
-    from transformers import AutoTokenizer
-
     folder = next((checkpoint.files[name].parent for name in FILES if name in checkpoint.files), None)
     if folder is None:
         raise CheckpointError(f"{checkpoint.source} has no tokenizer", wanted=f"one of {', '.join(FILES)}")
+    settings = checkpoint.files.get("tokenizer_config.json")
     try:
+        if "tokenizer.json" in checkpoint.files and not (settings and "auto_map" in read_json(settings)):
+            return _from_json(folder)
+        from transformers import AutoTokenizer
+
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare ones on damaged files
         raise CheckpointError(f"the tokenizer of {checkpoint.source} cannot be read", found=one_line(error)) from error
+
+
+def _from_json(folder: Path) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+
+
+def token_ids(tokenizer: Any, text: str, special: bool = False) -> list[int]:
+    """Ids of a text of any length; special tokens that are spelled out in it count as such.
+
+    Args:
+        tokenizer: from `load_tokenizer`.
+        text: what to tokenize.
+        special: put special tokens around it, where the tokenizer does so.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    (encoding,) = backend.encode_batch_fast([text], add_special_tokens=special)  # without positions, twice as fast
+    return list(encoding.ids)

@@ -5,14 +5,13 @@ Shape letters: S samples, T tokens per sample.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qtool.calibrate.documents import documents
-from qtool.calibrate.tokenizer import load_tokenizer
+from qtool.calibrate.tokenizer import load_tokenizer, token_ids
 from qtool.calibrate.walker import build_on_meta
 from qtool.checkpoint._base import Checkpoint, finite
 from qtool.errors import CheckpointError
@@ -60,11 +59,10 @@ def windows(source: str, tokenizer: Any, samples: int, calibration: Calibration,
     """Windows of a source's text, int64 [samples, T]; see `load_tokens`."""
     length = calibration.length
     stream: list[int] = []
-    with quiet_tokenizer():
-        for text in documents(source, tokenizer, calibration.chat_template):
-            stream += tokenizer(text, add_special_tokens=False)["input_ids"]
-            if len(stream) >= CHOICE * samples * length:
-                break
+    for text in documents(source, tokenizer, calibration.chat_template):
+        stream += token_ids(tokenizer, text)
+        if len(stream) >= CHOICE * samples * length:
+            break
     found = len(stream) // length
     if found < samples:
         raise CheckpointError(
@@ -83,8 +81,7 @@ def windows(source: str, tokenizer: Any, samples: int, calibration: Calibration,
 
 def beginning(tokenizer: Any) -> int | None:
     """The token that the tokenizer puts before every text, if it does."""
-    ids = tokenizer("a")["input_ids"]
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    ids, bare = token_ids(tokenizer, "a", special=True), token_ids(tokenizer, "a")
     return int(ids[0]) if ids and ids[:1] != bare[:1] else None
 
 
@@ -119,15 +116,3 @@ def sample_from(model: torch.nn.Module, tokens: Tensor, length: int) -> Tensor:
         fresh = torch.multinomial(finite(output.logits[:, -1], "logits").softmax(-1), 1)
         tokens = torch.cat([tokens, fresh], dim=1)
     return tokens
-
-
-class quiet_tokenizer:  # noqa: N801 (used like a function)
-    """Silences the warning that a text is longer than the model's context: it is cut into windows anyway."""
-
-    def __enter__(self) -> None:
-        self.logger = logging.getLogger("transformers.tokenization_utils_base")
-        self.level = self.logger.level
-        self.logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        self.logger.setLevel(self.level)

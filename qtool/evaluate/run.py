@@ -18,8 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qtool.calibrate.tokenizer import load_tokenizer
-from qtool.calibrate.tokens import beginning, quiet_tokenizer
+from qtool.calibrate.tokenizer import load_tokenizer, token_ids
+from qtool.calibrate.tokens import beginning
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import Checkpoint
 from qtool.checkpoint.gguf import GGUFCheckpoint
@@ -152,8 +152,7 @@ def encode(text: Path, model: Checkpoint) -> tuple[list[int], int | None]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"the evaluation text {text}", wanted="a readable UTF-8 file", found=error) from error
     tokenizer = load_tokenizer(model)
-    with quiet_tokenizer():
-        return tokenizer(content)["input_ids"], beginning(tokenizer)
+    return token_ids(tokenizer, content, special=True), beginning(tokenizer)
 
 
 def chunked(ids: list[int], bos: int | None, context: int, chunks: int | None) -> Tensor:

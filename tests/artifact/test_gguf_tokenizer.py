@@ -1,13 +1,11 @@
 """Tokenizers in GGUF files: llama.cpp cuts text as the original tokenizer does."""
 
 import json
-import pydoc_data.topics
 import shutil
-import struct
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from qtool.artifact.gguf import GGUF
 from qtool.artifact.gguf._tokenizer import tokenizer_metadata
@@ -16,54 +14,7 @@ from qtool.errors import CheckpointError
 from qtool.evaluate.llamacpp import LlamaCpp
 from qtool.recipe.schema import Export
 from tests.artifact.test_gguf import neutral, write
-
-PROSE = list(pydoc_data.topics.topics.values())[:20]
-TEXTS = [
-    *(text[:1500] for text in PROSE[5:8]),
-    "Hello, world! It's 12345 o'clock; we'Ll see... THEY'RE 1 22 333 4444",
-    "  leading\n\n\n  spaces\t\tand\r\ntabs   \n trailing   ",
-    "naïve café — Ünïcödé, 你好世界, Привет мир, שלום, 🙂🙃 ½ x² ٣٤٥",
-    "snake_case CamelCase kebab-case http://a.b/c?d=e&f=[1,2] {'k': 0.5} // --> <tag/>",
-    "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n",
-    "",
-    " ",
-    "\n",
-]
-
-
-def byte_level(name: str) -> Tokenizer:
-    """A BPE trained under one of the known pre-tokenizers."""
-    steps, ignore_merges = RULES[name]
-    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
-    spelled = json.loads(tokenizer.to_str())
-    spelled["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
-    tokenizer = Tokenizer.from_str(json.dumps(spelled))
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(PROSE, trainer)
-    return tokenizer
-
-
-def sentencepiece_like(prefix: bool = True) -> Tokenizer:
-    """Llama 2's kind: spaces are marked, every pair that makes a token is a merge, bytes are the last resort."""
-    trained = Tokenizer(models.BPE())
-    trained.normalizer = normalizers.Replace(" ", "▁")
-    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-    trained.train_from_iterator(PROSE, trainers.BpeTrainer(vocab_size=220, show_progress=False))
-    learned = json.loads(trained.to_str())["model"]["vocab"]
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *sorted(learned, key=learned.get)]
-    vocab = {piece: i for i, piece in enumerate(pieces)}
-    merges = [(p[:i], p[i:]) for p in pieces[259:] for i in range(1, len(p)) if {p[:i], p[i:]} <= vocab.keys()]
-    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    steps = [normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")]
-    tokenizer.normalizer = normalizers.Sequence(steps)
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return tokenizer
+from tests.tokenizers import TEXTS, byte_level, llama2_like, tokenizer_model
 
 
 @pytest.fixture(scope="module")
@@ -92,38 +43,14 @@ def test_byte_level_tokenization(name, llama_cpp):
 
 @pytest.mark.parametrize("prefix", [True, False])
 def test_sentencepiece_tokenization_from_tokenizer_json(prefix, llama_cpp):
-    tokenizer = sentencepiece_like(prefix)
+    tokenizer = llama2_like(prefix)
     runtime = llama_cpp({"tokenizer.json": tokenizer.to_str()})
     for text in filter(None, TEXTS):
         assert runtime.tokenize(text) == tokenizer.encode(text).ids, text
 
 
-def protobuf(number: int, value: int | float | str | bytes) -> bytes:
-    """One field of a protocol buffer; sizes below 2^14 are enough here."""
-
-    def varint(n: int) -> bytes:
-        return bytes([n]) if n < 128 else bytes([n & 127 | 128, n >> 7])
-
-    if isinstance(value, int):
-        return varint(number << 3) + varint(value)
-    if isinstance(value, float):
-        return varint(number << 3 | 5) + struct.pack("<f", value)
-    value = value.encode() if isinstance(value, str) else value
-    return varint(number << 3 | 2) + varint(len(value)) + value
-
-
-def tokenizer_model(tokenizer: Tokenizer, kind: int = 2) -> bytes:
-    """The same tokens as a SentencePiece model: unknown, control, 256 bytes, then pieces by falling score."""
-    types = [2, 3, 3] + [6] * 256
-    data = b""
-    for text, i in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
-        piece = protobuf(1, text) + protobuf(2, float(-max(0, i - 259)))
-        data += protobuf(1, piece + (protobuf(3, types[i]) if i < 259 else b""))
-    return data + protobuf(2, protobuf(3, kind)) + protobuf(3, protobuf(3, 1))
-
-
 def test_sentencepiece_tokenization_from_tokenizer_model(llama_cpp):
-    tokenizer = sentencepiece_like()
+    tokenizer = llama2_like()
     runtime = llama_cpp({"tokenizer.model": tokenizer_model(tokenizer)})
     for text in filter(None, TEXTS):
         assert runtime.tokenize(text) == tokenizer.encode(text).ids, text
@@ -171,7 +98,7 @@ def test_types_of_tokens(tmp_path: Path):
     tokens, types = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.token_type"]
     assert (types[1], types[100], types[tokens.index("<tool>")], types[504]) == (3, 1, 4, 5)
     assert tokens[501:] == [f"[PAD{i}]" for i in range(501, 505)]
-    values = metadata(tmp_path, sentencepiece_like())
+    values = metadata(tmp_path, llama2_like())
     assert values["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]
     assert values["tokenizer.ggml.token_type"][258:260] == [6, 1]
 
@@ -238,8 +165,8 @@ def test_chat_templates(tmp_path: Path):
     [
         ("", "is no SentencePiece model|BPE: wanted model type 2"),
         ("\xff" * 40, "is no SentencePiece model"),
-        (tokenizer_model(sentencepiece_like())[:999].decode("latin-1"), "is no SentencePiece model"),
-        (tokenizer_model(sentencepiece_like(), kind=1).decode("latin-1"), "wanted model type 2, found 1"),
+        (tokenizer_model(llama2_like())[:999].decode("latin-1"), "is no SentencePiece model"),
+        (tokenizer_model(llama2_like(), kind=1).decode("latin-1"), "wanted model type 2, found 1"),
     ],
     ids=["empty", "noise", "cut", "unigram"],
 )

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from qtool.artifact.gguf import GGUF
 from qtool.checkpoint._base import Layer, QuantizedCheckpoint
@@ -51,9 +52,7 @@ def load_reference(folder):
 
 
 def token_ids(folder, text):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)(text.read_text(encoding="utf-8"))["input_ids"]
+    return Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text.read_text(encoding="utf-8")).ids
 
 
 def chunks_of(folder, text, bos=None):
@@ -147,7 +146,7 @@ def test_quantized_activations_are_simulated(tiny_checkpoint, text):
 
 def add_bos(folder):
     """Lets the tokenizer begin every text with token 1, as Llama's does."""
-    from tokenizers import Tokenizer, processors
+    from tokenizers import processors
 
     path = str(folder / "tokenizer.json")
     tokenizer = Tokenizer.from_file(path)
