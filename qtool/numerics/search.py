@@ -138,7 +138,7 @@ def offset_rows(x, importance, reach, width, highest, ratios, scale, offset, sta
             scale[n, g], offset[n, g] = best_scale, best_offset
 
 
-def _arrays(x: Tensor, importance: Tensor | None, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def prepared(x: Tensor, importance: Tensor | None, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """float32 arrays on the CPU: x [N, C], importance [C], reach [C].
 
     Importances of a group that are all zero, or absent, count as all alike. Reach shrinks columns that hardly
@@ -169,7 +169,7 @@ def symmetric(
     Returns:
         float32 [N, G], on the device of x.
     """
-    values, weight, reach = _arrays(x, importance, width)
+    values, weight, reach = prepared(x, importance, width)
     scale = np.zeros((x.shape[0], x.shape[1] // width), np.float32)
     ratios = clip_ratios(highest - lowest + 1, steps)
     over_rows(
@@ -180,7 +180,7 @@ def symmetric(
 
 def zero_point(x: Tensor, importance: Tensor | None, width: int, lowest: int, highest: int) -> tuple[Tensor, Tensor]:
     """Scales and integer zero points for x ~ s * (q - z), q and z in [lowest, highest]; arguments as in `symmetric`."""
-    values, weight, reach = _arrays(x, importance, width)
+    values, weight, reach = prepared(x, importance, width)
     scale, zero = (np.zeros((x.shape[0], x.shape[1] // width), np.float32) for _ in range(2))
     ratios = clip_ratios(highest - lowest + 1)
     over_rows(
@@ -194,7 +194,7 @@ def free_offset(
     x: Tensor, importance: Tensor | None, width: int, highest: int, steps: int = STEPS
 ) -> tuple[Tensor, Tensor]:
     """Scales and offsets for x ~ s * l + o, l in [0, highest]; arguments as in `symmetric`."""
-    values, weight, reach = _arrays(x, importance, width)
+    values, weight, reach = prepared(x, importance, width)
     scale, offset = (np.zeros((x.shape[0], x.shape[1] // width), np.float32) for _ in range(2))
     ratios = clip_ratios(highest + 1, steps)
     over_rows(lambda a, b: offset_rows(values, weight, reach, width, highest, ratios, scale, offset, a, b), len(values))
