@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -12,12 +12,14 @@ from pydantic import BaseModel
 
 from qtool import __version__
 from qtool.checkpoint._base import Checkpoint, Layer, Module, modules
-from qtool.errors import PlanError, UsageError, nearest
+from qtool.errors import PlanError, UsageError
 from qtool.formats._base import Format
 from qtool.methods._base import Method
+from qtool.recipe.assign import assign
+from qtool.recipe.fallback import choose
 from qtool.recipe.findings import Findings
-from qtool.recipe.match import matches
-from qtool.recipe.schema import Recipe, Rule, parse_method
+from qtool.recipe.schema import Recipe, parse_method
+from qtool.recipe.scope import Facts
 
 DTYPE_BITS = {"f32": 32, "f16": 16, "bf16": 16}
 
@@ -182,8 +184,8 @@ def make_plan(
     """
     found = tuple(modules(checkpoint))
     findings = Findings(recipe.layers)
-    decisions, warnings = _assign(found, findings)
-    layers = tuple(_decide(m, decisions.get(m.name, -1), checkpoint, findings) for m in found)
+    decisions, warnings = assign(found, facts(recipe, checkpoint), findings)
+    layers = tuple(_decide(m, decisions.get(m.name, -1), recipe, checkpoint, findings) for m in found)
     artifacts = tuple(export.to for export in recipe.export)
     for name in artifacts:
         _check_carrier(name, carriers[name], layers, findings)
@@ -197,45 +199,27 @@ def make_plan(
     return Plan(recipe, layers, artifacts, other, tuple(warnings), checkpoint.fingerprint(), limit_layers)
 
 
-def _assign(found: Sequence[Module], findings: Findings) -> tuple[dict[str, int], list[str]]:
-    """The rule that decides each module, by module name, and warnings about rules that decide none."""
-    decisions: dict[str, int] = {}
-    warnings = []
-    for i, rule in enumerate(findings.rules):
-        hits = [m.name for m in found if matches(rule.match, m)]
-        new = [name for name in hits if name not in decisions]
-        decisions |= dict.fromkeys(new, i)
-        if not hits:
-            findings.add(i, f"matches nothing in this model; {nearest(rule.match, _patterns(found))}")
-        elif not new:
-            warnings.append(
-                f"{findings.position(i)} decides nothing: earlier rules match all of its {len(hits)} layers"
-            )
-    for m in found:
-        if m.kind == "linear" and m.name not in decisions:
-            advice = 'end layers: with a rule for the rest, such as {match: "*", keep: true}'
-            findings.add(-1, f"no rule matches; {advice}", m.name)
-    return decisions, warnings
+def facts(recipe: Recipe, checkpoint: Checkpoint) -> Facts:
+    """What the conditions of rules are held against."""
+    family, config = checkpoint.family, checkpoint.config
+    heads, kv_heads, _ = family.heads(config)
+    methods = [recipe.method, *(rule.method for rule in recipe.layers)]
+    return Facts(
+        blocks=family.blocks(config),
+        gqa=heads // kv_heads,
+        experts=family.experts(config),
+        tied=checkpoint.tied,
+        calibrated=any(method.needs for method in methods if method),
+    )
 
 
-def _patterns(found: Iterable[Module]) -> list[str]:
-    """Patterns that match something: names, with `*` for what comes before a block's own part of them."""
-    patterns = {"*": None}
-    for m in found:
-        inner = m.name if m.block is None else "*" + m.name.partition(f".{m.block}")[2]
-        patterns |= dict.fromkeys((inner, *m.aliases))
-    return list(patterns)
-
-
-def _decide(module: Module, index: int, checkpoint: Checkpoint, findings: Findings) -> LayerPlan:
+def _decide(module: Module, index: int, recipe: Recipe, checkpoint: Checkpoint, findings: Findings) -> LayerPlan:
     """Applies a rule (-1: none) to a module."""
-    rule = findings.rules[index] if index >= 0 else None
-    n, k = module.shape
+    rule = recipe.layers[index] if index >= 0 else None
     if rule is None or rule.weights is None:
         keep = rule.keep if rule and isinstance(rule.keep, str) else "source"
-        bits = checkpoint.info(f"{module.name}.weight").nbytes * 8 if keep == "source" else n * k * DTYPE_BITS[keep]
-        return LayerPlan(module, None, None, None, keep, None, index, bits)
-    method = rule.method or parse_method("rtn")
+        return LayerPlan(module, None, None, None, keep, None, index, _kept_bits(module, keep, checkpoint))
+    method = rule.method or (recipe.method if module.kind == "linear" else None) or parse_method("rtn")
     if module.kind == "embedding":
         if method.needs:
             text = (
@@ -245,21 +229,20 @@ def _decide(module: Module, index: int, checkpoint: Checkpoint, findings: Findin
         if rule.activations:
             text = "an embedding has no inputs to round; give it a rule without activations:"
             findings.add(index, text, module.name)
-    fmt, fallback = _fitting(rule, rule.weights, module, index, findings)
-    return LayerPlan(module, fmt, method, rule.activations, "source", fallback, index, fmt.storage_bits(n, k))
+    choice = choose(rule, rule.weights, module.shape[1])
+    if choice.problem:
+        findings.add(index, choice.problem, module.name)
+    if choice.format is None:
+        bits = _kept_bits(module, choice.keep, checkpoint)
+        return LayerPlan(module, None, None, None, choice.keep, choice.fallback, index, bits)
+    bits = choice.format.storage_bits(*module.shape)
+    return LayerPlan(module, choice.format, method, rule.activations, "source", choice.fallback, index, bits)
 
 
-def _fitting(rule: Rule, wanted: Format, module: Module, index: int, findings: Findings) -> tuple[Format, str | None]:
-    """The format that a rule gives to a module, and what is to be said if it is the rule's second choice."""
-    misfit = wanted.misfit(module.shape[1])
-    if misfit is None:
-        return wanted, None
-    if not isinstance(rule.fallback, Format):
-        findings.add(index, f"{wanted.label}: {misfit}; or name a second choice, fallback: FORMAT", module.name)
-        return wanted, None
-    if second := rule.fallback.misfit(module.shape[1]):
-        findings.add(index, f"{wanted.label}: {misfit}; nor does fallback {rule.fallback.label}: {second}", module.name)
-    return rule.fallback, f"{rule.fallback.label} instead of {wanted.label}: {misfit.partition(';')[0]}"
+def _kept_bits(module: Module, keep: str, checkpoint: Checkpoint) -> int:
+    """Bits of a matrix in its own type, or in the one that it is cast to."""
+    n, k = module.shape
+    return checkpoint.info(f"{module.name}.weight").nbytes * 8 if keep == "source" else n * k * DTYPE_BITS[keep]
 
 
 def _check_carrier(name: str, carrier: Carrier, layers: Sequence[LayerPlan], findings: Findings) -> None:

@@ -148,8 +148,8 @@ def families() -> str:
 def recipe() -> str:
     """The recipe grammar: a table for the whole, and one for each of its parts."""
     schema = json_schema()
-    places = {"calibration": "Calibration", "calibration.data[]": "Source", "layers[]": "Rule", "export[]": "Export"}
-    places["eval"] = "Eval"
+    places = {"calibration": "Calibration", "calibration.data[]": "Source", "layers[]": "Rule"}
+    places |= {"layers[].when": "When", "export[]": "Export", "eval": "Eval"}
     parts = [options(schema)]
     for place, name in places.items():
         part = schema["$defs"][name]

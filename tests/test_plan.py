@@ -181,8 +181,105 @@ class TestRowsThatDoNotDivide:
             "divisible by 128; groups that divide: 96, 32, 16",
         ]
 
+    def test_block_types_fall_back_as_in_llama_cpp(self):
+        made = plan({"match": "*", "weights": "q4_0"}, model=TINY | {"hidden_size": 48})
+        up, down = (by_name(made)[f"model.layers.0.mlp.{name}_proj"] for name in ("up", "down"))
+        assert (down.format, down.fallback) == (parse_format("q4_0"), None)
+        assert (up.format, up.method, up.keep, up.bits) == (None, None, "f16", 96 * 48 * 16)
+        assert up.fallback == "f16 instead of q4_0: rows of 48 columns are not divisible by 32"
+        assert {s.role: s.label for s in made.summary()}["up"] == "kept as f16"
+
+    def test_unless_the_rule_says_otherwise(self):
+        model = TINY | {"hidden_size": 48}
+        (line,) = refusals({"match": "*", "weights": "q4_0", "fallback": "error"}, model=model)
+        assert line.endswith(
+            "q_proj and 12 more: q4_0: rows of 48 columns are not divisible by 32; groups that divide: 16; or name a "
+            "second choice, fallback: FORMAT"
+        )
+        made = plan({"match": "*", "weights": "q4_0", "fallback": "int4-g16"}, model=model)
+        assert by_name(made)["model.layers.0.mlp.up_proj"].format == parse_format("int4-g16")
+
+
+class TestMethod:
+    def test_a_rules_own_comes_first_then_the_recipes(self):
+        rules = {"match": "*.q_proj", "weights": "int4-g32", "method": "rtn"}, REST
+        decided = by_name(plan(*rules, method={"gptq": {"damp": 0.5}}))
+        assert decided["model.layers.0.self_attn.q_proj"].method == parse_method("rtn")
+        assert decided["lm_head"].method == parse_method({"gptq": {"damp": 0.5}})
+
+    @pytest.mark.parametrize("pattern", ["lm_head", "role:embedding"])
+    def test_embeddings_have_no_inputs_and_are_rounded(self, pattern):
+        decided = by_name(plan({"match": pattern, "weights": "q8_0"}, REST, model=TIED, method="gptq"))
+        assert decided["model.embed_tokens"].method == parse_method("rtn")
+        assert decided["model.layers.0.mlp.up_proj"].method == parse_method("gptq")
+
+
+class TestBlocks:
+    def formats(self, *rules, role="down", **model):
+        made = plan(*rules, {"match": "*", "weights": "q4_0"}, model=TINY | model)
+        return [p.format.label for p in made.layers if p.module.role == role]
+
+    def test_a_rule_decides_in_its_blocks_only(self):
+        rule = {"match": "role:down", "blocks": ["first 1/8", "last 1/8", "every 3rd"], "weights": "q8_0"}
+        wanted = ["q8_0" if i in (0, 3, 6, 7) else "q4_0" for i in range(8)]
+        assert self.formats(rule, num_hidden_layers=8) == wanted
+        assert self.formats(rule, role="up", num_hidden_layers=8) == ["q4_0"] * 8
+
+    def test_a_single_block_may_be_a_number(self):
+        assert self.formats({"match": "role:down", "blocks": 1, "weights": "q8_0"}) == ["q4_0", "q8_0"]
+
+    def test_a_share_of_few_blocks_may_be_none(self):
+        assert self.formats({"match": "role:down", "blocks": "first 1/8", "weights": "q8_0"}) == ["q4_0", "q4_0"]
+
+    def test_layers_outside_of_blocks_are_in_none(self):
+        made = plan({"match": "re:.*", "blocks": "first 9", "weights": "q8_0"}, REST)
+        assert {m: p.label for m, p in by_name(made).items()}["lm_head"] == "int4-g32"
+        assert by_name(made)["model.embed_tokens"].format is None
+
+    def test_blocks_that_there_are_not(self):
+        assert refusals({"match": "*", "blocks": "1-2", "weights": "q8_0"}, REST) == [
+            'layers[0] (match "*"): no such block: wanted 0 to 1, found 2',
+        ]
+
+
+V8 = {"match": "role:v", "when": {"gqa": 2, "experts": 0, "tied": False}, "weights": "q8_0"}
+
+
+class TestConditions:
+    def labels(self, *rules, **arguments):
+        return {s.role: s.label for s in plan(*rules, {"match": "*", "weights": "q4_0"}, **arguments).summary()}
+
+    def test_rules_of_other_models_are_left_out(self):
+        assert self.labels(V8)["v"] == "q8_0"
+        for other in ({"num_key_value_heads": 4}, {"tie_word_embeddings": True}):
+            assert self.labels(V8, model=TINY | other)["v"] == "q4_0"
+
+    def test_whether_a_method_measures(self):
+        rule = {"match": "role:v", "when": {"calibrated": True}, "weights": "q8_0"}
+        assert self.labels(rule)["v"] == "q4_0"
+        assert self.labels(rule, method="gptq")["v"] == "q8_0"
+        assert self.labels(rule, method="rtn")["v"] == "q4_0"
+        assert self.labels(rule | {"method": {"rtn": {"importance": True}}})["v"] == "q8_0"
+
+    def test_one_that_does_not_apply_may_match_nothing(self):
+        rule = {"match": "*.experts.*", "when": {"experts": ">=1"}, "weights": "q8_0"}
+        assert plan(rule, REST).warnings == ()
+        (line,) = refusals(rule | {"when": {"experts": 0}}, REST)
+        assert "matches nothing in this model" in line
+
+    def test_what_limited_rules_leave_to_others_depends_on_the_model(self):
+        rest = {"match": "role:v", "weights": "q5_0"}
+        assert plan(V8, rest, REST).warnings == ()
+        assert plan({"match": "role:v", "blocks": "first 2", "keep": True}, rest, REST).warnings == ()
+        assert len(plan({"match": "role:v", "keep": True}, rest, REST).warnings) == 1
+
 
 class TestRules:
+    def test_a_role_that_there_is_not(self):
+        assert refusals({"match": "role:dwn", "keep": True}, REST) == [
+            "layers[0] (match \"role:dwn\"): matches nothing in this model; did you mean 'role:down'?",
+        ]
+
     def test_one_that_matches_nothing(self):
         assert refusals({"match": "*.mlp.dwn_proj", "keep": True}, {"match": "lm_haed", "keep": True}, REST) == [
             "layers[0] (match \"*.mlp.dwn_proj\"): matches nothing in this model; did you mean '*.mlp.down_proj'?",

@@ -58,6 +58,8 @@ class Format(BaseModel):
 
     examples: ClassVar[tuple[str, ...]] = ()
     """Shorthands to suggest and to complete, where the family spells more than its own name."""
+    fallback: ClassVar[str | None] = None
+    """What takes rows that this format cannot divide, unless a recipe says otherwise: a format's name, or "f16"."""
     free_offset: ClassVar[bool] = False
     """True where the offset is free, so that a closed-form refit may move it beside the scale."""
 

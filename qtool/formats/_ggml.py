@@ -40,6 +40,7 @@ class BlockFormat(Format):
         ggml_type: its number in tensor tables.
         columns: columns per block.
         block_bytes: bytes per block.
+        fallback: the type that llama.cpp takes for rows which this one cannot divide.
         search: how hard parameters are searched for. "ggml" repeats ggml's encoder bit by bit and ignores importance;
             a subclass without such an encoder leaves it out of the choices.
     """
@@ -47,6 +48,7 @@ class BlockFormat(Format):
     ggml_type: ClassVar[int]
     columns: ClassVar[int]
     block_bytes: ClassVar[int]
+    fallback: ClassVar[str | None] = "f16"
 
     search: Literal["ggml", "fast", "default", "thorough"] = "default"
 

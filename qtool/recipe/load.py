@@ -3,8 +3,8 @@
 `extends: NAME_OR_PATH` begins with another recipe. What the file says itself wins:
   * `name`, `description` and `recipe` are never inherited; every file has its own.
   * `calibration` and `eval` are merged key by key; `export` replaces the other list.
-  * A rule of `layers` whose `match` the base has too takes that rule's place. All other rules come before the base's,
-    in their order, so that they decide first.
+  * A rule of `layers` that is for the same layers as one of the base's (equal `match`, `blocks` and `when`) takes that
+    rule's place. All other rules come before the base's, in their order, so that they decide first.
 A relative path in `extends` counts from the folder of the file that says it.
 
 Importing this module imports no torch, so that recipes are listed quickly.
@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qtool.errors import RecipeError, nearest
 from qtool.recipe.nodes import BROKEN, Node, Reader
@@ -170,20 +170,21 @@ def _lists(*nodes: Node) -> bool:
 def _extend_rules(base: list[Node], child: list[Node]) -> list[Node]:
     rules = list(base)
     first: list[Node] = []
-    patterns = [_pattern(rule) for rule in base]
+    scopes = [_scope(rule) for rule in base]
     for rule in child:
-        pattern = _pattern(rule)
-        if pattern is not None and pattern in patterns:
-            rules[patterns.index(pattern)] = rule
+        scope = _scope(rule)
+        if scope is not None and scope in scopes:
+            rules[scopes.index(scope)] = rule
         else:
             first.append(rule)
     return first + rules
 
 
-def _pattern(rule: Node) -> str | None:
-    """What a rule matches, if it says so."""
-    match = rule.value.get("match") if isinstance(rule.value, dict) else None
-    return match.value if match and isinstance(match.value, str) else None
+def _scope(rule: Node) -> tuple[Any, ...] | None:
+    """Which layers a rule is for, if it says so."""
+    if not isinstance(rule.value, dict) or "match" not in rule.value:
+        return None
+    return tuple(rule.value[key].plain() if key in rule.value else None for key in ("match", "blocks", "when"))
 
 
 def _override(tree: Node, text: str, reader: Reader) -> None:

@@ -1,4 +1,8 @@
-"""Layer patterns: globs on module names in which `*` crosses dots, or `re:` and a full-match regular expression."""
+"""Layer patterns: globs on module names, regular expressions for whole names, or roles.
+
+In a glob `*` crosses dots; an expression comes after `re:`, roles come after `role:`. Roles are the same words in every
+family: q, k, v, o, gate, up, down, embedding, head.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from functools import lru_cache
 from typing import Protocol
 
 EVERY_LINEAR = "*"
+ROLES = re.compile(r"role:(\w+(?:,\w+)*)")
 
 
 class Named(Protocol):
@@ -26,14 +31,24 @@ class Named(Protocol):
     def kind(self) -> str:
         """Either "linear" or "embedding"."""
 
+    @property
+    def role(self) -> str:
+        """What it does: q, k, v, o, gate, up, down, embedding, head."""
+
+    @property
+    def block(self) -> int | None:
+        """Index of its decoder block; None outside of them."""
+
 
 @lru_cache(maxsize=4096)
 def compile_pattern(pattern: str) -> re.Pattern[str]:
     """The regular expression that a pattern stands for.
 
     Raises:
-        ValueError: the text after `re:` is not a regular expression.
+        ValueError: the text after `re:` is not a regular expression, or that after `role:` no list of words.
     """
+    if pattern.startswith("role:") and not ROLES.fullmatch(pattern):
+        raise ValueError(f"{pattern!r} names no roles: wanted words and commas, as in role:gate,up")
     if not pattern.startswith("re:"):
         return re.compile(fnmatch.translate(pattern))
     try:
@@ -52,5 +67,7 @@ def matches(pattern: str, module: Named) -> bool:
     """
     if pattern == EVERY_LINEAR:
         return module.kind == "linear"
+    if roles := ROLES.fullmatch(pattern):
+        return module.role in roles[1].split(",")
     expression = compile_pattern(pattern)
     return any(expression.fullmatch(name) for name in (module.name, *module.aliases))

@@ -7,50 +7,23 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     PlainSerializer,
     PrivateAttr,
     Tag,
     ValidationError,
-    model_validator,
 )
-from pydantic.functional_validators import ModelWrapValidatorHandler
-from typing_extensions import Self
 
 from qtool import registry
 from qtool.errors import nearest
 from qtool.formats._base import Format
 from qtool.methods._base import Method
 from qtool.recipe.match import compile_pattern
-from qtool.recipe.problems import Keys, Mistakes, checked, explain, mistake, show
-
-
-class Strict(BaseModel):
-    """Unknown keys are errors; objects do not change."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @classmethod
-    def conflicts(cls, value: Mapping[str, Any]) -> list[tuple[Keys, str]]:
-        """Mistakes that more than one key makes together."""
-        return []
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _explain(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Words every mistake at the level where it is made, so that its wording knows the keys that exist there."""
-        mistakes = cls.conflicts(value) if isinstance(value, Mapping) else []
-        try:
-            result = handler(value)
-        except ValidationError as error:
-            raise Mistakes([*explain(error, cls, value), *mistakes]) from None
-        if mistakes:
-            raise Mistakes(mistakes)
-        return result
+from qtool.recipe.problems import Keys, Mistakes, checked, mistake, show
+from qtool.recipe.scope import Blocks, When
+from qtool.recipe.strict import Strict
 
 
 def parse_format(value: Any) -> Format:
@@ -192,21 +165,27 @@ class Rule(Strict):
     """What to do with the layers that a pattern matches. The first rule that matches a layer decides.
 
     Attributes:
-        match: a glob on module names in which * crosses dots, or re: and a regular expression for the whole name. A
-            single * means every linear layer.
+        match: a glob on module names in which * crosses dots; re: and a regular expression for the whole name; or role:
+            and what layers do in any family, such as role:v or role:gate,up. A single * means every linear layer.
+        blocks: only these decoder blocks: first 4, last 1/8, every 3rd (of those that no entry before it chose), 0-3,
+            7, or a list of such.
+        when: only in models of which this holds.
         weights: the format of the weights.
-        method: how their codes are chosen; rtn if nothing is said.
+        method: how their codes are chosen; the recipe's method if nothing is said.
         activations: the format that inputs are rounded to at run time, token by token.
         keep: true leaves the layers as they are; f32, f16 or bf16 casts them.
-        fallback: the format for layers whose rows the first one cannot divide; error refuses them.
+        fallback: the format for layers whose rows the first one cannot divide; error refuses them. If nothing is said,
+            GGUF's block types fall back as in llama.cpp, and the others refuse.
     """
 
     match: Annotated[str, Field(min_length=1), AfterValidator(_check_pattern)]
+    blocks: Blocks | None = None
+    when: When | None = None
     weights: FormatField | None = None
     method: MethodField | None = None
     activations: FormatField | None = None
     keep: Literal[True, "f32", "f16", "bf16"] | None = None
-    fallback: FallbackField = "error"
+    fallback: FallbackField | None = None
     _where: str = PrivateAttr("")
 
     @classmethod
@@ -276,6 +255,8 @@ class Recipe(Strict):
         recipe: version of this grammar.
         name: what reports and model cards call it.
         description: one line for `qtool recipes list`.
+        method: how codes are chosen where no rule says; rtn if nothing is said. Embeddings, which have no inputs to
+            measure, are rounded (rtn) all the same.
         calibration: which tokens are run through the model, and how.
         layers: rules; the first one that matches a layer decides.
         export: artifacts to write.
@@ -285,6 +266,7 @@ class Recipe(Strict):
     recipe: Literal[1]
     name: str = Field(min_length=1)
     description: str = ""
+    method: MethodField | None = None
     calibration: Calibration = Calibration()
     layers: tuple[Rule, ...] = Field(min_length=1)
     export: tuple[Export, ...] = ()

@@ -9,6 +9,7 @@ import pytest
 from qtool.errors import RecipeError
 from qtool.formats.int import Int
 from qtool.methods.gptq import GPTQ
+from qtool.methods.rtn import RTN
 from qtool.recipe.load import find_recipe, list_recipes, load_recipe
 from qtool.recipe.nodes import DEEPEST, LARGEST
 from qtool.recipe.schema import Calibration, Recipe, Source
@@ -61,7 +62,7 @@ eval: {text: b.txt, context: 64, chunks: 2, gates: {kld: 0.05, top1: 1}}
         chat_template=True,
     )
     head, down, rest = recipe.layers
-    assert (head.keep, head.weights, head.method, head.fallback) == ("bf16", None, None, "error")
+    assert (head.keep, head.weights, head.method, head.fallback) == ("bf16", None, None, None)
     assert down.weights == Int(bits=4, group=32, symmetric=False, scales="minmax")
     assert down.method == GPTQ(damp=0.5, order="none")
     assert down.fallback == Int(bits=4, group="channel")
@@ -181,6 +182,47 @@ MISTAKES = [
         HEAD + 'layers: [{match: "*", weights: int4-g64, method: {gptq: 3}}]',
         "r.yaml:3: layers[0].method.gptq: wanted a mapping, found 3",
     ),
+    *(
+        (
+            HEAD + f'layers: [{{match: "*", keep: true, blocks: {blocks}}}]',
+            "layers[0].blocks: no choice of blocks: wanted first 4, last 1/8, every 3rd, 0-3, 7, or a list of such, "
+            f"found {found}",
+        )
+        for blocks, found in [
+            ("first", "'first'"),
+            ("first 0", "'first 0'"),
+            ("first 9/8", "'first 9/8'"),
+            ("first 1/0", "'first 1/0'"),
+            ("every 0th", "'every 0th'"),
+            ("3-2", "'3-2'"),
+            ("-1", "-1"),
+            ("true", "true"),
+            ("0.5", "0.5"),
+            ("[]", "an empty list"),
+            ("[0, [1]]", "a list of 1"),
+            ("[0, third]", "'third'"),
+            ("{a: 1}", "a mapping with a"),
+            ("9" * 10, "9999999999"),
+        ]
+    ),
+    (
+        HEAD + 'layers: [{match: "*", keep: true, when: {}}]',
+        "layers[0].when: wanted a condition: blocks, gqa, experts, tied, calibrated",
+    ),
+    (
+        HEAD + 'layers: [{match: "*", keep: true, when: {expert: 8}}]',
+        "layers[0].when.expert: unknown key; did you mean 'experts'?",
+    ),
+    (
+        HEAD + 'layers: [{match: "*", keep: true, when: {gqa: =>4}}]',
+        'layers[0].when.gqa: no condition on a number: wanted a whole number, or a comparison such as ">=4", '
+        "found '=>4'",
+    ),
+    (
+        HEAD + 'layers: [{match: "*", keep: true, when: {tied: 1}}]',
+        "layers[0].when.tied: wanted true or false, found 1",
+    ),
+    (HEAD + LAYERS + "method: gtpq", "r.yaml:5: method: no method is called 'gtpq'; did you mean 'gptq'?"),
     ("recipe: 2\nname: test\n" + LAYERS, "r.yaml:1: recipe: wanted 1, found 2"),
     ("recipe: 1\nname: no\n" + LAYERS, "r.yaml:2: name: wanted a string, found false; put it in quotes"),
     ("recipe: 1\nname: 3\n" + LAYERS, "r.yaml:2: name: wanted a string, found 3; put it in quotes"),
@@ -288,6 +330,28 @@ eval: {text: a.txt}
         ]
         assert (recipe.layers[3].weights, recipe.layers[3].method) == (Int(bits=4, group=32), None)
 
+    def test_a_rule_for_other_blocks_or_models_is_another_rule(self, write):
+        base = """recipe: 1
+name: base
+layers:
+  - {match: "*.down_proj", blocks: [first 1/8, 9], weights: q8_0}
+  - {match: "*.down_proj", when: {gqa: ">=4"}, weights: q5_0}
+  - {match: "*", weights: q4_0}
+"""
+        write(base, "base.yaml")
+        child = """extends: base.yaml
+layers:
+  - {match: "*.down_proj", blocks: first 1/8, weights: q5_1}
+  - {match: "*.down_proj", when: {gqa: ">=4"}, weights: q4_1}
+"""
+        recipe = load_recipe(write(HEAD + child))
+        assert [(r.blocks, r.when and r.when.gqa, r.weights.label) for r in recipe.layers] == [
+            (("first 1/8",), None, "q5_1"),
+            (("first 1/8", "9"), None, "q8_0"),
+            (None, ">=4", "q4_1"),
+            (None, None, "q4_0"),
+        ]
+
     def test_mappings_merge_lists_replace_and_names_are_not_inherited(self, write):
         write(self.BASE, "base.yaml")
         recipe = load_recipe(
@@ -367,6 +431,11 @@ class TestOverrides:
         assert recipe.layers[0].weights == Int(bits=3, group=32)
         assert recipe.layers[0].method == GPTQ(damp=0.25)
         assert (recipe.name, recipe.export[0].to) == ("a=b", "qtool")
+
+    def test_a_recipes_method_is_set_as_a_whole(self, write):
+        assert load_recipe(write(HEAD + LAYERS + "method: gptq"), ["method=rtn"]).method == RTN()
+        flag = "method={rtn: {importance: true}}"
+        assert load_recipe(write(HEAD + LAYERS), [flag]).method == RTN(importance=True)
 
     def test_they_come_after_extends(self, write):
         write(TestExtends.BASE, "base.yaml")

@@ -14,6 +14,8 @@ class Named:
     name: str
     aliases: tuple[str, ...] = ()
     kind: str = "linear"
+    role: str = "down"
+    block: int | None = None
 
 
 DOWN = Named("model.layers.12.mlp.down_proj")
@@ -48,6 +50,11 @@ HEAD = Named("lm_head")
         ("lm_head", HEAD, True),
         ("model.embed_tokens", TIED, True),
         ("re:lm_head|.*embed_tokens", UNTIED, True),
+        ("role:down", DOWN, True),
+        ("role:up,down", DOWN, True),
+        ("role:up,gate", DOWN, False),
+        ("role:dow", DOWN, False),
+        ("role:down_proj", DOWN, False),
     ],
 )
 def test_matches(pattern, module, expected):
@@ -57,4 +64,10 @@ def test_matches(pattern, module, expected):
 @pytest.mark.parametrize("pattern", ["re:(", "re:*", "re:a{99999999999}", "re:" + "(" * 5000, "re:[[a]", "re:a(?i)b"])
 def test_what_is_no_regular_expression_is_said(pattern):
     with pytest.raises(ValueError, match="is not a regular expression: "):
+        compile_pattern(pattern)
+
+
+@pytest.mark.parametrize("pattern", ["role:", "role:q,", "role: q", "role:q k", "role:*"])
+def test_what_is_no_list_of_roles_is_said(pattern):
+    with pytest.raises(ValueError, match="names no roles: wanted words and commas, as in role:gate,up"):
         compile_pattern(pattern)
