@@ -33,6 +33,15 @@ STEPS = {"fast": 8, "default": search.STEPS, "thorough": 3 * search.STEPS}
 """Clipping ratios that the search of a classic type tries."""
 
 
+def fp16(values: Tensor, label: str) -> Tensor:
+    """Rounds scales. Raises NumericsError: too large for fp16."""
+    rounded = values.half()
+    if not bool(rounded.isfinite().all()):
+        found = f"{float(values.abs().max()):g}"
+        raise NumericsError(f"{label} stores scales in fp16", wanted=f"at most {FP16_MAX:g}", found=found)
+    return rounded
+
+
 class BlockFormat(Format):
     """A block type of GGUF. Subclasses say how the blocks of a row become bytes and back.
 
@@ -134,13 +143,8 @@ class Classic(BlockFormat):
 
     def stored(self, d: Tensor, m: Tensor) -> Params:
         """Rounds to fp16. Raises NumericsError: too large for it."""
-        params = {"d": d.half(), "m": m.half()} if self.offset else {"d": d.half()}
-        if not all(p.isfinite().all() for p in params.values()):
-            largest = max(float(d.abs().max()), float(m.abs().max()))
-            raise NumericsError(
-                f"{self.label} stores scales in fp16", wanted=f"at most {FP16_MAX:g}", found=f"{largest:g}"
-            )
-        return params
+        stored = {"d": d, "m": m} if self.offset else {"d": d}
+        return {name: fp16(values, self.label) for name, values in stored.items()}
 
     def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
         """See `Format.fit`."""

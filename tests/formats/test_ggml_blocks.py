@@ -1,43 +1,16 @@
 """The classic GGUF blocks against ggml itself (through the symbols of xllamacpp) and against gguf's Python decoders."""
 
-import ctypes
-
 import gguf
-import numpy as np
 import pytest
 import torch
 
 from qtool import registry
 from qtool.errors import NumericsError
-from qtool.evaluate.llamacpp import library
 from qtool.formats._base import Quantized
 from qtool.formats.int import Int
+from tests.reference.ggml import ggml_dequantize, ggml_quantize
 
 NAMES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
-FLOAT_P = ctypes.POINTER(ctypes.c_float)
-
-
-def ggml_quantize(w, ggml_type, row_bytes, importance=None):
-    """uint8 [N, row_bytes] by ggml's own encoder."""
-    w = np.ascontiguousarray(w.numpy())
-    packed = np.zeros((w.shape[0], row_bytes), np.uint8)
-    chunk = library().ggml_quantize_chunk
-    chunk.restype = ctypes.c_size_t
-    weights = None if importance is None else importance.contiguous().numpy().ctypes.data_as(FLOAT_P)
-    sizes = (ctypes.c_int64(0), ctypes.c_int64(w.shape[0]), ctypes.c_int64(w.shape[1]))
-    written = chunk(ggml_type, w.ctypes.data_as(FLOAT_P), packed.ctypes.data_as(ctypes.c_void_p), *sizes, weights)
-    assert written == packed.size
-    return torch.from_numpy(packed)
-
-
-def ggml_dequantize(packed, name, k):
-    """float32 [N, K] by ggml's own decoder."""
-    packed = np.ascontiguousarray(packed.numpy())
-    out = np.zeros((packed.shape[0], k), np.float32)
-    decode = getattr(library(), f"dequantize_row_{name}")
-    decode.restype = None
-    decode(packed.ctypes.data_as(ctypes.c_void_p), out.ctypes.data_as(FLOAT_P), ctypes.c_int64(out.size))
-    return torch.from_numpy(out)
 
 
 def awkward(seed=0):

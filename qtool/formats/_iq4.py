@@ -1,0 +1,68 @@
+"""What IQ4_NL and IQ4_XS share: a table of 16 levels, denser around zero, and its search.
+
+w_hat = d * m * T[code]     m an integer per group of 32 columns in IQ4_XS, 1 in IQ4_NL
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from qtool.formats._base import Params
+from qtool.formats._ggml import CHUNK, BlockFormat, fp16
+from qtool.numerics.table_search import EFFORT, table_scales
+
+
+@cache
+def table() -> Tensor:
+    """float32 [16], `kvalues_iq4nl` of ggml, from the package gguf."""
+    from gguf.quants import IQ4_NL
+
+    return torch.tensor(IQ4_NL.kvalues, dtype=torch.float32)
+
+
+class IQ4(BlockFormat):
+    """Blocks of groups of 32 columns with 4-bit codes into the table.
+
+    Attributes:
+        limit: multipliers of d lie in [-limit, limit - 1].
+    """
+
+    search: Literal["fast", "default", "thorough"] = "default"
+    limit: ClassVar[int] = 1
+
+    @property
+    def group_columns(self) -> int | None:
+        """See `Format.group_columns`."""
+        return 32
+
+    def levels(self) -> Tensor:
+        """See `Format.levels`."""
+        return table()
+
+    def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
+        """See `Format.fit`."""
+        rows = max(1, CHUNK // w.shape[1])
+        effort = EFFORT[self.search]
+        found = [
+            table_scales(w[i : i + rows], importance, self.levels(), 32, self.columns // 32, self.limit, effort)
+            for i in range(0, w.shape[0], rows)
+        ]
+        return self.stored(*(torch.cat(part) for part in zip(*found, strict=True)))
+
+    def stored(self, d: Tensor, multipliers: Tensor) -> Params:
+        """Rounds d to fp16. Raises NumericsError: too large for it."""
+        return {"d": fp16(d, self.label)}
+
+
+def nibbles(codes: Tensor) -> Tensor:
+    """uint8 [..., 32] below 16 -> [..., 16]: byte j holds column j in its low and column j + 16 in its high nibble."""
+    return codes[..., :16] | codes[..., 16:] << 4
+
+
+def from_nibbles(packed: Tensor) -> Tensor:
+    """The inverse of `nibbles`."""
+    return torch.cat([packed & 15, packed >> 4], dim=-1)

@@ -1,0 +1,64 @@
+"""What TQ1_0 and TQ2_0 share: levels -1, 0, 1 and one fp16 scale per 256 columns, `w_hat = d * (q - 1)`.
+
+ggml's encoder takes the largest absolute value as d, which is right for models that were trained with ternary weights
+and keeps little of others. `search: fast` and more find the d of least error; "default" and "thorough" are exact.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from qtool.formats._base import Params, expand
+from qtool.formats._ggml import BlockFormat, fp16
+from qtool.numerics.table_search import column_weights
+from qtool.numerics.ternary_search import ternary_scales
+
+
+class Ternary(BlockFormat):
+    """Blocks of 256 columns with ternary codes."""
+
+    columns: ClassVar[int] = 256
+
+    @property
+    def group_columns(self) -> int | None:
+        """See `Format.group_columns`."""
+        return self.columns
+
+    def levels(self) -> Tensor:
+        """See `Format.levels`."""
+        return torch.tensor([-1.0, 0.0, 1.0])
+
+    def affine(self, params: Params) -> tuple[Tensor, Tensor]:
+        """See `Format.affine`."""
+        d = params["d"].float()
+        return d, torch.zeros_like(d)
+
+    def refit(self, params: Params, scale: Tensor, offset: Tensor) -> Params:
+        """See `Format.refit`."""
+        return self.stored(scale)
+
+    def stored(self, d: Tensor) -> Params:
+        """Rounds to fp16. Raises NumericsError: too large for it."""
+        return {"d": fp16(d, self.label)}
+
+    def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
+        """See `Format.fit`."""
+        if self.search == "ggml":
+            return self.stored(self._absmax(w))
+        weight, _ = column_weights(importance, w.shape[1], self.columns, self.columns)
+        return self.stored(ternary_scales(w, weight, self.columns, self.search != "fast"))
+
+    def snap(self, w: Tensor, params: Params, importance: Tensor | None = None) -> Tensor:
+        """See `Format.snap`. ggml rounds against scales not yet in fp16; so do we, where `params` are its own."""
+        if self.search == "ggml":
+            d = self._absmax(w)
+            if torch.equal(d.half(), params["d"]):
+                x = w * expand(torch.where(d == 0, 0.0, 1.0 / torch.where(d == 0, 1.0, d)), w.shape[1])
+                return (x.sign() * (x.abs() >= 0.5) + 1).to(torch.uint8)
+        return super().snap(w, params, importance)
+
+    def _absmax(self, w: Tensor) -> Tensor:
+        return w.view(len(w), -1, self.columns).abs().amax(-1)

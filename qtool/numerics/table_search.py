@@ -1,0 +1,290 @@
+"""Scales for a table of levels that are not evenly spaced: the 16 signed bytes of ggml's IQ4 types.
+
+Blocks of columns share a scale d, and each group of a block has an integer multiplier m of it:
+
+    minimize  sum_j importance_j (x_j - d * m_g * T[code_j])^2     over d, m_g and codes
+
+A group's own best scale comes from a sweep, each step of which rounds the group and closes with weighted least squares.
+Then d is chosen among many by the parabolas that the groups' errors are near their optimum, and (d, m) are improved in
+turns with the codes. ggml's own encoder (quantize_row_iq4_nl_impl in ggml-quants.c,
+https://github.com/ggml-org/llama.cpp) runs beside, and where its block is better, it stays.
+
+Shape letters: N rows, C columns, B columns of a block, S blocks of a row (C / B), G groups of a row.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from qtool.numerics.parallel import over_rows
+from qtool.numerics.search import FAST
+
+
+class Effort(NamedTuple):
+    """How much is tried.
+
+    Attributes:
+        steps: of a group's sweep, per sign.
+        multipliers: steps of the sweep over d, per sign.
+        starts: values of d that are followed up.
+        rounds: turns of (m, codes) and d for each of them.
+        near: multipliers tried on both sides of the rounded one.
+    """
+
+    steps: int
+    multipliers: int
+    starts: int
+    rounds: int
+    near: int
+
+
+EFFORT = {"fast": Effort(9, 24, 1, 1, 0), "default": Effort(20, 64, 2, 2, 1), "thorough": Effort(60, 256, 6, 4, 2)}
+GGML_TRIES = 7
+
+
+@njit(nogil=True, cache=True, inline="always")
+def look_up(x, table, low):  # type: ignore[no-untyped-def]
+    """The level nearest to x. `table` [entries] holds it for every half step from `low` on."""
+    at = min(max((x - low) * np.float32(2.0), np.float32(0.0)), np.float32(len(table) - 1))
+    return table[np.int32(at)]
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def products(v, weight, inverse, table, low):  # type: ignore[no-untyped-def]
+    """(sum of weight x level, sum of weight level^2) for a group rounded at a scale."""
+    xl, ll = np.float32(0.0), np.float32(0.0)
+    for j in range(len(v)):
+        level = look_up(v[j] * inverse, table, low)
+        xl += weight[j] * v[j] * level
+        ll += weight[j] * level * level
+    return xl, ll
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def error(v, weight, scale, table, low):  # type: ignore[no-untyped-def]
+    """Weighted squared error of a group rounded at a scale."""
+    inverse = np.float32(1.0) / scale if scale != 0 else np.float32(0.0)
+    total = np.float32(0.0)
+    for j in range(len(v)):
+        d = v[j] - scale * look_up(v[j] * inverse, table, low)
+        total += weight[j] * d * d
+    return total
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def sweep(v, weight, reach, table, low, high, steps):  # type: ignore[no-untyped-def]
+    """(scale, xl, ll) of the best step of a group's sweep: its largest weight lands short of the table's end or beyond.
+
+    Columns that hardly count are shrunk by `reach` as the sweep goes on, so that they do not set the scale.
+    """
+    far, near = np.float32(0.0), np.float32(0.0)
+    for j in range(len(v)):
+        far, near = max(far, abs(v[j])), max(near, abs(v[j]) * reach[j])
+    best_xl, best_ll = np.float32(0.0), np.float32(0.0)
+    best = np.float32(0.0)
+    if near > 0:
+        for i in range(steps):
+            t = np.float32(i) / np.float32(steps - 1)
+            extent = far + (near - far) * t
+            for end in (low, high):
+                xl, ll = products(v, weight, end * (np.float32(0.84) + np.float32(0.4) * t) / extent, table, low)
+                if ll > 0 and xl * xl > best * ll:
+                    best, best_xl, best_ll = xl * xl / ll, xl, ll
+    return (best_xl / best_ll if best_ll > 0 else np.float32(0.0)), best_xl, best_ll
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def ggml_scale(v, weight, table, low):  # type: ignore[no-untyped-def]
+    """The scale of a group by ggml's sweep, for its weights."""
+    extreme = np.float32(0.0)
+    for j in range(len(v)):
+        if abs(v[j]) > abs(extreme):
+            extreme = v[j]
+    if abs(extreme) < 1e-15:
+        return np.float32(0.0)
+    xl, ll = products(v, weight, -low / extreme, table, low)
+    scale = xl / ll if ll > 0 else np.float32(0.0)
+    best = scale * xl
+    for i in range(-GGML_TRIES, GGML_TRIES + 1):
+        xl, ll = products(v, weight, (i + low) / extreme, table, low)
+        if ll > 0 and xl * xl > best * ll:
+            scale = xl / ll
+            best = scale * xl
+    return scale
+
+
+@njit(nogil=True, cache=True, inline="always")
+def nearest_multiplier(x, limit):  # type: ignore[no-untyped-def]
+    """x rounded into [-limit, limit - 1]."""
+    return min(max(np.rint(x), -limit), limit - np.float32(1.0))
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def propose(scale, ll, limit, steps, found):  # type: ignore[no-untyped-def]
+    """Fills `found` with the most promising values of d, by the parabolas ll_g (d m_g - scale_g)^2.
+
+    Each puts the largest scale somewhere between half of the multipliers' range and its end, on either side.
+    """
+    largest = np.float32(0.0)
+    for g in range(len(scale)):
+        if abs(scale[g]) > abs(largest):
+            largest = scale[g]
+    costs = np.full(len(found), np.inf, np.float32)
+    found[:] = 0
+    for i in range(2 * steps):
+        end = limit * (np.float32(0.5) + np.float32(0.5) * np.float32(i // 2 + 1) / np.float32(steps))
+        d = largest / (-end if i % 2 == 0 else end - np.float32(1.0))
+        cost = np.float32(0.0)
+        for g in range(len(scale)):
+            miss = d * nearest_multiplier(scale[g] / d, limit) - scale[g] if d != 0 else scale[g]
+            cost += ll[g] * miss * miss
+        worst = 0
+        for k in range(len(found)):
+            if costs[k] > costs[worst]:
+                worst = k
+        if cost < costs[worst]:
+            costs[worst], found[worst] = cost, d
+
+
+@njit(nogil=True, cache=True)
+def half(x):  # type: ignore[no-untyped-def]
+    """x rounded to what fp16 stores (beyond its range it stays, and is refused later)."""
+    _, exponent = math.frexp(x)
+    step = math.ldexp(1.0, max(exponent, -13) - 11)
+    return np.float32(np.rint(x / step) * step)
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def settle(v, weight, d, limit, rounds, near, table, low, m):  # type: ignore[no-untyped-def]
+    """Improves d and the multipliers m [groups of the block] in turns; returns (d, error) with d as fp16 stores it."""
+    width = len(v) // len(m)
+    for turn in range(rounds + 1):
+        d = half(d)
+        total, top, bottom = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+        for g in range(len(m)):
+            x, w = v[g * width : (g + 1) * width], weight[g * width : (g + 1) * width]
+            least, center = np.float32(np.inf), m[g]
+            for step in range(-near, near + 1):
+                tried = center if step == 0 else min(max(center + np.float32(step), -limit), limit - np.float32(1.0))
+                cost = error(x, w, d * tried, table, low)
+                if cost < least:
+                    least, m[g] = cost, tried
+            total += least
+            if turn < rounds and d * m[g] != 0:
+                xl, ll = products(x, w, np.float32(1.0) / (d * m[g]), table, low)
+                top += m[g] * xl
+                bottom += m[g] * m[g] * ll
+        if turn < rounds and bottom > 0:
+            d = top / bottom
+    return d, total
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def multiply(scale, d, limit, m):  # type: ignore[no-untyped-def]
+    """Fills m [groups of the block] with the multipliers of d that are nearest to the scales; one alone is 1."""
+    for g in range(len(m)):
+        m[g] = 1 if len(m) == 1 else nearest_multiplier(scale[g] / d, limit) if d != 0 else 0
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def ggml_block(v, importance, limit, table, low, scale, m):  # type: ignore[no-untyped-def]
+    """d of a block by ggml's encoder, which fills m; importance [B], or [0] where there is none."""
+    width = len(v) // len(m)
+    mean = np.float32(0.0)
+    for j in range(len(v)):
+        mean += v[j] * v[j] / np.float32(len(v))
+    weight = np.empty(len(v), np.float32)
+    for j in range(len(v)):
+        weight[j] = importance[j] * np.sqrt(2 * mean + v[j] * v[j]) if len(importance) else v[j] * v[j]
+    largest = np.float32(0.0)
+    for g in range(len(m)):
+        scale[g] = ggml_scale(v[g * width : (g + 1) * width], weight[g * width : (g + 1) * width], table, low)
+        if abs(scale[g]) > abs(largest):
+            largest = scale[g]
+    d = largest if len(m) == 1 else -largest / limit
+    multiply(scale, d, limit, m)
+    return d
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def table_rows(x, importance, weight, reach, table, low, high, limit, effort, d, m, start, stop):  # type: ignore[no-untyped-def]
+    """Fills d [N, S] and m [N, G] for rows start to stop. x [N, C]; importance [C] or [0]; weight, reach [C]."""
+    blocks = d.shape[1]
+    width, groups = x.shape[1] // m.shape[1], m.shape[1] // blocks
+    columns = width * groups
+    steps, multipliers, starts, rounds, near = effort
+    scale, ll, tried = np.empty(groups, np.float32), np.empty(groups, np.float32), np.empty(groups, np.float32)
+    promising = np.empty(starts if groups > 1 else 1, np.float32)
+    for n in range(start, stop):
+        for s in range(blocks):
+            part = slice(s * columns, (s + 1) * columns)
+            v, w, kept = x[n, part], weight[part], m[n, s * groups : (s + 1) * groups]
+            known = importance[part] if len(importance) else importance
+            first = ggml_block(v, known, limit, table, low, scale, kept)
+            d[n, s], least = settle(v, w, first, limit, 0, 0, table, low, kept)
+            for g in range(groups):
+                a, b = g * width, (g + 1) * width
+                scale[g], _, ll[g] = sweep(
+                    v[a:b], w[a:b], reach[s * columns + a : s * columns + b], table, low, high, steps
+                )
+            promising[0] = scale[0]
+            if groups > 1:
+                propose(scale, ll, limit, multipliers, promising)
+            for candidate in promising:
+                multiply(scale, candidate, limit, tried)
+                found, cost = settle(v, w, candidate, limit, rounds, near if groups > 1 else 0, table, low, tried)
+                if cost < least:
+                    least, d[n, s] = cost, found
+                    kept[:] = tried
+
+
+def table_scales(
+    x: Tensor, importance: Tensor | None, levels: Tensor, width: int, groups: int, limit: int, effort: Effort
+) -> tuple[Tensor, Tensor]:
+    """(d, multipliers) of every block.
+
+    Args:
+        x: float32 [N, C].
+        importance: float32 [C] or None.
+        levels: float32 [L], integers or half integers, ascending, from below zero to above.
+        width: columns of a group.
+        groups: of a block; one alone has the multiplier 1.
+        limit: multipliers lie in [-limit, limit - 1].
+        effort: how much is tried.
+
+    Returns:
+        (float32 [N, S] of values that fp16 holds, float32 [N, G] of integers), on the device of x.
+    """
+    weight, reach = column_weights(importance, x.shape[1], width, width * groups)
+    known = np.empty(0, np.float32) if importance is None else importance.float().cpu().numpy()
+    low, high = float(levels[0]), float(levels[-1])
+    middles = (levels[1:] + levels[:-1]) / 2
+    halves = torch.arange(low, high + 0.5, 0.5)  # entry i: what lies in [low + i / 2, low + (i + 1) / 2)
+    table = levels[torch.bucketize(halves, middles, right=True)].numpy()
+    rows, blocks = x.shape[0], x.shape[1] // (width * groups)
+    d, m = np.zeros((rows, blocks), np.float32), np.zeros((rows, blocks * groups), np.float32)
+    arrays = (x.float().contiguous().cpu().numpy(), known, weight.numpy(), reach.numpy(), table)
+    ends = tuple(np.float32(value) for value in (low, high, limit))
+    over_rows(lambda a, b: table_rows(*arrays, *ends, tuple(effort), d, m, a, b), rows)
+    return torch.from_numpy(d).to(x.device), torch.from_numpy(m).to(x.device)
+
+
+def column_weights(importance: Tensor | None, columns: int, width: int, block: int) -> tuple[Tensor, Tensor]:
+    """(weight of a column's squared error, reach), float32 [C] each.
+
+    Weights are importances plus a millionth of their block's mean, so that columns without any are still rounded
+    sensibly. Reach is below 1 for columns that count less than their group's average.
+    """
+    if importance is None:
+        return torch.ones(columns), torch.ones(columns)
+    blocks = importance.float().cpu().view(-1, block)
+    mean = blocks.mean(1, keepdim=True)
+    weight = torch.where(mean > 0, blocks / mean.clamp_min(1e-30) + 1e-6, 1.0).view(-1, width)
+    reach = (weight / weight.mean(1, keepdim=True)).clamp_max(1.0).pow(0.25)
+    return weight.flatten(), reach.flatten()

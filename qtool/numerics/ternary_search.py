@@ -1,0 +1,84 @@
+"""Scales for levels -1, 0, 1: minimize sum_j importance_j (x_j - d * l_j)^2 over d and l.
+
+For a given d, weights beyond d / 2 get a level; for given levels, d is their weighted mean size. What gets a level is
+always the largest weights of the block, so trying every count of them, in order of size, is exact. The fast variant
+goes back and forth between the two conditions instead, from d = 0 and from the largest weight on.
+
+Shape letters: N rows, C columns, S blocks.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from qtool.numerics.parallel import over_rows
+from qtool.numerics.search import FAST
+
+TURNS = 5
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def alternate(v, weight, d):  # type: ignore[no-untyped-def]
+    """(d of a block after some turns, how much of the weighted energy it explains)."""
+    top, bottom = np.float32(0.0), np.float32(0.0)
+    for _ in range(TURNS):
+        top, bottom = np.float32(0.0), np.float32(0.0)
+        for j in range(len(v)):
+            size = abs(v[j])
+            counted = weight[j] if size * 2 >= d else np.float32(0.0)
+            top += counted * size
+            bottom += counted
+        if bottom > 0:
+            d = top / bottom
+    return d, top * d
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def from_both_ends(v, weight):  # type: ignore[no-untyped-def]
+    """The better d of those that are reached from all weights, and from the largest alone, as ggml has it."""
+    largest = np.float32(0.0)
+    for j in range(len(v)):
+        largest = max(largest, abs(v[j]))
+    low, low_gain = alternate(v, weight, np.float32(0.0))
+    high, high_gain = alternate(v, weight, largest)
+    return low if low_gain >= high_gain else high
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def exact(v, weight):  # type: ignore[no-untyped-def]
+    """The best d of a block."""
+    top, bottom, best, d = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
+    for j in np.argsort(-np.abs(v)):
+        top += weight[j] * abs(v[j])
+        bottom += weight[j]
+        if bottom > 0 and top * top > best * bottom:
+            best, d = top * top / bottom, top / bottom
+    return d
+
+
+@njit(nogil=True, cache=True)
+def ternary_rows(x, weight, thorough, d, start, stop):  # type: ignore[no-untyped-def]
+    """Fills d [N, S] for rows start to stop. x [N, C]; weight [C]."""
+    width = x.shape[1] // d.shape[1]
+    for n in range(start, stop):
+        for s in range(d.shape[1]):
+            v, w = x[n, s * width : (s + 1) * width], weight[s * width : (s + 1) * width]
+            d[n, s] = exact(v, w) if thorough else from_both_ends(v, w)
+
+
+def ternary_scales(x: Tensor, weight: Tensor, width: int, thorough: bool) -> Tensor:
+    """d of every block, float32 [N, S], on the device of x.
+
+    Args:
+        x: float32 [N, C].
+        weight: float32 [C] > 0, of a column's squared error.
+        width: columns of a block.
+        thorough: exact.
+    """
+    values, weights = x.float().contiguous().cpu().numpy(), weight.cpu().numpy()
+    d = np.zeros((x.shape[0], x.shape[1] // width), np.float32)
+    over_rows(lambda a, b: ternary_rows(values, weights, thorough, d, a, b), len(values))
+    return torch.from_numpy(d).to(x.device)
