@@ -84,9 +84,14 @@ class Format(BaseModel):
         return self.group_columns
 
     @property
+    def group_rows(self) -> int | None:
+        """Rows that share one (scale, offset); None: all of them."""
+        return 1
+
+    @property
     def by_rows(self) -> bool:
         """True if a row's parameters depend on that row alone, so that a large matrix can be fitted in parts."""
-        return True
+        return self.group_rows == 1
 
     @abstractmethod
     def levels(self) -> Tensor:

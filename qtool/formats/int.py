@@ -1,4 +1,4 @@
-"""Integers of 2 to 8 bits with one scale per tensor, row or group of columns.
+"""Integers of 2 to 8 bits with one scale per tensor, row, group of columns, or block of rows and columns.
 
     symmetric:   w_hat = s * q             q in [-2^(b-1), 2^(b-1) - 1]
     asymmetric:  w_hat = s * (q - z)       z an integer in the same range
@@ -12,17 +12,20 @@ amax / (2^(b-1) - 1/2), which splits the error of the largest weight between bot
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
+from typing_extensions import Self
 
+from qtool.formats import _groups
 from qtool.formats._base import Format, Params, expand
+from qtool.formats._groups import Group
 from qtool.numerics import search
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SHORTHAND = re.compile(r"int([2-8])-(g(\d+)|channel|token|tensor)(-asym)?")
+SHORTHAND = re.compile(rf"int(?P<bits>[2-8])-{_groups.PATTERN}(?P<asym>-asym)?")
 
 
 class Int(Format):
@@ -31,6 +34,7 @@ class Int(Format):
     Attributes:
         bits: 2 to 8.
         group: columns per scale, or "channel" (of a weight) and "token" (of an input): one scale a row, or "tensor".
+        rows: rows per scale; more than one makes blocks of rows x group.
         symmetric: no zero point.
         scales: "minmax" covers every weight; "search" minimizes the (importance-weighted) squared error.
         scale_dtype: how scales are stored.
@@ -39,16 +43,21 @@ class Int(Format):
     examples = ("int4-g128", "int4-g64", "int4-g32", "int4-g128-asym", "int3-g64", "int8-channel", "int8-token")
 
     bits: int = Field(ge=2, le=8)
-    group: Annotated[int, Field(gt=0)] | Literal["channel", "token", "tensor"]
+    group: Group
+    rows: int = Field(1, ge=1)
     symmetric: bool = True
     scales: Literal["minmax", "search"] = "search"
     scale_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _groups.check(self.group, self.rows)
+        return self
+
     @property
     def label(self) -> str:
-        """`int4-g128`, `int4-g64-asym`, `int8-channel`, with the options that differ from the defaults behind it."""
-        group = f"g{self.group}" if isinstance(self.group, int) else self.group
-        return f"int{self.bits}-{group}" + "-asym" * (not self.symmetric)
+        """`int4-g128`, `int4-g64-asym`, `int8-channel`, `int8-b16x16`; options that differ from defaults are left out."""
+        return f"int{self.bits}-{_groups.spell(self.group, self.rows)}" + "-asym" * (not self.symmetric)
 
     @classmethod
     def parse(cls, text: str) -> Int | None:
@@ -56,8 +65,8 @@ class Int(Format):
         match = SHORTHAND.fullmatch(text)
         if not match:
             return None
-        group = int(match[3]) if match[3] else match[2]
-        return cls.model_validate({"bits": int(match[1]), "group": group, "symmetric": not match[4]})
+        fields = {"bits": int(match["bits"]), "symmetric": not match["asym"], **_groups.parse(match)}
+        return cls.model_validate(fields)
 
     @property
     def group_columns(self) -> int | None:
@@ -65,9 +74,9 @@ class Int(Format):
         return self.group if isinstance(self.group, int) else None
 
     @property
-    def by_rows(self) -> bool:
-        """See `Format.by_rows`."""
-        return self.group != "tensor"
+    def group_rows(self) -> int | None:
+        """See `Format.group_rows`."""
+        return None if self.group == "tensor" else self.rows
 
     @property
     def lowest(self) -> int:
@@ -80,17 +89,16 @@ class Int(Format):
 
     def storage_bits(self, n: int, k: int) -> int:
         """Codes, scales, and zero points of `bits` bits each."""
-        entries = 1 if self.group == "tensor" else n * (k // self.group_columns if self.group_columns else 1)
+        entries = _groups.count(self.group, self.rows, n, k)
         per_entry = DTYPES[self.scale_dtype].itemsize * 8 + (0 if self.symmetric else self.bits)
         return n * k * self.bits + entries * per_entry
 
     def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
-        """See `Format.fit`. One scale per tensor is fitted to the flattened matrix."""
-        if self.group == "tensor":
-            weights = None if importance is None else importance.repeat(w.shape[0])
-            fitted = self._fit_groups(w.reshape(1, -1), weights, w.numel())
-            return {name: p.expand(w.shape[0], 1).contiguous() for name, p in fitted.items()}
-        return self._fit_groups(w, importance, self.group_columns or w.shape[1])
+        """See `Format.fit`."""
+        rows, width = self.group_rows or len(w), self.group_columns or w.shape[1]
+        tiles, importance = _groups.tile(w, importance, rows, width)
+        fitted = self._fit_groups(tiles, importance, rows * width)
+        return {name: _groups.untile(p, rows, len(w)) for name, p in fitted.items()}
 
     def _fit_groups(self, w: Tensor, importance: Tensor | None, width: int) -> Params:
         highest = -self.lowest - 1

@@ -43,8 +43,9 @@ def refine(w: Tensor, gram: Tensor, q: Quantized, rounds: int, sweeps: int) -> Q
         codes, params = q.codes[a : a + size], {name: p[a : a + size] for name, p in q.params.items()}
         pull = (w[a : a + size] - q.format.decode(codes, params)) @ gram
         for _ in range(rounds):
-            params, move = move_parameters(codes, params, q.format, gram, pull)
-            pull -= move @ gram
+            if q.format.group_rows == 1:  # what rows share no single row can decide
+                params, move = move_parameters(codes, params, q.format, gram, pull)
+                pull -= move @ gram
             scale, _ = q.format.affine(params)
             codes, pull = descend(gram, scale, q.format.levels(), codes, pull, sweeps)
         parts.append((codes, params))

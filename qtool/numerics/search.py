@@ -139,18 +139,26 @@ def offset_rows(x, importance, reach, width, highest, ratios, scale, offset, sta
 
 
 def prepared(x: Tensor, importance: Tensor | None, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """float32 arrays on the CPU: x [N, C], importance [C], reach [C].
+    """float32 arrays on the CPU: x [N, C], importance [C], reach [C]; see `relative` and `reach`."""
+    given = torch.ones(x.shape[1]) if importance is None else importance.cpu()
+    groups = x.shape[1] // width
+    return x.float().contiguous().cpu().numpy(), relative(given, groups).numpy(), reach(given, groups).numpy()
 
-    Importances of a group that are all zero, or absent, count as all alike. Reach shrinks columns that hardly
-    count; the sweep goes on to a range that covers only what is left, so that a large weight on a dead input does not
-    set the step of its group.
+
+def relative(importance: Tensor, groups: int) -> Tensor:
+    """Importances over their group's mean, float32 [C]. Those of a group that are all zero count as all alike."""
+    weight = importance.float().view(groups, -1)
+    mean = weight.mean(1, keepdim=True)
+    return torch.where(mean > 0, weight / mean.clamp_min(1e-30), 1.0).flatten()
+
+
+def reach(importance: Tensor, groups: int) -> Tensor:
+    """Shrinks columns that hardly count, float32 [C], factors up to 1.
+
+    A sweep goes on to a range that covers only what is left, so that a large weight on a dead input does not set the
+    step of its group.
     """
-    weight = torch.ones(x.shape[1]) if importance is None else importance.float().cpu()
-    groups = weight.view(-1, width)
-    mean = groups.mean(1, keepdim=True)
-    groups = torch.where(mean > 0, groups / mean.clamp_min(1e-30), 1.0)
-    reach = groups.clamp_max(1.0).pow(0.25)
-    return x.float().contiguous().cpu().numpy(), groups.flatten().numpy(), reach.flatten().numpy()
+    return relative(importance, groups).clamp_max(1.0).pow(0.25)
 
 
 def symmetric(

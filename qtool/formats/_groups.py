@@ -1,0 +1,79 @@
+"""Which weights share a scale: groups of columns, whole rows, whole matrices, and blocks of rows and columns.
+
+Shape letters: N rows, C columns of a slice, R rows and B columns of a block, T rows of blocks (N / R, rounded up),
+G blocks side by side (C / B).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import pad
+
+Group = Annotated[int, Field(gt=0)] | Literal["channel", "token", "tensor"]
+"""Columns per scale, or "channel" (of a weight) and "token" (of an input): one scale a row, or "tensor"."""
+PATTERN = r"(?:g(?P<group>\d+)|b(?P<rows>\d+)x(?P<columns>\d+)|(?P<name>channel|token|tensor|block))"
+BLOCK = 128
+"""Rows and columns of the blocks that are called `block` without numbers, as DeepSeek-V3 has them."""
+
+
+def spell(group: int | str, rows: int) -> str:
+    """How shorthands call it: g128, channel, b16x16, block."""
+    if isinstance(group, str):
+        return group
+    if rows == 1:
+        return f"g{group}"
+    return "block" if rows == group == BLOCK else f"b{rows}x{group}"
+
+
+def parse(match: re.Match[str]) -> dict[str, int | str]:
+    """The fields `group` and `rows` that a match of PATTERN spells."""
+    if match["name"] == "block":
+        return {"group": BLOCK, "rows": BLOCK}
+    if match["name"]:
+        return {"group": match["name"]}
+    if match["group"]:
+        return {"group": int(match["group"])}
+    return {"group": int(match["columns"]), "rows": int(match["rows"])}
+
+
+def check(group: int | str, rows: int) -> None:
+    """Raises ValueError: blocks of several rows without a number of columns."""
+    if rows > 1 and not isinstance(group, int):
+        raise ValueError(f"blocks of {rows} rows need a number of columns as group, not {group}")
+
+
+def count(group: int | str, rows: int, n: int, k: int) -> int:
+    """How many scales a matrix of n rows and k columns has."""
+    if group == "tensor":
+        return 1
+    return -(-n // rows) * (k // group if isinstance(group, int) else 1)
+
+
+def tile(w: Tensor, importance: Tensor | None, rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
+    """Makes a row of each row of blocks, so that a block is a group of R * B columns.
+
+    Args:
+        w: [N, C]; rows of zeros fill up the last blocks.
+        importance: [C] or None.
+        rows: R.
+        columns: B, divides C.
+
+    Returns:
+        ([T, G * R * B], [G * R * B] or None).
+    """
+    if rows == 1:
+        return w, importance
+    n, c = w.shape
+    blocks = pad(w, (0, 0, 0, -n % rows)).view(-1, rows, c // columns, columns).transpose(1, 2)
+    if importance is not None:
+        importance = importance.view(-1, 1, columns).expand(-1, rows, -1).reshape(-1)
+    return blocks.reshape(blocks.shape[0], -1), importance
+
+
+def untile(p: Tensor, rows: int, n: int) -> Tensor:
+    """Gives every row its block's parameters: [T, G] -> [N, G]."""
+    return p if rows == 1 else p.repeat_interleave(rows, dim=0)[:n]

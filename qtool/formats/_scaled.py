@@ -1,0 +1,66 @@
+"""What formats with a symmetric grid share: levels, rounding, and a look for the largest weight of each group."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qtool.errors import NumericsError
+from qtool.formats._base import Format, Params
+from qtool.numerics import minifloat
+from qtool.numerics.minifloat import Grid
+from qtool.numerics.search import reach
+
+CHUNK = 1 << 21
+"""Weights that a search works on at once, so that its memory does not grow with the matrix."""
+
+
+class Scaled(Format):
+    """`w_hat = scale * level`, levels of a `Grid`, scales of a type that the subclass stores."""
+
+    @property
+    @abstractmethod
+    def grid(self) -> Grid:
+        """The levels."""
+
+    @abstractmethod
+    def scale(self, params: Params) -> Tensor:
+        """float32 [N, G], never negative."""
+
+    def levels(self) -> Tensor:
+        """See `Format.levels`."""
+        return self.grid.levels()
+
+    def affine(self, params: Params) -> tuple[Tensor, Tensor]:
+        """See `Format.affine`."""
+        scale = self.scale(params)
+        return scale, torch.zeros_like(scale)
+
+    def snap(self, w: Tensor, params: Params, importance: Tensor | None = None) -> Tensor:
+        """See `Format.snap`. Rounds as a cast does: ties to the even bit pattern, saturating."""
+        return minifloat.nearest(w, self.scale(params), self.grid)
+
+    def largest(self, w: Tensor, groups: int) -> Tensor:
+        """Largest magnitude of every group, float32 [N, C] -> [N, G]. Raises NumericsError: not finite."""
+        found = minifloat.largest(w, groups)
+        if not bool(found.isfinite().all()):
+            raise NumericsError(f"{self.label} has no scale for weights that are NaN or infinite")
+        return found
+
+    def extents(self, w: Tensor, importance: Tensor | None, groups: int) -> Tensor:
+        """Magnitudes that a search lets the grid end at, float32 [N, G, 1 or 2]: with importance, also that of what counts.
+
+        A large weight on a dead input shall not set the step of its group.
+        """
+        found = self.largest(w, groups).unsqueeze(-1)
+        if importance is None:
+            return found
+        return torch.cat([found, minifloat.largest(w * reach(importance, groups), groups).unsqueeze(-1)], dim=-1)
+
+    def in_chunks(self, fit: Callable[[Tensor], Tensor], w: Tensor) -> Tensor:
+        """Applies `fit`, float32 [N, C] -> [N, G], to some rows at a time."""
+        step = max(1, CHUNK // w.shape[1])
+        return torch.cat([fit(w[start : start + step]) for start in range(0, len(w), step)])

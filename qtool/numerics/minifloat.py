@@ -1,0 +1,206 @@
+"""Small floating-point numbers: tables of levels, rounding as a cast does, and error-minimizing scales.
+
+A grid is symmetric and steps grow with magnitude: x lies on it if it is a multiple of
+
+    step(x) = 2^max(floor(log2 |x|), smallest) * 2^-mantissa
+
+below `highest`. That is a minifloat without infinities, subnormals included; with `smallest` = `mantissa` = b - 1 all
+steps are 1, and the grid is that of integers of b bits without the lowest one.
+Elements of 4, 6 and 8 bits: https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf
+
+A level's index counts from the most negative one, so zero has the index (L - 1) / 2, and the distance from there is
+the number's bit pattern without its sign. Negative zero is zero.
+
+Shape letters: N rows, C columns, G groups of C / G columns, L levels, S scales tried.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from qtool.numerics.parallel import over_rows
+from qtool.numerics.search import FAST, prepared
+
+EXPONENT = np.int32(0x7F800000)
+
+
+class Grid(NamedTuple):
+    """Levels of a minifloat or an integer.
+
+    Attributes:
+        mantissa: bits of the fraction.
+        smallest: exponent of the smallest normal number; below it, steps stay as they are there.
+        highest: the largest level.
+    """
+
+    mantissa: int
+    smallest: int
+    highest: float
+
+    @property
+    def exponent(self) -> int:
+        """Of the largest level: floor(log2(highest))."""
+        return int(np.frexp(self.highest)[1]) - 1
+
+    def levels(self) -> Tensor:
+        """float32 [L], ascending."""
+        positive = [0.0]
+        while positive[-1] < self.highest:
+            power = max(int(np.frexp(positive[-1])[1]) - 1, self.smallest) if positive[-1] else self.smallest
+            positive.append(positive[-1] + 2.0 ** (power - self.mantissa))
+        return torch.tensor([-level for level in positive[:0:-1]] + positive)
+
+
+def minifloat(exponent: int, mantissa: int) -> Grid:
+    """A float of 1 + exponent + mantissa bits with the usual bias 2^(exponent - 1) - 1.
+
+    All bit patterns are numbers, but for the two types of 8 bits that have others: E4M3 ends at 448 and has two NaN;
+    E5M2 ends at 57344 and has infinities, as in IEEE 754. E1My is an integer grid.
+    """
+    bias = 2 ** (exponent - 1) - 1
+    top = 2**exponent - 1 - bias
+    highest = {(4, 3): 448.0, (5, 2): 57344.0}.get((exponent, mantissa), 2.0**top * (2 - 2.0**-mantissa))
+    return Grid(mantissa, 1 - bias, highest)
+
+
+def integer(bits: int) -> Grid:
+    """-(2^(bits - 1) - 1) to 2^(bits - 1) - 1."""
+    return Grid(bits - 1, bits - 1, 2.0 ** (bits - 1) - 1)
+
+
+def floor_power(x: Tensor) -> Tensor:
+    """The largest power of two up to x; zero of zero."""
+    return torch.ldexp(torch.where(x > 0, 0.5, 0.0), x.frexp().exponent)
+
+
+def ceil_power(x: Tensor) -> Tensor:
+    """The smallest power of two from x on; zero of zero."""
+    below = floor_power(x)
+    return torch.where(below == x, x, 2 * below)
+
+
+def nearest_power(x: Tensor) -> Tensor:
+    """The power of two with the least difference to x; zero of zero."""
+    return floor_power(x * (4 / 3))
+
+
+@njit(nogil=True, cache=True, inline="always")
+def nearest_code(y, smallest, mantissa):  # type: ignore[no-untyped-def]
+    """(steps from zero to the number nearest to y >= 0, its value); ties go to the even bit pattern."""
+    power = max(np.float32(y).view(np.int32) & EXPONENT, smallest)
+    step = np.int32(power - (mantissa << 23)).view(np.float32)
+    inverse = np.int32(np.int32(254 << 23) - power + (mantissa << 23)).view(np.float32)
+    steps = np.rint(y * inverse)
+    return (((power - smallest) >> 23) << mantissa) + np.int32(steps), steps * step
+
+
+@njit(nogil=True, cache=True, fastmath={"nnan", "nsz", "contract"})
+def round_group(v, s, smallest, mantissa, highest, center, codes):  # type: ignore[no-untyped-def]
+    """Fills codes with the indices of the levels nearest to v / s."""
+    for j in range(len(v)):
+        y = v[j] / s
+        code, _ = nearest_code(min(abs(y), highest), smallest, mantissa)
+        codes[j] = np.uint8(center - code if y < 0 else center + code)
+
+
+@njit(nogil=True, cache=True)
+def round_rows(x, scale, smallest, mantissa, highest, center, codes, start, stop):  # type: ignore[no-untyped-def]
+    """Fills codes, uint8 [N, C], for rows start to stop. x [N, C]; scale [N, G]; center: index of zero."""
+    width = x.shape[1] // scale.shape[1]
+    for n in range(start, stop):
+        for g in range(scale.shape[1]):
+            v, found = x[n, g * width : (g + 1) * width], codes[n, g * width : (g + 1) * width]
+            if scale[n, g] == 0:
+                found[:] = center
+            else:
+                round_group(v, scale[n, g], smallest, mantissa, highest, center, found)
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def score_rows(x, importance, tries, free, smallest, mantissa, highest, scale, start, stop):  # type: ignore[no-untyped-def]
+    """Fills scale [N, G] with the best of tries [N, G, S] for rows start to stop. x [N, C]; importance [C].
+
+    If `free`, a try is closed by weighted least squares, else it is a scale as it is stored.
+    """
+    width = x.shape[1] // scale.shape[1]
+    for n in range(start, stop):
+        for g in range(scale.shape[1]):
+            v, weight = x[n, g * width : (g + 1) * width], importance[g * width : (g + 1) * width]
+            best, scale[n, g] = np.float32(-1.0), tries[n, g, 0]
+            for i in range(tries.shape[2]):
+                s = tries[n, g, i]
+                if s == 0:
+                    continue
+                inverse = np.float32(1.0) / s
+                xl, ll = np.float32(0.0), np.float32(0.0)
+                for j in range(width):
+                    size = abs(v[j])
+                    _, level = nearest_code(min(size * inverse, highest), smallest, mantissa)
+                    xl += weight[j] * size * level
+                    ll += weight[j] * level * level
+                if free and ll > 0:
+                    s = xl / ll
+                gain = s * (np.float32(2.0) * xl - s * ll)
+                if gain > best:
+                    best, scale[n, g] = gain, s
+
+
+@njit(nogil=True, cache=True)
+def largest_rows(bits, largest, start, stop):  # type: ignore[no-untyped-def]
+    """Fills largest int32 [N, G] for rows start to stop. bits [N, C]: float32 as integers, ordered alike by magnitude."""
+    width = bits.shape[1] // largest.shape[1]
+    for n in range(start, stop):
+        for g in range(largest.shape[1]):
+            v, found = bits[n, g * width : (g + 1) * width], np.int32(0)
+            for j in range(width):
+                found = max(found, v[j] & np.int32(0x7FFFFFFF))
+            largest[n, g] = found
+
+
+def largest(x: Tensor, groups: int) -> Tensor:
+    """Largest magnitude of each group, NaN if it holds one: float32 [N, C] -> [N, G]."""
+    if x.device.type != "cpu":
+        return x.abs().view(len(x), groups, -1).amax(-1)
+    bits = x.contiguous().view(torch.int32).numpy()
+    found = np.empty((len(x), groups), np.int32)
+    over_rows(lambda a, b: largest_rows(bits, found, a, b), len(bits))
+    return torch.from_numpy(found).view(torch.float32)
+
+
+def nearest(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """Indices of the levels nearest to x / scale: float32 [N, C], finite, and [N, G] -> uint8 [N, C].
+
+    Ties go to the even bit pattern, and what lies beyond the last level to that level, as in a saturating cast.
+    """
+    center = len(grid.levels()) // 2
+    codes = np.empty(x.shape, np.uint8)
+    arrays = x.contiguous().cpu().numpy(), scale.contiguous().cpu().numpy()
+    numbers = np.int32((grid.smallest + 127) << 23), np.int32(grid.mantissa), np.float32(grid.highest), np.int32(center)
+    over_rows(lambda a, b: round_rows(*arrays, *numbers, codes, a, b), len(codes))
+    return torch.from_numpy(codes).to(x.device)
+
+
+def best_scale(x: Tensor, importance: Tensor | None, tries: Tensor, grid: Grid, free: bool) -> Tensor:
+    """The scale with the least weighted squared error, of those tried.
+
+    Args:
+        x: float32 [N, C].
+        importance: float32 [C] or None.
+        tries: float32 [N, G, S], positive.
+        grid: levels to round to.
+        free: whether scales may be moved to the optimum for the codes that a try finds; if not, they are as stored.
+
+    Returns:
+        float32 [N, G].
+    """
+    values, weight, _ = prepared(x, importance, x.shape[1] // tries.shape[1])
+    found = np.zeros(tuple(tries.shape[:2]), np.float32)
+    candidates = tries.contiguous().cpu().numpy()
+    numbers = np.int32((grid.smallest + 127) << 23), np.int32(grid.mantissa), np.float32(grid.highest)
+    over_rows(lambda a, b: score_rows(values, weight, candidates, free, *numbers, found, a, b), len(values))
+    return torch.from_numpy(found).to(x.device)
