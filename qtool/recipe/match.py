@@ -29,11 +29,11 @@ class Named(Protocol):
 
     @property
     def kind(self) -> str:
-        """Either "linear" or "embedding"."""
+        """"linear", "embedding" or "router"."""
 
     @property
     def role(self) -> str:
-        """What it does: q, k, v, o, gate, up, down, embedding, head."""
+        """What it does: q, k, v, o, gate, up, down, router, embedding, head."""
 
     @property
     def block(self) -> int | None:
@@ -63,11 +63,14 @@ def matches(pattern: str, module: Named) -> bool:
     """True if the pattern names the module, by its name or an alias.
 
     `*` alone means every linear layer: the token embedding is only reached by a pattern that says more, such as
-    `model.embed_tokens`, or `lm_head` where the output layer is tied to it.
+    `model.embed_tokens`, or `lm_head` where the output layer is tied to it. What sends tokens to experts is reached by
+    patterns that end in its own name, such as `*.mlp.gate`, and by `role:router`: `*.mlp.*` does not mean it.
     """
     if pattern == EVERY_LINEAR:
         return module.kind == "linear"
     if roles := ROLES.fullmatch(pattern):
         return module.role in roles[1].split(",")
+    if module.kind == "router" and not pattern.removesuffix("$").endswith(module.name.rpartition(".")[2]):
+        return False
     expression = compile_pattern(pattern)
     return any(expression.fullmatch(name) for name in (module.name, *module.aliases))

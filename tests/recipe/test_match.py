@@ -22,6 +22,7 @@ DOWN = Named("model.layers.12.mlp.down_proj")
 TIED = Named("model.embed_tokens", ("lm_head",), "embedding")
 UNTIED = Named("model.embed_tokens", (), "embedding")
 HEAD = Named("lm_head")
+ROUTER = Named("model.layers.3.mlp.gate", (), "router", "router")
 
 
 @pytest.mark.parametrize(
@@ -55,6 +56,17 @@ HEAD = Named("lm_head")
         ("role:up,gate", DOWN, False),
         ("role:dow", DOWN, False),
         ("role:down_proj", DOWN, False),
+        ("*", ROUTER, False),
+        ("**", ROUTER, False),
+        ("*.mlp.*", ROUTER, False),
+        ("re:.*gate.*", ROUTER, False),
+        ("*gate_proj", ROUTER, False),
+        ("*.mlp.gate", ROUTER, True),
+        ("*.up_proj.gate", ROUTER, False),
+        ("re:.*mlp.gate$", ROUTER, True),
+        ("model.layers.3.mlp.gate", ROUTER, True),
+        ("role:router", ROUTER, True),
+        ("role:gate", ROUTER, False),
     ],
 )
 def test_matches(pattern, module, expected):
