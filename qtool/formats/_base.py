@@ -93,6 +93,19 @@ class Format(BaseModel):
         """True if a row's parameters depend on that row alone, so that a large matrix can be fitted in parts."""
         return self.group_rows == 1
 
+    @property
+    def needs_largest(self) -> bool:
+        """True if parameters depend on the largest weight of the matrix, and of those that runtimes merge with it."""
+        return False
+
+    def given(self, largest: float) -> Format:
+        """This format, for matrices whose largest magnitude is known."""
+        return self
+
+    def at_run_time(self) -> Format:
+        """This format as runtimes fit it to inputs on the fly, without a search."""
+        return self
+
     @abstractmethod
     def levels(self) -> Tensor:
         """float32 [L], ascending; a code is an index into it."""
@@ -146,7 +159,7 @@ class Format(BaseModel):
 
     def misfit(self, k: int) -> str | None:
         """Why rows of k columns cannot be held, with what would fit; None if they can."""
-        block = self.block_columns
+        block = self.block_columns or self.group_columns
         if block is None or k % block == 0:
             return None
         near = sorted((g for g in (16, 32, 64, 96, 128, 192, 256) if k % g == 0), key=lambda g: abs(g - block))

@@ -26,6 +26,11 @@ class Scaled(Format):
     def grid(self) -> Grid:
         """The levels."""
 
+    @property
+    def code_bits(self) -> int:
+        """Bits of a code."""
+        return (len(self.levels()) - 1).bit_length()
+
     @abstractmethod
     def scale(self, params: Params) -> Tensor:
         """float32 [N, G], never negative."""
@@ -51,9 +56,10 @@ class Scaled(Format):
         return found
 
     def extents(self, w: Tensor, importance: Tensor | None, groups: int) -> Tensor:
-        """Magnitudes that a search lets the grid end at, float32 [N, G, 1 or 2]: with importance, also that of what counts.
+        """Magnitudes that a search lets the grid end at, float32 [N, G, 1 or 2].
 
-        A large weight on a dead input shall not set the step of its group.
+        With importance there is a second one, of what counts: a large weight on a dead input shall not set the step of
+        its group.
         """
         found = self.largest(w, groups).unsqueeze(-1)
         if importance is None:

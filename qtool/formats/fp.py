@@ -113,6 +113,10 @@ class FP(Scaled):
         """See `Format.group_rows`."""
         return None if self.group == "tensor" else self.rows
 
+    def at_run_time(self) -> FP:
+        """See `Format.at_run_time`."""
+        return self.model_copy(update={"scales": "minmax", "scale_dtype": "fp32"})
+
     def storage_bits(self, n: int, k: int) -> int:
         """See `Format.storage_bits`."""
         entries = _groups.count(self.group, self.rows, n, k)

@@ -56,7 +56,7 @@ class Int(Format):
 
     @property
     def label(self) -> str:
-        """`int4-g128`, `int4-g64-asym`, `int8-channel`, `int8-b16x16`; options that differ from defaults are left out."""
+        """`int4-g128`, `int4-g64-asym`, `int8-channel`, `int8-b16x16`; the other options are left out."""
         return f"int{self.bits}-{_groups.spell(self.group, self.rows)}" + "-asym" * (not self.symmetric)
 
     @classmethod
@@ -77,6 +77,10 @@ class Int(Format):
     def group_rows(self) -> int | None:
         """See `Format.group_rows`."""
         return None if self.group == "tensor" else self.rows
+
+    def at_run_time(self) -> Int:
+        """See `Format.at_run_time`."""
+        return self.model_copy(update={"scales": "minmax", "scale_dtype": "fp32"})
 
     @property
     def lowest(self) -> int:

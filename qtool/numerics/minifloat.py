@@ -152,7 +152,7 @@ def score_rows(x, importance, tries, free, smallest, mantissa, highest, scale, s
 
 @njit(nogil=True, cache=True)
 def largest_rows(bits, largest, start, stop):  # type: ignore[no-untyped-def]
-    """Fills largest int32 [N, G] for rows start to stop. bits [N, C]: float32 as integers, ordered alike by magnitude."""
+    """Fills largest int32 [N, G] for rows start to stop. bits [N, C]: float32 taken as integers, which sort alike."""
     width = bits.shape[1] // largest.shape[1]
     for n in range(start, stop):
         for g in range(largest.shape[1]):

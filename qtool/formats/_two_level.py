@@ -1,0 +1,146 @@
+"""Groups of 16 weights with a scale in FP8, and one scale for the whole matrix: NVIDIA's two levels.
+
+    w_hat = t * d * v       v a level, d >= 0 in E4M3 for 16 columns, t for the matrix
+
+`search: minmax` is NVIDIA's rule: t puts the largest weight of the matrix on the largest level times 448, the largest d,
+and d each group's largest weight on the largest level. The other settings choose d by the (importance-weighted) squared
+error, and make t a power of two, so that t * d is exact in the types that runtimes hold it in.
+
+t is chosen before any group is: for the matrix, or for all matrices that runtimes merge, when `given` tells the largest
+weight. It is kept in 64 bits, since layouts store it or its reciprocal in 32.
+https://docs.nvidia.com/deeplearning/cudnn/frontend/latest/operations/BlockScaling.html
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import PrivateAttr
+from torch import Tensor
+from typing_extensions import Self
+
+from qtool.formats._base import Params
+from qtool.formats._scaled import Scaled
+from qtool.numerics import minifloat
+
+E4M3_MAX = 448.0
+SMALLEST, LARGEST = 1, 0x7E
+"""E4M3 bit patterns of 2^-9 and 448."""
+EMPTY = 0x20
+"""The scale of a group of zeros, 0.125, as compressed-tensors writes it."""
+TRIED = {"fast": (-2, 2), "default": (-5, 6), "thorough": (-12, 10)}
+"""Scales that a search tries, in E4M3 steps (eight to an octave) from the one that just covers the largest weight."""
+
+
+class TwoLevel(Scaled):
+    """Base of the formats; a subclass says which elements.
+
+    Attributes:
+        search: "minmax", or how hard the scales of groups are searched for.
+    """
+
+    search: Literal["minmax", "fast", "default", "thorough"] = "default"
+    _largest: float | None = PrivateAttr(None)
+
+    @property
+    def label(self) -> str:
+        """`nvfp4`, or `nvfp4-minmax`."""
+        return type(self).__name__.lower() + ("" if self.search == "default" else f"-{self.search}")
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        """See `Format.parse`."""
+        rules = ("minmax", *TRIED)
+        return next((fmt for rule in rules if (fmt := cls.model_validate({"search": rule})).label == text), None)
+
+    def given(self, largest: float) -> Self:
+        """See `Format.given`."""
+        fmt = self.model_copy()
+        fmt._largest = largest
+        return fmt
+
+    def at_run_time(self) -> Self:
+        """See `Format.at_run_time`."""
+        return self.model_copy(update={"search": "minmax"})
+
+    @property
+    def needs_largest(self) -> bool:
+        """See `Format.needs_largest`."""
+        return True
+
+    @property
+    def group_columns(self) -> int:
+        """See `Format.group_columns`."""
+        return 16
+
+    @property
+    def block_columns(self) -> int | None:
+        """See `Format.block_columns`; who does not know the matrix has to see all of it."""
+        return None if self._largest is None else 16
+
+    @property
+    def by_rows(self) -> bool:
+        """See `Format.by_rows`."""
+        return self._largest is not None
+
+    def storage_bits(self, n: int, k: int) -> int:
+        """See `Format.storage_bits`."""
+        return n * k * self.code_bits + n * (k // 16) * 8 + 32
+
+    def scale(self, params: Params) -> Tensor:
+        """See `Scaled.scale`."""
+        return (local(params["scale"]).double() * params["tensor"]).float()
+
+    def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
+        """See `Format.fit`."""
+        largest = float(self.largest(w, 1).max()) if self._largest is None else self._largest
+        t = self._tensor_scale(largest)
+        bits = self.in_chunks(lambda part: self._bits(part, importance, t), w)
+        return {"scale": bits, "tensor": torch.full((len(w), 1), t, dtype=torch.float64, device=w.device)}
+
+    def _tensor_scale(self, largest: float) -> float:
+        """t for matrices whose largest weight is known."""
+        reach = E4M3_MAX * self.grid.highest
+        if self.search == "minmax":
+            inverse = float(torch.tensor(reach) / largest) if largest else 1.0  # in float32, as it is stored
+            return 1.0 / inverse if math.isfinite(inverse) else 1.0
+        mantissa, exponent = math.frexp(largest / reach)
+        return 2.0 ** (exponent - (mantissa == 0.5)) if largest else 1.0
+
+    def _bits(self, w: Tensor, importance: Tensor | None, t: float) -> Tensor:
+        """E4M3 bit patterns of the groups' scales, float32 [N, C] -> uint8 [N, G]."""
+        groups = w.shape[1] // 16
+        if self.search == "minmax":
+            covering = self.largest(w, groups) / self.grid.highest
+            return nonzero(nearest_bits(covering * (1.0 / t)))
+        ends = self.extents(w, importance, groups) / self.grid.highest
+        covering = nearest_bits(ends / t).int()
+        first, last = TRIED[self.search]
+        steps = torch.arange(first, last + 1, device=w.device, dtype=torch.int32)
+        tried = (covering[..., None] + steps).clamp(SMALLEST, LARGEST).to(torch.uint8)
+        scale = minifloat.best_scale(
+            w, importance, (local(tried).double() * t).float().flatten(2), self.grid, free=False
+        )
+        return torch.where(ends[..., 0] > 0, nearest_bits(scale / t), EMPTY)
+
+    def refit(self, params: Params, scale: Tensor, offset: Tensor) -> Params:
+        """See `Format.refit`: t stays, and so does a scale that is not wanted positive."""
+        wanted = nearest_bits(scale / params["tensor"]).clamp_min(SMALLEST)
+        return params | {"scale": torch.where(scale > 0, wanted, params["scale"])}
+
+
+def local(bits: Tensor) -> Tensor:
+    """Values of E4M3 bit patterns below 0x7f: uint8 -> float32."""
+    return bits.view(torch.float8_e4m3fn).float()
+
+
+def nearest_bits(x: Tensor) -> Tensor:
+    """Bit patterns of the E4M3 numbers nearest to x >= 0, at most 448: float -> uint8."""
+    return x.float().clamp(0, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def nonzero(bits: Tensor) -> Tensor:
+    """Scales that runtimes may divide by."""
+    return torch.where(bits == 0, EMPTY, bits)

@@ -1,0 +1,51 @@
+"""NVFP4: E2M1 elements, a scale in E4M3 for 16 columns, and one for the matrix; 4.5 bits. In GGUF it is block type 40.
+
+    w_hat = t * d * v        v of 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives
+
+A GGUF block is 64 columns: four scales, then 8 bytes for each 16 columns; t is a tensor of its own.
+https://docs.nvidia.com/deeplearning/cudnn/frontend/latest/operations/BlockScaling.html
+https://github.com/ggml-org/llama.cpp, block_nvfp4 in ggml/src/ggml-common.h
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from qtool.formats._base import Params
+from qtool.formats._fp4 import bit_patterns, from_bit_patterns, nibbles, pack_halves
+from qtool.formats._ggml import BlockFormat
+from qtool.formats._two_level import TwoLevel
+from qtool.numerics import minifloat
+
+
+class NVFP4(TwoLevel, BlockFormat):
+    """4-bit floats with two levels of scales."""
+
+    examples: ClassVar[tuple[str, ...]] = ("nvfp4-minmax",)
+    ggml_type: ClassVar[int] = 40
+    columns: ClassVar[int] = 64
+    block_bytes: ClassVar[int] = 36
+    fallback: ClassVar[str | None] = None
+
+    search: Literal["minmax", "fast", "default", "thorough"] = "default"  # type: ignore[assignment]
+
+    @property
+    def grid(self) -> minifloat.Grid:
+        """See `Scaled.grid`."""
+        return minifloat.minifloat(2, 1)
+
+    def pack(self, codes: Tensor, params: Params) -> Tensor:
+        """See `BlockFormat.pack`."""
+        n = len(codes)
+        q = pack_halves(bit_patterns(codes).reshape(n, -1, 4, 16))
+        return torch.cat([params["scale"].reshape(n, -1, 4), q.flatten(2)], dim=-1).reshape(n, -1)
+
+    def unpack(self, packed: Tensor) -> tuple[Tensor, Params]:
+        """See `BlockFormat.unpack`."""
+        n = len(packed)
+        blocks = packed.reshape(n, -1, self.block_bytes)
+        q = from_bit_patterns(nibbles(blocks[..., 4:].reshape(n, -1, 4, 8)))
+        return q.reshape(n, -1), {"scale": blocks[..., :4].reshape(n, -1), "tensor": torch.ones(n, 1).double()}
