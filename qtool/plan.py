@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -45,6 +45,9 @@ class Carrier(Protocol):
 
     def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Verdict:
         """Known from the format alone."""
+
+    def agree(self, layers: Collection[Layer]) -> Verdict:
+        """Whether it can hold layers together that it can hold one by one."""
 
 
 @dataclass(frozen=True)
@@ -254,6 +257,9 @@ def _check_carrier(name: str, carrier: Carrier, layers: Sequence[LayerPlan], fin
             findings.add(p.rule, f"{name} cannot hold this ({p.label}): {verdict.reason}", p.module.name)
         if carrier.fuses and p.module.fused:
             sets.setdefault(p.module.fused, []).append(p)
+    together = carrier.agree([p.layer for p in layers if p.layer])
+    if not together.possible:
+        findings.add(-1, f"{name} cannot hold these formats together: {together.reason}")
     for fused, members in sets.items():
         if len({(p.layer, p.keep) for p in members}) > 1:
             choices = ", ".join(f"{p.module.role} {p.label}" for p in members)

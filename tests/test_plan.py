@@ -29,6 +29,11 @@ class Carrier:
 
     fuses: bool = False
     refuses: str = ""
+    uniform: bool = False
+
+    def agree(self, layers):
+        labels = sorted({layer.format.label for layer in layers})
+        return Verdict(not self.uniform or len(labels) == 1, f"it has one format, not {' and '.join(labels)}")
 
     def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Verdict:
         label = layer.format.label if layer else keep
@@ -331,6 +336,12 @@ class TestArtifacts:
             "matrix, wanted one format, found q int4-g32, k int4-g32, v q8_0; let one rule decide them all, such as "
             r'match: "re:.*\.(q_proj|k_proj|v_proj)"',
         ]
+
+    def test_some_hold_one_format_at_a_time(self):
+        assert refusals(*self.SPLIT, carrier=Carrier(uniform=True)) == [
+            "qtool cannot hold these formats together: it has one format, not int4-g32 and q8_0"
+        ]
+        plan(KEEP_HEAD, REST, carrier=Carrier(uniform=True))
 
     @pytest.mark.parametrize(
         "other",

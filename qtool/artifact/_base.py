@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -43,6 +44,10 @@ class Artifact(ABC):
     def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Carry:
         """Known before anything is computed, from the format alone. `layer` None: kept, and cast as `keep` says."""
 
+    def agree(self, layers: Collection[Layer]) -> Carry:
+        """Whether it can hold layers together that it can hold one by one."""
+        return Carry(True)
+
     def check(self, model: QuantizedCheckpoint) -> None:
         """Makes sure that a model can be written, as far as its formats tell.
 
@@ -58,6 +63,10 @@ class Artifact(ABC):
                 reasons[carry.reason].append(module.name)
             if self.fuses and module.fused:
                 sets[module.fused].add(_labels(layer))
+        for name, why in model.decoded.items():
+            reasons[f"only `quantize` can take these matrices over, which rounds them again: {why}"].append(name)
+        if not (together := self.agree(model.layers.values())).possible:
+            reasons[together.reason].append("the model as a whole")
         for name, labels in sets.items():
             if len(labels) > 1:
                 reasons["runtimes merge these layers, which have different formats"].append(name)

@@ -106,6 +106,11 @@ class QuantizedCheckpoint(Checkpoint):
 
     layers: Mapping[str, Layer]
 
+    @property
+    def decoded(self) -> Mapping[str, str]:
+        """Modules that are stored as codes which no format of qtool has, and are decoded when read: name -> why."""
+        return {}
+
     @abstractmethod
     def quantized(self, module: str) -> Quantized:
         """Codes and parameters of one module of `layers`."""
@@ -119,8 +124,7 @@ class Module:
         name: module path without ".weight".
         aliases: other names of the same matrix: "lm_head" of a tied embedding.
         kind: "linear", "embedding", or "router" for a linear layer that decides which experts a token goes to.
-        role: what it does, the same word in every family: q, k, v, o, gate, up, down, embedding, head; in a mixture of
-            experts also router, and shared_gate, shared_up, shared_down, shared_router of an expert for all tokens.
+        role: what it does, the same word in every family: q, k, v, o, gate, up, down, router, embedding, head.
         block: index of its decoder block; None outside of them.
         reads: name of the input it reads, shared by all modules that read the same one: "model.layers.0.attn_in".
         fused: name of the set that runtimes merge into one matrix: "model.layers.0.qkv"; None if they never do.

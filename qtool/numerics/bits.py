@@ -74,4 +74,4 @@ def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
 
 def _recast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The same bytes in another type. Flat, because `view` minds the strides even of dimensions of size 1."""
-    return x.reshape(-1).view(dtype).reshape(*x.shape[:-1], -1)
+    return x.contiguous().reshape(-1).view(dtype).reshape(*x.shape[:-1], -1)

@@ -59,3 +59,8 @@ def test_strided_input_is_packed_by_value():
     fields = torch.arange(64, dtype=torch.uint8).reshape(8, 8) % 16
     assert torch.equal(pack(fields.T, 4), pack(fields.T.contiguous(), 4))
     assert torch.equal(unpack(pack(fields, 4).T.contiguous().T, 4, 8), fields)
+
+
+def test_one_column_of_words():
+    words = pack_words(torch.arange(16, dtype=torch.uint8).reshape(2, 8), 4).repeat(1, 3)
+    assert torch.equal(unpack_words(words[:, 1:2], 4, 8), torch.arange(16, dtype=torch.uint8).reshape(2, 8))

@@ -1,0 +1,261 @@
+"""Folders whose matrices are packed into several tensors each, as quantization tools save them for transformers.
+
+What such layouts have in common is here: which tensors belong to a matrix, that their headers are what config.json
+implies, that a packed matrix reads like any other weight, and that the writer streams. A layout says what its tensors
+are and how codes become words.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from qtool.artifact._base import Artifact
+from qtool.artifact._card import write_card, write_side_files
+from qtool.artifact._manifest import checked
+from qtool.artifact._shards import write_shards
+from qtool.checkpoint._base import Layer, QuantizedCheckpoint, TensorInfo
+from qtool.checkpoint.config import read_json
+from qtool.checkpoint.hf import HFCheckpoint, digest, locate
+from qtool.checkpoint.safetensors_io import SafetensorsFile
+from qtool.errors import CheckpointError
+from qtool.formats._base import Format, Quantized
+from qtool.formats.int import DTYPES
+
+SCALE_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
+
+Infos = dict[str, TensorInfo]
+"""Tensors of one matrix, by their names below the module."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How one matrix is stored.
+
+    Attributes:
+        shape: (N, K).
+        layer: its formats; None if no format of qtool has its groups, so that it is decoded when it is read.
+        parts: the tensors that it is packed into.
+        reason: why `layer` is None.
+    """
+
+    shape: tuple[int, int]
+    layer: Layer | None
+    parts: Infos
+    reason: str = ""
+
+
+class PackedCheckpoint(HFCheckpoint, QuantizedCheckpoint):
+    """A model some of whose matrices are packed.
+
+    Args:
+        folder: where it is.
+        source: what the user called it, if not that.
+
+    Attributes:
+        mark: the tensor below a module that says that it is packed.
+
+    Raises:
+        CheckpointError: something is missing, damaged, or of a layout that qtool does not read.
+    """
+
+    mark: ClassVar[str]
+
+    def __init__(self, folder: Path, source: str | None = None) -> None:
+        self.layers: dict[str, Layer] = {}
+        super().__init__(folder, source)
+
+    @abstractmethod
+    def _understand(self, how: Mapping[str, Any]) -> None:
+        """Reads what config.json says about the quantization. Raises CheckpointError: not what qtool can read."""
+
+    @abstractmethod
+    def _packing(self, module: str, n: int, k: int, found: Infos) -> Packing:
+        """How a matrix of n rows and k columns is stored that has the tensors `found`."""
+
+    @abstractmethod
+    def _unpack(self, module: str, packing: Packing, start: int, stop: int) -> Quantized | Tensor:
+        """Rows `start` to `stop`; a float32 tensor where the packing has no layer."""
+
+    def _weights(self, folder: Path) -> dict[str, SafetensorsFile]:
+        """See `HFCheckpoint._weights`."""
+        how = quantization_config(folder)
+        self.config.pop("quantization_config", None)
+        self._located = locate(folder)
+        self._digested = {"quantization_config": how}
+        self._understand(how or {})
+        found: dict[str, Infos] = defaultdict(dict)
+        for name, file in self._located.items():
+            module, _, part = name.rpartition(".")
+            found[module][part] = file.info(name)
+        plain = dict(self._located)
+        self._packings: dict[str, Packing] = {}
+        for name, shape in self.family.shapes(self.config).items():
+            module = name.removesuffix(".weight")
+            if len(shape) == 2 and self.mark in found[module]:
+                packing = self._packings[module] = self._packing(module, *shape, found[module])
+                plain[name] = self._take(module, packing, plain)
+                self._drop_idle_bias(module, plain)
+                if packing.layer:
+                    self.layers[module] = packing.layer
+        if strange := [name for name in plain if name.endswith(f".{self.mark}") and self.mark != "weight"]:
+            raise CheckpointError(f"{self.source}: {strange[0]} is packed, but the model has no such module")
+        return plain
+
+    def _take(self, module: str, packing: Packing, plain: dict[str, SafetensorsFile]) -> SafetensorsFile:
+        """Checks a matrix's tensors, and takes them out of the plain ones."""
+        for part, wanted in packing.parts.items():
+            name = f"{module}.{part}"
+            if name not in plain:
+                raise CheckpointError(f"{self.source} lacks {name}", wanted=_spell(wanted))
+            if (found := plain[name].info(name)) != wanted:
+                raise CheckpointError(f"{plain[name].path}: {name}", wanted=_spell(wanted), found=_spell(found))
+        files = [plain.pop(f"{module}.{part}") for part in packing.parts]
+        return files[0]
+
+    def _drop_idle_bias(self, module: str, plain: dict[str, SafetensorsFile]) -> None:
+        """Old tools gave every layer a bias of zeros, whether the model has one or not."""
+        name = f"{module}.bias"
+        if name in plain and name not in self.family.shapes(self.config) and not plain[name].read(name).any():
+            del plain[name]
+
+    @property
+    def decoded(self) -> dict[str, str]:
+        """See `QuantizedCheckpoint.decoded`."""
+        return {module: packing.reason for module, packing in self._packings.items() if packing.layer is None}
+
+    def info(self, name: str) -> TensorInfo:
+        """See `Checkpoint.info`."""
+        packing = self._packings.get(name.removesuffix(".weight"))
+        return super().info(name) if packing is None else TensorInfo(packing.shape, torch.float32)
+
+    def tensor(self, name: str) -> Tensor:
+        """See `Checkpoint.tensor`."""
+        packing = self._packings.get(name.removesuffix(".weight"))
+        return super().tensor(name) if packing is None else self.rows(name, 0, packing.shape[0])
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """See `Checkpoint.rows`."""
+        module = name.removesuffix(".weight")
+        if module not in self._packings:
+            return super().rows(name, start, stop)
+        found = self._unpack(module, self._packings[module], start, stop)
+        return self._checked(module, found).decode() if isinstance(found, Quantized) else found
+
+    def quantized(self, module: str) -> Quantized:
+        """See `QuantizedCheckpoint.quantized`."""
+        packing = self._packings[module]
+        found = self._unpack(module, packing, 0, packing.shape[0])
+        assert isinstance(found, Quantized)
+        return self._checked(module, found)
+
+    def fingerprint(self) -> str:
+        """See `Checkpoint.fingerprint`."""
+        return digest(self.config | self._digested, self.files, dict(sorted(self._located.items())))
+
+    def _read(self, module: str, part: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """A tensor of a packed matrix, or its rows."""
+        return self._located[f"{module}.{part}"].read(f"{module}.{part}", start, stop)
+
+    def _checked(self, module: str, quantized: Quantized) -> Quantized:
+        return checked(quantized, module, Path(self.source))
+
+    def _scale_dtype(self, module: str, part: str, found: Infos) -> str:
+        """The type of stored scales, as formats spell it."""
+        if part not in found:
+            raise CheckpointError(f"{self.source} lacks {module}.{part}")
+        dtype = found[part].dtype
+        if dtype not in SCALE_DTYPES:
+            wanted = ", ".join(SCALE_DTYPES.values())
+            raise CheckpointError(f"{self.source}: {module}.{part}", wanted=wanted, found=dtype)
+        return SCALE_DTYPES[dtype]
+
+
+class Settings(BaseModel):
+    """Part of a `quantization_config` as far as qtool reads it; other keys are left alone."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+Read = TypeVar("Read", bound=BaseModel)
+
+
+def read_settings(kind: type[Read], value: Mapping[str, Any], where: str) -> Read:
+    """Validates settings. Raises CheckpointError: the first mistake in them."""
+    with valid(where):
+        return kind.model_validate(dict(value))
+
+
+@contextmanager
+def valid(where: str) -> Iterator[None]:
+    """Turns a validation error into a CheckpointError of one line."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        found = repr(first["input"])[:60]
+        raise CheckpointError(f"{where}: quantization_config: {place}: {first['msg']}", found=found) from error
+
+
+def quantization_config(folder: Path) -> dict[str, Any] | None:
+    """What config.json of a folder says about quantization; None if nothing, or if it cannot be read."""
+    try:
+        how = read_json(folder / "config.json").get("quantization_config")
+    except CheckpointError:
+        return None
+    return how if isinstance(how, dict) else None
+
+
+def write_packed(
+    artifact: Artifact,
+    model: QuantizedCheckpoint,
+    out: Path,
+    card: dict[str, Any],
+    config: dict[str, Any],
+    infos: Callable[[str, Format, int, int], Infos],
+    encode: Callable[[str, Quantized], Mapping[str, Tensor]],
+) -> list[Path]:
+    """Writes a model, one matrix in memory at a time.
+
+    Args:
+        artifact: says in the model card who reads it.
+        model: what to write.
+        out: existing folder.
+        card: see `Artifact.write`.
+        config: what config.json says.
+        infos: module, format, N, K -> the tensors of the matrix.
+        encode: makes them.
+    """
+    pieces: dict[str, Infos] = {}
+    for name in model.names():
+        module = name.removesuffix(".weight")
+        if layer := model.layers.get(module):
+            n, k = model.info(name).shape
+            parts = infos(module, layer.format, n, k)
+            pieces[name] = {f"{module}.{part}": info for part, info in parts.items()}
+        else:
+            pieces[name] = {name: model.info(name)}
+
+    def read(name: str) -> dict[str, Tensor]:
+        module = name.removesuffix(".weight")
+        if module not in model.layers:
+            return {name: model.tensor(name)}
+        parts = encode(module, model.quantized(module))
+        return {f"{module}.{part}": tensor for part, tensor in parts.items()}
+
+    files = write_shards(out, pieces, read)
+    return [*files, *write_side_files(model, out, config), write_card(artifact, model, out, card)]
+
+
+def _spell(info: TensorInfo) -> str:
+    return f"{str(info.dtype).removeprefix('torch.')} {list(info.shape)}"

@@ -1,0 +1,49 @@
+"""Regular expressions that match some modules of a model and nothing else, for configurations that list modules so."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Collection
+
+from qtool.checkpoint._base import Checkpoint, Module, modules
+
+
+def patterns(members: Collection[str], model: Checkpoint, merged: bool = False) -> list[str]:
+    """Anchored expressions; one for all blocks that have the same modules.
+
+    Args:
+        members: names of modules.
+        model: that they belong to.
+        merged: sets that runtimes merge get one expression, which matches the merged matrix as well; `members` holds
+            such sets as a whole.
+    """
+    before = model.family.block_prefix.split("{i}")[0]
+    blocks: dict[str, list[str]] = defaultdict(list)
+    found = []
+    sets: dict[str, list[str]] = defaultdict(list)
+    chosen = [module for module in modules(model) if module.name in members]
+    for module in chosen:
+        sets[module.fused or module.name].append(_last(module.name))
+    for module in chosen:
+        path = re.escape(module.name)
+        if merged and module.fused:
+            path = _merged(module, sets[module.fused])
+        if module.block is None:
+            found.append(f"^{path}$")
+        else:
+            blocks[path.removeprefix(re.escape(f"{before}{module.block}"))].append(str(module.block))
+    for path, numbers in blocks.items():
+        found.append(f"^{re.escape(before)}(?:{'|'.join(dict.fromkeys(numbers))}){path}$")
+    return sorted(found)
+
+
+def _merged(module: Module, parts: list[str]) -> str:
+    """An expression for the parts of a merged matrix and for itself: "qkv" is called `qkv_proj`."""
+    assert module.fused is not None
+    names = [*parts, f"{_last(module.fused)}_proj"]
+    return re.escape(module.name.removesuffix(_last(module.name))) + f"(?:{'|'.join(map(re.escape, names))})"
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]

@@ -1,0 +1,84 @@
+"""GPTQ checkpoints, which vLLM, SGLang and GPTQModel (and through it transformers) load: integers of 2, 3, 4 or 8 bits.
+
+Zero points come in two ways: files that call themselves `gptq` store them less 1, files that call themselves `gptq_v2`
+as they are. A model with asymmetric layers is written as the latter, because 0 less 1 has no code. Layers that differ
+from the most frequent format, and those that stay as they are, get entries of `dynamic`, which transformers does not
+look at. Codes whose groups are in activation order are read, but their groups have no place in other layouts.
+Layout: https://github.com/ModelCloud/GPTQModel
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from qtool.artifact._base import Artifact, Carry
+from qtool.artifact._files import storage_errors
+from qtool.artifact._integers import as_integers, exact_scales, half_dtype, integers
+from qtool.artifact._packed import Infos, quantization_config, write_packed
+from qtool.artifact.gptq._config import settings
+from qtool.artifact.gptq._layout import BITS, encode, infos
+from qtool.artifact.gptq._reader import GPTQCheckpoint
+from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint
+from qtool.formats._base import Format, Quantized
+
+
+class GPTQ(Artifact):
+    """See the module."""
+
+    fuses: ClassVar[bool] = True
+    runtimes: ClassVar[tuple[str, ...]] = ("vLLM", "SGLang", "GPTQModel")
+    library: ClassVar[str | None] = "transformers"
+    usage: ClassVar[str] = "`vllm serve FOLDER` serves it."
+
+    def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Carry:
+        """See `Artifact.can_carry`."""
+        reason = _refusal(module, layer) if layer else None
+        return Carry(reason is None, reason or "")
+
+    def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
+        """See `Artifact.write`."""
+        self.check(model)
+        dtype, how = half_dtype(model), settings(model)
+        less = 1 if how["checkpoint_format"] == "gptq" else 0
+
+        def parts(module: str, fmt: Format, n: int, k: int) -> Infos:
+            ints = integers(fmt)
+            assert ints is not None
+            return infos(ints.bits, k // (ints.group_columns or k), n, k, dtype)
+
+        def encoded(module: str, quantized: Quantized) -> Mapping[str, Tensor]:
+            return encode(exact_scales(as_integers(quantized), module, dtype), dtype, less)
+
+        files = write_packed(self, model, out, card, model.config | {"quantization_config": how}, parts, encoded)
+        with storage_errors(out):
+            (out / "quantize_config.json").write_text(json.dumps(how, indent=2, sort_keys=True) + "\n", "utf-8")
+        return [*files, out / "quantize_config.json"]
+
+    def open(self, path: Path) -> QuantizedCheckpoint:
+        """See `Artifact.open`."""
+        return GPTQCheckpoint(path)
+
+    @classmethod
+    def recognizes(cls, path: Path) -> bool:
+        """See `Artifact.recognizes`."""
+        return (quantization_config(path) or {}).get("quant_method") == "gptq"
+
+
+def _refusal(module: Module, layer: Layer) -> str | None:
+    """Why a layer cannot be held; None if it can."""
+    if module.kind == "embedding":
+        tied = " and is the output layer at the same time" if module.aliases else ""
+        return f"the token embedding stays unquantized in GPTQ checkpoints{tied}: keep it"
+    fmt = integers(layer.format)
+    if fmt is None or fmt.bits not in BITS or fmt.group == "token":
+        wanted = "integers of 2, 3, 4 or 8 bits per group or channel, such as int4-g128"
+        return f"GPTQ holds {wanted}, not {layer.format.label}"
+    if layer.activations is not None:
+        return "GPTQ cannot say how activations are quantized"
+    n, k = module.shape
+    return f"GPTQ packs 32 rows and columns together, which {n} x {k} weights are not" if n % 32 or k % 32 else None
