@@ -21,6 +21,7 @@ class Ternary(BlockFormat):
     """Blocks of 256 columns with ternary codes."""
 
     columns: ClassVar[int] = 256
+    fallback: ClassVar[str | None] = "q4_0"
 
     @property
     def group_columns(self) -> int | None:

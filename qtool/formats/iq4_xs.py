@@ -25,6 +25,7 @@ class IQ4_XS(IQ4):  # noqa: N801 - spelled as in ggml
     ggml_type: ClassVar[int] = 23
     columns: ClassVar[int] = 256
     block_bytes: ClassVar[int] = 136
+    fallback: ClassVar[str | None] = "iq4_nl"
     limit: ClassVar[int] = 32
 
     def stored(self, d: Tensor, multipliers: Tensor) -> Params:

@@ -39,33 +39,26 @@ def choose(rule: Rule, wanted: Format, columns: int) -> Choice:
     misfit = wanted.misfit(columns)
     if misfit is None:
         return Choice(wanted)
-    reason = misfit.partition(";")[0]
-    if isinstance(rule.fallback, Format):
-        if second := rule.fallback.misfit(columns):
-            second = f"{wanted.label}: {misfit}; nor does fallback {rule.fallback.label}: {second}"
-        return Choice(rule.fallback, fallback=_told(rule.fallback.label, wanted, reason), problem=second)
-    if rule.fallback == "error" or wanted.fallback is None:
-        advice = "or name a second choice, fallback: FORMAT"
-        return Choice(wanted, problem=f"{wanted.label}: {misfit}; {advice}")
-    found: Format | str = wanted
-    while isinstance(found, Format) and found.misfit(columns):
-        assert found.fallback is not None  # chains end in a type that holds rows of any length
-        found = _next(found, found.fallback)
+    found = rule.fallback or _next(wanted)
+    if found is None or found == "error":
+        return Choice(wanted, problem=f"{wanted.label}: {misfit}; or name a second choice, fallback: FORMAT")
+    told = misfit.partition(";")[0]
+    while isinstance(found, Format) and (second := found.misfit(columns)):
+        following = _next(found)
+        if following is None:
+            return Choice(found, problem=f"{wanted.label}: {misfit}; nor does fallback {found.label}: {second}")
+        found = following
     if isinstance(found, Format):
-        return Choice(found, fallback=_told(found.label, wanted, reason))
-    return Choice(None, found, _told(found, wanted, reason))
+        return Choice(found, fallback=f"{found.label} instead of {wanted.label}: {told}")
+    return Choice(None, found, f"{found} instead of {wanted.label}: {told}")
 
 
-def _next(fmt: Format, name: str) -> Format | str:
-    """The format of that name, with the options that a format's user chose where it has them too; or a plain type."""
-    if name in DTYPES:
-        return name
+def _next(fmt: Format) -> Format | str | None:
+    """What the format itself names, with the options that its user chose where that has them too; or a plain type."""
+    if fmt.fallback is None or fmt.fallback in DTYPES:
+        return fmt.fallback
     options = fmt.model_dump(exclude_defaults=True)
     try:
-        return parse_format({"type": name, **options})
+        return parse_format({"type": fmt.fallback, **options})
     except Mistakes:
-        return parse_format(name)
-
-
-def _told(label: str, wanted: Format, reason: str) -> str:
-    return f"{label} instead of {wanted.label}: {reason}"
+        return parse_format(fmt.fallback)
