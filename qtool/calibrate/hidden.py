@@ -27,7 +27,7 @@ class Hidden:
     """
 
     def __init__(self, samples: int, length: int, width: int, dtype: torch.dtype, limit: int = MEMORY_LIMIT) -> None:
-        self.samples, self.length = samples, length
+        self.samples, self.length, self.width = samples, length, width
         count = samples * length * width
         spilled = count * dtype.itemsize > limit
         values = mapped(count, dtype) if spilled else torch.empty(count, dtype=dtype)

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qtool.calibrate.hidden import Hidden
+from qtool.calibrate.hidden import MEMORY_LIMIT, Hidden
+from qtool.calibrate.steps import InStep
 from qtool.checkpoint._base import Checkpoint, Module, QuantizedCheckpoint, modules
 from qtool.errors import CheckpointError, one_line
 from qtool.formats._base import Format
@@ -118,47 +119,78 @@ class Walker:
         return block.get_submodule(module.name.removeprefix(self.family.block_prefix.format(i=module.block)))
 
     @torch.inference_mode()
-    def collect(
-        self, block: nn.Module, i: int, hidden: Hidden, needs: frozenset[Stat], advance: bool = False
-    ) -> dict[str, InputStats]:
-        """Runs block i once over all tokens and measures the inputs of its linear layers.
+    def collect(self, block: nn.Module, i: int, hidden: Hidden, needs: frozenset[Stat]) -> dict[str, InputStats]:
+        """Runs block i once over all tokens, measures the inputs of its linear layers, and replaces `hidden`.
 
         Args:
             block: from `load_block(i)`.
             i: its index.
-            hidden: inputs of the block, unchanged unless `advance`.
+            hidden: inputs of the block, replaced by its outputs.
             needs: what to measure.
-            advance: also replace `hidden` by the block's outputs.
 
         Returns:
             Statistics by `Module.reads`.
         """
-        readers = {m.reads: m for m in reversed(self.modules[i])}
-        stats = {r: InputStats(m.shape[1], needs, self.device) for r, m in readers.items()}
+        wanted = dict.fromkeys((m.reads for m in self.modules[i]), needs)
+        return dict(self.steps(block, i, hidden, wanted))
+
+    @torch.inference_mode()
+    def steps(
+        self, block: nn.Module, i: int, hidden: Hidden, needs: Mapping[str, frozenset[Stat]]
+    ) -> Iterator[tuple[str, InputStats]]:
+        """Runs block i once over all tokens, and stops before each wanted input is read.
+
+        Whoever iterates may replace the weights of the layers that read the input before asking for the next one, which
+        then is what the model computes with these. At the end `hidden` is replaced by the block's outputs.
+
+        Args:
+            block: from `load_block(i)`.
+            i: its index.
+            hidden: inputs of the block, replaced by its outputs.
+            needs: what to measure, by `Module.reads`, for inputs to stop at.
+
+        Yields:
+            (`Module.reads`, statistics), in the order of the forward pass; of an input that no token reaches, last.
+        """
+        readers = {m.reads: m for m in reversed(self.modules[i]) if m.reads in needs}
+        stats: dict[str, InputStats] = {}
+        width = 3 * hidden.width + max((m.shape[1] for m in readers.values()), default=0)
+        suspend = hidden.samples * hidden.length * width * self.dtype.itemsize <= MEMORY_LIMIT
+
+        def run(part: slice) -> None:
+            hidden[part] = self.output(block, i, hidden, part)
+
+        def measured(reads: str) -> InputStats:
+            if reads not in stats:
+                stats[reads] = InputStats(readers[reads].shape[1], needs[reads], self.device)
+            return stats[reads]
+
+        flow = InStep(run, list(self.parts(hidden)), list(reversed(readers)), suspend)
 
         def measure(reads: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
-            return lambda _, inputs: stats[reads].add(inputs[0].flatten(0, -2))
+            def hook(_: nn.Module, inputs: tuple[Tensor]) -> None:
+                if reads not in flow.passed:
+                    measured(reads).add(inputs[0].flatten(0, -2))
+                    flow.wait(reads)
+
+            return hook
 
         hooks = [self.linear(block, m).register_forward_pre_hook(measure(r)) for r, m in readers.items()]
-        last = self.linear(block, self.modules[i][-1])
-        if not advance:  # nobody reads what comes after the last input, and its product is a quarter of the work
-            last.forward = lambda x: x.new_zeros(1)
         try:
-            for part, output in self.outputs(block, i, hidden):
-                if advance:
-                    hidden[part] = output
+            for reads in flow:
+                yield reads, stats.pop(reads)
         finally:
-            last.__dict__.pop("forward", None)
             for hook in hooks:
                 hook.remove()
-        return stats
+        for reads in (r for r in reversed(readers) if r not in flow.passed):
+            yield reads, measured(reads)
 
     @torch.inference_mode()
     def advance(self, block: nn.Module, i: int, hidden: Hidden) -> None:
         """Runs block i and replaces its inputs by its outputs; linear layers see inputs as the checkpoint declares."""
         with self.quantized_inputs(block, i):
-            for part, output in self.outputs(block, i, hidden):
-                hidden[part] = output
+            for part in self.parts(hidden):
+                hidden[part] = self.output(block, i, hidden, part)
 
     @contextmanager
     def quantized_inputs(self, block: nn.Module, i: int, formats: dict[str, Format] | None = None) -> Iterator[None]:
@@ -187,14 +219,16 @@ class Walker:
         layers = self.checkpoint.layers if isinstance(self.checkpoint, QuantizedCheckpoint) else {}
         return {name: layer.activations for name, layer in layers.items() if layer.activations}
 
-    def outputs(self, block: nn.Module, i: int, hidden: Hidden) -> Iterator[tuple[slice, Tensor]]:
-        """Runs a block over all samples, some at a time: (which samples, [s, T, H])."""
-        arguments = self.block_arguments(hidden.length)[i]
+    def parts(self, hidden: Hidden) -> Iterator[slice]:
+        """Samples that are run together."""
         step = max(1, BATCH_TOKENS // hidden.length)
-        for start in range(0, hidden.samples, step):
-            part = slice(start, start + step)
-            output = block(hidden[part].to(self.device), **arguments)
-            yield part, output[0] if isinstance(output, tuple) else output
+        return (slice(start, start + step) for start in range(0, hidden.samples, step))
+
+    def output(self, block: nn.Module, i: int, hidden: Hidden, part: slice) -> Tensor:
+        """Block i's output for some samples, [s, T, H]."""
+        output = block(hidden[part].to(self.device), **self.block_arguments(hidden.length)[i])
+        first: Tensor = output[0] if isinstance(output, tuple) else output
+        return first
 
     def block_arguments(self, length: int) -> list[dict[str, Any]]:
         """What the model's own forward passes to each block beside hidden states, for samples of `length` tokens."""
@@ -265,7 +299,7 @@ def build_on_meta(config: dict[str, Any], dtype: torch.dtype) -> Any:
         parsed = AutoConfig.for_model(**known)
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype)
     except Exception as error:  # its own checks raise many kinds
         what = "config.json does not describe a model that transformers builds"
         raise CheckpointError(what, found=one_line(error)) from error

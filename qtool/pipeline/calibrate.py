@@ -80,7 +80,7 @@ def measure(walker: Walker, hidden: Hidden, listener: Listener) -> dict[str, Inp
     blocks = len(walker.blocks)
     listener(Event("calibrate", 0, blocks))
     for i in range(blocks):
-        stats |= walker.collect(walker.load_block(i), i, hidden, CHANNELS, advance=True)
+        stats |= walker.collect(walker.load_block(i), i, hidden, CHANNELS)
         listener(Event("calibrate", i + 1, blocks, f"block {i}"))
     heads = [m.reads for m in modules(walker.checkpoint) if m.role == "head"]
     return stats | {reads: walker.collect_head(hidden, CHANNELS) for reads in heads}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from itertools import groupby
 from pathlib import Path
 
 from torch import Tensor
@@ -25,6 +23,7 @@ from qtool.pipeline.work import Work, begun, identity, open_work, remove_work
 from qtool.plan import LayerPlan
 from qtool.report.model import LayerEntry, Report
 from qtool.report.render import read_report, write_report
+from qtool.stats import InputStats
 
 
 @dataclass(frozen=True)
@@ -138,8 +137,6 @@ def steps_of(job: Job) -> list[Unit]:
 def solve_unit(unit: Unit, job: Job, work: Work, source: Statistics, followed: bool) -> list[LayerEntry]:
     """Solves and saves a unit, unless it is finished already.
 
-    Modules with the same input are solved one after the other, so that its statistics can go.
-
     Args:
         unit: what to solve.
         job: the run.
@@ -147,28 +144,19 @@ def solve_unit(unit: Unit, job: Job, work: Work, source: Statistics, followed: b
         source: of statistics.
         followed: whether a later unit wants to be measured behind this one.
     """
-    found, weight = work.entries(unit), work.weight
-    if found is None:
-        measured = source.measure(unit)
-        solved: dict[str, Quantized] = {}
-        found = []
-        for reads, plans in groupby(sorted(unit.quantized, key=reads_of), reads_of):
-            stats = measured.pop(reads, None)
-            for p in plans:
-                solved[p.module.name], entry = solve(p, job.checkpoint, stats, job.device)
-                found.append(entry)
-        work.save(unit, solved, found)
-        weight = partial(decoded, solved)
-    if followed:
-        source.advance(unit, weight)
-    return found
+    if (finished := work.entries(unit)) is not None:
+        if followed:
+            source.visit(unit, lambda plans, _: {p.module.name: work.weight(p.module.name) for p in plans}, True, True)
+        return finished
+    solved: dict[str, Quantized] = {}
+    entries: list[LayerEntry] = []
 
+    def solve_readers(plans: tuple[LayerPlan, ...], stats: InputStats | None) -> dict[str, Tensor]:
+        for p in plans:
+            solved[p.module.name], entry = solve(p, job.checkpoint, stats, job.device)
+            entries.append(entry)
+        return {p.module.name: solved[p.module.name].decode() for p in plans}
 
-def reads_of(plan: LayerPlan) -> str:
-    """Name of the input that a module reads."""
-    return plan.module.reads
-
-
-def decoded(solved: dict[str, Quantized], module: str) -> Tensor:
-    """float32 [N, K], what a runtime multiplies with."""
-    return solved[module].decode()
+    source.visit(unit, solve_readers, False, followed)
+    work.save(unit, solved, entries)
+    return entries

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -45,7 +45,19 @@ class Unit:
     @property
     def needs(self) -> frozenset[Stat]:
         """Everything that its methods want measured."""
-        return frozenset[Stat]().union(*(p.method.needs for p in self.layers if p.method))
+        return needs_of(self.layers)
+
+    def inputs(self) -> dict[str, tuple[LayerPlan, ...]]:
+        """The modules that get a format, by the input that they read."""
+        readers: dict[str, tuple[LayerPlan, ...]] = {}
+        for p in self.quantized:
+            readers[p.module.reads] = (*readers.get(p.module.reads, ()), p)
+        return readers
+
+
+def needs_of(plans: Iterable[LayerPlan]) -> frozenset[Stat]:
+    """Everything that the methods of some modules want measured."""
+    return frozenset[Stat]().union(*(p.method.needs for p in plans if p.method))
 
 
 def units(plan: Plan) -> Iterator[Unit]:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from qtool.artifact._files import sha256
 from qtool.calibrate.store import read_stats
@@ -16,16 +16,17 @@ from qtool.calibrate.walker import Walker
 from qtool.errors import CheckpointError, PlanError
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.prepare import Job
-from qtool.pipeline.solve import Unit, units
+from qtool.pipeline.solve import Unit, needs_of, units
+from qtool.plan import LayerPlan
 from qtool.recipe.schema import Calibration
 from qtool.stats import InputStats, Stat
 
-Weight = Callable[[str], Tensor]
-"""Module name -> [N, K], the weight that a runtime will multiply with."""
+Solve = Callable[[tuple[LayerPlan, ...], InputStats | None], Mapping[str, Tensor]]
+"""Quantizes modules that read the same input, or knows them already: decoded weights by module name, [N, K]."""
 
 
 class Statistics(ABC):
-    """What the loop over units asks: `measure` for a unit that is not solved yet, then `advance` to the next one.
+    """What the loop over units asks, one unit after the other.
 
     Args:
         digest: changes when the statistics would; None without data.
@@ -36,12 +37,15 @@ class Statistics(ABC):
         self.digest, self.about = digest, about
 
     @abstractmethod
-    def measure(self, unit: Unit) -> dict[str, InputStats]:
-        """Statistics of the inputs that the unit's modules read, by `Module.reads`."""
+    def visit(self, unit: Unit, solve: Solve, known: bool, followed: bool) -> None:
+        """Has all modules of a unit solved, input by input.
 
-    @abstractmethod
-    def advance(self, unit: Unit, weight: Weight) -> None:
-        """Goes on to the next unit; `weight` gives the decoded weights of this one."""
+        Args:
+            unit: the next one.
+            solve: called for the modules of each input, with what was measured there.
+            known: `solve` needs no statistics, because an earlier run finished this unit.
+            followed: whether a later unit will be measured behind this one.
+        """
 
 
 class Stored(Statistics):
@@ -53,21 +57,22 @@ class Stored(Statistics):
         super().__init__(digest, about or {})
         self.stats = stats
 
-    def measure(self, unit: Unit) -> dict[str, InputStats]:
-        """See `Statistics.measure`."""
-        return dict(self.stats)
-
-    def advance(self, unit: Unit, weight: Weight) -> None:
-        """Nothing is carried along."""
+    def visit(self, unit: Unit, solve: Solve, known: bool, followed: bool) -> None:
+        """See `Statistics.visit`."""
+        for reads, plans in unit.inputs().items():
+            solve(plans, self.stats.get(reads))
 
 
 class Walked(Statistics):
     """Runs the calibration tokens through one block after the other.
 
+    Each block is run once: before an input is read for the first time, all tokens wait until the layers that read it
+    are quantized, so every layer is measured behind all quantized ones before it, those of its own block included.
+
     Args:
         walker: over the unquantized model.
         tokens: int64 [S, T].
-        calibration: whether a block's successor sees its quantized outputs; for the rest, see the report.
+        calibration: whether a layer's successors see its quantized outputs; for the rest, see the report.
     """
 
     def __init__(self, walker: Walker, tokens: Tensor, calibration: Calibration) -> None:
@@ -75,30 +80,30 @@ class Walked(Statistics):
         super().__init__(hashlib.sha256(tokens.numpy().tobytes()).hexdigest(), about)
         self.walker, self.hidden = walker, walker.embed(tokens)
         self.quantized = calibration.propagate == "quantized"
-        self.block: nn.Module | None = None
-        self.ahead = False
 
-    def measure(self, unit: Unit) -> dict[str, InputStats]:
-        """See `Statistics.measure`."""
-        if not unit.needs:
-            return {}
+    def visit(self, unit: Unit, solve: Solve, known: bool, followed: bool) -> None:
+        """See `Statistics.visit`."""
+        inputs = unit.inputs()
+        needs = {} if known else {reads: need for reads, plans in inputs.items() if (need := needs_of(plans))}
         if unit.block is None:
-            return {unit.layers[0].module.reads: self.walker.collect_head(self.hidden, unit.needs)}
-        self.block = self.walker.load_block(unit.block)
-        self.ahead = not self.quantized  # unquantized outputs are those of the pass that measures
-        return self.walker.collect(self.block, unit.block, self.hidden, unit.needs, advance=self.ahead)
+            for reads, plans in inputs.items():
+                solve(plans, self.walker.collect_head(self.hidden, needs[reads]) if reads in needs else None)
+            return
+        block = self.walker.load_block(unit.block)
 
-    def advance(self, unit: Unit, weight: Weight) -> None:
-        """Replaces the hidden states by the unit's outputs."""
-        if unit.block is not None and not self.ahead:
-            block = self.block or self.walker.load_block(unit.block)
-            layers = unit.quantized if self.quantized else ()
-            for p in layers:
-                self.walker.set_weight(block, p.module, weight(p.module.name))
-            inputs = {p.module.name: p.activations for p in layers if p.activations}
-            with self.walker.quantized_inputs(block, unit.block, inputs):
-                self.walker.advance(block, unit.block, self.hidden)
-        self.block, self.ahead = None, False
+        def settle(plans: tuple[LayerPlan, ...], stats: InputStats | None) -> None:
+            weights = solve(plans, stats)
+            for p in plans if self.quantized else ():
+                self.walker.set_weight(block, p.module, weights[p.module.name])
+
+        for reads in (reads for reads in inputs if reads not in needs):
+            settle(inputs[reads], None)
+        if not needs and not followed:
+            return
+        rounded = {p.module.name: p.activations for p in unit.quantized if p.activations and self.quantized}
+        with self.walker.quantized_inputs(block, unit.block, rounded):
+            for reads, stats in self.walker.steps(block, unit.block, self.hidden, needs):
+                settle(inputs[reads], stats)
 
 
 def statistics_for(job: Job, stored: Path | None, listener: Listener) -> Statistics:

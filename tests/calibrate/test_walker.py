@@ -119,7 +119,7 @@ def test_statistics_are_those_of_hooks_on_transformers(folder, monkeypatch):
     seen, _ = inputs_and_logits(load_reference(folder), TOKENS)
     hidden, names = walker.embed(TOKENS), set()
     for i in range(len(walker.blocks)):
-        stats = walker.collect(walker.load_block(i), i, hidden, ALL, advance=True)
+        stats = walker.collect(walker.load_block(i), i, hidden, ALL)
         assert len(stats) == 4
         for module in walker.modules[i]:
             assert_measured(stats[module.reads], seen[module.name])
@@ -129,24 +129,48 @@ def test_statistics_are_those_of_hooks_on_transformers(folder, monkeypatch):
 
 
 def test_only_what_is_needed_is_measured(llama):
-    hidden = llama.embed(TOKENS)
-    compact = llama.collect(llama.load_block(0), 0, hidden, frozenset({Stat.CHANNELS}))
-    whole = llama.collect(llama.load_block(0), 0, hidden, ALL)
+    compact = llama.collect(llama.load_block(0), 0, llama.embed(TOKENS), frozenset({Stat.CHANNELS}))
+    whole = llama.collect(llama.load_block(0), 0, llama.embed(TOKENS), ALL)
     for reads, stats in compact.items():
         assert stats.gram is None
         assert_close(stats.sum_squares, whole[reads].sum_squares, rtol=1e-5, atol=1e-5)
 
 
-def test_collecting_leaves_the_inputs_unless_told(llama):
+def test_collecting_runs_the_block_once_and_cleans_up(llama):
     hidden, advanced = llama.embed(TOKENS), llama.embed(TOKENS)
     before, block = hidden.values.clone(), llama.load_block(0)
     llama.collect(block, 0, hidden, ALL)
-    assert torch.equal(hidden.values, before)
-    llama.collect(block, 0, hidden, ALL, advance=True)
     llama.advance(llama.load_block(0), 0, advanced)
     assert torch.equal(hidden.values, advanced.values)
     assert not torch.equal(hidden.values, before)
     assert not any(module._forward_pre_hooks for module in block.modules())
+
+
+def replaced(module):
+    """Some other weight for a layer."""
+    return torch.randn(module.shape, generator=torch.Generator().manual_seed(sum(module.shape))) * 0.1
+
+
+@pytest.mark.parametrize("limit", [1 << 30, 0])
+def test_an_input_is_measured_behind_the_weights_replaced_before_it(limit, tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr(walker_module, "BATCH_TOKENS", 80)  # two samples, then one
+    monkeypatch.setattr(walker_module, "MEMORY_LIMIT", limit)  # 0: waiting batches start anew
+    folder = tiny_checkpoint("llama-biased")
+    walker, model = Walker(HFCheckpoint(folder), CPU, torch.float32), load_reference(folder)
+    hidden, block, order = walker.embed(TOKENS), walker.load_block(0), []
+    wanted = dict.fromkeys(("model.layers.0.attn_in", "model.layers.0.mlp_in", "model.layers.0.mlp_mid"), ALL)
+    for reads, stats in walker.steps(block, 0, hidden, wanted):
+        order.append(reads)
+        here = [m for m in walker.modules[0] if m.reads == reads]
+        seen, _ = inputs_and_logits(model, TOKENS)
+        assert_measured(stats, seen[here[0].name])
+        for module in here:
+            walker.set_weight(block, module, replaced(module))
+            model.get_submodule(module.name).weight.data = replaced(module)
+    assert order == list(wanted)
+    seen, _ = inputs_and_logits(model, TOKENS)
+    found = walker.collect(walker.load_block(1), 1, hidden, ALL)["model.layers.1.attn_in"]
+    assert_measured(found, seen["model.layers.1.self_attn.q_proj"])
 
 
 def test_a_replaced_weight_is_what_the_block_multiplies_with(tiny_checkpoint):

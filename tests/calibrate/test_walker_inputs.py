@@ -41,7 +41,7 @@ def inputs_in_walk(walker, block, hidden):
         for m in walker.modules[0]
     ]
     with torch.inference_mode():
-        list(walker.outputs(block, 0, hidden))
+        walker.output(block, 0, hidden, slice(0, hidden.samples))
     for hook in hooks:
         hook.remove()
     return seen
