@@ -2,9 +2,10 @@
 
     w_hat = t * d * v       v a level, d >= 0 in E4M3 for 16 columns, t for the matrix
 
-`search: minmax` is NVIDIA's rule: t puts the largest weight of the matrix on the largest level times 448, the largest d,
-and d each group's largest weight on the largest level. The other settings choose d by the (importance-weighted) squared
-error, and make t a power of two, so that t * d is exact in the types that runtimes hold it in.
+`search: minmax` is the usual rule: t puts the largest weight of the matrix on the largest level times the largest d,
+448, and d puts each group's largest weight on the largest level. The other settings choose d by the
+(importance-weighted) squared error, and make t a power of two, so that t * d is exact in the types that runtimes hold
+it in.
 
 t is chosen before any group is: for the matrix, or for all matrices that runtimes merge, when `given` tells the largest
 weight. It is kept in 64 bits, since layouts store it or its reciprocal in 32.

@@ -91,7 +91,7 @@ def nearest_power(x: Tensor) -> Tensor:
 
 @njit(nogil=True, cache=True, inline="always")
 def nearest_code(y, smallest, mantissa):  # type: ignore[no-untyped-def]
-    """(steps from zero to the number nearest to y >= 0, its value); ties go to the even bit pattern."""
+    """(steps from zero to the number nearest to y >= 0, its value); ties go to the even multiple of the step."""
     power = max(np.float32(y).view(np.int32) & EXPONENT, smallest)
     step = np.int32(power - (mantissa << 23)).view(np.float32)
     inverse = np.int32(np.int32(254 << 23) - power + (mantissa << 23)).view(np.float32)
@@ -175,7 +175,8 @@ def largest(x: Tensor, groups: int) -> Tensor:
 def nearest(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     """Indices of the levels nearest to x / scale: float32 [N, C], finite, and [N, G] -> uint8 [N, C].
 
-    Ties go to the even bit pattern, and what lies beyond the last level to that level, as in a saturating cast.
+    As in a saturating cast, ties go to the even multiple of the step, which has the even bit pattern where there is a
+    mantissa, and what lies beyond the last level to that level.
     """
     center = len(grid.levels()) // 2
     codes = np.empty(x.shape, np.uint8)
