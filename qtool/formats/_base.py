@@ -157,6 +157,14 @@ class Format(BaseModel):
         scale, offset = (expand(p, codes.shape[1]) for p in self.affine(params))
         return self.levels().to(codes.device)[codes.long()] * scale + offset
 
+    def may_hold(self, fmt: Format) -> str | None:
+        """Why this format cannot hold matrices in another one, whatever their data; None if it can."""
+        return None if alike(self, fmt) else f"{self.label} holds no {fmt.label}"
+
+    def hold(self, quantized: Quantized) -> Quantized | str:
+        """The same values in this format, exactly; or the reason why they cannot be."""
+        return self.may_hold(quantized.format) or quantized
+
     def misfit(self, k: int) -> str | None:
         """Why rows of k columns cannot be held, with what would fit; None if they can."""
         block = self.block_columns or self.group_columns
@@ -166,6 +174,12 @@ class Format(BaseModel):
         return f"rows of {k} columns are not divisible by {block}" + (
             f"; groups that divide: {', '.join(map(str, near[:3]))}" if near else ""
         )
+
+
+def alike(a: Format, b: Format) -> bool:
+    """True if two formats have the same values, however these are chosen and in whatever type scales are stored."""
+    choice = {"search", "scales", "scale_dtype"}
+    return type(a) is type(b) and a.model_dump(exclude=choice) == b.model_dump(exclude=choice)
 
 
 def expand(p: Tensor, columns: int) -> Tensor:

@@ -92,17 +92,6 @@ class BlockFormat(Format):
     def unpack(self, packed: Tensor) -> tuple[Tensor, Params]:
         """The exact inverse of `pack`."""
 
-    def may_hold(self, fmt: Format) -> str | None:
-        """Why this type cannot hold matrices in another format, whatever their data; None if it can.
-
-        Most types hold nothing but themselves.
-        """
-        return None if isinstance(fmt, type(self)) else f"{self.label} holds no {fmt.label}"
-
-    def hold(self, quantized: Quantized) -> Quantized | str:
-        """The same values in this type, exactly; or the reason why they cannot be."""
-        return self.may_hold(quantized.format) or quantized
-
 
 class Classic(BlockFormat):
     """Blocks of 32 columns with one scale, and perhaps a minimum.
@@ -232,20 +221,19 @@ class Classic(BlockFormat):
         return q.reshape(n, -1), params
 
     def may_hold(self, fmt: Format) -> str | None:
-        """See `BlockFormat.may_hold`."""
+        """See `Format.may_hold`."""
         if isinstance(fmt, type(self)):
             return None
         if not isinstance(fmt, Int):
             return f"{self.label} holds no {fmt.label}"
         if fmt.group_columns is not None and fmt.group_columns % self.columns:
             return f"{self.label} needs groups that are a multiple of {self.columns} columns, not {fmt.group_columns}"
-        bits = fmt.bits + (not fmt.symmetric and not self.offset)
-        if bits > self.bits or (fmt.symmetric and self.offset):
+        if fmt.bits + (not fmt.symmetric and not self.offset) > self.bits:
             return f"the {'range' if fmt.symmetric else 'zero points'} of {fmt.label} do not fit {self.label}"
         return None
 
     def hold(self, quantized: Quantized) -> Quantized | str:
-        """See `BlockFormat.hold`. An integer zero point becomes part of the codes, or of the minimum."""
+        """See `Format.hold`. An integer zero point becomes part of the codes, or of the minimum."""
         codes, params, fmt = quantized
         reason = self.may_hold(fmt) or self.misfit(codes.shape[1])
         if reason or isinstance(fmt, type(self)):

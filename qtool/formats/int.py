@@ -20,7 +20,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from qtool.formats import _groups
-from qtool.formats._base import Format, Params, expand
+from qtool.formats._base import Format, Params, Quantized, alike, expand
 from qtool.formats._groups import Group
 from qtool.numerics import search
 
@@ -140,3 +140,43 @@ class Int(Format):
         if not self.symmetric:
             q = q - expand(params["zero"].float(), codes.shape[1])
         return q * expand(params["scale"].float(), codes.shape[1])
+
+    def may_hold(self, fmt: Format) -> str | None:
+        """See `Format.may_hold`: other integers of no more bits whose groups can be split into groups of this one."""
+        if alike(self, fmt):
+            return None
+        levels, mine, theirs = fmt.levels(), self.group_columns, fmt.group_columns
+        consecutive = float(levels[-1] - levels[0]) == len(levels) - 1
+        if not consecutive or fmt.free_offset or self.group_rows != 1 or self.group == "token":
+            return f"{self.label} holds no {fmt.label}"
+        if theirs is not None and (mine is None or theirs % mine):
+            return f"the groups of {fmt.label} do not consist of groups of {self.label}"
+        zeros = isinstance(fmt, Int) and not fmt.symmetric
+        if len(levels) > 1 << (self.bits - (self.symmetric and zeros)):
+            return f"the {'zero points' if zeros else 'range'} of {fmt.label} do not fit {self.label}"
+        return None
+
+    def hold(self, quantized: Quantized) -> Quantized | str:
+        """See `Format.hold`. Scales that are not exact in `scale_dtype` are stored in a type in which they are."""
+        codes, params, fmt = quantized
+        n, k = codes.shape
+        reason = self.may_hold(fmt) or self.misfit(k)
+        if reason or alike(self, fmt):
+            return reason or quantized
+        scale, offset = (expand(p, k // (self.group_columns or k)) for p in fmt.affine(params))
+        zero = torch.where(scale == 0, 0.0, -offset / scale).round()
+        if not torch.equal(-zero * scale, offset):
+            return "some offsets are no multiples of their scales"
+        dtypes = (self.scale_dtype, *DTYPES)
+        dtype = next(name for name in dtypes if torch.equal(scale.to(DTYPES[name]).float(), scale))
+        stored = {"scale": scale.to(DTYPES[dtype])}
+        move = (float(fmt.levels()[0]) - zero - self.lowest).to(torch.int16)
+        if self.symmetric:
+            moved = codes.reshape(*scale.shape, -1) + move.unsqueeze(-1)
+            codes = moved.to(torch.uint8).reshape(n, k)
+            fits = bool(((moved >= 0) & (moved < 1 << self.bits)).all())
+        else:
+            fits = bool(((move > self.lowest) & (move <= -self.lowest)).all())
+            stored["zero"] = (-move).clamp(-128, 127).to(torch.int8)
+        held = Quantized(codes, stored, self.model_copy(update={"scale_dtype": dtype}))
+        return held if fits else f"some zero points are out of the range of {self.label}"
