@@ -22,9 +22,10 @@ def command(
 ) -> None:
     """Measure the inputs of MODEL's layers once, for reuse with `quantize --stats`.
 
-    Holds per-channel statistics (what importance-weighted rounding needs), not the Gram matrices of GPTQ.
+    Holds per-channel statistics (what importance-weighted rounding needs), not the Gram matrices of GPTQ. A name that
+    ends in .gguf gives an importance matrix as llama.cpp has it, for `quantize --imatrix` and for llama-quantize.
 
-    Example: `qtool calibrate ./SmolLM2-135M -r gguf-q4_0 -o smollm2.stats`
+    Example: `qtool calibrate ./SmolLM2-135M -r gguf-q4_0 -o smollm2.imatrix.gguf`
     """
     with Console(quiet, verbose) as console:
         from qtool.pipeline import calibrate as stage

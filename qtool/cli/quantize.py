@@ -27,6 +27,15 @@ def command(
         Path | None,
         typer.Option(metavar="STATS", help="Reuse what `qtool calibrate` measured.", show_default=False),
     ] = None,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Round with an importance matrix of llama-imatrix or `qtool calibrate` (.gguf, or .dat): "
+            "stands for --set 'method={rtn: {importance: true}}'.",
+            show_default=False,
+        ),
+    ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the work folder OUT.work after success.")] = False,
     overwrite: options.Overwrite = False,
     verify: Annotated[bool, typer.Option(help="Read artifacts back and compare them with what was computed.")] = True,
@@ -59,6 +68,7 @@ def command(
                 seed=seed,
                 limit=limit_layers,
                 stats=stats,
+                imatrix=imatrix,
                 keep=keep,
                 overwrite=overwrite,
                 verify=verify,

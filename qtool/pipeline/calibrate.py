@@ -13,6 +13,7 @@ from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import modules
 from qtool.errors import StorageError
 from qtool.pipeline.events import Event, Listener, silent
+from qtool.pipeline.importance import write_importance
 from qtool.pipeline.prepare import prepare
 from qtool.pipeline.summarize import model_name
 from qtool.stats import InputStats, Stat
@@ -26,7 +27,7 @@ class CalibrateOptions:
 
     Attributes:
         model, recipe, overrides, seed: see `prepare`; of the recipe, only the calibration matters.
-        out: file of the result.
+        out: file of the result; an importance matrix of llama.cpp if its name ends in .gguf.
         device, dtype: "auto", or where and in which type to compute.
         overwrite: replace an earlier file.
     """
@@ -70,7 +71,10 @@ def run(options: CalibrateOptions, listener: Listener = silent) -> Measured:
         "calibration": {**calibration.model_dump(mode="json"), "tokens": tokens.numel()},
     }
     with new_file(options.out) as partial:
-        write_stats(partial, stats, about)
+        if options.out.suffix == ".gguf":
+            write_importance(partial, stats, job.checkpoint, calibration)
+        else:
+            write_stats(partial, stats, about)
     return Measured(len(stats), tokens.numel(), options.out.stat().st_size)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from qtool.artifact._files import check_free, new_folder
+from qtool.errors import UsageError
 from qtool.evaluate.gates import check_gates
 from qtool.formats._base import Quantized
 from qtool.pipeline import evaluate
@@ -25,6 +26,9 @@ from qtool.report.model import LayerEntry, Report
 from qtool.report.render import read_report, write_report
 from qtool.stats import InputStats
 
+BY_IMPORTANCE = "method={rtn: {importance: true}}"
+"""What `--imatrix` sets; a `--set method=...` of the user's own comes later and wins."""
+
 
 @dataclass(frozen=True)
 class QuantizeOptions:
@@ -35,6 +39,7 @@ class QuantizeOptions:
         out: folder of the result; `<out>.work` is used on the way.
         device, dtype: "auto", or where and in which type to compute.
         stats: statistics of an earlier `calibrate` to use instead of running the model.
+        imatrix: an importance matrix of llama.cpp to use instead; sets the recipe's method to rounding with it.
         keep: leave the work folder.
         overwrite: replace an earlier result.
         verify: read artifacts back.
@@ -50,6 +55,7 @@ class QuantizeOptions:
     seed: int | None = None
     limit: int | None = None
     stats: Path | None = None
+    imatrix: Path | None = None
     keep: bool = False
     overwrite: bool = False
     verify: bool = True
@@ -62,6 +68,8 @@ def run(options: QuantizeOptions, listener: Listener = silent) -> Report:
     Raises:
         QtoolError: of every kind. GateError comes last: everything is written by then.
     """
+    if options.stats and options.imatrix:
+        raise UsageError("--stats and --imatrix exclude each other")
     out = options.out.absolute()
     place = out.with_name(f"{out.name}.work")
     if not place.exists():
@@ -69,12 +77,13 @@ def run(options: QuantizeOptions, listener: Listener = silent) -> Report:
     watch = Stopwatch()
     with watch.stage("plan"):
         o = options
-        job = prepare(o.model, o.recipe, o.overrides, o.seed, o.limit, o.device, o.dtype)
+        overrides = (BY_IMPORTANCE, *o.overrides) if o.imatrix else o.overrides
+        job = prepare(o.model, o.recipe, overrides, o.seed, o.limit, o.device, o.dtype)
         evaluate.check(job.plan.recipe.eval)
     for warning in job.plan.warnings:
         listener(Event("plan", 1, 1, warning, warning=True))
     with watch.stage("calibrate"):
-        source = statistics_for(job, options.stats, listener)
+        source = statistics_for(job, options.stats or options.imatrix, listener)
     run_identity = identity(job, source.digest)
     continued = begun(place, run_identity)
     if continued and (out / "report.json").is_file() and not options.overwrite:

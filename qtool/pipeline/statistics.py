@@ -10,11 +10,14 @@ from pathlib import Path
 from torch import Tensor
 
 from qtool.artifact._files import sha256
+from qtool.artifact.gguf._imatrix import is_imatrix
 from qtool.calibrate.store import read_stats
 from qtool.calibrate.tokens import load_tokens
 from qtool.calibrate.walker import Walker
+from qtool.checkpoint._base import Module
 from qtool.errors import CheckpointError, PlanError
 from qtool.pipeline.events import Event, Listener
+from qtool.pipeline.importance import read_importance
 from qtool.pipeline.prepare import Job
 from qtool.pipeline.solve import Unit, needs_of, units
 from qtool.plan import LayerPlan
@@ -120,7 +123,12 @@ def statistics_for(job: Job, stored: Path | None, listener: Listener) -> Statist
     if not any(unit.needs for unit in units(job.plan)):
         return Stored({})
     if stored:
-        return read(stored, job)
+        found = read(stored, job)
+        if missing := [m.name for m in readers(job) if m.reads not in found.stats]:
+            more = f" and {len(missing) - 1} more" * (len(missing) > 1)
+            text = f"{stored} says nothing about the inputs of {missing[0]}{more}: their codes are chosen without data"
+            listener(Event("calibrate", 1, 1, text, warning=True))
+        return found
     calibration = job.plan.recipe.calibration
     listener(Event("calibrate", 0, 1, str(calibration.data)))
     tokens = load_tokens(calibration, job.checkpoint)
@@ -129,8 +137,13 @@ def statistics_for(job: Job, stored: Path | None, listener: Listener) -> Statist
     return source
 
 
+def readers(job: Job) -> list[Module]:
+    """The modules whose method wants their input measured."""
+    return [p.module for p in job.plan.layers if p.method and p.method.needs]
+
+
 def read(path: Path, job: Job) -> Stored:
-    """Statistics that an earlier `calibrate` wrote.
+    """Statistics that an earlier `calibrate` wrote, or an importance matrix of llama.cpp.
 
     Raises:
         CheckpointError: damaged, or measured on another model.
@@ -138,8 +151,11 @@ def read(path: Path, job: Job) -> Stored:
     """
     greedy = {p.method.name() for p in job.plan.layers if p.method and Stat.GRAM in p.method.needs}
     if greedy:
-        line = f"{', '.join(sorted(greedy))} needs Gram matrices, which such a file does not hold; run without --stats"
+        line = f"{', '.join(sorted(greedy))} needs Gram matrices, which such a file does not hold; run without it"
         raise PlanError([line], f"statistics in {path}")
+    if is_imatrix(path):
+        sums, told = read_importance(path, job.checkpoint)
+        return Stored(sums, sha256(path), told)
     stats, about = read_stats(path)
     if about.get("fingerprint") != job.plan.source_fingerprint:
         raise CheckpointError(
@@ -147,10 +163,9 @@ def read(path: Path, job: Job) -> Stored:
             wanted=job.checkpoint.source,
             found=about.get("model"),
         )
-    for p in job.plan.layers:
-        if p.method and p.method.needs:
-            found = len(stats[p.module.reads].sum_squares) if p.module.reads in stats else 0
-            if found != p.module.shape[1]:
-                what = f"the statistics in {path} do not fit {p.module.name}"
-                raise CheckpointError(what, wanted=f"{p.module.shape[1]} inputs", found=found)
+    for module in readers(job):
+        found = len(stats[module.reads].sum_squares) if module.reads in stats else 0
+        if found != module.shape[1]:
+            what = f"the statistics in {path} do not fit {module.name}"
+            raise CheckpointError(what, wanted=f"{module.shape[1]} inputs", found=found)
     return Stored(stats, sha256(path), about["calibration"])

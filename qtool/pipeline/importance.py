@@ -1,0 +1,88 @@
+"""Statistics of a model's inputs as an importance matrix of llama.cpp, and back."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from qtool.artifact.gguf._imatrix import Entry, ImportanceMatrix, read_imatrix, write_imatrix
+from qtool.checkpoint._base import Checkpoint, Module, modules
+from qtool.errors import CheckpointError
+from qtool.recipe.schema import Calibration
+from qtool.stats import InputStats, Stat
+
+
+def write_importance(
+    path: Path, stats: Mapping[str, InputStats], checkpoint: Checkpoint, calibration: Calibration
+) -> None:
+    """Writes what `llama-imatrix` would: an entry for every matrix whose input was measured.
+
+    Args:
+        path: of the new file.
+        stats: by `Module.reads`.
+        checkpoint: what they were measured on.
+        calibration: with which tokens.
+
+    Raises:
+        CheckpointError: GGUF has no names for this architecture's tensors.
+        OSError: the disk is full or not writable.
+    """
+    readers: dict[str, list[Module]] = defaultdict(list)
+    names = checkpoint.family.gguf_names(checkpoint.config)
+    for module in modules(checkpoint):
+        if module.reads in stats:
+            readers[names[f"{module.name}.weight"]].append(module)
+    entries = {}
+    for name, members in readers.items():
+        found = [stats[module.reads] for module in members]
+        sums = torch.stack([s.sum_squares.float().cpu() for s in found])
+        entries[name] = Entry(sums, torch.tensor([float(s.tokens) for s in found]))
+    data = calibration.data
+    datasets = (data,) if isinstance(data, str) else tuple(source.data for source in data)
+    write_imatrix(path, ImportanceMatrix(entries, datasets, calibration.samples, calibration.length))
+
+
+def read_importance(path: Path, checkpoint: Checkpoint) -> tuple[dict[str, InputStats], dict[str, object]]:
+    """Reads an importance matrix, ours or llama.cpp's, for a model.
+
+    Matrices that read the same input share what the file says about the first of them. An input that the file does not
+    mention, or experts that no token reached, are left out.
+
+    Returns:
+        (statistics by `Module.reads`, sums of squares only; what the report says about them).
+
+    Raises:
+        CheckpointError: damaged, or of another model.
+    """
+    matrix = read_imatrix(path)
+    names = checkpoint.family.gguf_names(checkpoint.config)
+    readers: dict[str, list[Module]] = defaultdict(list)
+    for module in modules(checkpoint):
+        readers[names[f"{module.name}.weight"]].append(module)
+    if not readers.keys() & matrix.entries.keys():
+        found = next(iter(matrix.entries))
+        raise CheckpointError(
+            f"the importance matrix {path} is of another model", wanted=next(iter(readers)), found=found
+        )
+    stats: dict[str, InputStats] = {}
+    for name, members in readers.items():
+        if name in matrix.entries:
+            for reads, s in _split(matrix.entries[name], members, f"{path}: {name}"):
+                stats.setdefault(reads, s)
+    about: dict[str, object] = {"data": path.name, "datasets": list(matrix.datasets)}
+    return stats, about | {"samples": matrix.chunks, "length": matrix.chunk_size}
+
+
+def _split(entry: Entry, members: list[Module], what: str) -> Iterator[tuple[str, InputStats]]:
+    """The statistics of each matrix of a stack, or of the only one."""
+    k, count = members[0].shape[1], len(members)
+    if entry.sums.numel() != k * count or len(entry.counts) not in (1, count):
+        raise CheckpointError(f"{what} does not fit the model", wanted=f"{k * count} values", found=entry.sums.numel())
+    for module, sums, tokens in zip(members, entry.sums.view(count, k), entry.counts.expand(count), strict=True):
+        if tokens > 0:
+            stats = InputStats(k, frozenset({Stat.CHANNELS}))
+            stats.sum_squares, stats.tokens = sums, max(1, round(float(tokens)))
+            yield module.reads, stats

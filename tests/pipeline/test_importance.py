@@ -1,0 +1,191 @@
+"""From calibration to an importance matrix of llama.cpp, and from one to codes."""
+
+from __future__ import annotations
+
+import json
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from qtool.artifact.gguf._imatrix import Entry, ImportanceMatrix, read_imatrix, write_imatrix
+from qtool.calibrate.tokens import load_tokens
+from qtool.checkpoint.open import open_checkpoint
+from qtool.errors import CheckpointError, PlanError, UsageError
+from qtool.pipeline.calibrate import CalibrateOptions
+from qtool.pipeline.calibrate import run as calibrate
+from qtool.pipeline.quantize import QuantizeOptions
+from qtool.pipeline.quantize import run as quantize
+from qtool.recipe.load import load_recipe
+
+RECIPE = """
+recipe: 1
+name: t
+method: {method}
+calibration: {{samples: 3, length: 48, propagate: float}}
+layers:
+  - {{match: "*.o_proj", weights: q4_1}}
+  - {{match: "*", weights: q4_0}}
+export: [{{to: gguf}}]
+"""
+READERS = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj"}
+READERS |= {"attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj"}
+READERS |= {"ffn_down": "mlp.down_proj"}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def recipe(method):
+        (tmp_path / f"{len(method)}.yaml").write_text(RECIPE.format(method=method))
+        return str(tmp_path / f"{len(method)}.yaml")
+
+    return recipe
+
+
+@pytest.fixture
+def measured(recipe, tiny_checkpoint, tmp_path):
+    """(model, recipe, importance matrix) of the plainest model."""
+    model, path = str(tiny_checkpoint("llama")), recipe("{rtn: {importance: true}}")
+    calibrate(CalibrateOptions(model, path, tmp_path / "m.gguf", dtype="fp32"))
+    return model, path, tmp_path / "m.gguf"
+
+
+def written(folder):
+    (file,) = folder.glob("*.gguf")
+    return file.read_bytes()
+
+
+def test_sums_are_those_of_plain_forward_passes(measured):
+    from transformers import AutoModelForCausalLM
+
+    source, recipe, path = measured
+    tokens = load_tokens(load_recipe(recipe).calibration, open_checkpoint(source))
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    names = {f"blk.{i}.{there}": f"model.layers.{i}.{here}" for i in (0, 1) for there, here in READERS.items()}
+    names["output"] = "lm_head"
+    wanted = dict.fromkeys(names, 0.0)
+
+    def count(there):
+        def hook(_, inputs):
+            wanted[there] = wanted[there] + inputs[0].double().square().flatten(0, -2).sum(0)
+
+        return hook
+
+    for there, here in names.items():
+        model.get_submodule(here).register_forward_pre_hook(count(there))
+    for sample in tokens:
+        model(sample[None])
+    reader = gguf.GGUFReader(path)
+    found = {tensor.name: tensor.data for tensor in reader.tensors}
+    assert found.keys() == {f"{name}.weight.{part}" for name in names for part in ("in_sum2", "counts")}
+    for name in names:
+        np.testing.assert_allclose(found[f"{name}.weight.in_sum2"], wanted[name].detach().numpy(), rtol=1e-4)
+        assert found[f"{name}.weight.counts"].tolist() == [3 * 48]
+    told = [reader.fields[f"imatrix.{key}"].contents() for key in ("datasets", "chunk_count", "chunk_size")]
+    assert told == [["builtin"], 3, 48]
+
+
+def test_codes_are_those_of_a_float_walk(measured, recipe, tmp_path):
+    source, path, matrix = measured
+    walked = quantize(QuantizeOptions(source, path, tmp_path / "walked", dtype="fp32"))
+    for name, how in {"gptq": recipe("gptq"), "none": recipe("rtn")}.items():
+        report = quantize(QuantizeOptions(source, how, tmp_path / name, imatrix=matrix))
+        assert written(tmp_path / name) == written(tmp_path / "walked")
+        assert [e.tokens for e in report.layers] == [e.tokens for e in walked.layers]
+        assert {e.method for e in report.layers if e.format} == {"rtn"}
+        assert report.calibration == {"data": "m.gguf", "datasets": ["builtin"], "samples": 3, "length": 48}
+    quantize(QuantizeOptions(source, recipe("rtn"), tmp_path / "plain"))
+    assert written(tmp_path / "plain") != written(tmp_path / "walked")
+
+
+def test_legacy_files_give_the_same_codes(measured, tmp_path):
+    source, path, matrix = measured
+    entries = read_imatrix(matrix).entries
+    data = np.int32(len(entries)).tobytes()
+    for name, entry in entries.items():
+        values = (entry.sums / entry.counts).numpy().astype(np.float32) * np.float32(8)
+        data += np.int32(len(name)).tobytes() + name.encode() + np.int32([8, values.size]).tobytes() + values.tobytes()
+    (tmp_path / "m.dat").write_bytes(data)
+    for name in ("m.gguf", "m.dat"):
+        quantize(QuantizeOptions(source, path, tmp_path / name[2:], imatrix=tmp_path / name))
+    assert written(tmp_path / "dat") == written(tmp_path / "gguf")
+
+
+def test_what_a_file_does_not_mention_is_rounded_without_it_and_told(measured, recipe, tmp_path):
+    source, path, matrix = measured
+    kept = {
+        n: e for n, e in read_imatrix(matrix).entries.items() if not n.startswith(("blk.1.ffn_down", "blk.0.attn_q"))
+    }
+    write_imatrix(tmp_path / "less.gguf", ImportanceMatrix(kept, ("x",), 3, 48))
+    events = []
+    report = quantize(QuantizeOptions(source, path, tmp_path / "less", imatrix=tmp_path / "less.gguf"), events.append)
+    warnings = [e.message for e in events if e.warning]
+    assert warnings == [
+        f"{tmp_path / 'less.gguf'} says nothing about the inputs of model.layers.1.mlp.down_proj: "
+        "their codes are chosen without data"
+    ]
+    fallbacks = {e.name: e.fallback for e in report.layers if e.fallback}
+    text = "chosen without data: nothing was measured on its inputs"
+    assert fallbacks == {"model.layers.1.mlp.down_proj": text}  # q reads what k and v read
+    quantize(QuantizeOptions(source, recipe("rtn"), tmp_path / "plain"))
+    quantize(QuantizeOptions(source, path, tmp_path / "whole", imatrix=matrix))
+
+    def down(name):
+        (file,) = (tmp_path / name).glob("*.gguf")
+        tensors = {t.name: t.data for t in gguf.GGUFReader(file).tensors}
+        return tensors["blk.1.ffn_down.weight"].tobytes(), tensors["blk.0.attn_q.weight"].tobytes()
+
+    assert down("less") == (down("plain")[0], down("whole")[1])
+    assert down("plain")[0] != down("whole")[0]
+
+
+def test_experts_nobody_was_routed_to_are_left_out(tiny_checkpoint, measured):
+    _, _, matrix = measured
+    entries = dict(read_imatrix(matrix).entries)
+    entries["blk.0.ffn_down.weight"] = Entry(entries["blk.0.ffn_down.weight"].sums, torch.zeros(1))
+    write_imatrix(matrix, ImportanceMatrix(entries, ("x",), 3, 48))
+    from qtool.pipeline.importance import read_importance
+
+    stats, _ = read_importance(matrix, open_checkpoint(str(tiny_checkpoint("llama"))))
+    assert "model.layers.0.mlp_mid" not in stats
+    assert "model.layers.1.mlp_mid" in stats
+
+
+def test_of_another_model(measured, tiny_checkpoint, tmp_path):
+    source, path, matrix = measured
+    entries = read_imatrix(matrix).entries
+    for name, change, expected in (
+        (
+            "size",
+            {n: Entry(e.sums[:, :-1].contiguous(), e.counts) for n, e in entries.items()},
+            "does not fit the model",
+        ),
+        ("names", {"x" + n: e for n, e in entries.items()}, "is of another model: wanted token_embd.weight, found x"),
+    ):
+        write_imatrix(tmp_path / f"{name}.gguf", ImportanceMatrix(change, ("x",), 3, 48))
+        with pytest.raises(CheckpointError, match=expected):
+            quantize(QuantizeOptions(source, path, tmp_path / name, imatrix=tmp_path / f"{name}.gguf"))
+
+
+def test_what_needs_more_than_it_holds(measured, tmp_path):
+    source, path, matrix = measured
+    options = QuantizeOptions(source, path, tmp_path / "out", ("layers.0.method=gptq",), imatrix=matrix)
+    with pytest.raises(PlanError, match="gptq needs Gram matrices, which such a file does not hold"):
+        quantize(options)
+    with pytest.raises(UsageError, match="--stats and --imatrix exclude each other"):
+        quantize(QuantizeOptions(source, path, tmp_path / "out", stats=matrix, imatrix=matrix))
+
+
+def test_a_tied_embedding_is_rounded_without_it(recipe, tiny_checkpoint, tmp_path):
+    source = str(tiny_checkpoint("llama-tied"))
+    path = recipe("gptq")
+    sets = ('layers.0={match: "lm_head", weights: q8_0}', 'layers.1={match: "*", weights: q4_0}')
+    calibrate(CalibrateOptions(source, path, tmp_path / "m.gguf", sets))
+    assert not any("output." in name and "attn" not in name for name in read_imatrix(tmp_path / "m.gguf").entries)
+    report = quantize(QuantizeOptions(source, path, tmp_path / "out", sets, imatrix=tmp_path / "m.gguf"))
+    assert {e.role: e.tokens for e in report.layers} == {"embedding": 0} | dict.fromkeys(
+        ("q", "k", "v", "o", "gate", "up", "down"), 3 * 48
+    )
+    assert not any(e.fallback for e in report.layers)
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["calibration"]["data"] == "m.gguf"
