@@ -39,9 +39,8 @@ class Verdict(Protocol):
 class Carrier(Protocol):
     """What the plan asks an artifact; `qtool.artifact._base.Artifact` is one."""
 
-    @property
-    def fuses(self) -> bool:
-        """True if runtimes merge the layers of a fused set."""
+    def one_format(self, module: Module) -> str | None:
+        """Name of the set of modules that need one format, if the module belongs to such a set."""
 
     def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Verdict:
         """Known from the format alone."""
@@ -255,19 +254,20 @@ def _check_carrier(name: str, carrier: Carrier, layers: Sequence[LayerPlan], fin
         verdict = carrier.can_carry(p.module, p.layer, p.keep)
         if not verdict.possible:
             findings.add(p.rule, f"{name} cannot hold this ({p.label}): {verdict.reason}", p.module.name)
-        if carrier.fuses and p.module.fused:
-            sets.setdefault(p.module.fused, []).append(p)
+        if one := carrier.one_format(p.module):
+            sets.setdefault(one, []).append(p)
     together = carrier.agree([p.layer for p in layers if p.layer])
     if not together.possible:
         findings.add(-1, f"{name} cannot hold these formats together: {together.reason}")
-    for fused, members in sets.items():
+    for one, members in sets.items():
         if len({(p.layer, p.keep) for p in members}) > 1:
-            choices = ", ".join(f"{p.module.role} {p.label}" for p in members)
-            ends = "|".join(p.module.name.rpartition(".")[2] for p in members)
-            advice = rf'let one rule decide them all, such as match: "re:.*\.({ends})"'
+            choices = ", ".join(dict.fromkeys(f"{p.module.role} {p.label}" for p in members))
+            ends = "|".join(dict.fromkeys(p.module.name.rpartition(".")[2] for p in members))
+            experts = "" if members[0].module.expert is None else r"experts\.\d+\."
+            advice = rf'let one rule decide them all, such as match: "re:.*\.{experts}({ends})"'
             odd = next(p for p in members if (p.layer, p.keep) != (members[0].layer, members[0].keep))
-            text = f"runtimes of {name} merge these into one matrix, wanted one format, found {choices}; {advice}"
-            findings.add(odd.rule, text, fused)
+            text = f"these become one tensor in {name} or its runtimes, wanted one format, found {choices}; {advice}"
+            findings.add(odd.rule, text, one)
 
 
 def _limit(layers: Sequence[LayerPlan], limit: int, checkpoint: Checkpoint) -> tuple[tuple[LayerPlan, ...], str]:

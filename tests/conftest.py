@@ -34,8 +34,78 @@ TINY: dict[str, dict[str, Any]] = {
     "mistral": {"dtype": "float16", "sliding_window": None},
     "qwen2": {"dtype": "float32", "tie_word_embeddings": True},
     "qwen3": {"dtype": "bfloat16", "head_dim": 32, "num_hidden_layers": 3},
+    "qwen3-yarn": {
+        "dtype": "float32",
+        "head_dim": 32,
+        "max_position_embeddings": 64,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    },
+    "gemma2": {
+        "dtype": "bfloat16",
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "tie_word_embeddings": True,
+        "sliding_window": 8,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
+    "gemma3_text": {
+        "dtype": "bfloat16",
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "tie_word_embeddings": True,
+        "sliding_window": 8,
+        "num_hidden_layers": 7,
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 5000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
+    "phi3": {"dtype": "bfloat16", "sliding_window": 1024},
+    "phi3-long": {
+        "dtype": "float32",
+        "tie_word_embeddings": True,
+        "partial_rotary_factor": 0.75,
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 32,
+        "rope_scaling": {
+            "rope_type": "longrope",
+            "short_factor": [1.0, 1.1, 1.3, 1.5, 1.8, 2.0],
+            "long_factor": [1.0, 2.0, 4.0, 9.5, 15.0, 30.0],
+        },
+    },
+    "smollm3": {"dtype": "bfloat16", "tie_word_embeddings": True, "num_hidden_layers": 5},
 }
 """What is special about each; the part before the dash is the family."""
+
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"dtype": "float32", "num_local_experts": 4, "sliding_window": None},
+    "qwen2_moe": {
+        "dtype": "float32",
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 96,
+    },
+    "qwen3_moe": {
+        "dtype": "float32",
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+        "head_dim": 32,
+    },
+    "gpt_oss": {
+        "dtype": "float32",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 32,
+        "sliding_window": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0},
+    },
+}
+"""The same for mixtures of experts."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -86,7 +156,7 @@ def make_checkpoint(name: str, folder: Path, tokenizer: Any) -> Path:
         "pad_token_id": 0,
         "initializer_range": 0.1,
     }
-    special = dict(TINY[name])
+    special = dict((TINY | MIXTURES)[name])
     dtype = getattr(torch, special.pop("dtype"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(len(name))

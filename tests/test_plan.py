@@ -15,6 +15,14 @@ from qtool.recipe.schema import Recipe, parse_format, parse_method
 from tests.recipe.shapes import SMOLLM2_135M, TINY, Shapes
 
 TIED = TINY | {"tie_word_embeddings": True}
+EXPERTS = TINY | {
+    "model_type": "qwen3_moe",
+    "head_dim": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "decoder_sparse_step": 1,
+}
 
 
 @dataclass
@@ -34,6 +42,9 @@ class Carrier:
     def agree(self, layers):
         labels = sorted({layer.format.label for layer in layers})
         return Verdict(not self.uniform or len(labels) == 1, f"it has one format, not {' and '.join(labels)}")
+
+    def one_format(self, module: Module) -> str | None:
+        return module.fused if self.fuses else module.stack
 
     def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Verdict:
         label = layer.format.label if layer else keep
@@ -83,6 +94,23 @@ class TestDecisions:
         embedding = by_name(plan(REST, model=model))["model.embed_tokens"]
         assert (embedding.format, embedding.method, embedding.keep, embedding.rule) == (None, None, "source", -1)
         assert embedding.bits == 100 * 64 * 16
+
+    def test_a_star_leaves_routers_as_they_are(self):
+        made = plan(REST, model=EXPERTS)
+        kept = {p.module.name for p in made.layers if p.format is None}
+        assert kept == {"model.embed_tokens", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate"}
+        named = by_name(plan({"match": "*.mlp.gate", "weights": "q8_0"}, REST, model=EXPERTS))
+        assert named["model.layers.1.mlp.gate"].format == parse_format("q8_0")
+
+    def test_a_summary_is_by_role_however_many_experts_there_are(self):
+        many = EXPERTS | {"num_hidden_layers": 12, "num_experts": 64}
+        shares = plan(REST, model=many).summary()
+        assert [(s.role, s.layers) for s in shares] == [
+            ("embedding", 1),
+            *((role, 12) for role in ("q", "k", "v", "o", "router")),
+            *((role, 12 * 64) for role in ("gate", "up", "down")),
+            ("head", 1),
+        ]
 
     def test_a_rule_for_the_head_reaches_a_tied_embedding(self):
         embedding = by_name(plan({"match": "lm_head", "weights": "q8_0"}, REST, model=TIED))["model.embed_tokens"]
@@ -332,8 +360,8 @@ class TestArtifacts:
 
     def test_a_set_that_runtimes_merge_needs_one_format(self):
         assert refusals(*self.SPLIT, carrier=Carrier(fuses=True)) == [
-            'layers[0] (match "*.1.self_attn.v_proj"): model.layers.1.qkv: runtimes of qtool merge these into one '
-            "matrix, wanted one format, found q int4-g32, k int4-g32, v q8_0; let one rule decide them all, such as "
+            'layers[0] (match "*.1.self_attn.v_proj"): model.layers.1.qkv: these become one tensor in qtool or its '
+            "runtimes, wanted one format, found q int4-g32, k int4-g32, v q8_0; let one rule decide them all, such as "
             r'match: "re:.*\.(q_proj|k_proj|v_proj)"',
         ]
 
@@ -355,7 +383,17 @@ class TestArtifacts:
     )
     def test_every_difference_counts(self, other):
         (line,) = refusals({"match": "*.up_proj", **other}, KEEP_HEAD, REST, carrier=Carrier(fuses=True))
-        assert "model.layers.0.gate_up and 1 more: runtimes of qtool merge these" in line
+        assert "model.layers.0.gate_up and 1 more: these become one tensor in qtool" in line
+
+    def test_a_stack_of_experts_needs_one_format(self):
+        odd = {"match": "*.experts.2.down_proj", "weights": "q8_0"}
+        (line,) = refusals(odd, KEEP_HEAD, REST, model=EXPERTS)
+        assert line == (
+            f'layers[0] (match "{odd["match"]}"): model.layers.0.mlp.experts.down_proj and 1 more: these become one tensor '
+            "in qtool or its runtimes, wanted one format, found down int4-g32, down q8_0; let one rule decide them all, "
+            r'such as match: "re:.*\.experts\.\d+\.(down_proj)"'
+        )
+        plan(odd | {"match": r"re:.*\.experts\.\d+\.(down_proj)"}, KEEP_HEAD, REST, model=EXPERTS)
 
     def test_the_method_may_differ(self):
         plan({"match": "*.up_proj", "weights": "int4-g32", "method": "gptq"}, REST, carrier=Carrier(fuses=True))

@@ -48,6 +48,10 @@ class Artifact(ABC):
         """Whether it can hold layers together that it can hold one by one."""
         return Carry(True)
 
+    def one_format(self, module: Module) -> str | None:
+        """Name of the set of modules that need one format, if the module belongs to such a set."""
+        return module.fused if self.fuses else None
+
     def check(self, model: QuantizedCheckpoint) -> None:
         """Makes sure that a model can be written, as far as its formats tell.
 
@@ -61,15 +65,15 @@ class Artifact(ABC):
             carry = self.can_carry(module, layer, "source")
             if not carry.possible:
                 reasons[carry.reason].append(module.name)
-            if self.fuses and module.fused:
-                sets[module.fused].add(_labels(layer))
+            if name := self.one_format(module):
+                sets[name].add(_labels(layer))
         for name, why in model.decoded.items():
             reasons[f"only `quantize` can take these matrices over, which rounds them again: {why}"].append(name)
         if not (together := self.agree(model.layers.values())).possible:
             reasons[together.reason].append("the model as a whole")
         for name, labels in sets.items():
             if len(labels) > 1:
-                reasons["runtimes merge these layers, which have different formats"].append(name)
+                reasons["layers that become one tensor, here or in a runtime, have different formats"].append(name)
         if reasons:
             lines = [f"{reason}: {names[0]}{_more(names)}" for reason, names in reasons.items()]
             raise PlanError(lines, f"{model.source} does not fit into this artifact")

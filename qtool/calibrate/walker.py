@@ -10,7 +10,6 @@ Shape letters: S samples, T tokens per sample, H hidden size, V vocabulary, K in
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtool.calibrate.experts import split_experts
 from qtool.calibrate.hidden import MEMORY_LIMIT, Hidden
+from qtool.calibrate.meta import build_on_meta
 from qtool.calibrate.steps import InStep
 from qtool.checkpoint._base import Checkpoint, Module, QuantizedCheckpoint, modules
-from qtool.errors import CheckpointError, one_line
+from qtool.errors import CheckpointError
 from qtool.formats._base import Format
 from qtool.stats import InputStats, Stat
 
@@ -66,13 +67,15 @@ class Walker:
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         self.family = checkpoint.family
-        self.model = build_on_meta(checkpoint.config, dtype)
+        self.model = build_on_meta(checkpoint.config, dtype, self.family.attention)
         self.blocks = list(self.model.model.layers)
         self.norm = self.model.model.norm
         self.modules: dict[int, list[Module]] = {i: [] for i in range(len(self.blocks))}
         for module in modules(checkpoint):
             if module.block is not None:
                 self.modules[module.block].append(module)
+        for block, found in zip(self.blocks, self.modules.values(), strict=True):
+            split_experts(block, {self.path(module): module for module in found})
         self.arguments: dict[int, list[dict[str, Any]]] = {}
         self.head: tuple[nn.Module, Tensor] | None = None
 
@@ -90,10 +93,11 @@ class Walker:
         samples, length = tokens.shape
         hidden = Hidden(samples, length, width, self.dtype)
         step = max(1, TABLE_VALUES // width)
+        scale = torch.tensor(self.family.embedding_scale(self.checkpoint.config), dtype=self.dtype)
         for start in range(0, rows, step):
             here = (tokens >= start) & (tokens < start + step)
             if here.any():
-                table = self.checkpoint.rows(name, start, min(start + step, rows)).to(self.dtype)
+                table = self.checkpoint.rows(name, start, min(start + step, rows)).to(self.dtype) * scale
                 for s in range(samples):
                     hidden.values[s, here[s]] = table[tokens[s, here[s]] - start]
         return hidden
@@ -102,7 +106,8 @@ class Walker:
         """Block i with its weights, on the device."""
         block: nn.Module = copy.deepcopy(self.blocks[i])
         prefix = self.family.block_prefix.format(i=i)
-        state = {n: self.tensor(prefix + n) for n, _ in block.named_parameters()}
+        names = self.family.block_shapes(self.checkpoint.config, i)
+        state = {self.family.submodule(name): self.tensor(prefix + name) for name in names}
         block.load_state_dict(state, assign=True)
         return block.eval().requires_grad_(False)
 
@@ -116,7 +121,11 @@ class Walker:
 
     def linear(self, block: nn.Module, module: Module) -> nn.Module:
         """The submodule of a loaded block."""
-        return block.get_submodule(module.name.removeprefix(self.family.block_prefix.format(i=module.block)))
+        return block.get_submodule(self.path(module))
+
+    def path(self, module: Module) -> str:
+        """Name of a module below its block, in transformers' class."""
+        return self.family.submodule(module.name.removeprefix(self.family.block_prefix.format(i=module.block)))
 
     @torch.inference_mode()
     def collect(self, block: nn.Module, i: int, hidden: Hidden, needs: frozenset[Stat]) -> dict[str, InputStats]:
@@ -276,7 +285,8 @@ class Walker:
         step = max(1, TABLE_VALUES // weight.shape[1])
         for a in range(0, len(weight), step):
             torch.mm(x, weight[a : a + step].float().T, out=logits[:, a : a + step])
-        return logits
+        cap = self.family.logit_softcap(self.checkpoint.config)
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
 def quantize_tokens(x: Tensor, fmt: Format) -> Tensor:
@@ -284,25 +294,3 @@ def quantize_tokens(x: Tensor, fmt: Format) -> Tensor:
     rows = x.flatten(0, -2).float()
     params = fmt.fit(rows)
     return fmt.decode(fmt.snap(rows, params), params).to(x.dtype).view(x.shape)
-
-
-def build_on_meta(config: dict[str, Any], dtype: torch.dtype) -> Any:
-    """transformers' model for a config.json, with parameters on the meta device and real rotary tables.
-
-    Raises:
-        CheckpointError: transformers does not know or refuses the config.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    known = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
-    try:
-        parsed = AutoConfig.for_model(**known)
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype)
-    except Exception as error:  # its own checks raise many kinds
-        what = "config.json does not describe a model that transformers builds"
-        raise CheckpointError(what, found=one_line(error)) from error
-    rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(config=parsed)
-    return model

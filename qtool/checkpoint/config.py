@@ -16,6 +16,8 @@ COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
 LIMIT = 2**24
 """No count of a model is larger; a file that claims more is damaged and would exhaust the memory."""
 BLOCK_LIMIT = 10_000
+EXPERT_LIMIT = 2**18
+"""Of all blocks together."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -60,16 +62,19 @@ def complete(config: dict[str, Any], where: Path) -> tuple[dict[str, Any], Famil
             hint="a new family is one file in qtool/checkpoint/families",
         )
     family: Family = registry.load(FAMILIES, kind)()
-    config = family.defaults | config
-    _check(config, where)
+    config = family.defaults | {family.spellings.get(field, field): value for field, value in config.items()}
+    _check(config, family, where)
     return config, family
 
 
-def _check(config: dict[str, Any], where: Path) -> None:
-    for field in (*COUNTS, *(f for f in ("num_key_value_heads", "head_dim") if config.get(f) is not None)):
+def _check(config: dict[str, Any], family: Family, where: Path) -> None:
+    optional = [field for field in ("num_key_value_heads", "head_dim") if config.get(field) is not None]
+    for field in (*COUNTS, *family.counts, *optional):
         count = config.get(field)
         if type(count) is not int or not 0 < count <= (BLOCK_LIMIT if field == "num_hidden_layers" else LIMIT):
             raise CheckpointError(f"{where}: impossible {field}", wanted="a positive integer", found=repr(count)[:40])
+    if family.experts(config) * config["num_hidden_layers"] > EXPERT_LIMIT:
+        raise CheckpointError(f"{where}: impossible number of experts", found=family.experts(config))
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
     if heads % kv_heads:
         raise CheckpointError(f"{where}: {heads} attention heads cannot share {kv_heads} key/value heads")
@@ -78,7 +83,8 @@ def _check(config: dict[str, Any], where: Path) -> None:
     for field in ("rope_scaling", "rope_parameters"):
         if not isinstance(config.get(field), dict | None):
             raise CheckpointError(f"{where}: wrong {field}", wanted="an object", found=repr(config[field])[:40])
-    rope_parameters(config)
+    rope_parameters(family.rope(config))
+    family.rotary_dim(config)
     if not isinstance(config["rms_norm_eps"], int | float):
         raise CheckpointError(
             f"{where}: wrong rms_norm_eps", wanted="a number", found=repr(config["rms_norm_eps"])[:40]

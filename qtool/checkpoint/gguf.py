@@ -15,17 +15,16 @@ import numpy as np
 from torch import Tensor
 
 from qtool import registry
-from qtool.checkpoint._base import Checkpoint, TensorInfo, verify
+from qtool.checkpoint._base import Checkpoint, TensorInfo, modules, verify
 from qtool.checkpoint.config import FAMILIES, complete
-from qtool.checkpoint.families._base import GGUF_FIELDS, Family
-from qtool.checkpoint.families._rope import rope_config
+from qtool.checkpoint.families._base import GGUF_FIELDS, Family, stacked
+from qtool.checkpoint.families._rope import ROPE_TENSORS, rope_config
 from qtool.checkpoint.gguf_io import GGUFFile
 from qtool.checkpoint.gguf_tokenizer import save_tokenizer
 from qtool.checkpoint.hf import samples
 from qtool.checkpoint.safetensors_io import read_bytes
 from qtool.errors import CheckpointError
 
-ROPE_FACTORS = "rope_freqs.weight"
 SPECIAL = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
 
 
@@ -46,14 +45,18 @@ class GGUFCheckpoint(Checkpoint):
             )
         self.family = _family(self._file)
         self.config, _ = complete(_config(self._file, self.family), path)
+        self._check_rotary()
         stored = self._file.tensors
-        names = {there: here for here, there in self.family.gguf_names(self.config).items()}
-        if unknown := [name for name in stored if name not in names and name != ROPE_FACTORS]:
+        names = self.family.gguf_names(self.config)
+        known = {*names.values(), *ROPE_TENSORS}
+        if unknown := [name for name in stored if name not in known]:
             raise CheckpointError(
                 f"{path} holds a tensor that {self.family.gguf_arch} models do not have: {unknown[0]}"
             )
-        self._names = {here: there for there, here in names.items() if there in stored}
+        self._names = {here: (there, stacked(here)[1]) for here, there in names.items() if there in stored}
+        self._check_stacks()
         verify(self)
+        self._roles = {module.name: module.role for module in modules(self)}
 
     @cached_property
     def files(self) -> dict[str, Path]:  # type: ignore[override] # made when asked for
@@ -72,19 +75,23 @@ class GGUFCheckpoint(Checkpoint):
 
     def info(self, name: str) -> TensorInfo:
         """See `Checkpoint.info`."""
-        stored = self._file.tensors[self._stored(name)]
+        stored = self._file.find(*self._stored(name))
         return TensorInfo(stored.shape, stored.dtype)
 
     def tensor(self, name: str) -> Tensor:
         """See `Checkpoint.tensor`."""
-        tensor, order = self._file.read(self._stored(name)), self._order(name)
+        there, index = self._stored(name)
+        tensor, order = self._file.read(there, index=index), self._order(name)
+        if offset := self.family.gguf_offset(name):
+            return tensor - offset
         return tensor if order is None else tensor[order.argsort()]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """See `Checkpoint.rows`."""
-        if self._order(name) is not None:
+        if self._order(name) is not None or self.family.gguf_offset(name):
             return super().rows(name, start, stop)
-        return self._file.read(self._stored(name), start, stop)
+        there, index = self._stored(name)
+        return self._file.read(there, start, stop, index)
 
     def fingerprint(self) -> str:
         """See `Checkpoint.fingerprint`."""
@@ -94,27 +101,44 @@ class GGUFCheckpoint(Checkpoint):
                 digest.update(read_bytes(self._file.path, tensor.offset + begin, count, name).numpy().tobytes())
         return digest.hexdigest()
 
-    def _stored(self, name: str) -> str:
+    def _check_rotary(self) -> None:
+        """Raises CheckpointError: another part of each head is rotated than in models of this family."""
+        wanted = self.family.rotary_dim(self.config)
+        if (found := self._file.metadata.get(f"{self.family.gguf_arch}.rope.dimension_count", wanted)) != wanted:
+            what = f"{self.source}: wrong rope.dimension_count for a {self.family.gguf_arch} model"
+            raise CheckpointError(what, wanted=wanted, found=f"{found!r:.40}")
+
+    def _check_stacks(self) -> None:
+        """Raises CheckpointError: a tensor does not hold one matrix, or vector, for every expert."""
+        count = self.family.experts(self.config)
+        for there in {there: None for there, index in self._names.values() if index is not None}:
+            if (shape := self._file.tensors[there].shape)[0] != count or len(shape) < 2:
+                wanted, found = f"one for each of {count} experts", list(shape)
+                raise CheckpointError(f"{self.source}: tensor {there}", wanted=wanted, found=found)
+
+    def _stored(self, name: str) -> tuple[str, int | None]:
+        """Name in the file, and place in the stack of all experts' tensors; None: it is none."""
         if name not in self._names:
             raise CheckpointError(f"{self.source} holds no tensor {name!r}")
         return self._names[name]
 
     def _order(self, name: str) -> Tensor | None:
         """Order of the stored rows, if llama.cpp wants another one; see `Family.gguf_rows`."""
-        path = name.rsplit(".", 1)[0]
-        roles = [linear.role for linear in self.family.linears if path.endswith(f".{linear.path}")]
-        return self.family.gguf_rows(self.config, roles[0]) if roles else None
+        return self.family.gguf_rows(self.config, self._roles.get(name.rsplit(".", 1)[0], ""))
 
 
 def _family(file: GGUFFile) -> Family:
     """The family of the file's architecture; of two, the one whose marker is there."""
     arch = file.metadata.get("general.architecture")
     families: list[Family] = [registry.load(FAMILIES, name)() for name in registry.names(FAMILIES)]
-    fitting = [family for family in families if family.gguf_arch == arch]
+    mixture = bool(file.metadata.get(f"{arch}.expert_count"))
+    fitting = [family for family in families if family.gguf_arch == arch and family.mixture == mixture]
     if not fitting:
         known = sorted({family.gguf_arch for family in families})
         raise CheckpointError(
-            f"{file.path}: unknown architecture", wanted=f"one of {', '.join(known)}", found=repr(arch)[:60]
+            f"{file.path}: unknown architecture",
+            wanted=f"one of {', '.join(known)}",
+            found=f"{arch!r:.60}{' with experts' if mixture else ''}",
         )
     marked = [family for family in fitting if family.gguf_marker in file.metadata]
     return (marked or [family for family in fitting if family.gguf_marker is None])[0]
@@ -123,22 +147,21 @@ def _family(file: GGUFFile) -> Family:
 def _config(file: GGUFFile, family: Family) -> dict[str, Any]:
     """What config.json would say, in the spelling that transformers 4 and 5 both read."""
     arch, told = family.gguf_arch, file.metadata
-    if told.get(f"{arch}.expert_count"):
-        raise CheckpointError(f"{file.path} is a mixture of experts", wanted=f"a dense {arch} model")
     embedding = file.tensors.get("token_embd.weight")
     values = {"vocab_size": embedding.shape[0] if embedding else 0}
     values |= {key: _number(file, f"{arch}.{key}") for key in GGUF_FIELDS if key != "vocab_size"}
     config: dict[str, Any] = {field: values[key] for key, field in GGUF_FIELDS.items()}
-    config["head_dim"] = _head_dim(file, arch, config)
-    factors = file.read(ROPE_FACTORS) if ROPE_FACTORS in file.tensors else None
-    config |= rope_config(told, arch, config["head_dim"], factors)
+    config["head_dim"] = dim = _head_dim(file, arch, config)
+    factors = {name: file.read(name) for name in ROPE_TENSORS if name in file.tensors}
+    config |= rope_config(told, arch, told.get(f"{arch}.rope.dimension_count", dim), factors)
     config |= {
         field: told[f"tokenizer.ggml.{key}"] for key, field in SPECIAL.items() if f"tokenizer.ggml.{key}" in told
     }
+    activation, function = family.activation
     return config | {
         "architectures": [family.architecture],
-        "model_type": type(family).__name__.lower(),
-        "hidden_act": "silu",
+        "model_type": type(family).__module__.rpartition(".")[2],
+        activation: function,
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "dtype": _dtype(file),
         **family.gguf_fields(told, file.tensors),
@@ -162,15 +185,11 @@ def _number(file: GGUFFile, key: str) -> Any:
 def _head_dim(file: GGUFFile, arch: str, config: dict[str, Any]) -> int:
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     usual = hidden // heads if heads else 0
-    keys = ("attention.key_length", "attention.value_length", "rope.dimension_count")
-    key, value, rotary = (file.metadata.get(f"{arch}.{name}") for name in keys)
-    dim = next((d for d in (key, rotary) if d is not None), usual)
-    if (value or dim) != dim or (rotary or dim) != dim or type(dim) is not int:
-        raise CheckpointError(
-            f"{file.path}: heads with parts of different length are not supported",
-            wanted="key_length = value_length = rope.dimension_count",
-            found=f"{key}, {value}, {rotary}",
-        )
+    key, value = (file.metadata.get(f"{arch}.attention.{name}_length") for name in ("key", "value"))
+    dim = usual if key is None else key
+    if (value or dim) != dim or type(dim) is not int:
+        what = f"{file.path}: heads with parts of different length are not supported"
+        raise CheckpointError(what, wanted="key_length = value_length", found=f"{key}, {value}")
     return dim
 
 

@@ -91,15 +91,29 @@ class GGUFFile:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
         self._check_decoders()
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+    def find(self, name: str, index: int | None = None) -> GGUFTensor:
+        """A tensor, or of a stack of matrices the one at that place. Raises CheckpointError: no such tensor."""
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.path} holds no tensor {name!r}")
+        stored = self.tensors[name]
+        if index is None:
+            return stored
+        nbytes = stored.nbytes // stored.shape[0]
+        return GGUFTensor(stored.shape[1:], stored.kind, stored.offset + index * nbytes, nbytes)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None, index: int | None = None) -> Tensor:
         """Reads and decodes a tensor, or its rows from `start` to `stop`; float32 if it is stored in blocks.
+
+        Args:
+            name: of the tensor.
+            start: first row.
+            stop: the row behind the last; None: to the end.
+            index: read of the matrix at this place of a stack of them, [X, N, K], only.
 
         Raises:
             CheckpointError: no such tensor or rows, or the file is shorter than it was.
         """
-        if name not in self.tensors:
-            raise CheckpointError(f"{self.path} holds no tensor {name!r}")
-        stored = self.tensors[name]
+        stored = self.find(name, index)
         rows = stored.shape[0]
         stop = rows if stop is None else stop
         if not 0 <= start <= stop <= rows:

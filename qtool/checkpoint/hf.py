@@ -55,9 +55,16 @@ class HFCheckpoint(Checkpoint):
         stored = self._weights(folder)
         ignored = {name for name in stored if name.endswith(".rotary_emb.inv_freq")}  # a constant that old files keep
         self._drop_tied_copy(stored, ignored)
-        order = {name: place for place, name in enumerate(self.family.shapes(self.config))}
-        kept = sorted(stored.keys() - ignored, key=lambda name: (order.get(name, len(order)), name))
-        self._stored = {name: stored[name] for name in kept}
+        self._shapes = self.family.shapes(self.config)
+        self._slices = self.family.slices(self.config, stored)
+        order = {name: place for place, name in enumerate(self._shapes)}
+
+        def place(name: str) -> tuple[int, str]:
+            return order.get(name, len(order)), name
+
+        self._stored = {name: stored[name] for name in sorted(stored.keys() - ignored, key=place)}
+        whole = self._check_slices()
+        self._names = sorted(self._stored.keys() - whole | self._slices.keys(), key=place)
         verify(self)
 
     def _weights(self, folder: Path) -> dict[str, SafetensorsFile]:
@@ -73,26 +80,47 @@ class HFCheckpoint(Checkpoint):
 
     def names(self) -> list[str]:
         """See `Checkpoint.names`."""
-        return list(self._stored)
+        return self._names
 
     def __contains__(self, name: str) -> bool:
-        return name in self._stored
+        return name in self._slices or name in self._stored
 
     def info(self, name: str) -> TensorInfo:
         """See `Checkpoint.info`."""
+        if part := self._slices.get(name):
+            return TensorInfo(self._shapes[name], self._file(part.tensor).info(part.tensor).dtype)
         return self._file(name).info(name)
 
     def tensor(self, name: str) -> Tensor:
         """See `Checkpoint.tensor`."""
-        return self._file(name).read(name)
+        return self.rows(name, 0, self._shapes[name][0]) if name in self._slices else self._file(name).read(name)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """See `Checkpoint.rows`."""
-        return self._file(name).read(name, start, stop)
+        """See `Checkpoint.rows`. Of a matrix that is stored transposed, the whole is read."""
+        part = self._slices.get(name)
+        if part is None:
+            return self._file(name).read(name, start, stop)
+        file, rows = self._file(part.tensor), range(part.first, part.first + part.step * self._shapes[name][0], part.step)
+        wanted = rows[start:stop]
+        first, last = (wanted[0], wanted[-1] + 1) if wanted else (0, 0)
+        if part.transposed:
+            return file.read(part.tensor, index=part.index)[:, first : last : part.step].T.contiguous()
+        return file.read(part.tensor, first, last, part.index)[:: part.step].contiguous()
 
     def fingerprint(self) -> str:
         """See `Checkpoint.fingerprint`. Moving the folder or cutting it into other shards changes nothing."""
         return digest(self.config, self.files, self._stored)
+
+    def _check_slices(self) -> set[str]:
+        """Names of stored tensors that hold others. Raises CheckpointError: a wrong shape, or a tensor stored twice."""
+        if twice := self._slices.keys() & self._stored.keys():
+            raise CheckpointError(f"{self.source} holds {min(twice)} by itself and as part of a larger tensor")
+        parts = {part.tensor: part.shape for part in self._slices.values()}
+        for name, shape in parts.items():
+            if (found := self._file(name).info(name).shape) != shape:
+                what = f"{self.source}: tensor {name} does not fit config.json"
+                raise CheckpointError(what, wanted=list(shape), found=list(found))
+        return set(parts)
 
     def _file(self, name: str) -> SafetensorsFile:
         if name not in self._stored:

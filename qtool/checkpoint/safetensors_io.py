@@ -89,20 +89,28 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path} holds no tensor {name!r}")
         return self.entries[name].info
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+    def read(self, name: str, start: int = 0, stop: int | None = None, index: int | None = None) -> Tensor:
         """Reads a tensor, or its rows from `start` to `stop`, into new memory.
+
+        Args:
+            name: of the tensor.
+            start: first row.
+            stop: the row behind the last; None: to the end.
+            index: read of the matrix at this place of a stack of them, [X, N, K], only.
 
         Raises:
             CheckpointError: no such tensor or rows, or the file is shorter than it was.
         """
-        info = self.info(name)
+        info, offset = self.info(name), self.entries[name].offset
+        if index is not None:
+            info = TensorInfo(info.shape[1:], info.dtype)
+            offset += index * info.nbytes
         row_bytes = info.nbytes // max(info.shape[0], 1) if info.shape else info.nbytes
         rows = info.shape[0] if info.shape else 1
         stop = rows if stop is None else stop
         if not 0 <= start <= stop <= rows:
             raise CheckpointError(f"{self.path}: tensor {name!r} has {rows} rows", found=f"{start} to {stop}")
-        offset = self.entries[name].offset + start * row_bytes
-        data = read_bytes(self.path, offset, (stop - start) * row_bytes, name)
+        data = read_bytes(self.path, offset + start * row_bytes, (stop - start) * row_bytes, name)
         return data.view(info.dtype).view((stop - start, *info.shape[1:]) if info.shape else ())
 
 

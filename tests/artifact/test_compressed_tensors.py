@@ -284,7 +284,7 @@ REFUSED = [
     ),
     pytest.param(
         {"fmt": Int(bits=4, group=32), "v": Int(bits=8, group=32)},
-        r"runtimes merge these layers, which have different formats: model\.layers\.0\.qkv and 1 more",
+        r"layers that become one tensor, here or in a runtime, have different formats: model\.layers\.0\.qkv and 1 more",
         id="fused",
     ),
 ]

@@ -147,7 +147,7 @@ REFUSED = {
     "minima": ({"fmt": Q4_1()}, "not q4_1"),
     "inputs": ({"fmt": SYM4, "activations": Int(bits=8, group="token")}, "cannot say how activations are quantized"),
     "embedding": ({"fmt": None, "embedding": SYM4}, "token embedding stays unquantized"),
-    "fused": ({"fmt": SYM4, "k": Int(bits=8, group=32)}, "runtimes merge these layers"),
+    "fused": ({"fmt": SYM4, "k": Int(bits=8, group=32)}, "layers that become one tensor"),
     "scales": ({"fmt": Int(bits=4, group=32, scale_dtype="fp32")}, "stored as float32 are not exact in bfloat16"),
 }
 

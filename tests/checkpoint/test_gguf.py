@@ -55,8 +55,9 @@ def write_gguf(folder: Path, path: Path, kind: Kind, pre: str = "gpt-2") -> dict
     for name in checkpoint.names():
         tensor = checkpoint.tensor(name).float().numpy()
         stored = kind if tensor.ndim == 2 else Kind.F32
-        packed = gguf.quantize(tensor, stored)
+        packed = gguf.quantize(tensor + np.float32(family.gguf_offset(name)), stored)
         expected[name] = torch.from_numpy(gguf.dequantize(packed, stored).reshape(tensor.shape))
+        expected[name] -= family.gguf_offset(name)
         role = next((linear.role for linear in family.linears if f".{linear.path}." in name), "")
         order = family.gguf_rows(config, role)
         packed = packed if order is None else packed[order.numpy()]
@@ -93,7 +94,7 @@ def test_every_stored_type(kind: Kind, tiny_checkpoint: Find, tmp_path: Path) ->
 
 def test_every_family_as_transformers_reads_it(tiny_folder: Path, tmp_path: Path) -> None:
     name = tiny_folder.name.rstrip("0123456789")
-    write_gguf(tiny_folder, tmp_path / "x.gguf", Kind.Q8_0)
+    state = write_gguf(tiny_folder, tmp_path / "x.gguf", Kind.Q8_0)
     checkpoint = GGUFCheckpoint(tmp_path / "x.gguf")
     original = HFCheckpoint(tiny_folder)
     assert checkpoint.names() == original.names()
@@ -105,9 +106,9 @@ def test_every_family_as_transformers_reads_it(tiny_folder: Path, tmp_path: Path
         unsaid |= {"sliding_window", "model_type", "architectures"}
     for field in set(wanted.to_dict()) - unsaid:
         assert getattr(config, field) == getattr(wanted, field), field
-    source = {"gguf_file": "x.gguf", "config": config, "dtype": torch.float32}
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, **source)
-    state = model.state_dict()
+    if not name.startswith("smollm"):  # 3, whose files transformers does not read
+        source = {"gguf_file": "x.gguf", "config": config, "dtype": torch.float32}
+        state = AutoModelForCausalLM.from_pretrained(tmp_path, **source).state_dict()
     assert all(torch.equal(checkpoint.tensor(tensor), state[tensor]) for tensor in checkpoint.names())
 
 
@@ -325,22 +326,25 @@ def test_cut_anywhere(tiny_gguf: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"general.architecture": "mamba"}, "unknown architecture: wanted one of llama, qwen2, qwen3, found 'mamba'"),
+        ({"general.architecture": "mamba"}, "unknown architecture: wanted one of .*llama, .*qwen3.*, found 'mamba'"),
         ({"general.architecture": None}, "unknown architecture"),
         ({"split.count": 3}, "is one of 3 parts; join them first"),
-        ({"llama.expert_count": 8}, "is a mixture of experts"),
+        ({"llama.expert_count": 8}, "do not have: blk.0.ffn_gate.weight"),
         ({"llama.block_count": None}, r"lacks llama.block_count: wanted a number, found None"),
+        ({"qwen3.expert_count": 8, "general.architecture": "qwen3"}, "found 'qwen3' with experts"),
         ({"llama.block_count": 3}, "lacks 9 of the 30 tensors"),
         ({"llama.block_count": 1}, "holds a tensor that llama models do not have: blk.1"),
         ({"llama.block_count": 10**6}, "impossible num_hidden_layers"),
         ({"llama.attention.head_count": 0}, "impossible num_attention_heads"),
         ({"llama.attention.head_count_kv": [2, 4]}, "differs between blocks"),
-        ({"llama.rope.dimension_count": 8}, r"does not fit config.json: wanted \[32, 64\], found \[64, 64\]"),
-        ({"llama.attention.key_length": 32}, "heads with parts of different length"),
+        ({"llama.rope.dimension_count": 8}, "wrong rope.dimension_count for a llama model: wanted 16, found 8"),
+        ({"llama.attention.key_length": 32}, "wrong rope.dimension_count for a llama model: wanted 32, found 16"),
+        ({"llama.attention.value_length": 32}, "heads with parts of different length"),
+        ({"llama.attention.key_length": "x"}, "heads with parts of different length"),
         ({"llama.rope.scaling.type": "longrope"}, "unknown rotary scaling"),
         ({"llama.rope.scaling.type": "linear"}, "impossible factor of the rotary embedding"),
         ({"llama.rope.freq_base": "x"}, "impossible rope_theta of the rotary embedding"),
-        ({"llama.rope.dimension_count": "x"}, "heads with parts of different length"),
+        ({"llama.rope.dimension_count": "x"}, "wrong rope.dimension_count for a llama model: wanted 16, found 'x'"),
     ],
 )
 def test_metadata_that_does_not_fit(

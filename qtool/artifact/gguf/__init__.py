@@ -46,6 +46,10 @@ class GGUF(Artifact):
         misfit = blocks[0].misfit(module.shape[1])
         return Carry(False, f"{blocks[0].label}: {misfit}") if misfit else Carry(True)
 
+    def one_format(self, module: Module) -> str | None:
+        """See `Artifact.one_format`: matrices of all experts are stacked."""
+        return module.stack
+
     def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
         """See `Artifact.write`. The file is called after the model and the recipe."""
         source = Path(str(card.get("base_model", model.source)).rstrip("/"))

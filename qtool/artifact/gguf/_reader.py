@@ -21,14 +21,14 @@ class QuantizedGGUF(GGUFCheckpoint, QuantizedCheckpoint):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         blocks = {cls.ggml_type: cls() for cls in block_types()}
-        kinds = {name: self._file.tensors[self._stored(name)].kind for name in self.names()}
+        kinds = {name: self._file.find(*self._stored(name)).kind for name in self.names()}
         self._formats = {name.removesuffix(".weight"): blocks[kind] for name, kind in kinds.items() if kind in blocks}
         self.layers = {module: Layer(block) for module, block in self._formats.items()}
 
     def quantized(self, module: str) -> Quantized:
         """See `QuantizedCheckpoint.quantized`."""
         name = f"{module}.weight"
-        stored, order = self._file.tensors[self._stored(name)], self._order(name)
+        stored, order = self._file.find(*self._stored(name)), self._order(name)
         packed = read_bytes(self._file.path, stored.offset, stored.nbytes, name).view(stored.shape[0], -1)
         block = self._formats[module]
         codes, params = block.unpack(packed if order is None else packed[order.argsort()])

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from qtool.checkpoint.families._rope import llama3_factors, rope_metadata
+from qtool.checkpoint.families._rope import LLAMA3_TENSOR, llama3_factors, rope_metadata
 from qtool.errors import CheckpointError
 
 Value = int | float | bool | str
@@ -44,6 +44,21 @@ class Linear:
     kind: str = "linear"
 
 
+def positive(metadata: dict[str, Any], key: str) -> int:
+    """A count among a GGUF file's key-values, 1 if there is none; some files repeat it for every block."""
+    value = metadata.get(key)
+    value = value[0] if isinstance(value, list) and value else value
+    return value if type(value) is int and value > 0 else 1
+
+
+def check_fixed(arch: str, config: dict[str, Any], fixed: dict[str, Any]) -> None:
+    """Raises CheckpointError: a field of config.json is there and not what llama.cpp takes for granted."""
+    for field, wanted in fixed.items():
+        if (found := config.get(field)) is not None and found != wanted:
+            what = f"llama.cpp computes {arch} models with one {field} only"
+            raise CheckpointError(what, wanted=f"{wanted!r:.80}", found=f"{found!r:.80}")
+
+
 EXPERT = re.compile(r"\.experts\.(\d+)(?=\.)")
 
 
@@ -59,12 +74,14 @@ class Slice:
 
     Attributes:
         tensor: name of the stored one.
+        shape: of the stored one.
         index: into its first extent; None: it has no such extent.
         first, step: of rows, in what the index leaves.
         transposed: whether that is [K, rows] instead of [rows, K].
     """
 
     tensor: str
+    shape: tuple[int, ...]
     index: int | None = None
     first: int = 0
     step: int = 1
@@ -107,7 +124,11 @@ class Family:
         embedding, norm, head: module names around the blocks.
         gguf_arch: `general.architecture` of its GGUF files.
         mixture: True if blocks hold experts, of which each token visits some.
+        spellings: other names of fields of config.json.
         counts: fields of config.json that must be positive integers, beside those of every family.
+        activation: field of config.json that names the activation function, and the only one that llama.cpp computes.
+        attention: transformers' attention implementation that computes it rightly; None: whichever it prefers.
+        rope_kinds: kinds of rotary scaling that llama.cpp knows for it.
         gguf_marker: metadata key that tells it from a family of the same `gguf_arch`; None if it is the plain one.
         gguf_permute: roles whose rows llama.cpp wants in interleaved rotary order.
     """
@@ -121,7 +142,11 @@ class Family:
     norm: ClassVar[str] = "model.norm"
     head: ClassVar[str] = "lm_head"
     mixture: ClassVar[bool] = False
+    spellings: ClassVar[dict[str, str]] = {}
     counts: ClassVar[tuple[str, ...]] = ()
+    activation: ClassVar[tuple[str, str]] = ("hidden_act", "silu")
+    attention: ClassVar[str | None] = None
+    rope_kinds: ClassVar[tuple[str, ...]] = ("default", "linear", "yarn")
     gguf_arch: ClassVar[str]
     gguf_marker: ClassVar[str | None] = None
     gguf_permute: ClassVar[frozenset[str]] = frozenset()
@@ -135,6 +160,22 @@ class Family:
         heads = int(config["num_attention_heads"])
         kv_heads = int(config.get("num_key_value_heads") or heads)
         return heads, kv_heads, int(config.get("head_dim") or config["hidden_size"] // heads)
+
+    def rotary_dim(self, config: dict[str, Any]) -> int:
+        """Elements of a head that are rotated."""
+        return self.heads(config)[2]
+
+    def rope(self, config: dict[str, Any]) -> dict[str, Any]:
+        """config.json with the rotary embedding of full attention in the usual fields."""
+        return config
+
+    def embedding_scale(self, config: dict[str, Any]) -> float:
+        """What embeddings are multiplied with before the first block."""
+        return 1.0
+
+    def logit_softcap(self, config: dict[str, Any]) -> float | None:
+        """c if logits x become c * tanh(x / c)."""
+        return None
 
     def experts(self, config: dict[str, Any]) -> int:
         """Experts of every block; 0 in a dense model."""
@@ -195,18 +236,17 @@ class Family:
         Raises:
             CheckpointError: the format has no word for something in the config.
         """
-        if config.get("hidden_act", "silu") != "silu":
-            raise CheckpointError(
-                "GGUF cannot hold this activation function", wanted="silu", found=config["hidden_act"]
-            )
+        field, wanted = self.activation
+        if (found := config.get(field, wanted)) != wanted:
+            raise CheckpointError("GGUF cannot hold this activation function", wanted=wanted, found=found)
         heads, kv_heads, dim = self.heads(config)
         known = config | {"num_key_value_heads": kv_heads}
         values: dict[str, Value] = {key: known[field] for key, field in GGUF_FIELDS.items()}
         values["attention.layer_norm_rms_epsilon"] = float(config["rms_norm_eps"])
-        values["rope.dimension_count"] = dim
+        values["rope.dimension_count"] = self.rotary_dim(config)
         if dim * heads != config["hidden_size"]:
             values |= {"attention.key_length": dim, "attention.value_length": dim}
-        values |= rope_metadata(config)
+        values |= rope_metadata(self.rope(config), self.rope_kinds)
         return {f"{self.gguf_arch}.{key}": value for key, value in values.items()}
 
     def gguf_fields(self, metadata: dict[str, Any], tensors: Collection[str]) -> dict[str, Any]:
@@ -215,11 +255,11 @@ class Family:
 
     def gguf_extra_tensors(self, config: dict[str, Any]) -> dict[str, Tensor]:
         """Tensors that GGUF wants and the checkpoint only implies, float32."""
-        factors = llama3_factors(config, self.heads(config)[2])
-        return {} if factors is None else {"rope_freqs.weight": factors}
+        factors = llama3_factors(self.rope(config), self.rotary_dim(config))
+        return {} if factors is None else {LLAMA3_TENSOR: factors}
 
     def gguf_names(self, config: dict[str, Any]) -> dict[str, str]:
-        """Name here -> name in GGUF of every tensor of the model, the output matrix included even if it is tied.
+        """Name here -> name in GGUF of every tensor of the model, also of an output matrix that is tied if it has one.
 
         All experts' matrices of one role in a block have the name of the one tensor in which GGUF stacks them.
         """
@@ -228,8 +268,11 @@ class Family:
         arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.gguf_arch)
         names = gguf.get_tensor_name_map(arch, self.blocks(config))
         mapped = {}
-        for name in [*self.shapes(config), f"{self.head}.weight"]:
+        shapes, head = self.shapes(config), f"{self.head}.weight"
+        for name in [*shapes, head]:
             found = names.get_name(stacked(name)[0], try_suffixes=(".weight", ".bias"))
+            if found is None and name == head and head not in shapes:
+                continue
             if found is None:
                 raise CheckpointError(
                     f"the gguf package has no name for tensor {name} of architecture {self.gguf_arch}"
@@ -249,3 +292,7 @@ class Family:
         heads, kv_heads, dim = self.heads(config)
         count = kv_heads if role == "k" else heads
         return torch.arange(count * dim).view(count, 2, dim // 2).transpose(1, 2).reshape(-1)
+
+    def gguf_offset(self, name: str) -> float:
+        """What GGUF adds to every value of a tensor."""
+        return 0.0

@@ -6,8 +6,10 @@ config.json has two spellings: `rope_theta` with `rope_scaling` (transformers 4)
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,9 +20,19 @@ REQUIRED: dict[str, set[str]] = {
     "linear": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "yarn": {"factor"},
+    "longrope": {"original_max_position_embeddings"},
 }
 """Kinds of scaling that GGUF can hold, and the numbers that each needs."""
-OPTIONAL = {"yarn": {"original_max_position_embeddings", "beta_fast", "beta_slow"}}
+FACTORS = ("long_factor", "short_factor")
+"""Lists that longrope needs: what each frequency is divided by, in contexts beyond the original length and below it."""
+OPTIONAL = {
+    "yarn": {"original_max_position_embeddings", "beta_fast", "beta_slow"},
+    "longrope": {*FACTORS, "factor", "attention_factor"},
+}
+LLAMA3_TENSOR = "rope_freqs.weight"
+LONGROPE_TENSORS = {"long_factor": "rope_factors_long.weight", "short_factor": "rope_factors_short.weight"}
+ROPE_TENSORS = (LLAMA3_TENSOR, *LONGROPE_TENSORS.values())
+"""What GGUF stores beside the model's own tensors."""
 
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
@@ -32,6 +44,14 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     told = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = told.pop("type", "default")
     rope = {"rope_type": kind, "rope_theta": config.get("rope_theta") or 10000.0} | told
+    if rope["rope_type"] in ("su", "longrope"):  # "su" is what Phi 3 called it before it had a name
+        rope["rope_type"] = "longrope"
+        outside = config.get("original_max_position_embeddings")
+        rope["original_max_position_embeddings"] = outside or rope.get("original_max_position_embeddings")
+        for field in FACTORS:
+            _check_factors(rope.get(field), field)
+    if rope.get("partial_rotary_factor") == 1:
+        del rope["partial_rotary_factor"]
     for field in sorted({"rope_theta"} | REQUIRED.get(str(rope["rope_type"]), set())):
         if not isinstance(rope.get(field), int | float) or rope[field] <= 0:
             found = f"{rope.get(field)!r:.40}"
@@ -39,16 +59,28 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     return rope
 
 
-def rope_metadata(config: dict[str, Any]) -> dict[str, int | float | bool | str]:
+def _check_factors(values: Any, field: str) -> None:
+    if not isinstance(values, list) or not all(isinstance(value, int | float) and value > 0 for value in values):
+        what = f"config.json: impossible {field} of the rotary embedding"
+        raise CheckpointError(what, wanted="a list of numbers > 0", found=f"{values!r:.40}")
+
+
+def rope_metadata(
+    config: dict[str, Any], kinds: Collection[str] = tuple(REQUIRED)
+) -> dict[str, int | float | bool | str]:
     """GGUF keys below the architecture's name.
+
+    Args:
+        config: config.json.
+        kinds: of scaling that llama.cpp knows for this architecture.
 
     Raises:
         CheckpointError: a kind of scaling that GGUF has no keys for.
     """
     rope = rope_parameters(config)
     kind = str(rope["rope_type"])
-    if kind not in REQUIRED:
-        raise CheckpointError("GGUF cannot hold this rotary scaling", wanted=", ".join(REQUIRED), found=kind[:40])
+    if kind not in kinds:
+        raise CheckpointError("GGUF cannot hold this rotary scaling", wanted=", ".join(kinds), found=kind[:40])
     known = {"rope_type", "rope_theta"} | REQUIRED[kind] | OPTIONAL.get(kind, set())
     if unknown := {key for key in set(rope) - known if rope[key] is not None}:
         raise CheckpointError(f"GGUF cannot hold {', '.join(sorted(unknown))} of rotary scaling {kind}")
@@ -61,7 +93,35 @@ def rope_metadata(config: dict[str, Any]) -> dict[str, int | float | bool | str]
         for beta in ("beta_fast", "beta_slow"):
             if rope.get(beta) is not None:
                 values[f"rope.scaling.yarn_{beta}"] = float(rope[beta])
+    if kind == "longrope":
+        values["rope.scaling.original_context_length"] = int(rope["original_max_position_embeddings"])
+        values["rope.scaling.attn_factor"] = _attention_factor(rope, config["max_position_embeddings"])
     return values
+
+
+def _attention_factor(rope: dict[str, Any], context: int) -> float:
+    """What longrope multiplies queries and keys with after their rotation (https://arxiv.org/abs/2402.13753)."""
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    original = float(rope["original_max_position_embeddings"])
+    stretch = float(rope.get("factor") or context / original)
+    return math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
+
+
+def longrope_factors(config: dict[str, Any], dim: int) -> dict[str, Tensor]:
+    """The two tensors that GGUF wants for longrope, float32 [dim / 2] each; none for other kinds of scaling.
+
+    Raises:
+        CheckpointError: a list has another length.
+    """
+    rope = rope_parameters(config)
+    if rope["rope_type"] != "longrope":
+        return {}
+    for field in FACTORS:
+        if len(rope[field]) != dim // 2:
+            what = f"config.json: {field} of the rotary embedding"
+            raise CheckpointError(what, wanted=f"{dim // 2} numbers", found=len(rope[field]))
+    return {name: torch.tensor(rope[field], dtype=torch.float32) for field, name in LONGROPE_TENSORS.items()}
 
 
 def llama3_factors(config: dict[str, Any], dim: int) -> Tensor | None:
@@ -81,14 +141,14 @@ def llama3_factors(config: dict[str, Any], dim: int) -> Tensor | None:
     return (1 / ((1 - smooth) / factor + smooth)).float()
 
 
-def rope_config(metadata: dict[str, Any], arch: str, dim: int, factors: Tensor | None) -> dict[str, Any]:
+def rope_config(metadata: dict[str, Any], arch: str, dim: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` of config.json from a GGUF file.
 
     Args:
         metadata: the file's key-values.
         arch: its architecture, the prefix of the keys.
-        dim: D.
-        factors: the tensor `rope_freqs.weight`, float32 [D/2]; None if the file has none.
+        dim: elements of a head that are rotated.
+        tensors: those of `ROPE_TENSORS` that the file has, float32 [dim / 2] each.
 
     Raises:
         CheckpointError: a kind of scaling that config.json has no words for.
@@ -106,13 +166,25 @@ def rope_config(metadata: dict[str, Any], arch: str, dim: int, factors: Tensor |
             scaling[field] = metadata[f"{arch}.rope.scaling.{key}"]
     if kind not in ("none", "linear", "yarn"):
         raise CheckpointError("the GGUF file uses an unknown rotary scaling", wanted="linear, yarn or none", found=kind)
-    if factors is not None:
-        if kind != "none":
-            raise CheckpointError(f"the GGUF file has both rope_freqs.weight and rotary scaling {kind}")
-        scaling = _llama3_from(factors, rope_parameters(fields)["rope_theta"], dim)
+    if tensors and kind != "none":
+        raise CheckpointError(f"the GGUF file has both {min(tensors)} and rotary scaling {kind}")
+    if LLAMA3_TENSOR in tensors:
+        scaling = _llama3_from(tensors[LLAMA3_TENSOR], rope_parameters(fields)["rope_theta"], dim)
+    elif tensors:
+        lists = {field: [_decimal(v) for v in tensors[name].tolist()] for field, name in LONGROPE_TENSORS.items()}
+        scaling |= {"rope_type": "longrope", **lists}
     fields |= {"rope_scaling": scaling} if scaling["rope_type"] != "none" else {}
-    rope_parameters(fields)
+    rope = rope_parameters(fields)
+    told, context = metadata.get(f"{arch}.rope.scaling.attn_factor"), metadata.get(f"{arch}.context_length")
+    if scaling["rope_type"] == "longrope" and isinstance(told, float) and isinstance(context, int):
+        if not math.isclose(told, _attention_factor(rope, context), rel_tol=1e-6):
+            scaling["attention_factor"] = _decimal(told)
     return fields
+
+
+def _decimal(value: float) -> float:
+    """The shortest decimal that is the same float32."""
+    return float(str(np.float32(value)))
 
 
 def _llama3_from(factors: Tensor, theta: float, dim: int) -> dict[str, Any]:

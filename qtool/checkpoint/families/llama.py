@@ -18,6 +18,7 @@ class Llama(Family):
     defaults: ClassVar[dict[str, Any]] = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
     gguf_arch = "llama"
     gguf_permute = frozenset({"q", "k"})
+    rope_kinds = (*Family.rope_kinds, "llama3")
 
     def has_bias(self, config: dict[str, Any], role: str) -> bool:
         """See `Family.has_bias`."""

@@ -24,6 +24,7 @@ class Mistral(Family):
     gguf_arch = "llama"
     gguf_marker = "llama.attention.sliding_window"
     gguf_permute = frozenset({"q", "k"})
+    rope_kinds = (*Family.rope_kinds, "llama3")
 
     def gguf_metadata(self, config: dict[str, Any]) -> dict[str, Value]:
         """See `Family.gguf_metadata`."""

@@ -1,0 +1,108 @@
+"""The experts of a block as linear layers, each of which can be measured, replaced and given rounded inputs.
+
+transformers holds all experts of a block in two three-dimensional parameters. Here they are modules under the names
+that checkpoints use, so that a walk finds them like any other layer. What they compute is the same.
+
+Shape letters: T tokens, X experts, A experts that a token visits, H hidden size, F intermediate size of an expert.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtool.checkpoint._base import Module
+
+Combine = Callable[[Tensor, Tensor], Tensor]
+"""(gate [T, F], up [T, F]) -> [T, F], what an expert's down projection reads."""
+
+
+class Expert(nn.Module):
+    """One expert: down(combine(gate(x), up(x))).
+
+    Args:
+        layers: its projections by role.
+        names: what checkpoints call them, by role.
+        combine: see `Combine`.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Linear], names: Mapping[str, str], combine: Combine) -> None:
+        super().__init__()
+        self.names, self.combine = names, combine
+        for role, layer in layers.items():
+            self.add_module(names[role], layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, H] -> [T, H]."""
+        gate, up, down = (self.get_submodule(self.names[role]) for role in ("gate", "up", "down"))
+        result: Tensor = down(self.combine(gate(x), up(x)))
+        return result
+
+
+class Experts(nn.ModuleList):
+    """All experts of a block, in place of transformers' own module.
+
+    Attributes:
+        measure_all: send all tokens through all experts. The result is that of the true routing in any case.
+    """
+
+    measure_all = False
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Sums up what the chosen experts make of each token.
+
+        Args:
+            x: [T, H].
+            chosen: int64 [T, A], indices of experts.
+            weights: [T, A], of their results.
+        """
+        result = torch.zeros_like(x)
+        for e, expert in enumerate(self):
+            token, place = torch.where(chosen == e)
+            if self.measure_all:
+                y = expert(x)[token]
+            elif len(token):
+                y = expert(x[token])
+            else:
+                continue
+            result.index_add_(0, token, (y * weights[token, place, None]).to(result.dtype))
+        return result
+
+
+def split_experts(block: nn.Module, found: Mapping[str, Module]) -> None:
+    """Puts `Experts` on the meta device in the place of transformers' module, if the block has one.
+
+    Args:
+        block: of transformers.
+        found: the linear layers of the block by path below it.
+    """
+    members: dict[str, dict[str, str]] = defaultdict(dict)
+    for path, module in found.items():
+        if module.expert is not None:
+            members[path.rpartition(".")[0]][module.role] = path
+    if not members:
+        return
+    place = next(iter(members)).rpartition(".")[0]
+    theirs: Any = block.get_submodule(place)
+    bias = any(name.endswith("_bias") for name, _ in theirs.named_parameters())
+    combine = gated(theirs.act_fn) if hasattr(theirs, "act_fn") else interleaved(theirs._apply_gate)
+    ours = Experts()
+    for paths in members.values():
+        layers = {role: nn.Linear(*found[path].shape[::-1], bias, device="meta") for role, path in paths.items()}
+        ours.append(Expert(layers, {role: path.rpartition(".")[2] for role, path in paths.items()}, combine))
+    owner, _, name = place.rpartition(".")
+    setattr(block.get_submodule(owner), name, ours)
+
+
+def gated(act: Callable[[Tensor], Tensor]) -> Combine:
+    """act(gate) * up."""
+    return lambda gate, up: act(gate) * up
+
+
+def interleaved(apply: Callable[[Tensor], Tensor]) -> Combine:
+    """What transformers' own function makes of gate and up, whose columns it wants in turns."""
+    return lambda gate, up: apply(torch.stack((gate, up), dim=-1).flatten(-2))

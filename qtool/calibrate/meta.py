@@ -1,0 +1,39 @@
+"""transformers' own classes, built without memory for weights."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from qtool.errors import CheckpointError, one_line
+
+
+def build_on_meta(config: dict[str, Any], dtype: torch.dtype, attention: str | None = None) -> Any:
+    """transformers' model for a config.json: parameters on the meta device, and what is computed from config.json real.
+
+    Args:
+        config: config.json.
+        dtype: of the parameters.
+        attention: implementation of attention; None: the one that transformers prefers.
+
+    Raises:
+        CheckpointError: transformers does not know or refuses the config.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    known = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
+    try:
+        parsed = AutoConfig.for_model(**known)
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation=attention)
+    except Exception as error:  # its own checks raise many kinds
+        what = "config.json does not describe a model that transformers builds"
+        raise CheckpointError(what, found=one_line(error)) from error
+    body = model.model
+    body.rotary_emb = type(body.rotary_emb)(config=parsed)
+    if hasattr(body.embed_tokens, "scalar_embed_scale"):
+        body.embed_tokens.embed_scale = torch.tensor(body.embed_tokens.scalar_embed_scale)
+    return model

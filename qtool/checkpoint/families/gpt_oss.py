@@ -1,0 +1,67 @@
+"""gpt-oss: experts with biases and a clamped activation, attention with sinks, every second block's attention slides.
+
+Checkpoints in bfloat16 are read; those in MXFP4, as OpenAI published them, have to be dequantized first.
+Source: https://huggingface.co/docs/transformers/model_doc/gpt_oss
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, ClassVar
+
+from qtool.checkpoint.families._base import Value
+from qtool.checkpoint.families._moe import MixtureOfExperts
+from qtool.checkpoint.families._rope import rope_parameters
+from qtool.errors import CheckpointError
+
+
+class GPTOSS(MixtureOfExperts):
+    """`GptOssForCausalLM`."""
+
+    architecture = "GptOssForCausalLM"
+    defaults: ClassVar[dict[str, Any]] = {
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "num_local_experts": 128,
+        "num_experts_per_tok": 4,
+        "sliding_window": 128,
+        "attention_bias": True,
+    }
+    counts = ("num_local_experts", "num_experts_per_tok")
+    router = "router"
+    experts_field = "num_local_experts"
+    wide_field = "intermediate_size"
+    interleaved = True
+    gguf_arch = "gpt-oss"
+
+    def has_bias(self, config: dict[str, Any], role: str) -> bool:
+        """See `Family.has_bias`."""
+        return role not in ("q", "k", "v", "o") or bool(config["attention_bias"])
+
+    def block_shapes(self, config: dict[str, Any], i: int) -> dict[str, tuple[int, ...]]:
+        """See `Family.block_shapes`."""
+        return super().block_shapes(config, i) | {"self_attn.sinks": (self.heads(config)[0],)}
+
+    def gguf_metadata(self, config: dict[str, Any]) -> dict[str, Value]:
+        """See `Family.gguf_metadata`. llama.cpp rounds YaRN's ranges to whole dimensions, whatever `truncate` says."""
+        kinds = config.get("layer_types") or ()
+        if any(kind != ("full_attention" if i % 2 else "sliding_attention") for i, kind in enumerate(kinds)):
+            wanted = "sliding and full attention in turns"
+            raise CheckpointError("GGUF cannot hold these layer_types", wanted=wanted, found=", ".join(kinds)[:60])
+        rope = {key: value for key, value in rope_parameters(config).items() if key != "truncate"}
+        plain = {key: value for key, value in config.items() if key != "rope_scaling"}
+        window = {"gpt-oss.attention.sliding_window": int(config["sliding_window"])}
+        wide = {"gpt-oss.expert_feed_forward_length": int(config["intermediate_size"])}
+        return super().gguf_metadata(plain | {"rope_parameters": rope}) | window | wide
+
+    def gguf_fields(self, metadata: dict[str, Any], tensors: Collection[str]) -> dict[str, Any]:
+        """See `Family.gguf_fields`."""
+        window = {"sliding_window": metadata.get("gpt-oss.attention.sliding_window")}
+        return super().gguf_fields(metadata, tensors) | window | {"attention_bias": "blk.0.attn_q.bias" in tensors}
+
+    def gguf_names(self, config: dict[str, Any]) -> dict[str, str]:
+        """See `Family.gguf_names`. Sinks are called weights there."""
+        names = super().gguf_names(config)
+        return {here: f"{there}.weight" if here.endswith(".sinks") else there for here, there in names.items()}
