@@ -132,22 +132,23 @@ def score_rows(x, importance, tries, free, smallest, mantissa, highest, scale, s
         for g in range(scale.shape[1]):
             v, weight = x[n, g * width : (g + 1) * width], importance[g * width : (g + 1) * width]
             best, scale[n, g] = np.float32(-1.0), tries[n, g, 0]
+            unit = max(tries[n, g, 0], np.float32(1e-37))  # squares of small weights would be zero
             for i in range(tries.shape[2]):
-                s = tries[n, g, i]
+                s = tries[n, g, i] / unit
                 if s == 0:
                     continue
-                inverse = np.float32(1.0) / s
+                inverse = np.float32(1.0) / tries[n, g, i]
                 xl, ll = np.float32(0.0), np.float32(0.0)
                 for j in range(width):
                     size = abs(v[j])
                     _, level = nearest_code(min(size * inverse, highest), smallest, mantissa)
-                    xl += weight[j] * size * level
+                    xl += weight[j] * (size / unit) * level
                     ll += weight[j] * level * level
                 if free and ll > 0:
                     s = xl / ll
                 gain = s * (np.float32(2.0) * xl - s * ll)
                 if gain > best:
-                    best, scale[n, g] = gain, s
+                    best, scale[n, g] = gain, s * unit if free else tries[n, g, i]
 
 
 @njit(nogil=True, cache=True)
