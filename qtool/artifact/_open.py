@@ -7,7 +7,7 @@ from pathlib import Path
 from qtool import registry
 from qtool.artifact._base import Artifact
 from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint
-from qtool.checkpoint.open import open_checkpoint
+from qtool.checkpoint.open import find_model, open_checkpoint
 from qtool.errors import CheckpointError
 
 
@@ -39,6 +39,12 @@ def open_model(source: str) -> Checkpoint:
 
     Raises:
         CheckpointError: it is damaged, of an unknown kind, or cannot be found.
+        HubError: the hub refused or cannot be reached.
     """
-    found = find_artifact(Path(source))
-    return found[1].open(Path(source)) if found else open_checkpoint(source)
+    path = Path(source).expanduser()
+    if not path.exists():
+        path = find_model(source)
+    found = find_artifact(path)
+    model = found[1].open(path) if found else open_checkpoint(str(path))
+    model.source = source
+    return model

@@ -12,7 +12,7 @@ from qtool.checkpoint.hf import INDEX, SIDE_FILES, HFCheckpoint
 from qtool.errors import CheckpointError, HubError, StorageError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?", re.ASCII)
-WANTED = ["config.json", INDEX, "*.safetensors", *SIDE_FILES]
+WANTED = ["config.json", "hf_quant_config.json", INDEX, "*.safetensors", *SIDE_FILES]
 UNWANTED = ["consolidated*.safetensors", "*/*"]
 """The same weights once more under the maker's own names, and folders with other versions of them."""
 
@@ -38,18 +38,29 @@ def open_checkpoint(
         CheckpointError: nothing there, or not a model that qtool can read.
         HubError: the hub refused or cannot be reached.
     """
+    path = find_model(source, token=token, offline=offline, cache=cache, endpoint=endpoint)
+    return GGUFCheckpoint(path) if path.is_file() else HFCheckpoint(path, source)
+
+
+def find_model(
+    source: str,
+    *,
+    token: str | None = None,
+    offline: bool = False,
+    cache: Path | None = None,
+    endpoint: str | None = None,
+) -> Path:
+    """The folder or .gguf file that a model is in, downloaded if need be; see `open_checkpoint`."""
     path = Path(source).expanduser()
-    if path.is_dir():
-        return HFCheckpoint(path, source)
-    if path.is_file() and path.suffix == ".gguf":
-        return GGUFCheckpoint(path)
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
     if path.exists() or not HUB_ID.fullmatch(source):
         raise CheckpointError(
             f"{source} is no checkpoint",
             wanted="a folder with config.json and safetensors, a .gguf file, or a hub id",
             found="another kind of file" if path.exists() else "no such file or folder",
         )
-    return HFCheckpoint(_download(source, token, offline, cache, endpoint), source)
+    return _download(source, token, offline, cache, endpoint)
 
 
 def _download(source: str, token: str | None, offline: bool, cache: Path | None, endpoint: str | None) -> Path:

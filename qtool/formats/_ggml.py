@@ -224,12 +224,13 @@ class Classic(BlockFormat):
         """See `Format.may_hold`."""
         if isinstance(fmt, type(self)):
             return None
-        if not isinstance(fmt, Int):
+        if not isinstance(fmt, Int | Classic) or (fmt.free_offset and not self.offset):
             return f"{self.label} holds no {fmt.label}"
         if fmt.group_columns is not None and fmt.group_columns % self.columns:
             return f"{self.label} needs groups that are a multiple of {self.columns} columns, not {fmt.group_columns}"
-        if fmt.bits + (not fmt.symmetric and not self.offset) > self.bits:
-            return f"the {'range' if fmt.symmetric else 'zero points'} of {fmt.label} do not fit {self.label}"
+        zeros = isinstance(fmt, Int) and not fmt.symmetric
+        if fmt.bits + (zeros and not self.offset) > self.bits:
+            return f"the {'zero points' if zeros else 'range'} of {fmt.label} do not fit {self.label}"
         return None
 
     def hold(self, quantized: Quantized) -> Quantized | str:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from qtool import registry
 from qtool.artifact._base import Artifact
+from qtool.artifact._open import open_model
 from qtool.calibrate.walker import compute_dtype
 from qtool.checkpoint._base import Checkpoint
-from qtool.checkpoint.open import open_checkpoint
 from qtool.errors import UsageError
+from qtool.pipeline.requantize import second_generation
 from qtool.plan import Plan, make_plan
 from qtool.recipe.load import load_recipe
 
@@ -42,7 +43,7 @@ def prepare(
     """Opens a model and plans a recipe for it.
 
     Args:
-        model: folder, hub id or GGUF file.
+        model: folder, hub id or GGUF file; a quantized one as well.
         recipe: path or name.
         overrides: `key=value` for fields of the recipe.
         seed: replaces the calibration's seed.
@@ -51,15 +52,16 @@ def prepare(
         dtype: of forward passes: "auto", "bf16" or "fp32".
 
     Raises:
-        RecipeError, CheckpointError, PlanError, UsageError: see `load_recipe`, `open_checkpoint`, `make_plan`.
+        RecipeError, CheckpointError, PlanError, UsageError: see `load_recipe`, `open_model`, `make_plan`.
     """
     place = device_of(device)
     if seed is not None:
         overrides = (*overrides, f"calibration.seed={seed}")
     parsed = load_recipe(recipe, overrides)
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_model(model)
     artifacts = {export.to: registry.load("artifact", export.to)(**export.options) for export in parsed.export}
     plan = make_plan(parsed, checkpoint, artifacts, limit)
+    plan = replace(plan, warnings=(*plan.warnings, *second_generation(plan, checkpoint)))
     return Job(checkpoint, plan, artifacts, place, dtype_of(dtype, place))
 
 

@@ -13,14 +13,18 @@ from torch import Tensor
 
 from qtool.checkpoint._base import Checkpoint, finite
 from qtool.errors import NumericsError
-from qtool.formats._base import Quantized
+from qtool.formats._base import Format, Quantized
+from qtool.methods._base import Solution
 from qtool.numerics.metrics import energy, ratio_db
+from qtool.pipeline.requantize import is_finite, origin, stored_codes
 from qtool.plan import LayerPlan, Plan
 from qtool.report.model import LayerEntry
 from qtool.stats import InputStats, Stat
 
 PART = 1 << 22
 """Numbers of a large matrix that are worked on at a time: 16 MiB in float32, and a few such temporaries."""
+TAKEN_OVER = "taken over"
+"""What the report calls the method where a source's own codes are kept."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,11 @@ class Unit:
             readers[p.module.reads] = (*readers.get(p.module.reads, ()), p)
         return readers
 
+    def merged(self, plan: LayerPlan) -> tuple[str, ...]:
+        """Modules that runtimes merge with one of them into one matrix, itself among them."""
+        names = [p.module.name for p in self.layers if p.module.fused == plan.module.fused]
+        return tuple(names) if plan.module.fused else (plan.module.name,)
+
 
 def needs_of(plans: Iterable[LayerPlan]) -> frozenset[Stat]:
     """Everything that the methods of some modules want measured."""
@@ -72,7 +81,11 @@ def units(plan: Plan) -> Iterator[Unit]:
 
 
 def solve(
-    plan: LayerPlan, checkpoint: Checkpoint, stats: InputStats | None, device: torch.device
+    plan: LayerPlan,
+    checkpoint: Checkpoint,
+    stats: InputStats | None,
+    device: torch.device,
+    merged: Sequence[str] = (),
 ) -> tuple[Quantized, LayerEntry]:
     """Quantizes one module; a large matrix in parts, if nothing ties its rows together.
 
@@ -81,23 +94,30 @@ def solve(
         checkpoint: where its weight is.
         stats: of its input; None without data.
         device: where to compute.
+        merged: modules that share what is chosen for a whole matrix; see `Unit.merged`.
 
     Raises:
         NumericsError: the result is not finite.
     """
     assert plan.format is not None
     assert plan.method is not None
+    fmt = informed(plan.format, checkpoint, merged or (plan.module.name,))
+    missing = stats is None and plan.method.needs
+    unmeasured = "chosen without data: nothing was measured on its inputs" if missing else None
     stats = stats if plan.method.needs else None
     gram = stats.gram if stats else None
-    divisible = plan.format.by_rows and gram is None
+    weight = f"{plan.module.name}.weight"
+    source, held, remark = origin(checkpoint, plan.module.name, plan.format)
+    divisible = held is not None or (fmt.by_rows and gram is None)
     codes = torch.empty(plan.module.shape, dtype=torch.uint8)
-    sums, params, fallbacks, seconds = Sums(), [], {plan.fallback: None}, 0.0
+    sums, params, fallbacks, seconds = Sums(), [], {plan.fallback: None, unmeasured: None, remark: None}, 0.0
     for start, stop in row_parts(plan.module.shape) if divisible else [(0, plan.module.shape[0])]:
-        w = checkpoint.rows(f"{plan.module.name}.weight", start, stop).to(device, torch.float32)
+        given = source.rows(start, stop).decode() if source else checkpoint.rows(weight, start, stop)
+        w = given.to(device, torch.float32)
         begin = time.monotonic()
-        solution = plan.method.solve(w, stats, plan.format)
+        solution = Solution(held.rows(start, stop)) if held else plan.method.solve(w, stats, fmt)
         seconds += time.monotonic() - begin
-        w_hat = solution.quantized.decode()
+        w_hat = solution.quantized.decode().to(device)
         refuse_infinite(w_hat, plan)
         sums.add(w, w_hat, gram)
         codes[start:stop] = solution.quantized.codes
@@ -106,7 +126,7 @@ def solve(
     entry = kept(plan).model_copy(
         update={
             "format": plan.format.label,
-            "method": plan.method.name(),
+            "method": TAKEN_OVER if held else plan.method.name(),
             "activations": plan.activations.label if plan.activations else None,
             "weight_error_db": ratio_db(sums.signal, sums.error),
             "output_error_db": None if gram is None else ratio_db(sums.output, sums.output_error),
@@ -116,7 +136,15 @@ def solve(
         }
     )
     joined = {name: torch.cat([part[name] for part in params]) for name in params[0]}
-    return Quantized(codes, joined, plan.format), entry
+    return Quantized(codes, joined, held.format if held else plan.format), entry
+
+
+def informed(fmt: Format, checkpoint: Checkpoint, modules: Sequence[str]) -> Format:
+    """A format that knows the largest weight of some modules, if it wants to."""
+    if not fmt.needs_largest:
+        return fmt
+    parts = ((f"{m}.weight", *part) for m in modules for part in row_parts(checkpoint.info(f"{m}.weight").shape))
+    return fmt.given(max(float(checkpoint.rows(*part).abs().max()) for part in parts))
 
 
 def kept(plan: LayerPlan) -> LayerEntry:
@@ -182,6 +210,9 @@ def refuse_non_finite(checkpoint: Checkpoint) -> None:
         NumericsError: one holds NaN or infinity.
     """
     for name in checkpoint.names():
+        codes = stored_codes(checkpoint, name.removesuffix(".weight"))
+        if codes and is_finite(codes):
+            continue
         for start, stop in row_parts(checkpoint.info(name).shape):
             part = checkpoint.rows(name, start, stop)
             if not math.isfinite(part.sum(dtype=torch.float32)):  # quicker than a look at each number, and as strict

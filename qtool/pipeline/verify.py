@@ -7,6 +7,7 @@ import torch
 from qtool.checkpoint._base import QuantizedCheckpoint
 from qtool.errors import VerifyError
 from qtool.pipeline.events import Event, Listener
+from qtool.pipeline.requantize import stored_codes
 from qtool.pipeline.solve import row_parts
 
 
@@ -39,9 +40,9 @@ def verify(stage: str, written: QuantizedCheckpoint, model: QuantizedCheckpoint,
                 wanted=inputs(model, module),
                 found=inputs(written, module),
             )
-        codes = written.quantized(module) if module in written.layers else None
+        source, codes = stored_codes(model, module), stored_codes(written, module)
         for start, stop in row_parts(model.info(name).shape):
-            wanted = model.rows(name, start, stop).float()
+            wanted = source.rows(start, stop).decode() if source else model.rows(name, start, stop).float()
             found = codes.rows(start, stop).decode() if codes else written.rows(name, start, stop).float()
             if not torch.equal(wanted, found):
                 raise VerifyError(f"{written.source}: {name} read back differs", found=difference(wanted, found))

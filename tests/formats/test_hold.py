@@ -42,6 +42,9 @@ EXACT = {
     "to-wider-blocks": (integer(4, 64), Q8_0()),
     "sym-to-minimum": (integer(4, 64), Q4_1()),
     "asym-to-blocks": (integer(4, 64, False), Q5_0()),
+    "blocks-to-wider-ones": (Q4_0(), Q5_0()),
+    "blocks-to-minimum": (Q4_0(), Q4_1()),
+    "minimum-to-wider-one": (Q4_1(), Q5_1()),
     "asym-to-bytes": (integer(7, 64, False), Q8_0()),
 }
 
@@ -73,6 +76,8 @@ REFUSED = {
     "narrower": (integer(8, 32), integer(4, 32), "the range of int8-g32 do not fit int4-g32"),
     "zero-points": (integer(4, 32, False), integer(4, 32), "the zero points of int4-g32-asym do not fit int4-g32"),
     "minima": (Q4_1(), integer(4, 32, False), "int4-g32-asym holds no q4_1"),
+    "minima-in-blocks": (Q4_1(), Q5_0(), "q5_0 holds no q4_1"),
+    "narrower-blocks": (Q5_0(), Q4_0(), "the range of q5_0 do not fit q4_0"),
     "floats": (FP(element="e2m1", group=32), integer(8, 32), "int8-g32 holds no fp4-g32"),
     "tensor": (integer(8, "tensor"), integer(4, "tensor"), "int4-tensor holds no int8-tensor"),
     "other-floats": (

@@ -1,0 +1,81 @@
+"""Models that are quantized already: their codes are taken over where the wanted format has the same values.
+
+Whatever else is wanted of such a model is a second generation: what was rounded once is rounded again. That is no error
+(llama-quantize wants --allow-requantize for it), but the plan and the report say so.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import NamedTuple
+
+import torch
+
+from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint
+from qtool.formats._base import Format, Quantized
+from qtool.plan import Plan
+
+ADVICE = "both errors add up, so start from the original weights if there are any"
+
+
+class Origin(NamedTuple):
+    """How a source has a matrix.
+
+    Attributes:
+        codes: as it is stored; None if as plain numbers.
+        held: the same values in the wanted format; None if they have to be rounded to it.
+        remark: what the report says then; None where nothing is lost.
+    """
+
+    codes: Quantized | None
+    held: Quantized | None
+    remark: str | None
+
+
+def stored_codes(checkpoint: Checkpoint, module: str) -> Quantized | None:
+    """Codes that a source has of a module; None if it has plain numbers."""
+    if isinstance(checkpoint, QuantizedCheckpoint) and module in checkpoint.layers:
+        return checkpoint.quantized(module)
+    return None
+
+
+def origin(checkpoint: Checkpoint, module: str, wanted: Format) -> Origin:
+    """Looks whether a matrix is quantized already, and whether a format has the very same values."""
+    codes = stored_codes(checkpoint, module)
+    if codes is None:
+        why = checkpoint.decoded.get(module) if isinstance(checkpoint, QuantizedCheckpoint) else None
+        return Origin(None, None, why and f"rounded a second time: {why}")
+    held = wanted.hold(codes)
+    if isinstance(held, str):
+        return Origin(codes, None, f"rounded a second time: {held}")
+    return Origin(codes, held, None)
+
+
+def is_finite(quantized: Quantized) -> bool:
+    """Whether every weight that a matrix can decode to is finite."""
+    scale, offset = quantized.format.affine(quantized.params)
+    largest = quantized.format.levels().abs().max().to(scale.device)
+    return bool(torch.isfinite(scale.abs() * largest + offset.abs()).all())
+
+
+def second_generation(plan: Plan, checkpoint: Checkpoint) -> list[str]:
+    """What is to be said about a plan for a model that is quantized already; one line for each pair of formats."""
+    if not isinstance(checkpoint, QuantizedCheckpoint):
+        return []
+    lines: dict[str, int] = defaultdict(int)
+    for p in plan.layers:
+        name = p.module.name
+        if name in checkpoint.layers:
+            given = checkpoint.layers[name].format
+            before, why = given.label, p.format.may_hold(given) if p.format else None
+        elif name in checkpoint.decoded:
+            before = why = checkpoint.decoded[name]
+        else:
+            continue
+        if p.format is None:
+            lines[f"quantized already ({before}) and stored as the numbers that they decode to"] += 1
+        elif why is None:
+            lines[f"quantized already ({before}) and taken over as {p.format.label} wherever that is exact"] += 1
+        else:
+            lines[f"quantized already ({before}) and rounded again to {p.format.label}: {ADVICE}"] += 1
+    return [f"{count} matrices are {text}" for text, count in lines.items()]
