@@ -1,0 +1,246 @@
+"""GGUF's K-quants: super-blocks of 256 columns, whose groups have integer multiples of shared fp16 steps.
+
+    Q2_K, Q4_K, Q5_K:  w_hat = (d * sc) * q - (dmin * m)     sc, m >= 0
+    Q3_K, Q6_K:        w_hat = (d * sc) * q                  q and sc signed
+
+Layouts are those of ggml (https://github.com/ggml-org/llama.cpp, ggml/src/ggml-common.h). The search is described in
+`qtool.numerics.kquant`: it refines scales, minima and steps together and never ends with a larger weighted error than
+ggml's for the same importance.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qtool.formats._base import Format, Params, Quantized, alike, expand
+from qtool.formats._ggml import BlockFormat, fp16
+from qtool.formats.int import Int
+from qtool.numerics import kquant
+from qtool.numerics.kquant import EFFORT, Grid
+
+
+class KQuant(BlockFormat):
+    """A K-quant. Parameters: d and, with minima, dmin fp16 [N, S]; sc and m, 8 bits [N, G].
+
+    S super-blocks and G groups of a slice.
+
+    Attributes:
+        group: columns of a group.
+        bits: of a code.
+        minima: True if groups have minima; without, codes and scales are signed.
+        scale_bits: of sc and m.
+        ggml_spread: see `qtool.numerics.kquant.Grid`.
+    """
+
+    columns: ClassVar[int] = 256
+    group: ClassVar[int] = 16
+    bits: ClassVar[int]
+    minima: ClassVar[bool] = False
+    scale_bits: ClassVar[int]
+    ggml_spread: ClassVar[float]
+
+    search: Literal["fast", "default", "thorough"] = "default"
+
+    @property
+    def group_columns(self) -> int | None:
+        """See `Format.group_columns`."""
+        return self.group
+
+    @property
+    def lowest(self) -> int:
+        """The level of code 0."""
+        return 0 if self.minima else -(1 << (self.bits - 1))
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """The least and the largest sc (and m)."""
+        low = 0 if self.minima else -(1 << (self.scale_bits - 1))
+        return low, low + (1 << self.scale_bits) - 1
+
+    def levels(self) -> Tensor:
+        """See `Format.levels`."""
+        return torch.arange(self.lowest, self.lowest + (1 << self.bits), dtype=torch.float32)
+
+    def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
+        """See `Format.fit`."""
+        levels = (np.float32(self.lowest), np.float32(self.lowest + (1 << self.bits) - 1))
+        limits = (np.float32(limit) for limit in self.limits)
+        grid = Grid(self.group, *levels, *limits, self.minima, np.float32(self.ggml_spread))
+        return self.stored(*kquant.search(w, importance, grid, EFFORT[self.search]))
+
+    def stored(self, d: Tensor, dmin: Tensor, sc: Tensor, m: Tensor) -> Params:
+        """Parameters in the types they are stored in. Raises NumericsError: a step is too large for fp16."""
+        if not self.minima:
+            return {"d": fp16(d, self.label), "sc": sc.to(torch.int8)}
+        steps = {"d": fp16(d, self.label), "dmin": fp16(dmin, self.label)}
+        return steps | {"sc": sc.to(torch.uint8), "m": m.to(torch.uint8)}
+
+    def affine(self, params: Params) -> tuple[Tensor, Tensor]:
+        """See `Format.affine`."""
+        groups = params["sc"].shape[1]
+        scale = expand(params["d"].float(), groups) * params["sc"].float()
+        if not self.minima:
+            return scale, torch.zeros_like(scale)
+        return scale, -(expand(params["dmin"].float(), groups) * params["m"].float())
+
+    def refit(self, params: Params, scale: Tensor, offset: Tensor) -> Params:
+        """See `Format.refit`. Steps move where that brings the multiples nearer."""
+        d, sc = nearest_multiples(scale, params["d"].float(), self.limits)
+        if not self.minima:
+            return self.stored(d, d, sc, sc)
+        dmin, m = nearest_multiples(-offset, params["dmin"].float(), self.limits)
+        return self.stored(d, dmin, sc, m)
+
+    def pack(self, codes: Tensor, params: Params) -> Tensor:
+        """See `BlockFormat.pack`."""
+        n = len(codes)
+        blocks = codes.reshape(n, -1, self.columns)
+        shaped = {name: p.reshape(*blocks.shape[:2], -1).contiguous() for name, p in params.items()}
+        parts = self.pack_block(blocks, {name: shaped[name].view(torch.uint8) for name in shaped})
+        return torch.cat(parts, dim=-1).reshape(n, -1)
+
+    def unpack(self, packed: Tensor) -> tuple[Tensor, Params]:
+        """See `BlockFormat.unpack`."""
+        n = len(packed)
+        codes, fields = self.unpack_block(packed.reshape(n, -1, self.block_bytes))
+        steps = {name: p.contiguous().view(torch.float16) for name, p in fields.items() if name in ("d", "dmin")}
+        dtype = torch.uint8 if self.minima else torch.int8
+        integers = {name: p.contiguous().view(dtype) for name, p in fields.items() if name not in steps}
+        return codes.reshape(n, -1), {name: p.reshape(n, -1) for name, p in (steps | integers).items()}
+
+    @abstractmethod
+    def pack_block(self, q: Tensor, fields: Params) -> list[Tensor]:
+        """The fields of the blocks in their order, uint8 [N, S, bytes] each.
+
+        Args:
+            q: uint8 [N, S, 256].
+            fields: the parameters as bytes: uint8 [N, S, 2] of d and dmin, [N, S, groups] of sc and m.
+        """
+
+    @abstractmethod
+    def unpack_block(self, blocks: Tensor) -> tuple[Tensor, Params]:
+        """The inverse of `pack_block`: uint8 [N, S, block_bytes] -> (q, fields)."""
+
+    def may_hold(self, fmt: Format) -> str | None:
+        """See `Format.may_hold`."""
+        if alike(self, fmt):
+            return None
+        if not isinstance(fmt, Int):
+            return f"{self.label} holds no {fmt.label}"
+        if fmt.group_columns is not None and fmt.group_columns % self.group:
+            return f"{self.label} needs groups that are a multiple of {self.group} columns, not {fmt.group_columns}"
+        if fmt.bits + (not fmt.symmetric and not self.minima) > self.bits:
+            return f"the {'range' if fmt.symmetric else 'zero points'} of {fmt.label} do not fit {self.label}"
+        return None
+
+    def hold(self, quantized: Quantized) -> Quantized | str:
+        """See `Format.hold`. It takes scales that are small multiples of a step, as those of whole super-blocks are."""
+        codes, params, fmt = quantized
+        reason = self.may_hold(fmt) or self.misfit(codes.shape[1])
+        if reason or alike(self, fmt):
+            return reason or quantized
+        scale, offset = (expand(p, codes.shape[1] // self.group) for p in fmt.affine(params))
+        lowest_value = offset + float(fmt.levels()[0]) * scale
+        supers = codes.shape[1] // self.columns
+        steps = common_step(scale, supers, self.limits)
+        minima = common_step(-lowest_value, supers, self.limits) if self.minima else steps
+        if steps is None or minima is None:
+            which = "scales" if steps is None else "zero points times their scales"
+            return f"some {which} of a super-block are no multiples of one step"
+        if not self.minima:
+            shift = torch.where(scale == 0, self.lowest, (lowest_value / scale).round())
+            codes = (codes.reshape(*scale.shape, -1) + (shift - self.lowest).to(torch.uint8)[..., None]).flatten(1)
+        return Quantized(codes, self.stored(steps[0], minima[0], steps[1], minima[1]), self)
+
+
+def nearest_multiples(wanted: Tensor, d: Tensor, limits: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The steps, in fp16, and their multiples that lie nearest to wanted values.
+
+    Args:
+        wanted: float32 [N, G].
+        d: float32 [N, S], the present steps: a start of the search.
+        limits: of the multiples.
+
+    Returns:
+        (float32 [N, S], float32 [N, G] with integer values).
+    """
+    x = wanted.view(*d.shape, -1)
+    low, top = limits
+    extreme = x.gather(-1, x.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    best, best_d, best_codes = torch.full_like(d, torch.inf), d, torch.zeros_like(x)
+    for start in (d, extreme / (low or top)):
+        step = start
+        for _ in range(3):
+            step = step.half().float()
+            codes = (x / torch.where(step == 0, torch.inf, step)[..., None]).round().clamp(low, top)
+            error = (x - step[..., None] * codes).square().sum(-1)
+            better = error < best
+            best, best_d = torch.where(better, error, best), torch.where(better, step, best_d)
+            best_codes = torch.where(better[..., None], codes, best_codes)
+            square = codes.square().sum(-1)
+            step = torch.where(square > 0, (x * codes).sum(-1) / square.clamp_min(1), step)
+    return best_d, best_codes.flatten(1)
+
+
+def common_step(values: Tensor, supers: int, limits: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+    """Steps in fp16 whose multiples are exactly some values; None: one of the super-blocks has none.
+
+    Args:
+        values: float32 [N, G].
+        supers: S.
+        limits: of the multiples.
+
+    Returns:
+        (float32 [N, S], float32 [N, G] with integer values).
+    """
+    low, top = limits
+    x = values.reshape(len(values), supers, -1)
+    extreme = x.gather(-1, x.abs().argmax(-1, keepdim=True))
+    d, multiples = torch.zeros_like(extreme), torch.zeros_like(x)
+    missing = torch.ones_like(extreme, dtype=torch.bool)
+    for k in (*range(1, top + 1), *range(-1, low - 1, -1)):
+        step = (extreme / k).half().float()
+        near = (x / torch.where(step == 0, torch.inf, step)).round().clamp(low, top)
+        found = missing & (near * step == x).all(-1, keepdim=True)
+        d, multiples = torch.where(found, step, d), torch.where(found, near, multiples)
+        missing &= ~found
+    return None if missing.any() else (d.squeeze(-1), multiples.flatten(1))
+
+
+def planes(q: Tensor, bits: int, width: int = 32) -> Tensor:
+    """Stacks runs of `width` columns in one another's higher bits.
+
+    uint8 [..., C] below 2^bits -> [..., C * bits / 8]: byte l of a run of 8 / bits * width columns holds columns l,
+    l + width, l + 2 * width, ... from its lowest bits up.
+    """
+    places = torch.arange(0, 8, bits, dtype=torch.uint8)
+    runs = q.reshape(*q.shape[:-1], -1, 8 // bits, width)
+    return (runs << places[:, None]).sum(-2, dtype=torch.uint8).flatten(-2)
+
+
+def from_planes(packed: Tensor, bits: int, width: int = 32) -> Tensor:
+    """The inverse of `planes`."""
+    places = torch.arange(0, 8, bits, dtype=torch.uint8)
+    runs = packed.reshape(*packed.shape[:-1], -1, 1, width) >> places[:, None] & (1 << bits) - 1
+    return runs.flatten(-3)
+
+
+def sixes(sc: Tensor, m: Tensor) -> Tensor:
+    """6-bit scales and minima of Q4_K and Q5_K: uint8 [..., 8] each -> [..., 12].
+
+    The last four of each lend their high 2 bits to the first four of the same kind; their low 4 bits stand together.
+    """
+    first = torch.cat([p[..., :4] | (p[..., 4:] >> 4) << 6 for p in (sc, m)], dim=-1)
+    return torch.cat([first, sc[..., 4:] & 15 | m[..., 4:] << 4], dim=-1)
+
+
+def from_sixes(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of `sixes`."""
+    sc, m, low = packed.tensor_split((4, 8), dim=-1)
+    last = (low & 15 | (sc >> 6) << 4, low >> 4 | (m >> 6) << 4)
+    return torch.cat([sc & 63, last[0]], dim=-1), torch.cat([m & 63, last[1]], dim=-1)

@@ -1,0 +1,141 @@
+"""Free scales and minima of single groups by least squares over many clippings at once, and steps that they share.
+
+Trials lie side by side in vector registers, so that short groups leave no lane idle.
+
+Shape letters: C columns of a group (a multiple of 4), G groups of a super-block, T trials.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+
+from qtool.numerics.ggml_search import EPSILON, F32, FAST, NEAREST_FIRST, extreme_of
+from qtool.numerics.search import clip_ratios
+
+GGML_TRIALS = 24
+"""The first trials of a signed sweep are those of ggml's search, filled up to whole registers."""
+STRETCH = np.linspace(0.75, 1.1, 16).astype(np.float32)
+"""Where the largest scale lands, relative to the last integer, when a step is searched."""
+
+
+def signed_trials(lowest: int, count: int) -> np.ndarray:
+    """Table of a sweep for x ~ s * l: where the largest weight lands relative to the lowest level; float32 [2, T]."""
+    ggml = [1 - 0.1 * i / lowest for i in NEAREST_FIRST]
+    own = clip_ratios(-2 * lowest, (count - GGML_TRIALS) // 2)
+    ratios = [*ggml, *ggml[: GGML_TRIALS - len(ggml)], *own, *-own]
+    return np.stack([np.array(ratios), np.zeros(len(ratios))]).astype(np.float32)
+
+
+def offset_trials(highest: int, count: int) -> np.ndarray:
+    """Table of a sweep for x ~ s * l + o: length of the grid over the group's range, and its middle; float32 [2, T]."""
+    ratios = clip_ratios(highest + 1, count // 4)
+    shifts = (-0.375, -0.125, 0.125, 0.375)
+    return np.array([[ratio, highest / 2 + shift] for ratio in ratios for shift in shifts], np.float32).T.copy()
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def half(x):  # type: ignore[no-untyped-def]
+    """The fp16 number nearest to x, subnormal ones included."""
+    if x == 0:
+        return F32(0)
+    _, exponent = math.frexp(x)
+    step = math.ldexp(1.0, max(exponent, -13) - 11)
+    return F32(np.rint(x / step) * step)
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def sweep(x, weight, mean, middle, factor, table, count, lowest, highest, sums):  # type: ignore[no-untyped-def]
+    """Sums over a group [C] for the first `count` trials of a table [2, T].
+
+    The levels of a trial are l = round((x - middle) * factor * table[0] + table[1]). Fills sums [4, T] with those of
+    w l, w l^2 and w l (x - mean); the last row is scratch.
+    """
+    for t in range(count):
+        sums[0, t], sums[1, t], sums[2, t] = F32(0), F32(0), F32(0)
+    for j in range(0, len(x), 4):
+        x0, x1, x2, x3 = x[j] - mean, x[j + 1] - mean, x[j + 2] - mean, x[j + 3] - mean
+        w0, w1, w2, w3 = weight[j], weight[j + 1], weight[j + 2], weight[j + 3]
+        y0, y1 = (x[j] - middle) * factor, (x[j + 1] - middle) * factor
+        y2, y3 = (x[j + 2] - middle) * factor, (x[j + 3] - middle) * factor
+        for t in range(count):
+            l0 = min(max(np.rint(y0 * table[0, t] + table[1, t]), lowest), highest)
+            l1 = min(max(np.rint(y1 * table[0, t] + table[1, t]), lowest), highest)
+            l2 = min(max(np.rint(y2 * table[0, t] + table[1, t]), lowest), highest)
+            l3 = min(max(np.rint(y3 * table[0, t] + table[1, t]), lowest), highest)
+            m0, m1, m2, m3 = w0 * l0, w1 * l1, w2 * l2, w3 * l3
+            sums[0, t] += m0 + m1 + m2 + m3
+            sums[1, t] += m0 * l0 + m1 * l1 + m2 * l2 + m3 * l3
+            sums[2, t] += m0 * x0 + m1 * x1 + m2 * x2 + m3 * x3
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def best_trial(gain, count):  # type: ignore[no-untyped-def]
+    """Index of the first of the largest gains."""
+    best = F32(0)
+    for t in range(count):
+        best = max(best, gain[t])
+    for t in range(count):
+        if gain[t] == best:
+            return t
+    return 0
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def free_offset(x, weight, table, highest, sums):  # type: ignore[no-untyped-def]
+    """The best (scale, offset <= 0) of a group [C], how much an error of the scale counts, the mean level, and sum(w).
+
+    table [2, T]; sums [4, T] is scratch.
+    """
+    low, high, total, mean = F32(0), x[0], F32(0), F32(0)
+    for j in range(len(x)):
+        low, high = min(low, x[j]), max(high, x[j])
+        total += weight[j]
+        mean += weight[j] * x[j]
+    mean /= total
+    if high <= low:
+        return F32(0), min(mean, F32(0)), F32(0), F32(0), total
+    count = table.shape[1]
+    sweep(x, weight, mean, (low + high) / F32(2), highest / (high - low), table, count, F32(0), highest, sums)
+    for t in range(count):
+        sums[1, t] -= sums[0, t] * sums[0, t] / total
+        sums[3, t] = sums[2, t] * sums[2, t] / max(sums[1, t], EPSILON)
+    t = best_trial(sums[3], count)
+    scale, level = sums[2, t] / max(sums[1, t], EPSILON), sums[0, t] / total
+    return scale, min(mean - scale * level, F32(0)), sums[1, t], level, total
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def free_scale(x, weight, table, count, lowest, highest, sums):  # type: ignore[no-untyped-def]
+    """The best scale of a group [C], either sign, how much an error of it counts, and the scale that ggml takes.
+
+    Arguments as in `free_offset`; of the table only the first `count` trials are made.
+    """
+    extreme = extreme_of(x)
+    if abs(extreme) < EPSILON:
+        return F32(0), F32(0), F32(0)
+    sweep(x, weight, F32(0), F32(0), lowest / extreme, table, count, lowest, highest, sums)
+    for t in range(count):
+        sums[3, t] = sums[2, t] * sums[2, t] / max(sums[1, t], EPSILON)
+    ggml, t = best_trial(sums[3], GGML_TRIALS), best_trial(sums[3], count)
+    return sums[2, t] / sums[1, t], sums[1, t], sums[2, ggml] / sums[1, ggml]
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def shared_step(x, weight, low, top, codes):  # type: ignore[no-untyped-def]
+    """The d, in fp16, on whose multiples the x [G] lie best; fills codes [G], integers in [low, top]."""
+    extreme, best, d = extreme_of(x), F32(np.inf), F32(0)
+    for i in range(len(STRETCH)):
+        t, found = extreme / ((low if low < 0 else top) * STRETCH[i]), F32(0)
+        inverse = F32(1) / t if t != 0 else F32(0)
+        for g in range(len(x)):
+            error = x[g] - t * min(max(np.rint(x[g] * inverse), low), top)
+            found += weight[g] * error * error
+        if found < best:
+            best, d = found, t
+    d = half(d)
+    for g in range(len(x)):
+        codes[g] = min(max(np.rint(x[g] / d), low), top) if d != 0 else F32(0)
+    return d
