@@ -162,7 +162,7 @@ def solve_unit(unit: Unit, job: Job, work: Work, source: Statistics, followed: b
 
     def solve_readers(plans: tuple[LayerPlan, ...], stats: InputStats | None) -> dict[str, Tensor]:
         for p in plans:
-            solved[p.module.name], entry = solve(p, job.checkpoint, stats, job.device)
+            solved[p.module.name], entry = solve(p, job.checkpoint, stats, job.device, unit.merged(p))
             entries.append(entry)
         return {p.module.name: solved[p.module.name].decode() for p in plans}
 
