@@ -157,6 +157,10 @@ class Format(BaseModel):
         scale, offset = (expand(p, codes.shape[1]) for p in self.affine(params))
         return self.levels().to(codes.device)[codes.long()] * scale + offset
 
+    def join(self, parts: list[Params]) -> Params:
+        """The parameters of neighbouring blocks, put side by side."""
+        return {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
+
     def may_hold(self, fmt: Format) -> str | None:
         """Why this format cannot hold matrices in another one, whatever their data; None if it can."""
         return None if alike(self, fmt) else f"{self.label} holds no {fmt.label}"
@@ -194,8 +198,3 @@ def take(params: Params, start: int, stop: int, columns: int) -> Params:
         width = columns // p.shape[1]
         cut[name] = p if p.shape[1] == 1 else p[:, start // width : stop // width]
     return cut
-
-
-def join(parts: list[Params]) -> Params:
-    """Puts the parameters of neighbouring slices side by side."""
-    return {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}

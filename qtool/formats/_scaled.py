@@ -6,7 +6,9 @@ from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
+from pydantic import PrivateAttr
 from torch import Tensor
+from typing_extensions import Self
 
 from qtool.errors import NumericsError
 from qtool.formats._base import Format, Params
@@ -20,6 +22,15 @@ CHUNK = 1 << 21
 
 class Scaled(Format):
     """`w_hat = scale * level`, levels of a `Grid`, scales of a type that the subclass stores."""
+
+    _largest: float | None = PrivateAttr(None)
+    """The largest weight that the scale of a matrix has to cover, once it is known."""
+
+    def given(self, largest: float) -> Self:
+        """See `Format.given`."""
+        fmt = self.model_copy()
+        fmt._largest = largest
+        return fmt
 
     @property
     @abstractmethod

@@ -18,7 +18,6 @@ import math
 from typing import Literal
 
 import torch
-from pydantic import PrivateAttr
 from torch import Tensor
 from typing_extensions import Self
 
@@ -43,7 +42,6 @@ class TwoLevel(Scaled):
     """
 
     search: Literal["minmax", "fast", "default", "thorough"] = "default"
-    _largest: float | None = PrivateAttr(None)
 
     @property
     def label(self) -> str:
@@ -55,12 +53,6 @@ class TwoLevel(Scaled):
         """See `Format.parse`."""
         rules = ("minmax", *TRIED)
         return next((fmt for rule in rules if (fmt := cls.model_validate({"search": rule})).label == text), None)
-
-    def given(self, largest: float) -> Self:
-        """See `Format.given`."""
-        fmt = self.model_copy()
-        fmt._largest = largest
-        return fmt
 
     def at_run_time(self) -> Self:
         """See `Format.at_run_time`."""
@@ -125,6 +117,10 @@ class TwoLevel(Scaled):
             w, importance, (local(tried).double() * t).float().flatten(2), self.grid, free=False
         )
         return torch.where(ends[..., 0] > 0, nearest_bits(scale / t), EMPTY)
+
+    def join(self, parts: list[Params]) -> Params:
+        """See `Format.join`; blocks of a matrix have its scale in common."""
+        return super().join(parts) | {"tensor": parts[0]["tensor"]}
 
     def refit(self, params: Params, scale: Tensor, offset: Tensor) -> Params:
         """See `Format.refit`: t stays, and so does a scale that is not wanted positive."""

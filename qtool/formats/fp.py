@@ -113,6 +113,16 @@ class FP(Scaled):
         """See `Format.group_rows`."""
         return None if self.group == "tensor" else self.rows
 
+    @property
+    def by_rows(self) -> bool:
+        """See `Format.by_rows`."""
+        return self.group_rows == 1 or self._largest is not None
+
+    @property
+    def needs_largest(self) -> bool:
+        """See `Format.needs_largest`. Runtimes round matrices that they merge anew if their scales differ."""
+        return self.group == "tensor" and self.scales == "minmax"
+
     def at_run_time(self) -> FP:
         """See `Format.at_run_time`."""
         return self.model_copy(update={"scales": "minmax", "scale_dtype": "fp32"})
@@ -137,7 +147,10 @@ class FP(Scaled):
     def _wanted(self, w: Tensor, importance: Tensor | None, groups: int) -> Tensor:
         """The scales to be stored, float32 [N, C] -> [N, G]."""
         if self.scales == "minmax":
-            return self._covering(self.largest(w, groups) / self.grid.highest)
+            largest = self.largest(w, groups)
+            if self.needs_largest and self._largest is not None:
+                largest = torch.full_like(largest, self._largest)
+            return self._covering(largest / self.grid.highest)
         ends = self.extents(w, importance, groups) / self.grid.highest
         if self.constraint == "none":
             return minifloat.best_scale(w, importance, (ends[..., None] * SWEEP).flatten(2), self.grid, free=True)

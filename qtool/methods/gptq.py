@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from qtool.errors import NumericsError
-from qtool.formats._base import Format, Params, Quantized, expand, join
+from qtool.formats._base import Format, Params, Quantized, expand
 from qtool.methods._base import Method, Solution
 from qtool.methods._refine import refine
 from qtool.numerics.linalg import inverse_factor
@@ -111,4 +111,4 @@ class GPTQ(Method):
             return scale, offset
 
         codes[:, order] = walk(w[:, order], factor, fmt.levels(), block, fit_block)
-        return codes, join([fitted[i] for i in range(k // block)])
+        return codes, fmt.join([fitted[i] for i in range(k // block)])
