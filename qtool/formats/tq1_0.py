@@ -32,7 +32,7 @@ class TQ1_0(Ternary):  # noqa: N801 - spelled as in ggml
         blocks = codes.view(len(codes), -1, 256)
         parts = []
         for part, digits in zip(blocks.tensor_split(CUTS, dim=-1), DIGITS, strict=True):
-            fields = part.unflatten(-1, (digits, -1)).short()
+            fields = part.reshape(*blocks.shape[:2], digits, -1).short()
             values = (fields * PLACES[:digits]).sum(2, dtype=torch.int32)
             parts.append(((values * 256 + 242) // 243).to(torch.uint8))
         parts.append(params["d"].contiguous().view(torch.uint8).view(*blocks.shape[:2], 2))

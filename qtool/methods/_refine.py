@@ -4,7 +4,7 @@ For one row, w_hat is linear in its parameters p (a scale per group, and an offs
 w_hat = B p, a column of B per parameter, zero outside its group. The objective (w - B p)^T H (w - B p) falls most for
 the move d with (B^T H B) d = B^T H (w - B p). Formats round parameters to what they store; a row keeps its new ones
 only if the objective still falls. For fixed parameters, each code in turn then moves to its best level given all the
-others.
+others; where codes go together, each vector to its best entry.
 
 `pull` is the rows' (w - w_hat) H, up to a factor the gradient; it is carried along, since it costs as much as the walk.
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qtool.formats._base import Format, Params, Quantized, expand
+from qtool.numerics.vector_walk import descend_vectors
 from qtool.numerics.walk import descend
 
 RIDGE = 1e-5
@@ -46,8 +47,11 @@ def refine(w: Tensor, gram: Tensor, q: Quantized, rounds: int, sweeps: int) -> Q
             if q.format.group_rows == 1:  # what rows share no single row can decide
                 params, move = move_parameters(codes, params, q.format, gram, pull)
                 pull -= move @ gram
-            scale, _ = q.format.affine(params)
-            codes, pull = descend(gram, scale, q.format.levels(), codes, pull, sweeps)
+            scale, offset = q.format.affine(params)
+            if book := q.format.codebook():
+                codes, pull = descend_vectors(gram, (scale, offset), q.format.levels(), book, codes, pull, sweeps)
+            else:
+                codes, pull = descend(gram, scale, q.format.levels(), codes, pull, sweeps)
         parts.append((codes, params))
     joined = {name: torch.cat([params[name] for _, params in parts]) for name in q.params}
     return Quantized(torch.cat([codes for codes, _ in parts]), joined, q.format)

@@ -2,13 +2,14 @@
 
 The objective of a layer is tr(D H D^T) with D = W - W_hat and H the Gram matrix of its inputs: the squared error of its
 outputs. The walk follows Frantar et al., https://arxiv.org/abs/2210.17323; the largest channels go first
-(activation order), but groups keep their place in the row, so an artifact needs no index of groups. Three things go
+(activation order), but groups keep their place in the row, so an artifact needs no index of groups. Four things go
 beyond the paper:
 
 - Scales are searched with column j's error weighted by 1 / U_jj^2, the weight it has in the walk's own objective (U is
   the inverse factor the walk divides by), not by H_jj.
 - After the walk, scales are refitted in closed form for the codes found, then codes are improved by coordinate descent
   for the scales found, and so on for some rounds. A row keeps a new scale only if its objective falls.
+- Formats with a codebook are walked a vector at a time: the allowed codes that cost least, all told (`vector_walk`).
 - A matrix that cannot be factorized gets more damping, then falls back to rounding; both are reported.
 
 The reference is the plain loop in tests/reference/gptq.py.
@@ -59,7 +60,7 @@ class GPTQ(Method):
         """See `Method.solve`."""
         assert stats is not None and stats.gram is not None  # the caller measured what `needs` asked for
         try:
-            order, factor, used = self._factor(stats, fmt.block_columns or len(stats.gram))
+            order, factor, used = self._factor(stats, *self._widths(fmt))
         except NumericsError as error:
             params = fmt.fit(w)
             return Solution(Quantized(fmt.snap(w, params), params, fmt), f"rounded to nearest: {error}")
@@ -71,19 +72,21 @@ class GPTQ(Method):
             quantized = refine(w, gram, quantized, self.rounds, SWEEPS)
         return Solution(quantized, fallback)
 
-    def _factor(self, stats: InputStats, block: int) -> tuple[Tensor, Tensor, float]:
+    def _widths(self, fmt: Format) -> tuple[int, ...]:
+        """Columns of what stays together in the walk, each a multiple of the one before: vectors, spans, blocks."""
+        book = fmt.codebook()
+        vectors = (book.width, book.span) if book else ()
+        return (*vectors, fmt.block_columns) if self.fit == "walk" and fmt.block_columns else vectors
+
+    def _factor(self, stats: InputStats, *widths: int) -> tuple[Tensor, Tensor, float]:
         """(column order [K], inverse factor U of the Gram matrix in that order, damping used), once per input."""
         assert stats.gram is not None
-        key = (self.damp, self.order, block if self.fit == "walk" else None)
+        key = (self.damp, self.order, widths)
         if key not in stats.cache:
             diagonal = stats.gram.diagonal()
             order = torch.arange(len(diagonal), device=diagonal.device)
-            if self.order == "activation" and self.fit == "before":
-                order = diagonal.argsort(descending=True, stable=True)
-            elif self.order == "activation":
-                blocks = diagonal.view(-1, block)
-                first = blocks.sum(1).argsort(descending=True, stable=True)
-                order = (first[:, None] * block + blocks[first].argsort(dim=1, descending=True, stable=True)).flatten()
+            if self.order == "activation":
+                order = activation_order(diagonal, widths)
             stats.cache[key] = order, *inverse_factor(stats.gram[order][:, order], self.damp)
         return stats.cache[key]  # type: ignore[return-value]
 
@@ -93,12 +96,13 @@ class GPTQ(Method):
         weight = torch.empty_like(factor[0])
         weight[order] = factor.diagonal().square().reciprocal()
         block = fmt.block_columns or k
+        vectors = (fmt.codebook(), order)
         codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
         if self.fit == "before" or block == k:
             params = fmt.fit(w, weight)
             scale, offset = (expand(p, k)[:, order] for p in fmt.affine(params))
             codes[:, order] = walk(
-                w[:, order], factor, fmt.levels(), BLOCK, lambda a, b, _: (scale[:, a:b], offset[:, a:b])
+                w[:, order], factor, fmt.levels(), BLOCK, lambda a, b, _: (scale[:, a:b], offset[:, a:b]), vectors
             )
             return codes, params
         fitted: dict[int, Params] = {}
@@ -110,5 +114,19 @@ class GPTQ(Method):
             scale, offset = (expand(p, block)[:, back] for p in fmt.affine(params))
             return scale, offset
 
-        codes[:, order] = walk(w[:, order], factor, fmt.levels(), block, fit_block)
+        codes[:, order] = walk(w[:, order], factor, fmt.levels(), block, fit_block, vectors)
         return codes, fmt.join([fitted[i] for i in range(k // block)])
+
+
+def activation_order(diagonal: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """Columns by falling size, those of a vector, span or block side by side, these by falling size as well.
+
+    Args:
+        diagonal: float32 [K], of the Gram matrix.
+        widths: of what stays together, from the smallest to the largest.
+    """
+    order = diagonal.argsort(descending=True, stable=True)
+    for width in widths:
+        place = diagonal.view(-1, width).sum(1).argsort(descending=True, stable=True).argsort()
+        order = order[place[order // width].argsort(stable=True)]
+    return order

@@ -15,7 +15,9 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from qtool.numerics.codebook import Codebook
 from qtool.numerics.parallel import over_rows
+from qtool.numerics.vector_walk import walk_vector_block
 
 BLOCK = 128
 """Columns whose errors are fed forward inside the kernel; what lies to the right is updated once per block."""
@@ -100,6 +102,7 @@ def walk(
     levels: Tensor,
     block: int,
     parameters: Callable[[int, int, Tensor], tuple[Tensor, Tensor]],
+    vectors: tuple[Codebook | None, Tensor] | None = None,
 ) -> Tensor:
     """GPTQ's walk over all columns, from left to right.
 
@@ -110,6 +113,7 @@ def walk(
         block: columns per block.
         parameters: called as (start, stop, w[:, start:stop] with all errors so far fed in) when the walk reaches a
             block; returns scale and offset, float32 [N, stop - start], per column.
+        vectors: which codes go together, if not all, and the columns' natural numbers, int64 [K].
 
     Returns:
         Codes, uint8 [N, K], in walking order.
@@ -121,7 +125,11 @@ def walk(
         b = min(a + block, w.shape[1])
         current = w[:, a:b].contiguous()
         scale, offset = parameters(a, b, current)
-        found, error = _walk_block(current, factor[a:b, a:b], scale, offset, levels, uniform)
+        if vectors and (book := vectors[0]):
+            here = factor[a:b, a:b]
+            found, error = walk_vector_block(current, here, scale, offset, levels, book, vectors[1][a:b])
+        else:
+            found, error = _walk_block(current, factor[a:b, a:b], scale, offset, levels, uniform)
         codes[:, a:b] = found
         w[:, b:].addmm_(error, factor[a:b, b:], alpha=-1)
     return codes

@@ -14,7 +14,8 @@ from tests.reference.ggml import ggml_dequantize, ggml_quantize
 
 TABLES = ("iq4_nl", "iq4_xs")
 TERNARY = ("tq1_0", "tq2_0")
-NAMES = (*TABLES, *TERNARY)
+VECTORS = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s")
+NAMES = (*TABLES, *TERNARY, *VECTORS)
 
 
 def load(name: str, search: str = "default") -> BlockFormat:
@@ -99,7 +100,7 @@ def test_unpacking_inverts_packing(name: str) -> None:
     assert params.keys() == again_params.keys() and all(torch.equal(again_params[p], params[p]) for p in params)
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", (*TABLES, *VECTORS))
 def test_any_bytes_are_codes(name: str) -> None:
     fmt = load(name)
     anything = torch.randint(0, 256, (17, row_bytes(fmt, 512)), generator=torch.Generator().manual_seed(3))
