@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from qtool.calibrate.documents import documents
+from qtool.calibrate.meta import build_on_meta
 from qtool.calibrate.tokenizer import load_tokenizer, token_ids
-from qtool.calibrate.walker import build_on_meta
 from qtool.checkpoint._base import Checkpoint, finite
 from qtool.errors import CheckpointError
 from qtool.recipe.schema import Calibration, Source
@@ -93,7 +93,7 @@ def sampled(checkpoint: Checkpoint, tokenizer: Any, samples: int, length: int, g
     Raises:
         NumericsError: the model's logits are not finite.
     """
-    model = build_on_meta(checkpoint.config, torch.float32)
+    model = build_on_meta(checkpoint.config, torch.float32, checkpoint.family.attention)
     tied = {"lm_head.weight": model.model.embed_tokens.weight} if checkpoint.tied else {}
     state = {n: checkpoint.tensor(n).float() for n, _ in model.named_parameters() if n not in tied}
     model.load_state_dict(state, strict=False, assign=True)

@@ -1,5 +1,7 @@
 """GGUF files of tiny models, judged by llama.cpp and by gguf's own reader."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,8 +47,8 @@ def write(model, out: Path, **card):
     return GGUF().write(model, out, card)[0]
 
 
-def reference_logits(folder: Path, tensors=None):
-    """float32 [40, V] by transformers, with other weights if given."""
+def reference_logits(folder: Path, tensors=None, tokens=TOKENS):
+    """float32 [T, V] by transformers, with other weights if given."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -54,16 +56,97 @@ def reference_logits(folder: Path, tensors=None):
         missing, unexpected = model.load_state_dict(tensors, strict=False)
         assert not unexpected and missing in ([], ["lm_head.weight"])
     with torch.no_grad():
-        return model(torch.tensor([TOKENS])).logits[0]
+        return model(torch.tensor([tokens])).logits[0]
 
 
 def distance(a, b):
     return float((a - b).norm() / b.norm())
 
 
+def tolerance(folder: Path) -> float:
+    """Of `distance` to llama.cpp, which looks GELU up in a table of 16-bit floats."""
+    return 5e-4 if "gemma" in folder.name else 1e-5
+
+
 def test_llama_cpp_computes_what_transformers_computes(tiny_folder: Path, tmp_path: Path):
+    """Samples are longer than sliding windows and than the original context of stretched ones."""
     path = write(neutral(tiny_folder, tmp_path / "work"), tmp_path / "out")
-    assert distance(LlamaCpp(path, 64).logits(TOKENS), reference_logits(tiny_folder)) < 1e-5
+    assert distance(LlamaCpp(path, 64).logits(TOKENS), reference_logits(tiny_folder)) < tolerance(tiny_folder)
+
+
+LONG = [(7 * i * i + 3 * i) % 500 for i in range(600)]
+
+
+def test_llama_cpp_follows_llama_3_beyond_its_original_context(tiny_checkpoint, tmp_path: Path):
+    folder = tiny_checkpoint("llama-rope3")
+    path = write(neutral(folder, tmp_path / "work"), tmp_path / "out")
+    assert distance(LlamaCpp(path, 640).logits(LONG), reference_logits(folder, tokens=LONG)) < 1e-5
+
+
+def test_llama_cpp_uses_the_short_factors_in_short_contexts(tiny_checkpoint, tmp_path: Path):
+    folder = changed(tiny_checkpoint("phi3-long"), tmp_path / "model", {"original_max_position_embeddings": 1024})
+    path = write(neutral(folder, tmp_path / "work"), tmp_path / "out")
+    assert distance(LlamaCpp(path, 64).logits(TOKENS), reference_logits(folder)) < 1e-5
+
+
+def changed(folder: Path, copy: Path, fields: dict[str, object]) -> Path:
+    """A copy of a checkpoint with other fields in its config.json."""
+    shutil.copytree(folder, copy)
+    told = json.loads((folder / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(told | fields))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("llama-rope3", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+        ("qwen3-yarn", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+        ("gemma2", {"sliding_window": 1024}),
+        ("gemma2", {"attn_logit_softcapping": 50.0}),
+        ("gemma2", {"final_logit_softcapping": 30.0}),
+        ("gemma2", {"query_pre_attn_scalar": 16}),
+        ("gemma3_text", {"sliding_window": 1024}),
+        ("gemma3_text", {"layer_types": ["sliding_attention"] * 7}),
+        (
+            "gemma3_text",
+            {
+                "rope_parameters": {
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                }
+            },
+        ),
+        (
+            "gemma3_text",
+            {
+                "rope_parameters": {
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+                    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                }
+            },
+        ),
+        ("phi3-long", {"original_max_position_embeddings": 4096}),
+        ("phi3-long", {"max_position_embeddings": 32}),
+        ("smollm3", {"no_rope_layers": [1] * 5}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_what_is_special_about_a_family_matters_here(name, fields, tiny_checkpoint, tmp_path: Path):
+    """Guards the comparisons above: without it, the tiny model computes something else."""
+    folder = tiny_checkpoint(name)
+    tokens = LONG if name == "llama-rope3" else TOKENS
+    other = reference_logits(changed(folder, tmp_path / "other", fields), tokens=tokens)
+    assert distance(other, reference_logits(folder, tokens=tokens)) > 10 * tolerance(folder)
+
+
+def test_files_read_back_as_the_models_they_were(tiny_folder: Path, tmp_path: Path):
+    """Written by us and read by us, bit for bit; tests of the reader compare configurations."""
+    source, model = HFCheckpoint(tiny_folder), neutral(tiny_folder, tmp_path / "work")
+    found = GGUF().open(write(model, tmp_path / "out"))
+    assert found.names() == source.names()
+    assert all(torch.equal(found.tensor(n), source.tensor(n).float()) for n in source.names())
+    assert all(torch.equal(found.rows(n, 3, 9), source.tensor(n)[3:9].float()) for n in source.names())
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])

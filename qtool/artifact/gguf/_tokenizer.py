@@ -8,6 +8,7 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and llama-voc
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,25 @@ def tokenizer_metadata(
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError("the tokenizer files are damaged", found=f"{type(error).__name__}: {error}") from error
     return values | _chat_templates(files, settings)
+
+
+PHI3 = re.compile("phi-?3", re.IGNORECASE)
+PHI3_TOKENS = {"</s>", "<unk>", "<s>", "<|endoftext|>"}
+
+
+def model_name(name: str, files: Files) -> str:
+    """The model's name, changed if llama.cpp would read another tokenizer out of it.
+
+    In models called Phi-3 it drops the blanks behind special tokens, which no other key can ask for, and it fails to
+    load such a one without certain tokens.
+    """
+    tokenizer = read_json(files["tokenizer.json"]) if "tokenizer.json" in files else {}
+    added = [token for token in tokenizer.get("added_tokens", []) if isinstance(token, dict)]
+    known = {token.get("content") for token in added}
+    drops = known >= PHI3_TOKENS and any(token.get("rstrip") and token.get("special") for token in added)
+    if drops and not PHI3.search(name):
+        return f"{name} (Phi-3 vocabulary)"
+    return name if drops else PHI3.sub("Phi 3", name)
 
 
 def _model(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qtool import registry
 from qtool.artifact.gguf._container import Container, Value
-from qtool.artifact.gguf._tokenizer import tokenizer_metadata
+from qtool.artifact.gguf._tokenizer import model_name, tokenizer_metadata
 from qtool.checkpoint._base import QuantizedCheckpoint, modules
 from qtool.checkpoint.families._base import stacked
 from qtool.errors import PlanError
@@ -103,7 +103,7 @@ class Writer:
         self.metadata: dict[str, Value] = {
             "general.architecture": self.family.gguf_arch,
             "general.type": "model",
-            "general.name": name,
+            "general.name": model_name(name, model.files),
             "general.size_label": size_label(weights),
             "general.file_type": 0,
             "general.quantization_version": 2,
