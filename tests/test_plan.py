@@ -331,6 +331,9 @@ class TestRules:
             'layers[2] (match "*.up_proj") decides nothing: earlier rules match all of its 2 layers',
         )
 
+    def test_a_rule_for_the_rest_may_find_none(self):
+        assert plan({"match": "re:.*_proj|lm_head", "weights": "q4_0"}, REST).warnings == ()
+
     def test_an_embedding_has_no_inputs(self):
         rule = {"match": "re:.*", "weights": "int8-channel", "method": "gptq", "activations": "int8-token"}
         assert refusals(rule) == [

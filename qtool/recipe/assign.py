@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from qtool.errors import nearest
 from qtool.recipe.findings import Findings
-from qtool.recipe.match import Named, matches
+from qtool.recipe.match import EVERY_LINEAR, Named, matches
 from qtool.recipe.scope import Facts, chosen
 
 
@@ -28,7 +28,8 @@ def assign(found: Sequence[Named], facts: Facts, findings: Findings) -> tuple[di
             findings.add(i, f"matches nothing in this model; {nearest(rule.match, _patterns(found))}")
         hits = [m.name for m in _in_blocks(named, i, facts, findings)]
         new = [name for name in hits if name not in decisions]
-        if hits and not new and not any(_limited(findings, decisions[name]) for name in hits):
+        rest = rule.match == EVERY_LINEAR  # there may be none
+        if hits and not new and not rest and not any(_limited(findings, decisions[name]) for name in hits):
             warnings.append(
                 f"{findings.position(i)} decides nothing: earlier rules match all of its {len(hits)} layers"
             )

@@ -34,9 +34,10 @@ class Shapes(Checkpoint):
     """What a config implies, in bf16 unless told otherwise."""
 
     def __init__(self, config: dict[str, Any], dtype: torch.dtype = torch.bfloat16, digest: str = "0") -> None:
-        self.source, self.config, self.files = "MODEL", config, {}
+        self.source, self.files = "MODEL", {}
         self.family = registry.load("checkpoint/families", config["model_type"])()
-        self.shapes = self.family.shapes(config)
+        self.config = self.family.defaults | config
+        self.shapes = self.family.shapes(self.config)
         self.dtype, self.digest = dtype, digest
 
     def names(self) -> list[str]:
