@@ -16,7 +16,7 @@ def integers(fmt: Format) -> Int | None:
     if isinstance(fmt, Int):
         return fmt
     if isinstance(fmt, Classic) and not fmt.offset:
-        return Int(bits=fmt.bits, group=fmt.columns, scale_dtype="fp16")
+        return Int.model_validate({"bits": fmt.bits, "group": fmt.columns, "scale_dtype": "fp16"})
     return None
 
 

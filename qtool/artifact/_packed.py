@@ -33,6 +33,9 @@ from qtool.formats.int import DTYPES
 
 SCALE_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
 
+SETTINGS = ("quantization_config", "quantization")
+"""Keys of config.json; the latter is MLX's."""
+
 Infos = dict[str, TensorInfo]
 """Tensors of one matrix, by their names below the module."""
 
@@ -74,6 +77,10 @@ class PackedCheckpoint(HFCheckpoint, QuantizedCheckpoint):
         self.layers: dict[str, Layer] = {}
         super().__init__(folder, source)
 
+    def _settings(self, folder: Path) -> dict[str, Any]:
+        """What the folder says about its quantization."""
+        return quantization_config(folder) or {}
+
     @abstractmethod
     def _understand(self, how: Mapping[str, Any]) -> None:
         """Reads what config.json says about the quantization. Raises CheckpointError: not what qtool can read."""
@@ -88,11 +95,10 @@ class PackedCheckpoint(HFCheckpoint, QuantizedCheckpoint):
 
     def _weights(self, folder: Path) -> dict[str, SafetensorsFile]:
         """See `HFCheckpoint._weights`."""
-        how = quantization_config(folder)
-        self.config.pop("quantization_config", None)
         self._located = locate(folder)
-        self._digested = {"quantization_config": how}
-        self._understand(how or {})
+        self._how = self._settings(folder)
+        self.config = {key: value for key, value in self.config.items() if key not in SETTINGS}
+        self._understand(self._how)
         found: dict[str, Infos] = defaultdict(dict)
         for name, file in self._located.items():
             module, _, part = name.rpartition(".")
@@ -160,7 +166,7 @@ class PackedCheckpoint(HFCheckpoint, QuantizedCheckpoint):
 
     def fingerprint(self) -> str:
         """See `Checkpoint.fingerprint`."""
-        return digest(self.config | self._digested, self.files, dict(sorted(self._located.items())))
+        return digest(self.config | {"quantization_config": self._how}, self.files, dict(sorted(self._located.items())))
 
     def _read(self, module: str, part: str, start: int = 0, stop: int | None = None) -> Tensor:
         """A tensor of a packed matrix, or its rows."""
@@ -207,10 +213,10 @@ def valid(where: str) -> Iterator[None]:
         raise CheckpointError(f"{where}: quantization_config: {place}: {first['msg']}", found=found) from error
 
 
-def quantization_config(folder: Path) -> dict[str, Any] | None:
+def quantization_config(folder: Path, key: str = SETTINGS[0]) -> dict[str, Any] | None:
     """What config.json of a folder says about quantization; None if nothing, or if it cannot be read."""
     try:
-        how = read_json(folder / "config.json").get("quantization_config")
+        how = read_json(folder / "config.json").get(key)
     except CheckpointError:
         return None
     return how if isinstance(how, dict) else None

@@ -23,6 +23,7 @@ from typing_extensions import Self
 
 from qtool.errors import NumericsError
 from qtool.formats._base import Format, Params, Quantized, expand
+from qtool.formats.affine import Affine
 from qtool.formats.int import Int
 from qtool.numerics import search
 
@@ -224,7 +225,7 @@ class Classic(BlockFormat):
         """See `Format.may_hold`."""
         if isinstance(fmt, type(self)):
             return None
-        if not isinstance(fmt, Int | Classic) or (fmt.free_offset and not self.offset):
+        if not isinstance(fmt, Int | Affine | Classic) or (fmt.free_offset and not self.offset):
             return f"{self.label} holds no {fmt.label}"
         if fmt.group_columns is not None and fmt.group_columns % self.columns:
             return f"{self.label} needs groups that are a multiple of {self.columns} columns, not {fmt.group_columns}"

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from qtool import registry
 from qtool.artifact._open import open_artifact, open_model
 from qtool.errors import NumericsError, PlanError
+from qtool.formats.affine import Affine
 from qtool.formats.int import Int
 from qtool.formats.q4_1 import Q4_1
 from qtool.pipeline import export
@@ -18,6 +19,8 @@ from qtool.pipeline.quantize import QuantizeOptions, run
 from tests.artifact.conftest import quantize
 
 LAYOUTS = ["awq", "compressed-tensors", "gptq", "qtool"]
+TO = [*LAYOUTS, "gguf", "mlx"]
+HELD = {"gguf": "q4_0", "mlx": "affine4-g32"}
 INT4, ASYM4 = Int(bits=4, group=64, scale_dtype="fp16"), Int(bits=4, group=32, symmetric=False, scale_dtype="fp16")
 UP = "model.layers.0.mlp.up_proj"
 
@@ -163,7 +166,7 @@ def test_scales_that_are_not_finite_are_refused(tiny_checkpoint, tmp_path):
         requantize(tmp_path, "q4_0", "gguf")
 
 
-EXPORTS = [(a, b) for a in LAYOUTS for b in (*LAYOUTS, "gguf") if a != b]
+EXPORTS = [(a, b) for a in LAYOUTS for b in TO if a != b]
 
 
 @pytest.mark.parametrize(("first", "second"), EXPORTS, ids=lambda name: name)
@@ -172,6 +175,16 @@ def test_codes_move_from_layout_to_layout(first, second, tiny_checkpoint, tmp_pa
     entry = export.run(export.ExportOptions(tmp_path / "in", second, tmp_path / "out"))
     assert entry.verified
     found = open_artifact(tmp_path / "out")
-    assert {layer.format.label for layer in found.layers.values()} == {"q4_0" if second == "gguf" else "int4-g32"}
+    assert {layer.format.label for layer in found.layers.values()} == {HELD.get(second, "int4-g32")}
+    for name in model.names():
+        assert torch.equal(found.tensor(name).float(), model.tensor(name).float()), name
+
+
+@pytest.mark.parametrize("second", ["gguf", "qtool"])
+def test_offsets_of_mlx_go_to_blocks_with_minima(second, tiny_checkpoint, tmp_path):
+    model = source("mlx", Affine(bits=4, group=64), tmp_path / "in", tiny_checkpoint)
+    export.run(export.ExportOptions(tmp_path / "in", second, tmp_path / "out"))
+    found = open_artifact(tmp_path / "out")
+    assert {layer.format.label for layer in found.layers.values()} == {"q4_1" if second == "gguf" else "affine4-g64"}
     for name in model.names():
         assert torch.equal(found.tensor(name).float(), model.tensor(name).float()), name

@@ -1,0 +1,212 @@
+"""MLX checkpoints, which mlx-lm loads on Apple silicon: integers with free offsets, and MXFP4 and MXFP8.
+
+    weight   uint32 [N, K b / 32]    codes along the inputs, low bits first
+    scales   [N, K / g]              bf16, fp16 or fp32; for MXFP4 and MXFP8 bytes, the exponents of powers of two
+    biases   [N, K / g]              of the same type; not for MXFP4 and MXFP8
+
+    w_hat = scales * code + biases
+
+Integers of 2, 3, 4, 5, 6 or 8 bits in groups of 32, 64 or 128 columns; larger groups are split, and offsets take the
+place of zero points. Numbers stay what they are: scales keep their type, and go to fp32 where scale times zero point
+would not be exact in it. MLX computes in float32 where that type is not the model's.
+Layout: https://ml-explore.github.io/mlx/build/html/python/_autosummary/mlx.core.quantize.html
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from qtool.artifact._base import Artifact, Carry
+from qtool.artifact._floats import from_bits, to_bits
+from qtool.artifact._packed import (
+    SETTINGS,
+    Infos,
+    PackedCheckpoint,
+    Packing,
+    Settings,
+    quantization_config,
+    read_settings,
+    write_packed,
+)
+from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint, TensorInfo
+from qtool.errors import CheckpointError, PlanError
+from qtool.formats._base import Format, Quantized
+from qtool.formats._ggml import Classic
+from qtool.formats.affine import Affine
+from qtool.formats.int import DTYPES, Int
+from qtool.formats.mxfp4 import MXFP4
+from qtool.formats.mxfp8 import MXFP8
+from qtool.numerics.bits import pack_words, unpack_words
+
+BITS, GROUPS = (2, 3, 4, 5, 6, 8), (128, 64, 32)
+KEY = SETTINGS[1]
+Target = Affine | MXFP4 | MXFP8
+
+
+class MLX(Artifact):
+    """See the module."""
+
+    fuses: ClassVar[bool] = False
+    runtimes: ClassVar[tuple[str, ...]] = ("mlx-lm",)
+    library: ClassVar[str | None] = "mlx"
+    usage: ClassVar[str] = "`mlx_lm.chat --model FOLDER` chats with it."
+
+    def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Carry:
+        """See `Artifact.can_carry`."""
+        reason = _refusal(module, layer) if layer else None
+        return Carry(reason is None, reason or "")
+
+    def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
+        """See `Artifact.write`."""
+        self.check(model)
+
+        def parts(module: str, fmt: Format, n: int, k: int) -> Infos:
+            return infos(_target(fmt, k), n, k)
+
+        def encoded(module: str, quantized: Quantized) -> Mapping[str, Tensor]:
+            wanted = _target(quantized.format, quantized.codes.shape[1])
+            held = wanted.hold(quantized)
+            if isinstance(held, str) or held.format != wanted:
+                raise PlanError([f"{module}: offsets are too large for the type of its scales"], "MLX cannot hold this")
+            return encode(held)
+
+        how = settings(model)
+        return write_packed(self, model, out, card, model.config | dict.fromkeys(SETTINGS, how), parts, encoded)
+
+    def open(self, path: Path) -> QuantizedCheckpoint:
+        """See `Artifact.open`."""
+        return MLXCheckpoint(path)
+
+    @classmethod
+    def recognizes(cls, path: Path) -> bool:
+        """See `Artifact.recognizes`."""
+        return "group_size" in (quantization_config(path, KEY) or {})
+
+
+def _refusal(module: Module, layer: Layer) -> str | None:
+    """Why a layer cannot be held; None if it can."""
+    if layer.activations is not None:
+        return "MLX cannot say how activations are quantized"
+    if module.expert is not None:
+        return "MLX keeps the experts of a block in one tensor, which qtool does not write"
+    target = _choose(layer.format, module.shape[1])
+    wanted = "integers in groups that are multiples of 32 columns, mxfp4 and mxfp8"
+    return f"MLX holds {wanted}, not {layer.format.label}" if target is None else None
+
+
+def _choose(fmt: Format, k: int) -> Target | None:
+    """The format of MLX that holds the same values; None if none does."""
+    if isinstance(fmt, MXFP4 | MXFP8):
+        return type(fmt)() if fmt.levels().equal(type(fmt)().levels()) else None
+    levels, width = len(fmt.levels()), fmt.group_columns or k
+    bits = next((b for b in BITS if levels <= 1 << b), None)
+    group = next((g for g in GROUPS if width % g == 0), None)
+    if bits is None or group is None:
+        return None
+    zeros = isinstance(fmt, Int) and not fmt.symmetric
+    own = "fp16" if isinstance(fmt, Classic) else fmt.scale_dtype if isinstance(fmt, Int | Affine) else "fp32"
+    target = Affine.model_validate({"bits": bits, "group": group, "scale_dtype": "fp32" if zeros else own})
+    return None if target.may_hold(fmt) else target
+
+
+def _target(fmt: Format, k: int) -> Target:
+    target = _choose(fmt, k)
+    assert target is not None  # the plan has asked
+    return target
+
+
+def _keys(target: Target) -> dict[str, Any]:
+    """What config.json says about a matrix."""
+    if isinstance(target, Affine):
+        return {"group_size": target.group, "bits": target.bits, "mode": "affine"}
+    return {"group_size": 32, "bits": target.code_bits, "mode": type(target).__name__.lower()}
+
+
+def settings(model: QuantizedCheckpoint) -> dict[str, Any]:
+    """`quantization` of config.json: the most frequent format, and those of the modules that differ."""
+    keys = {
+        module: _keys(_target(layer.format, model.info(f"{module}.weight").shape[1]))
+        for module, layer in model.layers.items()
+    }
+    usual = dict(Counter(tuple(k.items()) for k in keys.values()).most_common(1)[0][0])
+    return usual | {module: k for module, k in keys.items() if k != usual}
+
+
+def infos(target: Target, n: int, k: int) -> Infos:
+    """Names below the module, shapes and types."""
+    keys = _keys(target)
+    shape = (n, k // keys["group_size"])
+    weight = {"weight": TensorInfo((n, k * keys["bits"] // 32), torch.uint32)}
+    if not isinstance(target, Affine):
+        return weight | {"scales": TensorInfo(shape, torch.uint8)}
+    dtype = DTYPES[target.scale_dtype]
+    return weight | {"scales": TensorInfo(shape, dtype), "biases": TensorInfo(shape, dtype)}
+
+
+def encode(quantized: Quantized) -> dict[str, Tensor]:
+    """The tensors of a matrix in one of the formats that MLX has."""
+    codes, params, fmt = quantized
+    if isinstance(fmt, Affine):
+        words = pack_words(codes, fmt.bits).view(torch.uint32)
+        return {"weight": words, "scales": params["scale"], "biases": params["offset"]}
+    assert isinstance(fmt, MXFP4 | MXFP8)
+    return {"weight": pack_words(to_bits(codes, fmt), fmt.code_bits).view(torch.uint32), "scales": params["exponent"]}
+
+
+class _Keys(Settings):
+    """How a matrix is packed."""
+
+    bits: Literal[2, 3, 4, 5, 6, 8]
+    group_size: Literal[32, 64, 128]
+    mode: Literal["affine", "mxfp4", "mxfp8"] = "affine"
+
+
+class MLXCheckpoint(PackedCheckpoint):
+    """An MLX checkpoint; see `PackedCheckpoint`."""
+
+    mark: ClassVar[str] = "scales"
+
+    def _settings(self, folder: Path) -> dict[str, Any]:
+        """See `PackedCheckpoint._settings`."""
+        return quantization_config(folder, KEY) or {}
+
+    def _understand(self, how: Mapping[str, Any]) -> None:
+        """See `PackedCheckpoint._understand`. Entries that are no objects say that a module is not packed."""
+        self._usual = read_settings(_Keys, how, self.source)
+        named = {module: keys for module, keys in how.items() if isinstance(keys, dict)}
+        self._named = {m: read_settings(_Keys, keys, f"{self.source}: {m[:60]}") for m, keys in named.items()}
+
+    def _packing(self, module: str, n: int, k: int, found: Infos) -> Packing:
+        """See `PackedCheckpoint._packing`."""
+        keys = self._named.get(module, self._usual)
+        target: Target
+        if keys.mode == "affine":
+            scales = self._scale_dtype(module, "scales", found)
+            target = Affine.model_validate({"bits": keys.bits, "group": keys.group_size, "scale_dtype": scales})
+        else:
+            target = MXFP4() if keys.mode == "mxfp4" else MXFP8()
+            if (keys.bits, keys.group_size) != (target.code_bits, 32):
+                wanted = f"{target.code_bits} bits in groups of 32"
+                found_text = f"{keys.bits} in groups of {keys.group_size}"
+                raise CheckpointError(f"{self.source}: {module}: {keys.mode}", wanted=wanted, found=found_text)
+        if reason := target.misfit(k):
+            raise CheckpointError(f"{self.source}: {module}: {reason}")
+        return Packing((n, k), Layer(target), infos(target, n, k))
+
+    def _unpack(self, module: str, packing: Packing, start: int, stop: int) -> Quantized:
+        """See `PackedCheckpoint._unpack`."""
+        assert packing.layer is not None
+        fmt, k = packing.layer.format, packing.shape[1]
+        words = self._read(module, "weight", start, stop).view(torch.int32)
+        scales = self._read(module, "scales", start, stop)
+        if isinstance(fmt, Affine):
+            biases = self._read(module, "biases", start, stop)
+            return Quantized(unpack_words(words, fmt.bits, k), {"scale": scales, "offset": biases}, fmt)
+        assert isinstance(fmt, MXFP4 | MXFP8)
+        return Quantized(from_bits(unpack_words(words, fmt.code_bits, k), fmt), {"exponent": scales}, fmt)

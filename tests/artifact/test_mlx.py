@@ -1,0 +1,201 @@
+"""MLX checkpoints against a loop over their layout, words that MLX itself made, and damage."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qtool.artifact.mlx import MLX, encode
+from qtool.errors import CheckpointError, PlanError
+from qtool.formats._base import Quantized
+from qtool.formats.affine import Affine
+from qtool.formats.int import Int
+from qtool.formats.mxfp4 import MXFP4
+from qtool.formats.mxfp8 import MXFP8
+from qtool.recipe.schema import parse_format
+from tests.artifact.conftest import assert_same_model, quantize
+from tests.reference import packed
+
+UP = "model.layers.0.mlp.up_proj"
+
+
+def write(model, folder):
+    folder.mkdir(exist_ok=True)
+    return MLX().write(model, folder, {})
+
+
+def stored(folder, module):
+    tensors = load_file(folder / "model.safetensors")
+    return {name.rpartition(".")[2]: t for name, t in tensors.items() if name.startswith(f"{module}.")}
+
+
+OWN = [Affine(bits=b, group=32) for b in (2, 3, 4, 5, 6, 8)]
+OWN += [Affine(bits=4, group=64, scale_dtype="fp32"), MXFP4(), MXFP8()]
+
+
+@pytest.mark.parametrize("fmt", OWN, ids=lambda f: f.label)
+def test_its_own_formats_come_back(fmt, tiny_checkpoint, tmp_path):
+    model = quantize(tiny_checkpoint("llama"), fmt, embedding=fmt)
+    files = write(model, tmp_path)
+    assert sorted(files) == sorted(tmp_path.iterdir())
+    found = MLX().open(tmp_path)
+    assert_same_model(found, model)
+    if isinstance(fmt, Affine):
+        assert found.layers == model.layers
+        expected = packed.mlx(stored(tmp_path, UP), fmt.bits, fmt.group)
+        assert torch.allclose(expected, model.tensor(f"{UP}.weight").double(), rtol=1e-7, atol=1e-7)
+
+
+def test_every_family_comes_back(tiny_folder, tmp_path):
+    fmt = Affine(bits=4, group=32, scale_dtype="fp16")
+    model = quantize(tiny_folder, fmt, embedding=Affine(bits=6, group=64, scale_dtype="fp16"))
+    write(model, tmp_path)
+    assert_same_model(MLX().open(tmp_path), model)
+
+
+EXACT = {
+    "int4-g32": ("affine4-g32", "bf16"),
+    "int7-g32": ("affine8-g32", "bf16"),
+    "int4-channel": ("affine4-g64", "bf16"),
+    "int4-g64-asym": ("affine4-g64", "fp32"),
+    "q4_1": ("affine4-g32", "fp16"),
+    "q5_0": ("affine5-g32", "fp16"),
+    "q8_0": ("affine8-g32", "fp16"),
+}
+
+
+@pytest.mark.parametrize(("label", "held", "dtype"), [(k, *v) for k, v in EXACT.items()], ids=EXACT)
+def test_the_same_values_with_offsets(label, held, dtype, tiny_checkpoint, tmp_path):
+    model = quantize(tiny_checkpoint("llama"), parse_format(label), down=None)
+    write(model, tmp_path)
+    found = MLX().open(tmp_path)
+    assert {(layer.format.label, layer.format.scale_dtype) for layer in found.layers.values()} == {(held, dtype)}
+    for name in model.names():
+        assert torch.equal(found.tensor(name), model.tensor(name)), name
+
+
+GOLDEN = {
+    2: [0x6C6C6C6C, 0x6C6C6C6C],
+    3: [0x47D63447, 0x3447D634, 0xD63447D6],
+    4: [0xE5C3A10F, 0x6D4B2907, 0xE5C3A18F, 0x6D4B2907],
+    5: [0x7835441F, 0xB9640775, 0x50FB748, 0x17F1593D, 0x3369B126],
+    6: [0x23AB103F, 0x90073957, 0x59D92BCB, 0x33E8120F, 0x94177A5B, 0x9ADD3B08],
+    8: [0xEAF100FF, 0xCED5DCE3, 0xB2B9C0C7, 0x969DA4AB, 0x7A81888F, 0x5E656C73, 0x42495057, 0x262D343B],
+}
+"""`mx.quantize` of mlx 0.32.4 (CPU) for codes 0, 2^b - 1, then 7 i mod 2^b, counted downwards from 3 bits on."""
+
+
+@pytest.mark.parametrize("bits", GOLDEN)
+def test_golden_words(bits):
+    count = 1 << bits
+    codes = torch.tensor([0, count - 1, *(7 * i % count for i in range(2, 32))])
+    codes = (codes if bits == 2 else count - 1 - codes).to(torch.uint8).view(1, 32)
+    params = {"scale": torch.ones(1, 1), "offset": torch.zeros(1, 1)}
+    found = encode(Quantized(codes, params, Affine(bits=bits, group=32)))
+    assert found["weight"].dtype == torch.uint32
+    assert found["weight"].view(torch.int32).flatten().tolist() == [w - (w >> 31 << 32) for w in GOLDEN[bits]]
+
+
+def test_golden_floats():
+    """`mx.quantize` of mlx 0.32.4 in modes mxfp4 and mxfp8; negative zero is never written."""
+    values = torch.tensor([[0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.5, -1, -1.5, -2, -3, -4, -6, 0] * 2])
+    exponent = {"exponent": torch.tensor([[127]], dtype=torch.uint8)}
+    found = encode(Quantized(MXFP4().snap(values, exponent), exponent, MXFP4()))
+    assert found["weight"].view(torch.int32).tolist() == [[0x76543210, 0x0FEDCBA9] * 2]
+    values = torch.tensor([[0, 448, -448, 2**-9, 1.125, -240, 3.5, -0.015625] * 4])
+    found = encode(Quantized(MXFP8().snap(values, exponent), exponent, MXFP8()))
+    assert found["weight"].view(torch.int32)[0, :2].tolist() == [0x01FE7E00, 0x8846F739 - 2**32]
+    assert found["scales"].tolist() == [[127]]
+
+
+def test_configuration(tiny_checkpoint, tmp_path):
+    model = quantize(tiny_checkpoint("llama"), Affine(bits=4, group=64), o=None, head=MXFP8())
+    write(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["quantization"] == config["quantization_config"]
+    assert config["quantization"] == {
+        "group_size": 64,
+        "bits": 4,
+        "mode": "affine",
+        "lm_head": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
+    }
+
+
+REFUSED = {
+    "groups": ({"fmt": Int(bits=4, group=16)}, "holds integers in groups that are multiples of 32 .* not int4-g16"),
+    "floats": ({"fmt": parse_format("fp8-channel")}, "not fp8-channel"),
+    "other-floats": ({"fmt": MXFP8(element="e5m2")}, "not mxfp8-e5m2"),
+    "inputs": (
+        {"fmt": Int(bits=8, group="channel"), "activations": Int(bits=8, group="token")},
+        "cannot say how activations are quantized",
+    ),
+}
+
+
+@pytest.mark.parametrize(("what", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_it_cannot_hold_is_refused(what, message, tiny_checkpoint, tmp_path):
+    with pytest.raises(PlanError, match=message):
+        write(quantize(tiny_checkpoint("llama"), **what), tmp_path)
+
+
+def edit(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def edit_config(folder, drop=(), **changes):
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("quantization", "quantization_config"):
+        config[key] = {k: v for k, v in (config[key] | changes).items() if k not in drop}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_older_configurations(tiny_checkpoint, tmp_path):
+    """Without a mode, with entries of `false` for what is not packed, and under the first key only."""
+    model = quantize(tiny_checkpoint("llama"), Affine(bits=4, group=32), o=None)
+    write(model, tmp_path)
+    edit_config(tmp_path, drop=["mode"], **{"model.layers.0.self_attn.o_proj": False})
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert MLX.recognizes(tmp_path)
+    assert_same_model(MLX().open(tmp_path), model)
+
+
+def test_only_its_own_folders_are_recognized(tiny_checkpoint, tmp_path):
+    assert not MLX.recognizes(tiny_checkpoint("llama"))
+    assert not MLX.recognizes(tmp_path)
+
+
+DAMAGE = {
+    "bits": (lambda f: edit_config(f, bits=7), "quantization_config: bits: .*found 7"),
+    "group": (lambda f: edit_config(f, group_size=48), "quantization_config: group_size: .*found 48"),
+    "mode": (lambda f: edit_config(f, mode="nvfp4"), "quantization_config: mode: .*found 'nvfp4'"),
+    "other mode": (lambda f: edit_config(f, mode="mxfp8"), "mxfp8: wanted 8 bits in groups of 32, found 4 in groups"),
+    "other group": (lambda f: edit_config(f, group_size=64), r"scales: wanted bfloat16 \[64, 1\], found .*\[64, 2\]"),
+    "large group": (lambda f: edit_config(f, group_size=128), "rows of 64 columns are not divisible by 128"),
+    "other bits": (lambda f: edit_config(f, bits=8), r"weight: wanted uint32 \[64, 16\], found uint32 \[64, 8\]"),
+    "no biases": (lambda f: edit(f, lambda t: t.pop(f"{UP}.biases")), f"lacks {UP}.biases"),
+    "no scales": (lambda f: edit(f, lambda t: t.pop(f"{UP}.scales")), f"llama models do not have: found {UP}.biases"),
+    "scale type": (
+        lambda f: edit(f, lambda t: t.update({f"{UP}.scales": t[f"{UP}.scales"].double()})),
+        "scales: wanted bf16, fp16, fp32, found torch.float64",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_damaged_files(damage, message, tiny_checkpoint, tmp_path):
+    write(quantize(tiny_checkpoint("llama"), Affine(bits=4, group=32)), tmp_path)
+    damage(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        MLX().open(tmp_path)
+
+
+def test_numbers_that_are_none(tiny_checkpoint, tmp_path):
+    write(quantize(tiny_checkpoint("llama"), MXFP8()), tmp_path)
+    edit(tmp_path, lambda t: t[f"{UP}.weight"].view(torch.int32).fill_(-1))
+    with pytest.raises(CheckpointError, match=f"codes of {UP}: wanted below 253, found larger"):
+        MLX().open(tmp_path).quantized(UP)
