@@ -130,6 +130,18 @@ class Format(BaseModel):
         What cannot be moved freely (an integer zero point, a shared super-block scale) stays as `params` has it.
         """
 
+    def refit_weighted(self, params: Params, scale: Tensor, offset: Tensor, curvature: Tensor) -> Params:
+        """As `refit`, nearest in the metric of an objective, for formats whose parameters are coarse.
+
+        Args:
+            params: present parameters.
+            scale: wanted, float32 [N, G].
+            offset: wanted, float32 [N, G].
+            curvature: float32 [N, P, P], positive definite: how errors of a row's scales count, and behind them, where
+                they are free, those of its offsets.
+        """
+        return self.refit(params, scale, offset)
+
     @abstractmethod
     def storage_bits(self, n: int, k: int) -> int:
         """Bits that a matrix of n rows and k columns takes, parameters included."""

@@ -22,6 +22,7 @@ from qtool.formats._ggml import BlockFormat, fp16
 from qtool.formats.int import Int
 from qtool.numerics import kquant
 from qtool.numerics.kquant import EFFORT, Grid
+from qtool.numerics.kquant_refit import settle
 
 
 class KQuant(BlockFormat):
@@ -68,9 +69,9 @@ class KQuant(BlockFormat):
 
     def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
         """See `Format.fit`."""
-        levels = (np.float32(self.lowest), np.float32(self.lowest + (1 << self.bits) - 1))
-        limits = (np.float32(limit) for limit in self.limits)
-        grid = Grid(self.group, *levels, *limits, self.minima, np.float32(self.ggml_spread))
+        lowest, low, top = (np.float32(end) for end in (self.lowest, *self.limits))
+        highest = lowest + np.float32((1 << self.bits) - 1)
+        grid = Grid(self.group, lowest, highest, low, top, self.minima, np.float32(self.ggml_spread))
         return self.stored(*kquant.search(w, importance, grid, EFFORT[self.search]))
 
     def stored(self, d: Tensor, dmin: Tensor, sc: Tensor, m: Tensor) -> Params:
@@ -95,6 +96,15 @@ class KQuant(BlockFormat):
             return self.stored(d, d, sc, sc)
         dmin, m = nearest_multiples(-offset, params["dmin"].float(), self.limits)
         return self.stored(d, dmin, sc, m)
+
+    def refit_weighted(self, params: Params, scale: Tensor, offset: Tensor, curvature: Tensor) -> Params:
+        """See `Format.refit_weighted`."""
+        present = torch.cat(self.affine(params)[: 1 + self.minima], dim=1)
+        wanted = torch.cat((scale, offset)[: 1 + self.minima], dim=1)
+        pull = torch.einsum("npq,nq->np", curvature, wanted - present)
+        d, sc = params["d"].float(), params["sc"].float()
+        dmin, m = (params[name].float() if self.minima else other for name, other in (("dmin", d), ("m", sc)))
+        return self.stored(*settle(curvature, pull, (d, dmin, sc, m), self.limits))
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:
         """See `BlockFormat.pack`."""

@@ -81,7 +81,8 @@ def move_parameters(codes: Tensor, params: Params, fmt: Format, gram: Tensor, pu
     diagonal += RIDGE * diagonal + 1e-12 * diagonal.amax(1, keepdim=True) + torch.finfo(torch.float32).tiny
     wanted, info = torch.linalg.solve_ex(damped, right)
     wanted = torch.where((info == 0)[:, None] & wanted.isfinite().all(1, keepdim=True), wanted, 0.0)
-    moved = fmt.refit(params, scale + wanted[:, :groups], offset + wanted[:, groups:] if fmt.free_offset else offset)
+    new_scale, new_offset = scale + wanted[:, :groups], offset + wanted[:, groups:] if fmt.free_offset else offset
+    moved = fmt.refit_weighted(params, new_scale, new_offset, damped)
     new_scale, new_offset = fmt.affine(moved)
     step = torch.cat([new_scale - scale, new_offset - offset], dim=1) if fmt.free_offset else new_scale - scale
     change = torch.einsum("np,npq,nq->n", step, normal, step) - 2 * (step * right).sum(1)

@@ -22,11 +22,11 @@ NEAREST_FIRST = (0, -9, -8, -7, -6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 7, 8, 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def extreme_of(x):  # type: ignore[no-untyped-def]
-    """The first of the values that are largest in size, with its sign."""
-    extreme = F32(0)
+    """The value that is largest in size, with its sign."""
+    low, high = F32(0), F32(0)
     for i in range(len(x)):
-        extreme = x[i] if abs(x[i]) > abs(extreme) else extreme
-    return extreme
+        low, high = min(low, x[i]), max(high, x[i])
+    return high if high > -low else low
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")

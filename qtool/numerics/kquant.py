@@ -29,7 +29,7 @@ from qtool.numerics import ggml_search
 from qtool.numerics.ggml_search import F32, FAST
 from qtool.numerics.parallel import over_rows
 from qtool.numerics.search import prepared
-from qtool.numerics.sweep import GGML_TRIALS, free_offset, free_scale, half, offset_trials, shared_step, signed_trials
+from qtool.numerics.sweep import REGISTERS, free_offset, free_scale, half, offset_trials, shared_step, signed_trials
 
 SUPER = 256
 FLOOR = 1e-5
@@ -137,7 +137,7 @@ def ggml_start(x, weight, grid, table, sums, a, b, f, w):  # type: ignore[no-unt
         if grid.minima:
             scale[g], minimum[g] = ggml_search.scale_and_minimum(xg, wg, grid.highest)
         else:
-            scale[g] = free_scale(xg, wg, table, GGML_TRIALS, grid.lowest, grid.highest, sums)[0]
+            scale[g] = free_scale(xg, wg, table, REGISTERS, grid.lowest, grid.highest, sums)[2]
     if grid.minima:
         d = half(ggml_search.positive_step(scale, total, grid.top, a))
         return d, half(ggml_search.positive_step(minimum, total, grid.top, b))

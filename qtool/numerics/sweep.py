@@ -15,18 +15,22 @@ from numba import njit
 from qtool.numerics.ggml_search import EPSILON, F32, FAST, NEAREST_FIRST, extreme_of
 from qtool.numerics.search import clip_ratios
 
-GGML_TRIALS = 24
-"""The first trials of a signed sweep are those of ggml's search, filled up to whole registers."""
+REGISTERS = 32
+"""Trials are made in multiples of this many; the rest of a multiple would be done one by one."""
 STRETCH = np.linspace(0.75, 1.1, 16).astype(np.float32)
 """Where the largest scale lands, relative to the last integer, when a step is searched."""
 
 
 def signed_trials(lowest: int, count: int) -> np.ndarray:
-    """Table of a sweep for x ~ s * l: where the largest weight lands relative to the lowest level; float32 [2, T]."""
-    ggml = [1 - 0.1 * i / lowest for i in NEAREST_FIRST]
-    own = clip_ratios(-2 * lowest, (count - GGML_TRIALS) // 2)
-    ratios = [*ggml, *ggml[: GGML_TRIALS - len(ggml)], *own, *-own]
-    return np.stack([np.array(ratios), np.zeros(len(ratios))]).astype(np.float32)
+    """Table of a sweep for x ~ s * l: where the largest weight lands relative to the lowest level; float32 [2, T].
+
+    The first trials are those of ggml's search. Which end of the grid the largest weight takes matters to coarse ones.
+    """
+    ratios = [1 - 0.1 * i / lowest for i in NEAREST_FIRST]
+    signs = (1, -1) if lowest > -16 else (1,)
+    own = clip_ratios(-2 * lowest, -(-(count - len(ratios)) // len(signs)))
+    ratios += [sign * ratio for ratio in own for sign in signs]
+    return np.stack([np.array(ratios[:count]), np.zeros(count)]).astype(np.float32)
 
 
 def offset_trials(highest: int, count: int) -> np.ndarray:
@@ -47,46 +51,22 @@ def half(x):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def sweep(x, weight, mean, middle, factor, table, count, lowest, highest, sums):  # type: ignore[no-untyped-def]
-    """Sums over a group [C] for the first `count` trials of a table [2, T].
-
-    The levels of a trial are l = round((x - middle) * factor * table[0] + table[1]). Fills sums [4, T] with those of
-    w l, w l^2 and w l (x - mean); the last row is scratch.
-    """
+def best_trial(sums, count):  # type: ignore[no-untyped-def]
+    """The first of `count` trials with the largest sums[2]^2 / sums[1]: what least squares takes off the error."""
+    best, first = F32(0), F32(count - 1)
     for t in range(count):
-        sums[0, t], sums[1, t], sums[2, t] = F32(0), F32(0), F32(0)
-    for j in range(0, len(x), 4):
-        x0, x1, x2, x3 = x[j] - mean, x[j + 1] - mean, x[j + 2] - mean, x[j + 3] - mean
-        w0, w1, w2, w3 = weight[j], weight[j + 1], weight[j + 2], weight[j + 3]
-        y0, y1 = (x[j] - middle) * factor, (x[j + 1] - middle) * factor
-        y2, y3 = (x[j + 2] - middle) * factor, (x[j + 3] - middle) * factor
-        for t in range(count):
-            l0 = min(max(np.rint(y0 * table[0, t] + table[1, t]), lowest), highest)
-            l1 = min(max(np.rint(y1 * table[0, t] + table[1, t]), lowest), highest)
-            l2 = min(max(np.rint(y2 * table[0, t] + table[1, t]), lowest), highest)
-            l3 = min(max(np.rint(y3 * table[0, t] + table[1, t]), lowest), highest)
-            m0, m1, m2, m3 = w0 * l0, w1 * l1, w2 * l2, w3 * l3
-            sums[0, t] += m0 + m1 + m2 + m3
-            sums[1, t] += m0 * l0 + m1 * l1 + m2 * l2 + m3 * l3
-            sums[2, t] += m0 * x0 + m1 * x1 + m2 * x2 + m3 * x3
-
-
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def best_trial(gain, count):  # type: ignore[no-untyped-def]
-    """Index of the first of the largest gains."""
-    best = F32(0)
+        sums[0, t] = sums[2, t] * sums[2, t] / max(sums[1, t], EPSILON)
+        best = max(best, sums[0, t])
     for t in range(count):
-        best = max(best, gain[t])
-    for t in range(count):
-        if gain[t] == best:
-            return t
-    return 0
+        first = min(first, F32(t) if sums[0, t] == best else first)
+    return int(first)
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def free_offset(x, weight, table, highest, sums):  # type: ignore[no-untyped-def]
     """The best (scale, offset <= 0) of a group [C], how much an error of the scale counts, the mean level, and sum(w).
 
+    The levels of trial t are l = round(y * table[0, t] + table[1, t]), y being x moved and scaled to the grid's length.
     table [2, T]; sums [4, T] is scratch.
     """
     low, high, total, mean = F32(0), x[0], F32(0), F32(0)
@@ -97,13 +77,27 @@ def free_offset(x, weight, table, highest, sums):  # type: ignore[no-untyped-def
     mean /= total
     if high <= low:
         return F32(0), min(mean, F32(0)), F32(0), F32(0), total
-    count = table.shape[1]
-    sweep(x, weight, mean, (low + high) / F32(2), highest / (high - low), table, count, F32(0), highest, sums)
+    middle, factor, count = (low + high) / F32(2), highest / (high - low), table.shape[1]
     for t in range(count):
-        sums[1, t] -= sums[0, t] * sums[0, t] / total
-        sums[3, t] = sums[2, t] * sums[2, t] / max(sums[1, t], EPSILON)
-    t = best_trial(sums[3], count)
-    scale, level = sums[2, t] / max(sums[1, t], EPSILON), sums[0, t] / total
+        sums[1, t], sums[2, t], sums[3, t] = F32(0), F32(0), F32(0)
+    for j in range(0, len(x), 4):
+        w0, w1, w2, w3 = weight[j], weight[j + 1], weight[j + 2], weight[j + 3]
+        x0, x1, x2, x3 = w0 * (x[j] - mean), w1 * (x[j + 1] - mean), w2 * (x[j + 2] - mean), w3 * (x[j + 3] - mean)
+        y0, y1 = (x[j] - middle) * factor, (x[j + 1] - middle) * factor
+        y2, y3 = (x[j + 2] - middle) * factor, (x[j + 3] - middle) * factor
+        for t in range(count):
+            l0 = min(max(np.rint(y0 * table[0, t] + table[1, t]), F32(0)), highest)
+            l1 = min(max(np.rint(y1 * table[0, t] + table[1, t]), F32(0)), highest)
+            l2 = min(max(np.rint(y2 * table[0, t] + table[1, t]), F32(0)), highest)
+            l3 = min(max(np.rint(y3 * table[0, t] + table[1, t]), F32(0)), highest)
+            m0, m1, m2, m3 = w0 * l0, w1 * l1, w2 * l2, w3 * l3
+            sums[1, t] += m0 * l0 + m1 * l1 + m2 * l2 + m3 * l3
+            sums[2, t] += x0 * l0 + x1 * l1 + x2 * l2 + x3 * l3
+            sums[3, t] += m0 + m1 + m2 + m3
+    for t in range(count):
+        sums[1, t] -= sums[3, t] * sums[3, t] / total
+    t = best_trial(sums, count)
+    scale, level = sums[2, t] / max(sums[1, t], EPSILON), sums[3, t] / total
     return scale, min(mean - scale * level, F32(0)), sums[1, t], level, total
 
 
@@ -111,15 +105,26 @@ def free_offset(x, weight, table, highest, sums):  # type: ignore[no-untyped-def
 def free_scale(x, weight, table, count, lowest, highest, sums):  # type: ignore[no-untyped-def]
     """The best scale of a group [C], either sign, how much an error of it counts, and the scale that ggml takes.
 
-    Arguments as in `free_offset`; of the table only the first `count` trials are made.
+    Arguments as in `free_offset`; only the first `count` trials are made.
     """
     extreme = extreme_of(x)
     if abs(extreme) < EPSILON:
         return F32(0), F32(0), F32(0)
-    sweep(x, weight, F32(0), F32(0), lowest / extreme, table, count, lowest, highest, sums)
+    factor = lowest / extreme
     for t in range(count):
-        sums[3, t] = sums[2, t] * sums[2, t] / max(sums[1, t], EPSILON)
-    ggml, t = best_trial(sums[3], GGML_TRIALS), best_trial(sums[3], count)
+        sums[1, t], sums[2, t] = F32(0), F32(0)
+    for j in range(0, len(x), 4):
+        w0, w1, w2, w3 = weight[j], weight[j + 1], weight[j + 2], weight[j + 3]
+        x0, x1, x2, x3 = w0 * x[j], w1 * x[j + 1], w2 * x[j + 2], w3 * x[j + 3]
+        y0, y1, y2, y3 = factor * x[j], factor * x[j + 1], factor * x[j + 2], factor * x[j + 3]
+        for t in range(count):
+            l0 = min(max(np.rint(y0 * table[0, t]), lowest), highest)
+            l1 = min(max(np.rint(y1 * table[0, t]), lowest), highest)
+            l2 = min(max(np.rint(y2 * table[0, t]), lowest), highest)
+            l3 = min(max(np.rint(y3 * table[0, t]), lowest), highest)
+            sums[1, t] += w0 * l0 * l0 + w1 * l1 * l1 + w2 * l2 * l2 + w3 * l3 * l3
+            sums[2, t] += x0 * l0 + x1 * l1 + x2 * l2 + x3 * l3
+    ggml, t = best_trial(sums, len(NEAREST_FIRST)), best_trial(sums, count)
     return sums[2, t] / sums[1, t], sums[1, t], sums[2, ggml] / sums[1, ggml]
 
 
