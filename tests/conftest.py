@@ -104,6 +104,15 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "sliding_window": 16,
         "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0},
     },
+    "gpt_oss-yarn": {
+        "dtype": "bfloat16",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 32,
+        "sliding_window": 16,
+        "rope_theta": 150000.0,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    },
 }
 """The same for mixtures of experts."""
 

@@ -9,7 +9,7 @@ Shape letters: T tokens, X experts, A experts that a token visits, H hidden size
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -46,11 +46,14 @@ class Expert(nn.Module):
 class Experts(nn.ModuleList):
     """All experts of a block, in place of transformers' own module.
 
-    Attributes:
-        measure_all: send all tokens through all experts. The result is that of the true routing in any case.
+    Args:
+        experts: in order.
+        show_all: whether an expert is shown all tokens. The result is that of the true routing in any case.
     """
 
-    measure_all = False
+    def __init__(self, experts: Iterable[Expert], show_all: bool) -> None:
+        super().__init__(experts)
+        self.show_all = show_all
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Sums up what the chosen experts make of each token.
@@ -63,7 +66,7 @@ class Experts(nn.ModuleList):
         result = torch.zeros_like(x)
         for e, expert in enumerate(self):
             token, place = torch.where(chosen == e)
-            if self.measure_all:
+            if self.show_all:
                 y = expert(x)[token]
             elif len(token):
                 y = expert(x[token])
@@ -73,12 +76,13 @@ class Experts(nn.ModuleList):
         return result
 
 
-def split_experts(block: nn.Module, found: Mapping[str, Module]) -> None:
+def split_experts(block: nn.Module, found: Mapping[str, Module], show_all: bool) -> None:
     """Puts `Experts` on the meta device in the place of transformers' module, if the block has one.
 
     Args:
         block: of transformers.
         found: the linear layers of the block by path below it.
+        show_all: see `Experts`.
     """
     members: dict[str, dict[str, str]] = defaultdict(dict)
     for path, module in found.items():
@@ -90,12 +94,12 @@ def split_experts(block: nn.Module, found: Mapping[str, Module]) -> None:
     theirs: Any = block.get_submodule(place)
     bias = any(name.endswith("_bias") for name, _ in theirs.named_parameters())
     combine = gated(theirs.act_fn) if hasattr(theirs, "act_fn") else interleaved(theirs._apply_gate)
-    ours = Experts()
+    experts = []
     for paths in members.values():
         layers = {role: nn.Linear(*found[path].shape[::-1], bias, device="meta") for role, path in paths.items()}
-        ours.append(Expert(layers, {role: path.rpartition(".")[2] for role, path in paths.items()}, combine))
+        experts.append(Expert(layers, {role: path.rpartition(".")[2] for role, path in paths.items()}, combine))
     owner, _, name = place.rpartition(".")
-    setattr(block.get_submodule(owner), name, ours)
+    setattr(block.get_submodule(owner), name, Experts(experts, show_all))
 
 
 def gated(act: Callable[[Tensor], Tensor]) -> Combine:

@@ -62,9 +62,12 @@ class Walker:
         checkpoint: where weights come from, one tensor at a time; a quantized one gives decoded weights.
         device: where blocks are run.
         dtype: of weights and hidden states.
+        all_experts: show every token to every expert, and measure so; the model computes the same.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, all_experts: bool = False
+    ) -> None:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         self.family = checkpoint.family
         self.model = build_on_meta(checkpoint.config, dtype, self.family.attention)
@@ -75,7 +78,7 @@ class Walker:
             if module.block is not None:
                 self.modules[module.block].append(module)
         for block, found in zip(self.blocks, self.modules.values(), strict=True):
-            split_experts(block, {self.path(module): module for module in found})
+            split_experts(block, {self.path(module): module for module in found}, all_experts)
         self.arguments: dict[int, list[dict[str, Any]]] = {}
         self.head: tuple[nn.Module, Tensor] | None = None
 

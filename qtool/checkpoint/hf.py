@@ -100,9 +100,9 @@ class HFCheckpoint(Checkpoint):
         part = self._slices.get(name)
         if part is None:
             return self._file(name).read(name, start, stop)
-        file, rows = self._file(part.tensor), range(part.first, part.first + part.step * self._shapes[name][0], part.step)
-        wanted = rows[start:stop]
-        first, last = (wanted[0], wanted[-1] + 1) if wanted else (0, 0)
+        file = self._file(part.tensor)
+        rows = range(part.first + part.step * start, part.first + part.step * stop, part.step)
+        first, last = (rows[0], rows[-1] + 1) if rows else (0, 0)
         if part.transposed:
             return file.read(part.tensor, index=part.index)[:, first : last : part.step].T.contiguous()
         return file.read(part.tensor, first, last, part.index)[:: part.step].contiguous()

@@ -62,7 +62,7 @@ def run(options: CalibrateOptions, listener: Listener = silent) -> Measured:
     o = options
     job = prepare(o.model, o.recipe, o.overrides, o.seed, device=o.device, dtype=o.dtype)
     calibration = job.plan.recipe.calibration
-    walker = Walker(job.checkpoint, job.device, job.dtype)
+    walker = Walker(job.checkpoint, job.device, job.dtype, calibration.experts == "all")
     tokens = load_tokens(calibration, job.checkpoint)
     stats = measure(walker, walker.embed(tokens), listener)
     about = {
@@ -79,12 +79,16 @@ def run(options: CalibrateOptions, listener: Listener = silent) -> Measured:
 
 
 def measure(walker: Walker, hidden: Hidden, listener: Listener) -> dict[str, InputStats]:
-    """Compact statistics of every input of every block, and of the output layer if it is a matrix of its own."""
+    """Compact statistics of every input of every block, and of the output layer if it is a matrix of its own.
+
+    Inputs that no token reached, of experts, are left out.
+    """
     stats: dict[str, InputStats] = {}
     blocks = len(walker.blocks)
     listener(Event("calibrate", 0, blocks))
     for i in range(blocks):
-        stats |= walker.collect(walker.load_block(i), i, hidden, CHANNELS)
+        found = walker.collect(walker.load_block(i), i, hidden, CHANNELS)
+        stats |= {reads: measured for reads, measured in found.items() if measured.tokens}
         listener(Event("calibrate", i + 1, blocks, f"block {i}"))
     heads = [m.reads for m in modules(walker.checkpoint) if m.role == "head"]
     return stats | {reads: walker.collect_head(hidden, CHANNELS) for reads in heads}

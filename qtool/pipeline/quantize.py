@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -22,6 +22,7 @@ from qtool.pipeline.summarize import make_report, model_card
 from qtool.pipeline.upload import upload
 from qtool.pipeline.work import Work, begun, identity, open_work, remove_work
 from qtool.plan import LayerPlan
+from qtool.recipe.schema import parse_method
 from qtool.report.model import LayerEntry, Report
 from qtool.report.render import read_report, write_report
 from qtool.stats import InputStats
@@ -162,10 +163,21 @@ def solve_unit(unit: Unit, job: Job, work: Work, source: Statistics, followed: b
 
     def solve_readers(plans: tuple[LayerPlan, ...], stats: InputStats | None) -> dict[str, Tensor]:
         for p in plans:
-            solved[p.module.name], entry = solve(p, job.checkpoint, stats, job.device, unit.merged(p))
-            entries.append(entry)
+            usable = with_enough_data(p, stats, job.plan.recipe.calibration.min_tokens)
+            solved[p.module.name], entry = solve(usable, job.checkpoint, stats, job.device, unit.merged(p))
+            entries.append(entry if usable is p or stats is None else entry.model_copy(update={"tokens": stats.tokens}))
         return {p.module.name: solved[p.module.name].decode() for p in plans}
 
     source.visit(unit, solve_readers, False, followed)
     work.save(unit, solved, entries)
     return entries
+
+
+def with_enough_data(plan: LayerPlan, stats: InputStats | None, least: int) -> LayerPlan:
+    """A layer's plan; without data, and saying so, if it is an expert's and fewer than `least` tokens reached it."""
+    if plan.method is None or not plan.method.needs or stats is None or plan.module.expert is None:
+        return plan
+    if stats.tokens >= least:
+        return plan
+    text = f"rounded to nearest: fewer than {least} calibration tokens reached this expert"
+    return replace(plan, method=parse_method("rtn"), fallback="; ".join(filter(None, (plan.fallback, text))))

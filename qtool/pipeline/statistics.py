@@ -132,7 +132,8 @@ def statistics_for(job: Job, stored: Path | None, listener: Listener) -> Statist
     calibration = job.plan.recipe.calibration
     listener(Event("calibrate", 0, 1, str(calibration.data)))
     tokens = load_tokens(calibration, job.checkpoint)
-    source = Walked(Walker(job.checkpoint, job.device, job.dtype), tokens, calibration)
+    walker = Walker(job.checkpoint, job.device, job.dtype, calibration.experts == "all")
+    source = Walked(walker, tokens, calibration)
     listener(Event("calibrate", 1, 1, f"{tokens.numel()} tokens"))
     return source
 
@@ -164,6 +165,8 @@ def read(path: Path, job: Job) -> Stored:
             found=about.get("model"),
         )
     for module in readers(job):
+        if module.expert is not None and module.reads not in stats:
+            continue  # no calibration token reached it
         found = len(stats[module.reads].sum_squares) if module.reads in stats else 0
         if found != module.shape[1]:
             what = f"the statistics in {path} do not fit {module.name}"

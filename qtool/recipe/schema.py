@@ -147,6 +147,8 @@ class Calibration(Strict):
         length: tokens per sequence.
         seed: chooses the sequences.
         chat_template: whether messages of a .jsonl file are laid out by the model's chat template.
+        experts: the tokens that an expert is measured on: those that are routed to it, or all of them.
+        min_tokens: an expert that fewer tokens reach is rounded to nearest, without data.
         propagate: what a block reads: the output of the quantized blocks before it, or of the original ones.
     """
 
@@ -158,6 +160,8 @@ class Calibration(Strict):
     length: int = Field(default=512, ge=16)
     seed: int = 0
     chat_template: bool = False
+    experts: Literal["routed", "all"] = "routed"
+    min_tokens: int = Field(default=128, ge=1)
     propagate: Literal["quantized", "float"] = "quantized"
 
 

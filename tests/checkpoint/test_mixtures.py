@@ -58,7 +58,7 @@ def state_dict(folder: Path) -> dict[str, Tensor]:
     """transformers' own, in which experts are stacked."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
@@ -87,7 +87,7 @@ def test_stacked_and_separate_experts_read_alike(name, tiny_checkpoint, tmp_path
     fused = HFCheckpoint(write(tmp_path / "fused", folder, state))
     assert fused.names() == separate.names() == list(separate.family.shapes(separate.config))
     experts = [n for n in fused.names() if stacked(n)[1] is not None]
-    assert len(experts) == 2 * 3 * separate.family.experts(separate.config) * (2 if name == "gpt_oss" else 1)
+    assert len(experts) == 2 * 3 * separate.family.experts(separate.config) * (2 if name.startswith("gpt_oss") else 1)
     for n in fused.names():
         assert fused.info(n) == separate.info(n)
         want = expected(state, name, n) if n in experts else separate.tensor(n)
@@ -125,11 +125,11 @@ def test_a_checkpoint_of_half_stacked_tensors(tiny_checkpoint, tmp_path):
     folder = tiny_checkpoint("qwen3_moe")
     separate, state = HFCheckpoint(folder), state_dict(folder)
     own = "model.layers.0.mlp.experts.2.down_proj.weight"
-    with pytest.raises(CheckpointError, match=r"experts\.2\.down_proj\.weight by itself and as part of a larger tensor"):
+    with pytest.raises(CheckpointError, match=r"experts\.2\.down_proj\.weight by itself and as part of a larger"):
         HFCheckpoint(write(tmp_path / "twice", folder, state | {own: separate.tensor(own)}))
     stack = "model.layers.1.mlp.experts.gate_up_proj"
     for i, wrong in enumerate((state[stack][:5], state[stack].mT.contiguous(), state[stack][0].clone())):
-        with pytest.raises(CheckpointError, match=rf"{stack} does not fit config\.json: wanted \[6, 64, 64\], found") as e:
+        with pytest.raises(CheckpointError, match=rf"{stack} does not fit .*: wanted \[6, 64, 64\], found \[") as e:
             HFCheckpoint(write(tmp_path / f"wrong-{i}", folder, state | {stack: wrong[:, :60] if i == 1 else wrong}))
         assert "\n" not in str(e.value)
 
@@ -164,7 +164,8 @@ def test_what_modules_say(name, tiny_checkpoint):
     assert {m.role for m in routers} == {"router"}
     assert len(routers) == (4 if name == "qwen2_moe" else 2)
     assert all(m.stack is None and m.expert is None for m in routers)
-    assert f"{routers[0].name}.weight" == next(n for n in checkpoint.names() if n.endswith(("gate.weight", "router.weight")))
+    first = next(n for n in checkpoint.names() if n.endswith(("gate.weight", "router.weight")))
+    assert f"{routers[0].name}.weight" == first
 
 
 @pytest.mark.parametrize(
@@ -185,7 +186,10 @@ def test_blocks_without_experts(change, sparse, tmp_path):
 
 
 def test_gguf_metadata():
-    told = {name: family(name).gguf_metadata(CONFIG | family_config(name)) for name in MIXTURES}
+    told = {
+        name: family(name).gguf_metadata(CONFIG | family_config(name))
+        for name in ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
+    }
     assert told["mixtral"]["llama.expert_count"] == told["qwen3_moe"]["qwen3moe.expert_count"] == 3
     assert told["mixtral"]["llama.expert_used_count"] == told["gpt_oss"]["gpt-oss.expert_used_count"] == 2
     assert told["mixtral"]["llama.feed_forward_length"] == told["qwen3_moe"]["qwen3moe.feed_forward_length"] == 96
@@ -194,6 +198,11 @@ def test_gguf_metadata():
     assert told["gpt_oss"]["gpt-oss.expert_feed_forward_length"] == 96
     assert told["qwen2_moe"]["qwen2moe.expert_shared_feed_forward_length"] == 80
     assert told["gpt_oss"]["gpt-oss.attention.sliding_window"] == 16
+    assert told["gpt_oss"]["gpt-oss.rope.scaling.type"] == "yarn"  # what silence means there
+    assert told["gpt_oss"]["gpt-oss.rope.freq_base"] == 150000.0
+    rope = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
+    said = family("gpt_oss").gguf_metadata(CONFIG | {"rope_scaling": rope, "rope_theta": 150000})
+    assert said == {key: value for key, value in told["gpt_oss"].items() if "beta" not in key}
 
 
 def family_config(name: str) -> dict[str, Any]:
@@ -203,8 +212,8 @@ def family_config(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("qwen3_moe", {"norm_topk_prob": False}, "how qwen3moe weighs experts: wanted norm_topk_prob: True, found False"),
-        ("qwen2_moe", {"norm_topk_prob": True}, "how qwen2moe weighs experts: wanted norm_topk_prob: False, found True"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "qwen3moe weighs experts: wanted norm_topk_prob: True, found False"),
+        ("qwen2_moe", {"norm_topk_prob": True}, "qwen2moe weighs experts: wanted norm_topk_prob: False, found True"),
         ("gpt_oss", {"layer_types": ["full_attention"] * 2}, "cannot hold these layer_types"),
     ],
 )

@@ -11,8 +11,16 @@ from typing import Any, ClassVar
 
 from qtool.checkpoint.families._base import Value
 from qtool.checkpoint.families._moe import MixtureOfExperts
-from qtool.checkpoint.families._rope import rope_parameters
 from qtool.errors import CheckpointError
+
+YARN = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 4096,
+}
+"""What transformers assumes where config.json says nothing about the rotary embedding."""
 
 
 class GPTOSS(MixtureOfExperts):
@@ -50,16 +58,26 @@ class GPTOSS(MixtureOfExperts):
         if any(kind != ("full_attention" if i % 2 else "sliding_attention") for i, kind in enumerate(kinds)):
             wanted = "sliding and full attention in turns"
             raise CheckpointError("GGUF cannot hold these layer_types", wanted=wanted, found=", ".join(kinds)[:60])
-        rope = {key: value for key, value in rope_parameters(config).items() if key != "truncate"}
-        plain = {key: value for key, value in config.items() if key != "rope_scaling"}
         window = {"gpt-oss.attention.sliding_window": int(config["sliding_window"])}
         wide = {"gpt-oss.expert_feed_forward_length": int(config["intermediate_size"])}
-        return super().gguf_metadata(plain | {"rope_parameters": rope}) | window | wide
+        return super().gguf_metadata(config) | window | wide
+
+    def rope(self, config: dict[str, Any]) -> dict[str, Any]:
+        """See `Family.rope`."""
+        told = config.get("rope_parameters") or config.get("rope_scaling") or YARN
+        known = {field: value for field, value in told.items() if field != "truncate"}
+        theta = config.get("rope_theta") or 150000.0
+        return config | {"rope_scaling": None, "rope_theta": theta, "rope_parameters": known}
 
     def gguf_fields(self, metadata: dict[str, Any], tensors: Collection[str]) -> dict[str, Any]:
         """See `Family.gguf_fields`."""
-        window = {"sliding_window": metadata.get("gpt-oss.attention.sliding_window")}
-        return super().gguf_fields(metadata, tensors) | window | {"attention_bias": "blk.0.attn_q.bias" in tensors}
+        fields = super().gguf_fields(metadata, tensors) | {
+            "sliding_window": metadata.get("gpt-oss.attention.sliding_window"),
+            "attention_bias": "blk.0.attn_q.bias" in tensors,
+        }
+        if metadata.get("gpt-oss.rope.scaling.type", "none") == "none":
+            fields["rope_parameters"] = {"rope_type": "default", "rope_theta": metadata.get("gpt-oss.rope.freq_base")}
+        return fields
 
     def gguf_names(self, config: dict[str, Any]) -> dict[str, str]:
         """See `Family.gguf_names`. Sinks are called weights there."""
