@@ -73,7 +73,7 @@ def expected(state: dict[str, Tensor], model_type: str, path: str) -> Tensor:
     place, projection, kind = whole.rsplit(".", 2)
     down = projection in ("down_proj", "w2")
     tensor = state[f"{place}.{'down_proj' if down else 'gate_up_proj'}{'_bias' if kind == 'bias' else ''}"][e]
-    if model_type == "gpt_oss":
+    if model_type.startswith("gpt_oss"):
         tensor = tensor.T if kind == "weight" else tensor
         return tensor if down else tensor[["gate_proj", "up_proj"].index(projection) :: 2]
     half = len(tensor) // 2
