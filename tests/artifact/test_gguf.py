@@ -51,7 +51,7 @@ def reference_logits(folder: Path, tensors=None, tokens=TOKENS):
     """float32 [T, V] by transformers, with other weights if given."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     if tensors is not None:
         missing, unexpected = model.load_state_dict(tensors, strict=False)
         assert not unexpected and missing in ([], ["lm_head.weight"])

@@ -206,6 +206,12 @@ def test_gguf_names(name: str) -> None:
     assert below == {here: f"blk.1.{there}" for here, there in expected.items()}
 
 
+def test_a_gguf_package_without_the_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gguf.MODEL_ARCH_NAMES", {})
+    with pytest.raises(CheckpointError, match="the gguf package is too old for phi3; pip install -U gguf"):
+        family("phi3").gguf_names(CONFIG)
+
+
 @pytest.mark.parametrize(("role", "heads"), [("q", 4), ("k", 2)])
 def test_gguf_rows(role: str, heads: int) -> None:
     """llama.cpp pairs neighbours: head by head, element i of the first half is followed by element i of the second."""

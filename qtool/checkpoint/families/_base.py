@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from qtool.checkpoint.families._gguf import name_map
 from qtool.checkpoint.families._rope import LLAMA3_TENSOR, llama3_factors, rope_metadata
 from qtool.errors import CheckpointError
 
@@ -42,21 +43,6 @@ class Linear:
     fused: str | None = None
     expert: int | None = None
     kind: str = "linear"
-
-
-def positive(metadata: dict[str, Any], key: str) -> int:
-    """A count among a GGUF file's key-values, 1 if there is none; some files repeat it for every block."""
-    value = metadata.get(key)
-    value = value[0] if isinstance(value, list) and value else value
-    return value if type(value) is int and value > 0 else 1
-
-
-def check_fixed(arch: str, config: dict[str, Any], fixed: dict[str, Any]) -> None:
-    """Raises CheckpointError: a field of config.json is there and not what llama.cpp takes for granted."""
-    for field, wanted in fixed.items():
-        if (found := config.get(field)) is not None and found != wanted:
-            what = f"llama.cpp computes {arch} models with one {field} only"
-            raise CheckpointError(what, wanted=f"{wanted!r:.80}", found=f"{found!r:.80}")
 
 
 EXPERT = re.compile(r"\.experts\.(\d+)(?=\.)")
@@ -263,10 +249,7 @@ class Family:
 
         All experts' matrices of one role in a block have the name of the one tensor in which GGUF stacks them.
         """
-        import gguf
-
-        arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.gguf_arch)
-        names = gguf.get_tensor_name_map(arch, self.blocks(config))
+        names = name_map(self.gguf_arch, self.blocks(config))
         mapped = {}
         shapes, head = self.shapes(config), f"{self.head}.weight"
         for name in [*shapes, head]:

@@ -11,7 +11,8 @@ import math
 from collections.abc import Collection
 from typing import Any, ClassVar
 
-from qtool.checkpoint.families._base import Family, Value, check_fixed, positive
+from qtool.checkpoint.families._base import Family, Value
+from qtool.checkpoint.families._gguf import check_fixed, positive
 
 
 class Gemma(Family):

@@ -176,8 +176,9 @@ def rope_config(metadata: dict[str, Any], arch: str, dim: int, tensors: Mapping[
     fields |= {"rope_scaling": scaling} if scaling["rope_type"] != "none" else {}
     rope = rope_parameters(fields)
     told, context = metadata.get(f"{arch}.rope.scaling.attn_factor"), metadata.get(f"{arch}.context_length")
-    if scaling["rope_type"] == "longrope" and isinstance(told, float) and isinstance(context, int):
-        if not math.isclose(told, _attention_factor(rope, context), rel_tol=1e-6):
+    if scaling["rope_type"] == "longrope" and isinstance(told, float):
+        known = _attention_factor(rope, context) if isinstance(context, int) else None
+        if known is None or not math.isclose(told, known, rel_tol=1e-6):
             scaling["attention_factor"] = _decimal(told)
     return fields
 

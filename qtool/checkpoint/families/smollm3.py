@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from qtool.checkpoint.families._base import Family, Value, check_fixed
+from qtool.checkpoint.families._base import Family, Value
+from qtool.checkpoint.families._gguf import check_fixed
 from qtool.checkpoint.families.llama import Llama
 
 PERIOD = 4

@@ -1,0 +1,32 @@
+"""What families need to speak of GGUF files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qtool.errors import CheckpointError
+
+
+def name_map(architecture: str, blocks: int) -> Any:
+    """The gguf package's names of the tensors of an architecture. Raises CheckpointError: it does not know that one."""
+    import gguf
+
+    arch = next((arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
+    if arch is None:
+        raise CheckpointError(f"the gguf package is too old for {architecture}", hint="pip install -U gguf")
+    return gguf.get_tensor_name_map(arch, blocks)
+
+
+def positive(metadata: dict[str, Any], key: str) -> int:
+    """A count among a GGUF file's key-values, 1 if there is none; some files repeat it for every block."""
+    value = metadata.get(key)
+    value = value[0] if isinstance(value, list) and value else value
+    return value if type(value) is int and value > 0 else 1
+
+
+def check_fixed(arch: str, config: dict[str, Any], fixed: dict[str, Any]) -> None:
+    """Raises CheckpointError: a field of config.json is there and not what llama.cpp takes for granted."""
+    for field, wanted in fixed.items():
+        if (found := config.get(field)) is not None and found != wanted:
+            what = f"llama.cpp computes {arch} models with one {field} only"
+            raise CheckpointError(what, wanted=f"{wanted!r:.80}", found=f"{found!r:.80}")
