@@ -48,7 +48,7 @@ class Packing:
         shape: (N, K).
         layer: its formats; None if no format of qtool has its groups, so that it is decoded when it is read.
         parts: the tensors that it is packed into.
-        reason: why `layer` is None.
+        reason: why `layer` is None, or why no other layout can have all of it.
     """
 
     shape: tuple[int, int]
@@ -137,7 +137,7 @@ class PackedCheckpoint(HFCheckpoint, QuantizedCheckpoint):
     @property
     def decoded(self) -> dict[str, str]:
         """See `QuantizedCheckpoint.decoded`."""
-        return {module: packing.reason for module, packing in self._packings.items() if packing.layer is None}
+        return {module: packing.reason for module, packing in self._packings.items() if packing.reason}
 
     def info(self, name: str) -> TensorInfo:
         """See `Checkpoint.info`."""

@@ -108,7 +108,10 @@ class QuantizedCheckpoint(Checkpoint):
 
     @property
     def decoded(self) -> Mapping[str, str]:
-        """Modules that are stored as codes which no format of qtool has, and are decoded when read: name -> why."""
+        """Modules that cannot be exported as they are stored, because no format of qtool says all of it: name -> why.
+
+        Those that are not in `layers` either are decoded when they are read.
+        """
         return {}
 
     @abstractmethod

@@ -25,7 +25,7 @@ from typing_extensions import Self
 
 from qtool.errors import NumericsError
 from qtool.formats import _groups
-from qtool.formats._base import Params, expand
+from qtool.formats._base import Format, Params, expand
 from qtool.formats._groups import Group
 from qtool.formats._scaled import Scaled
 from qtool.formats.int import DTYPES
@@ -197,3 +197,9 @@ class FP(Scaled):
             base = 1.0 if self.constraint == "power" else old.amax(1, keepdim=True)
             scale = nearest_power(scale / base) * base
         return self._store(scale)
+
+    def may_hold(self, fmt: Format) -> str | None:
+        """See `Format.may_hold`. Without a constraint, scales may as well be what one would have made them."""
+        if isinstance(fmt, FP) and self.constraint == "none":
+            fmt = fmt.model_copy(update={"constraint": "none"})
+        return super().may_hold(fmt)

@@ -1,0 +1,85 @@
+"""What a ModelOpt checkpoint says and holds, made from a quantized model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qtool.artifact._integers import as_integers, exact_scales, half_dtype, integers
+from qtool.artifact._packed import SCALE_DTYPES, Infos
+from qtool.artifact.modelopt._algos import ALGOS, Algo, algo_of
+from qtool.checkpoint._base import Layer, QuantizedCheckpoint, TensorInfo, modules
+from qtool.errors import PlanError
+from qtool.formats._base import Format, Quantized
+
+VERSION = "0.47.0"
+"""Of the tool whose layout this is; runtimes know the layout by the name of that tool."""
+
+
+def settings(model: QuantizedCheckpoint) -> dict[str, Any]:
+    """hf_quant_config.json."""
+    layers = {module: {"quant_algo": _algo(x).name, **_algo(x).keys(x)} for module, x in model.layers.items()}
+    linears = [m.name for m in modules(model) if m.kind != "embedding"]
+    linears += [model.family.head] if model.tied else []
+    first = next(iter(layers.values()))
+    alike = all(keys == first for keys in layers.values())
+    how = {
+        **(first if alike else {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}),
+        "exclude_modules": [name for name in linears if name not in layers],
+        "kv_cache_quant_algo": None,
+    }
+    return {"producer": {"name": "modelopt", "version": VERSION}, "quantization": how}
+
+
+def flat(how: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for config.json."""
+    found = {**how["quantization"], "producer": how["producer"], "quant_method": "modelopt"}
+    return found | {"ignore": found["exclude_modules"]}
+
+
+class Writer:
+    """Makes the tensors of a model.
+
+    Args:
+        model: all of whose layers have a quantization that ModelOpt knows.
+    """
+
+    def __init__(self, model: QuantizedCheckpoint) -> None:
+        self.layers = model.layers
+        self.dtype = half_dtype(model)
+        self.merged = {m.name: m.fused for m in modules(model)}
+        self.largest: dict[str, float] = {}
+
+    def infos(self, module: str, fmt: Format, n: int, k: int) -> Infos:
+        """Names below the module, shapes and types. Scales of integers have the model's type."""
+        layer = self.layers[module]
+        if ints := integers(fmt):
+            layer = Layer(ints.model_copy(update={"scale_dtype": SCALE_DTYPES[self.dtype]}), layer.activations)
+        factors = {"pre_quant_scale": TensorInfo((k,), self.dtype)} if self._scales_inputs(module) else {}
+        return _algo(layer).infos(layer, n, k) | factors
+
+    def encode(self, module: str, quantized: Quantized) -> dict[str, Tensor]:
+        """The tensors of a matrix. Raises PlanError: its scales are not exact, or not those that runtimes can merge."""
+        if integers(quantized.format):
+            quantized = exact_scales(as_integers(quantized), module, self.dtype)
+            quantized = quantized._replace(params={"scale": quantized.params["scale"].to(self.dtype)})
+        if "tensor" in quantized.params:
+            whole = float(quantized.params["tensor"][0, 0])
+            if self.largest.setdefault(self.merged[module] or module, whole) != whole:
+                line = f"{module}: runtimes merge it with matrices that have another scale of the whole matrix"
+                raise PlanError([line], "ModelOpt has one such scale for merged matrices")
+        ones = {"pre_quant_scale": torch.ones(quantized.codes.shape[1], dtype=self.dtype)}
+        return _algo(self.layers[module]).encode(quantized) | (ones if self._scales_inputs(module) else {})
+
+    def _scales_inputs(self, module: str) -> bool:
+        """Runtimes want factors of inputs where they merge nothing; for what they merge, the norm before has them."""
+        return _algo(self.layers[module]) is ALGOS["W4A16_AWQ"] and self.merged[module] is None
+
+
+def _algo(layer: Layer) -> Algo:
+    algo = algo_of(layer)
+    assert algo is not None  # the plan has asked
+    return algo

@@ -1,0 +1,267 @@
+"""ModelOpt checkpoints against loops over their layouts, literal bytes, other tools' habits, and damage."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qtool.artifact.modelopt import ModelOpt
+from qtool.artifact.modelopt._algos import ALGOS
+from qtool.checkpoint._base import Layer
+from qtool.errors import CheckpointError, PlanError
+from qtool.formats._base import Quantized
+from qtool.formats.int import Int
+from qtool.formats.nvfp4 import NVFP4
+from qtool.recipe.schema import parse_format
+from tests.artifact.conftest import assert_same_model, quantize
+from tests.reference import packed
+
+UP, DOWN, K = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj", "model.layers.0.self_attn.k_proj"
+SCHEMES = {
+    "W4A16_AWQ": (Int(bits=4, group=32), None),
+    "W8A16": (Int(bits=8, group="channel"), None),
+    "FP8_PER_CHANNEL_PER_TOKEN": (parse_format("fp8-channel"), parse_format("fp8-token")),
+    "MXFP8": (parse_format("mxfp8"), parse_format("mxfp8")),
+    "W4A16_NVFP4": (parse_format("nvfp4"), None),
+}
+
+
+def share(model):
+    """Gives merged matrices one scale, as the pipeline does."""
+    for name, q in model.matrices.items():
+        if isinstance(q.format, NVFP4):
+            fmt = NVFP4().given(2.0)
+            w = model.origin.tensor(f"{name}.weight").float()
+            params = fmt.fit(w)
+            model.matrices[name] = Quantized(fmt.snap(w, params), params, NVFP4())
+    return model
+
+
+def write(model, folder):
+    folder.mkdir(exist_ok=True)
+    return ModelOpt().write(share(model), folder, {})
+
+
+def stored(folder, module):
+    tensors = load_file(folder / "model.safetensors")
+    return {name.rpartition(".")[2]: t for name, t in tensors.items() if name.startswith(f"{module}.")}
+
+
+def exact(found, model):
+    assert found.names() == model.names()
+    assert found.config == model.config
+    for name in model.names():
+        assert torch.equal(found.tensor(name).float(), model.tensor(name).float()), name
+        assert torch.equal(found.rows(name, 3, 18).float(), model.tensor(name)[3:18].float()), name
+    for module, layer in model.layers.items():
+        assert found.layers[module].format.label == layer.format.label
+        assert found.layers[module].activations == layer.activations or layer.activations is not None
+
+
+@pytest.mark.parametrize("algo", SCHEMES)
+def test_comes_back(algo, tiny_checkpoint, tmp_path):
+    model = quantize(tiny_checkpoint("llama"), *SCHEMES[algo])
+    files = write(model, tmp_path)
+    assert sorted(files) == sorted(tmp_path.iterdir())
+    assert ModelOpt.recognizes(tmp_path)
+    found = ModelOpt().open(tmp_path)
+    exact(found, model)
+    assert found.decoded == {}
+    config = json.loads((tmp_path / "hf_quant_config.json").read_text())
+    assert config["producer"]["name"] == "modelopt"
+    assert config["quantization"]["quant_algo"] == algo
+    assert config["quantization"]["exclude_modules"] == ["lm_head"]
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_algo"] == algo
+
+
+def test_nibbles_in_pairs_of_outputs(tiny_checkpoint, tmp_path):
+    model = quantize(tiny_checkpoint("llama"), Int(bits=4, group=32))
+    write(model, tmp_path)
+    for module, factors in ((UP, None), (DOWN, 128)):
+        tensors = stored(tmp_path, module)
+        expected = packed.modelopt_int4(tensors["weight"], tensors["weight_scale"], 32)
+        assert torch.equal(expected.float(), model.tensor(f"{module}.weight"))
+        assert ("pre_quant_scale" in tensors) == (factors is not None)  # merged matrices have theirs in the norm
+    assert stored(tmp_path, DOWN)["pre_quant_scale"].tolist() == [1.0] * 128
+    codes = torch.tensor([[0], [15], [8], [7]], dtype=torch.uint8)
+    found = ALGOS["W4A16_AWQ"].encode(Quantized(codes, {"scale": torch.ones(4, 1)}, Int(bits=4, group=1)))
+    assert found["weight"].tolist() == [[0x78], [0xF0]]  # -8 and 7, 0 and -1
+
+
+def test_floats_are_what_torch_and_tables_say(tiny_checkpoint, tmp_path):
+    model = quantize(tiny_checkpoint("llama"), *SCHEMES["FP8_PER_CHANNEL_PER_TOKEN"])
+    write(model, tmp_path)
+    tensors = stored(tmp_path, UP)
+    expected = tensors["weight"].float() * tensors["weight_scale"][:, None]
+    assert torch.equal(expected, model.tensor(f"{UP}.weight"))
+    assert tensors["weight_scale"].dtype == torch.float32
+
+    model = quantize(tiny_checkpoint("llama"), *SCHEMES["MXFP8"])
+    write(model, tmp_path / "mx")
+    tensors = stored(tmp_path / "mx", UP)
+    power = torch.exp2(tensors["weight_scale"].float() - 127).repeat_interleave(32, dim=1)
+    assert torch.equal(tensors["weight"].float() * power, model.tensor(f"{UP}.weight"))
+
+    model = quantize(tiny_checkpoint("llama"), *SCHEMES["W4A16_NVFP4"])
+    write(model, tmp_path / "nv")
+    tensors = stored(tmp_path / "nv", UP)
+    table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    nibbles = torch.stack([tensors["weight"] & 15, tensors["weight"] >> 4], dim=-1).flatten(1)
+    scale = tensors["weight_scale"].double().repeat_interleave(16, dim=1) * tensors["weight_scale_2"].double()
+    assert torch.equal((table[nibbles.long()].double() * scale).float(), model.tensor(f"{UP}.weight"))
+
+
+def test_mixtures(tiny_checkpoint, tmp_path):
+    fp8 = parse_format("fp8-channel")
+    model = quantize(tiny_checkpoint("llama"), Int(bits=4, group=32), down=Int(bits=8, group="channel"), o=None)
+    model.layers["lm_head"] = Layer(fp8, parse_format("fp8-token"))
+    w = model.origin.tensor("lm_head.weight").float()
+    params = fp8.fit(w)
+    model.matrices["lm_head"] = Quantized(fp8.snap(w, params), params, fp8)
+    write(model, tmp_path)
+    how = json.loads((tmp_path / "hf_quant_config.json").read_text())["quantization"]
+    assert how["quant_algo"] == "MIXED_PRECISION"
+    assert how["quantized_layers"][UP] == {
+        "quant_algo": "W4A16_AWQ",
+        "group_size": 32,
+        "has_zero_point": False,
+        "pre_quant_scale": True,
+    }
+    assert how["quantized_layers"][DOWN] == {"quant_algo": "W8A16"}
+    assert how["exclude_modules"] == [f"model.layers.{i}.self_attn.o_proj" for i in range(2)]
+    exact(ModelOpt().open(tmp_path), model)
+
+
+def test_every_family_comes_back(tiny_folder, tmp_path):
+    model = quantize(tiny_folder, Int(bits=4, group=32, scale_dtype="fp16"))
+    model.config["dtype"] = "float16"
+    write(model, tmp_path)
+    assert_same_model(ModelOpt().open(tmp_path), model)
+
+
+REFUSED = {
+    "zero points": ({"fmt": Int(bits=4, group=32, symmetric=False)}, "ModelOpt holds .*, not int4-g32-asym"),
+    "width": ({"fmt": Int(bits=3, group=32)}, "not int3-g32"),
+    "inputs": ({"fmt": parse_format("fp8-channel")}, "not fp8-channel:"),
+    "other inputs": (
+        {"fmt": Int(bits=8, group="channel"), "activations": parse_format("int8-token")},
+        "not int8-channel with int8-token inputs",
+    ),
+    "embedding": ({"fmt": None, "embedding": Int(bits=4, group=32)}, "token embedding stays unquantized"),
+}
+
+
+@pytest.mark.parametrize(("what", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_it_cannot_hold_is_refused(what, message, tiny_checkpoint, tmp_path):
+    with pytest.raises(PlanError, match=message):
+        write(quantize(tiny_checkpoint("llama"), **what), tmp_path)
+
+
+def test_scales_of_whole_matrices_must_be_exact_and_shared(tiny_checkpoint, tmp_path):
+    with pytest.raises(PlanError, match="runtimes merge it with matrices that have another scale of the whole matrix"):
+        ModelOpt().write(quantize(tiny_checkpoint("llama"), NVFP4()), tmp_path, {})
+    model = share(quantize(tiny_checkpoint("llama"), NVFP4()))
+    for q in model.matrices.values():
+        q.params["tensor"] = q.params["tensor"] / 3
+    with pytest.raises(PlanError, match="the scale of the whole matrix is the inverse of a number that fp32 holds"):
+        ModelOpt().write(model, tmp_path, {})
+
+
+def edit(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "hf_quant_config.json").read_text())
+    config["quantization"] |= changes
+    (folder / "hf_quant_config.json").write_text(json.dumps(config))
+
+
+def test_calibrated_scales_of_inputs_and_cache_are_not_lost_in_an_export(tiny_checkpoint, tmp_path):
+    model = quantize(tiny_checkpoint("llama"), NVFP4())
+    write(model, tmp_path)
+    scale = torch.tensor(0.5)
+    edit(tmp_path, lambda t: t.update({f"{UP}.input_scale": scale, f"{K}.k_scale": scale.clone()}))
+    edit_config(tmp_path, quant_algo="NVFP4")
+    found = ModelOpt().open(tmp_path)
+    assert found.decoded == {
+        UP: "its inputs have calibrated scales",
+        K: "its layer has scales for the KV cache",
+    }
+    assert torch.equal(found.tensor(f"{UP}.weight"), model.tensor(f"{UP}.weight"))
+    with pytest.raises(PlanError, match=f"its inputs have calibrated scales: {UP}"):
+        ModelOpt().check(found)
+
+
+def test_fp8_with_calibrated_inputs(tiny_checkpoint, tmp_path):
+    model = quantize(tiny_checkpoint("llama"), parse_format("fp8-channel"), parse_format("fp8-token"))
+    write(model, tmp_path)
+    before = stored(tmp_path, UP)["weight"].float()
+
+    def per_tensor(tensors):
+        for name in list(tensors):
+            if name.endswith(".weight_scale"):
+                tensors[name] = torch.tensor(0.25) if UP in name else torch.tensor([0.5])
+                tensors[name.replace("weight_scale", "input_scale")] = torch.tensor(3.0)
+
+    edit(tmp_path, per_tensor)
+    edit_config(tmp_path, quant_algo="FP8")
+    found = ModelOpt().open(tmp_path)
+    assert torch.equal(found.tensor(f"{UP}.weight"), before * 0.25)
+    assert found.layers[UP].format.label == "fp8-tensor"
+    assert set(found.decoded.values()) == {"its inputs have calibrated scales"}
+
+
+def test_factors_of_inputs_are_multiplied_into_the_weights(tiny_checkpoint, tmp_path):
+    model = quantize(tiny_checkpoint("llama"), Int(bits=4, group=32))
+    write(model, tmp_path)
+    factors = torch.rand(128, generator=torch.Generator().manual_seed(0)).bfloat16() + 0.5
+    edit(tmp_path, lambda t: t.update({f"{DOWN}.pre_quant_scale": factors}))
+    found = ModelOpt().open(tmp_path)
+    assert found.decoded == {DOWN: "its inputs are scaled first (pre_quant_scale)"}
+    assert torch.equal(found.tensor(f"{DOWN}.weight"), model.tensor(f"{DOWN}.weight") * factors.float())
+    assert torch.equal(found.tensor(f"{UP}.weight"), model.tensor(f"{UP}.weight"))
+
+
+def test_either_configuration_is_enough(tiny_checkpoint, tmp_path):
+    model = quantize(tiny_checkpoint("llama"), Int(bits=4, group=32))
+    write(model, tmp_path)
+    name = tmp_path / "hf_quant_config.json"
+    kept = name.read_text()
+    name.unlink()
+    exact(ModelOpt().open(tmp_path), model)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert not ModelOpt.recognizes(tmp_path)
+    name.write_text(kept)
+    exact(ModelOpt().open(tmp_path), model)
+
+
+DAMAGE = {
+    "algorithm": (lambda f: edit_config(f, quant_algo="NVFP4_SVD"), "quant_algo: wanted W4A16_AWQ, .*'NVFP4_SVD'"),
+    "none": (lambda f: edit_config(f, quant_algo=None), "quantization_config: quant_algo"),
+    "group": (lambda f: edit_config(f, group_size=-1), "quantization_config: group_size"),
+    "other group": (lambda f: edit_config(f, group_size=64), r"weight_scale: wanted bfloat16 \[64, 1\], found"),
+    "odd group": (lambda f: edit_config(f, group_size=48), "rows of 64 columns are not divisible by 48"),
+    "layers": (lambda f: edit_config(f, quantized_layers=[1]), "quantized_layers: wanted objects by module"),
+    "cut": (
+        lambda f: edit(f, lambda t: t.update({f"{UP}.weight": t[f"{UP}.weight"][:-1].clone()})),
+        r"up_proj.weight: wanted uint8 \[64, 64\], found uint8 \[63, 64\]",
+    ),
+    "factors": (
+        lambda f: edit(f, lambda t: t.update({f"{DOWN}.pre_quant_scale": torch.ones(3)})),
+        r"pre_quant_scale: wanted \[128\], found \[3\]",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_damaged_files(damage, message, tiny_checkpoint, tmp_path):
+    write(quantize(tiny_checkpoint("llama"), Int(bits=4, group=32)), tmp_path)
+    damage(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        ModelOpt().open(tmp_path)
