@@ -20,6 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from qtool.numerics.affine import decode_levels, round_to_levels
 from qtool.numerics.codebook import Codebook
 
 Params = dict[str, Tensor]
@@ -156,18 +157,26 @@ class Format(BaseModel):
         Ties of uniform grids go to the even level. What is nearest depends on the importance of columns, float32 [C],
         only for vectors.
         """
-        scale, offset = (expand(p, w.shape[1]) for p in self.affine(params))
-        x = torch.where(scale == 0, 0.0, (w - offset) / torch.where(scale == 0, 1.0, scale))
+        scale, offset = self.affine(params)
         levels = self.levels().to(w.device)
         lowest, highest = float(levels[0]), float(levels[-1])
-        if highest - lowest == len(levels) - 1:  # consecutive integers
+        uniform = highest - lowest == len(levels) - 1
+        if uniform and w.device.type == "cpu":
+            return round_to_levels(w, scale, offset, lowest, highest)
+        scale, offset = (expand(p, w.shape[1]) for p in (scale, offset))
+        x = torch.where(scale == 0, 0.0, (w - offset) / torch.where(scale == 0, 1.0, scale))
+        if uniform:
             return (x.round().clamp(lowest, highest) - lowest).to(torch.uint8)
         return torch.bucketize(x, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         """uint8 [N, C] -> float32 [N, C]."""
-        scale, offset = (expand(p, codes.shape[1]) for p in self.affine(params))
-        return self.levels().to(codes.device)[codes.long()] * scale + offset
+        scale, offset = self.affine(params)
+        if codes.device.type == "cpu":
+            return decode_levels(codes, self.levels(), scale, offset)
+        return self.levels().to(codes.device)[codes.long()] * expand(scale, codes.shape[1]) + expand(
+            offset, codes.shape[1]
+        )
 
     def join(self, parts: list[Params]) -> Params:
         """The parameters of neighbouring blocks, put side by side."""
