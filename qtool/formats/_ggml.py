@@ -50,6 +50,7 @@ class BlockFormat(Format):
         ggml_type: its number in tensor tables.
         columns: columns per block.
         block_bytes: bytes per block.
+        matrix_scale: the parameter, one number for the matrix, that GGUF keeps in a tensor of its own; None: there is none.
         fallback: the type that llama.cpp takes for rows which this one cannot divide.
         search: how hard parameters are searched for. "ggml" repeats ggml's encoder bit by bit and ignores importance;
             a subclass without such an encoder leaves it out of the choices.
@@ -58,6 +59,7 @@ class BlockFormat(Format):
     ggml_type: ClassVar[int]
     columns: ClassVar[int]
     block_bytes: ClassVar[int]
+    matrix_scale: ClassVar[str | None] = None
     fallback: ClassVar[str | None] = "f16"
 
     search: Literal["ggml", "fast", "default", "thorough"] = "default"

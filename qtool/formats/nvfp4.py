@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from qtool.formats._base import Params
+from qtool.formats._base import Params, Quantized
 from qtool.formats._fp4 import bit_patterns, from_bit_patterns, nibbles, pack_halves
 from qtool.formats._ggml import BlockFormat
 from qtool.formats._two_level import TwoLevel
@@ -28,6 +28,7 @@ class NVFP4(TwoLevel, BlockFormat):
     ggml_type: ClassVar[int] = 40
     columns: ClassVar[int] = 64
     block_bytes: ClassVar[int] = 36
+    matrix_scale: ClassVar[str | None] = "tensor"
     fallback: ClassVar[str | None] = None
 
     search: Literal["minmax", "fast", "default", "thorough"] = "default"  # type: ignore[assignment]
@@ -36,6 +37,18 @@ class NVFP4(TwoLevel, BlockFormat):
     def grid(self) -> minifloat.Grid:
         """See `Scaled.grid`."""
         return minifloat.minifloat(2, 1)
+
+    def hold(self, quantized: Quantized) -> Quantized | str:
+        """See `Format.hold`. Layouts that store the reciprocal of t may have one that is not exact in 32 bits."""
+        held = super().hold(quantized)
+        if isinstance(held, str):
+            return held
+        if (k := held.codes.shape[1]) % self.columns:
+            return f"rows of {k} columns are not divisible by {self.columns}"
+        t = held.params["tensor"]
+        if not torch.equal(t.float().double(), t) or bool((t != t[0]).any()):
+            return "its matrix scale is no single number that is exact in 32 bits; other settings than minmax find one"
+        return held
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:
         """See `BlockFormat.pack`."""
