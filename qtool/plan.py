@@ -39,6 +39,9 @@ class Verdict(Protocol):
 class Carrier(Protocol):
     """What the plan asks an artifact; `qtool.artifact._base.Artifact` is one."""
 
+    def knows(self, model: Checkpoint) -> Verdict:
+        """Whether it can hold a model of this family and tokenizer, whatever the formats of its layers."""
+
     def one_format(self, module: Module) -> str | None:
         """Name of the set of modules that need one format, if the module belongs to such a set."""
 
@@ -190,6 +193,8 @@ def make_plan(
     layers = tuple(_decide(m, decisions.get(m.name, -1), recipe, checkpoint, findings) for m in found)
     artifacts = tuple(export.to for export in recipe.export)
     for name in artifacts:
+        if not (known := carriers[name].knows(checkpoint)).possible:
+            findings.add(-1, f"{name} cannot hold this model: {known.reason}")
         _check_carrier(name, carriers[name], layers, findings)
     if lines := findings.lines():
         raise PlanError(lines, f"recipe {recipe.name} does not fit {checkpoint.source}")

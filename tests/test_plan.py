@@ -38,6 +38,10 @@ class Carrier:
     fuses: bool = False
     refuses: str = ""
     uniform: bool = False
+    stranger: bool = False
+
+    def knows(self, model) -> Verdict:
+        return Verdict(not self.stranger, f"it knows no {model.config['model_type']}")
 
     def agree(self, layers):
         labels = sorted({layer.format.label for layer in layers})
@@ -415,6 +419,11 @@ class TestArtifacts:
 
     def test_a_split_is_fine_where_nothing_is_merged(self):
         assert by_name(plan(*self.SPLIT))["model.layers.1.self_attn.v_proj"].format == parse_format("q8_0")
+
+    def test_an_artifact_that_does_not_know_the_model(self):
+        assert refusals(KEEP_HEAD, REST, carrier=Carrier(stranger=True)) == [
+            "qtool cannot hold this model: it knows no llama"
+        ]
 
     def test_a_format_that_the_artifact_cannot_hold(self):
         rules = {"match": "*.down_proj", "weights": "int3-g32"}, {"match": "lm_head", "keep": "f16"}, REST

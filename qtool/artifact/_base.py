@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint, modules
+from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, modules
 from qtool.errors import PlanError
 
 
@@ -44,6 +44,10 @@ class Artifact(ABC):
     def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Carry:
         """Known before anything is computed, from the format alone. `layer` None: kept, and cast as `keep` says."""
 
+    def knows(self, model: Checkpoint) -> Carry:
+        """Whether it can hold a model of this family, with this tokenizer, whatever the formats of its layers."""
+        return Carry(True)
+
     def agree(self, layers: Collection[Layer]) -> Carry:
         """Whether it can hold layers together that it can hold one by one."""
         return Carry(True)
@@ -69,6 +73,8 @@ class Artifact(ABC):
                 sets[name].add(_labels(layer))
         for name, why in model.decoded.items():
             reasons[f"only `quantize` can take these matrices over, which rounds them again: {why}"].append(name)
+        if not (known := self.knows(model)).possible:
+            reasons[known.reason].append("the model as a whole")
         if not (together := self.agree(model.layers.values())).possible:
             reasons[together.reason].append("the model as a whole")
         for name, labels in sets.items():

@@ -17,6 +17,7 @@ def command(
         str, typer.Option("--to", metavar="NAME", help=f"The layout to write: {options.ARTIFACTS}.", show_default=False)
     ],
     out: options.Out,
+    pre_tokenizer: options.PreTokenizer = None,
     overwrite: options.Overwrite = False,
     verify: Annotated[bool, typer.Option(help="Read the result back and compare.")] = True,
     json: options.Json = False,
@@ -31,7 +32,7 @@ def command(
     with Console(quiet, verbose) as console:
         from qtool.pipeline import export as stage
 
-        written = stage.run(stage.ExportOptions(Path(artifact), to, out, overwrite, verify), console)
+        written = stage.run(stage.ExportOptions(Path(artifact), to, out, overwrite, verify, pre_tokenizer), console)
     if json:
         document(written.model_dump(mode="json"))
     else:

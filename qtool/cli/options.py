@@ -57,6 +57,27 @@ LimitLayers = Annotated[
     int | None,
     typer.Option(min=1, metavar="N", help="Smoke run: quantize N decoder blocks, leave the rest.", show_default=False),
 ]
+Stats = Annotated[
+    Path | None, typer.Option(metavar="STATS", help="Reuse what `qtool calibrate` measured.", show_default=False)
+]
+Imatrix = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Round with an importance matrix of llama-imatrix or `qtool calibrate` (.gguf, or .dat): "
+        "stands for --set 'method={rtn: {importance: true}}'.",
+        show_default=False,
+    ),
+]
+PreTokenizer = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="llama.cpp's name for how the tokenizer splits text, where gguf does not recognize it.",
+        rich_help_panel=OUTPUT,
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel=OUTPUT)]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Say nothing on stderr but warnings and errors.", rich_help_panel=OUTPUT)

@@ -23,19 +23,9 @@ def command(
     dtype: options.Dtype = "auto",
     seed: options.Seed = None,
     limit_layers: options.LimitLayers = None,
-    stats: Annotated[
-        Path | None,
-        typer.Option(metavar="STATS", help="Reuse what `qtool calibrate` measured.", show_default=False),
-    ] = None,
-    imatrix: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Round with an importance matrix of llama-imatrix or `qtool calibrate` (.gguf, or .dat): "
-            "stands for --set 'method={rtn: {importance: true}}'.",
-            show_default=False,
-        ),
-    ] = None,
+    stats: options.Stats = None,
+    imatrix: options.Imatrix = None,
+    pre_tokenizer: options.PreTokenizer = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the work folder OUT.work after success.")] = False,
     overwrite: options.Overwrite = False,
     verify: Annotated[bool, typer.Option(help="Read artifacts back and compare them with what was computed.")] = True,
@@ -69,6 +59,7 @@ def command(
                 limit=limit_layers,
                 stats=stats,
                 imatrix=imatrix,
+                pre_tokenizer=pre_tokenizer,
                 keep=keep,
                 overwrite=overwrite,
                 verify=verify,

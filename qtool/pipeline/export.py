@@ -9,6 +9,7 @@ from qtool import registry
 from qtool.artifact._base import Artifact
 from qtool.artifact._files import check_free, new_folder
 from qtool.artifact._open import open_artifact
+from qtool.errors import UsageError
 from qtool.pipeline.events import Listener, silent
 from qtool.pipeline.publish import publish
 from qtool.pipeline.stopwatch import Stopwatch
@@ -26,6 +27,7 @@ class ExportOptions:
         out: folder of the result.
         overwrite: replace an earlier result.
         verify: read the result back.
+        pre_tokenizer: GGUF's name of the pre-tokenizer, where it is not recognized.
     """
 
     source: Path
@@ -33,17 +35,22 @@ class ExportOptions:
     out: Path
     overwrite: bool = False
     verify: bool = True
+    pre_tokenizer: str | None = None
 
 
 def run(options: ExportOptions, listener: Listener = silent) -> ArtifactEntry:
     """Reads one artifact and writes another.
 
     Raises:
+        UsageError: an option that the layout does not have.
         PlanError: the layout cannot hold these codes, with every reason.
         CheckpointError, StorageError, VerifyError: see there.
     """
     check_free(options.out, options.overwrite)
-    artifact: Artifact = registry.load("artifact", options.to)()
+    if options.pre_tokenizer and options.to != "gguf":
+        raise UsageError("--pre-tokenizer", wanted="--to gguf", found=f"--to {options.to}")
+    named = {"pre_tokenizer": options.pre_tokenizer} if options.pre_tokenizer else {}
+    artifact: Artifact = registry.load("artifact", options.to)(**named)
     model = open_artifact(options.source)
     artifact.check(model)
     card = {"base_model": model_name(model.source)}

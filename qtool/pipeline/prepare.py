@@ -16,6 +16,7 @@ from qtool.errors import UsageError
 from qtool.pipeline.requantize import second_generation
 from qtool.plan import Plan, make_plan
 from qtool.recipe.load import load_recipe
+from qtool.recipe.schema import Recipe
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -39,6 +40,7 @@ def prepare(
     limit: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    pre_tokenizer: str | None = None,
 ) -> Job:
     """Opens a model and plans a recipe for it.
 
@@ -50,6 +52,7 @@ def prepare(
         limit: quantize this many decoder blocks and nothing else.
         device: "auto", "cpu" or "cuda".
         dtype: of forward passes: "auto", "bf16" or "fp32".
+        pre_tokenizer: GGUF's name of the pre-tokenizer, where it is not recognized.
 
     Raises:
         RecipeError, CheckpointError, PlanError, UsageError: see `load_recipe`, `open_model`, `make_plan`.
@@ -58,11 +61,22 @@ def prepare(
     if seed is not None:
         overrides = (*overrides, f"calibration.seed={seed}")
     parsed = load_recipe(recipe, overrides)
+    if pre_tokenizer:
+        parsed = with_pre_tokenizer(parsed, pre_tokenizer)
     checkpoint = open_model(model)
     artifacts = {export.to: registry.load("artifact", export.to)(**export.options) for export in parsed.export}
     plan = make_plan(parsed, checkpoint, artifacts, limit)
     plan = replace(plan, warnings=(*plan.warnings, *second_generation(plan, checkpoint)))
     return Job(checkpoint, plan, artifacts, place, dtype_of(dtype, place))
+
+
+def with_pre_tokenizer(recipe: Recipe, name: str) -> Recipe:
+    """The recipe with that name in its GGUF export. Raises UsageError: it has none."""
+    exports = [e.model_copy(update={"pre_tokenizer": name}) if e.to == "gguf" else e for e in recipe.export]
+    if not any(export.pre_tokenizer for export in exports):
+        wanted, found = "a recipe that exports gguf", ", ".join(e.to for e in exports) or "no export"
+        raise UsageError("--pre-tokenizer", wanted=wanted, found=found)
+    return recipe.model_copy(update={"export": tuple(exports)})
 
 
 def device_of(name: str) -> torch.device:

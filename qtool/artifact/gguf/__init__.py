@@ -15,8 +15,9 @@ from qtool.artifact._base import Artifact, Carry
 from qtool.artifact._card import write_card
 from qtool.artifact._files import storage_errors
 from qtool.artifact.gguf._reader import QuantizedGGUF
+from qtool.artifact.gguf._tokenizer import tokenizer_metadata
 from qtool.artifact.gguf._writer import Writer, candidates
-from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint
+from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
 from qtool.errors import CheckpointError
 
 
@@ -45,6 +46,16 @@ class GGUF(Artifact):
             return Carry(False, f"no GGUF block type holds {layer.format.label}; q4_0 to q8_0 are some")
         misfit = blocks[0].misfit(module.shape[1])
         return Carry(False, f"{blocks[0].label}: {misfit}") if misfit else Carry(True)
+
+    def knows(self, model: Checkpoint) -> Carry:
+        """See `Artifact.knows`."""
+        family, config = model.family, model.config
+        try:
+            family.gguf_names(config), family.gguf_metadata(config), family.gguf_extra_tensors(config)
+            tokenizer_metadata(model.files, config, self.pre_tokenizer)
+        except CheckpointError as error:
+            return Carry(False, str(error))
+        return Carry(True)
 
     def one_format(self, module: Module) -> str | None:
         """See `Artifact.one_format`: matrices of all experts are stacked."""

@@ -92,7 +92,7 @@ def _model(
             "GGUF has a name for each way to split text before merging, and this tokenizer.json's is not recognized",
             wanted=", ".join(pretokenizers.RULES),
             found=json.dumps(tokenizer.get("pre_tokenizer"))[:200],
-            hint="if llama.cpp knows it, name it: export: [{to: gguf, pre_tokenizer: NAME}]",
+            hint="if llama.cpp knows it, name it: --pre-tokenizer NAME, or export: [{to: gguf, pre_tokenizer: NAME}]",
         )
     values: dict[str, Value] = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre}
     return from_json(tokenizer), values | {"tokenizer.ggml.merges": merges(model)}
