@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from qtool import registry
 from qtool.artifact._base import Artifact
+from qtool.artifact._mxfp4_experts import MXFP4Experts
 from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint
 from qtool.checkpoint.open import find_model, open_checkpoint
 from qtool.errors import CheckpointError
 
 
-def find_artifact(path: Path) -> tuple[str, Artifact] | None:
-    """Name and layout of the artifact at a path; None if no registered one recognizes it."""
-    if path.exists():
-        for name in registry.names("artifact"):
-            artifact: type[Artifact] = registry.load("artifact", name)
-            if artifact.recognizes(path):
-                return name, artifact()
-    return None
+def find_artifact(path: Path) -> tuple[str, Callable[[Path], QuantizedCheckpoint]] | None:
+    """Name and reader of the artifact at a path; None if no registered one recognizes it."""
+    if not path.exists():
+        return None
+    for name in registry.names("artifact"):
+        artifact: type[Artifact] = registry.load("artifact", name)
+        if artifact.recognizes(path):
+            return name, artifact().open
+    return ("mxfp4 experts", MXFP4Experts) if MXFP4Experts.recognizes(path) else None
 
 
 def open_artifact(path: Path) -> QuantizedCheckpoint:
@@ -31,7 +34,7 @@ def open_artifact(path: Path) -> QuantizedCheckpoint:
     if found is None:
         what = "holds no quantized artifact" if path.exists() else "does not exist"
         raise CheckpointError(f"{path} {what}", wanted=f"one of {', '.join(registry.names('artifact'))}")
-    return found[1].open(path)
+    return found[1](path)
 
 
 def open_model(source: str) -> Checkpoint:
@@ -45,6 +48,6 @@ def open_model(source: str) -> Checkpoint:
     if not path.exists():
         path = find_model(source)
     found = find_artifact(path)
-    model = found[1].open(path) if found else open_checkpoint(str(path))
+    model = found[1](path) if found else open_checkpoint(str(path))
     model.source = source
     return model

@@ -13,6 +13,7 @@ from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError, PlanError
 from qtool.formats.int import Int
 from qtool.formats.q4_0 import Q4_0
+from qtool.recipe.schema import parse_format
 from tests.artifact.conftest import assert_same_model, quantize
 
 EXACT = [
@@ -78,7 +79,9 @@ def test_what_gguf_cannot_hold_is_said_once_with_its_layers(tiny_checkpoint, tmp
 @pytest.mark.parametrize("name", registry.names("artifact"))
 def test_each_layout_is_recognized_as_itself_and_nothing_else(name, tiny_checkpoint, tmp_path):
     artifact = registry.load("artifact", name)()
-    folder = written(artifact, quantize(tiny_checkpoint("llama"), Int(bits=4, group=32)), tmp_path / "out")
+    blocks = {"activations": parse_format("fp8-g128"), "down": parse_format("fp8-block")}  # where rows are long enough
+    what = {"fmt": None, **blocks} if name == "fp8" else {"fmt": Int(bits=4, group=32)}
+    folder = written(artifact, quantize(tiny_checkpoint("llama"), **what), tmp_path / "out")
     recognized = [n for n in registry.names("artifact") if registry.load("artifact", n).recognizes(folder)]
     assert recognized == [name]
     assert find_artifact(folder)[0] == name

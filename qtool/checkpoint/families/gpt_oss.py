@@ -1,6 +1,6 @@
 """gpt-oss: experts with biases and a clamped activation, attention with sinks, every second block's attention slides.
 
-Checkpoints in bfloat16 are read; those in MXFP4, as OpenAI published them, have to be dequantized first.
+Checkpoints are read in bfloat16, and with experts in MXFP4, as OpenAI published them.
 Source: https://huggingface.co/docs/transformers/model_doc/gpt_oss
 """
 

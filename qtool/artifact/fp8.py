@@ -1,0 +1,152 @@
+"""FP8 in blocks of 128 x 128, as DeepSeek-V3 and its kin are published, which transformers, vLLM and SGLang load.
+
+    weight             e4m3 [N, K]
+    weight_scale_inv   float32 [N / 128, K / 128], rounded up
+
+    w_hat = weight * weight_scale_inv
+
+Inputs are rounded to FP8 at run time, with a scale per token and 128 columns.
+Source: https://github.com/deepseek-ai/DeepSeek-V3/blob/main/README_WEIGHTS.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from qtool.artifact._base import Artifact, Carry
+from qtool.artifact._floats import from_bits, to_bits
+from qtool.artifact._packed import (
+    SCALE_DTYPES,
+    Infos,
+    PackedCheckpoint,
+    Packing,
+    Settings,
+    quantization_config,
+    read_settings,
+    write_packed,
+)
+from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint, TensorInfo, modules
+from qtool.formats._base import Format, Quantized
+from qtool.formats.fp import FP
+
+BLOCK = 128
+E4M3, SCALE = torch.float8_e4m3fn, "weight_scale_inv"
+WEIGHTS = FP.model_validate({"element": "e4m3", "group": BLOCK, "rows": BLOCK, "scale_dtype": "fp32"})
+INPUTS = FP.model_validate({"element": "e4m3", "group": BLOCK})
+
+
+class FP8(Artifact):
+    """See the module."""
+
+    fuses: ClassVar[bool] = True
+    runtimes: ClassVar[tuple[str, ...]] = ("transformers", "vLLM", "SGLang")
+    library: ClassVar[str | None] = "transformers"
+    usage: ClassVar[str] = "`vllm serve FOLDER` serves it."
+
+    def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Carry:
+        """See `Artifact.can_carry`."""
+        reason = _refusal(module, layer) if layer else None
+        return Carry(reason is None, reason or "")
+
+    def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
+        """See `Artifact.write`."""
+        self.check(model)
+
+        def parts(module: str, fmt: Format, n: int, k: int) -> Infos:
+            return infos(n, k, torch.float32)
+
+        def encoded(module: str, quantized: Quantized) -> Mapping[str, Tensor]:
+            return encode(quantized)
+
+        config = model.config | {"quantization_config": settings(model)}
+        return write_packed(self, model, out, card, config, parts, encoded)
+
+    def open(self, path: Path) -> QuantizedCheckpoint:
+        """See `Artifact.open`."""
+        return FP8Checkpoint(path)
+
+    @classmethod
+    def recognizes(cls, path: Path) -> bool:
+        """See `Artifact.recognizes`."""
+        return (quantization_config(path) or {}).get("quant_method") == "fp8"
+
+
+def _refusal(module: Module, layer: Layer) -> str | None:
+    """Why a layer cannot be held; None if it can."""
+    if module.kind == "embedding":
+        tied = " and is the output layer at the same time" if module.aliases else ""
+        return f"the token embedding stays unquantized in FP8 checkpoints{tied}: keep it"
+    inputs = layer.activations.label if layer.activations else "unquantized"
+    if WEIGHTS.may_hold(layer.format) or inputs != INPUTS.label:
+        wanted = f"{WEIGHTS.label} with {INPUTS.label} inputs"
+        return f"FP8 checkpoints hold {wanted}, not {layer.format.label} with {inputs} inputs"
+    return None
+
+
+def settings(model: QuantizedCheckpoint) -> dict[str, Any]:
+    """`quantization_config` of config.json."""
+    linears = [m.name for m in modules(model) if m.kind != "embedding"]
+    linears += [model.family.head] if model.tied else []
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [BLOCK, BLOCK],
+        "modules_to_not_convert": [name for name in linears if name not in model.layers],
+    }
+
+
+def infos(n: int, k: int, dtype: torch.dtype) -> Infos:
+    """Names below the module, shapes and types; `dtype` is that of scales."""
+    return {"weight": TensorInfo((n, k), E4M3), SCALE: TensorInfo((-(-n // BLOCK), -(-k // BLOCK)), dtype)}
+
+
+def encode(quantized: Quantized) -> dict[str, Tensor]:
+    """The tensors of a matrix. Every row has the scales of its block."""
+    codes, params, fmt = quantized
+    assert isinstance(fmt, FP)
+    return {"weight": to_bits(codes, fmt).view(E4M3), SCALE: params["scale"][::BLOCK].float()}
+
+
+class _Settings(Settings):
+    """`quantization_config`, as far as it says how to read the tensors."""
+
+    weight_block_size: tuple[Literal[128], Literal[128]]
+    activation_scheme: Literal["dynamic"] = "dynamic"
+    fmt: Literal["e4m3"] = "e4m3"
+
+
+class FP8Checkpoint(PackedCheckpoint):
+    """An FP8 checkpoint; see `PackedCheckpoint`."""
+
+    mark: ClassVar[str] = SCALE
+
+    def _understand(self, how: Mapping[str, Any]) -> None:
+        """See `PackedCheckpoint._understand`."""
+        sizes = how.get("weight_block_size")
+        listed = {"weight_block_size": tuple(sizes)} if isinstance(sizes, list) else {}
+        read_settings(_Settings, {**how, **listed}, self.source)
+
+    def _packing(self, module: str, n: int, k: int, found: Infos) -> Packing:
+        """See `PackedCheckpoint._packing`."""
+        scales = self._scale_dtype(module, SCALE, found)
+        dtype = next(dtype for dtype, name in SCALE_DTYPES.items() if name == scales)
+        fmt = WEIGHTS.model_copy(update={"scale_dtype": scales})
+        if k % BLOCK:
+            return Packing((n, k), None, infos(n, k, dtype), f"its rows end inside of a block of {BLOCK} columns")
+        return Packing((n, k), Layer(fmt, INPUTS), infos(n, k, dtype))
+
+    def _unpack(self, module: str, packing: Packing, start: int, stop: int) -> Quantized | Tensor:
+        """See `PackedCheckpoint._unpack`."""
+        weight = self._read(module, "weight", start, stop)
+        scale = self._read(module, SCALE)[torch.arange(start, stop) // BLOCK]
+        if packing.layer is None:
+            return weight.float() * scale.float()[:, torch.arange(packing.shape[1]) // BLOCK]
+        fmt = packing.layer.format
+        assert isinstance(fmt, FP)
+        return Quantized(from_bits(weight.view(torch.uint8), fmt), {"scale": scale}, fmt)
