@@ -90,7 +90,7 @@ def test_each_layout_is_recognized_as_itself_and_nothing_else(name, tiny_checkpo
 
 def test_plain_checkpoints_open_as_such(tiny_checkpoint):
     assert isinstance(open_model(str(tiny_checkpoint("llama"))), HFCheckpoint)
-    with pytest.raises(CheckpointError, match="holds no quantized artifact: wanted one of awq, .*gguf"):
+    with pytest.raises(CheckpointError, match=r"holds no quantized artifact: wanted one of awq, .*gguf"):
         open_artifact(tiny_checkpoint("llama"))
 
 
