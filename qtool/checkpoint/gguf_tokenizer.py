@@ -7,6 +7,7 @@ which has scores instead of merges. Source: https://github.com/ggml-org/llama.cp
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ SAME = {
 """Names in GGUF files -> the one of `RULES` that llama.cpp treats alike."""
 BOS_FIRST = ("llama-bpe", "tekken")
 """Byte-level vocabularies whose text begins with BOS where the file says nothing; SentencePiece's always does."""
+PHI3 = re.compile("phi-?3", re.IGNORECASE)
+"""In models of such a name llama.cpp drops the blanks behind special tokens, but for some."""
+PHI3_KEEPS = {"<unk>", "<s>", "<|endoftext|>"}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 """Values of `tokenizer.ggml.token_type`."""
 SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
@@ -50,12 +54,14 @@ def save_tokenizer(file: GGUFFile, folder: Path) -> None:
     pre = SAME.get(str(told.get("pre")), str(told.get("pre")))
     spelled = _byte_level(file, told, pre) if model == "gpt2" else _sentencepiece(file, told, types)
     special = {name: _token(file, told, key) for key, name in SPECIAL.items() if f"{key}_token_id" in told}
+    drops = bool(PHI3.search(str(file.metadata.get("general.name"))))
+    marked = [(i, t) for i, t in enumerate(types) if t in (UNKNOWN, CONTROL, USER_DEFINED)]
     first = told.get("add_bos_token", model == "llama" or pre in BOS_FIRST)
     spelled |= {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [_added(i, tokens[i], t) for i, t in enumerate(types) if t in (UNKNOWN, CONTROL, USER_DEFINED)],
+        "added_tokens": [_added(i, tokens[i], t, drops and tokens[i] not in PHI3_KEEPS) for i, t in marked],
         "post_processor": _beginning(special.get("bos_token") if first else None, told.get("bos_token_id")),
     }
     _check(file, json.dumps(spelled))
@@ -116,9 +122,9 @@ def _bpe(tokens: list[str], merges: list[list[str]], **options: Any) -> dict[str
     return {"type": "BPE", "dropout": None, "unk_token": None, "vocab": vocabulary, "merges": merges, **options}
 
 
-def _added(number: int, token: str, kind: int) -> dict[str, Any]:
+def _added(number: int, token: str, kind: int, rstrip: bool) -> dict[str, Any]:
     """Matched in the text as a whole, before anything else."""
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    flags = dict.fromkeys(("single_word", "lstrip", "normalized"), False) | {"rstrip": rstrip}
     return {"id": number, "content": token, **flags, "special": kind != USER_DEFINED}
 
 

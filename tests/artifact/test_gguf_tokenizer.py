@@ -8,50 +8,83 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from qtool.artifact.gguf import GGUF
-from qtool.artifact.gguf._tokenizer import tokenizer_metadata
+from qtool.artifact.gguf._tokenizer import model_name, tokenizer_metadata
 from qtool.checkpoint.pretokenizers import RULES
 from qtool.errors import CheckpointError
 from qtool.evaluate.llamacpp import LlamaCpp
 from qtool.recipe.schema import Export
 from tests.artifact.test_gguf import neutral, write
-from tests.tokenizers import TEXTS, byte_level, llama2_like, tokenizer_model
+from tests.tokenizers import TEXTS, byte_level, gemma_like, llama2_like, phi3_like, tokenizer_model
 
 
 @pytest.fixture(scope="module")
-def llama_cpp(tiny_checkpoint, tmp_path_factory):
-    """Writes a tiny model with the given tokenizer files and loads it in llama.cpp."""
+def gguf_file(tiny_checkpoint, tmp_path_factory):
+    """Writes a tiny model with the given tokenizer files."""
 
-    def load(files: dict[str, str | bytes]) -> LlamaCpp:
+    def make(files: dict[str, str | bytes]) -> Path:
         root = tmp_path_factory.mktemp("tokenizer")
         shutil.copytree(tiny_checkpoint("llama"), root / "model")
         for old in (*root.glob("model/*token*"), *root.glob("model/chat_template*")):
             old.unlink()
         for name, content in files.items():
             (root / "model" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-        return LlamaCpp(write(neutral(root / "model", root / "work"), root / "out"), 64)
+        return write(neutral(root / "model", root / "work"), root / "out")
 
-    return load
+    return make
+
+
+def rebuilt(path: Path) -> Tokenizer:
+    """The tokenizer that we read back from a file."""
+    model = GGUF().open(path)  # its files live as long as it does
+    return Tokenizer.from_file(str(model.files["tokenizer.json"]))
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_byte_level_tokenization(name, llama_cpp):
+def test_byte_level_tokenization(name, gguf_file):
     tokenizer = byte_level(name)
-    runtime = llama_cpp({"tokenizer.json": tokenizer.to_str()})
+    path = gguf_file({"tokenizer.json": tokenizer.to_str()})
+    runtime, again = LlamaCpp(path, 64), rebuilt(path)
     for text in TEXTS:
-        assert runtime.tokenize(text) == tokenizer.encode(text).ids, text
+        assert runtime.tokenize(text) == again.encode(text).ids == tokenizer.encode(text).ids, text
 
 
-@pytest.mark.parametrize("prefix", [True, False])
-def test_sentencepiece_tokenization_from_tokenizer_json(prefix, llama_cpp):
-    tokenizer = llama2_like(prefix)
-    runtime = llama_cpp({"tokenizer.json": tokenizer.to_str()})
-    for text in filter(None, TEXTS):
-        assert runtime.tokenize(text) == tokenizer.encode(text).ids, text
+SENTENCEPIECE = {
+    "llama-2": (llama2_like, "<s>a</s> b<unk> ?"),
+    "llama-2-without-prefix": (lambda: llama2_like(prefix=False), "<s>a</s> b<unk> ?"),
+    "phi-3": (phi3_like, "<|user|>\n Hi <|end|>\n<|assistant|>  yes<|endoftext|> b"),
+    "gemma": (gemma_like, "<start_of_turn>user\n\n Hi\n\n\n\t\tx<table> y<end_of_turn>\n<mask> z"),
+}
 
 
-def test_sentencepiece_tokenization_from_tokenizer_model(llama_cpp):
+@pytest.mark.parametrize("kind", SENTENCEPIECE)
+def test_sentencepiece_tokenization_from_tokenizer_json(kind, gguf_file):
+    make, special = SENTENCEPIECE[kind]
+    settings = {"bos_token": "<bos>"} if kind == "gemma" else {}
+    path = gguf_file({"tokenizer.json": make().to_str(), "tokenizer_config.json": json.dumps(settings)})
+    runtime, again = LlamaCpp(path, 64), rebuilt(path)
+    for text in filter(None, [*TEXTS, special, *special.split("<")]):
+        assert runtime.tokenize(text) == again.encode(text).ids == make().encode(text).ids, text
+        assert runtime.tokenize(text, add_special=False) == make().encode(text, add_special_tokens=False).ids, text
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "stored"),
+    [
+        (phi3_like, "Phi-3-mini", "Phi-3-mini"),
+        (phi3_like, "mine", "mine (Phi-3 vocabulary)"),
+        (llama2_like, "llama-of-phi3", "llama-of-Phi 3"),
+        (llama2_like, "mine", "mine"),
+    ],
+)
+def test_names_that_llama_cpp_reads_a_tokenizer_out_of(make, name, stored, tmp_path: Path):
+    make().save(str(tmp_path / "tokenizer.json"))
+    assert model_name(name, {"tokenizer.json": tmp_path / "tokenizer.json"}) == stored
+    assert model_name("mine", {}) == "mine"
+
+
+def test_sentencepiece_tokenization_from_tokenizer_model(gguf_file):
     tokenizer = llama2_like()
-    runtime = llama_cpp({"tokenizer.model": tokenizer_model(tokenizer)})
+    runtime = LlamaCpp(gguf_file({"tokenizer.model": tokenizer_model(tokenizer)}), 64)
     for text in filter(None, TEXTS):
         assert runtime.tokenize(text) == tokenizer.encode(text).ids, text
 

@@ -8,7 +8,6 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and llama-voc
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from qtool.artifact.gguf._container import Value
 from qtool.artifact.gguf._vocabulary import Vocabulary, from_json, from_sentencepiece, merges
 from qtool.checkpoint import pretokenizers
 from qtool.checkpoint.config import read_json
+from qtool.checkpoint.gguf_tokenizer import PHI3, PHI3_KEEPS
 from qtool.errors import CheckpointError
 
 Files = Mapping[str, Path]
@@ -53,10 +53,6 @@ def tokenizer_metadata(
     return values | _chat_templates(files, settings)
 
 
-PHI3 = re.compile("phi-?3", re.IGNORECASE)
-PHI3_TOKENS = {"</s>", "<unk>", "<s>", "<|endoftext|>"}
-
-
 def model_name(name: str, files: Files) -> str:
     """The model's name, changed if llama.cpp would read another tokenizer out of it.
 
@@ -66,7 +62,7 @@ def model_name(name: str, files: Files) -> str:
     tokenizer = read_json(files["tokenizer.json"]) if "tokenizer.json" in files else {}
     added = [token for token in tokenizer.get("added_tokens", []) if isinstance(token, dict)]
     known = {token.get("content") for token in added}
-    drops = known >= PHI3_TOKENS and any(token.get("rstrip") and token.get("special") for token in added)
+    drops = known >= {"</s>", *PHI3_KEEPS} and any(token.get("rstrip") and token.get("special") for token in added)
     if drops and not PHI3.search(name):
         return f"{name} (Phi-3 vocabulary)"
     return name if drops else PHI3.sub("Phi 3", name)
