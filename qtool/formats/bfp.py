@@ -30,7 +30,7 @@ class BFP(SharedExponent):
     examples: ClassVar[tuple[str, ...]] = ("bfp4-g16", "bfp6-g16", "bfp8-g16")
 
     bits: int = Field(ge=2, le=8)
-    group: int = Field(16, gt=0)
+    group: int = Field(default=16, gt=0)
 
     @property
     def label(self) -> str:

@@ -59,7 +59,7 @@ class FP(Scaled):
 
     element: str = Field(pattern="^e[1-7]m[0-6]$")
     group: Group
-    rows: int = Field(1, ge=1)
+    rows: int = Field(default=1, ge=1)
     scales: Literal["minmax", "search"] = "search"
     constraint: Literal["none", "power", "ratio"] = "none"
     scale_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"

@@ -44,7 +44,7 @@ class Int(Format):
 
     bits: int = Field(ge=2, le=8)
     group: Group
-    rows: int = Field(1, ge=1)
+    rows: int = Field(default=1, ge=1)
     symmetric: bool = True
     scales: Literal["minmax", "search"] = "search"
     scale_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"

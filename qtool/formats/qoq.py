@@ -38,7 +38,7 @@ class QoQ(Format):
 
     examples: ClassVar[tuple[str, ...]] = ("qoq-g128", "qoq-g64")
 
-    group: int = Field(128, gt=0)
+    group: int = Field(default=128, gt=0)
     scales: Literal["minmax", "search"] = "search"
 
     @property

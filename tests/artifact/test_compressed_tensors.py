@@ -268,18 +268,20 @@ def test_scales_that_the_model_type_cannot_hold(tiny_checkpoint, tmp_path):
 
 REFUSED = [
     pytest.param(
-        {"fmt": Q4_0()}, "holds integers per group, channel or tensor, such as int4-g128, not q4_0", id="q4_0"
+        {"fmt": Q4_0()}, r"holds integers such as int4-g128 and int8-channel, .*, not q4_0", id="q4_0"
     ),
     pytest.param(
         {"fmt": None, "embedding": Int(bits=8, group=32)}, "the token embedding stays unquantized", id="embedding"
     ),
     pytest.param(
-        {"fmt": Int(bits=8, group=32), "activations": TOKEN8}, "quantized inputs go with int8-channel", id="w8-group"
+        {"fmt": Int(bits=8, group=32), "activations": TOKEN8}, "inputs of int8-g32 weights are left alone, not int8-token", id="w8-group"
     ),
-    pytest.param({"fmt": Int(bits=4, group="channel"), "activations": TOKEN8}, "quantized inputs go with", id="w4a8"),
+    pytest.param({"fmt": Int(bits=4, group="tensor"), "activations": TOKEN8},
+        "inputs of int4-tensor weights are left alone, not int8-token",
+        id="w4a8"),
     pytest.param(
         {"fmt": Int(bits=8, group="channel"), "activations": Int(bits=8, group="tensor")},
-        "inputs are quantized as int8-token, not int8-tensor",
+        "inputs of int8-channel weights are int8-token or int8-token-asym or left alone, not int8-tensor",
         id="per-tensor-inputs",
     ),
     pytest.param(
@@ -341,27 +343,27 @@ DAMAGE = {
     "broken expression": (change_group(targets=["re:("]), "wrong config_groups"),
     "cache": (change_config(kv_cache_scheme={"num_bits": 8}), "does not read models with a kv_cache_scheme"),
     "no target": (change_group(targets=["re:^other$"]), r"no group of config_groups has model\.layers\.0"),
-    "floats": (change_group(type="float"), "wanted pack-quantized or int-quantized with 2 to 8 bits"),
+    "floats": (change_group(type="float"), "wanted one of pack-quantized, .*, found pack-quantized, 4-bit float per group"),
     "words for a number": (change_group(num_bits="four"), "wrong config_groups"),
     "other width": (change_group(num_bits=3), r"weight_packed: wanted .*6\).*; compressed-tensors before 0\.18"),
-    "other group": (change_group(group_size=16), r"weight_scale: wanted .*\(64, 4\)"),
+    "other group": (change_group(group_size=16), r"weight_scale: wanted bfloat16 \[64, 4\]"),
     "group of nothing": (change_group(group_size=-1), "found -1"),
-    "hidden zero points": (change_group(symmetric=False), "holds no tensor .*weight_zero_point"),
-    "static inputs": (
-        change_group(input_activations={"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False}),
-        "wanted inputs of 8-bit integers, scaled per token at run time",
+    "hidden zero points": (change_group(symmetric=False), "lacks .*q_proj.weight_zero_point"),
+    "inputs of another kind": (
+        change_group(input_activations={"num_bits": 4, "type": "int", "strategy": "token", "dynamic": True}),
+        "wanted inputs that qtool knows, scaled at run time, found 4-bit int per token, dynamic",
     ),
     "no scale": (change_tensors(lambda t: t.pop(f"{UP}.weight_scale")), f"lacks {UP}.weight_scale"),
-    "no codes": (change_tensors(lambda t: t.pop(f"{UP}.weight_packed")), f"lacks 1 of .*{UP}.weight"),
+    "no codes": (change_tensors(lambda t: t.pop(f"{UP}.weight_packed")), f"lacks {UP}.weight_packed: wanted int32"),
     "lying shape": (
         change_tensors(lambda t: t[f"{UP}.weight_shape"].add_(1)),
         r"weight_shape: wanted \[128, 64\], found \[129, 65\]",
     ),
     "group order": (change_tensors(lambda t: t.update({f"{UP}.weight_g_idx": torch.zeros(64)})), "activation order"),
-    "unknown module": (change_tensors(lambda t: t.update({"x.weight_packed": torch.zeros(4)})), "has no such module"),
+    "unknown module": (change_tensors(lambda t: t.update({"x.weight_packed": torch.zeros(4)})), "lacks x.weight_scale"),
     "scale type": (
         change_tensors(lambda t: t.update({f"{UP}.weight_scale": t[f"{UP}.weight_scale"].double()})),
-        r"weight_scale: wanted bf16, fp16, fp32, found torch\.float64",
+        r"weight_scale: wanted bfloat16 \[128, 2\], found float64",
     ),
 }
 
@@ -372,6 +374,21 @@ def test_damaged_artifacts(damage, message, tiny_checkpoint, tmp_path):
     damage(tmp_path)
     with pytest.raises(CheckpointError, match=message):
         CompressedTensors().open(tmp_path).quantized(UP)
+
+
+def test_inputs_with_calibrated_scales_are_read_but_not_exported(tiny_checkpoint, tmp_path):
+    """No format of qtool says how such inputs are rounded, so nothing else may claim to be the same model."""
+    model = quantize(tiny_checkpoint("llama"), Int(bits=8, group="channel"), TOKEN8)
+    write(model, tmp_path / "a")
+    static = {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False}
+    change_group(input_activations=static)(tmp_path / "a")
+    change_tensors(lambda t: t.update({f"{m}.input_scale": torch.ones(1) for m in model.layers}))(tmp_path / "a")
+    found = CompressedTensors().open(tmp_path / "a")
+    assert set(found.decoded) == set(model.layers)
+    assert set(found.decoded.values()) == {"its inputs have calibrated scales"}
+    assert torch.equal(found.tensor(f"{UP}.weight"), model.tensor(f"{UP}.weight"))
+    with pytest.raises(PlanError, match="its inputs have calibrated scales"):
+        write(found, tmp_path / "b")
 
 
 def test_a_plain_checkpoint_is_not_recognized(tiny_checkpoint, tmp_path):

@@ -9,25 +9,72 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from qtool.artifact.compressed_tensors._layout import PACKED, PLAIN, layout
+from qtool.artifact.compressed_tensors._floats import EXPONENT, FP8, MX4, MX8, NV4, NaiveFP8
+from qtool.artifact.compressed_tensors._integers import Packed, Plain, as_int
+from qtool.artifact.compressed_tensors._kinds import (
+    FP8_BLOCK_INPUTS,
+    FP8_INPUTS,
+    INT8_INPUTS,
+    Arguments,
+    Kind,
+    spelled,
+)
 from qtool.checkpoint._base import Checkpoint, Layer, QuantizedCheckpoint, modules
-from qtool.errors import CheckpointError
-from qtool.formats._base import Format
-from qtool.formats.int import Int
+from qtool.formats._base import Format, alike
+from qtool.formats.mxfp4 import MXFP4
+from qtool.formats.mxfp8 import MXFP8
 
 METHOD = "compressed-tensors"
 DENSE_ODD_WIDTHS = "0.18.0"
 """The first version that reads 3, 5, 6 and 7 bits packed without gaps."""
 OLDEST = "0.15.0"
 
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (Packed(), Plain(), FP8(), NaiveFP8(), MX4(), MX8(), NV4())}
+
+INPUTS: tuple[tuple[Format, dict[str, Any]], ...] = (
+    (INT8_INPUTS[0], spelled(8, "int", "token", dynamic=True)),
+    (INT8_INPUTS[1], spelled(8, "int", "token", symmetric=False, dynamic=True)),
+    (FP8_INPUTS, spelled(8, "float", "token", dynamic=True)),
+    (FP8_BLOCK_INPUTS, spelled(8, "float", "group", 128, dynamic=True)),
+    (MXFP8(), spelled(8, "float", "group", 32, dynamic=True, scale_dtype=EXPONENT)),
+    (MXFP4(), spelled(4, "float", "group", 32, dynamic=True, scale_dtype=EXPONENT)),
+)
+"""Inputs whose scales are found at run time, and what config.json says of them."""
+
+
+def kind_of(layer: Layer) -> Kind | None:
+    """The layout that holds a layer; None if none does."""
+    for kind in KINDS.values():
+        allowed = kind.inputs(layer.format)
+        if allowed is not None and any(_same(inputs, layer.activations) for inputs in allowed):
+            return kind
+    return None
+
+
+def refusal(layer: Layer) -> str:
+    """Why no layout holds a layer."""
+    found = [kind.inputs(layer.format) for kind in KINDS.values()]
+    if all(inputs is None for inputs in found):
+        wanted = "integers such as int4-g128 and int8-channel, fp8-channel, fp8-tensor, fp8-block, mxfp4, mxfp8, nvfp4"
+        return f"compressed-tensors holds {wanted}, not {layer.format.label}"
+    allowed = [inputs for kind in found for inputs in kind or ()]
+    labels = dict.fromkeys(_spell(inputs) for inputs in sorted(allowed, key=lambda inputs: inputs is None))
+    return f"inputs of {layer.format.label} weights are {' or '.join(labels)}, not {_spell(layer.activations)}"
+
+
+def _same(a: Format | None, b: Format | None) -> bool:
+    return a is b if a is None or b is None else alike(a, b)
+
+
+def _spell(inputs: Format | None) -> str:
+    return "left alone" if inputs is None else inputs.label
+
 
 def quantization_config(model: QuantizedCheckpoint) -> dict[str, Any]:
-    """What config.json says about a model all of whose formats are `Int`."""
+    """What config.json says about a model all of whose layers have a layout."""
     members: dict[str, list[str]] = defaultdict(list)
     schemes: dict[str, dict[str, Any]] = {}
     for module, layer in model.layers.items():
@@ -40,12 +87,11 @@ def quantization_config(model: QuantizedCheckpoint) -> dict[str, Any]:
         targets = ["Linear"] if len(schemes) == 1 else _patterns(members[key], model)
         groups[f"group_{i}"] = {**scheme, "targets": targets}
     formats = {scheme["format"] for scheme in schemes.values()}
-    odd = any(isinstance(x.format, Int) and x.format.bits in (3, 5, 6, 7) for x in model.layers.values())
     asymmetric = not all(scheme["weights"]["symmetric"] for scheme in schemes.values())
     config = {
         "quant_method": METHOD,
         "quantization_status": "compressed",
-        "version": DENSE_ODD_WIDTHS if odd else OLDEST,
+        "version": _version(layer.format for layer in model.layers.values()),
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
@@ -59,38 +105,42 @@ def quantization_config(model: QuantizedCheckpoint) -> dict[str, Any]:
     return config
 
 
+def _version(formats: Iterable[Format]) -> str:
+    """The oldest version that reads these formats."""
+    odd = any((ints := as_int(fmt)) and ints.bits in (3, 5, 6, 7) for fmt in formats)
+    return DENSE_ODD_WIDTHS if odd else OLDEST
+
+
 def _scheme(layer: Layer) -> dict[str, Any]:
-    assert isinstance(layer.format, Int)
-    kind = layout(layer)
+    kind = kind_of(layer)
+    assert kind is not None
+    inputs = layer.activations
     return {
-        "format": kind,
-        "weights": _arguments(layer.format, packed=kind == PACKED),
-        "input_activations": None if layer.activations is None else _activation_arguments(layer.activations),
+        "format": kind.name,
+        "weights": kind.arguments(layer.format),
+        "input_activations": None if inputs is None else next(told for fmt, told in INPUTS if alike(fmt, inputs)),
         "output_activations": None,
     }
 
 
-def _arguments(fmt: Int, packed: bool) -> dict[str, Any]:
-    strategy = "group" if fmt.group_columns else str(fmt.group)
-    if packed and strategy == "tensor":
-        strategy = "channel"  # packed weights have one scale a row at least; they may all be equal
-    return {
-        "num_bits": fmt.bits,
-        "type": "int",
-        "symmetric": fmt.symmetric,
-        "strategy": strategy,
-        "group_size": fmt.group_columns,
-        "dynamic": False,
-    }
+def input_format(told: Arguments) -> Format | None:
+    """The format of inputs that config.json describes, if their scales are found at run time; None: no such format."""
+    for fmt, keys in INPUTS:
+        wanted = Arguments.model_validate({k: v for k, v in keys.items() if v is not None})
+        if (told.grouping, *_content(told)) == (wanted.grouping, *_content(wanted)):
+            return fmt
+    return None
 
 
-def _activation_arguments(fmt: Format) -> dict[str, Any]:
-    assert isinstance(fmt, Int)
-    return _arguments(fmt, packed=False) | {"dynamic": True}
+def _content(told: Arguments) -> tuple[Any, ...]:
+    return told.num_bits, told.type, told.symmetric, told.group_size, told.dynamic
 
 
 def _patterns(members: Collection[str], model: Checkpoint) -> list[str]:
-    """Anchored expressions that match these modules and nothing else; one for all blocks that have the same one."""
+    """Anchored expressions that match these modules and nothing else; one for all blocks that have the same one.
+
+    All experts of a block are matched by one: they have one format.
+    """
     before = model.family.block_prefix.split("{i}")[0]
     blocks: dict[str, list[str]] = defaultdict(list)
     patterns = []
@@ -98,108 +148,15 @@ def _patterns(members: Collection[str], model: Checkpoint) -> list[str]:
         if module.name in members and module.block is None:
             patterns.append(f"re:^{re.escape(module.name)}$")
         elif module.name in members:
-            blocks[module.name.removeprefix(f"{before}{module.block}")].append(str(module.block))
-    patterns += [f"re:^{re.escape(before)}(?:{'|'.join(i)}){re.escape(path)}$" for path, i in blocks.items()]
+            path = re.escape((module.stack or module.name).removeprefix(f"{before}{module.block}"))
+            blocks[path.replace("experts", r"experts\.\d+") if module.stack else path].append(str(module.block))
+    for path, numbers in blocks.items():
+        patterns.append(f"re:^{re.escape(before)}(?:{'|'.join(dict.fromkeys(numbers))}){path}$")
     return sorted(patterns)
 
 
 def _ignored(model: QuantizedCheckpoint) -> list[str]:
-    """Linear modules that stay as they are, a tied output layer among them."""
-    linears = [m.name for m in modules(model) if m.kind == "linear"]
+    """Linear modules that stay as they are, routers and a tied output layer among them."""
+    linears = [m.name for m in modules(model) if m.kind in ("linear", "router")]
     linears += [model.family.head] if model.tied else []
     return [name for name in linears if name not in model.layers]
-
-
-class _Arguments(BaseModel):
-    """Weights or activations of a group, as far as qtool reads them."""
-
-    model_config = ConfigDict(strict=True)
-
-    num_bits: int = 8
-    type: str = "int"
-    symmetric: bool = True
-    strategy: str | None = None
-    group_size: int | None = None
-    dynamic: bool | str = False
-
-
-class _Group(BaseModel):
-    """One entry of `config_groups`."""
-
-    model_config = ConfigDict(strict=True)
-
-    targets: list[str]
-    format: str | None = None
-    weights: _Arguments
-    input_activations: _Arguments | None = None
-    output_activations: dict[str, Any] | None = None
-
-
-class Schemes:
-    """The groups of a `quantization_config`, read.
-
-    Args:
-        config: its content.
-        where: the file, for messages.
-
-    Raises:
-        CheckpointError: it says something that qtool does not understand, or cannot do.
-    """
-
-    def __init__(self, config: Mapping[str, Any], where: str) -> None:
-        self.where = where
-        for key in ("kv_cache_scheme", "transform_config", "sparsity_config"):
-            if config.get(key):
-                raise CheckpointError(f"{where}: qtool does not read models with a {key}")
-        try:
-            groups = dict(config.get("config_groups") or {})
-            read = [_Group.model_validate(group) for group in groups.values()]
-            self._targets = [(self._pattern(target), group) for group in read for target in group.targets]
-        except (ValidationError, TypeError, ValueError, re.error) as error:
-            first = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{where}: wrong config_groups", found=first) from error
-        self.format = config.get("format")
-
-    @staticmethod
-    def _pattern(target: str) -> re.Pattern[str] | None:
-        """None for the class of all linear layers."""
-        if target == "Linear":
-            return None
-        return re.compile(target[3:] if target.startswith("re:") else re.escape(target) + r"\Z")
-
-    def layer(self, module: str) -> tuple[str, Layer]:
-        """Kind of layout, and formats; scales are taken for bf16. Exact targets win over the class.
-
-        Raises:
-            CheckpointError: no group, or one that qtool does not read.
-        """
-        named = [group for pattern, group in self._targets if pattern and pattern.match(module)]
-        found = named + [group for pattern, group in self._targets if pattern is None]
-        if not found:
-            raise CheckpointError(f"{self.where}: no group of config_groups has {module} as target")
-        group = found[0]
-        kind = group.format or self.format
-        inputs = None if group.input_activations is None else self._activations(group.input_activations, module)
-        w = group.weights
-        known = kind in (PACKED, PLAIN) and w.type == "int" and 2 <= w.num_bits <= 8 and not w.dynamic
-        strategy = w.strategy or ("group" if (w.group_size or 0) > 0 else "tensor")
-        if not known or strategy not in ("group", "channel", "tensor") or group.output_activations:
-            wanted = f"{PACKED} or {PLAIN} with 2 to 8 bits per group, channel or tensor"
-            found_text = f"{kind}, {w.num_bits}-bit {w.type} per {strategy}"
-            raise CheckpointError(f"{self.where}: {module}", wanted=wanted, found=found_text)
-        size = w.group_size if strategy == "group" else strategy
-        return str(kind), Layer(self._int(w, size, module), inputs)
-
-    def _activations(self, a: _Arguments, module: str) -> Int:
-        if a.type != "int" or a.num_bits != 8 or a.strategy != "token" or a.dynamic is not True:
-            wanted = "inputs of 8-bit integers, scaled per token at run time"
-            found = f"{a.num_bits}-bit {a.type} per {a.strategy}, dynamic: {a.dynamic}"
-            raise CheckpointError(f"{self.where}: {module}", wanted=wanted, found=found)
-        return self._int(a, "token", module)
-
-    def _int(self, arguments: _Arguments, group: int | str | None, module: str) -> Int:
-        fields = {"bits": arguments.num_bits, "group": group, "symmetric": arguments.symmetric}
-        try:
-            return Int.model_validate(fields)
-        except ValidationError as error:
-            raise CheckpointError(f"{self.where}: {module}: {error.errors()[0]['msg']}", found=group) from error

@@ -1,0 +1,210 @@
+"""Floats.
+
+float-quantized        weight float8_e4m3 [N, K] for inputs in FP8; weight_scale in the model's type, one [1], per
+                       row [N, 1], or per block of 128 x 128 [ceil(N / 128), K / 128]
+naive-quantized        the same for inputs that are left alone
+mxfp8-quantized        weight float8_e4m3 [N, K], weight_scale uint8 [N, K / 32], exponents
+mxfp4-pack-quantized   weight_packed uint8 [N, K / 2], even columns in the low nibble, weight_scale as above
+nvfp4-pack-quantized   weight_packed as above, weight_scale float8_e4m3 [N, K / 16], and weight_global_scale float32
+                       [1], the number that scales were multiplied with
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from qtool.artifact._floats import from_bits, to_bits
+from qtool.artifact._packed import Infos
+from qtool.artifact.compressed_tensors._integers import exact
+from qtool.artifact.compressed_tensors._kinds import FP8_BLOCK_INPUTS, FP8_INPUTS, SCALE, Arguments, Kind, Read, spelled
+from qtool.checkpoint._base import TensorInfo
+from qtool.errors import PlanError
+from qtool.formats._base import Format, Quantized
+from qtool.formats._scaled import Scaled
+from qtool.formats.fp import FP
+from qtool.formats.mxfp4 import MXFP4
+from qtool.formats.mxfp8 import MXFP8
+from qtool.formats.nvfp4 import NVFP4
+from qtool.numerics.bits import pack, unpack
+
+E4M3 = torch.float8_e4m3fn
+BLOCK = 128
+GLOBAL = "weight_global_scale"
+EXPONENT = "torch.uint8"
+"""`scale_dtype` of powers of two."""
+
+
+def is_block(fmt: FP) -> bool:
+    """Whether scales are those of blocks of 128 x 128."""
+    return (fmt.rows, fmt.group) == (BLOCK, BLOCK)
+
+
+class FP8(Kind):
+    """E4M3 weights for inputs in FP8."""
+
+    name: ClassVar[str] = "float-quantized"
+
+    def inputs(self, fmt: Format) -> tuple[Format | None, ...] | None:
+        """See `Kind.inputs`."""
+        if (
+            not isinstance(fmt, FP)
+            or fmt.element != "e4m3"
+            or not (fmt.group in ("channel", "tensor") or is_block(fmt))
+        ):
+            return None
+        return (FP8_BLOCK_INPUTS,) if is_block(fmt) else (FP8_INPUTS,)
+
+    def arguments(self, fmt: Format) -> dict[str, Any]:
+        """See `Kind.arguments`."""
+        assert isinstance(fmt, FP)
+        if is_block(fmt):
+            return spelled(8, "float", "block", block_structure=[BLOCK, BLOCK])
+        return spelled(8, "float", str(fmt.group))
+
+    def format(self, told: Arguments, scale_dtype: str) -> Format | None:
+        """See `Kind.format`."""
+        if (told.type, told.num_bits, told.symmetric) != ("float", 8, True) or told.scale_dtype:
+            return None
+        fields: dict[str, Any] = {"element": "e4m3", "group": told.grouping, "scale_dtype": scale_dtype}
+        if told.grouping == "block" and told.block_structure == [BLOCK, BLOCK]:
+            fields |= {"group": BLOCK, "rows": BLOCK}
+        elif told.grouping not in ("channel", "tensor"):
+            return None
+        return FP.model_validate(fields)
+
+    def infos(self, fmt: Format, n: int, k: int, dtype: torch.dtype) -> Infos:
+        """See `Kind.infos`."""
+        assert isinstance(fmt, FP)
+        shapes = {"tensor": (1,), "channel": (n, 1)}
+        shape = (-(-n // BLOCK), k // BLOCK) if is_block(fmt) else shapes[str(fmt.group)]
+        return {"weight": TensorInfo((n, k), E4M3), SCALE: TensorInfo(shape, dtype)}
+
+    def encode(self, quantized: Quantized, module: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """See `Kind.encode`."""
+        codes, params, fmt = quantized
+        assert isinstance(fmt, FP)
+        scale = exact(params["scale"], module, dtype)
+        scale = scale[0] if fmt.group == "tensor" else scale[:: fmt.rows].contiguous()
+        return {"weight": to_bits(codes, fmt).view(E4M3), SCALE: scale}
+
+    def decode(self, fmt: Format, k: int, read: Read, start: int, stop: int) -> Quantized:
+        """See `Kind.decode`."""
+        assert isinstance(fmt, FP)
+        if fmt.group == "tensor":
+            scale = read(SCALE).view(1, 1).repeat(stop - start, 1)
+        else:
+            first = start // fmt.rows
+            blocks = read(SCALE, first, -(-stop // fmt.rows)).repeat_interleave(fmt.rows, dim=0)
+            scale = blocks[start - first * fmt.rows : stop - first * fmt.rows]
+        return Quantized(from_bits(read("weight", start, stop).view(torch.uint8), fmt), {"scale": scale}, fmt)
+
+
+class NaiveFP8(FP8):
+    """E4M3 weights alone."""
+
+    name: ClassVar[str] = "naive-quantized"
+
+    def inputs(self, fmt: Format) -> tuple[Format | None, ...] | None:
+        """See `Kind.inputs`. vLLM runs weights in blocks with quantized inputs only."""
+        return (None,) if super().inputs(fmt) == (FP8_INPUTS,) else None
+
+
+class MX8(Kind):
+    """MXFP8 weights, alone or with inputs in MXFP8."""
+
+    name: ClassVar[str] = "mxfp8-quantized"
+    fmt: ClassVar[Scaled] = MXFP8()
+
+    def inputs(self, fmt: Format) -> tuple[Format | None, ...] | None:
+        """See `Kind.inputs`."""
+        if type(fmt) is not type(self.fmt) or len(fmt.levels()) != len(self.fmt.levels()):
+            return None
+        return (None, self.fmt)
+
+    def arguments(self, fmt: Format) -> dict[str, Any]:
+        """See `Kind.arguments`."""
+        return spelled(self.fmt.code_bits, "float", "group", 32, scale_dtype=EXPONENT)
+
+    def format(self, told: Arguments, scale_dtype: str) -> Format | None:
+        """See `Kind.format`. Whoever wrote the file may have left the scale's type out."""
+        found = (told.type, told.num_bits, told.grouping, told.group_size, told.symmetric)
+        return self.fmt if found == ("float", self.fmt.code_bits, "group", 32, True) else None
+
+    def infos(self, fmt: Format, n: int, k: int, dtype: torch.dtype) -> Infos:
+        """See `Kind.infos`."""
+        return {"weight": TensorInfo((n, k), E4M3), SCALE: TensorInfo((n, k // 32), torch.uint8)}
+
+    def encode(self, quantized: Quantized, module: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """See `Kind.encode`."""
+        return {"weight": to_bits(quantized.codes, self.fmt).view(E4M3), SCALE: quantized.params["exponent"]}
+
+    def decode(self, fmt: Format, k: int, read: Read, start: int, stop: int) -> Quantized:
+        """See `Kind.decode`."""
+        codes = from_bits(read("weight", start, stop).view(torch.uint8), self.fmt)
+        return Quantized(codes, {"exponent": read(SCALE, start, stop)}, fmt)
+
+
+class MX4(MX8):
+    """MXFP4 weights, alone or with inputs in MXFP4."""
+
+    name: ClassVar[str] = "mxfp4-pack-quantized"
+    fmt: ClassVar[Scaled] = MXFP4()
+
+    def infos(self, fmt: Format, n: int, k: int, dtype: torch.dtype) -> Infos:
+        """See `Kind.infos`."""
+        return {"weight_packed": TensorInfo((n, k // 2), torch.uint8), SCALE: TensorInfo((n, k // 32), torch.uint8)}
+
+    def encode(self, quantized: Quantized, module: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """See `Kind.encode`."""
+        return {"weight_packed": pack(to_bits(quantized.codes, self.fmt), 4), SCALE: quantized.params["exponent"]}
+
+    def decode(self, fmt: Format, k: int, read: Read, start: int, stop: int) -> Quantized:
+        """See `Kind.decode`."""
+        codes = from_bits(unpack(read("weight_packed", start, stop), 4, k), self.fmt)
+        return Quantized(codes, {"exponent": read(SCALE, start, stop)}, fmt)
+
+
+class NV4(Kind):
+    """NVFP4 weights alone."""
+
+    name: ClassVar[str] = "nvfp4-pack-quantized"
+
+    def inputs(self, fmt: Format) -> tuple[Format | None, ...] | None:
+        """See `Kind.inputs`."""
+        return (None,) if isinstance(fmt, NVFP4) else None
+
+    def arguments(self, fmt: Format) -> dict[str, Any]:
+        """See `Kind.arguments`."""
+        return spelled(4, "float", "tensor_group", 16, scale_dtype="torch.float8_e4m3fn")
+
+    def format(self, told: Arguments, scale_dtype: str) -> Format | None:
+        """See `Kind.format`."""
+        found = (told.type, told.num_bits, told.grouping, told.group_size, told.symmetric)
+        return NVFP4() if found == ("float", 4, "tensor_group", 16, True) else None
+
+    def infos(self, fmt: Format, n: int, k: int, dtype: torch.dtype) -> Infos:
+        """See `Kind.infos`."""
+        scales = {SCALE: TensorInfo((n, k // 16), E4M3), GLOBAL: TensorInfo((1,), torch.float32)}
+        return {"weight_packed": TensorInfo((n, k // 2), torch.uint8), **scales}
+
+    def encode(self, quantized: Quantized, module: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """See `Kind.encode`."""
+        codes, params, fmt = quantized
+        assert isinstance(fmt, NVFP4)
+        whole = params["tensor"]
+        multiplier = (1.0 / whole[0]).float()
+        if bool((1.0 / multiplier.double() != whole).any()):
+            line = f"{module}: the scale of the whole matrix is not the reciprocal of a float32 number"
+            raise PlanError([line], "compressed-tensors stores that reciprocal")
+        scales = {SCALE: params["scale"].view(E4M3), GLOBAL: multiplier}
+        return {"weight_packed": pack(to_bits(codes, fmt), 4), **scales}
+
+    def decode(self, fmt: Format, k: int, read: Read, start: int, stop: int) -> Quantized:
+        """See `Kind.decode`."""
+        assert isinstance(fmt, NVFP4)
+        codes = from_bits(unpack(read("weight_packed", start, stop), 4, k), fmt)
+        whole = (1.0 / read(GLOBAL).double()).view(1, 1).repeat(stop - start, 1)
+        return Quantized(codes, {"scale": read(SCALE, start, stop).view(torch.uint8), "tensor": whole}, fmt)

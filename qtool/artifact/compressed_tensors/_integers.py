@@ -1,0 +1,171 @@
+"""Integers.
+
+    pack-quantized   weight_packed int32 [N, ceil(K b / 32)], weight_scale [N, G], weight_shape int64 [2], and for
+                     asymmetric formats weight_zero_point int32 [ceil(N b / 32), G], packed along N
+    int-quantized    weight int8 [N, K], weight_scale [N, 1], or [1] for one scale per tensor
+
+Codes count from the lowest level, so the code itself, q + 2^(b-1), is what is packed. Scales have the model's type.
+Formats with other scales whose levels are integers are stored as the integers of the same values.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from qtool.artifact._packed import Infos
+from qtool.artifact.compressed_tensors._kinds import FP8_INPUTS, INT8_INPUTS, SCALE, Arguments, Kind, Read, spelled
+from qtool.checkpoint._base import TensorInfo
+from qtool.errors import PlanError
+from qtool.formats._base import Format, Quantized
+from qtool.formats._scaled import Scaled
+from qtool.formats.int import Int
+from qtool.numerics.bits import pack_words, unpack_words
+
+
+def as_int(fmt: Format) -> Int | None:
+    """The integers that hold every matrix of a format; None: there are none."""
+    if isinstance(fmt, Int):
+        return fmt if fmt.rows == 1 and fmt.group != "token" else None
+    if not isinstance(fmt, Scaled):
+        return None
+    ints = Int.model_validate({"bits": fmt.code_bits, "group": fmt.group_columns or "channel"})
+    return ints if ints.may_hold(fmt) is None else None
+
+
+def integers(quantized: Quantized, module: str, dtype: torch.dtype) -> Quantized:
+    """A matrix as integers with scales in some type. Raises PlanError: they are not exact in it."""
+    ints = as_int(quantized.format)
+    assert ints is not None
+    held = quantized if isinstance(quantized.format, Int) else ints.hold(quantized)
+    if isinstance(held, str):
+        raise PlanError([f"{module}: {held}"], f"integers cannot hold {quantized.format.label} exactly")
+    return held._replace(params=held.params | {"scale": exact(held.params["scale"], module, dtype)})
+
+
+def exact(scale: Tensor, module: str, dtype: torch.dtype) -> Tensor:
+    """Scales in another type. Raises PlanError: they change."""
+    cast = scale.to(dtype)
+    if not torch.equal(cast.to(scale.dtype), scale):
+        names = (str(dtype).removeprefix("torch.") for dtype in (scale.dtype, dtype))
+        problem = "{}: scales stored as {} are not exact in {}".format(module, *names)
+        hint = "quantize with `scale_dtype` of the model's own type"
+        raise PlanError([f"{problem}; {hint}"], "runtimes load this model, and its scales, in its own type")
+    return cast
+
+
+class Packed(Kind):
+    """Packed words: for weights alone, or of less than 8 bits."""
+
+    name: ClassVar[str] = "pack-quantized"
+
+    def inputs(self, fmt: Format) -> tuple[Format | None, ...] | None:
+        """See `Kind.inputs`."""
+        ints = as_int(fmt)
+        if ints is None:
+            return None
+        if ints.bits != 4 or not ints.symmetric or ints.group == "tensor":
+            return (None,)
+        return (None, *INT8_INPUTS[:1], FP8_INPUTS)
+
+    def arguments(self, fmt: Format) -> dict[str, Any]:
+        """See `Kind.arguments`."""
+        ints = as_int(fmt)
+        assert ints is not None
+        if ints.group_columns:
+            return spelled(ints.bits, "int", "group", ints.group_columns, symmetric=ints.symmetric)
+        # packed weights have one scale a row at least; they may all be equal
+        return spelled(ints.bits, "int", "channel", symmetric=ints.symmetric)
+
+    def format(self, told: Arguments, scale_dtype: str) -> Format | None:
+        """See `Kind.format`."""
+        if told.type != "int" or told.grouping not in ("group", "channel", "tensor") or told.num_bits > 8:
+            return None
+        group = told.group_size if told.grouping == "group" else told.grouping
+        fields = {"bits": told.num_bits, "group": group, "symmetric": told.symmetric, "scale_dtype": scale_dtype}
+        return Int.model_validate(fields)
+
+    def infos(self, fmt: Format, n: int, k: int, dtype: torch.dtype) -> Infos:
+        """See `Kind.infos`."""
+        ints = as_int(fmt)
+        assert ints is not None
+        groups = k // (ints.group_columns or k)
+        stored = {
+            "weight_packed": TensorInfo((n, words(k, ints.bits)), torch.int32),
+            SCALE: TensorInfo((n, groups), dtype),
+            "weight_shape": TensorInfo((2,), torch.int64),
+        }
+        if not ints.symmetric:
+            stored["weight_zero_point"] = TensorInfo((words(n, ints.bits), groups), torch.int32)
+        return stored
+
+    def encode(self, quantized: Quantized, module: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """See `Kind.encode`."""
+        codes, params, fmt = integers(quantized, module, dtype)
+        assert isinstance(fmt, Int)
+        stored = {"weight_packed": pack_words(codes, fmt.bits), SCALE: params["scale"]}
+        stored["weight_shape"] = torch.tensor(codes.shape)
+        if not fmt.symmetric:
+            zero = (params["zero"].to(torch.int16) - fmt.lowest).to(torch.uint8)
+            stored["weight_zero_point"] = pack_words(zero.T, fmt.bits).T.contiguous()
+        return stored
+
+    def decode(self, fmt: Format, k: int, read: Read, start: int, stop: int) -> Quantized:
+        """See `Kind.decode`."""
+        assert isinstance(fmt, Int)
+        params = {"scale": read(SCALE, start, stop)}
+        if not fmt.symmetric:
+            zero = unpack_words(read("weight_zero_point").T, fmt.bits, stop).T[start:]
+            params["zero"] = (zero.to(torch.int16) + fmt.lowest).to(torch.int8).contiguous()
+        return Quantized(unpack_words(read("weight_packed", start, stop), fmt.bits, k), params, fmt)
+
+
+class Plain(Kind):
+    """int8, for weights whose inputs are quantized as well."""
+
+    name: ClassVar[str] = "int-quantized"
+
+    def inputs(self, fmt: Format) -> tuple[Format | None, ...] | None:
+        """See `Kind.inputs`."""
+        if not isinstance(fmt, Int) or fmt.bits != 8 or not fmt.symmetric or fmt.group not in ("channel", "tensor"):
+            return None
+        return INT8_INPUTS
+
+    def arguments(self, fmt: Format) -> dict[str, Any]:
+        """See `Kind.arguments`."""
+        assert isinstance(fmt, Int)
+        return spelled(8, "int", str(fmt.group))
+
+    def format(self, told: Arguments, scale_dtype: str) -> Format | None:
+        """See `Kind.format`."""
+        if told.type != "int" or told.grouping not in ("channel", "tensor") or told.num_bits > 8 or not told.symmetric:
+            return None
+        return Int.model_validate({"bits": told.num_bits, "group": told.grouping, "scale_dtype": scale_dtype})
+
+    def infos(self, fmt: Format, n: int, k: int, dtype: torch.dtype) -> Infos:
+        """See `Kind.infos`."""
+        assert isinstance(fmt, Int)
+        shape = (1,) if fmt.group == "tensor" else (n, 1)
+        return {"weight": TensorInfo((n, k), torch.int8), SCALE: TensorInfo(shape, dtype)}
+
+    def encode(self, quantized: Quantized, module: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """See `Kind.encode`."""
+        codes, params, fmt = integers(quantized, module, dtype)
+        assert isinstance(fmt, Int)
+        weight = (codes.to(torch.int16) + fmt.lowest).to(torch.int8)
+        return {"weight": weight, SCALE: params["scale"][0] if fmt.group == "tensor" else params["scale"]}
+
+    def decode(self, fmt: Format, k: int, read: Read, start: int, stop: int) -> Quantized:
+        """See `Kind.decode`."""
+        assert isinstance(fmt, Int)
+        codes = (read("weight", start, stop).to(torch.int16) - fmt.lowest).to(torch.uint8)
+        if fmt.group == "tensor":
+            return Quantized(codes, {"scale": read(SCALE).view(1, 1).repeat(stop - start, 1)}, fmt)
+        return Quantized(codes, {"scale": read(SCALE, start, stop)}, fmt)
+
+
+def words(count: int, bits: int) -> int:
+    """int32 words of a packed row."""
+    return (count * bits + 31) // 32
