@@ -29,7 +29,7 @@ TEXTS = [
 def byte_level(name: str) -> Tokenizer:
     """A BPE over bytes, trained under one of the known pre-tokenizers."""
     steps, ignore_merges = RULES[name]
-    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    tokenizer = Tokenizer(models.BPE(ignore_merges=bool(ignore_merges)))
     spelled = json.loads(tokenizer.to_str())
     spelled["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
     tokenizer = Tokenizer.from_str(json.dumps(spelled))

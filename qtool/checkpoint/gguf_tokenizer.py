@@ -83,7 +83,7 @@ def _byte_level(file: GGUFFile, told: dict[str, Any], pre: str) -> dict[str, Any
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": _bpe(told["tokens"], merges, ignore_merges=ignore_merges),
+        "model": _bpe(told["tokens"], merges, ignore_merges=bool(ignore_merges)),
     }
 
 

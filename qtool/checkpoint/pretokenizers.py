@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from typing import Any
 
-CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+CONTRACTIONS = ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+"
 REST = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 LLAMA3 = CONTRACTIONS + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*" + REST
 QWEN2 = CONTRACTIONS + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*" + REST
-TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*" + REST
-)
+CAPITALIZED, CAPITALS = rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*"
+SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
+TEKKEN = rf"{CAPITALIZED}|{CAPITALS}|\p{{N}}|{SIGNS}{REST}"
+GPT4O = rf"{CAPITALIZED}{ENDINGS}?|{CAPITALS}{ENDINGS}?|\p{{N}}{{1,3}}|{SIGNS}{REST}"
 
 
 def _split(regex: str) -> list[dict[str, Any]]:
@@ -29,15 +30,19 @@ def _split(regex: str) -> list[dict[str, Any]]:
 
 
 GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
-RULES: dict[str, tuple[list[dict[str, Any]], bool]] = {
+RULES: dict[str, tuple[list[dict[str, Any]], bool | None]] = {
     "gpt-2": ([GPT2], False),
     "smollm": ([{"type": "Digits", "individual_digits": True}, GPT2], False),
     "llama-bpe": (_split(LLAMA3), True),
     "smaug-bpe": (_split(LLAMA3), False),
     "qwen2": (_split(QWEN2), False),
     "tekken": (_split(TEKKEN), True),
+    "gpt-4o": (_split(GPT4O), None),
 }
-"""GGUF's name -> (pre-tokenizers in sequence, whether a word that is a token is not merged step by step)."""
+"""GGUF's name -> (pre-tokenizers in sequence, whether a word that is a token is not merged step by step).
+
+None: either, since merging leads there; so it is in vocabularies that were made for tiktoken.
+"""
 
 
 def identify(tokenizer: dict[str, Any]) -> str | None:
@@ -45,7 +50,7 @@ def identify(tokenizer: dict[str, Any]) -> str | None:
     found = [_essence(step) for step in _steps(tokenizer.get("pre_tokenizer"))]
     ignore_merges = bool(tokenizer["model"].get("ignore_merges"))
     for name, (steps, ignores) in RULES.items():
-        if found == [_essence(step) for step in steps] and ignore_merges == ignores:
+        if found == [_essence(step) for step in steps] and ignores in (ignore_merges, None):
             return name
     return None
 

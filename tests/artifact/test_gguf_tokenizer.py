@@ -122,6 +122,10 @@ def test_ignored_merges_are_part_of_the_rules(tmp_path: Path):
     assert metadata(tmp_path, spelled)["tokenizer.ggml.pre"] == "llama-bpe"
     spelled["model"]["ignore_merges"] = False
     assert metadata(tmp_path, spelled)["tokenizer.ggml.pre"] == "smaug-bpe"
+    spelled = json.loads(byte_level("gpt-4o").to_str())
+    for ignores in (False, True):  # which is the same there
+        spelled["model"]["ignore_merges"] = ignores
+        assert metadata(tmp_path, spelled)["tokenizer.ggml.pre"] == "gpt-4o"
 
 
 def test_types_of_tokens(tmp_path: Path):

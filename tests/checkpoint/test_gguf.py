@@ -138,7 +138,7 @@ def test_tokenizer(pre: str, tiny_checkpoint: Find, tmp_path: Path) -> None:
     reference = AutoTokenizer.from_pretrained(folder)
     spelled = json.loads(reference.backend_tokenizer.to_str())
     spelled["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": RULES[pre][0]}
-    spelled["model"]["ignore_merges"] = RULES[pre][1]
+    spelled["model"]["ignore_merges"] = bool(RULES[pre][1])
     spelled["model"]["vocab"]["HELLO"] = len(spelled["model"]["vocab"])
     expected = type(reference.backend_tokenizer).from_str(json.dumps(spelled))
     begin = [1] if pre in ("llama-bpe", "tekken") else []
@@ -160,6 +160,7 @@ def test_tokenizer(pre: str, tiny_checkpoint: Find, tmp_path: Path) -> None:
         ("llama-bpe", ["a", " ", "123", "4", "'s", "\n\n", " ", " B", "..."]),
         ("qwen2", ["a", " ", "1", "2", "3", "4", "'s", "\n\n", " ", " B", "..."]),
         ("tekken", ["a", " ", "1", "2", "3", "4", "'s", "\n\n", " ", " B", "..."]),
+        ("gpt-4o", ["a", " ", "123", "4", "'s", "\n\n", " ", " B", "..."]),
     ],
 )
 def test_splitting(pre: str, words: list[str]) -> None:
