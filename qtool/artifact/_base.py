@@ -45,8 +45,14 @@ class Artifact(ABC):
         """Known before anything is computed, from the format alone. `layer` None: kept, and cast as `keep` says."""
 
     def knows(self, model: Checkpoint) -> Carry:
-        """Whether it can hold a model of this family, with this tokenizer, whatever the formats of its layers."""
-        return Carry(True)
+        """Whether it can hold a model of this family, with this tokenizer, whatever the formats of its layers.
+
+        Unless an artifact says more, its runtimes find tensors under transformers' names, one matrix each.
+        """
+        if model.family.separate_experts:
+            return Carry(True)
+        kind = model.config["model_type"]
+        return Carry(False, f"its runtimes know the experts of {kind} models as one tensor only; gguf holds them")
 
     def agree(self, layers: Collection[Layer]) -> Carry:
         """Whether it can hold layers together that it can hold one by one."""

@@ -15,7 +15,7 @@ from qtool.artifact._base import Artifact, Carry
 from qtool.artifact._card import write_card, write_side_files
 from qtool.artifact._manifest import MANIFEST
 from qtool.artifact._neutral import NeutralCheckpoint, NeutralWriter
-from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint
+from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
 
 OUTSIDE = "outside"
 
@@ -29,6 +29,10 @@ class Qtool(Artifact):
 
     def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Carry:
         """See `Artifact.can_carry`: everything."""
+        return Carry(True)
+
+    def knows(self, model: Checkpoint) -> Carry:
+        """See `Artifact.knows`: every family."""
         return Carry(True)
 
     def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:

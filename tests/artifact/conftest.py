@@ -75,7 +75,8 @@ def assert_same_model(found: QuantizedCheckpoint, wanted: QuantizedCheckpoint) -
         else:
             assert found.tensor(name).dtype == wanted.tensor(name).dtype
             assert torch.equal(found.tensor(name), wanted.tensor(name))
-        assert torch.equal(found.rows(name, 3, 17), wanted.tensor(name)[3:17])
+        start, stop = (min(row, wanted.info(name).shape[0]) for row in (3, 17))
+        assert torch.equal(found.rows(name, start, stop), wanted.tensor(name)[start:stop])
 
 
 @pytest.fixture

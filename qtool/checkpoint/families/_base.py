@@ -110,6 +110,7 @@ class Family:
         embedding, norm, head: module names around the blocks.
         gguf_arch: `general.architecture` of its GGUF files.
         mixture: True if blocks hold experts, of which each token visits some.
+        separate_experts: False if transformers knows the matrices of all experts as one tensor only.
         spellings: other names of fields of config.json.
         counts: fields of config.json that must be positive integers, beside those of every family.
         activation: field of config.json that names the activation function, and the only one that llama.cpp computes.
@@ -128,6 +129,7 @@ class Family:
     norm: ClassVar[str] = "model.norm"
     head: ClassVar[str] = "lm_head"
     mixture: ClassVar[bool] = False
+    separate_experts: ClassVar[bool] = True
     spellings: ClassVar[dict[str, str]] = {}
     counts: ClassVar[tuple[str, ...]] = ()
     activation: ClassVar[tuple[str, str]] = ("hidden_act", "silu")

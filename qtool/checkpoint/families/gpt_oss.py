@@ -42,6 +42,7 @@ class GPTOSS(MixtureOfExperts):
     experts_field = "num_local_experts"
     wide_field = "intermediate_size"
     interleaved = True
+    separate_experts = False
     gguf_arch = "gpt-oss"
 
     def has_bias(self, config: dict[str, Any], role: str) -> bool:
