@@ -20,6 +20,7 @@ from qtool.checkpoint.config import FAMILIES, complete
 from qtool.checkpoint.families._base import GGUF_FIELDS, Family, stacked
 from qtool.checkpoint.families._rope import ROPE_TENSORS, rope_config
 from qtool.checkpoint.gguf_io import GGUFFile
+from qtool.checkpoint.gguf_parts import open_gguf
 from qtool.checkpoint.gguf_tokenizer import save_tokenizer
 from qtool.checkpoint.hf import samples
 from qtool.checkpoint.safetensors_io import read_bytes
@@ -29,26 +30,22 @@ SPECIAL = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padd
 
 
 class GGUFCheckpoint(Checkpoint):
-    """One GGUF file. Opening reads the header only; see `Checkpoint` for the methods.
+    """One GGUF file, or the first of its parts. Opening reads headers only; see `Checkpoint` for the methods.
 
     Raises:
-        CheckpointError: damaged, cut into parts, or not a model that qtool knows.
+        CheckpointError: damaged, incomplete, or not a model that qtool knows.
     """
 
     def __init__(self, path: Path) -> None:
         self.source = str(path)
-        self._file = GGUFFile(path)
-        parts = self._file.metadata.get("split.count", 1)
-        if parts != 1:
-            raise CheckpointError(
-                f"{path} is one of {parts} parts", hint="join them first: llama-gguf-split --merge FIRST_PART WHOLE"
-            )
+        self._file = open_gguf(path)
         self.family = _family(self._file)
         self.config, _ = complete(_config(self._file, self.family), path)
         self._check_rotary()
         stored = self._file.tensors
         names = self.family.gguf_names(self.config)
         known = {*names.values(), *ROPE_TENSORS}
+        known |= {scale_name(name, kind) for name in names.values() for kind in ("scale", "input_scale")}
         if unknown := [name for name in stored if name not in known]:
             raise CheckpointError(
                 f"{path} holds a tensor that {self.family.gguf_arch} models do not have: {unknown[0]}"
@@ -82,6 +79,8 @@ class GGUFCheckpoint(Checkpoint):
         """See `Checkpoint.tensor`."""
         there, index = self._stored(name)
         tensor, order = self._file.read(there, index=index), self._order(name)
+        if (scale := self._scale(name)) is not None:
+            tensor = tensor * scale
         if offset := self.family.gguf_offset(name):
             return tensor - offset
         return tensor if order is None else tensor[order.argsort()]
@@ -91,14 +90,15 @@ class GGUFCheckpoint(Checkpoint):
         if self._order(name) is not None or self.family.gguf_offset(name):
             return super().rows(name, start, stop)
         there, index = self._stored(name)
-        return self._file.read(there, start, stop, index)
+        rows, scale = self._file.read(there, start, stop, index), self._scale(name)
+        return rows if scale is None else rows * scale
 
     def fingerprint(self) -> str:
         """See `Checkpoint.fingerprint`."""
         digest = hashlib.sha256(self._file.header)
         for name, tensor in self._file.tensors.items():
             for begin, count in samples(tensor.nbytes):
-                digest.update(read_bytes(self._file.path, tensor.offset + begin, count, name).numpy().tobytes())
+                digest.update(read_bytes(tensor.path, tensor.offset + begin, count, name).numpy().tobytes())
         return digest.hexdigest()
 
     def _check_rotary(self) -> None:
@@ -122,9 +122,25 @@ class GGUFCheckpoint(Checkpoint):
             raise CheckpointError(f"{self.source} holds no tensor {name!r}")
         return self._names[name]
 
+    def _scale(self, name: str) -> float | None:
+        """A number that a weight's decoded values are multiplied with; None: there is none."""
+        there, index = self._stored(name)
+        if not there.endswith(".weight") or (scale := scale_name(there)) not in self._file.tensors:
+            return None
+        numbers, count = self._file.read(scale).flatten(), 1 if index is None else self.family.experts(self.config)
+        if len(numbers) != count or not bool(numbers.isfinite().all()):
+            wanted = f"{count} finite numbers"
+            raise CheckpointError(f"{self.source}: tensor {scale}", wanted=wanted, found=numbers.tolist()[:8])
+        return float(numbers[index or 0])
+
     def _order(self, name: str) -> Tensor | None:
         """Order of the stored rows, if llama.cpp wants another one; see `Family.gguf_rows`."""
         return self.family.gguf_rows(self.config, self._roles.get(name.rsplit(".", 1)[0], ""))
+
+
+def scale_name(weight: str, kind: str = "scale") -> str:
+    """Name of the tensor beside "x.weight" that holds one number per matrix."""
+    return f"{weight.removesuffix('weight')}{kind}"
 
 
 def _family(file: GGUFFile) -> Family:

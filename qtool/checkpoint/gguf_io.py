@@ -47,12 +47,14 @@ class GGUFTensor:
         kind: ggml type number.
         offset: from the start of the file, bytes.
         nbytes: stored bytes.
+        path: of the file.
     """
 
     shape: tuple[int, ...]
     kind: int
     offset: int
     nbytes: int
+    path: Path
 
     @property
     def dtype(self) -> torch.dtype:
@@ -99,7 +101,7 @@ class GGUFFile:
         if index is None:
             return stored
         nbytes = stored.nbytes // stored.shape[0]
-        return GGUFTensor(stored.shape[1:], stored.kind, stored.offset + index * nbytes, nbytes)
+        return GGUFTensor(stored.shape[1:], stored.kind, stored.offset + index * nbytes, nbytes, stored.path)
 
     def read(self, name: str, start: int = 0, stop: int | None = None, index: int | None = None) -> Tensor:
         """Reads and decodes a tensor, or its rows from `start` to `stop`; float32 if it is stored in blocks.
@@ -120,13 +122,13 @@ class GGUFFile:
             raise CheckpointError(f"{self.path}: tensor {name!r} has {rows} rows", found=f"{start} to {stop}")
         row_bytes = stored.nbytes // rows
         if stored.kind in PLAIN:
-            data = read_bytes(self.path, stored.offset + start * row_bytes, (stop - start) * row_bytes, name)
+            data = read_bytes(stored.path, stored.offset + start * row_bytes, (stop - start) * row_bytes, name)
             return data.view(stored.dtype).view(stop - start, *stored.shape[1:])
         result = torch.empty(stop - start, *stored.shape[1:])
         step = max(1, DECODED_AT_ONCE // math.prod(stored.shape[1:]))
         for row in range(start, stop, step):
             end = min(row + step, stop)
-            data = read_bytes(self.path, stored.offset + row * row_bytes, (end - row) * row_bytes, name)
+            data = read_bytes(stored.path, stored.offset + row * row_bytes, (end - row) * row_bytes, name)
             result[row - start : end - start] = decode(data, stored.kind).view(end - row, *stored.shape[1:])
         return result
 
@@ -241,6 +243,6 @@ def _checked(path: Path, claims: dict[str, Any], position: int, alignment: int, 
             raise CheckpointError(
                 f"{path} is truncated: tensor {name!r} ends behind it", wanted=f"{expected + nbytes} bytes", found=size
             )
-        tensors[name] = GGUFTensor(tuple(shape), kind, expected, nbytes)
+        tensors[name] = GGUFTensor(tuple(shape), kind, expected, nbytes, path)
         expected += nbytes + -nbytes % alignment
     return tensors

@@ -18,6 +18,7 @@ def command(
     ],
     out: options.Out,
     pre_tokenizer: options.PreTokenizer = None,
+    split_max_size: options.SplitMaxSize = None,
     overwrite: options.Overwrite = False,
     verify: Annotated[bool, typer.Option(help="Read the result back and compare.")] = True,
     json: options.Json = False,
@@ -32,7 +33,8 @@ def command(
     with Console(quiet, verbose) as console:
         from qtool.pipeline import export as stage
 
-        written = stage.run(stage.ExportOptions(Path(artifact), to, out, overwrite, verify, pre_tokenizer), console)
+        asked = stage.ExportOptions(Path(artifact), to, out, overwrite, verify, pre_tokenizer, split_max_size)
+        written = stage.run(asked, console)
     if json:
         document(written.model_dump(mode="json"))
     else:

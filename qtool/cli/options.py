@@ -14,6 +14,17 @@ FORMATS, METHODS, ARTIFACTS = (", ".join(registry.names(room)) for room in ("for
 OUTPUT = "Output"
 COMPUTE = "Compute"
 
+
+def _size(text: str) -> int:
+    """Bytes of "2G"; the grammar of recipes is imported only if there is something to read."""
+    from qtool.recipe.schema import parse_size
+
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A checkpoint: local folder, hub id, or GGUF file.", show_default=False)
 ]
@@ -66,6 +77,17 @@ Imatrix = Annotated[
         metavar="FILE",
         help="Round with an importance matrix of llama-imatrix or `qtool calibrate` (.gguf, or .dat): "
         "stands for --set 'method={rtn: {importance: true}}'.",
+        show_default=False,
+    ),
+]
+SplitMaxSize = Annotated[
+    int | None,
+    typer.Option(
+        "--split-max-size",
+        metavar="SIZE",
+        parser=_size,
+        help="Cut the GGUF model into files with at most so much of tensors each: 2G, 500M, or bytes.",
+        rich_help_panel=OUTPUT,
         show_default=False,
     ),
 ]

@@ -27,7 +27,7 @@ class ExportOptions:
         out: folder of the result.
         overwrite: replace an earlier result.
         verify: read the result back.
-        pre_tokenizer: GGUF's name of the pre-tokenizer, where it is not recognized.
+        pre_tokenizer, split_max_size: options of GGUF, see `qtool.recipe.schema.Export`.
     """
 
     source: Path
@@ -36,6 +36,7 @@ class ExportOptions:
     overwrite: bool = False
     verify: bool = True
     pre_tokenizer: str | None = None
+    split_max_size: int | None = None
 
 
 def run(options: ExportOptions, listener: Listener = silent) -> ArtifactEntry:
@@ -47,10 +48,12 @@ def run(options: ExportOptions, listener: Listener = silent) -> ArtifactEntry:
         CheckpointError, StorageError, VerifyError: see there.
     """
     check_free(options.out, options.overwrite)
-    if options.pre_tokenizer and options.to != "gguf":
-        raise UsageError("--pre-tokenizer", wanted="--to gguf", found=f"--to {options.to}")
-    named = {"pre_tokenizer": options.pre_tokenizer} if options.pre_tokenizer else {}
-    artifact: Artifact = registry.load("artifact", options.to)(**named)
+    given = {"pre_tokenizer": options.pre_tokenizer, "split_max_size": options.split_max_size}
+    given = {key: value for key, value in given.items() if value is not None}
+    if given and options.to != "gguf":
+        flags = ", ".join(f"--{key.replace('_', '-')}" for key in given)
+        raise UsageError(flags, wanted="--to gguf", found=f"--to {options.to}")
+    artifact: Artifact = registry.load("artifact", options.to)(**given)
     model = open_artifact(options.source)
     artifact.check(model)
     card = {"base_model": model_name(model.source)}

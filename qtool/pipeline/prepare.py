@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,7 +40,7 @@ def prepare(
     limit: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
-    pre_tokenizer: str | None = None,
+    gguf: Mapping[str, object] | None = None,
 ) -> Job:
     """Opens a model and plans a recipe for it.
 
@@ -52,7 +52,7 @@ def prepare(
         limit: quantize this many decoder blocks and nothing else.
         device: "auto", "cpu" or "cuda".
         dtype: of forward passes: "auto", "bf16" or "fp32".
-        pre_tokenizer: GGUF's name of the pre-tokenizer, where it is not recognized.
+        gguf: options of the recipe's GGUF export by name; None as a value leaves what the recipe says.
 
     Raises:
         RecipeError, CheckpointError, PlanError, UsageError: see `load_recipe`, `open_model`, `make_plan`.
@@ -61,8 +61,7 @@ def prepare(
     if seed is not None:
         overrides = (*overrides, f"calibration.seed={seed}")
     parsed = load_recipe(recipe, overrides)
-    if pre_tokenizer:
-        parsed = with_pre_tokenizer(parsed, pre_tokenizer)
+    parsed = with_gguf_options(parsed, {key: value for key, value in (gguf or {}).items() if value is not None})
     checkpoint = open_model(model)
     artifacts = {export.to: registry.load("artifact", export.to)(**export.options) for export in parsed.export}
     plan = make_plan(parsed, checkpoint, artifacts, limit)
@@ -70,13 +69,14 @@ def prepare(
     return Job(checkpoint, plan, artifacts, place, dtype_of(dtype, place))
 
 
-def with_pre_tokenizer(recipe: Recipe, name: str) -> Recipe:
-    """The recipe with that name in its GGUF export. Raises UsageError: it has none."""
-    exports = [e.model_copy(update={"pre_tokenizer": name}) if e.to == "gguf" else e for e in recipe.export]
-    if not any(export.pre_tokenizer for export in exports):
+def with_gguf_options(recipe: Recipe, given: Mapping[str, object]) -> Recipe:
+    """The recipe with these options in its GGUF export. Raises UsageError: it has none."""
+    exports = tuple(e.model_copy(update=given) if e.to == "gguf" else e for e in recipe.export)
+    if given and not any(export.to == "gguf" for export in exports):
+        flags = ", ".join(f"--{key.replace('_', '-')}" for key in given)
         wanted, found = "a recipe that exports gguf", ", ".join(e.to for e in exports) or "no export"
-        raise UsageError("--pre-tokenizer", wanted=wanted, found=found)
-    return recipe.model_copy(update={"export": tuple(exports)})
+        raise UsageError(flags, wanted=wanted, found=found)
+    return recipe.model_copy(update={"export": exports})
 
 
 def device_of(name: str) -> torch.device:

@@ -41,7 +41,7 @@ class QuantizeOptions:
         device, dtype: "auto", or where and in which type to compute.
         stats: statistics of an earlier `calibrate` to use instead of running the model.
         imatrix: an importance matrix of llama.cpp to use instead; sets the recipe's method to rounding with it.
-        pre_tokenizer: see `prepare`.
+        pre_tokenizer, split_max_size: options of the GGUF export, see `qtool.recipe.schema.Export`.
         keep: leave the work folder.
         overwrite: replace an earlier result.
         verify: read artifacts back.
@@ -59,6 +59,7 @@ class QuantizeOptions:
     stats: Path | None = None
     imatrix: Path | None = None
     pre_tokenizer: str | None = None
+    split_max_size: int | None = None
     keep: bool = False
     overwrite: bool = False
     verify: bool = True
@@ -81,7 +82,8 @@ def run(options: QuantizeOptions, listener: Listener = silent) -> Report:
     with watch.stage("plan"):
         o = options
         overrides = (BY_IMPORTANCE, *o.overrides) if o.imatrix else o.overrides
-        job = prepare(o.model, o.recipe, overrides, o.seed, o.limit, o.device, o.dtype, o.pre_tokenizer)
+        gguf = {"pre_tokenizer": o.pre_tokenizer, "split_max_size": o.split_max_size}
+        job = prepare(o.model, o.recipe, overrides, o.seed, o.limit, o.device, o.dtype, gguf)
         evaluate.check(job.plan.recipe.eval)
     for warning in job.plan.warnings:
         listener(Event("plan", 1, 1, warning, warning=True))

@@ -29,7 +29,7 @@ class Named(Protocol):
 
     @property
     def kind(self) -> str:
-        """ "linear", "embedding" or "router"."""
+        """One of "linear", "embedding", "router"."""
 
     @property
     def role(self) -> str:

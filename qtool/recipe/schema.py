@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast
 
@@ -14,6 +15,7 @@ from pydantic import (
     PrivateAttr,
     Tag,
     ValidationError,
+    WithJsonSchema,
 )
 
 from qtool import registry
@@ -114,6 +116,14 @@ def _check_source(data: str) -> str:
     )
 
 
+def parse_size(value: Any) -> int:
+    """Bytes of 2G, 500M (decimal, as llama.cpp counts them) or a number of bytes."""
+    found = re.fullmatch(r"([1-9]\d{0,14})([MG]?)", str(value)) if type(value) in (int, str) else None
+    if found is None:
+        raise mistake("no size", wanted="a number of bytes, or one such as 2G or 500M", found=show(value))
+    return int(found[1]) * {"": 1, "M": 10**6, "G": 10**9}[found[2]]
+
+
 def _shape_of(value: Any) -> str:
     return "list" if isinstance(value, list | tuple) else "text"
 
@@ -122,6 +132,8 @@ FormatField = Annotated[Format, BeforeValidator(parse_format), PlainSerializer(d
 MethodField = Annotated[Method, BeforeValidator(parse_method), PlainSerializer(_dump_method)]
 FallbackField = Annotated[Literal["error"] | Format, BeforeValidator(_parse_fallback), PlainSerializer(_dump_fallback)]
 TokenSource = Annotated[str, AfterValidator(_check_source)]
+SIZE_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "examples": ["2G", "500M"]}]}
+Size = Annotated[int, BeforeValidator(parse_size), WithJsonSchema(SIZE_SCHEMA)]
 
 
 class Source(Strict):
@@ -218,17 +230,19 @@ class Export(Strict):
     Attributes:
         to: the artifact's layout.
         pre_tokenizer: llama.cpp's name for how the tokenizer splits text, where gguf does not recognize it.
+        split_max_size: cuts a GGUF model into files with at most so much of tensors each, such as 2G, 500M or bytes.
     """
 
     to: Annotated[str, AfterValidator(_check_artifact)]
     pre_tokenizer: Annotated[str, Field(min_length=1)] | None = None
+    split_max_size: Size | None = None
 
     @classmethod
     def conflicts(cls, value: Mapping[str, Any]) -> list[tuple[Keys, str]]:
         """An option belongs to an artifact."""
-        if value.get("pre_tokenizer") is None or value.get("to") == "gguf":
-            return []
-        return [(("pre_tokenizer",), f"an option of gguf, not of {show(value.get('to'))}")]
+        given = [key for key in ("pre_tokenizer", "split_max_size") if value.get(key) is not None]
+        other = value.get("to") != "gguf"
+        return [((key,), f"an option of gguf, not of {show(value.get('to'))}") for key in given if other]
 
     @property
     def options(self) -> dict[str, Any]:

@@ -272,9 +272,9 @@ def module(role="q", k=64):
             Carry(False, "q4_0: rows of 48 columns are not divisible by 32; groups that divide: 16"),
         ),
         (
-            Layer(Int(bits=4, group=16)),
+            Layer(Int(bits=8, group=16)),
             64,
-            Carry(False, "no GGUF block type holds int4-g16; q4_0 to q8_0 are some"),
+            Carry(False, "no GGUF block type holds int8-g16; q4_0 to q8_0 are some"),
         ),
         (
             Layer(Int(bits=8, group="channel"), Int(bits=8, group="token")),
@@ -292,7 +292,7 @@ def test_recognizing_and_opening(tiny_checkpoint, tmp_path: Path):
     path = write(neutral(tiny_checkpoint("llama"), tmp_path / "work"), tmp_path / "out")
     assert GGUF.recognizes(path) and GGUF.recognizes(path.parent)
     assert not GGUF.recognizes(tiny_checkpoint("llama")) and not GGUF.recognizes(tmp_path / "nothing")
-    with pytest.raises(CheckpointError, match=r"wanted one \.gguf file, found 0"):
+    with pytest.raises(CheckpointError, match=r"wanted one \.gguf model, found 0"):
         GGUF().open(tmp_path)
 
 

@@ -329,8 +329,8 @@ def test_cut_anywhere(tiny_gguf: Path) -> None:
     [
         ({"general.architecture": "mamba"}, "unknown architecture: wanted one of .*llama, .*qwen3.*, found 'mamba'"),
         ({"general.architecture": None}, "unknown architecture"),
-        ({"split.count": 3}, "is one of 3 parts; join them first"),
-        ({"llama.expert_count": 8}, "do not have: blk.0.ffn_gate.weight"),
+        ({"split.count": 3}, "is one of 3 parts: wanted NAME-00001-of-3.gguf"),
+        ({"llama.expert_count": 8}, "impossible num_experts_per_tok: wanted a positive integer, found None"),
         ({"llama.block_count": None}, r"lacks llama.block_count: wanted a number, found None"),
         ({"qwen3.expert_count": 8, "general.architecture": "qwen3"}, "found 'qwen3' with experts"),
         ({"llama.block_count": 3}, "lacks 9 of the 30 tensors"),
@@ -356,7 +356,7 @@ def test_metadata_that_does_not_fit(
         file.metadata = {key: value for key, value in (file.metadata | change).items() if value is not None}
         return file
 
-    monkeypatch.setattr("qtool.checkpoint.gguf.GGUFFile", changed)
+    monkeypatch.setattr("qtool.checkpoint.gguf_parts.GGUFFile", changed)
     with pytest.raises(CheckpointError, match=message):
         GGUFCheckpoint(tiny_gguf)
 

@@ -504,3 +504,25 @@ class TestFinding:
         entries = {entry.name: entry for entry in list_recipes()}
         assert entries["w4a16-gptq"].description == "4-bit weights, groups of 128, symmetric, GPTQ"
         assert entries["w4a16-gptq"].path.read_text().startswith("# 4-bit weights in groups of 128")
+
+
+@pytest.mark.parametrize(
+    ("written", "wanted"), [("2G", 2 * 10**9), ("500M", 500 * 10**6), ("1048576", 1048576), ("'7'", 7)]
+)
+def test_sizes_of_parts(write, written, wanted):
+    (export,) = load_recipe(write(HEAD + LAYERS + f"export: [{{to: gguf, split_max_size: {written}}}]")).export
+    assert export.split_max_size == wanted
+    assert export.options == {"split_max_size": wanted}
+
+
+@pytest.mark.parametrize("written", ["2T", "0", "-1", "1.5G", "G", "true", "[1]", "2 G"])
+def test_what_is_no_size(write, written):
+    (line,) = problems(write(HEAD + LAYERS + f"export: [{{to: gguf, split_max_size: {written}}}]"))
+    start = "r.yaml:5: export[0].split_max_size: no size: wanted a number of bytes, or one such as 2G or 500M, found "
+    assert line.startswith(start)
+
+
+def test_only_gguf_has_parts(write):
+    assert problems(write(HEAD + LAYERS + "export: [{to: qtool, split_max_size: 2G}]")) == [
+        "r.yaml:5: export[0].split_max_size: an option of gguf, not of 'qtool'"
+    ]

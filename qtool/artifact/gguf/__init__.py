@@ -18,6 +18,7 @@ from qtool.artifact.gguf._reader import QuantizedGGUF
 from qtool.artifact.gguf._tokenizer import tokenizer_metadata
 from qtool.artifact.gguf._writer import Writer, candidates
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
+from qtool.checkpoint.gguf_parts import first_parts
 from qtool.errors import CheckpointError
 
 
@@ -26,14 +27,15 @@ class GGUF(Artifact):
 
     Args:
         pre_tokenizer: llama.cpp's name for the tokenizer's splitting rules, where they are not recognized.
+        split_max_size: bytes of tensors in one file, unless a single one is larger; None: all in one.
     """
 
     fuses: ClassVar[bool] = False
     runtimes: ClassVar[tuple[str, ...]] = ("llama.cpp",)
     usage: ClassVar[str] = "`llama-cli -m FILE.gguf` chats with it."
 
-    def __init__(self, pre_tokenizer: str | None = None) -> None:
-        self.pre_tokenizer = pre_tokenizer
+    def __init__(self, pre_tokenizer: str | None = None, split_max_size: int | None = None) -> None:
+        self.pre_tokenizer, self.split_max_size = pre_tokenizer, split_max_size
 
     def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Carry:
         """See `Artifact.can_carry`."""
@@ -44,8 +46,13 @@ class GGUF(Artifact):
         blocks = candidates(layer.format)
         if not blocks:
             return Carry(False, f"no GGUF block type holds {layer.format.label}; q4_0 to q8_0 are some")
-        misfit = blocks[0].misfit(module.shape[1])
-        return Carry(False, f"{blocks[0].label}: {misfit}") if misfit else Carry(True)
+        block, k = blocks[0], module.shape[1]
+        if block.matrix_scale and module.kind == "embedding":
+            return Carry(False, f"llama.cpp knows no matrix scale of a token embedding, as {block.label} has one")
+        if any(k % other.columns == 0 for other in blocks):
+            return Carry(True)
+        misfit = block.misfit(k) or f"rows of {k} columns are not divisible by {block.columns}"
+        return Carry(False, f"{block.label}: {misfit}")
 
     def knows(self, model: Checkpoint) -> Carry:
         """See `Artifact.knows`."""
@@ -68,14 +75,14 @@ class GGUF(Artifact):
         stem = "-".join(filter(None, (base, card.get("recipe_name"))))
         path = out / (re.sub(r"[^\w.-]+", "-", stem).strip("-.") + ".gguf")
         with storage_errors(out):
-            Writer(model, path, base, self.pre_tokenizer).write()
-        return [path, write_card(self, model, out, card)]
+            files = Writer(model, path, base, self.pre_tokenizer, self.split_max_size).write()
+        return [*files, write_card(self, model, out, card)]
 
     def open(self, path: Path) -> QuantizedGGUF:
-        """See `Artifact.open`; of a folder the one file in it."""
+        """See `Artifact.open`; of a folder the one model in it."""
         files = _files(path)
         if len(files) != 1:
-            raise CheckpointError(f"{path} is no GGUF artifact", wanted="one .gguf file", found=len(files))
+            raise CheckpointError(f"{path} is no GGUF artifact", wanted="one .gguf model", found=len(files))
         return QuantizedGGUF(files[0])
 
     @classmethod
@@ -89,4 +96,4 @@ class GGUF(Artifact):
 
 
 def _files(path: Path) -> list[Path]:
-    return [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    return [path] if path.is_file() else first_parts(path)

@@ -14,12 +14,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
 import torch
 from torch import Tensor
 
-Value = bool | int | float | str | list[str] | list[int] | list[float]
+Value = bool | int | float | str | list[str] | list[int] | list[float] | np.uint16 | np.int32
 ALIGNMENT = 32
-UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
+UINT16, UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 2, 4, 5, 6, 7, 8, 9
 
 
 class Container:
@@ -76,7 +77,9 @@ def _string(text: str) -> bytes:
 
 
 def _value(value: Value) -> bytes:
-    """A value behind its type: whole numbers are u32 (in arrays i32), others f32."""
+    """A value behind its type: whole numbers are u32 unless numpy says otherwise (in arrays i32), others f32."""
+    if isinstance(value, np.uint16 | np.int32):
+        return struct.pack("<I", UINT16 if isinstance(value, np.uint16) else INT32) + value.tobytes()
     if isinstance(value, bool):
         return struct.pack("<I?", BOOL, value)
     if isinstance(value, int):

@@ -12,24 +12,31 @@ from qtool.formats._base import Quantized
 
 
 class QuantizedGGUF(GGUFCheckpoint, QuantizedCheckpoint):
-    """A GGUF file. Matrices in other block types are plain tensors here, decoded when read.
+    """A GGUF file, or the first of its parts. Matrices in other block types are plain tensors here, decoded when read.
 
     Raises:
-        CheckpointError: damaged, cut into parts, or not a model that qtool knows.
+        CheckpointError: damaged, incomplete, or not a model that qtool knows.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         blocks = {cls.ggml_type: cls() for cls in block_types()}
         kinds = {name: self._file.find(*self._stored(name)).kind for name in self.names()}
-        self._formats = {name.removesuffix(".weight"): blocks[kind] for name, kind in kinds.items() if kind in blocks}
+        self._formats = {
+            name.removesuffix(".weight"): blocks[kind]
+            for name, kind in kinds.items()
+            if kind in blocks and (blocks[kind].matrix_scale or self._scale(name) is None)
+        }
         self.layers = {module: Layer(block) for module, block in self._formats.items()}
 
     def quantized(self, module: str) -> Quantized:
         """See `QuantizedCheckpoint.quantized`."""
         name = f"{module}.weight"
         stored, order = self._file.find(*self._stored(name)), self._order(name)
-        packed = read_bytes(self._file.path, stored.offset, stored.nbytes, name).view(stored.shape[0], -1)
+        packed = read_bytes(stored.path, stored.offset, stored.nbytes, name).view(stored.shape[0], -1)
         block = self._formats[module]
         codes, params = block.unpack(packed if order is None else packed[order.argsort()])
+        scale = self._scale(name)
+        if scale is not None and block.matrix_scale:
+            params[block.matrix_scale] *= scale
         return Quantized(codes, params, block)

@@ -1,29 +1,34 @@
-"""Writes a model as one GGUF file: names, row order, types and metadata as llama.cpp expects them."""
+"""Writes a model as GGUF, in one file or in parts: names, row order, types and metadata as llama.cpp expects them."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, reduce
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qtool import registry
-from qtool.artifact.gguf._container import Container, Value
+from qtool.artifact.gguf._container import ALIGNMENT, Container, Value
 from qtool.artifact.gguf._tokenizer import model_name, tokenizer_metadata
 from qtool.checkpoint._base import QuantizedCheckpoint, modules
 from qtool.checkpoint.families._base import stacked
+from qtool.checkpoint.gguf import scale_name
+from qtool.checkpoint.gguf_parts import COUNT, NUMBER, TENSORS, part_path
 from qtool.errors import PlanError
 from qtool.formats._base import Format, Quantized
 from qtool.formats._ggml import BlockFormat
 
 PLAIN = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
 """GGUF's numbers of the types that are not quantized."""
-FILE_TYPES = {0: 0, 1: 1, 2: 2, 3: 3, 8: 7, 6: 8, 7: 9, 30: 32}
-"""Number of a tensor type -> of a file that is mostly of that type (`llama_ftype` in llama.h)."""
+FILE_TYPES = {0: 0, 1: 1, 2: 2, 3: 3, 8: 7, 6: 8, 7: 9, 30: 32, 34: 36, 35: 37, 39: 38, 40: 39}
+FILE_TYPES |= {10: 10, 11: 12, 12: 15, 13: 17, 14: 18, 20: 25, 23: 30}
+FILE_TYPES |= {16: 19, 17: 20, 18: 23, 19: 24, 21: 26, 22: 29, 29: 31}
+"""Type of a tensor -> of a file that is mostly of that type (`llama_ftype` in llama.h; the medium of several)."""
 PART = 1 << 22
 """Weights that are packed and written at once."""
 
@@ -81,17 +86,20 @@ def common_block(model: QuantizedCheckpoint, modules: Sequence[str]) -> BlockFor
 
 
 class Writer:
-    """Writes one file.
+    """Writes one model.
 
     Args:
         model: what to write.
-        path: where.
+        path: where; parts get a number behind its stem.
         name: the model's.
         pre_tokenizer: GGUF's name of the pre-tokenizer, where it is not recognized.
+        limit: bytes of tensors in one file, unless a single one is larger; None: all in one.
     """
 
-    def __init__(self, model: QuantizedCheckpoint, path: Path, name: str, pre_tokenizer: str | None) -> None:
-        self.model, self.path = model, path
+    def __init__(
+        self, model: QuantizedCheckpoint, path: Path, name: str, pre_tokenizer: str | None, limit: int | None
+    ) -> None:
+        self.model, self.path, self.limit = model, path, limit
         self.family, self.config = model.family, model.config
         names = self.family.gguf_names(self.config)
         self.members: dict[str, list[str]] = defaultdict(list)
@@ -99,6 +107,13 @@ class Writer:
             self.members[names[tensor]].append(tensor)
         self.roles = {module.name: module.role for module in modules(model)}
         self.extra = self.family.gguf_extra_tensors(self.config)
+        self.shapes = {there: tuple(tensor.shape) for there, tensor in self.extra.items()}
+        for there, members in self.members.items():
+            shape = self.model.info(members[0]).shape
+            self.shapes[there] = shape if stacked(members[0])[1] is None else (len(members), *shape)
+            if self._has_scale(members[0]):
+                self.shapes[scale_name(there)] = (len(members),)
+        self.scales: list[float] = []
         weights = sum(math.prod(model.info(tensor).shape) for tensor in model.names())
         self.metadata: dict[str, Value] = {
             "general.architecture": self.family.gguf_arch,
@@ -111,28 +126,58 @@ class Writer:
             **tokenizer_metadata(model.files, self.config, pre_tokenizer),
         }
 
-    def write(self) -> None:
-        """Writes tensor by tensor; of a stack of experts' matrices one after the other.
+    def write(self) -> list[Path]:
+        """Writes tensor by tensor; of a stack of experts' matrices one after the other. Returns the files.
 
         Raises:
             PlanError: the values of a layer do not fit any block type exactly.
             OSError: the disk is full or not writable.
         """
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.extra.items()}
-        for there, names in self.members.items():
-            shape = self.model.info(names[0]).shape
-            shapes[there] = shape if stacked(names[0])[1] is None else (len(names), *shape)
+        parts = cut({there: self._most(there) for there in self.shapes}, self.limit)
+        paths = [part_path(self.path, i, len(parts)) for i in range(len(parts))]
+        about = [split_metadata(i, len(parts), len(self.shapes)) for i in range(len(parts))]
+        self.metadata |= about[0]
         sizes: Counter[int] = Counter()
-        with Container(self.path, self.metadata, shapes) as file:
-            for name, tensor in self.extra.items():
-                file.add(name, PLAIN[tensor.dtype], [tensor])
-            for there, names in self.members.items():
-                modules = [name.removesuffix(".weight") for name in names]
-                quantized = any(module in self.model.layers for module in modules)
-                ggml_type, parts = self._quantized(modules) if quantized else self._kept(names)
-                file.add(there, ggml_type, parts)
-                sizes[ggml_type] += math.prod(shapes[there])
+        with Container(paths[0], self.metadata, self._shapes(parts[0])) as first:
+            self._fill(first, sizes)
+            for path, names, told in zip(paths[1:], parts[1:], about[1:], strict=True):
+                with Container(path, told, self._shapes(names)) as file:
+                    self._fill(file, sizes)
             self.metadata["general.file_type"] = FILE_TYPES[sizes.most_common(1)[0][0]]
+        return paths
+
+    def _shapes(self, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        return {name: self.shapes[name] for name in names}
+
+    def _fill(self, file: Container, sizes: Counter[int]) -> None:
+        """Writes the tensors of one file, and counts the numbers in each type."""
+        for there in file.shapes:
+            if there in self.extra:
+                file.add(there, PLAIN[self.extra[there].dtype], [self.extra[there]])
+                continue
+            if there not in self.members:  # the numbers of the matrices that were written just before
+                file.add(there, PLAIN[torch.float32], [torch.tensor(self.scales)])
+                self.scales.clear()
+                continue
+            names = self.members[there]
+            modules = [name.removesuffix(".weight") for name in names]
+            quantized = any(module in self.model.layers for module in modules)
+            ggml_type, parts = self._quantized(modules) if quantized else self._kept(names)
+            file.add(there, ggml_type, parts)
+            sizes[ggml_type] += math.prod(self.shapes[there])
+
+    def _most(self, there: str) -> int:
+        """Bytes that a tensor takes at most; which block type holds integers exactly depends on them."""
+        if there in self.extra:
+            return self.extra[there].nbytes
+        if there not in self.members:
+            return 4 * self.shapes[there][0]
+        layer = self.model.layers.get(self.members[there][0].removesuffix(".weight"))
+        if layer is None:
+            return math.prod(self.shapes[there]) * self._dtype(self.members[there]).itemsize
+        n, k = self.model.info(self.members[there][0]).shape
+        bits = [block.storage_bits(n, k) for block in candidates(layer.format) if not block.misfit(k)]
+        return len(self.members[there]) * max(bits, default=0) // 8
 
     def _quantized(self, modules: Sequence[str]) -> tuple[int, Iterator[Tensor]]:
         first = held(self.model.quantized(modules[0]), modules[0]) if len(modules) == 1 else None
@@ -141,24 +186,36 @@ class Writer:
         matrices = [first] if first else (block.hold(self.model.quantized(module)) for module in modules)
         return block.ggml_type, (part for q in matrices for part in self._packed(q, block, self._order(modules[0])))
 
+    def _has_scale(self, name: str) -> bool:
+        """True if a weight's block type keeps a number of the matrix in a tensor of its own."""
+        layer = self.model.layers.get(name.removesuffix(".weight"))
+        return layer is not None and isinstance(layer.format, BlockFormat) and layer.format.matrix_scale is not None
+
     def _packed(self, quantized: Quantized | str, block: BlockFormat, order: Tensor | None) -> Iterator[Tensor]:
         """The bytes of a matrix, some rows at a time."""
-        assert isinstance(quantized, Quantized)  # the block type was chosen so
+        if not isinstance(quantized, Quantized):
+            raise PlanError([f"{block.label}: {quantized}"], "GGUF cannot hold the matrices of all experts exactly")
         codes, params, _ = quantized
+        if block.matrix_scale:
+            self.scales.append(float(params[block.matrix_scale][0]))
         rows = torch.arange(len(codes)) if order is None else order
         step = max(1, PART // codes.shape[1])
         for part in (rows[start : start + step] for start in range(0, len(rows), step)):
             yield block.pack(codes[part], {name: p[part] for name, p in params.items()})
 
     def _kept(self, names: Sequence[str]) -> tuple[int, Iterator[Tensor]]:
-        """Tensors in their own type; vectors and routers in F32, because llama.cpp computes so."""
-        infos = [self.model.info(name) for name in names]
-        dtype = reduce(torch.promote_types, (info.dtype for info in infos))
-        if len(infos[0].shape) == 1 or self._role(names[0]) == "router":
-            dtype = torch.float32
+        """Tensors in their own type."""
+        dtype = self._dtype(names)
         parts = (part.to(dtype) for name in names for part in self._rows(name))
         offset = self.family.gguf_offset(names[0])
         return PLAIN[dtype], (part + offset for part in parts) if offset else parts
+
+    def _dtype(self, names: Sequence[str]) -> torch.dtype:
+        """The type of what is kept; vectors and routers are in F32, because llama.cpp computes so."""
+        infos = [self.model.info(name) for name in names]
+        if len(infos[0].shape) == 1 or self._role(names[0]) == "router":
+            return torch.float32
+        return reduce(torch.promote_types, (info.dtype for info in infos))
 
     def _rows(self, name: str) -> Iterator[Tensor]:
         """A tensor, some rows at a time, in their order in the file."""
@@ -177,6 +234,32 @@ class Writer:
     def _order(self, name: str) -> Tensor | None:
         """Order of rows in the file; None if it is the model's."""
         return self.family.gguf_rows(self.config, self._role(name))
+
+
+def cut(sizes: Mapping[str, int], limit: int | None) -> list[list[str]]:
+    """Names of the tensors of each file.
+
+    Args:
+        sizes: bytes by name, in order.
+        limit: bytes of one file, unless a single tensor is larger; None: all in one.
+    """
+    parts: list[list[str]] = [[]]
+    total = 0
+    for name, size in sizes.items():
+        size += -size % ALIGNMENT
+        if limit is not None and parts[-1] and total + size > limit:
+            parts.append([])
+            total = 0
+        parts[-1].append(name)
+        total += size
+    return parts
+
+
+def split_metadata(index: int, count: int, tensors: int) -> dict[str, Value]:
+    """What a part says about itself; nothing if it is the only one."""
+    if count == 1:
+        return {}
+    return {NUMBER: np.uint16(index), COUNT: np.uint16(count), TENSORS: np.int32(tensors)}
 
 
 def size_label(weights: int) -> str:
