@@ -70,7 +70,7 @@ class Vector(BlockFormat):
     def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
         """See `Format.fit`."""
         rows = max(1, CHUNK // w.shape[1])
-        common = (self.levels(), self.codebook(), self.columns, self.rule, EFFORT[self.search])
+        common = (self.codebook(), self.columns, self.rule, EFFORT[self.search])
         found = [vector_scales(w[i : i + rows], importance, *common) for i in range(0, w.shape[0], rows)]
         d, s, signs = (torch.cat(part) for part in zip(*found, strict=True))
         return self.stored(d, s) | ({"minus": (signs < 0).to(torch.uint8)} if self.rule.delta else {})
@@ -81,7 +81,7 @@ class Vector(BlockFormat):
 
     def snap(self, w: Tensor, params: Params, importance: Tensor | None = None) -> Tensor:
         """See `Format.snap`."""
-        return snap_vectors(w, importance, *self.affine(params), self.codebook())
+        return snap_vectors(w, importance, self.affine(params), self.codebook(), self.search != "fast")
 
     def affine(self, params: Params) -> tuple[Tensor, Tensor]:
         """See `Format.affine`."""

@@ -22,7 +22,7 @@ class IQ1_M(Vector):  # noqa: N801 - spelled as in ggml
 
     ggml_type: ClassVar[int] = 29
     block_bytes: ClassVar[int] = 56
-    rule: ClassVar[Rule] = Rule(group=16, unit=1.0, top=7, delta=0.125, segment=8, low=1.0, high=1.6)
+    rule: ClassVar[Rule] = Rule(group=16, unit=1.0, top=7, delta=0.125, segment=8, low=0.85, high=3.2)
     signs: ClassVar[Literal["none", "free", "even"]] = "none"
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:

@@ -22,7 +22,7 @@ class IQ1_S(Vector):  # noqa: N801 - spelled as in ggml
 
     ggml_type: ClassVar[int] = 19
     block_bytes: ClassVar[int] = 50
-    rule: ClassVar[Rule] = Rule(group=32, unit=1.0, top=7, delta=0.125, segment=32, low=1.0, high=1.6)
+    rule: ClassVar[Rule] = Rule(group=32, unit=1.0, top=7, delta=0.125, segment=32, low=0.92, high=2.8)
     signs: ClassVar[Literal["none", "free", "even"]] = "none"
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:

@@ -22,7 +22,7 @@ class IQ2_XS(Vector):  # noqa: N801 - spelled as in ggml
 
     ggml_type: ClassVar[int] = 17
     block_bytes: ClassVar[int] = 74
-    rule: ClassVar[Rule] = Rule(group=16, unit=0.125, top=15, delta=0.0, segment=16, low=0.04, high=0.08)
+    rule: ClassVar[Rule] = Rule(group=16, unit=0.125, top=15, delta=0.0, segment=16, low=0.025, high=0.09)
     signs: ClassVar[Literal["none", "free", "even"]] = "even"
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:

@@ -22,7 +22,7 @@ class IQ2_XXS(Vector):  # noqa: N801 - spelled as in ggml
 
     ggml_type: ClassVar[int] = 16
     block_bytes: ClassVar[int] = 66
-    rule: ClassVar[Rule] = Rule(group=32, unit=0.125, top=15, delta=0.0, segment=32, low=0.04, high=0.08)
+    rule: ClassVar[Rule] = Rule(group=32, unit=0.125, top=15, delta=0.0, segment=32, low=0.028, high=0.085)
     signs: ClassVar[Literal["none", "free", "even"]] = "even"
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:

@@ -15,6 +15,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+NEIGHBORS = 16
+"""Entries that a vector's nearest magnitudes lead to."""
+PART = 1024
+"""Combinations of magnitudes whose neighbors are found at once."""
+
 
 class Tables(NamedTuple):
     """A codebook as kernels see it, entries ordered by their first half.
@@ -23,10 +28,11 @@ class Tables(NamedTuple):
         magnitudes: float32 [M], levels without signs.
         middles: float32 [M - 1], where the nearest magnitude changes.
         entries: uint8 [E, V].
+        values: float32 [E, V], their magnitudes.
         first: int32 [H + 1], where the entries of each first half begin.
         second: int32 [E], their second halves.
-        start: int32 [M^V], by the nearest magnitudes of a vector as a number in base M: that entry, or if there is no
-            such entry -1 minus the one at least distance from it.
+        close: int16 [M^V, NEIGHBORS], by the nearest magnitudes of a vector as a number in base M: the entries at least
+            distance from these, in order of it; the first as -1 - entry if it is not the very same magnitudes.
         signed, even: whether there are signs, and whether their number is even.
         span: see `Codebook`.
     """
@@ -34,12 +40,14 @@ class Tables(NamedTuple):
     magnitudes: np.ndarray
     middles: np.ndarray
     entries: np.ndarray
+    values: np.ndarray
     first: np.ndarray
     second: np.ndarray
-    start: np.ndarray
+    close: np.ndarray
     signed: bool
     even: bool
     span: int
+    lanes: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,18 +94,36 @@ class Codebook:
         order = self.keys.argsort(kind="stable")
         first, second = np.divmod(self.keys[order], halves)
         begins = np.searchsorted(first, np.arange(halves + 1)).astype(np.int32)
-        ordered = Codebook(np.ascontiguousarray(self.entries[order]), self.magnitudes, self.signs, self.span)
-        signed, even = self.signs != "none", self.signs == "even"
+        entries = np.ascontiguousarray(self.entries[order])
         middles = (self.magnitudes[1:] + self.magnitudes[:-1]) / 2
-        start = ordered.nearest_entries()
+        close = closest_entries(entries, self.magnitudes)
         return Tables(
-            self.magnitudes, middles, ordered.entries, begins, second.astype(np.int32), start, signed, even, self.span
+            self.magnitudes,
+            middles,
+            entries,
+            self.magnitudes[entries],
+            begins,
+            second.astype(np.int32),
+            close,
+            self.signs != "none",
+            self.signs == "even",
+            self.span,
+            tuple(range(self.width)),
         )
 
-    def nearest_entries(self) -> np.ndarray:
-        """See `Tables.start`."""
-        base = len(self.magnitudes)
-        patterns = self.magnitudes[np.arange(base**self.width)[:, None] // base ** np.arange(self.width)[::-1] % base]
-        values = self.magnitudes[self.entries]
-        nearest = (patterns @ values.T - np.square(values).sum(1) / 2).argmax(1)
-        return np.where(self.index >= 0, self.index, -1 - nearest).astype(np.int32)
+
+def closest_entries(entries: np.ndarray, magnitudes: np.ndarray) -> np.ndarray:
+    """See `Tables.close`; entries uint8 [E, V], magnitudes float32 [M]."""
+    base, width = len(magnitudes), entries.shape[1]
+    places = base ** np.arange(width)[::-1]
+    values = magnitudes[entries]
+    close = np.empty((base**width, NEIGHBORS), np.int16)
+    for start in range(0, len(close), PART):
+        digits = np.arange(start, min(start + PART, len(close)))[:, None] // places % base
+        distance = np.square(values).sum(1) / 2 - magnitudes[digits] @ values.T
+        nearest = np.argpartition(distance, NEIGHBORS, axis=1)[:, :NEIGHBORS]
+        nearest = np.take_along_axis(nearest, np.take_along_axis(distance, nearest, 1).argsort(1, kind="stable"), 1)
+        exact = (entries[nearest[:, 0]] == digits).all(1)
+        nearest[:, 0] = np.where(exact, nearest[:, 0], -1 - nearest[:, 0])
+        close[start : start + len(digits)] = nearest
+    return close

@@ -1,9 +1,10 @@
 """The nearest allowed codes of a vector in a diagonal metric, as compiled kernels: exactly, or by a table.
 
-A vector whose nearest magnitudes form an entry is done. Else the costs of both halves of the vector are tabulated over
-the halves' own combinations; entries are stored by their first half, and first halves that cannot win are skipped.
-Where the number of minus signs must be even but is not, one sign flips: each half has a second table, of costs with
-the cheapest flip, so that sign and entry are found together.
+By a table: a vector's nearest magnitudes lead to a few entries at little distance from them, of which the best is
+taken; this is what ggml's encoders do. Exactly: the costs of both halves of the vector are tabulated over the halves'
+own combinations; entries are stored by their first half, and first halves that cannot win are skipped. Where the number
+of minus signs must be even but is not, one sign flips: each half has a second table, of costs with the cheapest flip,
+so that sign and entry are found together.
 
 Shape letters: V columns of a vector, M magnitudes, H combinations of half a vector; see `codebook`.
 """
@@ -13,41 +14,92 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from qtool.numerics.codebook import NEIGHBORS, Tables
 from qtool.numerics.search import FAST
 
 NEVER = np.float32(1e30)
 
 
-def workspace(magnitudes: int, width: int) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-    """Memory of one thread for M and V: costs of columns, quarters (with and without a flip) and halves."""
-    shapes = [(width // 2, magnitudes)] * 2 + [(2, magnitudes**2)] * 2
-    return tuple(np.empty(shape, np.float32) for shape in shapes), np.empty((4, magnitudes ** (width // 2)), np.float32)
+def workspace(tables: Tables) -> tuple[np.ndarray, np.ndarray, tuple[tuple[np.ndarray, ...], np.ndarray]]:
+    """Memory of one thread: two numbers per column of a span; costs of columns, quarters and halves of a vector."""
+    base, width = len(tables.magnitudes), tables.entries.shape[1]
+    shapes = [(width // 2, base)] * 2 + [(2, base**2)] * 2
+    halves = np.empty((4, base ** (width // 2)), np.float32)
+    size, pull = np.empty((2, tables.span), np.float32)
+    return size, pull, (tuple(np.empty(shape, np.float32) for shape in shapes), halves)
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
-def starting_entry(x, scale, tables):  # type: ignore[no-untyped-def]
-    """`Tables.start` of a vector x [V]."""
+@njit(nogil=True, cache=True, fastmath=FAST, forceinline=True)
+def sizes(x, weight, a, scale, shift, signed, even, size, pull):  # type: ignore[no-untyped-def]
+    """Fills size [span] with what magnitudes are to meet from x[a] on, pull with weight times that.
+
+    Returns whether the number of minus signs is odd where it has to be even.
+    """
+    odd = False
+    for j in range(len(size)):
+        d = x[a + j] - scale * shift
+        odd ^= d * scale < 0
+        size[j] = abs(d) if signed else d
+        pull[j] = weight[a + j] * size[j]
+    return odd and even
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, forceinline=True)
+def close_entry(size, pull, weight, a, at, scale, middles, close, values, lanes, count, flip):  # type: ignore[no-untyped-def]
+    """The best of `count` entries that the nearest magnitudes of the vector at size[at] lead to; one sign may flip."""
+    width, base = len(lanes), len(middles) + 1
     inverse = np.float32(1.0) / scale if scale != 0 else np.float32(0.0)
     key = 0
-    for j in range(len(x)):
-        r = x[j] * inverse
-        r = abs(r) if tables.signed else r
-        m = 0
-        for middle in tables.middles:
-            m += r > middle
-        key = key * len(tables.magnitudes) + m
-    return tables.start[key]
+    for j in range(width):
+        r, m = size[at + j] * inverse, 0
+        for i in range(base - 1):
+            m += r > middles[i]
+        key = key * base + m
+    entry = np.int64(close[key, 0])
+    if entry >= 0 and not flip:
+        return entry
+    best, found = np.float32(np.inf), max(entry, -1 - entry)
+    for k in range(count):
+        entry = found if k == 0 else np.int64(close[key, k])
+        up, down = np.float32(0.0), np.float32(0.0)
+        for j in range(width):
+            value = values[entry, j]
+            up += pull[at + j] * value
+            down += weight[a + at + j] * value * value
+        if flip:
+            least = NEVER
+            for j in range(width):
+                least = min(least, pull[at + j] * values[entry, j])
+            up -= 2 * least
+        cost = scale * (scale * down - 2 * up)
+        if cost < best:
+            best, found = cost, entry
+    return found
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
-def entry_cost(x, weight, scale, entry, tables):  # type: ignore[no-untyped-def]
-    """Weighted squared error of a vector [V] with an entry, signs as in x."""
-    total = np.float32(0.0)
-    for j in range(len(x)):
-        size = abs(x[j]) if tables.signed else x[j]
-        d = size - scale * tables.magnitudes[tables.entries[entry, j]]
-        total += weight[j] * d * d
-    return total
+@njit(nogil=True, cache=True, fastmath=FAST, forceinline=True)
+def close_products(x, weight, a, scale, shift, middles, close, values, lanes, signed, even, count, size, pull):  # type: ignore[no-untyped-def]
+    """(sum of weight x level, sum of weight level^2) for close codes of x[a : a + span], levels being shifted ones.
+
+    scale >= 0; size, pull [span] are memory.
+    """
+    width = len(lanes)
+    flip = sizes(x, weight, a, scale, shift, signed, even, size, pull)
+    xl, ll, least = np.float32(0.0), np.float32(0.0), NEVER
+    for at in range(0, len(size), width):
+        entry = close_entry(
+            size, pull, weight, a, at, scale, middles, close, values, lanes, count, flip and len(size) == width
+        )
+        for j in range(width):
+            value = values[entry, j]
+            gain = pull[at + j] * value
+            least = min(least, gain)
+            if shift != 0:
+                value += shift
+                gain = weight[a + at + j] * x[a + at + j] * value
+            xl += gain
+            ll += weight[a + at + j] * value * value
+    return (xl - 2 * least if flip else xl), ll
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
@@ -97,7 +149,7 @@ def half_costs(x, weight, scale, tables, flips, work, costs, flipped):  # type: 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
 def cheapest(costs, others, tables, entry, best):  # type: ignore[no-untyped-def]
-    """(entry of least cost, its cost), by the costs [H] of first halves and of the others; those given if none is less."""
+    """(entry of least cost, its cost), by the costs [H] of first halves and of others; those given if none is less."""
     least = NEVER
     for k in range(len(others)):
         least = min(least, others[k])
@@ -111,80 +163,70 @@ def cheapest(costs, others, tables, entry, best):  # type: ignore[no-untyped-def
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def write_entry(x, weight, scale, entry, flip, tables, codes):  # type: ignore[no-untyped-def]
-    """Fills codes [V] with an entry and the signs of x / scale, one of them flipped where that costs least."""
+def write_entry(x, scale, entry, tables, codes):  # type: ignore[no-untyped-def]
+    """Fills codes [V] with an entry and the signs of x / scale."""
     base = len(tables.magnitudes)
-    least, column = np.float32(np.inf), 0
     for j in range(len(codes)):
         m = tables.entries[entry, j]
         codes[j] = m
         if tables.signed:
             codes[j] = base - 1 - m if x[j] * scale < 0 else base + m
-            cost = weight[j] * abs(x[j]) * tables.magnitudes[m]
-            if cost < least:
-                least, column = cost, j
-    if flip:
-        codes[column] = 2 * base - 1 - codes[column]
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def odd_signs(x, scale, tables):  # type: ignore[no-untyped-def]
-    """Whether the signs of x / scale are not allowed."""
-    odd = False
-    if tables.even:
-        for j in range(len(x)):
-            odd ^= x[j] * scale < 0
-    return odd
+def flip_cheapest(pull, tables, codes):  # type: ignore[no-untyped-def]
+    """Changes the sign among codes where that costs least: 4 scale pull_j magnitude_j."""
+    last = 2 * len(tables.magnitudes) - 1
+    least, column = NEVER, 0
+    for j in range(len(codes)):
+        m = max(codes[j], last - codes[j]) - len(tables.magnitudes)
+        if pull[j] * tables.magnitudes[m] < least:
+            least, column = pull[j] * tables.magnitudes[m], j
+    codes[column] = last - codes[column]
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def near(x, weight, scale, tables, codes):  # type: ignore[no-untyped-def]
-    """Fills codes [span] with allowed ones close to x [span], by the table alone; of signs, the cheapest flips."""
-    width = tables.entries.shape[1]
-    size = abs(scale) if tables.signed else scale
-    for a in range(0, len(x), width):
-        v, w = x[a : a + width], weight[a : a + width]
-        entry = starting_entry(v, size, tables)
-        write_entry(v, w, scale, max(entry, -1 - entry), False, tables, codes[a : a + width])
-    if odd_signs(x, scale, tables):
-        base = len(tables.magnitudes)
-        least, column = np.float32(np.inf), 0
-        for j in range(len(x)):
-            cost = weight[j] * abs(x[j]) * tables.magnitudes[max(codes[j], 2 * base - 1 - codes[j]) - base]
-            if cost < least:
-                least, column = cost, j
-        codes[column] = 2 * base - 1 - codes[column]
-
-
-@njit(nogil=True, cache=True, fastmath=FAST)
-def nearest(x, weight, scale, tables, work, codes):  # type: ignore[no-untyped-def]
-    """Fills codes [span] with the allowed ones of least weighted squared error; returns that error.
-
-    x, weight [span]; scale of the levels; work: see `workspace`.
-    """
+def exact_entry(x, weight, scale, flip, tables, work):  # type: ignore[no-untyped-def]
+    """(entry of least weighted squared error for a vector x [V], that error), with one sign flipped or none."""
     parts, halves = work
-    width, half = tables.entries.shape[1], tables.entries.shape[1] // 2
-    size = abs(scale) if tables.signed else scale
-    odd = odd_signs(x, scale, tables)
-    total, least, flip_at, flip_entry = np.float32(0.0), NEVER, 0, 0
-    for a in range(0, len(x), width):
-        v, w = x[a : a + width], weight[a : a + width]
-        entry = starting_entry(v, size, tables)
-        if odd or entry < 0:
-            half_costs(v[:half], w[:half], size, tables, odd, parts, halves[0], halves[2])
-            half_costs(v[half:], w[half:], size, tables, odd, parts, halves[1], halves[3])
-        cost = entry_cost(v, w, size, max(entry, -1 - entry), tables)
-        if entry < 0:
-            entry, cost = cheapest(halves[0], halves[1], tables, -1 - entry, cost)
-        total += cost
-        write_entry(v, w, scale, entry, False, tables, codes[a : a + width])
-        if odd:
-            flipped, flipped_cost = cheapest(halves[2], halves[1], tables, entry, NEVER)
-            flipped, flipped_cost = cheapest(halves[0], halves[3], tables, flipped, flipped_cost)
-            if flipped_cost - cost < least:
-                least, flip_at, flip_entry = flipped_cost - cost, a, flipped
-    if odd:
-        v, w = x[flip_at : flip_at + width], weight[flip_at : flip_at + width]
-        write_entry(v, w, scale, flip_entry, True, tables, codes[flip_at : flip_at + width])
-        total += least
-    return total
+    half = len(x) // 2
+    half_costs(x[:half], weight[:half], scale, tables, flip, parts, halves[0], halves[2])
+    half_costs(x[half:], weight[half:], scale, tables, flip, parts, halves[1], halves[3])
+    if not flip:
+        return cheapest(halves[0], halves[1], tables, 0, NEVER)
+    entry, cost = cheapest(halves[2], halves[1], tables, 0, NEVER)
+    return cheapest(halves[0], halves[3], tables, entry, cost)
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def nearest(x, weight, scale, tables, exact, memory, codes):  # type: ignore[no-untyped-def]
+    """Fills codes [span] with the allowed ones of least weighted squared error, or close ones if `exact` is not asked.
+
+    x, weight [span]; scale of the levels; memory: see `workspace`.
+    """
+    size, pull, work = memory
+    width, span = tables.entries.shape[1], len(x)
+    positive = abs(scale) if tables.signed else scale
+    odd = sizes(x, weight, 0, scale, np.float32(0.0), tables.signed, tables.even, size, pull)
+    alone = odd and span == width
+    middles, close, values = tables.middles, tables.close, tables.values
+    more, flip_at, flip_entry = NEVER, 0, 0
+    for a in range(0, span, width):
+        part = slice(a, a + width)
+        if not exact:
+            entry = close_entry(
+                size, pull, weight, 0, a, positive, middles, close, values, tables.lanes, NEIGHBORS, alone
+            )
+        else:
+            entry, cost = exact_entry(x[part], weight[part], positive, alone, tables, work)
+            if odd and not alone:
+                flipped, flipped_cost = exact_entry(x[part], weight[part], positive, True, tables, work)
+                if flipped_cost - cost < more:
+                    more, flip_at, flip_entry = flipped_cost - cost, a, flipped
+        write_entry(x[part], scale, entry, tables, codes[part])
+    if odd and exact and not alone:
+        part = slice(flip_at, flip_at + width)
+        write_entry(x[part], scale, flip_entry, tables, codes[part])
+        flip_cheapest(pull[part], tables, codes[part])
+    elif odd:
+        flip_cheapest(pull, tables, codes)

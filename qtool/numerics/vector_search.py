@@ -22,8 +22,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from qtool.numerics.codebook import Codebook
-from qtool.numerics.nearest import near, nearest, workspace
+from qtool.numerics.codebook import NEIGHBORS, Codebook
+from qtool.numerics.nearest import close_products, nearest, workspace
 from qtool.numerics.parallel import over_rows
 from qtool.numerics.search import FAST
 from qtool.numerics.table_search import column_weights, half
@@ -59,7 +59,7 @@ class Effort(NamedTuple):
         starts: values of d that are followed up.
         rounds: turns of (s, shifts, codes) and d for each of them.
         around: values of s tried on both sides of the rounded one.
-        exact: whether codes are the nearest allowed ones, not just close.
+        close: entries near a vector that are compared.
     """
 
     steps: int
@@ -67,47 +67,33 @@ class Effort(NamedTuple):
     starts: int
     rounds: int
     around: int
-    exact: bool
+    close: int
 
 
 EFFORT = {
-    "fast": Effort(6, 32, 1, 1, 0, False),
-    "default": Effort(12, 64, 2, 2, 1, True),
-    "thorough": Effort(32, 256, 4, 3, 2, True),
+    "fast": Effort(5, 32, 1, 1, 0, 4),
+    "default": Effort(12, 64, 1, 2, 1, NEIGHBORS),
+    "thorough": Effort(40, 256, 4, 3, 2, NEIGHBORS),
 }
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def unit_products(x, weight, scale, shift, levels, tables, exact, work, target, codes):  # type: ignore[no-untyped-def]
-    """(sum of weight x (level + shift), sum of weight (level + shift)^2) for codes chosen at a scale; x [span]."""
-    for j in range(len(x)):
-        target[j] = x[j] - scale * shift
-    if exact:
-        nearest(target, weight, scale, tables, work, codes)
-    else:
-        near(target, weight, scale, tables, codes)
-    xl, ll = np.float32(0.0), np.float32(0.0)
-    for j in range(len(x)):
-        level = levels[codes[j]] + shift
-        xl += weight[j] * x[j] * level
-        ll += weight[j] * level * level
-    return xl, ll
+def group_products(x, weight, a, scale, rule, count, lookup, signs):  # type: ignore[no-untyped-def]
+    """(sum of weight x level, sum of weight level^2) of a group from x[a] on, for codes chosen at a scale.
 
-
-@njit(nogil=True, cache=True, fastmath=FAST)
-def group_products(x, weight, scale, rule, levels, tables, exact, memory, signs):  # type: ignore[no-untyped-def]
-    """The same for a group, whose shifts (signs [segments]) are chosen as well."""
-    work, target, codes = memory
-    span = len(codes)
+    Levels are shifted ones; signs [segments] of the shifts are filled with the better ones.
+    """
+    middles, close, values, lanes, signed, even, size, pull = lookup  # once: each access to an array is counted
     xl, ll = np.float32(0.0), np.float32(0.0)
     for i in range(len(signs)):
         best, best_xl, best_ll = np.float32(np.inf), np.float32(0.0), np.float32(0.0)
         for sign in range(1, -2 if rule.delta > 0 else 0, -2):
             shift = np.float32(sign * rule.delta)
             new_xl, new_ll = np.float32(0.0), np.float32(0.0)
-            for a in range(i * rule.segment, (i + 1) * rule.segment, span):
-                v, w = x[a : a + span], weight[a : a + span]
-                more_xl, more_ll = unit_products(v, w, scale, shift, levels, tables, exact, work, target, codes)
+            for at in range(a + i * rule.segment, a + (i + 1) * rule.segment, len(size)):
+                more_xl, more_ll = close_products(
+                    x, weight, at, scale, shift, middles, close, values, lanes, signed, even, count, size, pull
+                )
                 new_xl += more_xl
                 new_ll += more_ll
             cost = scale * (scale * new_ll - 2 * new_xl)
@@ -119,17 +105,17 @@ def group_products(x, weight, scale, rule, levels, tables, exact, memory, signs)
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def sweep(x, weight, rule, steps, levels, tables, exact, memory, signs):  # type: ignore[no-untyped-def]
-    """(scale, its sum of weight level^2) of the best step of a group's sweep."""
+def sweep(x, weight, a, rule, ratios, count, lookup, signs):  # type: ignore[no-untyped-def]
+    """(scale, its sum of weight level^2) of the best step of a group's sweep, from x[a] on."""
     square, total = np.float32(0.0), np.float32(0.0)
-    for j in range(len(x)):
+    for j in range(a, a + rule.group):
         square += weight[j] * x[j] * x[j]
         total += weight[j]
-    size = np.sqrt(square / total)
+    rms = np.sqrt(square / total)
     best, scale, best_ll = np.float32(0.0), np.float32(0.0), np.float32(0.0)
-    for i in range(steps if size > 0 else 0):
-        tried = np.float32(size * rule.low * (rule.high / rule.low) ** (i / max(steps - 1, 1)))
-        xl, ll = group_products(x, weight, tried, rule, levels, tables, exact, memory, signs)
+    for i in range(len(ratios) if rms > 0 else 0):
+        tried = rms * ratios[i]
+        xl, ll = group_products(x, weight, a, tried, rule, count, lookup, signs)
         if xl > 0 and xl * xl > best * ll:
             best, scale, best_ll = xl * xl / ll, xl / ll, ll
     return scale, best_ll
@@ -166,8 +152,8 @@ def propose(scale, ll, rule, steps, found):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def settle(x, weight, d, rule, effort, levels, tables, memory, s, signs, other):  # type: ignore[no-untyped-def]
-    """Improves d, s [groups] and signs [segments] of a super-block in turns; returns (d as fp16 has it, cost).
+def settle(x, weight, a, d, rule, effort, lookup, s, signs, other):  # type: ignore[no-untyped-def]
+    """Improves d, s [groups] and signs [segments] of a super-block from x[a] on; returns (d as fp16 has it, cost).
 
     The cost is the error less that of zeros.
     """
@@ -177,18 +163,18 @@ def settle(x, weight, d, rule, effort, levels, tables, memory, s, signs, other):
         d = half(d)
         total, top, bottom = np.float32(0.0), np.float32(0.0), np.float32(0.0)
         for g in range(len(s)):
-            v, w = x[g * rule.group : (g + 1) * rule.group], weight[g * rule.group : (g + 1) * rule.group]
             best, best_xl, best_ll, center = np.float32(np.inf), np.float32(0.0), np.float32(0.0), s[g]
             for step in range(-effort.around, effort.around + 1):
                 tried = center + np.float32(step)
                 if tried < 0 or tried > rule.top:
                     continue
                 scale = d * np.float32(rule.unit) * (2 * tried + 1)
-                xl, ll = group_products(v, w, scale, rule, levels, tables, effort.exact, memory, other)
+                xl, ll = group_products(x, weight, a + g * rule.group, scale, rule, effort.close, lookup, other)
                 cost = scale * (scale * ll - 2 * xl)
                 if cost < best:
                     best, best_xl, best_ll, s[g] = cost, xl, ll, tried
-                    signs[g * segments : (g + 1) * segments] = other
+                    for i in range(segments):
+                        signs[g * segments + i] = other[i]
             total += best
             top += (2 * s[g] + 1) * best_xl
             bottom += (2 * s[g] + 1) ** 2 * best_ll
@@ -198,7 +184,7 @@ def settle(x, weight, d, rule, effort, levels, tables, memory, s, signs, other):
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def vector_rows(x, weight, levels, tables, rule, effort, work, d, s, signs, start, stop):  # type: ignore[no-untyped-def]
+def vector_rows(x, weight, tables, rule, ratios, effort, d, s, signs, start, stop):  # type: ignore[no-untyped-def]
     """Fills d [N, S], s [N, G] and signs [N, segments] for rows start to stop. x [N, C]; weight [C]."""
     blocks = d.shape[1]
     groups, segments = s.shape[1] // blocks, signs.shape[1] // blocks
@@ -206,21 +192,19 @@ def vector_rows(x, weight, levels, tables, rule, effort, work, d, s, signs, star
     scale, ll, tried = np.empty(groups, np.float32), np.empty(groups, np.float32), np.empty(groups, np.float32)
     tried_signs, other = np.empty(segments, np.int8), np.empty(segments // groups, np.int8)
     promising = np.empty(effort.starts, np.float32)
-    memory = (work, np.empty(tables.span, np.float32), np.empty(tables.span, np.uint8))
+    size, pull = np.empty(tables.span, np.float32), np.empty(tables.span, np.float32)
+    lookup = (tables.middles, tables.close, tables.values, tables.lanes, tables.signed, tables.even, size, pull)
     for n in range(start, stop):
         for b in range(blocks):
-            v, w = x[n, b * columns : (b + 1) * columns], weight[b * columns : (b + 1) * columns]
+            row, a = x[n], b * columns
             for g in range(groups):
-                part = slice(g * rule.group, (g + 1) * rule.group)
-                scale[g], ll[g] = sweep(
-                    v[part], w[part], rule, effort.steps, levels, tables, effort.exact, memory, other
-                )
+                scale[g], ll[g] = sweep(row, weight, a + g * rule.group, rule, ratios, effort.close, lookup, other)
             propose(scale, ll, rule, effort.multipliers, promising)
             least = np.float32(np.inf)
             for candidate in promising:
                 for g in range(groups):
                     tried[g] = nearest_step(scale[g], candidate, rule)
-                found, cost = settle(v, w, candidate, rule, effort, levels, tables, memory, tried, tried_signs, other)
+                found, cost = settle(row, weight, a, candidate, rule, effort, lookup, tried, tried_signs, other)
                 if cost < least:
                     least, d[n, b] = cost, found
                     s[n, b * groups : (b + 1) * groups] = tried
@@ -228,15 +212,14 @@ def vector_rows(x, weight, levels, tables, rule, effort, work, d, s, signs, star
 
 
 def vector_scales(
-    x: Tensor, importance: Tensor | None, levels: Tensor, book: Codebook, block: int, rule: Rule, effort: Effort
+    x: Tensor, importance: Tensor | None, book: Codebook, block: int, rule: Rule, effort: Effort
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d, s, signs of the shifts) of every super-block.
 
     Args:
         x: float32 [N, C].
         importance: float32 [C] or None.
-        levels: float32 [L].
-        book: what combinations of them are allowed.
+        book: what combinations of levels are allowed.
         block: columns of a super-block.
         rule: how scales are stored.
         effort: how much is tried.
@@ -248,17 +231,19 @@ def vector_scales(
     rows, columns = x.shape
     d, s = np.zeros((rows, columns // block), np.float32), np.zeros((rows, columns // rule.group), np.float32)
     signs = np.ones((rows, columns // rule.segment), np.int8)
-    arrays = (x.float().contiguous().cpu().numpy(), weight.numpy(), levels.numpy(), book.tables, rule, effort)
+    steps = effort.steps // 2 + 1 if rule.delta else effort.steps  # each tries both shifts
+    ratios = np.geomspace(rule.low, rule.high, steps).astype(np.float32)
+    arrays = (x.float().contiguous().cpu().numpy(), weight.numpy(), book.tables, rule, ratios, effort)
 
     def work(a: int, b: int) -> None:
-        vector_rows(*arrays, workspace(len(book.magnitudes), book.width), d, s, signs, a, b)
+        vector_rows(*arrays, d, s, signs, a, b)
 
     over_rows(work, rows)
     return torch.from_numpy(d).to(x.device), torch.from_numpy(s).to(x.device), torch.from_numpy(signs).to(x.device)
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def snap_rows(x, weight, scale, offset, tables, work, codes, start, stop):  # type: ignore[no-untyped-def]
+def snap_rows(x, weight, scale, offset, tables, exact, memory, codes, start, stop):  # type: ignore[no-untyped-def]
     """Fills codes [N, C] for rows start to stop. x [N, C]; weight [C]; scale, offset [N, groups]."""
     width, span = x.shape[1] // scale.shape[1], tables.span
     target = np.empty(span, np.float32)
@@ -266,25 +251,24 @@ def snap_rows(x, weight, scale, offset, tables, work, codes, start, stop):  # ty
         for a in range(0, x.shape[1], span):
             for j in range(span):
                 target[j] = x[n, a + j] - offset[n, a // width]
-            nearest(target, weight[a : a + span], scale[n, a // width], tables, work, codes[n, a : a + span])
+            part = slice(a, a + span)
+            nearest(target, weight[part], scale[n, a // width], tables, exact, memory, codes[n, part])
 
 
-def snap_vectors(x: Tensor, importance: Tensor | None, scale: Tensor, offset: Tensor, book: Codebook) -> Tensor:
+def snap_vectors(
+    x: Tensor, importance: Tensor | None, params: tuple[Tensor, Tensor], book: Codebook, exact: bool
+) -> Tensor:
     """The allowed codes of least weighted squared error, uint8 [N, C].
 
     Args:
         x: float32 [N, C].
         importance: float32 [C] or None.
-        scale: float32 [N, groups].
-        offset: float32 [N, groups].
+        params: (scale, offset), float32 [N, groups] each.
         book: what is allowed.
+        exact: the very nearest codes; else close ones.
     """
     weight, _ = column_weights(importance, x.shape[1], book.span, x.shape[1])
     codes = np.empty(x.shape, np.uint8)
-    arrays = [t.float().contiguous().cpu().numpy() for t in (x, weight, scale, offset)]
-
-    def work(a: int, b: int) -> None:
-        snap_rows(*arrays, book.tables, workspace(len(book.magnitudes), book.width), codes, a, b)
-
-    over_rows(work, len(codes))
+    arrays = [t.float().contiguous().cpu().numpy() for t in (x, weight, *params)]
+    over_rows(lambda a, b: snap_rows(*arrays, book.tables, exact, workspace(book.tables), codes, a, b), len(codes))
     return torch.from_numpy(codes).to(x.device)
