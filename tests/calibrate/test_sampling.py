@@ -36,7 +36,7 @@ def take(folder, seed=3, samples=5):
     return sampled(checkpoint, load_tokenizer(checkpoint), samples, LENGTH, generator)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral-sliding"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral-sliding", "gemma2", "gemma3_text", "phi3"])
 def test_the_model_continues_random_first_tokens(name, tiny_checkpoint, sliding):
     folder = sliding if name == "mistral-sliding" else tiny_checkpoint(name)
     found = take(folder)

@@ -30,7 +30,7 @@ class Linear:
 
     Attributes:
         path: below the block: "self_attn.q_proj".
-        role: q, k, v, o, gate, up, down.
+        role: q, k, v, o, gate, up, down; qkv and gate_up where a checkpoint stores them as one matrix.
         reads: the input it shares with others of the block: attn_in, attn_out, mlp_in, mlp_mid.
         fused: the set that runtimes merge: "qkv", "gate_up"; None if never.
         expert: its index in a mixture of experts; None: every token goes through it.
