@@ -23,6 +23,7 @@ from qtool.formats.int import Int
 from qtool.numerics import kquant
 from qtool.numerics.kquant import EFFORT, Grid
 from qtool.numerics.kquant_refit import settle
+from qtool.numerics.sweep import STRETCH
 
 
 class KQuant(BlockFormat):
@@ -72,7 +73,7 @@ class KQuant(BlockFormat):
         lowest, low, top = (np.float32(end) for end in (self.lowest, *self.limits))
         highest = lowest + np.float32((1 << self.bits) - 1)
         grid = Grid(self.group, lowest, highest, low, top, self.minima, np.float32(self.ggml_spread))
-        return self.stored(*kquant.search(w, importance, grid, EFFORT[self.search]))
+        return self.stored(*kquant.search(w, importance, grid, EFFORT[self.search][self.minima]))
 
     def stored(self, d: Tensor, dmin: Tensor, sc: Tensor, m: Tensor) -> Params:
         """Parameters in the types they are stored in. Raises NumericsError: a step is too large for fp16."""
@@ -98,12 +99,20 @@ class KQuant(BlockFormat):
         return self.stored(d, dmin, sc, m)
 
     def refit_weighted(self, params: Params, scale: Tensor, offset: Tensor, curvature: Tensor) -> Params:
-        """See `Format.refit_weighted`."""
-        present = torch.cat(self.affine(params)[: 1 + self.minima], dim=1)
-        wanted = torch.cat((scale, offset)[: 1 + self.minima], dim=1)
-        pull = torch.einsum("npq,nq->np", curvature, wanted - present)
-        d, sc = params["d"].float(), params["sc"].float()
-        dmin, m = (params[name].float() if self.minima else other for name, other in (("dmin", d), ("m", sc)))
+        """See `Format.refit_weighted`: goes on from the present parameters or from the nearest, row by row."""
+
+        def missing(p: Params) -> Tensor:
+            return torch.cat([want - got for want, got in zip((scale, offset), self.affine(p), strict=True)][:kinds], 1)
+
+        kinds = 1 + self.minima
+        near = self.refit(params, scale, offset)
+        pulls = [torch.einsum("npq,nq->np", curvature, missing(p)) for p in (params, near)]
+        distances = [(pull * missing(p)).sum(1, keepdim=True) for pull, p in zip(pulls, (params, near), strict=True)]
+        nearer = distances[1] < distances[0]
+        start = {name: torch.where(nearer, near[name], old).float() for name, old in params.items()}
+        d, sc = start["d"], start["sc"]
+        dmin, m = start.get("dmin", d), start.get("m", sc)
+        pull = torch.where(nearer, pulls[1], pulls[0])
         return self.stored(*settle(curvature, pull, (d, dmin, sc, m), self.limits))
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:
@@ -173,7 +182,7 @@ def nearest_multiples(wanted: Tensor, d: Tensor, limits: tuple[int, int]) -> tup
 
     Args:
         wanted: float32 [N, G].
-        d: float32 [N, S], the present steps: a start of the search.
+        d: float32 [N, S], the present steps, which are tried too.
         limits: of the multiples.
 
     Returns:
@@ -183,9 +192,9 @@ def nearest_multiples(wanted: Tensor, d: Tensor, limits: tuple[int, int]) -> tup
     low, top = limits
     extreme = x.gather(-1, x.abs().argmax(-1, keepdim=True)).squeeze(-1)
     best, best_d, best_codes = torch.full_like(d, torch.inf), d, torch.zeros_like(x)
-    for start in (d, extreme / (low or top)):
+    for start in (d, *(extreme / (low or top) / stretch for stretch in STRETCH.tolist())):
         step = start
-        for _ in range(3):
+        for _ in range(2):
             step = step.half().float()
             codes = (x / torch.where(step == 0, torch.inf, step)[..., None]).round().clamp(low, top)
             error = (x - step[..., None] * codes).square().sum(-1)
@@ -228,9 +237,10 @@ def planes(q: Tensor, bits: int, width: int = 32) -> Tensor:
     uint8 [..., C] below 2^bits -> [..., C * bits / 8]: byte l of a run of 8 / bits * width columns holds columns l,
     l + width, l + 2 * width, ... from its lowest bits up.
     """
-    places = torch.arange(0, 8, bits, dtype=torch.uint8)
-    runs = q.reshape(*q.shape[:-1], -1, 8 // bits, width)
-    return (runs << places[:, None]).sum(-2, dtype=torch.uint8).flatten(-2)
+    *runs, packed = q.reshape(*q.shape[:-1], -1, 8 // bits, width).unbind(-2)
+    for run in reversed(runs):
+        packed = packed.mul(1 << bits).add_(run)
+    return packed.flatten(-2)
 
 
 def from_planes(packed: Tensor, bits: int, width: int = 32) -> Tensor:

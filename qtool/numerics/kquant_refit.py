@@ -22,8 +22,6 @@ from qtool.numerics.parallel import over_rows
 from qtool.numerics.sweep import half
 
 SWEEPS = 8
-REACH = 2
-"""How far a pair may move at once."""
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
@@ -47,25 +45,34 @@ def move_step(curvature, pull, multiples, first, step):  # type: ignore[no-untyp
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def move_pair(curvature, pull, g, other, d, dmin, low, top, pair):  # type: ignore[no-untyped-def]
-    """Moves the pair (a, b) of group g, whose minimum is parameter `other` (g: none); True if that was a gain."""
-    side = REACH if other != g else 0
-    best, best_i, best_k = F32(0), 0, 0
-    for i in range(-REACH, REACH + 1):
-        for k in range(-side, side + 1):
-            if pair[0] + i < low or pair[0] + i > top or pair[1] + k < low or pair[1] + k > top:
-                continue
-            s, o = d * F32(i), -dmin * F32(k)
-            gain = s * (F32(2) * pull[g] - s * curvature[g, g])
-            gain += o * (F32(2) * pull[other] - o * curvature[other, other] - F32(2) * s * curvature[g, other])
-            if gain > best:
-                best, best_i, best_k = gain, i, k
+    """Moves the pair (a, b) of group g, whose minimum is parameter `other` (g: none); True if that was a gain.
+
+    Around the best real a three integers are tried, each with the b that is best for it.
+    """
+    cs, co, cross = curvature[g, g], curvature[other, other], curvature[g, other] if other != g else F32(0)
+    rest = cs - cross * cross / co if co > 0 else cs
+    free = d != 0 and rest > 0
+    center = (
+        np.rint((pull[g] - (cross * pull[other] / co if other != g and co > 0 else F32(0))) / (rest * d))
+        if free
+        else F32(0)
+    )
+    best, best_s, best_o = F32(0), F32(0), F32(0)
+    for i in range(-1, 2):
+        move = min(max(pair[0] + center + F32(i), low), top) - pair[0]
+        s, o = d * move, F32(0)
+        if other != g and dmin != 0 and co > 0:
+            wish = (pull[other] - s * cross) / (co * -dmin)
+            o = -dmin * (min(max(pair[1] + np.rint(wish), low), top) - pair[1])
+        gain = s * (F32(2) * pull[g] - s * cs) + o * (F32(2) * pull[other] - o * co - F32(2) * s * cross)
+        if gain > best:
+            best, best_s, best_o = gain, s, o
     if best <= 0:
         return False
-    pair[0] += F32(best_i)
-    pair[1] += F32(best_k)
-    s, o = d * F32(best_i), -dmin * F32(best_k)
+    pair[0] += np.rint(best_s / d) if d != 0 else F32(0)
+    pair[1] -= np.rint(best_o / dmin) if dmin != 0 else F32(0)
     for p in range(len(pull)):
-        pull[p] -= s * curvature[g, p] + o * curvature[other, p]
+        pull[p] -= best_s * curvature[g, p] + best_o * curvature[other, p]
     return True
 
 

@@ -17,8 +17,9 @@ from qtool.numerics.search import clip_ratios
 
 REGISTERS = 32
 """Trials are made in multiples of this many; the rest of a multiple would be done one by one."""
-STRETCH = np.linspace(0.75, 1.1, 16).astype(np.float32)
-"""Where the largest scale lands, relative to the last integer, when a step is searched."""
+STRETCH = np.array([*np.linspace(0.75, 1.1, 12), 1.25, 1.5, 2, 3], np.float32)
+"""Where the largest scale lands, relative to the last integer, when a step is searched; beyond it only one that hardly
+counts may."""
 
 
 def signed_trials(lowest: int, count: int) -> np.ndarray:
