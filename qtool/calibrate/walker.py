@@ -293,7 +293,7 @@ class Walker:
 
 
 def quantize_tokens(x: Tensor, fmt: Format) -> Tensor:
-    """Rounds every token's vector to a format fitted to that vector alone: [..., K] -> same shape and dtype."""
-    rows = x.flatten(0, -2).float()
+    """Rounds every token's vector as a runtime does, by that vector alone: [..., K] -> same shape and dtype."""
+    rows, fmt = x.flatten(0, -2).float(), fmt.at_run_time()
     params = fmt.fit(rows)
     return fmt.decode(fmt.snap(rows, params), params).to(x.dtype).view(x.shape)

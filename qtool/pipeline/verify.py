@@ -52,7 +52,7 @@ def verify(stage: str, written: QuantizedCheckpoint, model: QuantizedCheckpoint,
 def inputs(model: QuantizedCheckpoint, module: str) -> str:
     """How a module's inputs are rounded; how their scales are found is the runtime's business and stored nowhere."""
     activations = model.layers[module].activations
-    return activations.label if activations else "as they are"
+    return activations.at_run_time().label if activations else "as they are"
 
 
 def difference(wanted: torch.Tensor, found: torch.Tensor) -> str:
