@@ -55,6 +55,16 @@ class GGUFCheckpoint(Checkpoint):
         verify(self)
         self._roles = {module.name: module.role for module in modules(self)}
 
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The key-values of the file."""
+        return self._file.metadata
+
+    @property
+    def parts(self) -> list[Path]:
+        """The files that it consists of."""
+        return list(dict.fromkeys([self._file.path, *(tensor.path for tensor in self._file.tensors.values())]))
+
     @cached_property
     def files(self) -> dict[str, Path]:  # type: ignore[override] # made when asked for
         """Tokenizer files, made from the metadata when first asked for; they live as long as the process."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,6 +12,9 @@ from qtool.cli.console import document, result, size, table
 
 if TYPE_CHECKING:
     from qtool.pipeline.inspect import Contents, Stored
+
+WIDTH = 160
+"""Characters of a key-value that are shown."""
 
 
 def command(
@@ -39,13 +43,15 @@ def show(contents: Contents, tensors: bool) -> str:
     """Metadata, then a line per role and type, then one per tensor if wanted."""
     lines = [
         f"{contents.source}: {contents.kind}, {contents.family}",
-        *(f"{key}: {value}" for key, value in contents.metadata.items()),
-        f"files: {', '.join(contents.files) or 'none'}",
-        "",
+        *(f"{key}: {value}" for key, value in (contents.header or contents.metadata).items()),
     ]
-    header = ["role", "type", "inputs", "tensors", "parameters", "bits each", "size"]
-    total = ["total", "", "", *sums(len(contents.tensors), contents.parameters, contents.bits)]
-    lines.append(table(header, [*map(row, contents.roles), total], frozenset({3, 4, 5, 6})))
+    lines = [line if len(line) <= WIDTH else line[: WIDTH - 3] + "..." for line in map(one_line, lines)]
+    if len(contents.parts) > 1:
+        lines += [f"part: {name}, {size(nbytes)}" for name, nbytes in contents.parts.items()]
+    lines += [f"files: {', '.join(contents.files) or 'none'}", ""]
+    header = ["role", "type", "inputs", "blocks", "tensors", "parameters", "bits each", "size"]
+    total = ["total", "", "", "", *sums(len(contents.tensors), contents.parameters, contents.bits)]
+    lines.append(table(header, [*map(row, contents.roles), total], frozenset({4, 5, 6, 7})))
     if tensors:
         each = [[t.name, t.type, "x".join(map(str, t.shape)), size(t.bits / 8)] for t in contents.tensors]
         lines += ["", table(["tensor", "type", "shape", "size"], each, frozenset({3}))]
@@ -54,8 +60,24 @@ def show(contents: Contents, tensors: bool) -> str:
 
 def row(stored: Stored) -> list[str]:
     """A line of the table."""
-    inputs = stored.activations or "-"
-    return [stored.name, stored.type, inputs, *sums(stored.tensors, stored.parameters, stored.bits)]
+    where = [stored.name, stored.type, stored.activations or "-", ranges(stored.blocks) or "-"]
+    return [*where, *sums(stored.tensors, stored.parameters, stored.bits)]
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers: `0-3, 6, 9`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def one_line(text: str) -> str:
+    """Text of a file without what would move the cursor."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def sums(tensors: int, parameters: int, bits: int) -> list[str]:

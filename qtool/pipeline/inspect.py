@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
+import gguf
 from pydantic import BaseModel, ConfigDict
 
 from qtool.artifact._open import find_artifact, open_model
-from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint, modules
+from qtool.checkpoint._base import Checkpoint, Module, QuantizedCheckpoint, modules
+from qtool.checkpoint.gguf import GGUFCheckpoint
 
 NAMES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+FILE_TYPES: dict[object, str] = {int(kind): kind.name for kind in gguf.LlamaFileType}
+LONG = 16
+"""Entries of a list that are shown."""
 METADATA = (
     "hidden_size",
     "intermediate_size",
@@ -31,6 +37,7 @@ class Stored(BaseModel):
         type: format label or dtype.
         activations: format label of the inputs; None where left alone.
         shape: of one tensor; empty for many.
+        blocks: indices of the decoder blocks that it is in.
         tensors: how many.
         parameters: numbers in them.
         bits: stored, parameters of formats included.
@@ -42,6 +49,7 @@ class Stored(BaseModel):
     type: str
     activations: str | None
     shape: tuple[int, ...]
+    blocks: tuple[int, ...]
     tensors: int
     parameters: int
     bits: int
@@ -60,6 +68,8 @@ class Contents(BaseModel):
         kind: artifact name, or "checkpoint".
         family: its architecture.
         metadata: what config.json says about its size.
+        header: key-values of a GGUF file; of long lists only how long they are.
+        parts: name and bytes of each file of a GGUF model.
         files: side files.
         roles: tensors by role and type.
         tensors: every tensor.
@@ -71,6 +81,8 @@ class Contents(BaseModel):
     kind: str
     family: str
     metadata: dict[str, object]
+    header: dict[str, object]
+    parts: dict[str, int]
     files: tuple[str, ...]
     roles: tuple[Stored, ...]
     tensors: tuple[Stored, ...]
@@ -94,26 +106,39 @@ def run(source: str) -> Contents:
     """
     found = find_artifact(Path(source))
     model = open_model(source)
-    roles = {module.name: module.role for module in modules(model)}
-    tensors = tuple(stored(model, name) for name in model.names())
+    known = {module.name: module for module in modules(model)}
+    tensors = tuple(stored(model, name, known.get(name.removesuffix(".weight"))) for name in model.names())
+    roles = [known[name].role if (name := t.name.removesuffix(".weight")) in known else "other" for t in tensors]
+    file = model if isinstance(model, GGUFCheckpoint) else None
     return Contents(
         source=source,
         kind=found[0] if found else "checkpoint",
         family=str(model.config["model_type"]),
         metadata={key: model.config[key] for key in METADATA if key in model.config},
+        header={key: told(key, value) for key, value in file.metadata.items()} if file else {},
+        parts={path.name: path.stat().st_size for path in file.parts} if file else {},
         files=tuple(sorted(model.files)),
-        roles=grouped(tensors, [roles.get(t.name.removesuffix(".weight"), "other") for t in tensors]),
+        roles=grouped(tensors, roles),
         tensors=tensors,
     )
 
 
-def stored(model: Checkpoint, name: str) -> Stored:
-    """How one tensor is stored."""
-    info, module = model.info(name), name.removesuffix(".weight")
+def told(key: str, value: object) -> object:
+    """A key-value of a GGUF file, as short as it can be read: of a long list its length, of a file type its name."""
+    if isinstance(value, list) and len(value) > LONG:
+        return f"{len(value)} items"
+    if key == "general.file_type" and value in FILE_TYPES:
+        return f"{value} ({FILE_TYPES[value]})"
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def stored(model: Checkpoint, name: str, module: Module | None) -> Stored:
+    """How one tensor is stored; `module` is the matrix that it is, if any."""
+    info = model.info(name)
     count = info.nbytes // info.dtype.itemsize
     kind, inputs, bits = str(info.dtype).removeprefix("torch."), None, info.nbytes * 8
-    if isinstance(model, QuantizedCheckpoint) and module in model.layers:
-        layer = model.layers[module]
+    layer = model.layers.get(module.name) if module and isinstance(model, QuantizedCheckpoint) else None
+    if layer:
         kind, bits = layer.format.label, layer.format.storage_bits(info.shape[0], info.shape[1])
         inputs = layer.activations.label if layer.activations else None
     return Stored(
@@ -121,6 +146,7 @@ def stored(model: Checkpoint, name: str) -> Stored:
         type=NAMES.get(kind, kind),
         activations=inputs,
         shape=info.shape,
+        blocks=() if module is None or module.block is None else (module.block,),
         tensors=1,
         parameters=count,
         bits=bits,
@@ -140,6 +166,7 @@ def grouped(tensors: Sequence[Stored], roles: Sequence[str]) -> tuple[Stored, ..
         alike = list(members)
         first, role = alike[0]
         sums = {
+            "blocks": tuple(sorted({block for t, _ in alike for block in t.blocks})),
             "tensors": len(alike),
             "parameters": sum(t.parameters for t, _ in alike),
             "bits": sum(t.bits for t, _ in alike),

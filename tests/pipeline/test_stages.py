@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qtool.cli.inspect import ranges, show
 from qtool.errors import CheckpointError, HubError, PlanError, UsageError
 from qtool.pipeline import inspect
 from qtool.pipeline.evaluate import EvaluateOptions
@@ -78,6 +79,46 @@ def test_inspect_adds_up_to_the_file(gguf_run):
     assert roles["head", "q8_0"] == (1, 512 * 64)
     assert roles["embedding", "bf16"] == (1, 512 * 64)
     assert {r.bits_per_weight for r in contents.roles if r.name in ("up", "down", "gate")} == {4.5}
+
+
+def test_inspect_says_which_blocks_and_what_the_header_holds(tiny_checkpoint, tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        'recipe: 1\nname: t\nlayers:\n  - {match: "role:v", blocks: [0, 2], weights: q8_0}\n'
+        '  - {match: "*", weights: q4_0}\nexport: [{to: gguf, split_max_size: 60000}]\n'
+    )
+    quantize(QuantizeOptions(str(tiny_checkpoint("qwen3")), str(tmp_path / "r.yaml"), tmp_path / "out"))
+    contents = inspect.run(str(tmp_path / "out"))
+    roles = {(r.name, r.type): r.blocks for r in contents.roles}
+    assert (roles["v", "q8_0"], roles["v", "q4_0"], roles["k", "q4_0"]) == ((0, 2), (1,), (0, 1, 2))
+    assert (roles["head", "q4_0"], roles["other", "f32"]) == ((), ())
+    assert {t.name: t.blocks for t in contents.tensors}["model.layers.2.mlp.up_proj.weight"] == (2,)
+    assert contents.parts == {path.name: path.stat().st_size for path in sorted((tmp_path / "out").glob("*.gguf"))}
+    assert len(contents.parts) == contents.header["split.count"] > 2
+    assert contents.header["qwen3.block_count"] == 3
+    assert contents.header["general.file_type"] == "2 (MOSTLY_Q4_0)"
+    assert contents.header["tokenizer.ggml.tokens"] == "512 items"
+    text = show(contents, tensors=False)
+    lines = text.splitlines()
+    assert "general.file_type: 2 (MOSTLY_Q4_0)" in lines
+    assert f"part: t-00002-of-0000{len(contents.parts)}.gguf" in text.replace("qwen30-", "")
+    assert any(line.split() == ["v", "q8_0", "-", "0,", "2", "2", "8,192", "8.500", "8.7", "kB"] for line in lines)
+    assert any(line.split()[:5] == ["k", "q4_0", "-", "0-2", "3"] for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [((), ""), ((3,), "3"), ((0, 1, 2), "0-2"), ((0, 1, 4, 6, 7), "0-1, 4, 6-7"), ((0, 2, 4), "0, 2, 4")],
+)
+def test_ranges_of_blocks(numbers, text):
+    assert ranges(numbers) == text
+
+
+def test_what_a_header_says_stays_on_its_line(gguf_run):
+    contents = inspect.run(str(gguf_run[1]))
+    hostile = contents.model_copy(update={"header": {"a\x1b[2J": "b\nc", "long": "x" * 1000}})
+    lines = show(hostile, tensors=False).splitlines()
+    assert lines[1:3] == ["a\\x1b[2J: b\\nc", "long: " + "x" * 151 + "..."]
+    assert inspect.told("a", float("inf")) == "inf"
 
 
 def test_inspect_reads_plain_checkpoints(tiny_checkpoint):
