@@ -23,15 +23,21 @@ def gptq(w: Tensor, gram: Tensor, damp: float, order: list[int], fmt: Format, pa
     h += damp * h.diagonal().mean() * torch.eye(k, dtype=h.dtype)
     codes = torch.zeros(w.shape, dtype=torch.uint8)
     left = list(order)
+    inverse = torch.linalg.inv(h[left][:, left])
     while left:
-        inverse = torch.linalg.inv(h[left][:, left])  # over the columns that are still free
         column = left.pop(0)
         snapped, value = round_column(w[:, column], column, fmt, params, k)
         codes[:, column] = snapped
         error = (w[:, column] - value) / inverse[0, 0]
         for position, other in enumerate(left, start=1):
             w[:, other] -= error * inverse[0, position]
+        inverse = without_first(inverse)
     return codes
+
+
+def without_first(inverse: Tensor) -> Tensor:
+    """Inverse of a matrix without its first row and column, from the inverse with them (block elimination)."""
+    return inverse[1:, 1:] - torch.outer(inverse[1:, 0], inverse[0, 1:]) / inverse[0, 0]
 
 
 def round_column(x: Tensor, column: int, fmt: Format, params: Params, k: int) -> tuple[Tensor, Tensor]:
@@ -55,8 +61,8 @@ def gptq_by_group(w: Tensor, gram: Tensor, damp: float, order: list[int], fmt: F
     h += damp * h.diagonal().mean() * torch.eye(k, dtype=h.dtype)
     w_hat = torch.zeros_like(w)
     left, params = list(order), {}
+    inverse = torch.linalg.inv(h[left][:, left])
     while left:
-        inverse = torch.linalg.inv(h[left][:, left])
         column = left.pop(0)
         b = column // block
         if b not in params:
@@ -69,4 +75,5 @@ def gptq_by_group(w: Tensor, gram: Tensor, damp: float, order: list[int], fmt: F
         error = (w[:, column] - value) / inverse[0, 0]
         for position, other in enumerate(left, start=1):
             w[:, other] -= error * inverse[0, position]
+        inverse = without_first(inverse)
     return w_hat
