@@ -47,12 +47,14 @@ class Checkpoint(ABC):
         family: what its architecture calls things.
         files: side files by name (tokenizer.json, generation_config.json, chat_template.jinja, ...), to be copied
             along.
+        notes: what the user should know about how it is read.
     """
 
     source: str
     config: dict[str, Any]
     family: Family
     files: dict[str, Path]
+    notes: tuple[str, ...] = ()
 
     @abstractmethod
     def names(self) -> list[str]:

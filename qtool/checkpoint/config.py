@@ -51,9 +51,27 @@ def read_config(path: Path) -> tuple[dict[str, Any], Family]:
     return complete(read_json(path), path)
 
 
+OUTER = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "quantization_config")
+"""Fields that a model of several parts may spell out for all of them."""
+
+
+def text_part(config: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says about the text model, where that is one of several parts, such as a vision tower."""
+    text = config.get("text_config")
+    if not isinstance(text, dict) or text.get("model_type") not in (known := registry.names(FAMILIES)):
+        return config
+    if config.get("model_type") in known:
+        return config
+    family: Family = registry.load(FAMILIES, text["model_type"])()
+    shared = {field: config[field] for field in OUTER if config.get(field) is not None}
+    told = {field: value for field, value in text.items() if value is not None}
+    return shared | told | {"architectures": [family.architecture]}
+
+
 def complete(config: dict[str, Any], where: Path) -> tuple[dict[str, Any], Family]:
     """See `read_config`; `where` is named in errors."""
-    kind, known = config.get("model_type"), registry.names(FAMILIES)
+    config, known = text_part(config), registry.names(FAMILIES)
+    kind = config.get("model_type")
     if kind not in known:
         raise CheckpointError(
             f"{where}: unknown model family",

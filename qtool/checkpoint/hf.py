@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qtool.checkpoint._base import Checkpoint, TensorInfo, verify
 from qtool.checkpoint.config import read_config, read_json
+from qtool.checkpoint.families._base import Slice
 from qtool.checkpoint.safetensors_io import SafetensorsFile, read_bytes
 from qtool.errors import CheckpointError
 
@@ -32,6 +33,8 @@ SIDE_FILES = (
     "LICENSE.md",
     "NOTICE",
 )
+TEXT_PREFIXES = ("language_model.model.", "model.language_model.")
+"""What names of a text model begin with, instead of "model.", where it is one of several parts."""
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SAMPLE = 4096
 """Bytes from each end and the middle of a tensor that go into the fingerprint."""
@@ -57,6 +60,12 @@ class HFCheckpoint(Checkpoint):
         self._drop_tied_copy(stored, ignored)
         self._shapes = self.family.shapes(self.config)
         self._slices = self.family.slices(self.config, stored)
+        if parts := self._text_slices(stored):
+            self._slices = parts
+            others = stored.keys() - {part.tensor for part in parts.values()}
+            ignored |= others
+            kinds = ", ".join(sorted({name.removeprefix("model.").partition(".")[0] for name in others}))
+            self.notes = (f"only the text model of {self.source} is read, and what else it has left out: {kinds:.100}",)
         order = {name: place for place, name in enumerate(self._shapes)}
 
         def place(name: str) -> tuple[int, str]:
@@ -110,6 +119,19 @@ class HFCheckpoint(Checkpoint):
     def fingerprint(self) -> str:
         """See `Checkpoint.fingerprint`. Moving the folder or cutting it into other shards changes nothing."""
         return digest(self.config, self.files, self._stored)
+
+    def _text_slices(self, stored: dict[str, SafetensorsFile]) -> dict[str, Slice]:
+        """Where the tensors of a text model are that is one of several parts; empty if it is the only one."""
+        embedding = f"{self.family.embedding.removeprefix('model.')}.weight"
+        prefix = next((prefix for prefix in TEXT_PREFIXES if prefix + embedding in stored), None)
+        if prefix is None:
+            return {}
+        found: dict[str, Slice] = {}
+        for name, shape in self._shapes.items():
+            places = (prefix + name.removeprefix("model."), name, f"language_model.{name}")
+            if there := next((place for place in places if place in stored), None):
+                found[name] = Slice(there, shape)
+        return found
 
     def _check_slices(self) -> set[str]:
         """Names of stored tensors that hold others. Raises CheckpointError: a wrong shape, or a tensor stored twice."""

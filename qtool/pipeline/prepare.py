@@ -65,7 +65,7 @@ def prepare(
     checkpoint = open_model(model)
     artifacts = {export.to: registry.load("artifact", export.to)(**export.options) for export in parsed.export}
     plan = make_plan(parsed, checkpoint, artifacts, limit)
-    plan = replace(plan, warnings=(*plan.warnings, *second_generation(plan, checkpoint)))
+    plan = replace(plan, warnings=(*checkpoint.notes, *plan.warnings, *second_generation(plan, checkpoint)))
     return Job(checkpoint, plan, artifacts, place, dtype_of(dtype, place))
 
 

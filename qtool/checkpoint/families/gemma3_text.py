@@ -19,6 +19,8 @@ class Gemma3Text(Gemma):
 
     architecture = "Gemma3ForCausalLM"
     defaults: ClassVar[dict[str, Any]] = {
+        "vocab_size": 262208,
+        "num_attention_heads": 8,
         "max_position_embeddings": 131072,
         "rms_norm_eps": 1e-6,
         "num_key_value_heads": 4,

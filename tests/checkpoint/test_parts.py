@@ -1,0 +1,82 @@
+"""Text models that come with other parts, such as the vision tower of the larger Gemma 3."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qtool.calibrate.walker import Walker
+from qtool.checkpoint.hf import HFCheckpoint
+from qtool.errors import CheckpointError
+
+TOKENS = torch.randint(512, (1, 24), generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """(folder, transformers' model) of a tiny Gemma 3 that sees; its config.json leaves out what is usual."""
+    from transformers import AutoConfig, Gemma3ForConditionalGeneration
+
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 7, "head_dim": 16, "vocab_size": 512}
+    text |= {"num_key_value_heads": 4, "sliding_window": 8, "query_pre_attn_scalar": 16, "initializer_range": 0.2}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = Gemma3ForConditionalGeneration(config).eval()
+    folder = tmp_path_factory.mktemp("several")
+    model.save_pretrained(folder)
+    told = json.loads((folder / "config.json").read_text())
+    del told["text_config"]["num_attention_heads"]  # as in Google's files
+    (folder / "config.json").write_text(json.dumps(told))
+    return folder, model
+
+
+def test_the_text_model_is_read_and_walked(several: tuple[Path, Any]) -> None:
+    folder, model = several
+    checkpoint = HFCheckpoint(folder)
+    assert checkpoint.config["model_type"] == "gemma3_text"
+    assert checkpoint.config["architectures"] == ["Gemma3ForCausalLM"]
+    assert checkpoint.config["num_attention_heads"] == 8
+    state = model.model.language_model.state_dict()
+    assert set(checkpoint.names()) == {f"model.{name}" for name in state}
+    assert all(torch.equal(checkpoint.tensor(f"model.{name}"), tensor) for name, tensor in state.items())
+    assert torch.equal(checkpoint.rows("model.embed_tokens.weight", 3, 9), state["embed_tokens.weight"][3:9])
+    walker = Walker(checkpoint, torch.device("cpu"), torch.float32)
+    hidden = walker.embed(TOKENS)
+    for i in range(7):
+        walker.advance(walker.load_block(i), i, hidden)
+    with torch.no_grad():
+        wanted = model(TOKENS).logits[0]
+    torch.testing.assert_close(walker.logits(hidden, 0), wanted, rtol=1e-4, atol=1e-4 * float(wanted.std()))
+
+
+def test_what_is_left_out_is_said(several: tuple[Path, Any]) -> None:
+    (note,) = HFCheckpoint(several[0]).notes
+    assert note.startswith("only the text model of ") and note.endswith(": multi_modal_projector, vision_tower")
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_both_ways_to_name_it(prefix: str, several: tuple[Path, Any], tmp_path: Path) -> None:
+    tensors = load_file(several[0] / "model.safetensors")
+    stem = next(name for name in tensors if name.endswith("embed_tokens.weight")).removesuffix("embed_tokens.weight")
+    save_file({name.replace(stem, prefix): tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((several[0] / "config.json").read_bytes())
+    found, original = HFCheckpoint(tmp_path), HFCheckpoint(several[0])
+    assert found.names() == original.names()
+    assert all(torch.equal(found.tensor(name), original.tensor(name)) for name in found.names())
+
+
+def test_a_missing_tensor_is_noticed(several: tuple[Path, Any], tmp_path: Path) -> None:
+    tensors = load_file(several[0] / "model.safetensors")
+    gone = next(name for name in tensors if name.endswith("layers.3.mlp.up_proj.weight") and "language" in name)
+    save_file({name: tensor for name, tensor in tensors.items() if name != gone}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((several[0] / "config.json").read_bytes())
+    with pytest.raises(CheckpointError, match=r"lacks 1 of the .* found no model\.layers\.3\.mlp\.up_proj\.weight"):
+        HFCheckpoint(tmp_path)
