@@ -35,6 +35,7 @@ from qtool.artifact._packed import (
     write_packed,
 )
 from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint, TensorInfo
+from qtool.checkpoint.families._rope import rope_parameters
 from qtool.errors import CheckpointError, PlanError
 from qtool.formats._base import Format, Quantized
 from qtool.formats._ggml import Classic
@@ -76,8 +77,8 @@ class MLX(Artifact):
                 raise PlanError([f"{module}: offsets are too large for the type of its scales"], "MLX cannot hold this")
             return encode(held)
 
-        how = settings(model)
-        return write_packed(self, model, out, card, model.config | dict.fromkeys(SETTINGS, how), parts, encoded)
+        config = rope_fields(model.config) | model.config | dict.fromkeys(SETTINGS, settings(model))
+        return write_packed(self, model, out, card, config, parts, encoded)
 
     def open(self, path: Path) -> QuantizedCheckpoint:
         """See `Artifact.open`."""
@@ -138,6 +139,16 @@ def settings(model: QuantizedCheckpoint) -> dict[str, Any]:
     return usual | {module: k for module, k in keys.items() if k != usual}
 
 
+def rope_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """The rotary embedding as transformers 4 spelled it, because mlx-lm knows no `rope_parameters`."""
+    told = config.get("rope_parameters") or {}
+    if not told or any(isinstance(value, dict) for value in told.values()):
+        return {}
+    rope = rope_parameters(config)
+    theta = {"rope_theta": rope.pop("rope_theta")}
+    return theta if rope["rope_type"] == "default" else theta | {"rope_scaling": rope}
+
+
 def infos(target: Target, n: int, k: int) -> Infos:
     """Names below the module, shapes and types."""
     keys = _keys(target)
@@ -178,6 +189,8 @@ class MLXCheckpoint(PackedCheckpoint):
 
     def _understand(self, how: Mapping[str, Any]) -> None:
         """See `PackedCheckpoint._understand`. Entries that are no objects say that a module is not packed."""
+        doubled = rope_fields(self.config)
+        self.config = {key: value for key, value in self.config.items() if doubled.get(key) != value}
         self._usual = read_settings(_Keys, how, self.source)
         named = {module: keys for module, keys in how.items() if isinstance(keys, dict)}
         self._named = {m: read_settings(_Keys, keys, f"{self.source}: {m[:60]}") for m, keys in named.items()}

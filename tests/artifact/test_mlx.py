@@ -122,6 +122,17 @@ def test_configuration(tiny_checkpoint, tmp_path):
     }
 
 
+@pytest.mark.parametrize("name", ["llama", "llama-rope3"])
+def test_mlx_lm_finds_the_rotary_embedding(name, tiny_checkpoint, tmp_path):
+    model = quantize(tiny_checkpoint(name), Affine(bits=4, group=32, scale_dtype="fp16"))
+    write(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    wanted = scaling | {"original_max_position_embeddings": 512}
+    assert config.get("rope_scaling") == (wanted if name == "llama-rope3" else None)
+
+
 REFUSED = {
     "groups": ({"fmt": Int(bits=4, group=16)}, "holds integers in groups that are multiples of 32 .* not int4-g16"),
     "floats": ({"fmt": parse_format("fp8-channel")}, "not fp8-channel"),
