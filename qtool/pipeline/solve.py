@@ -154,6 +154,7 @@ def kept(plan: LayerPlan) -> LayerEntry:
         name=plan.module.name,
         role=plan.module.role,
         block=plan.module.block,
+        expert=plan.module.expert,
         shape=plan.module.shape,
         format=None,
         method=None,

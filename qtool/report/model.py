@@ -25,6 +25,7 @@ class LayerEntry(Entry):
         tokens: how many calibrated it; 0 without data.
         fallback: what was done instead of what the recipe asked, and why.
         seconds: solving time.
+        expert: index of its expert in a mixture; None: every token goes through it.
     """
 
     name: str
@@ -41,6 +42,7 @@ class LayerEntry(Entry):
     tokens: int
     fallback: str | None
     seconds: float
+    expert: int | None = None
 
 
 class FileEntry(Entry):

@@ -45,6 +45,17 @@ class ErrorRow:
 
 
 @dataclass(frozen=True)
+class ExpertRow:
+    """Calibration tokens that reached the experts of one block."""
+
+    block: int
+    experts: int
+    least: int
+    median: float
+    most: int
+
+
+@dataclass(frozen=True)
 class Notice:
     """Something the reader should see first. `layers` are the names it is about, if it is about layers."""
 
@@ -123,6 +134,17 @@ def error_rows(report: Report) -> list[ErrorRow]:
             ratios = [db for db, _ in found]
             rows.append(ErrorRow(role, len(found), max(ratios), median(ratios), worst, name))
     return rows
+
+
+def expert_rows(report: Report) -> list[ExpertRow]:
+    """By block; none if nothing was calibrated, or there are no experts."""
+    blocks: dict[int, dict[int, int]] = {}
+    for layer in report.layers:
+        if layer.expert is not None and layer.block is not None:
+            tokens = blocks.setdefault(layer.block, {})
+            tokens[layer.expert] = max(layer.tokens, tokens.get(layer.expert, 0))
+    counts = {block: list(tokens.values()) for block, tokens in blocks.items()}
+    return [ExpertRow(i, len(n), min(n), median(n), max(n)) for i, n in counts.items() if max(n)]
 
 
 def notices(report: Report) -> list[Notice]:

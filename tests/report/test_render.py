@@ -228,6 +228,22 @@ def test_of_several_layers_in_one_place_the_worst_is_plotted(report):
     assert report.layers[5].name not in " ".join(titles)
 
 
+def test_mixtures_show_tokens_per_expert_and_few_names(report):
+    update = {"role": "gate", "fallback": "rounded to nearest: few tokens"}
+    own = [{"name": f"expert.{e}", "block": 3, "expert": e, "tokens": 1000 + e} for e in range(31)]
+    layers = [report.layers[5].model_copy(update=update | fields) for fields in own]
+    mixture = report.model_copy(update={"layers": (*report.layers, *layers)})
+    text = markdown(mixture)
+    assert "## Tokens per expert" in text
+    assert "| 3 | 31 | 1,000 | 1,015 | 1,030 |" in text
+    assert "(31: `expert.0`, " in text
+    assert "`expert.11`, ...)" in text
+    assert "expert.12" not in text
+    cells = "".join(f'<td class="n">{x}</td>' for x in ("3", "31", "1,000", "1,015", "1,030"))
+    assert cells in html(mixture)
+    assert "Tokens per expert" not in markdown(report) + html(report)
+
+
 def test_colours_mean_the_same_role_in_every_plot(report):
     text = html(report)
     assert text.count('<li class="c6"><i></i>down</li>') == 2

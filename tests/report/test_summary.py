@@ -32,6 +32,23 @@ def test_error_rows_name_the_worst_layer(report):
     assert row.layers == 30
 
 
+def test_tokens_per_expert_by_hand(report):
+    assert summary.expert_rows(report) == []
+    tokens = {(0, 0): 10, (0, 1): 700, (0, 2): 30, (0, 3): 40, (4, 0): 5, (4, 1): 1}
+    layers = [
+        report.layers[5].model_copy(update={"role": role, "block": block, "expert": e, "tokens": count})
+        for (block, e), count in tokens.items()
+        for role in ("gate", "up", "down")
+    ]
+    mixture = report.model_copy(update={"layers": (*report.layers, *layers)})
+    assert summary.expert_rows(mixture) == [
+        summary.ExpertRow(0, experts=4, least=10, median=35, most=700),
+        summary.ExpertRow(4, experts=2, least=1, median=3, most=5),
+    ]
+    blind = [layer.model_copy(update={"tokens": 0}) for layer in layers]
+    assert summary.expert_rows(report.model_copy(update={"layers": tuple(blind)})) == []
+
+
 def test_without_output_errors_weight_errors_are_shown(report):
     plain = report.model_copy(
         update={"layers": tuple(x.model_copy(update={"output_error_db": None}) for x in report.layers)}
