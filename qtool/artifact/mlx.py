@@ -189,8 +189,8 @@ class MLXCheckpoint(PackedCheckpoint):
 
     def _understand(self, how: Mapping[str, Any]) -> None:
         """See `PackedCheckpoint._understand`. Entries that are no objects say that a module is not packed."""
-        doubled = rope_fields(self.config)
-        self.config = {key: value for key, value in self.config.items() if doubled.get(key) != value}
+        doubled = list(rope_fields(self.config).items())
+        self.config = {key: value for key, value in self.config.items() if (key, value) not in doubled}
         self._usual = read_settings(_Keys, how, self.source)
         named = {module: keys for module, keys in how.items() if isinstance(keys, dict)}
         self._named = {m: read_settings(_Keys, keys, f"{self.source}: {m[:60]}") for m, keys in named.items()}
