@@ -14,11 +14,13 @@ from qtool.errors import CheckpointError
 from qtool.recipe.schema import Calibration
 from qtool.stats import InputStats, Stat
 
+CHANNELS = frozenset({Stat.CHANNELS})
+
 
 def write_importance(
     path: Path, stats: Mapping[str, InputStats], checkpoint: Checkpoint, calibration: Calibration
 ) -> None:
-    """Writes what `llama-imatrix` would: an entry for every matrix whose input was measured.
+    """Writes what `llama-imatrix` would: an entry for every tensor whose input was measured, for one expert at least.
 
     Args:
         path: of the new file.
@@ -30,16 +32,12 @@ def write_importance(
         CheckpointError: GGUF has no names for this architecture's tensors.
         OSError: the disk is full or not writable.
     """
-    readers: dict[str, list[Module]] = defaultdict(list)
-    names = checkpoint.family.gguf_names(checkpoint.config)
-    for module in modules(checkpoint):
-        if module.reads in stats:
-            readers[names[f"{module.name}.weight"]].append(module)
     entries = {}
-    for name, members in readers.items():
-        found = [stats[module.reads] for module in members]
-        sums = torch.stack([s.sum_squares.float().cpu() for s in found])
-        entries[name] = Entry(sums, torch.tensor([float(s.tokens) for s in found]))
+    for name, members in _readers(checkpoint).items():
+        found = [stats.get(module.reads) or InputStats(module.shape[1], CHANNELS) for module in members]
+        if any(s.tokens for s in found):
+            sums = torch.stack([s.sum_squares.float().cpu() for s in found])
+            entries[name] = Entry(sums, torch.tensor([float(s.tokens) for s in found]))
     data = calibration.data
     datasets = (data,) if isinstance(data, str) else tuple(source.data for source in data)
     write_imatrix(path, ImportanceMatrix(entries, datasets, calibration.samples, calibration.length))
@@ -58,10 +56,7 @@ def read_importance(path: Path, checkpoint: Checkpoint) -> tuple[dict[str, Input
         CheckpointError: damaged, or of another model.
     """
     matrix = read_imatrix(path)
-    names = checkpoint.family.gguf_names(checkpoint.config)
-    readers: dict[str, list[Module]] = defaultdict(list)
-    for module in modules(checkpoint):
-        readers[names[f"{module.name}.weight"]].append(module)
+    readers = _readers(checkpoint)
     if not readers.keys() & matrix.entries.keys():
         found = next(iter(matrix.entries))
         raise CheckpointError(
@@ -76,6 +71,15 @@ def read_importance(path: Path, checkpoint: Checkpoint) -> tuple[dict[str, Input
     return stats, about | {"samples": matrix.chunks, "length": matrix.chunk_size}
 
 
+def _readers(checkpoint: Checkpoint) -> dict[str, list[Module]]:
+    """All matrices by the name of their tensor in GGUF; of a stack in the order of experts."""
+    names = checkpoint.family.gguf_names(checkpoint.config)
+    readers: dict[str, list[Module]] = defaultdict(list)
+    for module in modules(checkpoint):
+        readers[names[f"{module.name}.weight"]].append(module)
+    return readers
+
+
 def _split(entry: Entry, members: list[Module], what: str) -> Iterator[tuple[str, InputStats]]:
     """The statistics of each matrix of a stack, or of the only one."""
     k, count = members[0].shape[1], len(members)
@@ -83,6 +87,6 @@ def _split(entry: Entry, members: list[Module], what: str) -> Iterator[tuple[str
         raise CheckpointError(f"{what} does not fit the model", wanted=f"{k * count} values", found=entry.sums.numel())
     for module, sums, tokens in zip(members, entry.sums.view(count, k), entry.counts.expand(count), strict=True):
         if tokens > 0:
-            stats = InputStats(k, frozenset({Stat.CHANNELS}))
+            stats = InputStats(k, CHANNELS)
             stats.sum_squares, stats.tokens = sums, max(1, round(float(tokens)))
             yield module.reads, stats

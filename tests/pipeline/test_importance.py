@@ -15,9 +15,12 @@ from qtool.checkpoint.open import open_checkpoint
 from qtool.errors import CheckpointError, PlanError, UsageError
 from qtool.pipeline.calibrate import CalibrateOptions
 from qtool.pipeline.calibrate import run as calibrate
+from qtool.pipeline.importance import read_importance, write_importance
 from qtool.pipeline.quantize import QuantizeOptions
 from qtool.pipeline.quantize import run as quantize
 from qtool.recipe.load import load_recipe
+from qtool.recipe.schema import Calibration
+from qtool.stats import InputStats, Stat
 
 RECIPE = """
 recipe: 1
@@ -140,16 +143,40 @@ def test_what_a_file_does_not_mention_is_rounded_without_it_and_told(measured, r
     assert down("plain")[0] != down("whole")[0]
 
 
-def test_experts_nobody_was_routed_to_are_left_out(tiny_checkpoint, measured):
-    _, _, matrix = measured
-    entries = dict(read_imatrix(matrix).entries)
-    entries["blk.0.ffn_down.weight"] = Entry(entries["blk.0.ffn_down.weight"].sums, torch.zeros(1))
-    write_imatrix(matrix, ImportanceMatrix(entries, ("x",), 3, 48))
-    from qtool.pipeline.importance import read_importance
+def test_experts_are_rows_of_one_tensor(recipe, tiny_checkpoint, tmp_path):
+    source, path = str(tiny_checkpoint("mixtral")), recipe("{rtn: {importance: true}}")
+    calibrate(CalibrateOptions(source, path, tmp_path / "m.gguf", dtype="fp32"))
+    found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    up, gate, down, router = (f"blk.1.ffn_{n}.weight" for n in ("up_exps", "gate_exps", "down_exps", "gate_inp"))
+    assert found[f"{up}.in_sum2"].shape == (4, 64) and found[f"{down}.in_sum2"].shape == (4, 128)
+    np.testing.assert_array_equal(found[f"{up}.in_sum2"], found[f"{gate}.in_sum2"])
+    assert found[f"{up}.counts"].shape == (4, 1)
+    assert found[f"{up}.counts"].sum() == found[f"{down}.counts"].sum() == 2 * 3 * 48  # each token visits two experts
+    np.testing.assert_allclose(found[f"{up}.in_sum2"].sum(0), 2 * found[f"{router}.in_sum2"], rtol=1e-4)
+    sets = ("calibration.min_tokens=1",)
+    quantize(QuantizeOptions(source, path, tmp_path / "walked", sets, dtype="fp32"))
+    quantize(QuantizeOptions(source, path, tmp_path / "matrix", sets, imatrix=tmp_path / "m.gguf"))
+    assert written(tmp_path / "matrix") == written(tmp_path / "walked")
 
-    stats, _ = read_importance(matrix, open_checkpoint(str(tiny_checkpoint("llama"))))
-    assert "model.layers.0.mlp_mid" not in stats
-    assert "model.layers.1.mlp_mid" in stats
+
+def test_experts_that_no_token_reached(tiny_checkpoint, tmp_path):
+    checkpoint = open_checkpoint(str(tiny_checkpoint("mixtral")))
+    measured = {}
+    for expert, value in ((0, 2.0), (2, 3.0)):
+        measured[f"model.layers.0.block_sparse_moe.experts.{expert}.in"] = stats = InputStats(64, frozenset({Stat.CHANNELS}))
+        stats.add(torch.full((5, 64), value))
+    write_importance(tmp_path / "m.gguf", measured, checkpoint, Calibration(samples=1, length=16))
+    entries = read_imatrix(tmp_path / "m.gguf").entries
+    assert entries.keys() == {"blk.0.ffn_gate_exps.weight", "blk.0.ffn_up_exps.weight"}
+    entry = entries["blk.0.ffn_up_exps.weight"]
+    assert entry.counts.tolist() == [5, 0, 5, 0]
+    assert entry.sums.tolist() == [[20.0] * 64, [0.0] * 64, [45.0] * 64, [0.0] * 64]
+    found, _ = read_importance(tmp_path / "m.gguf", checkpoint)
+    assert {reads: s.importance.tolist() for reads, s in found.items()} == {
+        "model.layers.0.block_sparse_moe.experts.0.in": [4.0] * 64,
+        "model.layers.0.block_sparse_moe.experts.2.in": [9.0] * 64,
+    }
+    assert [s.tokens for s in found.values()] == [5, 5]
 
 
 def test_of_another_model(measured, tiny_checkpoint, tmp_path):
