@@ -21,6 +21,8 @@ class Stat(Enum):
 
     GRAM = "gram"
     """X^T X, float32 [K, K]: GPTQ's Hessian up to a factor of 2."""
+    DRIFT = "drift"
+    """How inputs drift behind quantized layers: (X_0 - X)^T X, float32 [K, K], X_0 those of the unquantized model."""
     CHANNELS = "channels"
     """Sums of squares and ranges, float32 [K] each: the importance matrix of llama.cpp, and activation scales."""
 
@@ -33,6 +35,8 @@ class InputStats:
         gram: float32 [K, K], or None where no method asked for it. Its upper half is filled in when it is first read.
         sum_squares: float32 [K].
         low, high: float32 [K], infinite where nobody asked for them.
+        drift: (X_0 - X)^T X and X^T X over the tokens that were compared with the unquantized model, float32 [K, K]
+            each; None if none were.
         cache: what methods derived from the finished statistics, kept for the next layer that reads this input.
     """
 
@@ -41,6 +45,8 @@ class InputStats:
         self.needs = needs
         self._lower = torch.zeros(k, k, device=device) if Stat.GRAM in needs else None
         self._whole = True
+        self._drift: Tensor | None = None
+        self._compared: Tensor | None = None
         self.sum_squares = torch.zeros(k, device=device)
         self.low = torch.full((k,), torch.inf, device=device)
         self.high = torch.full((k,), -torch.inf, device=device)
@@ -58,8 +64,25 @@ class InputStats:
     def gram(self, gram: Tensor | None) -> None:
         self._lower, self._whole = gram, True
 
-    def add(self, x: Tensor) -> None:
+    @property
+    def drift(self) -> tuple[Tensor, Tensor] | None:
+        """See the class."""
+        gram = self.gram if self._compared is None else self._compared
+        return None if self._drift is None or gram is None else (self._drift, gram)
+
+    def compare(self, x: Tensor, reference: Tensor) -> None:
+        """Counts a batch of inputs together with those of the unquantized model, [T, K] each; before all other batches.
+
+        The differences are small, so their products may be rounded to the type of the inputs.
+        """
+        cross = ((reference - x).T @ x).float()
+        self._drift = cross if self._drift is None else self._drift + cross
+        self.add(x, compared=True)
+
+    def add(self, x: Tensor, compared: bool = False) -> None:
         """Counts a batch of inputs, [T, K] of any float type."""
+        if self._drift is not None and not compared and self._compared is None and self.gram is not None:
+            self._compared = self.gram.clone()
         if Stat.CHANNELS in self.needs:
             low, high = torch.aminmax(x, dim=0)
             self.low = torch.minimum(self.low, low.float())
@@ -80,6 +103,9 @@ class InputStats:
     def merge(self, other: InputStats) -> None:
         """Adds what another part of the calibration tokens measured."""
         self.tokens += other.tokens
+        if self.drift is not None and other.drift is not None:
+            (drift, gram), (more, more_gram) = self.drift, other.drift
+            self._drift, self._compared = drift + more, gram + more_gram
         if self.gram is not None and other.gram is not None:
             self.gram = self.gram + other.gram
         self.sum_squares += other.sum_squares

@@ -20,13 +20,15 @@ from torch import Tensor, nn
 from qtool.calibrate.experts import split_experts
 from qtool.calibrate.hidden import MEMORY_LIMIT, Hidden
 from qtool.calibrate.meta import build_on_meta
+from qtool.calibrate.meter import Meter
+from qtool.calibrate.reference import Reference
 from qtool.calibrate.steps import InStep
 from qtool.checkpoint._base import Checkpoint, Module, QuantizedCheckpoint, modules
 from qtool.errors import CheckpointError
 from qtool.formats._base import Format
 from qtool.stats import InputStats, Stat
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 """Tokens per forward pass: enough to keep matrix products busy, few enough that a block's intermediates stay small."""
 
 TABLE_VALUES = 1 << 24
@@ -148,7 +150,12 @@ class Walker:
 
     @torch.inference_mode()
     def steps(
-        self, block: nn.Module, i: int, hidden: Hidden, needs: Mapping[str, frozenset[Stat]]
+        self,
+        block: nn.Module,
+        i: int,
+        hidden: Hidden,
+        needs: Mapping[str, frozenset[Stat]],
+        reference: Reference | None = None,
     ) -> Iterator[tuple[str, InputStats]]:
         """Runs block i once over all tokens, and stops before each wanted input is read.
 
@@ -160,42 +167,37 @@ class Walker:
             i: its index.
             hidden: inputs of the block, replaced by its outputs.
             needs: what to measure, by `Module.reads`, for inputs to stop at.
+            reference: the unquantized model in front of block i, to compare with where drift is needed; is advanced.
 
         Yields:
             (`Module.reads`, statistics), in the order of the forward pass; of an input that no token reaches, last.
         """
         readers = {m.reads: m for m in reversed(self.modules[i]) if m.reads in needs}
-        stats: dict[str, InputStats] = {}
-        width = 3 * hidden.width + max((m.shape[1] for m in readers.values()), default=0)
-        suspend = hidden.samples * hidden.length * width * self.dtype.itemsize <= MEMORY_LIMIT
+        readers = dict(reversed(readers.items()))
+        meter = Meter({reads: m.shape[1] for reads, m in readers.items()}, needs, self.device)
 
         def run(part: slice) -> None:
+            ahead = None
+            if reference:
+                compared = [m for reads, m in readers.items() if Stat.DRIFT in needs[reads]]
+                meter.expected, ahead = reference.run(part, compared)
             hidden[part] = self.output(block, i, hidden, part)
+            if reference and ahead is not None:
+                reference.advance(part, ahead)
 
-        def measured(reads: str) -> InputStats:
-            if reads not in stats:
-                stats[reads] = InputStats(readers[reads].shape[1], needs[reads], self.device)
-            return stats[reads]
-
-        flow = InStep(run, list(self.parts(hidden)), list(reversed(readers)), suspend)
-
-        def measure(reads: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
-            def hook(_: nn.Module, inputs: tuple[Tensor]) -> None:
-                if reads not in flow.passed:
-                    measured(reads).add(inputs[0].flatten(0, -2))
-                    flow.wait(reads)
-
-            return hook
-
-        hooks = [self.linear(block, m).register_forward_pre_hook(measure(r)) for r, m in readers.items()]
+        if reference:
+            reference.begin(i)
+        width = 3 * hidden.width + max((m.shape[1] for m in readers.values()), default=0)
+        suspend = hidden.samples * hidden.length * width * self.dtype.itemsize <= MEMORY_LIMIT
+        flow = InStep(run, list(self.parts(hidden)), list(readers), suspend)
+        hooks = [self.linear(block, m).register_forward_pre_hook(meter.hook(r, flow)) for r, m in readers.items()]
         try:
             for reads in flow:
-                yield reads, stats.pop(reads)
+                yield reads, meter.take(reads)
         finally:
             for hook in hooks:
                 hook.remove()
-        for reads in (r for r in reversed(readers) if r not in flow.passed):
-            yield reads, measured(reads)
+        yield from ((reads, meter.take(reads)) for reads in readers if reads not in flow.passed)
 
     @torch.inference_mode()
     def advance(self, block: nn.Module, i: int, hidden: Hidden) -> None:

@@ -18,11 +18,13 @@ class Solution:
 
     Attributes:
         quantized: codes and parameters.
+        target: the matrix that the codes approximate, float32 [N, K], where that is not the layer's own.
         fallback: what had to be done instead of the method as asked, and why; None if nothing. Goes to the report.
     """
 
     quantized: Quantized
     fallback: str | None = None
+    target: Tensor | None = None
 
 
 class Method(BaseModel):

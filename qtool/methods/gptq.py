@@ -10,6 +10,8 @@ beyond the paper:
 - After the walk, scales are refitted in closed form for the codes found, then codes are improved by coordinate descent
   for the scales found, and so on for some rounds. A row keeps a new scale only if its objective falls.
 - Formats with a codebook are walked a vector at a time: the allowed codes that cost least, all told (`vector_walk`).
+- What is approximated is W (I + a A): behind quantized layers inputs have drifted from X_0 to X, and A, the ridge
+  regression of X_0 - X on X, undoes what inputs still tell about it (after GPTAQ, https://arxiv.org/abs/2504.02692).
 - A matrix that cannot be factorized gets more damping, then falls back to rounding; both are reported.
 
 The reference is the plain loop in tests/reference/gptq.py.
@@ -24,12 +26,15 @@ from pydantic import Field
 from torch import Tensor
 
 from qtool.errors import NumericsError
-from qtool.formats._base import Format, Params, Quantized, expand
+from qtool.formats._base import Format, Params, Quantized
 from qtool.methods._base import Method, Solution
 from qtool.methods._refine import refine
-from qtool.numerics.linalg import inverse_factor
+from qtool.numerics.linalg import inverse_factor, ridge
 from qtool.numerics.walk import BLOCK, walk
 from qtool.stats import InputStats, Stat
+
+DRIFT_DAMP = 0.3
+"""Ridge of the regression of drift on inputs, relative to the mean of the Gram matrix's diagonal."""
 
 SWEEPS = 4
 """Most passes of coordinate descent over a row in one round; rows that settle earlier stop earlier."""
@@ -43,18 +48,20 @@ class GPTQ(Method):
         order: "activation" walks the columns with the largest inputs first.
         fit: "before" fits all scales to the original weights; "walk" fits a group to its corrected weights when the
             walk reaches it, which takes the columns group by group.
+        drift: share of the predictable drift of the inputs that is made up for; 0 leaves it alone.
         rounds: of closed-form scales and coordinate descent after the walk; 0 is plain GPTQ.
     """
 
     damp: float = Field(0.02, gt=0, le=1)
     order: Literal["activation", "none"] = "activation"
     fit: Literal["before", "walk"] = "walk"
+    drift: float = Field(0.75, ge=0, le=1)
     rounds: int = Field(1, ge=0, le=20)
 
     @property
     def needs(self) -> frozenset[Stat]:
-        """The Gram matrix."""
-        return frozenset({Stat.GRAM})
+        """The Gram matrix, and how far inputs are from those of the unquantized model."""
+        return frozenset({Stat.GRAM, Stat.DRIFT} if self.drift else {Stat.GRAM})
 
     def solve(self, w: Tensor, stats: InputStats | None, fmt: Format) -> Solution:
         """See `Method.solve`."""
@@ -65,12 +72,23 @@ class GPTQ(Method):
             params = fmt.fit(w)
             return Solution(Quantized(fmt.snap(w, params), params, fmt), f"rounded to nearest: {error}")
         fallback = f"damping raised from {self.damp:g} to {used:g}" if used > self.damp else None
-        quantized = Quantized(*self._walk(w, order, factor, fmt), fmt)
+        target = self._target(w, stats)
+        quantized = Quantized(*self._walk(target, order, factor, fmt), fmt)
         if self.rounds:
             gram = stats.gram.clone()
             gram.diagonal().add_(used * gram.diagonal().mean())
-            quantized = refine(w, gram, quantized, self.rounds, SWEEPS)
-        return Solution(quantized, fallback)
+            quantized = refine(target, gram, quantized, self.rounds, SWEEPS)
+        return Solution(quantized, fallback, target)
+
+    def _target(self, w: Tensor, stats: InputStats) -> Tensor:
+        """What to approximate so that outputs come close to W X_0, float32 [N, K]."""
+        if not self.drift or stats.drift is None:
+            return w
+        if "drift" not in stats.cache:
+            stats.cache["drift"] = ridge(*stats.drift, DRIFT_DAMP)
+        back = stats.cache["drift"]
+        assert isinstance(back, Tensor)
+        return torch.addmm(w, w, back, alpha=self.drift)
 
     def _widths(self, fmt: Format) -> tuple[int, ...]:
         """Columns of what stays together in the walk, each a multiple of the one before: vectors, spans, blocks."""
@@ -100,22 +118,32 @@ class GPTQ(Method):
         codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
         if self.fit == "before" or block == k:
             params = fmt.fit(w, weight)
-            scale, offset = (expand(p, k)[:, order] for p in fmt.affine(params))
+            scale, offset = fmt.affine(params)
             codes[:, order] = walk(
-                w[:, order], factor, fmt.levels(), BLOCK, lambda a, b, _: (scale[:, a:b], offset[:, a:b]), vectors
+                w[:, order],
+                factor,
+                fmt.levels(),
+                BLOCK,
+                lambda a, b, _: (by_column(scale, order[a:b], k), by_column(offset, order[a:b], k)),
+                vectors,
             )
             return codes, params
         fitted: dict[int, Params] = {}
 
         def fit_block(a: int, b: int, current: Tensor) -> tuple[Tensor, Tensor]:
-            natural = order[a:b].argsort()
+            place = order[a:b] - order[a:b].min()
+            natural = place.argsort()
             fitted[int(order[a]) // block] = params = fmt.fit(current[:, natural], weight[order[a:b][natural]])
-            back = natural.argsort()
-            scale, offset = (expand(p, block)[:, back] for p in fmt.affine(params))
-            return scale, offset
+            scale, offset = fmt.affine(params)
+            return by_column(scale, place, block), by_column(offset, place, block)
 
         codes[:, order] = walk(w[:, order], factor, fmt.levels(), block, fit_block, vectors)
         return codes, fmt.join([fitted[i] for i in range(k // block)])
+
+
+def by_column(p: Tensor, columns: Tensor, width: int) -> Tensor:
+    """The entry that each of some columns uses: [N, G], which belong to `width` columns -> [len(columns), N]."""
+    return p.T[columns // (width // p.shape[1])]
 
 
 def activation_order(diagonal: Tensor, widths: tuple[int, ...]) -> Tensor:

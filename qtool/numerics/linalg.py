@@ -47,6 +47,26 @@ def inverse_factor(gram: Tensor, damp: float) -> tuple[Tensor, float]:
     )
 
 
+def ridge(cross: Tensor, gram: Tensor, damp: float) -> Tensor:
+    """Ridge regression: A with A (H + damp * mean(diag H) * I) = C, the map from inputs to what they explain.
+
+    Args:
+        cross: C, float32 [K, K].
+        gram: H, float32 [K, K], symmetric, positive semidefinite.
+        damp: relative to the mean of the diagonal.
+
+    Returns:
+        A, float32 [K, K]; zeros if the matrix cannot be factorized.
+    """
+    damped = gram.clone()
+    damped.diagonal().add_(damp * damped.diagonal().mean())
+    lower, info = torch.linalg.cholesky_ex(damped)
+    if int(info) != 0:
+        return torch.zeros_like(cross)
+    solved: Tensor = torch.cholesky_solve(cross.T, lower).T
+    return solved
+
+
 def invert_lower(lower: Tensor) -> Tensor:
     """Inverse of a lower triangular matrix [K, K], by halves, so that nearly all work is matrix products."""
     k = len(lower)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import torch
 
@@ -18,5 +19,10 @@ def over_rows(work: Callable[[int, int], object], rows: int) -> None:
     if threads == 1:
         work(0, rows)
         return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, bounds[:-1], bounds[1:]))
+    list(pool(threads).map(work, bounds[:-1], bounds[1:]))
+
+
+@cache
+def pool(threads: int) -> ThreadPoolExecutor:
+    """Threads that wait for work; starting them anew would take longer than many a piece of work."""
+    return ThreadPoolExecutor(threads)

@@ -22,6 +22,9 @@ from qtool.numerics.vector_walk import walk_vector_block
 BLOCK = 128
 """Columns whose errors are fed forward inside the kernel; what lies to the right is updated once per block."""
 
+LANES = 256
+"""Rows that are walked together: their part of a block stays in the cache."""
+
 FAST = {"nnan", "ninf", "nsz", "arcp", "contract", "reassoc"}
 
 
@@ -45,20 +48,30 @@ def nearest(x, levels, lowest, uniform):  # type: ignore[no-untyped-def]
 def walk_rows(w, factor, scale, offset, levels, uniform, codes, error, start, stop):  # type: ignore[no-untyped-def]
     """Walks the B columns of a block for rows start to stop.
 
-    w [N, B] is updated in place; factor [B, B] is the block of the inverse factor U; scale, offset [N, B] are given per
-    column; codes uint8 [N, B] and error [N, B] are filled, error being D_j / U_jj.
+    Columns lie in memory one after the other, because they wait for each other while rows go side by side: w [B, N] is
+    overwritten; factor [B, B] is the block of the inverse factor U; scale, offset [B, N]; codes uint8 [B, N] and error
+    [B, N] are filled, error being D_j / U_jj.
     """
-    lowest = levels[0]
-    for n in range(start, stop):
-        row = w[n]
-        for j in range(w.shape[1]):
-            s, o = scale[n, j], offset[n, j]
-            code = nearest((row[j] - o) / s, levels, lowest, uniform) if s != 0 else 0
-            e = (row[j] - (s * levels[code] + o)) / factor[j, j]
-            codes[n, j] = code
-            error[n, j] = e
-            for i in range(j + 1, w.shape[1]):
-                row[i] -= e * factor[j, i]
+    lowest, highest = levels[0], levels[0] + np.float32(len(levels) - 1)
+    for first in range(start, stop, LANES):
+        rows = slice(first, min(first + LANES, stop))
+        for j in range(len(w)):
+            x, s, o, e, code = w[j, rows], scale[j, rows], offset[j, rows], error[j, rows], codes[j, rows]
+            diagonal = factor[j, j]
+            if uniform:
+                for n in range(len(x)):
+                    level = min(max(np.rint((x[n] - o[n]) / s[n]), lowest), highest) if s[n] != 0 else lowest
+                    code[n] = np.uint8(level - lowest)
+                    e[n] = (x[n] - (s[n] * level + o[n])) / diagonal
+            else:
+                for n in range(len(x)):
+                    c = nearest((x[n] - o[n]) / s[n], levels, lowest, uniform) if s[n] != 0 else 0
+                    code[n] = c
+                    e[n] = (x[n] - (s[n] * levels[c] + o[n])) / diagonal
+            for i in range(j + 1, len(w)):
+                u, later = factor[j, i], w[i, rows]
+                for n in range(len(x)):
+                    later[n] -= e[n] * u
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
@@ -112,36 +125,36 @@ def walk(
         levels: float32 [L].
         block: columns per block.
         parameters: called as (start, stop, w[:, start:stop] with all errors so far fed in) when the walk reaches a
-            block; returns scale and offset, float32 [N, stop - start], per column.
+            block; returns scale and offset, float32 [stop - start, N], of each column.
         vectors: which codes go together, if not all, and the columns' natural numbers, int64 [K].
 
     Returns:
         Codes, uint8 [N, K], in walking order.
     """
-    w = w.clone()
-    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+    rest = w.T.contiguous()
+    codes = torch.empty(rest.shape, dtype=torch.uint8, device=w.device)
     uniform = is_uniform(levels)
-    for a in range(0, w.shape[1], block):
-        b = min(a + block, w.shape[1])
-        current = w[:, a:b].contiguous()
-        scale, offset = parameters(a, b, current)
+    for a in range(0, len(rest), block):
+        b = min(a + block, len(rest))
+        scale, offset = parameters(a, b, rest[a:b].T)
         if vectors and (book := vectors[0]):
-            here = factor[a:b, a:b]
-            found, error = walk_vector_block(current, here, scale, offset, levels, book, vectors[1][a:b])
+            current, here = rest[a:b].T.contiguous(), factor[a:b, a:b]
+            found, error = walk_vector_block(current, here, scale.T, offset.T, levels, book, vectors[1][a:b])
+            found, error = found.T, error.T
         else:
-            found, error = _walk_block(current, factor[a:b, a:b], scale, offset, levels, uniform)
-        codes[:, a:b] = found
-        w[:, b:].addmm_(error, factor[a:b, b:], alpha=-1)
-    return codes
+            found, error = _walk_block(rest[a:b], factor[a:b, a:b], scale, offset, levels, uniform)
+        codes[a:b] = found
+        rest[b:].addmm_(factor[a:b, b:].T, error, alpha=-1)
+    return codes.T
 
 
 def _walk_block(
     w: Tensor, factor: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool
 ) -> tuple[Tensor, Tensor]:
-    """(codes, errors), [N, B] each, of one block."""
+    """(codes, errors), [B, N] each, of one block; see `walk_rows`."""
     codes, error = np.empty(w.shape, np.uint8), np.empty(w.shape, np.float32)
     arrays = [t.contiguous().cpu().numpy() for t in (w, factor, scale, offset, levels)]
-    over_rows(lambda a, b: walk_rows(*arrays, uniform, codes, error, a, b), len(codes))
+    over_rows(lambda a, b: walk_rows(*arrays, uniform, codes, error, a, b), codes.shape[1])
     return torch.from_numpy(codes).to(w.device), torch.from_numpy(error).to(w.device)
 
 

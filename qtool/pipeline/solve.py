@@ -119,7 +119,7 @@ def solve(
         seconds += time.monotonic() - begin
         w_hat = solution.quantized.decode().to(device)
         refuse_infinite(w_hat, plan)
-        sums.add(w, w_hat, gram)
+        sums.add(w, w_hat, gram, solution.target)
         codes[start:stop] = solution.quantized.codes
         params.append({name: p.cpu() for name, p in solution.quantized.params.items()})
         fallbacks[solution.fallback] = None
@@ -178,13 +178,17 @@ class Sums:
     output: float = 0.0
     output_error: float = 0.0
 
-    def add(self, w: Tensor, w_hat: Tensor, gram: Tensor | None) -> None:
-        """Counts some rows, [rows, K]; outputs are known from the Gram matrix of the inputs, [K, K]."""
+    def add(self, w: Tensor, w_hat: Tensor, gram: Tensor | None, target: Tensor | None = None) -> None:
+        """Counts some rows, [rows, K]; outputs are known from the Gram matrix of the inputs, [K, K].
+
+        The error of outputs is that against the method's target.
+        """
         self.signal += energy(w)
         self.error += energy(w - w_hat)
         if gram is not None:
-            self.output += energy(w, gram)
-            self.output_error += energy(w - w_hat, gram)
+            target = w if target is None else target
+            self.output += energy(target, gram)
+            self.output_error += energy(target - w_hat, gram)
 
 
 def row_parts(shape: Sequence[int]) -> Iterator[tuple[int, int]]:

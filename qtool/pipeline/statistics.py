@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qtool.artifact._files import sha256
 from qtool.artifact.gguf._imatrix import is_imatrix
+from qtool.calibrate.reference import Reference
 from qtool.calibrate.store import read_stats
 from qtool.calibrate.tokens import load_tokens
 from qtool.calibrate.walker import Walker
@@ -76,18 +77,20 @@ class Walked(Statistics):
         walker: over the unquantized model.
         tokens: int64 [S, T].
         calibration: whether a layer's successors see its quantized outputs; for the rest, see the report.
+        compare: whether a method asks how inputs drift.
     """
 
-    def __init__(self, walker: Walker, tokens: Tensor, calibration: Calibration) -> None:
+    def __init__(self, walker: Walker, tokens: Tensor, calibration: Calibration, compare: bool) -> None:
         about = {**calibration.model_dump(mode="json"), "tokens": tokens.numel()}
         super().__init__(hashlib.sha256(tokens.numpy().tobytes()).hexdigest(), about)
         self.walker, self.hidden = walker, walker.embed(tokens)
         self.quantized = calibration.propagate == "quantized"
+        self.reference = Reference(walker, tokens) if self.quantized and compare else None
 
     def visit(self, unit: Unit, solve: Solve, known: bool, followed: bool) -> None:
         """See `Statistics.visit`."""
         inputs = unit.inputs()
-        needs = {} if known else {reads: need for reads, plans in inputs.items() if (need := needs_of(plans))}
+        needs = {} if known else {reads: need for reads, plans in inputs.items() if (need := comparable(plans))}
         if unit.block is None:
             for reads, plans in inputs.items():
                 solve(plans, self.walker.collect_head(self.hidden, needs[reads]) if reads in needs else None)
@@ -105,8 +108,19 @@ class Walked(Statistics):
             return
         rounded = {p.module.name: p.activations for p in unit.quantized if p.activations and self.quantized}
         with self.walker.quantized_inputs(block, unit.block, rounded):
-            for reads, stats in self.walker.steps(block, unit.block, self.hidden, needs):
+            for reads, stats in self.walker.steps(block, unit.block, self.hidden, needs, self.reference):
                 settle(inputs[reads], stats)
+
+
+def comparable(plans: tuple[LayerPlan, ...]) -> frozenset[Stat]:
+    """What to measure on an input.
+
+    Drift is left out where tokens go to other experts than in the unquantized model, and in front of down, whose input
+    is so wide that its products would cost as much as all others, while KL divergence is the same without.
+    """
+    needs = needs_of(plans)
+    drifts = all(p.module.role != "down" and p.module.expert is None for p in plans)
+    return needs if drifts else needs - {Stat.DRIFT}
 
 
 def statistics_for(job: Job, stored: Path | None, listener: Listener) -> Statistics:
@@ -133,7 +147,8 @@ def statistics_for(job: Job, stored: Path | None, listener: Listener) -> Statist
     listener(Event("calibrate", 0, 1, str(calibration.data)))
     tokens = load_tokens(calibration, job.checkpoint)
     walker = Walker(job.checkpoint, job.device, job.dtype, calibration.experts == "all")
-    source = Walked(walker, tokens, calibration)
+    compare = any(Stat.DRIFT in unit.needs for unit in units(job.plan))
+    source = Walked(walker, tokens, calibration, compare)
     listener(Event("calibrate", 1, 1, f"{tokens.numel()} tokens"))
     return source
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from qtool.calibrate import reference as reference_module
 from qtool.calibrate import walker as walker_module
 from qtool.calibrate.walker import Walker, build_on_meta, compute_dtype
 from qtool.checkpoint._base import Module
@@ -149,6 +150,33 @@ def test_collecting_runs_the_block_once_and_cleans_up(llama):
 def replaced(module):
     """Some other weight for a layer."""
     return torch.randn(module.shape, generator=torch.Generator().manual_seed(sum(module.shape))) * 0.1
+
+
+@pytest.mark.parametrize("limit", [1 << 30, 0])
+def test_drift_is_measured_against_the_unquantized_model(limit, tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr(walker_module, "BATCH_TOKENS", 80)  # two samples, then one
+    monkeypatch.setattr(walker_module, "MEMORY_LIMIT", limit)
+    monkeypatch.setattr(reference_module, "SHARE", 0.3)  # of three samples: the first
+    folder = tiny_checkpoint("llama-biased")
+    walker, model = Walker(HFCheckpoint(folder), CPU, torch.float32), load_reference(folder)
+    original, _ = inputs_and_logits(load_reference(folder), TOKENS)
+    hidden, reference = walker.embed(TOKENS), reference_module.Reference(walker, TOKENS)
+    first = TOKENS.shape[1]
+    for i in range(2):
+        block = walker.load_block(i)
+        wanted = dict.fromkeys((m.reads for m in walker.modules[i]), frozenset({Stat.GRAM, Stat.DRIFT}))
+        for reads, stats in walker.steps(block, i, hidden, wanted, reference):
+            here = [m for m in walker.modules[i] if m.reads == reads]
+            seen, _ = inputs_and_logits(model, TOKENS)
+            x, x_0 = seen[here[0].name][:first], original[here[0].name][:first]
+            drift, gram = stats.drift
+            size = float(x.square().mean()) * first
+            assert_close(drift.double(), (x_0 - x).T @ x, rtol=1e-3, atol=1e-4 * size)
+            assert_close(gram.double(), x.T @ x, rtol=1e-3, atol=1e-4 * size)
+            assert stats.tokens == TOKENS.numel()
+            for module in here:
+                walker.set_weight(block, module, replaced(module))
+                model.get_submodule(module.name).weight.data = replaced(module)
 
 
 @pytest.mark.parametrize("limit", [1 << 30, 0])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qtool.errors import NumericsError
-from qtool.numerics.linalg import inverse_factor, invert_lower
+from qtool.numerics.linalg import inverse_factor, invert_lower, ridge
 
 
 def gram(k: int) -> torch.Tensor:
@@ -39,3 +39,15 @@ def test_indefinite_matrices_are_damped_then_refused() -> None:
         inverse_factor(h, 1e-6)
     with pytest.raises(NumericsError):
         inverse_factor(torch.full((4, 4), torch.nan), 0.01)
+
+
+def test_ridge_regression_is_that_of_an_augmented_least_squares_problem() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(200, 12, generator=generator, dtype=torch.float64)
+    y = torch.randn(200, 12, generator=generator, dtype=torch.float64)
+    h = x.T @ x
+    root = (0.3 * h.diagonal().mean()).sqrt() * torch.eye(12, dtype=torch.float64)
+    want = torch.linalg.lstsq(torch.cat([x, root]), torch.cat([y, torch.zeros_like(root)])).solution.T
+    found = ridge((y.T @ x).float(), h.float(), 0.3)
+    torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-5)
+    assert not ridge(torch.ones(3, 3), torch.zeros(3, 3), 0.3).any()

@@ -77,7 +77,7 @@ def reference_errors(source, quantized, entries, tokens, propagate):
 
 @pytest.mark.parametrize("propagate", ["quantized", "float"])
 def test_output_errors_are_those_of_plain_forward_passes(propagate, recipe, tiny_checkpoint, tmp_path):
-    source, path = tiny_checkpoint("qwen3"), recipe("gptq", propagate)
+    source, path = tiny_checkpoint("qwen3"), recipe("{gptq: {drift: 0}}", propagate)
     report = quantize(QuantizeOptions(str(source), path, tmp_path / "out", dtype="fp32"))
     quantized = Qtool().open(tmp_path / "out")
     tokens = load_tokens(load_recipe(path).calibration, open_checkpoint(str(source)))
@@ -89,10 +89,30 @@ def test_output_errors_are_those_of_plain_forward_passes(propagate, recipe, tiny
     assert report.calibration["tokens"] == 3 * 48
 
 
+def test_making_up_for_drift_brings_outputs_closer_to_the_original(recipe, tiny_checkpoint, tmp_path):
+    """The error of the last input of all, over other tokens than those of calibration; even with random weights."""
+    source = tiny_checkpoint("llama")
+    tokens = torch.randint(0, 500, (4, 64), generator=torch.Generator().manual_seed(3))
+    last = "model.layers.1.mlp.down_proj"
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    wanted, errors = inputs_of(original, [last], tokens)[last], []
+    for drift in (0, 1):
+        path = recipe(f"{{gptq: {{drift: {drift}}}}}")
+        out = tmp_path / str(drift)
+        quantize(QuantizeOptions(str(source), path, out, overrides=("calibration.samples=48",), dtype="fp32"))
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        quantized = Qtool().open(out)
+        for name in quantized.layers:
+            model.get_submodule(name).weight.data = quantized.tensor(f"{name}.weight")
+        errors.append(float((inputs_of(model, [last], tokens)[last] - wanted).square().sum()))
+    assert errors[1] < 0.96 * errors[0]
+
+
 def test_the_two_ways_of_propagation_differ(recipe, tiny_checkpoint, tmp_path):
     found = {}
     for propagate in ("quantized", "float"):
-        options = QuantizeOptions(str(tiny_checkpoint("llama")), recipe("gptq", propagate), tmp_path / propagate)
+        path = recipe("{gptq: {drift: 0}}", propagate)
+        options = QuantizeOptions(str(tiny_checkpoint("llama")), path, tmp_path / propagate)
         found[propagate] = {e.name: e.output_error_db for e in quantize(options).layers if e.format}
     same = {name for name, error in found["float"].items() if error == found["quantized"][name]}
     assert same == {f"model.layers.0.self_attn.{p}_proj" for p in "qkv"}  # nothing before them is quantized
