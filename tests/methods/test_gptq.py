@@ -49,7 +49,7 @@ def test_codes_equal_the_plain_loop(label: str, order: str) -> None:
     columns = by_activation(stats) if order == "activation" else list(range(64))
     expected = gptq(w, stats.gram, 0.01, columns, fmt, q.params)
     wrong = (q.codes != expected).any(dim=1).sum().item()
-    assert wrong <= 1  # float32 against float64: a weight between two levels may tip over, and its row goes on otherwise
+    assert wrong <= 1  # float32 against float64: a weight between two levels may tip over, and its row with it
 
 
 @pytest.mark.parametrize("label", ["int4-g32", "int3-g32-asym", "q4_1"])
