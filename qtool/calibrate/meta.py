@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,9 +28,8 @@ def build_on_meta(config: dict[str, Any], dtype: torch.dtype, attention: str | N
 
     known = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
     try:
-        parsed = AutoConfig.for_model(**known)
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet(), torch.device("meta"):
+            parsed = AutoConfig.for_model(**known)
             model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation=attention)
     except Exception as error:  # its own checks raise many kinds
         what = "config.json does not describe a model that transformers builds"
@@ -37,3 +39,17 @@ def build_on_meta(config: dict[str, Any], dtype: torch.dtype, attention: str | N
     if hasattr(body.embed_tokens, "scalar_embed_scale"):
         body.embed_tokens.embed_scale = torch.tensor(body.embed_tokens.scalar_embed_scale)
     return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers says nothing about how it would like config.json to be written."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

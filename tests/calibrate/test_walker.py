@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 import torch
@@ -227,6 +228,14 @@ def test_a_config_that_transformers_refuses(change, tiny_checkpoint):
         config.pop(name, None)
     with pytest.raises(CheckpointError, match=r"config\.json does not describe a model that transformers builds"):
         build_on_meta(config | change, torch.float32)
+
+
+def test_transformers_wishes_about_a_config_are_kept_quiet():
+    logger, level = logging.getLogger("transformers.modeling_rope_utils"), logging.getLogger("transformers").level
+    with pytest.raises(KeyError), quiet():
+        assert logger.isEnabledFor(logging.ERROR) and not logger.isEnabledFor(logging.WARNING)
+        raise KeyError
+    assert logging.getLogger("transformers").level == level
 
 
 def test_the_type_to_compute_in(monkeypatch):
