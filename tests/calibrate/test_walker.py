@@ -11,7 +11,8 @@ from torch.testing import assert_close
 
 from qtool.calibrate import reference as reference_module
 from qtool.calibrate import walker as walker_module
-from qtool.calibrate.walker import Walker, build_on_meta, compute_dtype
+from qtool.calibrate.meta import build_on_meta, quiet
+from qtool.calibrate.walker import Walker, compute_dtype
 from qtool.checkpoint._base import Module
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError
