@@ -7,6 +7,7 @@ import hashlib
 import shutil
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ class GGUFCheckpoint(Checkpoint):
                 f"{path} holds a tensor that {self.family.gguf_arch} models do not have: {unknown[0]}"
             )
         self._names = {here: (there, stacked(here)[1]) for here, there in names.items() if there in stored}
+        self._restore_extents()
         self._check_stacks()
         verify(self)
         self._roles = {module.name: module.role for module in modules(self)}
@@ -117,6 +119,14 @@ class GGUFCheckpoint(Checkpoint):
         if (found := self._file.metadata.get(f"{self.family.gguf_arch}.rope.dimension_count", wanted)) != wanted:
             what = f"{self.source}: wrong rope.dimension_count for a {self.family.gguf_arch} model"
             raise CheckpointError(what, wanted=wanted, found=f"{found!r:.40}")
+
+    def _restore_extents(self) -> None:
+        """What ggml writes itself has no extents of 1 in front: there, a matrix of one row is a vector."""
+        shapes = self.family.shapes(self.config)
+        for here, (there, index) in self._names.items():
+            stored = self._file.tensors[there]
+            if index is None and shapes.get(here) == (1, *stored.shape):
+                self._file.tensors[there] = replace(stored, shape=(1, *stored.shape))
 
     def _check_stacks(self) -> None:
         """Raises CheckpointError: a tensor does not hold one matrix, or vector, for every expert."""

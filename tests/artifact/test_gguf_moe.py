@@ -6,6 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
@@ -20,6 +21,7 @@ from qtool.errors import CheckpointError, PlanError
 from qtool.evaluate.llamacpp import LlamaCpp
 from qtool.formats.int import Int
 from tests.artifact.test_gguf import TOKENS, distance, neutral, reference_logits, write
+from tests.checkpoint.test_gguf import write_tokenizer
 from tests.conftest import MIXTURES
 
 Q4_0, Q8_0 = (registry.load("formats", name)() for name in ("q4_0", "q8_0"))
@@ -177,6 +179,27 @@ def test_a_stack_of_another_number_of_experts(tiny_checkpoint, tmp_path):
         CheckpointError, match=r"blk\.0\.ffn_gate_exps\.weight: wanted one for each of 5 experts, found \[6"
     ):
         GGUFCheckpoint(path)
+
+
+def test_a_matrix_of_one_row_may_be_a_vector(tiny_checkpoint, tmp_path):
+    """ggml drops extents of 1 behind the others, so files of llama-quantize have such gates for shared experts."""
+    folder = tiny_checkpoint("qwen2_moe")
+    source = HFCheckpoint(folder)
+    path = write(neutral(folder, tmp_path / "work"), tmp_path / "out")
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "qwen2moe")
+    for key, value in source.family.gguf_metadata(source.config).items():
+        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(key, value)
+    write_tokenizer(writer, folder, "gpt-2")
+    for tensor in gguf.GGUFReader(path).tensors:
+        values = np.array(tensor.data).reshape(tensor.shape[::-1])
+        writer.add_tensor(tensor.name, values[0] if tensor.name.endswith("gate_inp_shexp.weight") else values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = GGUFCheckpoint(tmp_path / "x.gguf")
+    for name in source.names():
+        assert torch.equal(found.tensor(name), source.tensor(name))
 
 
 def test_same_input_same_bytes(tiny_checkpoint, tmp_path):
