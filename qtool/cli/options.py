@@ -17,7 +17,7 @@ COMPUTE = "Compute"
 
 def _size(text: str) -> int:
     """Bytes of "2G"; the grammar of recipes is imported only if there is something to read."""
-    from qtool.recipe.schema import parse_size
+    from qtool.recipe.size import parse_size
 
     try:
         return parse_size(text)

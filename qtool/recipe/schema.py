@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast
 
@@ -15,7 +14,6 @@ from pydantic import (
     PrivateAttr,
     Tag,
     ValidationError,
-    WithJsonSchema,
 )
 
 from qtool import registry
@@ -25,6 +23,7 @@ from qtool.methods._base import Method
 from qtool.recipe.match import compile_pattern
 from qtool.recipe.problems import Keys, Mistakes, checked, mistake, show
 from qtool.recipe.scope import Blocks, When
+from qtool.recipe.size import Size
 from qtool.recipe.strict import Strict
 
 
@@ -116,14 +115,6 @@ def _check_source(data: str) -> str:
     )
 
 
-def parse_size(value: Any) -> int:
-    """Bytes of 2G, 500M (decimal, as llama.cpp counts them) or a number of bytes."""
-    found = re.fullmatch(r"([1-9]\d{0,14})([MG]?)", str(value)) if type(value) in (int, str) else None
-    if found is None:
-        raise mistake("no size", wanted="a number of bytes, or one such as 2G or 500M", found=show(value))
-    return int(found[1]) * {"": 1, "M": 10**6, "G": 10**9}[found[2]]
-
-
 def _shape_of(value: Any) -> str:
     return "list" if isinstance(value, list | tuple) else "text"
 
@@ -132,8 +123,6 @@ FormatField = Annotated[Format, BeforeValidator(parse_format), PlainSerializer(d
 MethodField = Annotated[Method, BeforeValidator(parse_method), PlainSerializer(_dump_method)]
 FallbackField = Annotated[Literal["error"] | Format, BeforeValidator(_parse_fallback), PlainSerializer(_dump_fallback)]
 TokenSource = Annotated[str, AfterValidator(_check_source)]
-SIZE_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "examples": ["2G", "500M"]}]}
-Size = Annotated[int, BeforeValidator(parse_size), WithJsonSchema(SIZE_SCHEMA)]
 
 
 class Source(Strict):
