@@ -3,6 +3,7 @@
     python -m benchmarks [--only NAME] [--work DIR] [--calibration FILE] [--evaluation FILE] [--peer PYTHON]
 
 gptq    4 bits in groups of 64 on 32 x 512 tokens of SmolLM2-135M off any grid, against llm-compressor on these tokens
+encode  every GGUF block type on real matrices with an importance matrix, against ggml's encoders
 stream  Q8_0 without data on a random model of 1.07 billion parameters, against copying the files; peak memory
 
 Everything is written below DIR, and the numbers to DIR/results.json.
@@ -14,12 +15,13 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import models
+from benchmarks import encode, models
 from benchmarks.measure import Cost, measure
 from scripts.prose import prose
 
@@ -69,6 +71,17 @@ def stream(work: Path) -> dict[str, float]:
     }
 
 
+def encoders(work: Path, calibration: str) -> dict[str, float]:
+    """Ratios of time and error to ggml's for every type and setting; prints them as a table."""
+    model = models.off_grid(models.checkpoint(work / "demo"), work / "off-grid")
+    print(encode.HEADER, flush=True)
+    found = {}
+    for line in encode.encode(QTOOL, model, work, calibration):
+        print(line, flush=True)
+        found |= {f"{line.label}_time_ratio": line.ours / line.ggml, f"{line.label}_error_ratio": line.error}
+    return found
+
+
 def costs(name: str, cost: Cost) -> dict[str, float]:
     """A cost as named numbers."""
     return {f"{name}_seconds": cost.seconds, f"{name}_peak_gib": cost.peak_bytes / 2**30}
@@ -104,10 +117,17 @@ def divergence(artifact: Path, baseline: Path, text: Path) -> float:
     return float(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["kld_mean"])
 
 
+BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
+    "gptq": lambda options: gptq(options.work, options.calibration, options.evaluation, options.peer),
+    "encode": lambda options: encoders(options.work, options.calibration),
+    "stream": lambda options: stream(options.work),
+}
+
+
 def main() -> None:
     """Runs the wanted benchmarks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["gptq", "stream"], help="default: both")
+    parser.add_argument("--only", choices=list(BENCHMARKS), help="default: all")
     parser.add_argument("--work", type=Path, default=Path("demo/bench"))
     parser.add_argument("--calibration", default="builtin", help="a recipe's calibration.data")
     parser.add_argument("--evaluation", type=Path, help="UTF-8 text; default: docstrings of the standard library")
@@ -118,9 +138,10 @@ def main() -> None:
     if (text := options.evaluation) is None:
         text = work / "prose.txt"
         text.write_text(prose(), encoding="utf-8")
+    options.work, options.evaluation = work, text
     results = {}
-    for name in [options.only] if options.only else ["gptq", "stream"]:
-        found = gptq(work, options.calibration, text, options.peer) if name == "gptq" else stream(work)
+    for name in [options.only] if options.only else BENCHMARKS:
+        found = BENCHMARKS[name](options)
         results[name] = {key: round(value, 4) for key, value in found.items()}
         print(name, *(f"{key:>24} {value:.3f}" for key, value in found.items()), sep="\n")
         (work / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
