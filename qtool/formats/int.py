@@ -151,7 +151,7 @@ class Int(Format):
             return f"{self.label} holds no {fmt.label}"
         if theirs is not None and (mine is None or theirs % mine):
             return f"the groups of {fmt.label} do not consist of groups of {self.label}"
-        zeros = isinstance(fmt, Int) and not fmt.symmetric
+        zeros = (isinstance(fmt, Int) and not fmt.symmetric) or float(levels[0]) >= 0
         if len(levels) > 1 << (self.bits - (self.symmetric and zeros)):
             return f"the {'zero points' if zeros else 'range'} of {fmt.label} do not fit {self.label}"
         return None

@@ -119,6 +119,8 @@ def test_weights_and_logits_are_those_of_transformers(scheme, wide, wide_bf16, t
     write(model, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert config["format"] == config["config_groups"]["group_0"]["format"] == layout
+    since = {"fp8-block": "0.19.0", "mxfp4": "0.16.0", "mxfp4-weights": "0.16.0"}  # tried with each version
+    assert config["version"] == since.get(scheme, "0.15.0")
     if inputs is None:
         assert_loads_exactly(model, tmp_path, wide)
     loaded = load(tmp_path)

@@ -4,9 +4,12 @@ Integer weights of 2 to 8 bits are stored packed (`pack-quantized`), 8-bit weigh
 int8 (`int-quantized`); FP8 weights per tensor, row or 128 x 128 block with inputs in FP8 (`float-quantized`) or alone
 (`naive-quantized`); MXFP4, MXFP8 and NVFP4 in layouts of their own. Weights of 4 bits may have inputs in INT8 or FP8.
 Formats whose levels are integers, with whatever scales (MXINT8, NVINT4, block floats), are stored as integers. Codes
-and scales are stored as they are, so nothing is lost. Widths of 3, 5, 6 and 7 bits need compressed-tensors 0.18 or
-later. A model that mixes asymmetric formats with others is for vLLM only: transformers 5.23 cannot load packed zero
-points beside a second scheme.
+and scales are stored as they are, so nothing is lost.
+
+transformers decodes with compressed-tensors: packed widths of 3, 5, 6 and 7 bits need version 0.18 of it, blocks of FP8
+0.19, MXFP4 0.16. It decodes MXFP4, MXFP8 and NVFP4 to bfloat16 whatever the model's type, so such a model has to have
+that type there. A model that mixes asymmetric formats with others is for vLLM only: transformers 5.23 cannot load
+packed zero points beside a second scheme.
 Layout: https://github.com/vllm-project/compressed-tensors
 """
 

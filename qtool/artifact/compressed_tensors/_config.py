@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from qtool.artifact.compressed_tensors._floats import EXPONENT, FP8, MX4, MX8, NV4, NaiveFP8
-from qtool.artifact.compressed_tensors._integers import Packed, Plain, as_int
+from qtool.artifact.compressed_tensors._integers import Packed, Plain
 from qtool.artifact.compressed_tensors._kinds import (
     FP8_BLOCK_INPUTS,
     FP8_INPUTS,
@@ -28,9 +28,6 @@ from qtool.formats.mxfp4 import MXFP4
 from qtool.formats.mxfp8 import MXFP8
 
 METHOD = "compressed-tensors"
-DENSE_ODD_WIDTHS = "0.18.0"
-"""The first version that reads 3, 5, 6 and 7 bits packed without gaps."""
-OLDEST = "0.15.0"
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (Packed(), Plain(), FP8(), NaiveFP8(), MX4(), MX8(), NV4())}
 
@@ -91,7 +88,7 @@ def quantization_config(model: QuantizedCheckpoint) -> dict[str, Any]:
     config = {
         "quant_method": METHOD,
         "quantization_status": "compressed",
-        "version": _version(layer.format for layer in model.layers.values()),
+        "version": _version(model.layers.values()),
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
@@ -105,10 +102,10 @@ def quantization_config(model: QuantizedCheckpoint) -> dict[str, Any]:
     return config
 
 
-def _version(formats: Iterable[Format]) -> str:
-    """The oldest version that reads these formats."""
-    odd = any((ints := as_int(fmt)) and ints.bits in (3, 5, 6, 7) for fmt in formats)
-    return DENSE_ODD_WIDTHS if odd else OLDEST
+def _version(layers: Iterable[Layer]) -> str:
+    """The oldest version that decodes these layers."""
+    found = [kind.since(layer.format) for layer in layers if (kind := kind_of(layer))]
+    return max(found, key=lambda version: [int(part) for part in version.split(".")])
 
 
 def _scheme(layer: Layer) -> dict[str, Any]:

@@ -57,6 +57,10 @@ class Kind(ABC):
     def inputs(self, fmt: Format) -> tuple[Format | None, ...] | None:
         """Formats of inputs that weights of a format may have here; None: the layout does not hold such weights."""
 
+    def since(self, fmt: Format) -> str:
+        """The oldest version of compressed-tensors that decodes such weights."""
+        return "0.15.0"
+
     @abstractmethod
     def arguments(self, fmt: Format) -> dict[str, Any]:
         """What config.json says about weights in a format."""
