@@ -57,6 +57,10 @@ class FP8(Kind):
             return None
         return (FP8_BLOCK_INPUTS,) if is_block(fmt) else (FP8_INPUTS,)
 
+    def since(self, fmt: Format) -> str:
+        """See `Kind.since`. vLLM, which does not decode, reads blocks with an older one."""
+        return "0.19.0" if isinstance(fmt, FP) and is_block(fmt) else super().since(fmt)
+
     def arguments(self, fmt: Format) -> dict[str, Any]:
         """See `Kind.arguments`."""
         assert isinstance(fmt, FP)
@@ -152,6 +156,10 @@ class MX4(MX8):
 
     name: ClassVar[str] = "mxfp4-pack-quantized"
     fmt: ClassVar[Scaled] = MXFP4()
+
+    def since(self, fmt: Format) -> str:
+        """See `Kind.since`."""
+        return "0.16.0"
 
     def infos(self, fmt: Format, n: int, k: int, dtype: torch.dtype) -> Infos:
         """See `Kind.infos`."""

@@ -70,6 +70,11 @@ class Packed(Kind):
             return (None,)
         return (None, *INT8_INPUTS[:1], FP8_INPUTS)
 
+    def since(self, fmt: Format) -> str:
+        """See `Kind.since`. Before, odd widths were packed with gaps."""
+        ints = as_int(fmt)
+        return "0.18.0" if ints and ints.bits in (3, 5, 6, 7) else super().since(fmt)
+
     def arguments(self, fmt: Format) -> dict[str, Any]:
         """See `Kind.arguments`."""
         ints = as_int(fmt)
