@@ -3,30 +3,53 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from qtool.checkpoint._base import QuantizedCheckpoint
 from qtool.errors import PlanError
 from qtool.formats._base import Format, Quantized
-from qtool.formats._ggml import Classic
+from qtool.formats._ggml import BlockFormat
 from qtool.formats.int import Int
 
 
 def integers(fmt: Format) -> Int | None:
-    """The integer format that holds every matrix of `fmt` with the very same codes and scales; None: there is none."""
+    """The integers that hold every matrix of a format with the very same values; None: there are none.
+
+    Scales of scales, as K-quants have them, are left out: their products are exact in 32 bits only.
+    """
     if isinstance(fmt, Int):
         return fmt
-    if isinstance(fmt, Classic) and not fmt.offset:
-        return Int.model_validate({"bits": fmt.bits, "group": fmt.columns, "scale_dtype": "fp16"})
-    return None
+    bits = max(2, (len(fmt.levels()) - 1).bit_length())
+    products = isinstance(fmt, BlockFormat) and fmt.columns != fmt.group_columns
+    if bits > 8 or products or fmt.codebook():
+        return None
+    ints = Int.model_validate({"bits": bits, "group": fmt.group_columns or "channel"})
+    return ints if ints.may_hold(fmt) is None else None
 
 
-def as_integers(quantized: Quantized) -> Quantized:
-    """A matrix in the format that `integers` names."""
+def as_integers(quantized: Quantized, module: str, dtype: torch.dtype) -> Quantized:
+    """A matrix in the format that `integers` names, with scales in some type.
+
+    Raises:
+        PlanError: it is not exact there after all.
+    """
     fmt = integers(quantized.format)
     assert fmt is not None
-    if fmt is quantized.format:
-        return quantized
-    return Quantized(quantized.codes, {"scale": quantized.params["d"]}, fmt)
+    held = quantized if fmt is quantized.format else fmt.hold(quantized)
+    if isinstance(held, str):
+        raise PlanError([f"{module}: {held}"], f"integers cannot hold {quantized.format.label} exactly")
+    return held._replace(params=held.params | {"scale": exact(held.params["scale"], module, dtype)})
+
+
+def exact(scale: Tensor, module: str, dtype: torch.dtype) -> Tensor:
+    """Scales in another type. Raises PlanError: they change."""
+    cast = scale.to(dtype)
+    if not torch.equal(cast.to(scale.dtype), scale):
+        names = (str(dtype).removeprefix("torch.") for dtype in (scale.dtype, dtype))
+        problem = "{}: scales stored as {} are not exact in {}".format(module, *names)
+        hint = "quantize with `scale_dtype` of the model's own type"
+        raise PlanError([f"{problem}; {hint}"], "runtimes load this model, and its scales, in its own type")
+    return cast
 
 
 def model_dtype(model: QuantizedCheckpoint) -> torch.dtype:
@@ -40,16 +63,3 @@ def half_dtype(model: QuantizedCheckpoint) -> torch.dtype:
     """The same for runtimes whose scales have 16 bits."""
     dtype = model_dtype(model)
     return torch.float16 if dtype == torch.float32 else dtype
-
-
-def exact_scales(quantized: Quantized, module: str, dtype: torch.dtype) -> Quantized:
-    """Returns a matrix whose scales do not change in `dtype`. Raises PlanError: they do."""
-    scale = quantized.params["scale"]
-    if not torch.equal(scale.to(dtype).to(scale.dtype), scale):
-        name = str(dtype).removeprefix("torch.")
-        hint = "quantize with `scale_dtype` of the model's own type"
-        problem = (
-            f"{module}: scales stored as {str(scale.dtype).removeprefix('torch.')} are not exact in {name}; {hint}"
-        )
-        raise PlanError([problem], f"runtimes load this model, and its scales, in {name}")
-    return quantized

@@ -22,7 +22,7 @@ from pydantic import AliasChoices, Field
 from torch import Tensor
 
 from qtool.artifact._base import Artifact, Carry
-from qtool.artifact._integers import as_integers, exact_scales, half_dtype, integers
+from qtool.artifact._integers import as_integers, half_dtype, integers
 from qtool.artifact._packed import (
     Infos,
     PackedCheckpoint,
@@ -72,7 +72,7 @@ class AWQ(Artifact):
             return infos(k // _group(fmt) if _group(fmt) > 0 else 1, n, k, dtype)
 
         def encoded(module: str, quantized: Quantized) -> Mapping[str, Tensor]:
-            return encode(exact_scales(as_integers(quantized), module, dtype), dtype)
+            return encode(as_integers(quantized, module, dtype))
 
         config = model.config | {"quantization_config": settings(model)}
         return write_packed(self, model, out, card, config, parts, encoded)
@@ -131,15 +131,15 @@ def infos(groups: int, n: int, k: int, dtype: torch.dtype) -> Infos:
     }
 
 
-def encode(quantized: Quantized, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a matrix whose scales are exact in `dtype`."""
+def encode(quantized: Quantized) -> dict[str, Tensor]:
+    """The tensors of a matrix."""
     codes, params, fmt = quantized
     assert isinstance(fmt, Int)
     zero = params.get("zero", torch.zeros_like(params["scale"])).to(torch.int16) - fmt.lowest
     return {
         "qweight": _pack(codes),
         "qzeros": _pack(zero.to(torch.uint8)),
-        "scales": params["scale"].to(dtype).T.contiguous(),
+        "scales": params["scale"].T.contiguous(),
     }
 
 

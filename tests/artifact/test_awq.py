@@ -59,9 +59,9 @@ def test_golden_word():
     scale = torch.ones(8, 1)
     fmt = Int(bits=4, group="channel", symmetric=False)
     zero = torch.arange(-8, 0, dtype=torch.int8).view(8, 1)
-    found = encode(Quantized(codes, {"scale": scale, "zero": zero}, fmt), torch.float16)
+    found = encode(Quantized(codes, {"scale": scale, "zero": zero}, fmt))
     assert found["qweight"].tolist() == found["qzeros"].tolist() == [[0x75316420]]
-    found = encode(Quantized(codes, {"scale": scale}, Int(bits=4, group="channel")), torch.float16)
+    found = encode(Quantized(codes, {"scale": scale}, Int(bits=4, group="channel")))
     assert found["qzeros"].item() & 0xFFFFFFFF == 0x88888888
 
 

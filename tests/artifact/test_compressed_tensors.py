@@ -16,6 +16,8 @@ from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError, PlanError
 from qtool.formats.int import Int
 from qtool.formats.q4_0 import Q4_0
+from qtool.formats.q4_1 import Q4_1
+from qtool.formats.q8_0 import Q8_0
 from tests.artifact.conftest import assert_same_model, quantize
 
 TOKENS = torch.arange(3, 40).reshape(1, -1)
@@ -72,6 +74,15 @@ def test_packed_weights_load_in_transformers(fmt, tiny_checkpoint, tmp_path):
     model = quantize(tiny_checkpoint("llama"), fmt)
     write(model, tmp_path)
     assert_loads_exactly(model, tmp_path, tiny_checkpoint("llama"))
+
+
+@pytest.mark.parametrize("block", [Q4_0(), Q8_0()], ids=lambda f: f.label)
+def test_blocks_of_gguf_without_minimum_are_integers(block, tiny_checkpoint, tmp_path):
+    model = quantize(tiny_checkpoint("mistral"), block)  # in fp16, which is the type of their scales
+    write(model, tmp_path)
+    assert_loads_exactly(model, tmp_path, tiny_checkpoint("mistral"))
+    labels = {layer.format.label for layer in CompressedTensors().open(tmp_path).layers.values()}
+    assert labels == {f"int{block.bits}-g32"}
 
 
 def test_every_family_loads_in_transformers(tiny_folder, tmp_path):
@@ -268,7 +279,7 @@ def test_scales_that_the_model_type_cannot_hold(tiny_checkpoint, tmp_path):
 
 REFUSED = [
     pytest.param(
-        {"fmt": Q4_0()}, r"holds integers such as int4-g128 and int8-channel, .*, not q4_0", id="q4_0"
+        {"fmt": Q4_1()}, r"holds integers such as int4-g128 and int8-channel, .*, not q4_1", id="q4_1"
     ),
     pytest.param(
         {"fmt": None, "embedding": Int(bits=8, group=32)}, "the token embedding stays unquantized", id="embedding"

@@ -12,7 +12,7 @@ from qtool.checkpoint._base import QuantizedCheckpoint
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError, PlanError
 from qtool.formats.int import Int
-from qtool.formats.q4_0 import Q4_0
+from qtool.formats.q4_1 import Q4_1
 from qtool.recipe.schema import parse_format
 from tests.artifact.conftest import assert_same_model, quantize
 
@@ -72,8 +72,8 @@ def test_what_gguf_cannot_hold_is_said_once_with_its_layers(tiny_checkpoint, tmp
         "  GGUF cannot say how activations are quantized; llama.cpp decides that itself: "
         "model.layers.0.self_attn.q_proj and 13 more"
     ]
-    with pytest.raises(PlanError, match=r"such as int4-g128, not q4_0: model\.layers\.0\.self_attn\.q_proj and 13"):
-        CompressedTensors().check(quantize(tiny_checkpoint("llama"), Q4_0()))
+    with pytest.raises(PlanError, match=r"such as int4-g128 .*, not q4_1: model\.layers\.0\.self_attn\.q_proj and 13"):
+        CompressedTensors().check(quantize(tiny_checkpoint("llama"), Q4_1()))
 
 
 @pytest.mark.parametrize("name", registry.names("artifact"))

@@ -65,7 +65,7 @@ def words(codes, bits, zero=None):
     params = {"scale": torch.ones(len(codes), 1)}
     if zero is not None:
         params["zero"] = torch.tensor(zero, dtype=torch.int8).view(-1, 1)
-    return encode(Quantized(codes.to(torch.uint8), params, fmt), torch.float16, 1 if zero is None else 0)
+    return encode(Quantized(codes.to(torch.uint8), params, fmt), 1 if zero is None else 0)
 
 
 def unsigned(tensor):

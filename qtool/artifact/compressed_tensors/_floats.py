@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from qtool.artifact._floats import from_bits, to_bits
+from qtool.artifact._integers import exact
 from qtool.artifact._packed import Infos
-from qtool.artifact.compressed_tensors._integers import exact
 from qtool.artifact.compressed_tensors._kinds import FP8_BLOCK_INPUTS, FP8_INPUTS, SCALE, Arguments, Kind, Read, spelled
 from qtool.checkpoint._base import TensorInfo
 from qtool.errors import PlanError

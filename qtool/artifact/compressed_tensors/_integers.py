@@ -15,45 +15,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from qtool.artifact._integers import as_integers, integers
 from qtool.artifact._packed import Infos
 from qtool.artifact.compressed_tensors._kinds import FP8_INPUTS, INT8_INPUTS, SCALE, Arguments, Kind, Read, spelled
 from qtool.checkpoint._base import TensorInfo
-from qtool.errors import PlanError
 from qtool.formats._base import Format, Quantized
-from qtool.formats._scaled import Scaled
 from qtool.formats.int import Int
 from qtool.numerics.bits import pack_words, unpack_words
 
 
 def as_int(fmt: Format) -> Int | None:
-    """The integers that hold every matrix of a format; None: there are none."""
-    if isinstance(fmt, Int):
-        return fmt if fmt.rows == 1 and fmt.group != "token" else None
-    if not isinstance(fmt, Scaled):
-        return None
-    ints = Int.model_validate({"bits": fmt.code_bits, "group": fmt.group_columns or "channel"})
-    return ints if ints.may_hold(fmt) is None else None
-
-
-def integers(quantized: Quantized, module: str, dtype: torch.dtype) -> Quantized:
-    """A matrix as integers with scales in some type. Raises PlanError: they are not exact in it."""
-    ints = as_int(quantized.format)
-    assert ints is not None
-    held = quantized if isinstance(quantized.format, Int) else ints.hold(quantized)
-    if isinstance(held, str):
-        raise PlanError([f"{module}: {held}"], f"integers cannot hold {quantized.format.label} exactly")
-    return held._replace(params=held.params | {"scale": exact(held.params["scale"], module, dtype)})
-
-
-def exact(scale: Tensor, module: str, dtype: torch.dtype) -> Tensor:
-    """Scales in another type. Raises PlanError: they change."""
-    cast = scale.to(dtype)
-    if not torch.equal(cast.to(scale.dtype), scale):
-        names = (str(dtype).removeprefix("torch.") for dtype in (scale.dtype, dtype))
-        problem = "{}: scales stored as {} are not exact in {}".format(module, *names)
-        hint = "quantize with `scale_dtype` of the model's own type"
-        raise PlanError([f"{problem}; {hint}"], "runtimes load this model, and its scales, in its own type")
-    return cast
+    """The integers that hold every matrix of a format; None: there are none, or none that this layout has."""
+    ints = integers(fmt)
+    return ints if ints and ints.rows == 1 and ints.group != "token" else None
 
 
 class Packed(Kind):
@@ -108,7 +82,7 @@ class Packed(Kind):
 
     def encode(self, quantized: Quantized, module: str, dtype: torch.dtype) -> dict[str, Tensor]:
         """See `Kind.encode`."""
-        codes, params, fmt = integers(quantized, module, dtype)
+        codes, params, fmt = as_integers(quantized, module, dtype)
         assert isinstance(fmt, Int)
         stored = {"weight_packed": pack_words(codes, fmt.bits), SCALE: params["scale"]}
         stored["weight_shape"] = torch.tensor(codes.shape)
@@ -157,7 +131,7 @@ class Plain(Kind):
 
     def encode(self, quantized: Quantized, module: str, dtype: torch.dtype) -> dict[str, Tensor]:
         """See `Kind.encode`."""
-        codes, params, fmt = integers(quantized, module, dtype)
+        codes, params, fmt = as_integers(quantized, module, dtype)
         assert isinstance(fmt, Int)
         weight = (codes.to(torch.int16) + fmt.lowest).to(torch.int8)
         return {"weight": weight, SCALE: params["scale"][0] if fmt.group == "tensor" else params["scale"]}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qtool.artifact._base import Artifact, Carry
 from qtool.artifact._files import storage_errors
-from qtool.artifact._integers import as_integers, exact_scales, half_dtype, integers
+from qtool.artifact._integers import as_integers, half_dtype, integers
 from qtool.artifact._packed import Infos, quantization_config, write_packed
 from qtool.artifact.gptq._config import settings
 from qtool.artifact.gptq._layout import BITS, encode, infos
@@ -52,7 +52,7 @@ class GPTQ(Artifact):
             return infos(ints.bits, k // (ints.group_columns or k), n, k, dtype)
 
         def encoded(module: str, quantized: Quantized) -> Mapping[str, Tensor]:
-            return encode(exact_scales(as_integers(quantized), module, dtype), dtype, less)
+            return encode(as_integers(quantized, module, dtype), less)
 
         files = write_packed(self, model, out, card, model.config | {"quantization_config": how}, parts, encoded)
         with storage_errors(out):

@@ -40,8 +40,8 @@ def group_index(k: int, group: int) -> Tensor:
     return torch.arange(k, dtype=torch.int32) // group
 
 
-def encode(quantized: Quantized, dtype: torch.dtype, less: int) -> dict[str, Tensor]:
-    """The tensors of a matrix whose scales are exact in `dtype`; zero points are stored minus `less`."""
+def encode(quantized: Quantized, less: int) -> dict[str, Tensor]:
+    """The tensors of a matrix; zero points are stored minus `less`."""
     codes, params, fmt = quantized
     assert isinstance(fmt, Int)
     scale, k = params["scale"], codes.shape[1]
@@ -49,7 +49,7 @@ def encode(quantized: Quantized, dtype: torch.dtype, less: int) -> dict[str, Ten
     return {
         "qweight": pack_words(codes, fmt.bits).T.contiguous(),
         "qzeros": pack_words(zero.to(torch.uint8).T, fmt.bits),
-        "scales": scale.to(dtype).T.contiguous(),
+        "scales": scale.T.contiguous(),
         "g_idx": group_index(k, fmt.group_columns or k),
     }
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtool.artifact._integers import as_integers, exact_scales, half_dtype, integers
+from qtool.artifact._integers import as_integers, half_dtype, integers
 from qtool.artifact._packed import SCALE_DTYPES, Infos
 from qtool.artifact.modelopt._algos import ALGOS, Algo, algo_of
 from qtool.checkpoint._base import Layer, QuantizedCheckpoint, TensorInfo, modules
@@ -64,8 +64,7 @@ class Writer:
     def encode(self, module: str, quantized: Quantized) -> dict[str, Tensor]:
         """The tensors of a matrix. Raises PlanError: its scales are not exact, or not those that runtimes can merge."""
         if integers(quantized.format):
-            quantized = exact_scales(as_integers(quantized), module, self.dtype)
-            quantized = quantized._replace(params={"scale": quantized.params["scale"].to(self.dtype)})
+            quantized = as_integers(quantized, module, self.dtype)
         if "tensor" in quantized.params:
             whole = float(quantized.params["tensor"][0, 0])
             if self.largest.setdefault(self.merged[module] or module, whole) != whole:
