@@ -9,7 +9,8 @@ and scales are stored as they are, so nothing is lost.
 transformers decodes with compressed-tensors: packed widths of 3, 5, 6 and 7 bits need version 0.18 of it, blocks of FP8
 0.19, MXFP4 0.16. It decodes MXFP4, MXFP8 and NVFP4 to bfloat16 whatever the model's type, so such a model has to have
 that type there. A model that mixes asymmetric formats with others is for vLLM only: transformers 5.23 cannot load
-packed zero points beside a second scheme.
+packed zero points beside a second scheme. Of mixtures of experts, it loads those whose experts are packed and symmetric,
+FP8 or MXFP4; it refuses other experts, and decodes NVFP4 ones without their global scale: such models are for vLLM only.
 Layout: https://github.com/vllm-project/compressed-tensors
 """
 
