@@ -12,6 +12,7 @@ from qtool.checkpoint._base import Checkpoint, Layer, QuantizedCheckpoint, modul
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.formats._base import Quantized
 from qtool.methods.rtn import RTN
+from tests.conftest import make_tokenizer
 
 
 class InMemory(QuantizedCheckpoint):
@@ -77,6 +78,20 @@ def assert_same_model(found: QuantizedCheckpoint, wanted: QuantizedCheckpoint) -
             assert torch.equal(found.tensor(name), wanted.tensor(name))
         start, stop = (min(row, wanted.info(name).shape[0]) for row in (3, 17))
         assert torch.equal(found.rows(name, start, stop), wanted.tensor(name)[start:stop])
+
+
+def save_llama(folder: Path, hidden: int, dtype: torch.dtype, blocks: int = 2) -> Path:
+    """A Llama whose hidden size blocks of many columns divide, and whose intermediate size is twice that."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = {"vocab_size": 512, "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": blocks}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        config = AutoConfig.for_model("llama", **fields, **heads, initializer_range=0.1)
+        AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from qtool.formats._base import Quantized
 from qtool.formats.int import Int
 from qtool.formats.nvfp4 import NVFP4
 from qtool.recipe.schema import parse_format
-from tests.artifact.conftest import assert_same_model, quantize
+from tests.artifact.conftest import assert_same_model, quantize, save_llama
 from tests.artifact.test_compressed_tensors import (
     TOKENS,
     UP,
@@ -32,7 +32,6 @@ from tests.artifact.test_compressed_tensors import (
     load,
     write,
 )
-from tests.conftest import make_tokenizer
 
 SCHEMES = {  # weights, inputs, layout
     "fp8-dynamic": ("fp8-channel", "fp8-token", "float-quantized"),
@@ -53,28 +52,15 @@ SCHEMES = {  # weights, inputs, layout
 DISGUISED = ["mxint8", "nvint4", "bfp4-g16", "bfp6-g32"]
 
 
-def save_wide(folder: Path, dtype: torch.dtype) -> Path:
-    """A model whose rows blocks of 128 columns divide; k and v have fewer rows than a block."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    fields = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        config = AutoConfig.for_model("llama", **fields, **heads, initializer_range=0.1)
-        AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="session")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_wide(tmp_path_factory.mktemp("wide"), torch.float32)
+    """Blocks of 128 columns divide its rows; k and v have fewer rows than a block."""
+    return save_llama(tmp_path_factory.mktemp("wide"), 128, torch.float32)
 
 
 @pytest.fixture(scope="session")
 def wide_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_wide(tmp_path_factory.mktemp("wide-bf16"), torch.bfloat16)
+    return save_llama(tmp_path_factory.mktemp("wide-bf16"), 128, torch.bfloat16)
 
 
 def quantized(folder, weights, inputs, **roles):
