@@ -22,7 +22,7 @@ class IQ3_S(Vector):  # noqa: N801 - spelled as in ggml
 
     ggml_type: ClassVar[int] = 21
     block_bytes: ClassVar[int] = 110
-    rule: ClassVar[Rule] = Rule(group=32, unit=1.0, top=15, delta=0.0, segment=32, low=0.095, high=0.4)
+    rule: ClassVar[Rule] = Rule(group=32, unit=1.0, top=15, delta=0.0, segment=32, low=0.07, high=0.6)
     signs: ClassVar[Literal["none", "free", "even"]] = "free"
     span: ClassVar[int] = 4
 

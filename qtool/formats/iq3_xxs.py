@@ -22,7 +22,7 @@ class IQ3_XXS(Vector):  # noqa: N801 - spelled as in ggml
 
     ggml_type: ClassVar[int] = 18
     block_bytes: ClassVar[int] = 98
-    rule: ClassVar[Rule] = Rule(group=32, unit=0.25, top=15, delta=0.0, segment=32, low=0.023, high=0.1)
+    rule: ClassVar[Rule] = Rule(group=32, unit=0.25, top=15, delta=0.0, segment=32, low=0.017, high=0.15)
     signs: ClassVar[Literal["none", "free", "even"]] = "even"
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:

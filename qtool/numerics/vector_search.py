@@ -71,10 +71,14 @@ class Effort(NamedTuple):
 
 
 EFFORT = {
-    "fast": Effort(5, 32, 1, 1, 0, 4),
-    "default": Effort(12, 64, 1, 2, 1, NEIGHBORS),
+    "fast": Effort(6, 32, 1, 1, 0, 4),
+    "default": Effort(10, 64, 1, 2, 1, NEIGHBORS),
     "thorough": Effort(40, 256, 4, 3, 2, NEIGHBORS),
 }
+
+
+AGAIN = 1
+"""Steps of a sweep from the best scale so far, as least squares closed it."""
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
@@ -113,8 +117,8 @@ def sweep(x, weight, a, rule, ratios, count, lookup, signs):  # type: ignore[no-
         total += weight[j]
     rms = np.sqrt(square / total)
     best, scale, best_ll = np.float32(0.0), np.float32(0.0), np.float32(0.0)
-    for i in range(len(ratios) if rms > 0 else 0):
-        tried = rms * ratios[i]
+    for i in range(len(ratios) + AGAIN if rms > 0 else 0):
+        tried = rms * ratios[i] if i < len(ratios) else scale
         xl, ll = group_products(x, weight, a, tried, rule, count, lookup, signs)
         if xl > 0 and xl * xl > best * ll:
             best, scale, best_ll = xl * xl / ll, xl / ll, ll
@@ -231,8 +235,9 @@ def vector_scales(
     rows, columns = x.shape
     d, s = np.zeros((rows, columns // block), np.float32), np.zeros((rows, columns // rule.group), np.float32)
     signs = np.ones((rows, columns // rule.segment), np.int8)
-    steps = effort.steps // 2 + 1 if rule.delta else effort.steps  # each tries both shifts
-    ratios = np.geomspace(rule.low, rule.high, steps).astype(np.float32)
+    if rule.delta:  # both shifts are tried each time
+        effort = effort._replace(steps=effort.steps // 2, rounds=effort.rounds // 2)
+    ratios = np.geomspace(rule.low, rule.high, effort.steps).astype(np.float32)
     arrays = (x.float().contiguous().cpu().numpy(), weight.numpy(), book.tables, rule, ratios, effort)
 
     def work(a: int, b: int) -> None:
