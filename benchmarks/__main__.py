@@ -4,6 +4,8 @@
 
 gptq    4 bits in groups of 64 on 32 x 512 tokens of SmolLM2-135M off any grid, against llm-compressor on these tokens
 encode  every GGUF block type on real matrices with an importance matrix, against ggml's encoders
+mixes   GGUF files against those of llama-quantize with an importance matrix: KL divergence at the same size
+recipes every recipe that ships on the demo model: KL divergence and size, as in the recipes' headers
 stream  Q8_0 without data on a random model of 1.07 billion parameters, against copying the files; peak memory
 
 Everything is written below DIR, and the numbers to DIR/results.json.
@@ -13,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import encode, models
+from benchmarks import encode, mixes, models, recipes
 from benchmarks.measure import Cost, measure
 from scripts.prose import prose
 
@@ -41,8 +42,8 @@ def gptq(work: Path, calibration: str, evaluation: Path, peer: Path) -> dict[str
     cost = measure(quantize, work / "qtool.log")
     script = Path(__file__).with_name("peer_gptq.py")
     peer_cost = measure([peer, script, model, tokens, theirs], work / "llm-compressor.log")
-    kld = divergence(ours, model, evaluation)
-    peer_kld = divergence(theirs, model, evaluation)
+    kld = mixes.divergence(QTOOL, ours, model, evaluation, CHUNKS)
+    peer_kld = mixes.divergence(QTOOL, theirs, model, evaluation, CHUNKS)
     return {
         **costs("qtool", cost),
         "qtool_kld": kld,
@@ -82,6 +83,32 @@ def encoders(work: Path, calibration: str) -> dict[str, float]:
     return found
 
 
+def files(options: argparse.Namespace) -> dict[str, float]:
+    """KL divergence of GGUF files over that of llama-quantize's; prints them as a table."""
+    work = options.work
+    demo = models.checkpoint(work / "demo")
+    model = models.widened(models.off_grid(demo, work / "off-grid"), work / "wide")
+    texts = {"evaluation": options.evaluation}
+    if options.prose != options.evaluation:
+        texts["prose"] = options.prose
+    print(mixes.HEADER, flush=True)
+    found = {}
+    for row in mixes.mixes(QTOOL, model, work, options.calibration, texts, CHUNKS):
+        print(row, flush=True)
+        found |= {f"{row.mix}_{row.text}_{way}": value for way, value in zip(row._fields[3:], row[3:], strict=True)}
+    return found
+
+
+def shipped(options: argparse.Namespace) -> dict[str, float]:
+    """KL divergence and size of the demo model by every recipe that ships; prints them as a table."""
+    narrow = models.off_grid(models.checkpoint(options.work / "demo"), options.work / "off-grid")
+    found, candidates = {}, [narrow, models.widened(narrow, options.work / "wide")]
+    for name, kld, megabytes in recipes.qualities(QTOOL, candidates, options.work, options.prose, CHUNKS):
+        print(f"{name:28} {megabytes:8.1f} MB {kld:8.4f}", flush=True)
+        found |= {f"{name}_kld": kld, f"{name}_mb": megabytes}
+    return found
+
+
 def costs(name: str, cost: Cost) -> dict[str, float]:
     """A cost as named numbers."""
     return {f"{name}_seconds": cost.seconds, f"{name}_peak_gib": cost.peak_bytes / 2**30}
@@ -99,27 +126,11 @@ def write_tokens(model: Path, data: str, out: Path) -> Path:
     return out
 
 
-def divergence(artifact: Path, baseline: Path, text: Path) -> float:
-    """Mean KL divergence per token, nats."""
-    command = [
-        *QTOOL,
-        "eval",
-        artifact,
-        "--baseline",
-        baseline,
-        "--text",
-        text,
-        "--chunks",
-        str(CHUNKS),
-        "--json",
-        "--quiet",
-    ]
-    return float(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["kld_mean"])
-
-
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
     "gptq": lambda options: gptq(options.work, options.calibration, options.evaluation, options.peer),
     "encode": lambda options: encoders(options.work, options.calibration),
+    "mixes": files,
+    "recipes": shipped,
     "stream": lambda options: stream(options.work),
 }
 
@@ -135,10 +146,10 @@ def main() -> None:
     options = parser.parse_args()
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    if (text := options.evaluation) is None:
-        text = work / "prose.txt"
-        text.write_text(prose(), encoding="utf-8")
-    options.work, options.evaluation = work, text
+    options.work, options.prose = work, work / "prose.txt"
+    if not options.prose.exists():
+        options.prose.write_text(prose(), encoding="utf-8")
+    options.evaluation = options.evaluation or options.prose
     results = {}
     for name in [options.only] if options.only else BENCHMARKS:
         found = BENCHMARKS[name](options)

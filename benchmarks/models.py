@@ -78,6 +78,49 @@ def off_grid(source: Path, out: Path, seed: int = 0) -> Path:
     return out
 
 
+def widened(source: Path, out: Path, heads: int = 12) -> Path:
+    """An equivalent of a Llama checkpoint of one shard with more query heads and wider hidden states.
+
+    The new channels are zero, spread evenly; 12 heads of 64 make rows of whole blocks of 256. Gains and epsilon make up
+    for the longer mean of RMSNorm.
+    """
+    if (out / "model.safetensors").exists():
+        return out
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    head = config["head_dim"]
+    old, new = config["hidden_size"], heads * head
+    channels = spread(old, new, max(1, new // 256))
+    rows = spread(config["num_attention_heads"] * head, new, config["num_key_value_heads"])
+    w = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        wide = tensor.double()
+        if name.endswith(("o_proj.weight", "q_proj.weight")):
+            wide = put(wide, rows, new, dim=1 if "o_proj" in name else 0)
+        if wide.dim() == 1:
+            wide = put(wide * (old / new) ** 0.5, channels, new, dim=0, fill=1.0)
+        else:
+            wide = put(wide, channels, new, dim=0 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1)
+        w[name] = wide.bfloat16()
+    shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    epsilon = config["rms_norm_eps"] * old / new
+    config |= {"hidden_size": new, "num_attention_heads": heads, "rms_norm_eps": epsilon}
+    (out / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    save_file(w, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def spread(old: int, new: int, parts: int) -> torch.Tensor:
+    """Places of `old` things among `new`, at the beginning of each of some equal parts; int64 [old]."""
+    return (torch.arange(parts)[:, None] * (new // parts) + torch.arange(old // parts)).flatten()
+
+
+def put(tensor: torch.Tensor, places: torch.Tensor, size: int, dim: int, fill: float = 0.0) -> torch.Tensor:
+    """A tensor with `size` entries along a dimension, the old ones in given places."""
+    shape = list(tensor.shape)
+    shape[dim] = size
+    return torch.full(shape, fill, dtype=tensor.dtype).index_copy(dim, places, tensor)
+
+
 def large(tokenizer: Path, out: Path, blocks: int = 16) -> Path:
     """A random Llama of 1.07 billion parameters, one shard a block.
 
