@@ -10,7 +10,7 @@ from qtool.checkpoint._base import Checkpoint, Module, modules
 
 
 def patterns(members: Collection[str], model: Checkpoint, merged: bool = False) -> list[str]:
-    """Anchored expressions; one for all blocks that have the same modules.
+    """Anchored expressions; one for all blocks that have the same modules, and one for all experts of them.
 
     Args:
         members: names of modules.
@@ -20,15 +20,16 @@ def patterns(members: Collection[str], model: Checkpoint, merged: bool = False) 
     """
     before = model.family.block_prefix.split("{i}")[0]
     blocks: dict[str, list[str]] = defaultdict(list)
-    found = []
-    sets: dict[str, list[str]] = defaultdict(list)
+    sets: dict[str, list[Module]] = defaultdict(list)
+    split = {module.stack for module in modules(model) if module.name not in members}
     chosen = [module for module in modules(model) if module.name in members]
     for module in chosen:
-        sets[module.fused or module.name].append(_last(module.name))
+        sets[module.fused or module.name].append(module)
+    found = []
     for module in chosen:
-        path = re.escape(module.name)
-        if merged and module.fused:
-            path = _merged(module, sets[module.fused])
+        path = _path(module, sets[module.fused or module.name] if merged else [module])
+        if module.stack not in split:
+            path = re.sub(r"(\\\.experts\\\.)\d+", r"\1\\d+", path)
         if module.block is None:
             found.append(f"^{path}$")
         else:
@@ -38,10 +39,14 @@ def patterns(members: Collection[str], model: Checkpoint, merged: bool = False) 
     return sorted(found)
 
 
-def _merged(module: Module, parts: list[str]) -> str:
-    """An expression for the parts of a merged matrix and for itself: "qkv" is called `qkv_proj`."""
+def _path(module: Module, parts: list[Module]) -> str:
+    """An expression for the parts of a merged matrix and for itself ("qkv" is called `qkv_proj`), or for one module."""
+    if len(parts) == 1:
+        return re.escape(module.name)
     assert module.fused is not None
-    names = [*parts, f"{_last(module.fused)}_proj"]
+    names = [_last(part.name) for part in parts]
+    if module.expert is None:
+        names.append(f"{_last(module.fused)}_proj")
     return re.escape(module.name.removesuffix(_last(module.name))) + f"(?:{'|'.join(map(re.escape, names))})"
 
 

@@ -347,7 +347,7 @@ def change_tensors(edit):
     return change
 
 
-UP = "model.layers.0.mlp.up_proj"
+UP, GATE = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj"
 DAMAGE = {
     "other method": (change_config(quant_method="gptq"), "is no compressed-tensors artifact"),
     "groups of another kind": (change_config(config_groups=[1]), "wrong config_groups"),
@@ -356,7 +356,7 @@ DAMAGE = {
     "no target": (change_group(targets=["re:^other$"]), r"no group of config_groups has model\.layers\.0"),
     "floats": (change_group(type="float"), "wanted one of pack-quantized, .*, found pack-quantized, 4-bit float per group"),
     "words for a number": (change_group(num_bits="four"), "wrong config_groups"),
-    "other width": (change_group(num_bits=3), r"weight_packed: wanted .*6\).*; compressed-tensors before 0\.18"),
+    "other width": (change_group(num_bits=3), r"weight_packed: wanted int32 \[64, 6\], found int32 \[64, 8\]"),
     "other group": (change_group(group_size=16), r"weight_scale: wanted bfloat16 \[64, 4\]"),
     "group of nothing": (change_group(group_size=-1), "found -1"),
     "hidden zero points": (change_group(symmetric=False), "lacks .*q_proj.weight_zero_point"),
@@ -370,7 +370,18 @@ DAMAGE = {
         change_tensors(lambda t: t[f"{UP}.weight_shape"].add_(1)),
         r"weight_shape: wanted \[128, 64\], found \[129, 65\]",
     ),
-    "group order": (change_tensors(lambda t: t.update({f"{UP}.weight_g_idx": torch.zeros(64)})), "activation order"),
+    "group order": (
+        change_tensors(lambda t: t.update({f"{UP}.weight_g_idx": torch.zeros(64)})),
+        "weight_g_idx: wanted 32 columns in each of 2 groups, found others",
+    ),
+    "group order of others": (
+        change_tensors(lambda t: t.update({f"{UP}.weight_g_idx": torch.zeros(63)})),
+        "weight_g_idx: wanted 32 columns in each of 2 groups, found others",
+    ),
+    "zero points": (
+        change_tensors(lambda t: t.update({f"{UP}.weight_zero_point": torch.ones(128, 2)})),
+        "weight_zero_point: wanted none, or zeros, found others",
+    ),
     "unknown module": (change_tensors(lambda t: t.update({"x.weight_packed": torch.zeros(4)})), "lacks x.weight_scale"),
     "scale type": (
         change_tensors(lambda t: t.update({f"{UP}.weight_scale": t[f"{UP}.weight_scale"].double()})),
@@ -434,6 +445,56 @@ def test_int8_tensors_that_hold_fewer_bits(tiny_checkpoint, tmp_path):
     values = load_file(tmp_path / "model.safetensors")
     expected = values[f"{UP}.weight"].float() * values[f"{UP}.weight_scale"].float()
     assert torch.equal(CompressedTensors().open(tmp_path).quantized(UP).decode(), expected)
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+def test_groups_in_activation_order(symmetric, tiny_checkpoint, tmp_path):
+    """Files of llm-compressor with actorder=group, which newer versions no longer load."""
+    fmt = Int(bits=4, group=32, symmetric=symmetric)
+    model = quantize(tiny_checkpoint("llama"), fmt)
+    write(model, tmp_path)
+    index = torch.arange(64) // 32
+    shuffled = index[torch.randperm(64, generator=torch.Generator().manual_seed(1))]
+    change_tensors(
+        lambda t: t.update({f"{UP}.weight_g_idx": shuffled.int(), f"{GATE}.weight_g_idx": index.int() * 0 - 1})
+    )(tmp_path)
+    found = CompressedTensors().open(tmp_path)
+    assert found.decoded == {UP: "its groups are in activation order (weight_g_idx)"}
+    assert UP not in found.layers
+    scale, offset = (p[:, shuffled] for p in fmt.affine(model.quantized(UP).params))
+    expected = (model.quantized(UP).codes.double() - 8) * scale.double() + offset.double()
+    assert torch.equal(found.tensor(f"{UP}.weight"), expected.float())
+    assert torch.equal(found.rows(f"{UP}.weight", 3, 9), expected.float()[3:9])
+    assert torch.equal(found.tensor(f"{GATE}.weight"), model.tensor(f"{GATE}.weight"))
+
+
+def spread(fields, bits):
+    """Fields of a row, none of which goes on in the next word, as versions before 0.18 packed them."""
+    per_word = 32 // bits
+    rows = torch.nn.functional.pad(fields.long(), (0, -fields.shape[1] % per_word)).unflatten(1, (-1, per_word))
+    words = (rows << (torch.arange(per_word) * bits)).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).int()
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6])
+def test_odd_widths_of_old_versions(bits, tiny_checkpoint, tmp_path):
+    model = quantize(tiny_checkpoint("llama"), Int(bits=bits, group=32, symmetric=False))
+    write(model, tmp_path)
+    codes, params, fmt = model.quantized(UP)
+    zero = (params["zero"].int() - fmt.lowest).to(torch.uint8)
+    tensors = {
+        f"{UP}.weight_packed": spread(codes, bits),
+        f"{UP}.weight_zero_point": spread(zero.T, bits).T.contiguous(),
+    }
+    change_tensors(lambda t: t.update(tensors))(tmp_path)
+    assert_same_model(CompressedTensors().open(tmp_path), model)
+
+
+def test_zero_points_that_old_versions_wrote_for_symmetric_codes(tiny_checkpoint, tmp_path):
+    model = quantize(tiny_checkpoint("llama"), Int(bits=4, group=32))
+    write(model, tmp_path)
+    change_tensors(lambda t: t.update({f"{UP}.weight_zero_point": torch.zeros(128, 2, dtype=torch.int8)}))(tmp_path)
+    assert_same_model(CompressedTensors().open(tmp_path), model)
 
 
 @pytest.mark.demo

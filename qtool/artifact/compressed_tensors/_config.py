@@ -7,11 +7,11 @@ ones. Readers disagree on which of two matching targets wins, so no module match
 from __future__ import annotations
 
 import json
-import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import Any
 
+from qtool.artifact._targets import patterns
 from qtool.artifact.compressed_tensors._floats import EXPONENT, FP8, MX4, MX8, NV4, NaiveFP8
 from qtool.artifact.compressed_tensors._integers import Packed, Plain
 from qtool.artifact.compressed_tensors._kinds import (
@@ -22,7 +22,7 @@ from qtool.artifact.compressed_tensors._kinds import (
     Kind,
     spelled,
 )
-from qtool.checkpoint._base import Checkpoint, Layer, QuantizedCheckpoint, modules
+from qtool.checkpoint._base import Layer, QuantizedCheckpoint, modules
 from qtool.formats._base import Format, alike
 from qtool.formats.mxfp4 import MXFP4
 from qtool.formats.mxfp8 import MXFP8
@@ -81,7 +81,7 @@ def quantization_config(model: QuantizedCheckpoint) -> dict[str, Any]:
         members[key].append(module)
     groups = {}
     for i, (key, scheme) in enumerate(schemes.items()):
-        targets = ["Linear"] if len(schemes) == 1 else _patterns(members[key], model)
+        targets = ["Linear"] if len(schemes) == 1 else [f"re:{target}" for target in patterns(members[key], model)]
         groups[f"group_{i}"] = {**scheme, "targets": targets}
     formats = {scheme["format"] for scheme in schemes.values()}
     asymmetric = not all(scheme["weights"]["symmetric"] for scheme in schemes.values())
@@ -131,25 +131,6 @@ def input_format(told: Arguments) -> Format | None:
 
 def _content(told: Arguments) -> tuple[Any, ...]:
     return told.num_bits, told.type, told.symmetric, told.group_size, told.dynamic
-
-
-def _patterns(members: Collection[str], model: Checkpoint) -> list[str]:
-    """Anchored expressions that match these modules and nothing else; one for all blocks that have the same one.
-
-    All experts of a block are matched by one: they have one format.
-    """
-    before = model.family.block_prefix.split("{i}")[0]
-    blocks: dict[str, list[str]] = defaultdict(list)
-    patterns = []
-    for module in modules(model):
-        if module.name in members and module.block is None:
-            patterns.append(f"re:^{re.escape(module.name)}$")
-        elif module.name in members:
-            path = re.escape((module.stack or module.name).removeprefix(f"{before}{module.block}"))
-            blocks[path.replace("experts", r"experts\.\d+") if module.stack else path].append(str(module.block))
-    for path, numbers in blocks.items():
-        patterns.append(f"re:^{re.escape(before)}(?:{'|'.join(dict.fromkeys(numbers))}){path}$")
-    return sorted(patterns)
 
 
 def _ignored(model: QuantizedCheckpoint) -> list[str]:

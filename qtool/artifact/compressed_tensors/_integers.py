@@ -94,11 +94,13 @@ class Packed(Kind):
     def decode(self, fmt: Format, k: int, read: Read, start: int, stop: int) -> Quantized:
         """See `Kind.decode`."""
         assert isinstance(fmt, Int)
+        packed = read("weight_packed", start, stop)
+        dense = packed.shape[1] == words(k, fmt.bits)
         params = {"scale": read(SCALE, start, stop)}
         if not fmt.symmetric:
-            zero = unpack_words(read("weight_zero_point").T, fmt.bits, stop).T[start:]
+            zero = _unpack(read("weight_zero_point").T, fmt.bits, stop, dense).T[start:]
             params["zero"] = (zero.to(torch.int16) + fmt.lowest).to(torch.int8).contiguous()
-        return Quantized(unpack_words(read("weight_packed", start, stop), fmt.bits, k), params, fmt)
+        return Quantized(_unpack(packed, fmt.bits, k, dense), params, fmt)
 
 
 class Plain(Kind):
@@ -148,3 +150,24 @@ class Plain(Kind):
 def words(count: int, bits: int) -> int:
     """int32 words of a packed row."""
     return (count * bits + 31) // 32
+
+
+def with_gaps(fmt: Format, n: int, k: int) -> Infos:
+    """Packed tensors as versions before 0.18 wrote them: no field goes on in the next word. Empty if there are none."""
+    ints = as_int(fmt)
+    if ints is None:
+        return {}
+    per_word, groups = 32 // ints.bits, k // (ints.group_columns or k)
+    return {
+        "weight_packed": TensorInfo((n, -(-k // per_word)), torch.int32),
+        "weight_zero_point": TensorInfo((-(-n // per_word), groups), torch.int32),
+    }
+
+
+def _unpack(packed: Tensor, bits: int, count: int, dense: bool) -> Tensor:
+    """int32 [N, words] -> uint8 [N, count]; words are filled up, or hold whole fields only."""
+    if dense:
+        return unpack_words(packed, bits, count)
+    shifts = torch.arange(0, 33 - bits, bits, dtype=torch.int32)
+    fields = (packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+    return fields.flatten(1)[:, :count].to(torch.uint8)

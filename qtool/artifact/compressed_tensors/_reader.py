@@ -7,14 +7,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
+
 from qtool.artifact._packed import SCALE_DTYPES, Infos, PackedCheckpoint, Packing
 from qtool.artifact.compressed_tensors._config import METHOD
+from qtool.artifact.compressed_tensors._integers import with_gaps
 from qtool.artifact.compressed_tensors._kinds import SCALE
 from qtool.artifact.compressed_tensors._schemes import Scheme, Schemes
 from qtool.checkpoint._base import TensorInfo
 from qtool.errors import CheckpointError
-from qtool.formats._base import Quantized
+from qtool.formats._base import Format, Quantized
 
+INDEX, ZERO = "weight_g_idx", "weight_zero_point"
 INPUT_SCALES = ("input_scale", "input_zero_point", "input_global_scale")
 
 
@@ -32,8 +37,6 @@ class CompressedCheckpoint(PackedCheckpoint):
         self._found: dict[str, Scheme] = {}
         for name in self._located:
             module, _, part = name.rpartition(".")
-            if part == "weight_g_idx":
-                raise CheckpointError(f"{self.source}: {name}: groups in activation order are not supported")
             if part == "weight_packed" and f"{module}.{SCALE}" not in self._located:
                 raise CheckpointError(f"{self.source} lacks {module}.{SCALE}")
 
@@ -48,17 +51,38 @@ class CompressedCheckpoint(PackedCheckpoint):
         parts = kind.infos(layer.format, n, k, model_dtype)
         if parts[SCALE].shape == (1,) and found[SCALE].shape in ((), (1, 1)):  # one number has as many dimensions
             parts[SCALE] = TensorInfo(found[SCALE].shape, parts[SCALE].dtype)
-        words, wanted = found.get("weight_packed"), parts.get("weight_packed")
-        if words and wanted and words != wanted:
-            hint = "compressed-tensors before 0.18 packed odd widths with gaps"
-            raise CheckpointError(f"{self.source}: {module}.weight_packed", wanted=wanted, found=words, hint=hint)
+        older = with_gaps(layer.format, n, k)
+        if "weight_packed" in found and found["weight_packed"] == older.get("weight_packed"):
+            parts |= {part: info for part, info in older.items() if part in parts}
         extra = {part: found[part] for part in INPUT_SCALES if part in found}
+        if ZERO in found and ZERO not in parts:
+            if bool(self._read(module, ZERO).any()):
+                raise CheckpointError(f"{self.source}: {module}.{ZERO}", wanted="none, or zeros", found="others")
+            extra[ZERO] = found[ZERO]  # old versions wrote them for symmetric codes as well
+        if INDEX in found:
+            extra[INDEX] = TensorInfo((k,), found[INDEX].dtype)
+            if not self._in_order(module, k, layer.format):
+                return Packing((n, k), None, parts | extra, "its groups are in activation order (weight_g_idx)")
         return Packing((n, k), layer, parts | extra, scheme.reason)
 
-    def _unpack(self, module: str, packing: Packing, start: int, stop: int) -> Quantized:
+    def _in_order(self, module: str, k: int, fmt: Format) -> bool:
+        """Whether groups consist of neighbours; -1 stands for a group that nobody chose."""
+        index, width = self._read(module, INDEX).long(), fmt.group_columns or k
+        if bool((index == -1).all()) or torch.equal(index, torch.arange(k) // width):
+            return True
+        if not torch.equal(index.sort().values, torch.arange(k) // width):
+            wanted = f"{width} columns in each of {k // width} groups"
+            raise CheckpointError(f"{self.source}: {module}.{INDEX}", wanted=wanted, found="others")
+        return False
+
+    def _unpack(self, module: str, packing: Packing, start: int, stop: int) -> Quantized | Tensor:
         """See `PackedCheckpoint._unpack`."""
-        assert packing.layer is not None
-        (n, k), fmt = packing.shape, packing.layer.format
+        (n, k), (kind, layer, _) = packing.shape, self._found[module]
         if "weight_shape" in packing.parts and (found := self._read(module, "weight_shape").tolist()) != [n, k]:
             raise CheckpointError(f"{self.source}: {module}.weight_shape", wanted=[n, k], found=found)
-        return self._found[module].kind.decode(fmt, k, partial(self._read, module), start, stop)
+        quantized = kind.decode(layer.format, k, partial(self._read, module), start, stop)
+        if packing.layer:
+            return quantized
+        order = self._read(module, INDEX).long().argsort(stable=True)
+        together = quantized._replace(codes=quantized.codes[:, order])
+        return self._checked(module, together).decode()[:, order.argsort()]
