@@ -23,6 +23,7 @@ from typing_extensions import Self
 
 from qtool.errors import NumericsError
 from qtool.formats._base import Format, Params, Quantized, expand
+from qtool.formats._scaled import Scaled
 from qtool.formats.affine import Affine
 from qtool.formats.int import Int
 from qtool.numerics import search
@@ -50,7 +51,7 @@ class BlockFormat(Format):
         ggml_type: its number in tensor tables.
         columns: columns per block.
         block_bytes: bytes per block.
-        matrix_scale: the parameter, one number for the matrix, that GGUF keeps in a tensor of its own; None: there is none.
+        matrix_scale: the parameter with one number for the matrix, which GGUF keeps in a tensor of its own, if any.
         fallback: the type that llama.cpp takes for rows which this one cannot divide.
         search: how hard parameters are searched for. "ggml" repeats ggml's encoder bit by bit and ignores importance;
             a subclass without such an encoder leaves it out of the choices.
@@ -227,12 +228,13 @@ class Classic(BlockFormat):
         """See `Format.may_hold`."""
         if isinstance(fmt, type(self)):
             return None
-        if not isinstance(fmt, Int | Affine | Classic) or (fmt.free_offset and not self.offset):
+        integers = isinstance(fmt, Int | Affine | Classic) or (isinstance(fmt, Scaled) and fmt.grid.step == 1)
+        if not integers or (fmt.free_offset and not self.offset):
             return f"{self.label} holds no {fmt.label}"
         if fmt.group_columns is not None and fmt.group_columns % self.columns:
             return f"{self.label} needs groups that are a multiple of {self.columns} columns, not {fmt.group_columns}"
         zeros = isinstance(fmt, Int) and not fmt.symmetric
-        if fmt.bits + (zeros and not self.offset) > self.bits:
+        if (len(fmt.levels()) - 1).bit_length() + (zeros and not self.offset) > self.bits:
             return f"the {'zero points' if zeros else 'range'} of {fmt.label} do not fit {self.label}"
         return None
 

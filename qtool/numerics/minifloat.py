@@ -47,6 +47,11 @@ class Grid(NamedTuple):
         """Of the largest level: floor(log2(highest))."""
         return int(np.frexp(self.highest)[1]) - 1
 
+    @property
+    def step(self) -> float | None:
+        """The distance of neighbouring levels where it is the same everywhere; None: it is not."""
+        return 2.0 ** (self.smallest - self.mantissa) if self.highest < 2.0 ** (self.smallest + 1) else None
+
     def levels(self) -> Tensor:
         """float32 [L], ascending."""
         positive = [0.0]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qtool.formats._base import Quantized
+from qtool.formats.bfp import BFP
 from qtool.formats.fp import FP
 from qtool.formats.int import Int
 from qtool.formats.mxint8 import MXINT8
@@ -37,6 +38,8 @@ EXACT = {
     "blocks": (Q4_0(), integer(4, 32)),
     "wide-blocks": (Q8_0(), integer(8, 32, False)),
     "exponents": (MXINT8(), integer(8, 16)),
+    "exponents-to-blocks": (MXINT8(), Q8_0()),
+    "block-floats-to-blocks": (BFP(bits=4, group=64), Q4_0()),
     "tensor": (integer(8, "tensor"), integer(8, "channel")),
     "to-blocks": (integer(4, 64), Q4_0()),
     "to-wider-blocks": (integer(4, 64), Q8_0()),

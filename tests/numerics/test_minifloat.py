@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from fractions import Fraction
 
@@ -34,7 +35,7 @@ def magnitudes(grid: Grid) -> list[float]:
     return levels[len(levels) // 2 :]
 
 
-@pytest.mark.parametrize(("e", "m"), FLOATS, ids=lambda v: str(v))
+@pytest.mark.parametrize(("e", "m"), FLOATS, ids=str)
 def test_levels_are_the_bit_patterns_in_order(e: int, m: int) -> None:
     count = FINITE.get(f"e{e}m{m}", 1 << (e + m))
     assert magnitudes(minifloat.minifloat(e, m)) == [float(value(p, e, m)) for p in range(count)]
@@ -59,9 +60,15 @@ def test_exponent_of_the_largest_level(name: str, exponent: int) -> None:
     assert GRIDS[name].exponent == exponent
 
 
+@pytest.mark.parametrize("name", GRIDS)
+def test_step_of_uniform_grids(name: str) -> None:
+    steps = GRIDS[name].levels().diff().unique().tolist()
+    assert GRIDS[name].step == (steps[0] if len(steps) == 1 else None)
+
+
 def probes(levels: list[float]) -> Tensor:
     """Every level, every tie, their neighbours in float32, and what lies beyond, with both signs; float32 [1, C]."""
-    ties = [(a + b) / 2 for a, b in zip(levels, levels[1:])]
+    ties = [(a + b) / 2 for a, b in itertools.pairwise(levels)]
     points = torch.tensor([*levels, *ties, levels[-1] * 1.2, levels[-1] * 1e6, 1e-40, 3e38])
     points = torch.cat([points, points.nextafter(torch.tensor(torch.inf)), points.nextafter(torch.tensor(-torch.inf))])
     return torch.cat([points, -points])[None].clamp(-3e38, 3e38)
@@ -121,7 +128,7 @@ def test_powers_of_two() -> None:
     ceils = [0.0] + [2.0 ** math.ceil(math.log2(v)) for v in x[1:].tolist()]
     assert floor_power(x).tolist() == floors
     assert ceil_power(x).tolist() == ceils
-    for v, near, low, high in zip(x.tolist(), nearest_power(x).tolist(), floors, ceils):
+    for v, near, low, high in zip(x.tolist(), nearest_power(x).tolist(), floors, ceils, strict=True):
         assert abs(v - near) == min(abs(v - low), abs(v - high))
 
 
