@@ -26,7 +26,10 @@ def _size(text: str) -> int:
 
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A checkpoint: local folder, hub id, or GGUF file.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A checkpoint, quantized or not: local folder, hub id, or GGUF file.", show_default=False
+    ),
 ]
 ArtifactPath = Annotated[
     str, typer.Argument(metavar="ARTIFACT", help=f"A quantized model: {ARTIFACTS}.", show_default=False)
