@@ -10,7 +10,7 @@ import pytest
 from qtool import registry
 from qtool.plan import make_plan
 from qtool.recipe.load import find_recipe, list_recipes, load_recipe
-from tests.recipe.shapes import SMOLLM2_135M, TINY, Shapes
+from tests.recipe.shapes import QWEN3_600M, SMOLLM2_135M, TINY, Shapes
 
 ALL = list_recipes()
 ENTRIES = [entry for entry in ALL if not entry.name.startswith("gguf-")]
@@ -31,11 +31,28 @@ W4A16 = {
 }
 WANTED = W4A16 | {
     "w8a16": ("int8-channel", "rtn"),
-    "w8a8-int8": ("int8-channel", "rtn"),
+    "w8a8-int8": ("int8-channel", "rtn", "int8-token"),
+    "w4a8-int8": ("int4-g128", "gptq", "int8-token"),
+    "w4a8-fp8": ("int4-g128", "gptq", "fp8-token"),
+    "w4a16-gptq-layout": ("int4-g128", "gptq"),
+    "w4a16-awq-layout": ("int4-g64", "gptq"),
     "w3a16-gptq": ("int3-g64", "gptq"),
     "w2a16-gptq": ("int2-g64", "gptq"),
+    "fp8-dynamic": ("fp8-channel", "rtn", "fp8-token"),
+    "fp8-block": ("fp8-block", "rtn", "fp8-g128"),
+    "fp6": ("fp6-channel", "rtn"),
+    "mxfp8": ("mxfp8", "rtn", "mxfp8"),
+    "mxfp4": ("mxfp4", "gptq"),
+    "nvfp4": ("nvfp4", "gptq"),
+    "nvint4": ("nvint4", "gptq"),
+    "mixed-fp8-int4": ("int4-g128", "gptq", "fp8-token"),
 }
-"""Name -> format and method of the decoder blocks' linear layers."""
+"""Name -> formats of weights and, where these are rounded, inputs, and method, of the decoder blocks' linear layers."""
+ATTENTION = {"mixed-fp8-int4": ("fp8-channel", "rtn", "fp8-token")}
+"""The same of q, k, v and o, where they are treated in another way."""
+LAYOUTS = {"fp6": "qtool", "nvint4": "qtool", "w4a16-gptq-layout": "gptq", "w4a16-awq-layout": "awq"}
+"""Recipes that do not write compressed-tensors."""
+MODELS = {"SmolLM2-135M": SMOLLM2_135M, "Qwen3-0.6B": QWEN3_600M}
 
 
 def each(test, entries=ENTRIES):
@@ -76,11 +93,12 @@ def test_names_agree_and_header_says_what_it_is_for(entry):
 
 @each
 def test_blocks_get_the_format_and_method_of_the_name(entry):
-    label, method = WANTED[entry.name]
     for p in planned(entry.name, UNTIED).layers:
         if p.module.block is not None:
+            attends = entry.name in ATTENTION and p.module.role in "qkvo"
+            label, method, *inputs = (ATTENTION if attends else WANTED)[entry.name]
             assert (p.format.label, p.method.name(), p.fallback) == (label, method, None)
-            assert (p.activations and p.activations.label) == ("int8-token" if entry.name == "w8a8-int8" else None)
+            assert (p.activations and p.activations.label) == (inputs[0] if inputs else None)
 
 
 @each
@@ -96,7 +114,8 @@ def test_what_is_outside_the_blocks(entry, tied):
 def test_no_family_needs_a_warning(entry, family):
     made = planned(entry.name, UNTIED | EXPERTS | {"model_type": family})
     assert made.warnings == ()
-    assert made.artifacts == ("gguf" if entry.name.startswith("gguf") else "compressed-tensors",)
+    gguf = entry.name.startswith("gguf")
+    assert made.artifacts == ("gguf" if gguf else LAYOUTS.get(entry.name, "compressed-tensors"),)
 
 
 @every
@@ -111,16 +130,18 @@ def test_data_is_needed_where_the_header_says_so(entry):
 @each
 def test_size_is_what_the_header_says(entry):
     stated = re.search(
-        r"^# Size: ([\d.]+) bits per .*; tensors of SmolLM2-135M: ([\d.]+) MB of 269\.1 MB\.$",
+        r"^# Size: ([\d.]+) bits per .*; tensors of ([-.\w]+): ([\d.]+) MB of ([\d.]+) MB\.$",
         entry.path.read_text(),
         re.M,
     )
-    made = planned(entry.name, SMOLLM2_135M)
-    assert float(stated[2]) == pytest.approx(made.predicted_bytes / 1e6, abs=0.051)
+    model = Shapes(MODELS[stated[2]])
+    made = planned(entry.name, MODELS[stated[2]])
+    assert float(stated[3]) == pytest.approx(made.predicted_bytes / 1e6, abs=0.051)
+    assert float(stated[4]) == pytest.approx(sum(model.info(n).nbytes for n in model.names()) / 1e6, abs=0.1)
     (up,) = (p for p in planned(entry.name, UNTIED).layers if p.module.name == "model.layers.1.mlp.up_proj")
     n, k = up.module.shape
     per_row = 16 if "and 16 per row" in stated[0] else 0
-    assert up.bits == float(stated[1]) * n * k + per_row * n
+    assert up.bits == pytest.approx(float(stated[1]) * n * k + per_row * n, rel=1e-5)
 
 
 def test_groups_of_128_fall_back_where_rows_are_not_divisible():

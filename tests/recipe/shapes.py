@@ -28,6 +28,17 @@ SMOLLM2_135M = {
     "num_key_value_heads": 3,
     "tie_word_embeddings": True,
 }
+QWEN3_600M = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
 
 
 class Shapes(Checkpoint):
