@@ -13,12 +13,11 @@ from functools import cache
 
 import pytest
 
-from qtool.artifact.gguf import GGUF
 from qtool.checkpoint.families.llama import Llama
 from qtool.plan import make_plan
 from qtool.recipe.load import list_recipes, load_recipe
 from qtool.recipe.schema import parse_format
-from tests.recipe.shapes import SMOLLM2_135M, Shapes
+from tests.recipe.shapes import SMOLLM2_135M, Shapes, carriers
 
 BASE = {
     "q2_k_s": "q2_k",
@@ -218,7 +217,8 @@ def recipe(mix, imatrix):
 
 
 def planned(mix, checkpoint, imatrix=True):
-    return make_plan(recipe(mix, imatrix), checkpoint, {"gguf": GGUF()})
+    made = recipe(mix, imatrix)
+    return make_plan(made, checkpoint, carriers(made))
 
 
 def test_all_of_them_ship():

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from qtool import registry
+from qtool.artifact._base import Artifact, Carry
 from qtool.checkpoint._base import Checkpoint, TensorInfo
+from qtool.recipe.schema import Recipe
 
 TINY = {
     "model_type": "llama",
@@ -62,3 +64,11 @@ class Shapes(Checkpoint):
 
     def fingerprint(self) -> str:
         return self.digest
+
+
+def carriers(recipe: Recipe) -> dict[str, Artifact]:
+    """The artifacts of a recipe, asked about formats only: `Shapes` has no tokenizer."""
+    made = {export.to: registry.load("artifact", export.to)(**export.options) for export in recipe.export}
+    for artifact in made.values():
+        artifact.knows = lambda model: Carry(True)
+    return made
