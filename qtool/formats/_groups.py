@@ -68,7 +68,8 @@ def tile(w: Tensor, importance: Tensor | None, rows: int, columns: int) -> tuple
     if rows == 1:
         return w, importance
     n, c = w.shape
-    blocks = pad(w, (0, 0, 0, -n % rows)).view(-1, rows, c // columns, columns).transpose(1, 2)
+    filled = pad(w, (0, 0, 0, -n % rows)) if n % rows else w
+    blocks = filled.reshape(-1, rows, c // columns, columns).transpose(1, 2)
     if importance is not None:
         importance = importance.view(-1, 1, columns).expand(-1, rows, -1).reshape(-1)
     return blocks.reshape(blocks.shape[0], -1), importance

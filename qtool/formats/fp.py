@@ -139,18 +139,24 @@ class FP(Scaled):
     def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
         """See `Format.fit`."""
         rows, width = self.group_rows or len(w), self.group_columns or w.shape[1]
+        groups = w.shape[1] // width
+        if self.scales == "minmax":
+            full = self._largest_of_blocks(w, rows, groups) / self.grid.highest
+            return self._store(_groups.untile(self._covering(full), rows, len(w)))
         tiles, importance = _groups.tile(w, importance, rows, width)
-        groups = tiles.shape[1] // (rows * width)
         wanted = self.in_chunks(lambda part: self._wanted(part, importance, groups), tiles)
         return self._store(_groups.untile(wanted, rows, len(w)))
 
+    def _largest_of_blocks(self, w: Tensor, rows: int, groups: int) -> Tensor:
+        """Largest magnitudes, float32 [N, C] -> [T, G], T rows of blocks; or what is known of the whole matrix."""
+        found = self.largest(w, groups)
+        blocks, _ = _groups.tile(found, None, rows, 1)
+        largest = blocks.view(len(blocks), groups, -1).amax(-1)
+        known = self._largest if self.needs_largest else None
+        return largest if known is None else torch.full_like(largest, known)
+
     def _wanted(self, w: Tensor, importance: Tensor | None, groups: int) -> Tensor:
-        """The scales to be stored, float32 [N, C] -> [N, G]."""
-        if self.scales == "minmax":
-            largest = self.largest(w, groups)
-            if self.needs_largest and self._largest is not None:
-                largest = torch.full_like(largest, self._largest)
-            return self._covering(largest / self.grid.highest)
+        """The scales with the least error, float32 [N, C] -> [N, G]."""
         ends = self.extents(w, importance, groups) / self.grid.highest
         if self.constraint == "none":
             return minifloat.best_scale(w, importance, (ends[..., None] * SWEEP).flatten(2), self.grid, free=True)
