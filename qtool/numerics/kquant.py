@@ -29,7 +29,15 @@ from qtool.numerics import ggml_search
 from qtool.numerics.ggml_search import F32, FAST
 from qtool.numerics.parallel import over_rows
 from qtool.numerics.search import prepared
-from qtool.numerics.sweep import REGISTERS, free_offset, free_scale, half, offset_trials, shared_step, signed_trials
+from qtool.numerics.sweep import (
+    free_offset,
+    free_scale,
+    ggml_scale,
+    half,
+    offset_trials,
+    shared_step,
+    signed_trials,
+)
 
 SUPER = 256
 FLOOR = 1e-5
@@ -61,19 +69,21 @@ class Effort(NamedTuple):
 
     Attributes:
         trials: of a sweep in step 1.
+        near: see `sweep.free_offset`.
         rounds: alternations of step 3.
-        reach: how far a neighbour is.
+        distance: how far a neighbour may be.
     """
 
     trials: int
+    near: np.float32
     rounds: int
-    reach: int
+    distance: int
 
 
 EFFORT = {
-    "fast": (Effort(32, 0, 1), Effort(64, 2, 1)),
-    "default": (Effort(64, 4, 2), Effort(64, 4, 2)),
-    "thorough": (Effort(160, 8, 3), Effort(160, 8, 3)),
+    "fast": (Effort(32, F32(0.4), 0, 1), Effort(64, F32(0.75), 2, 1)),
+    "default": (Effort(64, F32(0.75), 4, 2), Effort(64, F32(0.75), 4, 2)),
+    "thorough": (Effort(160, F32(0.75), 8, 3), Effort(160, F32(0.75), 8, 3)),
 }
 """For grids without and with minima. ggml spends a third of the time on the former, so fast spends less on them too."""
 
@@ -106,15 +116,18 @@ def moments(x, weight, scale, offset, lowest, highest):  # type: ignore[no-untyp
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def own_start(x, weight, grid, table, sums, a, b, f):  # type: ignore[no-untyped-def]
+def own_start(x, weight, reach, near, grid, table, sums, a, b, f):  # type: ignore[no-untyped-def]
     """Steps 1 and 2: fills a, b [G], returns (d, dmin). f [6, G]: scratch, the last row the scales that ggml takes."""
     scale, offset, curvature, level, total, ggml = f[0], f[1], f[2], f[3], f[4], f[5]
     for g in range(len(a)):
         xg, wg = x[g * grid.width : (g + 1) * grid.width], weight[g * grid.width : (g + 1) * grid.width]
+        rg = reach[g * grid.width : (g + 1) * grid.width]
         if grid.minima:
-            scale[g], offset[g], curvature[g], level[g], total[g] = free_offset(xg, wg, table, grid.highest, sums)
+            scale[g], offset[g], curvature[g], level[g], total[g] = free_offset(
+                xg, wg, rg, near, table, grid.highest, sums
+            )
         else:
-            scale[g], curvature[g], ggml[g] = free_scale(xg, wg, table, table.shape[1], grid.lowest, grid.highest, sums)
+            scale[g], curvature[g], ggml[g] = free_scale(xg, wg, rg, near, table, grid.lowest, grid.highest, sums)
     d = shared_step(scale, curvature, grid.low, grid.top, a)
     if not grid.minima:
         return d, F32(0)
@@ -142,7 +155,7 @@ def ggml_start(x, weight, grid, table, sums, a, b, f, w):  # type: ignore[no-unt
         if grid.minima:
             scale[g], minimum[g] = ggml_search.scale_and_minimum(xg, wg, grid.highest)
         else:
-            scale[g] = free_scale(xg, wg, table, REGISTERS, grid.lowest, grid.highest, sums)[2]
+            scale[g] = ggml_scale(xg, wg, table, grid.lowest, grid.highest, sums)
     if grid.minima:
         d = half(ggml_search.positive_step(scale, total, grid.top, a))
         return d, half(ggml_search.positive_step(minimum, total, grid.top, b))
@@ -181,14 +194,14 @@ def least_squares(x, weight, grid, d, dmin, a, b):  # type: ignore[no-untyped-de
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def move_integers(x, weight, grid, d, dmin, a, b, error, reach):  # type: ignore[no-untyped-def]
+def move_integers(x, weight, grid, d, dmin, a, b, error, distance):  # type: ignore[no-untyped-def]
     """Moves every group's (a, b) to its best neighbour until there is none; updates error [G], returns its sum."""
-    side, total = reach if grid.minima else 0, F32(0)
+    side, total = distance if grid.minima else 0, F32(0)
     for g in range(len(a)):
         xg, wg = x[g * grid.width : (g + 1) * grid.width], weight[g * grid.width : (g + 1) * grid.width]
-        for _ in range(reach + 1):
+        for _ in range(distance + 1):
             best, best_a, best_b = error[g], a[g], b[g]
-            for i in range(-reach, reach + 1):
+            for i in range(-distance, distance + 1):
                 for k in range(-side, side + 1):
                     p, q = a[g] + F32(i), b[g] + F32(k)
                     if p < grid.low or p > grid.top or q < grid.low or q > grid.top or (i == 0 and k == 0):
@@ -204,7 +217,7 @@ def move_integers(x, weight, grid, d, dmin, a, b, error, reach):  # type: ignore
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def improve(x, weight, grid, d, dmin, a, b, f, rounds, reach):  # type: ignore[no-untyped-def]
+def improve(x, weight, grid, d, dmin, a, b, f, rounds, distance):  # type: ignore[no-untyped-def]
     """Step 3: updates a, b [G], returns (d, dmin, error). The first rows of f [6, G] are scratch."""
     error, other = f[0], f[1]
     total = errors(x, weight, grid, d, dmin, a, b, error)
@@ -213,34 +226,30 @@ def improve(x, weight, grid, d, dmin, a, b, f, rounds, reach):  # type: ignore[n
         near, near_min = least_squares(x, weight, grid, d, dmin, a, b)
         if errors(x, weight, grid, near, near_min, a, b, other) < total:
             d, dmin, error, other = near, near_min, other, error
-        total = move_integers(x, weight, grid, d, dmin, a, b, error, reach)
+        total = move_integers(x, weight, grid, d, dmin, a, b, error, distance)
         if total >= before * F32(0.9999):
             break
     return d, dmin, total
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def search_rows(x, weight, grid, effort, table, d, dmin, a, b, start, stop):  # type: ignore[no-untyped-def]
-    """Fills d, dmin [N, S] and a, b [N, S * G], float32, for rows start to stop. x [N, C], weight [C], table [2, T]."""
+def search_rows(x, weight, reach, grid, effort, table, d, dmin, a, b, start, stop):  # type: ignore[no-untyped-def]
+    """Fills d, dmin [N, S] and a, b [N, S * G], float32, for rows start to stop. x [N, C], weight and reach [C]."""
     groups = SUPER // grid.width
-    c, f, w, sums = (
-        np.zeros((2, groups), F32),
-        np.empty((6, groups), F32),
-        np.empty(SUPER, F32),
-        np.empty((4, table.shape[1]), F32),
-    )
+    c, f, w = np.zeros((2, groups), F32), np.empty((6, groups), F32), np.empty(SUPER, F32)
+    sums = np.empty((4, table.shape[1]), F32)
     for n in range(start, stop):
         for s in range(x.shape[1] // SUPER):
             xs, ws = x[n, s * SUPER : (s + 1) * SUPER], weight[s * SUPER : (s + 1) * SUPER]
-            least = F32(np.inf)
+            rs, least = reach[s * SUPER : (s + 1) * SUPER], F32(np.inf)
             for attempt in range(2):
                 if attempt == 0:
-                    p, q = own_start(xs, ws, grid, table, sums, c[0], c[1], f)
+                    p, q = own_start(xs, ws, rs, effort.near, grid, table, sums, c[0], c[1], f)
                 else:
                     p, q = ggml_start(xs, ws, grid, table, sums, c[0], c[1], f, w)
                     if errors(xs, ws, grid, p, q, c[0], c[1], f[0]) >= least:
                         break
-                p, q, least = improve(xs, ws, grid, p, q, c[0], c[1], f, effort.rounds, effort.reach)
+                p, q, least = improve(xs, ws, grid, p, q, c[0], c[1], f, effort.rounds, effort.distance)
                 d[n, s], dmin[n, s] = p, q
                 for g in range(groups):
                     a[n, s * groups + g], b[n, s * groups + g] = c[0, g], c[1, g]
@@ -258,11 +267,11 @@ def search(x: Tensor, importance: Tensor | None, grid: Grid, effort: Effort) -> 
     Returns:
         (d, dmin, float32 [N, S] with values of fp16; a, b, float32 [N, S * G] with integer values), on the device of x.
     """
-    values, weight, _ = prepared(x, importance, SUPER)
+    values, weight, reach = prepared(x, importance, SUPER)
     weight = np.maximum(weight, np.float32(FLOOR))
     supers, groups = x.shape[1] // SUPER, x.shape[1] // grid.width
     found = [np.zeros((x.shape[0], entries), np.float32) for entries in (supers, supers, groups, groups)]
     trials = offset_trials(int(grid.highest), effort.trials)
     table = trials if grid.minima else signed_trials(int(grid.lowest), effort.trials)
-    over_rows(lambda p, q: search_rows(values, weight, grid, effort, table, *found, p, q), len(values))
+    over_rows(lambda p, q: search_rows(values, weight, reach, grid, effort, table, *found, p, q), len(values))
     return tuple(torch.from_numpy(p).to(x.device) for p in found)  # type: ignore[return-value]

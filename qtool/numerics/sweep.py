@@ -64,20 +64,12 @@ def best_trial(sums, count):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def free_offset(x, weight, table, highest, sums):  # type: ignore[no-untyped-def]
-    """The best (scale, offset <= 0) of a group [C], how much an error of the scale counts, the mean level, and sum(w).
+def sweep_offset(x, weight, total, mean, low, high, table, highest, sums):  # type: ignore[no-untyped-def]
+    """Makes all trials of a table [2, T] on a group [C] for a grid over [low, high]; returns the best.
 
     The levels of trial t are l = round(y * table[0, t] + table[1, t]), y being x moved and scaled to the grid's length.
-    table [2, T]; sums [4, T] is scratch.
+    Fills sums [4, T]: what least squares take off the error, and w (l - mean l)^2, w l (x - mean), w l.
     """
-    low, high, total, mean = F32(0), x[0], F32(0), F32(0)
-    for j in range(len(x)):
-        low, high = min(low, x[j]), max(high, x[j])
-        total += weight[j]
-        mean += weight[j] * x[j]
-    mean /= total
-    if high <= low:
-        return F32(0), min(mean, F32(0)), F32(0), F32(0), total
     middle, factor, count = (low + high) / F32(2), highest / (high - low), table.shape[1]
     for t in range(count):
         sums[1, t], sums[2, t], sums[3, t] = F32(0), F32(0), F32(0)
@@ -97,21 +89,41 @@ def free_offset(x, weight, table, highest, sums):  # type: ignore[no-untyped-def
             sums[3, t] += m0 + m1 + m2 + m3
     for t in range(count):
         sums[1, t] -= sums[3, t] * sums[3, t] / total
-    t = best_trial(sums, count)
-    scale, level = sums[2, t] / max(sums[1, t], EPSILON), sums[3, t] / total
-    return scale, min(mean - scale * level, F32(0)), sums[1, t], level, total
+    return best_trial(sums, count)
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def free_scale(x, weight, table, count, lowest, highest, sums):  # type: ignore[no-untyped-def]
-    """The best scale of a group [C], either sign, how much an error of it counts, and the scale that ggml takes.
+def free_offset(x, weight, reach, near, table, highest, sums):  # type: ignore[no-untyped-def]
+    """The best (scale, offset <= 0) of a group [C], how much an error of the scale counts, the mean level, and sum(w).
 
-    Arguments as in `free_offset`; only the first `count` trials are made.
+    Where columns that hardly count set the group's range (reach [C], see `search.prepared`), the range without them is
+    tried too, if it is shorter than `near` times the whole. table [2, T]; sums [4, T] is scratch.
     """
-    extreme = extreme_of(x)
-    if abs(extreme) < EPSILON:
-        return F32(0), F32(0), F32(0)
-    factor = lowest / extreme
+    low, high, near_low, near_high, total, mean = F32(0), x[0], F32(0), x[0] * reach[0], F32(0), F32(0)
+    for j in range(len(x)):
+        low, high = min(low, x[j]), max(high, x[j])
+        near_low, near_high = min(near_low, x[j] * reach[j]), max(near_high, x[j] * reach[j])
+        total += weight[j]
+        mean += weight[j] * x[j]
+    mean /= total
+    if high <= low:
+        return F32(0), min(mean, F32(0)), F32(0), F32(0), total
+    t = sweep_offset(x, weight, total, mean, low, high, table, highest, sums)
+    gain, curvature, level = sums[0, t], sums[1, t], sums[3, t] / total
+    scale = sums[2, t] / max(sums[1, t], EPSILON)
+    if F32(0) < near_high - near_low < near * (high - low):
+        t = sweep_offset(x, weight, total, mean, near_low, near_high, table, highest, sums)
+        if sums[0, t] > gain:
+            curvature, level, scale = sums[1, t], sums[3, t] / total, sums[2, t] / sums[1, t]
+    return scale, min(mean - scale * level, F32(0)), curvature, level, total
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def sweep_scale(x, weight, factor, table, count, lowest, highest, sums):  # type: ignore[no-untyped-def]
+    """Makes the first `count` trials on a group [C], levels being round(x * factor * table[0, t]); returns the best.
+
+    Fills sums [3, T]: what least squares take off the error, and w l^2, w l x.
+    """
     for t in range(count):
         sums[1, t], sums[2, t] = F32(0), F32(0)
     for j in range(0, len(x), 4):
@@ -125,8 +137,40 @@ def free_scale(x, weight, table, count, lowest, highest, sums):  # type: ignore[
             l3 = min(max(np.rint(y3 * table[0, t]), lowest), highest)
             sums[1, t] += w0 * l0 * l0 + w1 * l1 * l1 + w2 * l2 * l2 + w3 * l3 * l3
             sums[2, t] += x0 * l0 + x1 * l1 + x2 * l2 + x3 * l3
-    ggml, t = best_trial(sums, len(NEAREST_FIRST)), best_trial(sums, count)
-    return sums[2, t] / sums[1, t], sums[1, t], sums[2, ggml] / sums[1, ggml]
+    return best_trial(sums, count)
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def ggml_scale(x, weight, table, lowest, highest, sums):  # type: ignore[no-untyped-def]
+    """The scale that ggml takes for a group [C]; arguments as in `free_scale`."""
+    extreme = extreme_of(x)
+    if abs(extreme) < EPSILON:
+        return F32(0)
+    sweep_scale(x, weight, lowest / extreme, table, REGISTERS, lowest, highest, sums)
+    t = best_trial(sums, len(NEAREST_FIRST))
+    return sums[2, t] / sums[1, t]
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def free_scale(x, weight, reach, near, table, lowest, highest, sums):  # type: ignore[no-untyped-def]
+    """The best scale of a group [C], either sign, how much an error of it counts, and the scale that ggml takes.
+
+    Arguments as in `free_offset`; the table is one of `signed_trials`.
+    """
+    extreme, largest, count = extreme_of(x), F32(0), table.shape[1]
+    if abs(extreme) < EPSILON:
+        return F32(0), F32(0), F32(0)
+    for j in range(len(x)):
+        largest = max(largest, abs(x[j]) * reach[j])
+    t = sweep_scale(x, weight, lowest / extreme, table, count, lowest, highest, sums)
+    gain, curvature, scale = sums[0, t], sums[1, t], sums[2, t] / sums[1, t]
+    t = best_trial(sums, len(NEAREST_FIRST))
+    ggml = sums[2, t] / sums[1, t]
+    if EPSILON < largest < near * abs(extreme):
+        t = sweep_scale(x, weight, lowest / largest, table, count, lowest, highest, sums)
+        if sums[0, t] > gain:
+            curvature, scale = sums[1, t], sums[2, t] / sums[1, t]
+    return scale, curvature, ggml
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")

@@ -137,6 +137,8 @@ def test_dead_inputs_disturb_nothing_and_get_sane_parameters(name):
     assert (errors(together.decode(), w, importance) <= 1.15 * alone).all()
     dead = (together.decode() - w)[:, 64:128].square().mean() / w[:, 64:128].square().mean()
     assert dead < 0.35
+    w[:, 5] = 50
+    assert (errors(fitted(fmt, w, importance).decode(), w, importance) <= 1.25 * alone).all()
     everything = fitted(fmt, w, torch.zeros(256))
     assert torch.equal(everything.codes, fitted(fmt, w, None).codes)
 
