@@ -80,7 +80,7 @@ TINY: dict[str, dict[str, Any]] = {
 """What is special about each; the part before the dash is the family."""
 
 MIXTURES: dict[str, dict[str, Any]] = {
-    "mixtral": {"dtype": "float32", "num_local_experts": 4, "sliding_window": None},
+    "mixtral": {"dtype": "float32", "num_local_experts": 4, "sliding_window": 64},
     "qwen2_moe": {
         "dtype": "float32",
         "num_experts": 5,

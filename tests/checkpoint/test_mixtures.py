@@ -198,6 +198,7 @@ def test_gguf_metadata():
     assert told["gpt_oss"]["gpt-oss.expert_feed_forward_length"] == 96
     assert told["qwen2_moe"]["qwen2moe.expert_shared_feed_forward_length"] == 80
     assert told["gpt_oss"]["gpt-oss.attention.sliding_window"] == 16
+    assert told["mixtral"]["llama.attention.sliding_window"] == 16
     assert told["gpt_oss"]["gpt-oss.rope.scaling.type"] == "yarn"  # what silence means there
     assert told["gpt_oss"]["gpt-oss.rope.freq_base"] == 150000.0
     rope = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
