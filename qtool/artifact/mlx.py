@@ -39,7 +39,7 @@ from qtool.checkpoint.families._rope import rope_parameters
 from qtool.errors import CheckpointError, PlanError
 from qtool.formats._base import Format, Quantized
 from qtool.formats._ggml import Classic
-from qtool.formats.affine import Affine
+from qtool.formats.biased import Biased
 from qtool.formats.int import DTYPES, Int
 from qtool.formats.mxfp4 import MXFP4
 from qtool.formats.mxfp8 import MXFP8
@@ -47,7 +47,7 @@ from qtool.numerics.bits import pack_words, unpack_words
 
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (128, 64, 32)
 KEY = SETTINGS[1]
-Target = Affine | MXFP4 | MXFP8
+Target = Biased | MXFP4 | MXFP8
 
 
 class MLX(Artifact):
@@ -111,8 +111,8 @@ def _choose(fmt: Format, k: int) -> Target | None:
     if bits is None or group is None:
         return None
     zeros = isinstance(fmt, Int) and not fmt.symmetric
-    own = "fp16" if isinstance(fmt, Classic) else fmt.scale_dtype if isinstance(fmt, Int | Affine) else "fp32"
-    target = Affine.model_validate({"bits": bits, "group": group, "scale_dtype": "fp32" if zeros else own})
+    own = "fp16" if isinstance(fmt, Classic) else fmt.scale_dtype if isinstance(fmt, Int | Biased) else "fp32"
+    target = Biased.model_validate({"bits": bits, "group": group, "scale_dtype": "fp32" if zeros else own})
     return None if target.may_hold(fmt) else target
 
 
@@ -124,7 +124,7 @@ def _target(fmt: Format, k: int) -> Target:
 
 def _keys(target: Target) -> dict[str, Any]:
     """What config.json says about a matrix."""
-    if isinstance(target, Affine):
+    if isinstance(target, Biased):
         return {"group_size": target.group, "bits": target.bits, "mode": "affine"}
     return {"group_size": 32, "bits": target.code_bits, "mode": type(target).__name__.lower()}
 
@@ -154,7 +154,7 @@ def infos(target: Target, n: int, k: int) -> Infos:
     keys = _keys(target)
     shape = (n, k // keys["group_size"])
     weight = {"weight": TensorInfo((n, k * keys["bits"] // 32), torch.uint32)}
-    if not isinstance(target, Affine):
+    if not isinstance(target, Biased):
         return weight | {"scales": TensorInfo(shape, torch.uint8)}
     dtype = DTYPES[target.scale_dtype]
     return weight | {"scales": TensorInfo(shape, dtype), "biases": TensorInfo(shape, dtype)}
@@ -163,7 +163,7 @@ def infos(target: Target, n: int, k: int) -> Infos:
 def encode(quantized: Quantized) -> dict[str, Tensor]:
     """The tensors of a matrix in one of the formats that MLX has."""
     codes, params, fmt = quantized
-    if isinstance(fmt, Affine):
+    if isinstance(fmt, Biased):
         words = pack_words(codes, fmt.bits).view(torch.uint32)
         return {"weight": words, "scales": params["scale"], "biases": params["offset"]}
     assert isinstance(fmt, MXFP4 | MXFP8)
@@ -201,7 +201,7 @@ class MLXCheckpoint(PackedCheckpoint):
         target: Target
         if keys.mode == "affine":
             scales = self._scale_dtype(module, "scales", found)
-            target = Affine.model_validate({"bits": keys.bits, "group": keys.group_size, "scale_dtype": scales})
+            target = Biased.model_validate({"bits": keys.bits, "group": keys.group_size, "scale_dtype": scales})
         else:
             target = MXFP4() if keys.mode == "mxfp4" else MXFP8()
             if (keys.bits, keys.group_size) != (target.code_bits, 32):
@@ -218,7 +218,7 @@ class MLXCheckpoint(PackedCheckpoint):
         fmt, k = packing.layer.format, packing.shape[1]
         words = self._read(module, "weight", start, stop).view(torch.int32)
         scales = self._read(module, "scales", start, stop)
-        if isinstance(fmt, Affine):
+        if isinstance(fmt, Biased):
             biases = self._read(module, "biases", start, stop)
             return Quantized(unpack_words(words, fmt.bits, k), {"scale": scales, "offset": biases}, fmt)
         assert isinstance(fmt, MXFP4 | MXFP8)

@@ -24,7 +24,7 @@ from typing_extensions import Self
 from qtool.errors import NumericsError
 from qtool.formats._base import Format, Params, Quantized, expand
 from qtool.formats._scaled import Scaled
-from qtool.formats.affine import Affine
+from qtool.formats.biased import Biased
 from qtool.formats.int import Int
 from qtool.numerics import search
 
@@ -228,7 +228,7 @@ class Classic(BlockFormat):
         """See `Format.may_hold`."""
         if isinstance(fmt, type(self)):
             return None
-        integers = isinstance(fmt, Int | Affine | Classic) or (isinstance(fmt, Scaled) and fmt.grid.step == 1)
+        integers = isinstance(fmt, Int | Biased | Classic) or (isinstance(fmt, Scaled) and fmt.grid.step == 1)
         if not integers or (fmt.free_offset and not self.offset):
             return f"{self.label} holds no {fmt.label}"
         if fmt.group_columns is not None and fmt.group_columns % self.columns:

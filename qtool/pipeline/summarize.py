@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from qtool import __version__
-from qtool.checkpoint._base import Checkpoint
+from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint
 from qtool.evaluate.result import Evaluation
 from qtool.pipeline.prepare import Job
 from qtool.report.model import ArtifactEntry, LayerEntry, Report, StageEntry
@@ -71,8 +71,13 @@ def model_name(source: str) -> str:
 
 
 def source_bytes(checkpoint: Checkpoint) -> int:
-    """Bytes of all tensors of a model."""
-    return sum(checkpoint.info(name).nbytes for name in checkpoint.names())
+    """Bytes of all tensors of a model as they are stored, with codes where it has some."""
+    layers = checkpoint.layers if isinstance(checkpoint, QuantizedCheckpoint) else {}
+    total = 0
+    for name in checkpoint.names():
+        info, layer = checkpoint.info(name), layers.get(name.removesuffix(".weight"))
+        total += layer.format.storage_bits(info.shape[0], info.shape[1]) // 8 if layer else info.nbytes
+    return total
 
 
 def parameters(checkpoint: Checkpoint) -> int:

@@ -1,9 +1,13 @@
 """Codes go from one layout to another exactly, or not at all."""
 
+import json
+import shutil
+
 import pytest
 import torch
 
 from qtool import registry
+from qtool.artifact import _open
 from qtool.artifact._open import find_artifact, open_artifact, open_model
 from qtool.artifact.compressed_tensors import CompressedTensors
 from qtool.artifact.gguf import GGUF
@@ -97,3 +101,22 @@ def test_plain_checkpoints_open_as_such(tiny_checkpoint):
 def test_nothing_there(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist: wanted one of"):
         open_artifact(tmp_path / "nothing")
+
+
+def test_a_quantized_model_from_the_hub_is_one(tiny_checkpoint, tmp_path, monkeypatch):
+    model = quantize(tiny_checkpoint("llama"), Int(bits=4, group=32))
+    folder = written(registry.load("artifact", "gptq")(), model, tmp_path / "cache")
+    monkeypatch.setattr(_open, "find_model", {"org/tiny": folder}.get)
+    found = open_model("org/tiny")
+    assert isinstance(found, QuantizedCheckpoint)
+    assert found.source == "org/tiny"
+    assert_same_values(found, model)
+
+
+def test_quantized_in_a_way_that_nobody_here_reads(tiny_checkpoint, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint("llama"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"already quantized, in a way that qtool does not read: .*bitsandbytes"):
+        open_model(str(folder))

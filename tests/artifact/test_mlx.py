@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from qtool.artifact.mlx import MLX, encode
 from qtool.errors import CheckpointError, PlanError
 from qtool.formats._base import Quantized
-from qtool.formats.affine import Affine
+from qtool.formats.biased import Biased
 from qtool.formats.int import Int
 from qtool.formats.mxfp4 import MXFP4
 from qtool.formats.mxfp8 import MXFP8
@@ -30,8 +30,8 @@ def stored(folder, module):
     return {name.rpartition(".")[2]: t for name, t in tensors.items() if name.startswith(f"{module}.")}
 
 
-OWN = [Affine(bits=b, group=32) for b in (2, 3, 4, 5, 6, 8)]
-OWN += [Affine(bits=4, group=64, scale_dtype="fp32"), MXFP4(), MXFP8()]
+OWN = [Biased(bits=b, group=32) for b in (2, 3, 4, 5, 6, 8)]
+OWN += [Biased(bits=4, group=64, scale_dtype="fp32"), MXFP4(), MXFP8()]
 
 
 @pytest.mark.parametrize("fmt", OWN, ids=lambda f: f.label)
@@ -41,27 +41,27 @@ def test_its_own_formats_come_back(fmt, tiny_checkpoint, tmp_path):
     assert sorted(files) == sorted(tmp_path.iterdir())
     found = MLX().open(tmp_path)
     assert_same_model(found, model)
-    if isinstance(fmt, Affine):
+    if isinstance(fmt, Biased):
         assert found.layers == model.layers
         expected = packed.mlx(stored(tmp_path, UP), fmt.bits, fmt.group)
         assert torch.allclose(expected, model.tensor(f"{UP}.weight").double(), rtol=1e-7, atol=1e-7)
 
 
 def test_every_family_comes_back(tiny_folder, tmp_path):
-    fmt = Affine(bits=4, group=32, scale_dtype="fp16")
-    model = quantize(tiny_folder, fmt, embedding=Affine(bits=6, group=64, scale_dtype="fp16"))
+    fmt = Biased(bits=4, group=32, scale_dtype="fp16")
+    model = quantize(tiny_folder, fmt, embedding=Biased(bits=6, group=64, scale_dtype="fp16"))
     write(model, tmp_path)
     assert_same_model(MLX().open(tmp_path), model)
 
 
 EXACT = {
-    "int4-g32": ("affine4-g32", "bf16"),
-    "int7-g32": ("affine8-g32", "bf16"),
-    "int4-channel": ("affine4-g64", "bf16"),
-    "int4-g64-asym": ("affine4-g64", "fp32"),
-    "q4_1": ("affine4-g32", "fp16"),
-    "q5_0": ("affine5-g32", "fp16"),
-    "q8_0": ("affine8-g32", "fp16"),
+    "int4-g32": ("biased4-g32", "bf16"),
+    "int7-g32": ("biased8-g32", "bf16"),
+    "int4-channel": ("biased4-g64", "bf16"),
+    "int4-g64-asym": ("biased4-g64", "fp32"),
+    "q4_1": ("biased4-g32", "fp16"),
+    "q5_0": ("biased5-g32", "fp16"),
+    "q8_0": ("biased8-g32", "fp16"),
 }
 
 
@@ -92,7 +92,7 @@ def test_golden_words(bits):
     codes = torch.tensor([0, count - 1, *(7 * i % count for i in range(2, 32))])
     codes = (codes if bits == 2 else count - 1 - codes).to(torch.uint8).view(1, 32)
     params = {"scale": torch.ones(1, 1), "offset": torch.zeros(1, 1)}
-    found = encode(Quantized(codes, params, Affine(bits=bits, group=32)))
+    found = encode(Quantized(codes, params, Biased(bits=bits, group=32)))
     assert found["weight"].dtype == torch.uint32
     assert found["weight"].view(torch.int32).flatten().tolist() == [w - (w >> 31 << 32) for w in GOLDEN[bits]]
 
@@ -110,7 +110,7 @@ def test_golden_floats():
 
 
 def test_configuration(tiny_checkpoint, tmp_path):
-    model = quantize(tiny_checkpoint("llama"), Affine(bits=4, group=64), o=None, head=MXFP8())
+    model = quantize(tiny_checkpoint("llama"), Biased(bits=4, group=64), o=None, head=MXFP8())
     write(model, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["quantization"] == config["quantization_config"]
@@ -124,7 +124,7 @@ def test_configuration(tiny_checkpoint, tmp_path):
 
 @pytest.mark.parametrize("name", ["llama", "llama-rope3"])
 def test_mlx_lm_finds_the_rotary_embedding(name, tiny_checkpoint, tmp_path):
-    model = quantize(tiny_checkpoint(name), Affine(bits=4, group=32, scale_dtype="fp16"))
+    model = quantize(tiny_checkpoint(name), Biased(bits=4, group=32, scale_dtype="fp16"))
     write(model, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
@@ -165,7 +165,7 @@ def edit_config(folder, drop=(), **changes):
 
 def test_older_configurations(tiny_checkpoint, tmp_path):
     """Without a mode, with entries of `false` for what is not packed, and under the first key only."""
-    model = quantize(tiny_checkpoint("llama"), Affine(bits=4, group=32), o=None)
+    model = quantize(tiny_checkpoint("llama"), Biased(bits=4, group=32), o=None)
     write(model, tmp_path)
     edit_config(tmp_path, drop=["mode"], **{"model.layers.0.self_attn.o_proj": False})
     config = json.loads((tmp_path / "config.json").read_text())
@@ -199,7 +199,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
 def test_damaged_files(damage, message, tiny_checkpoint, tmp_path):
-    write(quantize(tiny_checkpoint("llama"), Affine(bits=4, group=32)), tmp_path)
+    write(quantize(tiny_checkpoint("llama"), Biased(bits=4, group=32)), tmp_path)
     damage(tmp_path)
     with pytest.raises(CheckpointError, match=message):
         MLX().open(tmp_path)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from qtool import registry
 from qtool.artifact._open import open_artifact, open_model
 from qtool.errors import NumericsError, PlanError
-from qtool.formats.affine import Affine
+from qtool.formats.biased import Biased
 from qtool.formats.int import Int
 from qtool.formats.q4_1 import Q4_1
 from qtool.pipeline import export
@@ -20,7 +20,7 @@ from tests.artifact.conftest import quantize
 
 LAYOUTS = ["awq", "compressed-tensors", "gptq", "qtool"]
 TO = [*LAYOUTS, "gguf", "mlx"]
-HELD = {"gguf": "q4_0", "mlx": "affine4-g32"}
+HELD = {"gguf": "q4_0", "mlx": "biased4-g32"}
 INT4, ASYM4 = Int(bits=4, group=64, scale_dtype="fp16"), Int(bits=4, group=32, symmetric=False, scale_dtype="fp16")
 UP = "model.layers.0.mlp.up_proj"
 
@@ -57,6 +57,8 @@ def test_codes_are_taken_over_where_the_wanted_format_has_the_same_values(
     report, found = requantize(tmp_path, weights, to)
     for name in model.names():
         assert torch.equal(found.tensor(name).float(), model.tensor(name).float()), name
+    stored = sum(path.stat().st_size for path in (tmp_path / "in").glob("*.safetensors"))
+    assert 0.8 < report.source_bytes / stored < 1  # the file has headers, and zero points or indices as well
     quantized = [e for e in report.layers if e.format]
     assert {(e.method, e.format, e.weight_error_db, e.fallback) for e in quantized} == {
         ("taken over", weights, float("inf"), None)
@@ -182,9 +184,9 @@ def test_codes_move_from_layout_to_layout(first, second, tiny_checkpoint, tmp_pa
 
 @pytest.mark.parametrize("second", ["gguf", "qtool"])
 def test_offsets_of_mlx_go_to_blocks_with_minima(second, tiny_checkpoint, tmp_path):
-    model = source("mlx", Affine(bits=4, group=64), tmp_path / "in", tiny_checkpoint)
+    model = source("mlx", Biased(bits=4, group=64), tmp_path / "in", tiny_checkpoint)
     export.run(export.ExportOptions(tmp_path / "in", second, tmp_path / "out"))
     found = open_artifact(tmp_path / "out")
-    assert {layer.format.label for layer in found.layers.values()} == {"q4_1" if second == "gguf" else "affine4-g64"}
+    assert {layer.format.label for layer in found.layers.values()} == {"q4_1" if second == "gguf" else "biased4-g64"}
     for name in model.names():
         assert torch.equal(found.tensor(name).float(), model.tensor(name).float()), name

@@ -18,10 +18,10 @@ from qtool.formats._base import Format, Params, Quantized, alike, expand
 from qtool.formats.int import DTYPES
 from qtool.numerics import search
 
-SHORTHAND = re.compile(r"affine([2-8])-(?:g(\d+)|channel)")
+SHORTHAND = re.compile(r"biased([2-8])-(?:g(\d+)|channel)")
 
 
-class Affine(Format):
+class Biased(Format):
     """Integers and offsets.
 
     Attributes:
@@ -31,7 +31,7 @@ class Affine(Format):
         scale_dtype: how scales and offsets are stored.
     """
 
-    examples: ClassVar[tuple[str, ...]] = ("affine4-g64", "affine2-g32")
+    examples: ClassVar[tuple[str, ...]] = ("biased4-g64", "biased2-g32")
     free_offset: ClassVar[bool] = True
 
     bits: int = Field(ge=2, le=8)
@@ -41,11 +41,11 @@ class Affine(Format):
 
     @property
     def label(self) -> str:
-        """`affine4-g64`, `affine8-channel`; options that differ from defaults are left out."""
-        return f"affine{self.bits}-" + (f"g{self.group}" if isinstance(self.group, int) else self.group)
+        """`biased4-g64`, `biased8-channel`; options that differ from defaults are left out."""
+        return f"biased{self.bits}-" + (f"g{self.group}" if isinstance(self.group, int) else self.group)
 
     @classmethod
-    def parse(cls, text: str) -> Affine | None:
+    def parse(cls, text: str) -> Biased | None:
         """See `Format.parse`."""
         match = SHORTHAND.fullmatch(text)
         if not match:
