@@ -25,6 +25,9 @@ from qtool.numerics.vector_search import EFFORT, Rule, snap_vectors, vector_scal
 
 BITS = torch.arange(8, dtype=torch.uint8)
 
+FAST_CLOSE = 8
+"""Entries near a vector that the fast search compares for its codes; the others find the nearest of all."""
+
 
 @cache
 def codebook(name: str, signs: Literal["none", "free", "even"], span: int) -> Codebook:
@@ -81,7 +84,8 @@ class Vector(BlockFormat):
 
     def snap(self, w: Tensor, params: Params, importance: Tensor | None = None) -> Tensor:
         """See `Format.snap`."""
-        return snap_vectors(w, importance, self.affine(params), self.codebook(), self.search != "fast")
+        close = FAST_CLOSE if self.search == "fast" else 0
+        return snap_vectors(w, importance, self.affine(params), self.codebook(), close)
 
     def affine(self, params: Params) -> tuple[Tensor, Tensor]:
         """See `Format.affine`."""

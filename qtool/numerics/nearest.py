@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from qtool.numerics.codebook import NEIGHBORS, Tables
+from qtool.numerics.codebook import Tables
 from qtool.numerics.search import FAST
 
 NEVER = np.float32(1e30)
@@ -199,10 +199,10 @@ def exact_entry(x, weight, scale, flip, tables, work):  # type: ignore[no-untype
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def nearest(x, weight, scale, tables, exact, memory, codes):  # type: ignore[no-untyped-def]
-    """Fills codes [span] with the allowed ones of least weighted squared error, or close ones if `exact` is not asked.
+def nearest(x, weight, scale, tables, count, memory, codes):  # type: ignore[no-untyped-def]
+    """Fills codes [span] with the allowed ones of least weighted squared error, or the best of `count` close ones.
 
-    x, weight [span]; scale of the levels; memory: see `workspace`.
+    x, weight [span]; scale of the levels; count 0 is exact; memory: see `workspace`.
     """
     size, pull, work = memory
     width, span = tables.entries.shape[1], len(x)
@@ -213,10 +213,8 @@ def nearest(x, weight, scale, tables, exact, memory, codes):  # type: ignore[no-
     more, flip_at, flip_entry = NEVER, 0, 0
     for a in range(0, span, width):
         part = slice(a, a + width)
-        if not exact:
-            entry = close_entry(
-                size, pull, weight, 0, a, positive, middles, close, values, tables.lanes, NEIGHBORS, alone
-            )
+        if count:
+            entry = close_entry(size, pull, weight, 0, a, positive, middles, close, values, tables.lanes, count, alone)
         else:
             entry, cost = exact_entry(x[part], weight[part], positive, alone, tables, work)
             if odd and not alone:
@@ -224,7 +222,7 @@ def nearest(x, weight, scale, tables, exact, memory, codes):  # type: ignore[no-
                 if flipped_cost - cost < more:
                     more, flip_at, flip_entry = flipped_cost - cost, a, flipped
         write_entry(x[part], scale, entry, tables, codes[part])
-    if odd and exact and not alone:
+    if odd and not count and not alone:
         part = slice(flip_at, flip_at + width)
         write_entry(x[part], scale, flip_entry, tables, codes[part])
         flip_cheapest(pull[part], tables, codes[part])

@@ -248,7 +248,7 @@ def vector_scales(
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def snap_rows(x, weight, scale, offset, tables, exact, memory, codes, start, stop):  # type: ignore[no-untyped-def]
+def snap_rows(x, weight, scale, offset, tables, count, memory, codes, start, stop):  # type: ignore[no-untyped-def]
     """Fills codes [N, C] for rows start to stop. x [N, C]; weight [C]; scale, offset [N, groups]."""
     width, span = x.shape[1] // scale.shape[1], tables.span
     target = np.empty(span, np.float32)
@@ -257,11 +257,11 @@ def snap_rows(x, weight, scale, offset, tables, exact, memory, codes, start, sto
             for j in range(span):
                 target[j] = x[n, a + j] - offset[n, a // width]
             part = slice(a, a + span)
-            nearest(target, weight[part], scale[n, a // width], tables, exact, memory, codes[n, part])
+            nearest(target, weight[part], scale[n, a // width], tables, count, memory, codes[n, part])
 
 
 def snap_vectors(
-    x: Tensor, importance: Tensor | None, params: tuple[Tensor, Tensor], book: Codebook, exact: bool
+    x: Tensor, importance: Tensor | None, params: tuple[Tensor, Tensor], book: Codebook, count: int
 ) -> Tensor:
     """The allowed codes of least weighted squared error, uint8 [N, C].
 
@@ -270,10 +270,10 @@ def snap_vectors(
         importance: float32 [C] or None.
         params: (scale, offset), float32 [N, groups] each.
         book: what is allowed.
-        exact: the very nearest codes; else close ones.
+        count: entries near a vector that are compared; 0 for the very nearest of all.
     """
     weight, _ = column_weights(importance, x.shape[1], book.span, x.shape[1])
     codes = np.empty(x.shape, np.uint8)
     arrays = [t.float().contiguous().cpu().numpy() for t in (x, weight, *params)]
-    over_rows(lambda a, b: snap_rows(*arrays, book.tables, exact, workspace(book.tables), codes, a, b), len(codes))
+    over_rows(lambda a, b: snap_rows(*arrays, book.tables, count, workspace(book.tables), codes, a, b), len(codes))
     return torch.from_numpy(codes).to(x.device)

@@ -16,6 +16,9 @@ TABLES = ("iq4_nl", "iq4_xs")
 TERNARY = ("tq1_0", "tq2_0")
 VECTORS = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s")
 NAMES = (*TABLES, *TERNARY, *VECTORS)
+GGML_ERRORS = {"iq1_s": (329.159, None), "iq1_m": (219.007, None), "iq2_s": (112.3606, 60.00032)}
+"""Error of `matrix()` by ggml's encoders (0.26) with importances and without, where these take seconds to prepare."""
+ENCODED = [name for name in NAMES if name not in GGML_ERRORS]
 
 
 def load(name: str, search: str = "default") -> BlockFormat:
@@ -80,7 +83,7 @@ def test_decoding_equals_ggml_and_gguf_py(name: str) -> None:
     assert torch.equal(decoded, torch.from_numpy(reference))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ENCODED)
 def test_what_ggml_encodes_is_unpacked_and_packed_to_the_same_bytes(name: str) -> None:
     fmt = load(name)
     w, importance = matrix(32)
@@ -126,6 +129,13 @@ GAIN = {  # error over ggml's by the fast search: with importances and without, 
     "iq4_xs": (0.862, 0.935),
     "tq1_0": (0.373, 0.42),
     "tq2_0": (0.373, 0.42),
+    "iq1_s": (0.805, None),
+    "iq1_m": (0.835, None),
+    "iq2_xxs": (0.775, None),
+    "iq2_xs": (0.738, None),
+    "iq2_s": (0.775, 0.73),
+    "iq3_xxs": (0.856, 0.574),
+    "iq3_s": (0.86, 0.572),
 }
 
 
@@ -133,8 +143,7 @@ GAIN = {  # error over ggml's by the fast search: with importances and without, 
 @pytest.mark.parametrize("importance_given", [True, False], ids=["weighted", "plain"])
 @pytest.mark.parametrize("name", [*TABLES, *TERNARY])
 def test_no_block_is_worse_than_ggmls_and_the_sum_is_better(name: str, importance_given: bool, search: str) -> None:
-    fmt = load(name, search)
-    w, importance = matrix()
+    fmt, (w, importance) = load(name, search), matrix()
     weight = importance if importance_given else torch.ones_like(importance)
     given = importance if importance_given else None
     params = fmt.fit(w, given)
@@ -146,12 +155,51 @@ def test_no_block_is_worse_than_ggmls_and_the_sum_is_better(name: str, importanc
     assert ours.sum() < GAIN[name][not importance_given] * theirs.sum()
 
 
+@pytest.mark.parametrize("search", ["fast", "default"])
+@pytest.mark.parametrize("importance_given", [True, False], ids=["weighted", "plain"])
+@pytest.mark.parametrize("name", VECTORS)
+def test_vectors_are_closer_than_ggmls(name: str, importance_given: bool, search: str) -> None:
+    """Without importances some of ggml's encoders refuse to run; ours then minimize the plain error all the same."""
+    fmt, (w, importance) = load(name, search), matrix()
+    given = importance if importance_given else None
+    weight = importance if importance_given else torch.ones_like(importance)
+    params, other = fmt.fit(w, given), fmt.fit(w, None if importance_given else importance)
+    ours = weighted(w, fmt.decode(fmt.snap(w, params, given), params), weight).sum()
+    assert ours < weighted(w, fmt.decode(fmt.snap(w, other, given), other), weight).sum()
+    gain = GAIN[name][not importance_given]
+    if name in GGML_ERRORS:
+        theirs = GGML_ERRORS[name][not importance_given]
+    elif gain:
+        packed = ggml_quantize(w, fmt.ggml_type, row_bytes(fmt, 512), given)
+        theirs = weighted(w, ggml_dequantize(packed, name, 512), weight).sum()
+    assert not gain or ours < gain * theirs
+    scaled = params | {"d": params["d"] * (1.03 if search == "fast" else 1.01)}
+    assert weighted(w, fmt.decode(fmt.snap(w, params, given), scaled), weight).sum() > ours
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_codes_that_do_not_go_together_are_refused(name: str) -> None:
+    fmt = load(name)
+    w, _ = matrix(4, 256)
+    params = fmt.fit(w)
+    codes = fmt.snap(w, params)
+    again = fmt.unpack(fmt.pack(codes, params))[0]
+    assert torch.equal(again, codes)
+    wrong = torch.randint(0, len(fmt.levels()), codes.shape, generator=torch.Generator().manual_seed(6))
+    with pytest.raises(NumericsError, match=f"some codes do not go together in {name}"):
+        fmt.pack(wrong.to(torch.uint8), params)
+    if fmt.codebook().signs == "even":
+        codes[0, 0] = len(fmt.levels()) - 1 - codes[0, 0]  # an entry still, but with an odd number of minus signs
+        with pytest.raises(NumericsError, match="do not go together"):
+            fmt.pack(codes, params)
+
+
 @pytest.mark.parametrize("name", TERNARY)
 def test_ternary_scale_equals_brute_force(name: str) -> None:
     fmt = load(name)
-    w, importance = matrix(8, 256)
+    w, importance = matrix(4, 256)
     d = fmt.fit(w, importance)["d"].double()
-    grid = torch.linspace(0, 1, 20001, dtype=torch.float64) * w.abs().amax()
+    grid = torch.linspace(0, 1, 4001, dtype=torch.float64) * w.abs().amax()
     for row, scale in zip(w.double(), d[:, 0], strict=True):
         levels = row.sign() * (row.abs() > grid[:, None] / 2)
         best = ((row - grid[:, None] * levels).square() * importance).sum(1).min()
