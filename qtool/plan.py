@@ -20,6 +20,7 @@ from qtool.recipe.fallback import choose
 from qtool.recipe.findings import Findings
 from qtool.recipe.schema import Recipe, parse_method
 from qtool.recipe.scope import Facts
+from qtool.stats import Stat
 
 DTYPE_BITS = {"f32": 32, "f16": 16, "bf16": 16}
 
@@ -75,6 +76,12 @@ class LayerPlan:
     fallback: str | None
     rule: int
     bits: int
+
+    @property
+    def needs(self) -> frozenset[Stat]:
+        """What has to be measured on its input: for its method, and for a scale that holds for all tokens."""
+        static = self.activations and self.activations.static
+        return (self.method.needs if self.method else frozenset()) | ({Stat.VALUES} if static else set())
 
     @property
     def layer(self) -> Layer | None:

@@ -12,6 +12,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from qtool.numerics.histogram import Histogram
+
 PANEL = 192
 """Smallest width of the strips in which a Gram matrix is accumulated; only strips on and below the diagonal are."""
 
@@ -25,6 +27,8 @@ class Stat(Enum):
     """How inputs drift behind quantized layers: (X_0 - X)^T X, float32 [K, K], X_0 those of the unquantized model."""
     CHANNELS = "channels"
     """Sums of squares and ranges, float32 [K] each: the importance matrix of llama.cpp, and activation scales."""
+    VALUES = "values"
+    """How all numbers of the input are distributed: what a scale is chosen by that holds for every token."""
 
 
 class InputStats:
@@ -35,6 +39,7 @@ class InputStats:
         gram: float32 [K, K], or None where no method asked for it. Its upper half is filled in when it is first read.
         sum_squares: float32 [K].
         low, high: float32 [K], infinite where nobody asked for them.
+        values: of all channels together; None where nobody asked for it.
         drift: (X_0 - X)^T X and X^T X over the tokens that were compared with the unquantized model, float32 [K, K]
             each; None if none were.
         cache: what methods derived from the finished statistics, kept for the next layer that reads this input.
@@ -50,6 +55,7 @@ class InputStats:
         self.sum_squares = torch.zeros(k, device=device)
         self.low = torch.full((k,), torch.inf, device=device)
         self.high = torch.full((k,), -torch.inf, device=device)
+        self.values = Histogram() if Stat.VALUES in needs else None
         self.cache: dict[object, object] = {}
 
     @property
@@ -87,6 +93,8 @@ class InputStats:
             low, high = torch.aminmax(x, dim=0)
             self.low = torch.minimum(self.low, low.float())
             self.high = torch.maximum(self.high, high.float())
+        if self.values:
+            self.values.add(x)
         x = x.float()
         self.tokens += x.shape[0]
         if self._lower is None:
@@ -111,6 +119,8 @@ class InputStats:
         self.sum_squares += other.sum_squares
         self.low = torch.minimum(self.low, other.low)
         self.high = torch.maximum(self.high, other.high)
+        if self.values and other.values:
+            self.values.merge(other.values)
 
     @property
     def absmax(self) -> Tensor:

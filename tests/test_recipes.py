@@ -10,7 +10,7 @@ import pytest
 from qtool import registry
 from qtool.plan import make_plan
 from qtool.recipe.load import find_recipe, list_recipes, load_recipe
-from tests.recipe.shapes import QWEN3_600M, SMOLLM2_135M, TINY, Shapes
+from tests.recipe.shapes import QWEN3_600M, SMOLLM2_135M, TINY, Shapes, carriers
 
 ALL = list_recipes()
 ENTRIES = [entry for entry in ALL if not entry.name.startswith("gguf-")]
@@ -70,8 +70,7 @@ parsed = cache(load_recipe)
 
 def planned(name, config):
     recipe = parsed(name)
-    carriers = {export.to: registry.load("artifact", export.to)() for export in recipe.export}
-    return make_plan(recipe, Shapes(config), carriers)
+    return make_plan(recipe, Shapes(config), carriers(recipe))
 
 
 def test_all_of_them_ship():
@@ -141,7 +140,7 @@ def test_size_is_what_the_header_says(entry):
     (up,) = (p for p in planned(entry.name, UNTIED).layers if p.module.name == "model.layers.1.mlp.up_proj")
     n, k = up.module.shape
     per_row = 16 if "and 16 per row" in stated[0] else 0
-    assert up.bits == pytest.approx(float(stated[1]) * n * k + per_row * n, rel=1e-5)
+    assert up.bits == pytest.approx(float(stated[1]) * n * k + per_row * n, rel=2e-4)
 
 
 def test_groups_of_128_fall_back_where_rows_are_not_divisible():

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from qtool.artifact._files import new_file
-from qtool.checkpoint._base import Layer
+from qtool.checkpoint._base import Layer, Static
 from qtool.checkpoint.config import read_json
 from qtool.errors import CheckpointError
 from qtool.formats._base import Format, Quantized
@@ -32,23 +32,28 @@ class Entry(BaseModel):
 
 
 class LayerEntry(Entry):
-    """A quantized module: its formats as recipes spell them, and (N, K)."""
+    """A quantized module: its formats as recipes spell them, (N, K), and scale and zero point of static inputs."""
 
     format: str | dict[str, Any]
     activations: str | dict[str, Any] | None
     shape: tuple[int, int]
+    static: tuple[float, int] | None = None
 
     @classmethod
-    def of(cls, q: Quantized, activations: Format | None) -> LayerEntry:
+    def of(cls, q: Quantized, layer: Layer) -> LayerEntry:
         """The entry of a matrix."""
-        inputs = None if activations is None else dump_format(activations)
-        return cls(format=dump_format(q.format), activations=inputs, shape=(q.codes.shape[0], q.codes.shape[1]))
+        inputs = None if layer.activations is None else dump_format(layer.activations)
+        shape = (q.codes.shape[0], q.codes.shape[1])
+        return cls(format=dump_format(q.format), activations=inputs, shape=shape, static=layer.static)
 
     def layer(self, module: str) -> Layer:
         """As checkpoints describe it. Raises CheckpointError: no such format."""
         try:
             inputs = None if self.activations is None else parse_format(self.activations)
-            return Layer(parse_format(self.format), inputs)
+            static = None if self.static is None else Static(*self.static)
+            if (static is None) == (inputs is not None and inputs.static):
+                raise ValueError("inputs with one scale for all tokens, and no others, have `static`")
+            return Layer(parse_format(self.format), inputs, static)
         except ValueError as error:
             raise CheckpointError(f"{MANIFEST}: format of {module}: {error}") from error
 

@@ -22,7 +22,7 @@ from qtool.checkpoint.config import read_config
 from qtool.checkpoint.hf import SIDE_FILES
 from qtool.checkpoint.safetensors_io import SafetensorsFile, SafetensorsWriter
 from qtool.errors import CheckpointError, StorageError
-from qtool.formats._base import Format, Quantized
+from qtool.formats._base import Quantized
 from qtool.numerics.bits import unpack
 
 KEEP = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -34,7 +34,6 @@ class NeutralWriter:
     Args:
         folder: created if missing. Blocks that the same run wrote before are kept.
         run: JSON data that identifies the run: fingerprints of recipe, source, calibration, program version.
-        activations: module -> format of its input at run time.
         keep: module -> "source", or the type that its kept weight is cast to: "f32", "f16", "bf16".
 
     Raises:
@@ -46,11 +45,9 @@ class NeutralWriter:
         self,
         folder: Path,
         run: Mapping[str, Any],
-        activations: Mapping[str, Format] | None = None,
         keep: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder
-        self.activations = activations or {}
         casts = {module: dtype for module, dtype in (keep or {}).items() if dtype != "source"}
         self.manifest = Manifest.model_validate({"run": json.loads(json.dumps(run)), "keep": casts, "blocks": {}})
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,24 +69,26 @@ class NeutralWriter:
     def write_block(
         self,
         key: str,
-        layers: Mapping[str, Quantized],
+        matrices: Mapping[str, Quantized],
         record: Any = None,
         kept: Sequence[str] = (),
         source: Checkpoint | None = None,
+        layers: Mapping[str, Layer] | None = None,
     ) -> None:
         """Writes one block and enters it in the manifest.
 
         Args:
             key: file stem: "block-3".
-            layers: codes and parameters by module.
+            matrices: codes and parameters by module.
             record: JSON data that `finished` gives back.
             kept: tensors of `source` to store along, as they are.
             source: where they are read from, one at a time.
+            layers: how inputs are rounded, by module; None: nowhere.
 
         Raises:
             StorageError: the disk is full or not writable.
         """
-        tensors = {f"{m}.weight.{name}": t for m, q in layers.items() for name, t in packed(q).items()}
+        tensors = {f"{m}.weight.{name}": t for m, q in matrices.items() for name, t in packed(q).items()}
         infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
         if source is not None:
             infos |= {name: source.info(name) for name in kept}
@@ -101,7 +100,9 @@ class NeutralWriter:
                     for name in kept:
                         writer.add(name, source.tensor(name))
             nbytes, digest = partial.stat().st_size, sha256(partial)
-        entries = {module: LayerEntry.of(q, self.activations.get(module)) for module, q in layers.items()}
+        entries = {
+            module: LayerEntry.of(q, layers[module] if layers else Layer(q.format)) for module, q in matrices.items()
+        }
         block = BlockEntry(nbytes=nbytes, sha256=digest, layers=entries, record=json.loads(json.dumps(record)))
         self.manifest = self.manifest.model_copy(update={"blocks": self.manifest.blocks | {key: block}})
         self.manifest.save(self.folder)

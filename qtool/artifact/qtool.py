@@ -38,13 +38,12 @@ class Qtool(Artifact):
     def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
         """See `Artifact.write`."""
         groups = _groups(model)
-        activations = {module: layer.activations for module, layer in model.layers.items() if layer.activations}
-        writer = NeutralWriter(out, {"recipe": card.get("recipe_name")}, activations)
+        writer = NeutralWriter(out, {"recipe": card.get("recipe_name")})
         for key, names in groups.items():
             modules = [name.removesuffix(".weight") for name in names]
-            layers = {module: model.quantized(module) for module in modules if module in model.layers}
+            matrices = {module: model.quantized(module) for module in modules if module in model.layers}
             kept = [name for name in names if name.removesuffix(".weight") not in model.layers]
-            writer.write_block(key, layers, kept=kept, source=model)
+            writer.write_block(key, matrices, kept=kept, source=model, layers=model.layers)
         files = [out / MANIFEST, *(out / f"{key}.safetensors" for key in groups)]
         return [*files, *write_side_files(model, out, model.config), write_card(self, model, out, card)]
 

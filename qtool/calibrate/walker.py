@@ -10,7 +10,7 @@ Shape letters: S samples, T tokens per sample, H hidden size, V vocabulary, K in
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from qtool.calibrate.experts import split_experts
 from qtool.calibrate.hidden import MEMORY_LIMIT, Hidden
+from qtool.calibrate.inputs import rounded
 from qtool.calibrate.meta import build_on_meta
 from qtool.calibrate.meter import Meter
 from qtool.calibrate.reference import Reference
 from qtool.calibrate.steps import InStep
-from qtool.checkpoint._base import Checkpoint, Module, QuantizedCheckpoint, modules
+from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, modules
 from qtool.errors import CheckpointError
-from qtool.formats._base import Format
 from qtool.stats import InputStats, Stat
 
 BATCH_TOKENS = 2048
@@ -71,6 +71,7 @@ class Walker:
         self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, all_experts: bool = False
     ) -> None:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+        self.layers = checkpoint.layers if isinstance(checkpoint, QuantizedCheckpoint) else {}
         self.family = checkpoint.family
         self.model = build_on_meta(checkpoint.config, dtype, self.family.attention)
         self.blocks = list(self.model.model.layers)
@@ -190,7 +191,11 @@ class Walker:
         width = 3 * hidden.width + max((m.shape[1] for m in readers.values()), default=0)
         suspend = hidden.samples * hidden.length * width * self.dtype.itemsize <= MEMORY_LIMIT
         flow = InStep(run, list(self.parts(hidden)), list(readers), suspend)
-        hooks = [self.linear(block, m).register_forward_pre_hook(meter.hook(r, flow)) for r, m in readers.items()]
+        hooks = [
+            # a scale that holds for all tokens is chosen by inputs as they are
+            self.linear(block, m).register_forward_pre_hook(meter.hook(r, flow), prepend=Stat.VALUES in needs[r])
+            for r, m in readers.items()
+        ]
         try:
             for reads in flow:
                 yield reads, meter.take(reads)
@@ -207,31 +212,27 @@ class Walker:
                 hidden[part] = self.output(block, i, hidden, part)
 
     @contextmanager
-    def quantized_inputs(self, block: nn.Module, i: int, formats: dict[str, Format] | None = None) -> Iterator[None]:
-        """Within the context, linear layers of the block see inputs rounded as a runtime rounds them, per token.
+    def quantized_inputs(self, block: nn.Module, i: int, layers: Mapping[str, Layer] | None = None) -> Iterator[None]:
+        """Within the context, linear layers of the block see inputs rounded as a runtime rounds them.
 
         Args:
             block: from `load_block(i)`.
             i: its index.
-            formats: input format by module name; None: those that the checkpoint declares.
+            layers: by module name; may change on the way. None: what the checkpoint declares.
         """
-        formats = self.input_formats() if formats is None else formats
-
-        def rounded(fmt: Format) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
-            return lambda _, inputs: quantize_tokens(inputs[0], fmt)
-
-        found = [(m, formats[m.name]) for m in self.modules[i] if m.name in formats]
-        hooks = [self.linear(block, m).register_forward_pre_hook(rounded(f)) for m, f in found]
+        layers = self.layers if layers is None else layers
+        hooks = [
+            self.linear(block, m).register_forward_pre_hook(
+                lambda _, inputs, name=m.name: rounded(inputs[0], layers[name])
+            )
+            for m in self.modules[i]
+            if m.name in layers and layers[m.name].activations
+        ]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
-
-    def input_formats(self) -> dict[str, Format]:
-        """Formats that the checkpoint declares for inputs, by module name."""
-        layers = self.checkpoint.layers if isinstance(self.checkpoint, QuantizedCheckpoint) else {}
-        return {name: layer.activations for name, layer in layers.items() if layer.activations}
 
     def parts(self, hidden: Hidden) -> Iterator[slice]:
         """Samples that are run together."""
@@ -283,8 +284,8 @@ class Walker:
             self.head = self.load_norm(), self.tensor(f"{name}.weight")
         norm, weight = self.head
         x: Tensor = norm(hidden[sample : sample + 1][0, start:].to(self.device))
-        if fmt := self.input_formats().get(self.family.head):
-            x = quantize_tokens(x, fmt)
+        if layer := self.layers.get(self.family.head):
+            x = rounded(x, layer)
         x = x.float()
         logits = x.new_empty(len(x), len(weight))
         step = max(1, TABLE_VALUES // weight.shape[1])
@@ -292,10 +293,3 @@ class Walker:
             torch.mm(x, weight[a : a + step].float().T, out=logits[:, a : a + step])
         cap = self.family.logit_softcap(self.checkpoint.config)
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
-
-
-def quantize_tokens(x: Tensor, fmt: Format) -> Tensor:
-    """Rounds every token's vector as a runtime does, by that vector alone: [..., K] -> same shape and dtype."""
-    rows, fmt = x.flatten(0, -2).float(), fmt.at_run_time()
-    params = fmt.fit(rows)
-    return fmt.decode(fmt.snap(rows, params), params).to(x.dtype).view(x.shape)

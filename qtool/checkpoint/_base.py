@@ -12,14 +12,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qtool.checkpoint.families._base import Family, stacked
 from qtool.errors import CheckpointError, NumericsError
-from qtool.formats._base import Format, Quantized
+from qtool.formats._base import Format, Params, Quantized
 
 
 @dataclass(frozen=True)
@@ -85,17 +85,35 @@ class Checkpoint(ABC):
         return "lm_head.weight" not in self.names()
 
 
+class Static(NamedTuple):
+    """What calibration found for a tensor that a runtime rounds with the same parameters every time.
+
+    Attributes:
+        scale: exact in the type that the format stores scales in.
+        zero: zero point, counted as that of integers is; 0 where there is none.
+    """
+
+    scale: float
+    zero: int = 0
+
+    def params(self) -> Params:
+        """As formats with one scale for a matrix take them, for one row: [1, 1] each."""
+        return {"scale": torch.tensor([[self.scale]]), "zero": torch.tensor([[self.zero]], dtype=torch.int8)}
+
+
 @dataclass(frozen=True)
 class Layer:
     """How a module is quantized.
 
     Attributes:
         format: representation of its weight.
-        activations: representation of its input, chosen per token at run time; None: left alone.
+        activations: representation of its input; None: left alone.
+        static: what its input is rounded with; None: that is chosen per token at run time, or not known yet.
     """
 
     format: Format
     activations: Format | None = None
+    static: Static | None = None
 
 
 class QuantizedCheckpoint(Checkpoint):

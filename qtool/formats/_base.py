@@ -99,6 +99,11 @@ class Format(BaseModel):
         """True if parameters depend on the largest weight of the matrix, and of those that runtimes merge with it."""
         return False
 
+    @property
+    def static(self) -> bool:
+        """True if inputs in this format all have one scale, which no token can choose: calibration has to."""
+        return self.group_rows is None and self.group_columns is None
+
     def given(self, largest: float) -> Format:
         """This format, for matrices whose largest magnitude is known."""
         return self

@@ -8,7 +8,9 @@ from pathlib import Path
 from torch import Tensor
 
 from qtool.artifact._files import check_free, new_folder
-from qtool.errors import UsageError
+from qtool.calibrate.inputs import fit_static
+from qtool.checkpoint._base import Layer
+from qtool.errors import NumericsError, UsageError
 from qtool.evaluate.gates import check_gates
 from qtool.formats._base import Quantized
 from qtool.pipeline import evaluate
@@ -160,21 +162,39 @@ def solve_unit(unit: Unit, job: Job, work: Work, source: Statistics, followed: b
     """
     if (finished := work.entries(unit)) is not None:
         if followed:
-            source.visit(unit, lambda plans, _: {p.module.name: work.weight(p.module.name) for p in plans}, True, True)
+            source.visit(unit, lambda plans, _: {p.module.name: work.solved(p.module.name) for p in plans}, True, True)
         return finished
     solved: dict[str, Quantized] = {}
+    layers: dict[str, Layer] = {}
     entries: list[LayerEntry] = []
 
-    def solve_readers(plans: tuple[LayerPlan, ...], stats: InputStats | None) -> dict[str, Tensor]:
+    def solve_readers(plans: tuple[LayerPlan, ...], stats: InputStats | None) -> dict[str, tuple[Tensor, Layer]]:
         for p in plans:
+            layers[p.module.name] = with_static(p, stats)
             usable = with_enough_data(p, stats, job.plan.recipe.calibration.min_tokens)
             solved[p.module.name], entry = solve(usable, job.checkpoint, stats, job.device, unit.merged(p))
             entries.append(entry if usable is p or stats is None else entry.model_copy(update={"tokens": stats.tokens}))
-        return {p.module.name: solved[p.module.name].decode() for p in plans}
+        return {p.module.name: (solved[p.module.name].decode(), layers[p.module.name]) for p in plans}
 
     source.visit(unit, solve_readers, False, followed)
-    work.save(unit, solved, entries)
+    work.save(unit, solved, layers, entries)
     return entries
+
+
+def with_static(plan: LayerPlan, stats: InputStats | None) -> Layer:
+    """A layer with the scale of its inputs, if that is to be found in calibration.
+
+    Raises:
+        NumericsError: no token reached it.
+    """
+    layer = plan.layer
+    assert layer is not None
+    if not layer.activations or not layer.activations.static:
+        return layer
+    if stats is None or stats.values is None or not stats.tokens:
+        hint = "measure it on more tokens (calibration: samples, experts: all), or let inputs be scaled token by token"
+        raise NumericsError(f"no calibration token reached {plan.module.name}, so its inputs have no scale", hint=hint)
+    return replace(layer, static=fit_static(stats.values, layer.activations))
 
 
 def with_enough_data(plan: LayerPlan, stats: InputStats | None, least: int) -> LayerPlan:

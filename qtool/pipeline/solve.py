@@ -48,7 +48,7 @@ class Unit:
 
     @property
     def needs(self) -> frozenset[Stat]:
-        """Everything that its methods want measured."""
+        """Everything that has to be measured for it."""
         return needs_of(self.layers)
 
     def inputs(self) -> dict[str, tuple[LayerPlan, ...]]:
@@ -65,8 +65,8 @@ class Unit:
 
 
 def needs_of(plans: Iterable[LayerPlan]) -> frozenset[Stat]:
-    """Everything that the methods of some modules want measured."""
-    return frozenset[Stat]().union(*(p.method.needs for p in plans if p.method))
+    """Everything that has to be measured for some modules."""
+    return frozenset[Stat]().union(*(p.needs for p in plans))
 
 
 def units(plan: Plan) -> Iterator[Unit]:

@@ -15,7 +15,7 @@ from qtool.calibrate.reference import Reference
 from qtool.calibrate.store import read_stats
 from qtool.calibrate.tokens import load_tokens
 from qtool.calibrate.walker import Walker
-from qtool.checkpoint._base import Module
+from qtool.checkpoint._base import Layer, Module
 from qtool.errors import CheckpointError, PlanError
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.importance import read_importance
@@ -25,8 +25,8 @@ from qtool.plan import LayerPlan
 from qtool.recipe.schema import Calibration
 from qtool.stats import InputStats, Stat
 
-Solve = Callable[[tuple[LayerPlan, ...], InputStats | None], Mapping[str, Tensor]]
-"""Quantizes modules that read the same input, or knows them already: decoded weights by module name, [N, K]."""
+Solve = Callable[[tuple[LayerPlan, ...], InputStats | None], Mapping[str, tuple[Tensor, Layer]]]
+"""Quantizes modules that read the same input, or knows them: by module name, decoded weight [N, K] and layer."""
 
 
 class Statistics(ABC):
@@ -96,18 +96,19 @@ class Walked(Statistics):
                 solve(plans, self.walker.collect_head(self.hidden, needs[reads]) if reads in needs else None)
             return
         block = self.walker.load_block(unit.block)
+        layers = {p.module.name: p.layer for p in unit.quantized if p.layer and self.quantized}
 
         def settle(plans: tuple[LayerPlan, ...], stats: InputStats | None) -> None:
-            weights = solve(plans, stats)
+            solved = solve(plans, stats)
             for p in plans if self.quantized else ():
-                self.walker.set_weight(block, p.module, weights[p.module.name])
+                weight, layers[p.module.name] = solved[p.module.name]
+                self.walker.set_weight(block, p.module, weight)
 
         for reads in (reads for reads in inputs if reads not in needs):
             settle(inputs[reads], None)
         if not needs and not followed:
             return
-        rounded = {p.module.name: p.activations for p in unit.quantized if p.activations and self.quantized}
-        with self.walker.quantized_inputs(block, unit.block, rounded):
+        with self.walker.quantized_inputs(block, unit.block, layers):
             for reads, stats in self.walker.steps(block, unit.block, self.hidden, needs, self.reference):
                 settle(inputs[reads], stats)
 
@@ -154,8 +155,8 @@ def statistics_for(job: Job, stored: Path | None, listener: Listener) -> Statist
 
 
 def readers(job: Job) -> list[Module]:
-    """The modules whose method wants their input measured."""
-    return [p.module for p in job.plan.layers if p.method and p.method.needs]
+    """The modules whose input has to be measured."""
+    return [p.module for p in job.plan.layers if p.needs]
 
 
 def read(path: Path, job: Job) -> Stored:
@@ -169,6 +170,9 @@ def read(path: Path, job: Job) -> Stored:
     if greedy:
         line = f"{', '.join(sorted(greedy))} needs Gram matrices, which such a file does not hold; run without it"
         raise PlanError([line], f"statistics in {path}")
+    if any(Stat.VALUES in p.needs for p in job.plan.layers):
+        line = "static scales of inputs need to know how these are distributed, which such a file does not hold"
+        raise PlanError([f"{line}; run without it"], f"statistics in {path}")
     if is_imatrix(path):
         sums, told = read_importance(path, job.checkpoint)
         return Stored(sums, sha256(path), told)

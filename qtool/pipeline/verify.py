@@ -51,8 +51,9 @@ def verify(stage: str, written: QuantizedCheckpoint, model: QuantizedCheckpoint,
 
 def inputs(model: QuantizedCheckpoint, module: str) -> str:
     """How a module's inputs are rounded; how their scales are found is the runtime's business and stored nowhere."""
-    activations = model.layers[module].activations
-    return activations.at_run_time().label if activations else "as they are"
+    activations, static = model.layers[module].activations, model.layers[module].static
+    label = activations.at_run_time().label if activations else "as they are"
+    return f"{label}, scale {static.scale!r}, zero point {static.zero}" if static else label
 
 
 def difference(wanted: torch.Tensor, found: torch.Tensor) -> str:

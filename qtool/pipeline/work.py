@@ -15,6 +15,7 @@ from qtool import registry
 from qtool.artifact._files import lock, storage_errors
 from qtool.artifact._manifest import MANIFEST, Manifest
 from qtool.artifact._neutral import NeutralCheckpoint, NeutralWriter
+from qtool.checkpoint._base import Layer
 from qtool.errors import StorageError
 from qtool.formats._base import Quantized
 from qtool.pipeline.events import Event, Listener
@@ -35,9 +36,8 @@ class Work:
     def __init__(self, folder: Path, job: Job, run: Mapping[str, Any]) -> None:
         self.folder, self.source = folder, job.checkpoint
         layers = job.plan.layers
-        activations = {p.module.name: p.activations for p in layers if p.activations}
         keep = {p.module.name: p.keep for p in layers if p.format is None}
-        self.writer = NeutralWriter(folder, run, activations, keep)
+        self.writer = NeutralWriter(folder, run, keep)
         self.finished: dict[str, Any] = self.writer.finished()
         self.earlier = self.model() if self.finished else None
 
@@ -46,14 +46,16 @@ class Work:
         record = self.finished.get(unit.name) if unit.quantized else []
         return None if record is None else [LayerEntry.model_validate(entry) for entry in record]
 
-    def weight(self, module: str) -> Tensor:
-        """float32 [N, K], decoded, of a module that an earlier run finished."""
+    def solved(self, module: str) -> tuple[Tensor, Layer]:
+        """The weight, decoded, float32 [N, K], of a module that an earlier run finished, and how it is quantized."""
         assert self.earlier is not None
-        return self.earlier.quantized(module).decode()
+        return self.earlier.quantized(module).decode(), self.earlier.layers[module]
 
-    def save(self, unit: Unit, solved: Mapping[str, Quantized], entries: list[LayerEntry]) -> None:
+    def save(
+        self, unit: Unit, solved: Mapping[str, Quantized], layers: Mapping[str, Layer], entries: list[LayerEntry]
+    ) -> None:
         """Writes a unit, whole or not at all."""
-        self.writer.write_block(unit.name, solved, [entry.model_dump(mode="json") for entry in entries])
+        self.writer.write_block(unit.name, solved, [entry.model_dump(mode="json") for entry in entries], layers=layers)
 
     def model(self) -> NeutralCheckpoint:
         """What is finished, together with the source's other tensors."""

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from qtool.artifact.compressed_tensors import CompressedTensors
-from qtool.calibrate.walker import quantize_tokens
+from qtool.calibrate.inputs import quantize_tokens
 from qtool.checkpoint._base import Layer
 from qtool.errors import CheckpointError, PlanError
 from qtool.formats._base import Quantized

@@ -294,7 +294,7 @@ REFUSED = [
     ),
     pytest.param(
         {"fmt": Int(bits=8, group="channel"), "activations": Int(bits=8, group="tensor")},
-        "inputs of int8-channel weights are int8-token or int8-token-asym or left alone, not int8-tensor",
+        r"model\.layers\.0\.self_attn\.q_proj: nobody measured its inputs",
         id="per-tensor-inputs",
     ),
     pytest.param(
@@ -404,15 +404,15 @@ def test_damaged_artifacts(damage, message, tiny_checkpoint, tmp_path):
 
 
 def test_inputs_with_calibrated_scales_are_read_but_not_exported(tiny_checkpoint, tmp_path):
-    """No format of qtool says how such inputs are rounded, so nothing else may claim to be the same model."""
+    """No format of qtool says how these inputs are rounded, so nothing else may claim to be the same model."""
     model = quantize(tiny_checkpoint("llama"), Int(bits=8, group="channel"), TOKEN8)
     write(model, tmp_path / "a")
-    static = {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False}
+    static = {"num_bits": 8, "type": "int", "strategy": "channel", "dynamic": False}
     change_group(input_activations=static)(tmp_path / "a")
     change_tensors(lambda t: t.update({f"{m}.input_scale": torch.ones(1) for m in model.layers}))(tmp_path / "a")
     found = CompressedTensors().open(tmp_path / "a")
     assert set(found.decoded) == set(model.layers)
-    assert set(found.decoded.values()) == {"its inputs have calibrated scales"}
+    assert set(found.decoded.values()) == {"its inputs have calibrated scales that qtool does not read"}
     assert torch.equal(found.tensor(f"{UP}.weight"), model.tensor(f"{UP}.weight"))
     with pytest.raises(PlanError, match="its inputs have calibrated scales"):
         write(found, tmp_path / "b")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch.testing import assert_close
 
-from qtool.calibrate.walker import Walker, quantize_tokens
+from qtool.calibrate.inputs import quantize_tokens
+from qtool.calibrate.walker import Walker
+from qtool.checkpoint._base import Layer
 from qtool.formats.int import Int
 from tests.artifact.conftest import quantize
 from tests.calibrate.test_walker import CPU, TOKENS, through_all_blocks
@@ -51,7 +53,8 @@ def test_inputs_are_rounded_where_asked_and_while_asked(llama):
     block, hidden = llama.load_block(0), llama.embed(TOKENS[:2, :16])
     plain = inputs_in_walk(llama, block, hidden)
     name = "model.layers.0.self_attn.v_proj"
-    with llama.quantized_inputs(block, 0, {name: PER_TOKEN, "model.layers.1.mlp.up_proj": PER_TOKEN}):
+    layers = dict.fromkeys((name, "model.layers.1.mlp.up_proj"), Layer(PER_TOKEN, PER_TOKEN))
+    with llama.quantized_inputs(block, 0, layers):
         rounded = inputs_in_walk(llama, block, hidden)
     assert_close(rounded[name], rounded_token_by_token(plain[name]), rtol=1e-6, atol=0)
     for untouched in ("self_attn.q_proj", "self_attn.k_proj"):  # of the same input
@@ -68,12 +71,12 @@ def test_declared_inputs_are_rounded_on_the_way_and_before_the_head(tiny_checkpo
     plain = quantize(folder, weights, None, head=weights, q=None)
     walkers = [Walker(checkpoint, CPU, torch.float32) for checkpoint in (declared, plain)]
     hidden, want = (walker.embed(TOKENS) for walker in walkers)
-    formats = dict.fromkeys(declared.layers, PER_TOKEN)
-    assert len(formats) == 2 * 6 + 1
+    layers = dict.fromkeys(declared.layers, Layer(weights, PER_TOKEN))
+    assert len(layers) == 2 * 6 + 1
     for i in range(2):
         walkers[0].advance(walkers[0].load_block(i), i, hidden)
         block = walkers[1].load_block(i)
-        with walkers[1].quantized_inputs(block, i, formats):
+        with walkers[1].quantized_inputs(block, i, layers):
             walkers[1].advance(block, i, want)
     assert torch.equal(hidden.values, want.values)
     assert not torch.equal(hidden.values, through_all_blocks(walkers[1], TOKENS).values)

@@ -9,8 +9,9 @@ and scales are stored as they are, so nothing is lost.
 transformers decodes with compressed-tensors: packed widths of 3, 5, 6 and 7 bits need version 0.18 of it, blocks of FP8
 0.19, MXFP4 0.16. It decodes MXFP4, MXFP8 and NVFP4 to bfloat16 whatever the model's type, so such a model has to have
 that type there. A model that mixes asymmetric formats with others is for vLLM only: transformers 5.23 cannot load
-packed zero points beside a second scheme. Of mixtures of experts, it loads those whose experts are packed and symmetric,
-FP8 or MXFP4; it refuses other experts, and decodes NVFP4 ones without their global scale: such models are for vLLM only.
+packed zero points beside a second scheme. Of mixtures of experts, it loads those whose experts are packed and
+symmetric, FP8 or MXFP4; it refuses other experts, and decodes NVFP4 ones without their global scale: such models are
+for vLLM only. INT8 and FP8 inputs may have one calibrated scale.
 Layout: https://github.com/vllm-project/compressed-tensors
 """
 
@@ -26,6 +27,7 @@ from qtool.artifact._base import Artifact, Carry
 from qtool.artifact._integers import model_dtype
 from qtool.artifact._packed import Infos, write_packed
 from qtool.artifact._packed import quantization_config as quantization_config_of
+from qtool.artifact.compressed_tensors import _inputs
 from qtool.artifact.compressed_tensors._config import METHOD, kind_of, quantization_config, refusal
 from qtool.artifact.compressed_tensors._kinds import Kind
 from qtool.artifact.compressed_tensors._reader import CompressedCheckpoint
@@ -72,10 +74,11 @@ class CompressedTensors(Artifact):
             return found
 
         def parts(module: str, fmt: Format, n: int, k: int) -> Infos:
-            return kind(module).infos(fmt, n, k, dtype)
+            return kind(module).infos(fmt, n, k, dtype) | _inputs.infos(model.layers[module], dtype)
 
         def encoded(module: str, quantized: Quantized) -> Mapping[str, Tensor]:
-            return kind(module).encode(quantized, module, dtype)
+            inputs = _inputs.encode(model.layers[module], module, dtype)
+            return kind(module).encode(quantized, module, dtype) | inputs
 
         config = model.config | {"quantization_config": quantization_config(model)} if model.layers else model.config
         return write_packed(self, model, out, card, config, parts, encoded)

@@ -18,6 +18,8 @@ from qtool.artifact.compressed_tensors._kinds import (
     FP8_BLOCK_INPUTS,
     FP8_INPUTS,
     INT8_INPUTS,
+    STATIC_FP8,
+    STATIC_INT8,
     Arguments,
     Kind,
     spelled,
@@ -35,11 +37,14 @@ INPUTS: tuple[tuple[Format, dict[str, Any]], ...] = (
     (INT8_INPUTS[0], spelled(8, "int", "token", dynamic=True)),
     (INT8_INPUTS[1], spelled(8, "int", "token", symmetric=False, dynamic=True)),
     (FP8_INPUTS, spelled(8, "float", "token", dynamic=True)),
+    (STATIC_INT8[0], spelled(8, "int", "tensor")),
+    (STATIC_INT8[1], spelled(8, "int", "tensor", symmetric=False)),
+    (STATIC_FP8, spelled(8, "float", "tensor")),
     (FP8_BLOCK_INPUTS, spelled(8, "float", "group", 128, dynamic=True)),
     (MXFP8(), spelled(8, "float", "group", 32, dynamic=True, scale_dtype=EXPONENT)),
     (MXFP4(), spelled(4, "float", "group", 32, dynamic=True, scale_dtype=EXPONENT)),
 )
-"""Inputs whose scales are found at run time, and what config.json says of them."""
+"""Inputs, and what config.json says of them."""
 
 
 def kind_of(layer: Layer) -> Kind | None:
@@ -121,7 +126,7 @@ def _scheme(layer: Layer) -> dict[str, Any]:
 
 
 def input_format(told: Arguments) -> Format | None:
-    """The format of inputs that config.json describes, if their scales are found at run time; None: no such format."""
+    """The format of inputs that config.json describes; None: no such format."""
     for fmt, keys in INPUTS:
         wanted = Arguments.model_validate({k: v for k, v in keys.items() if v is not None})
         if (told.grouping, *_content(told)) == (wanted.grouping, *_content(wanted)):

@@ -19,7 +19,16 @@ from torch import Tensor
 from qtool.artifact._floats import from_bits, to_bits
 from qtool.artifact._integers import exact
 from qtool.artifact._packed import Infos
-from qtool.artifact.compressed_tensors._kinds import FP8_BLOCK_INPUTS, FP8_INPUTS, SCALE, Arguments, Kind, Read, spelled
+from qtool.artifact.compressed_tensors._kinds import (
+    FP8_BLOCK_INPUTS,
+    FP8_INPUTS,
+    SCALE,
+    STATIC_FP8,
+    Arguments,
+    Kind,
+    Read,
+    spelled,
+)
 from qtool.checkpoint._base import TensorInfo
 from qtool.errors import PlanError
 from qtool.formats._base import Format, Quantized
@@ -55,7 +64,7 @@ class FP8(Kind):
             or not (fmt.group in ("channel", "tensor") or is_block(fmt))
         ):
             return None
-        return (FP8_BLOCK_INPUTS,) if is_block(fmt) else (FP8_INPUTS,)
+        return (FP8_BLOCK_INPUTS,) if is_block(fmt) else (FP8_INPUTS, STATIC_FP8)
 
     def since(self, fmt: Format) -> str:
         """See `Kind.since`. vLLM, which does not decode, reads blocks with an older one."""
@@ -113,7 +122,7 @@ class NaiveFP8(FP8):
 
     def inputs(self, fmt: Format) -> tuple[Format | None, ...] | None:
         """See `Kind.inputs`. vLLM runs weights in blocks with quantized inputs only."""
-        return (None,) if super().inputs(fmt) == (FP8_INPUTS,) else None
+        return (None,) if super().inputs(fmt) == (FP8_INPUTS, STATIC_FP8) else None
 
 
 class MX8(Kind):

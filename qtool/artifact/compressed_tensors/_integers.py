@@ -17,7 +17,16 @@ from torch import Tensor
 
 from qtool.artifact._integers import as_integers, integers
 from qtool.artifact._packed import Infos
-from qtool.artifact.compressed_tensors._kinds import FP8_INPUTS, INT8_INPUTS, SCALE, Arguments, Kind, Read, spelled
+from qtool.artifact.compressed_tensors._kinds import (
+    FP8_INPUTS,
+    INT8_INPUTS,
+    SCALE,
+    STATIC_INT8,
+    Arguments,
+    Kind,
+    Read,
+    spelled,
+)
 from qtool.checkpoint._base import TensorInfo
 from qtool.formats._base import Format, Quantized
 from qtool.formats.int import Int
@@ -112,7 +121,7 @@ class Plain(Kind):
         """See `Kind.inputs`."""
         if not isinstance(fmt, Int) or fmt.bits != 8 or not fmt.symmetric or fmt.group not in ("channel", "tensor"):
             return None
-        return INT8_INPUTS
+        return (*INT8_INPUTS, *STATIC_INT8)
 
     def arguments(self, fmt: Format) -> dict[str, Any]:
         """See `Kind.arguments`."""

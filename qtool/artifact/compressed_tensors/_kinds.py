@@ -23,6 +23,8 @@ Read = Callable[..., Tensor]
 
 INT8_INPUTS: tuple[Format, ...] = (Int(bits=8, group="token"), Int(bits=8, group="token", symmetric=False))
 FP8_INPUTS = FP(element="e4m3", group="token")
+STATIC_INT8: tuple[Format, ...] = (Int(bits=8, group="tensor"), Int(bits=8, group="tensor", symmetric=False))
+STATIC_FP8 = FP(element="e4m3", group="tensor")
 FP8_BLOCK_INPUTS = FP(element="e4m3", group=128)
 
 

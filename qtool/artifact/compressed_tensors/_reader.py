@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qtool.artifact._packed import SCALE_DTYPES, Infos, PackedCheckpoint, Packing
+from qtool.artifact.compressed_tensors import _inputs
 from qtool.artifact.compressed_tensors._config import METHOD
 from qtool.artifact.compressed_tensors._integers import with_gaps
 from qtool.artifact.compressed_tensors._kinds import SCALE
@@ -43,8 +44,9 @@ class CompressedCheckpoint(PackedCheckpoint):
     def _packing(self, module: str, n: int, k: int, found: Infos) -> Packing:
         """See `PackedCheckpoint._packing`."""
         scheme = self._schemes.find(module, SCALE_DTYPES.get(found[SCALE].dtype, "bf16"))
-        kind, layer = scheme.kind, scheme.layer
-        self._found[module] = scheme
+        kind = scheme.kind
+        layer = _inputs.decode(scheme.layer, found, partial(self._read, module), f"{self.source}: {module}")
+        self._found[module] = scheme._replace(layer=layer)
         if reason := layer.format.misfit(k):
             raise CheckpointError(f"{self.source}: {module}: {reason}")
         model_dtype = found[SCALE].dtype if found[SCALE].dtype in SCALE_DTYPES else next(iter(SCALE_DTYPES))

@@ -33,7 +33,7 @@ class Scheme(NamedTuple):
 
     Attributes:
         kind: its layout.
-        layer: its formats; those of inputs only if their scales are found at run time.
+        layer: its formats; without what static inputs are rounded with.
         reason: what else is to be known of its inputs, that no other layout is given; empty if nothing.
     """
 
@@ -94,9 +94,10 @@ class Schemes:
         inputs = group.input_activations
         if inputs is None:
             return Scheme(kind, Layer(fmt), "")
-        if inputs.dynamic is not True:
-            return Scheme(kind, Layer(fmt), "its inputs have calibrated scales")
-        if (activations := input_format(inputs)) is None:
+        activations = input_format(inputs)
+        if activations is None and inputs.dynamic is not True:
+            return Scheme(kind, Layer(fmt), "its inputs have calibrated scales that qtool does not read")
+        if activations is None:
             wanted = "inputs that qtool knows, scaled at run time"
             raise CheckpointError(f"{self.where}: {module}", wanted=wanted, found=inputs)
         return Scheme(kind, Layer(fmt, activations), "")

@@ -1,0 +1,124 @@
+"""One scale for all tokens: how numbers are counted, and how the scale is chosen, against plain loops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from qtool.calibrate.inputs import fit_static, quantize_static
+from qtool.checkpoint._base import Static
+from qtool.formats.fp import FP
+from qtool.formats.int import Int
+from qtool.numerics.histogram import BINS, Histogram
+from qtool.recipe.schema import parse_format
+from qtool.stats import InputStats, Stat
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def counted(*batches):
+    values = Histogram()
+    for batch in batches:
+        values.add(batch)
+    return values
+
+
+def test_every_number_is_in_the_bin_that_it_is_nearest_to():
+    batches = [random(40, 16), random(40, 16, seed=1) * 9, torch.zeros(3, 16)]
+    values, together = counted(*batches), torch.cat(batches)
+    assert (values.low, values.high) == (float(together.min()), float(together.max()))
+    assert values.reach == 32  # the largest is near 28
+    assert float(values.counts.sum()) == together.numel()
+    width = 2 * values.reach / BINS
+    expected = torch.zeros(BINS)
+    for x in together.flatten().tolist():
+        expected[int((x + values.reach) / width)] += 1
+    assert float((values.counts - expected).abs().sum()) <= 4  # numbers on the border of two bins
+    assert_close(values.centers()[[0, -1]], torch.tensor([-32 + width / 2, 32 - width / 2]))
+
+
+@pytest.mark.parametrize("factors", [(1, 30), (30, 1), (1e-3, 1)], ids=["grows", "shrinks", "leaps"])
+def test_parts_merge_to_the_whole(factors):
+    a, b = random(50, 8) * factors[0], random(50, 8, seed=1) * factors[1]
+    merged, whole = counted(a), counted(b, a)
+    merged.merge(counted(b))
+    assert torch.equal(merged.counts, whole.counts)
+    assert (merged.low, merged.high, merged.reach) == (whole.low, whole.high, whole.reach)
+    merged.merge(Histogram())
+    assert torch.equal(merged.counts, whole.counts)
+
+
+def test_it_is_measured_where_asked_for():
+    x = random(20, 8)
+    stats = InputStats(8, frozenset({Stat.VALUES}))
+    stats.add(x[:7].bfloat16())
+    other = InputStats(8, frozenset({Stat.VALUES}))
+    other.add(x[7:])
+    stats.merge(other)
+    assert stats.values.high == float(torch.cat([x[:7].bfloat16().float(), x[7:]]).max())
+    assert float(stats.values.counts.sum()) == 160
+    assert InputStats(8, frozenset({Stat.CHANNELS})).values is None
+
+
+def by_loop(x, fmt, static):
+    """Every number on its own, as a runtime rounds it."""
+    out = []
+    for v in x.flatten().double().tolist():
+        if isinstance(fmt, FP):
+            q = float(torch.tensor(max(min(v / static.scale, 448.0), -448.0)).to(torch.float8_e4m3fn))
+        else:
+            q = min(max(round(v / static.scale) + static.zero, -128), 127) - static.zero
+        out.append(q * static.scale)
+    return torch.tensor(out).view(x.shape)
+
+
+@pytest.mark.parametrize(
+    ("label", "static"),
+    [("int8-tensor", Static(0.03)), ("int8-tensor-asym", Static(0.02, -57)), ("fp8-tensor", Static(0.005))],
+    ids=["int8", "int8-asym", "fp8"],
+)
+def test_all_numbers_are_rounded_with_the_same_scale(label, static):
+    x, fmt = random(2, 5, 32), parse_format(label)
+    assert_close(quantize_static(x, fmt, static), by_loop(x, fmt, static), rtol=1e-5, atol=1e-6)
+    assert quantize_static(x.bfloat16(), fmt, static).dtype == torch.bfloat16
+
+
+def error(x, fmt, static):
+    return float((by_loop(x, fmt, static) - x).double().square().sum())
+
+
+@pytest.mark.parametrize("label", ["int8-tensor", "int8-tensor-asym", "int4-tensor", "fp8-tensor", "fp4-tensor"])
+def test_the_search_leaves_less_error_than_covering_everything(label):
+    x = random(60, 32) + 0.5
+    x[0, :3] = torch.tensor([70.0, -35.0, 50.0])
+    fmt = parse_format(label)
+    fmt = fmt.model_copy(update={"scale_dtype": "fp32"})
+    found = fit_static(counted(x), fmt)
+    covering = fit_static(counted(x), fmt.model_copy(update={"scales": "minmax"}))
+    ours, wide = (float((quantize_static(x, fmt, s) - x).square().sum()) for s in (found, covering))
+    assert ours <= wide * 1.001
+    if label.startswith("int8"):
+        assert ours == pytest.approx(error(x, fmt, found), rel=1e-3)
+    tried = [Static(covering.scale * f, covering.zero) for f in torch.linspace(0.02, 1.2, 60).tolist()]
+    best = min(float((quantize_static(x, fmt, s) - x).square().sum()) for s in tried)
+    assert ours <= best * 1.03
+
+
+def test_covering_is_what_the_ends_say():
+    x = torch.tensor([[-1.0, 0.5, 3.0]])
+    fields = {"bits": 8, "group": "tensor", "scales": "minmax", "scale_dtype": "fp32"}
+    assert fit_static(counted(x), Int(**fields)) == Static(pytest.approx(3 / 127.5))
+    found = fit_static(counted(x), Int(**fields, symmetric=False))
+    assert found == Static(pytest.approx(4 / 255), -64)
+    fp8 = FP(element="e4m3", group="tensor", scales="minmax", scale_dtype="fp32")
+    assert fit_static(counted(x), fp8) == Static(pytest.approx(3 / 448))
+    assert fit_static(counted(torch.ones(4) * 2), Int(**fields, symmetric=False)).scale == pytest.approx(2 / 255)
+
+
+def test_the_scale_is_exact_in_the_type_that_it_is_stored_in():
+    for label in ("int8-tensor", "fp8-tensor"):
+        scale = fit_static(counted(random(9, 9)), parse_format(label)).scale
+        assert scale == float(torch.tensor(scale).bfloat16())
