@@ -17,6 +17,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import ClassVar, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import Self
@@ -26,13 +27,12 @@ from qtool.formats._base import Format, Params, Quantized, expand
 from qtool.formats._scaled import Scaled
 from qtool.formats.biased import Biased
 from qtool.formats.int import Int
-from qtool.numerics import search
+from qtool.numerics import block_search
+from qtool.numerics.block_search import EFFORT, PLAIN, Grid
 
 FP16_MAX = 65504.0
 CHUNK = 1 << 21
 """Weights that a search works on at once, so that its memory does not grow with the matrix."""
-STEPS = {"fast": 8, "default": search.STEPS, "thorough": 3 * search.STEPS}
-"""Clipping ratios that the search of a classic type tries."""
 
 
 def fp16(values: Tensor, label: str) -> Tensor:
@@ -143,9 +143,10 @@ class Classic(BlockFormat):
         """See `Format.fit`."""
         if self.search == "ggml":
             return self.stored(*self.ggml_scales(w))
-        rows = max(1, CHUNK // w.shape[1])
-        parts = [self._search(w[i : i + rows], importance) for i in range(0, w.shape[0], rows)]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        lowest, span = np.float32(self.lowest), np.float32(self.ggml_range)
+        grid = Grid(lowest, lowest + np.float32((1 << self.bits) - 1), self.offset, span)
+        plain = self.bits == 8 and self.search == "fast"  # ggml does not search there, which is hard to outrun
+        return self.stored(*block_search.search(w, importance, grid, PLAIN if plain else EFFORT[self.search]))
 
     def ggml_scales(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """(d, m) of ggml's encoder before they are rounded to fp16, float32 [N, G] each."""
@@ -175,25 +176,6 @@ class Classic(BlockFormat):
             tie = (x - whole).abs() == 0.5
             return (torch.where(tie, whole + x.sign(), x.round()) - self.lowest).to(torch.uint8)
         return (x + (0.5 - self.lowest)).floor().clamp(0, (1 << self.bits) - 1).to(torch.uint8)
-
-    def _search(self, w: Tensor, importance: Tensor | None) -> Params:
-        """The better of a search and ggml's parameters, per block: float32 [N, C] -> fp16 [N, G] each."""
-        highest = self.lowest + (1 << self.bits) - 1
-        if self.offset:
-            ours = self.stored(*search.free_offset(w, importance, self.columns, highest, STEPS[self.search]))
-        else:
-            scale = search.symmetric(w, importance, self.columns, self.lowest, highest, STEPS[self.search])
-            ours = self.stored(scale, torch.zeros_like(scale))
-        ggml = self.stored(*self.ggml_scales(w))
-        better = self._error(w, importance, ours) < self._error(w, importance, ggml)
-        return {name: torch.where(better, ours[name], ggml[name]) for name in ours}
-
-    def _error(self, w: Tensor, importance: Tensor | None, params: Params) -> Tensor:
-        """Weighted squared error per block after rounding to the nearest level, float32 [N, G]."""
-        error = (self.decode(super().snap(w, params), params) - w).square_()
-        if importance is not None:
-            error *= importance
-        return error.reshape(w.shape[0], -1, self.columns).sum(-1)
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:
         """See `BlockFormat.pack`. Byte j holds column j in its low and column j + 16 in its high nibble."""

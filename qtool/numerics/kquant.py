@@ -124,7 +124,7 @@ def own_start(x, weight, reach, near, grid, table, sums, a, b, f):  # type: igno
         rg = reach[g * grid.width : (g + 1) * grid.width]
         if grid.minima:
             scale[g], offset[g], curvature[g], level[g], total[g] = free_offset(
-                xg, wg, rg, near, table, grid.highest, sums
+                xg, wg, rg, near, F32(0), table, grid.highest, sums
             )
         else:
             scale[g], curvature[g], ggml[g] = free_scale(xg, wg, rg, near, table, grid.lowest, grid.highest, sums)

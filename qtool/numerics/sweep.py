@@ -28,8 +28,8 @@ def signed_trials(lowest: int, count: int) -> np.ndarray:
     The first trials are those of ggml's search. Which end of the grid the largest weight takes matters to coarse ones.
     """
     ratios = [1 - 0.1 * i / lowest for i in NEAREST_FIRST]
-    signs = (1, -1) if lowest > -16 else (1,)
-    own = clip_ratios(-2 * lowest, -(-(count - len(ratios)) // len(signs)))
+    signs = (1, -1) if lowest >= -16 else (1,)
+    own = clip_ratios(-2 * lowest, max(0, -(-(count - len(ratios)) // len(signs))))
     ratios += [sign * ratio for ratio in own for sign in signs]
     return np.stack([np.array(ratios[:count]), np.zeros(count)]).astype(np.float32)
 
@@ -93,13 +93,13 @@ def sweep_offset(x, weight, total, mean, low, high, table, highest, sums):  # ty
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def free_offset(x, weight, reach, near, table, highest, sums):  # type: ignore[no-untyped-def]
-    """The best (scale, offset <= 0) of a group [C], how much an error of the scale counts, the mean level, and sum(w).
+def free_offset(x, weight, reach, near, most, table, highest, sums):  # type: ignore[no-untyped-def]
+    """The best (scale, offset <= most) of a group [C], how much an error of the scale counts, mean level, sum(w).
 
     Where columns that hardly count set the group's range (reach [C], see `search.prepared`), the range without them is
     tried too, if it is shorter than `near` times the whole. table [2, T]; sums [4, T] is scratch.
     """
-    low, high, near_low, near_high, total, mean = F32(0), x[0], F32(0), x[0] * reach[0], F32(0), F32(0)
+    low, high, near_low, near_high, total, mean = most, x[0], most, x[0] * reach[0], F32(0), F32(0)
     for j in range(len(x)):
         low, high = min(low, x[j]), max(high, x[j])
         near_low, near_high = min(near_low, x[j] * reach[j]), max(near_high, x[j] * reach[j])
@@ -107,7 +107,7 @@ def free_offset(x, weight, reach, near, table, highest, sums):  # type: ignore[n
         mean += weight[j] * x[j]
     mean /= total
     if high <= low:
-        return F32(0), min(mean, F32(0)), F32(0), F32(0), total
+        return F32(0), min(mean, most), F32(0), F32(0), total
     t = sweep_offset(x, weight, total, mean, low, high, table, highest, sums)
     gain, curvature, level = sums[0, t], sums[1, t], sums[3, t] / total
     scale = sums[2, t] / max(sums[1, t], EPSILON)
@@ -115,7 +115,7 @@ def free_offset(x, weight, reach, near, table, highest, sums):  # type: ignore[n
         t = sweep_offset(x, weight, total, mean, near_low, near_high, table, highest, sums)
         if sums[0, t] > gain:
             curvature, level, scale = sums[1, t], sums[3, t] / total, sums[2, t] / sums[1, t]
-    return scale, min(mean - scale * level, F32(0)), curvature, level, total
+    return scale, min(mean - scale * level, most), curvature, level, total
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")

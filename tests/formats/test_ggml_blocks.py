@@ -111,15 +111,21 @@ def test_search_is_never_worse_than_ggml_and_better_in_sum(name, weighted):
     assert ours[:40].sum() < gain * theirs[:40].sum()
 
 
+@pytest.mark.parametrize("search", ["fast", "default", "thorough"])
 @pytest.mark.parametrize("name", ["q4_0", "q4_1", "q5_0", "q5_1"])
-def test_weighted_search_beats_ggmls_importance_matrix(name):
-    fmt = registry.load("formats", name)()
+def test_weighted_search_is_never_worse_than_ggmls_and_better_in_sum(name, search):
+    fmt = registry.load("formats", name)(search=search)
     g = torch.Generator().manual_seed(5)
     w, importance = torch.randn(256, 256, generator=g), torch.randn(256, generator=g).mul(1.5).exp()
+
+    def errors(w_hat):
+        return ((w_hat - w).square() * importance).double().reshape(256, 8, 32).sum(-1)
+
     params = fmt.fit(w, importance)
-    ours = fmt.decode(fmt.snap(w, params), params)
-    theirs = ggml_dequantize(ggml_quantize(w, fmt.ggml_type, 8 * fmt.block_bytes, importance), name, 256)
-    assert ((ours - w).square() * importance).sum() < ((theirs - w).square() * importance).sum()
+    ours = errors(fmt.decode(fmt.snap(w, params), params))
+    theirs = errors(ggml_dequantize(ggml_quantize(w, fmt.ggml_type, 8 * fmt.block_bytes, importance), name, 256))
+    assert (ours <= theirs * 1.003).all()
+    assert ours.sum() < {"q4_0": 0.94, "q4_1": 0.93, "q5_0": 0.93, "q5_1": 0.9}[name] * theirs.sum()
 
 
 @pytest.mark.parametrize("name", NAMES)

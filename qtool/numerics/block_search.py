@@ -1,0 +1,155 @@
+"""Error-minimizing scales, and minima, of blocks of 32 columns with one fp16 scale each: GGUF's classic types.
+
+    w_hat = d * l + m        levels l are consecutive integers; d and m fp16, m is 0 where a type has none
+
+Every block takes the best of ggml's own choices, without importance and with it (https://github.com/ggml-org/llama.cpp),
+and of a wider sweep over clipping ratios that is closed by least squares; from there codes and parameters alternate.
+Without m the sweep makes ggml's trials as well, and least squares for the true importance are never worse than ggml's,
+which counts large weights for more.
+
+Shape letters: N rows, C columns, G blocks of a row, T trials of a sweep.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from qtool.numerics import ggml_search
+from qtool.numerics.ggml_search import F32, FAST
+from qtool.numerics.kquant import FLOOR, group_error, moments
+from qtool.numerics.parallel import over_rows
+from qtool.numerics.search import prepared
+from qtool.numerics.sweep import free_offset, free_scale, half, offset_trials, signed_trials
+
+WIDTH = 32
+
+
+class Grid(NamedTuple):
+    """One block type.
+
+    Attributes:
+        lowest, highest: first and last level.
+        minima: whether blocks have m.
+        span: ggml's plain encoder divides a block's extreme, or its range, by this; its size where it is positive.
+    """
+
+    lowest: np.float32
+    highest: np.float32
+    minima: bool
+    span: np.float32
+
+
+class Effort(NamedTuple):
+    """How hard to search.
+
+    Attributes:
+        trials: of the sweep; 0: ggml's plain choice is all there is.
+        near: see `sweep.free_offset`.
+        rounds: alternations after the sweep.
+    """
+
+    trials: int
+    near: np.float32
+    rounds: int
+
+
+PLAIN = Effort(0, F32(0), 0)
+EFFORT = {"fast": Effort(32, F32(0.4), 0), "default": Effort(64, F32(0.75), 3), "thorough": Effort(160, F32(0.75), 10)}
+
+
+@njit(nogil=True, cache=True, fastmath={"nnan", "nsz"}, error_model="numpy")
+def plain(x, grid):  # type: ignore[no-untyped-def]
+    """(scale, offset) of ggml's encoder without importance, to the last bit."""
+    low, high, extreme = x[0], x[0], x[0]
+    for j in range(len(x)):
+        low, high = min(low, x[j]), max(high, x[j])
+        extreme = x[j] if abs(x[j]) > abs(extreme) else extreme
+    if grid.minima:
+        return (high - low) / grid.span, low
+    return (abs(extreme) if grid.span > 0 else extreme) / grid.span, F32(0)
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def closed_form(x, weight, scale, offset, grid):  # type: ignore[no-untyped-def]
+    """(scale, offset) by least squares for the codes that a present pair gives."""
+    w, wl, wll, wr, wrl = moments(x, weight, scale, offset, grid.lowest, grid.highest)
+    if not grid.minima:
+        return (scale + wrl / wll if wll > 0 else scale), F32(0)
+    spread = w * wll - wl * wl
+    if spread <= F32(1e-6) * w * wll:
+        return scale, offset
+    return scale + (w * wrl - wl * wr) / spread, offset + (wll * wr - wl * wrl) / spread
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def mean_square(x):  # type: ignore[no-untyped-def]
+    """Of a row [C]."""
+    total = F32(0)
+    for j in range(len(x)):
+        total += x[j] * x[j]
+    return total / F32(len(x))
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def swept(x, weight, reach, near, grid, table, sums):  # type: ignore[no-untyped-def]
+    """(scale, offset) of our own sweep."""
+    if grid.minima:
+        found = free_offset(x, weight, reach, near, F32(np.inf), table, grid.highest, sums)
+        return found[0], found[1]
+    return free_scale(x, weight, reach, near, table, grid.lowest, grid.highest, sums)[0], F32(0)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def search_rows(x, weight, reach, grid, effort, table, scale, offset, start, stop):  # type: ignore[no-untyped-def]
+    """Fills scale, offset [N, G] for rows start to stop. x [N, C], weight and reach [C], table [2, T]."""
+    w, sums = np.empty(WIDTH, F32), np.empty((4, table.shape[1]), F32)
+    for n in range(start, stop):
+        mean = mean_square(x[n]) if grid.minima else F32(0)
+        for g in range(x.shape[1] // WIDTH):
+            part = slice(g * WIDTH, (g + 1) * WIDTH)
+            xg, wg, least = x[n, part], weight[part], F32(np.inf)
+            for attempt in range(3 + effort.rounds if table.shape[1] else 1):
+                if attempt == 0:
+                    s, o = plain(xg, grid)
+                elif attempt == 1:
+                    if not grid.minima:
+                        continue  # the sweep makes ggml's trials too
+                    ggml_search.weights(xg, wg, mean, w)
+                    s, o = ggml_search.scale_and_minimum(xg, w, grid.highest)
+                    o = -o
+                elif attempt == 2:
+                    s, o = swept(xg, wg, reach[part], effort.near, grid, table, sums)
+                else:
+                    s, o = closed_form(xg, wg, scale[n, g], offset[n, g], grid)
+                s, o = half(s), half(o)
+                found = group_error(xg, wg, s, o, grid.lowest, grid.highest)
+                if attempt == 0 or found < least:
+                    least, scale[n, g], offset[n, g] = found, s, o
+                elif attempt > 2:
+                    break
+
+
+def search(x: Tensor, importance: Tensor | None, grid: Grid, effort: Effort) -> tuple[Tensor, Tensor]:
+    """Parameters of all blocks.
+
+    Args:
+        x: float32 [N, C].
+        importance: float32 [C] or None.
+        grid: the block type.
+        effort: how hard to search.
+
+    Returns:
+        (d, m), float32 [N, G] with values of fp16, on the device of x.
+    """
+    values, weight, reach = prepared(x, importance, WIDTH)
+    weight = np.maximum(weight, np.float32(FLOOR))
+    found = [np.zeros((x.shape[0], x.shape[1] // WIDTH), np.float32) for _ in range(2)]
+    trials, end = (offset_trials, grid.highest) if grid.minima else (signed_trials, grid.lowest)
+    table = trials(int(end), effort.trials)
+    over_rows(lambda a, b: search_rows(values, weight, reach, grid, effort, table, *found, a, b), len(values))
+    return torch.from_numpy(found[0]).to(x.device), torch.from_numpy(found[1]).to(x.device)
