@@ -161,9 +161,7 @@ def reach(importance: Tensor, groups: int) -> Tensor:
     return relative(importance, groups).clamp_max(1.0).pow(0.25)
 
 
-def symmetric(
-    x: Tensor, importance: Tensor | None, width: int, lowest: int, highest: int, steps: int = STEPS
-) -> Tensor:
+def symmetric(x: Tensor, importance: Tensor | None, width: int, lowest: int, highest: int) -> Tensor:
     """Scales for x ~ s * l, l in [lowest, highest]; either sign.
 
     Args:
@@ -172,14 +170,13 @@ def symmetric(
         width: columns per group; divides C.
         lowest: first level of the grid.
         highest: last level of the grid.
-        steps: clipping ratios tried per sign.
 
     Returns:
         float32 [N, G], on the device of x.
     """
     values, weight, reach = prepared(x, importance, width)
     scale = np.zeros((x.shape[0], x.shape[1] // width), np.float32)
-    ratios = clip_ratios(highest - lowest + 1, steps)
+    ratios = clip_ratios(highest - lowest + 1)
     over_rows(
         lambda a, b: symmetric_rows(values, weight, reach, width, lowest, highest, ratios, scale, a, b), len(values)
     )
@@ -198,12 +195,10 @@ def zero_point(x: Tensor, importance: Tensor | None, width: int, lowest: int, hi
     return torch.from_numpy(scale).to(x.device), torch.from_numpy(zero).to(x.device)
 
 
-def free_offset(
-    x: Tensor, importance: Tensor | None, width: int, highest: int, steps: int = STEPS
-) -> tuple[Tensor, Tensor]:
+def free_offset(x: Tensor, importance: Tensor | None, width: int, highest: int) -> tuple[Tensor, Tensor]:
     """Scales and offsets for x ~ s * l + o, l in [0, highest]; arguments as in `symmetric`."""
     values, weight, reach = prepared(x, importance, width)
     scale, offset = (np.zeros((x.shape[0], x.shape[1] // width), np.float32) for _ in range(2))
-    ratios = clip_ratios(highest + 1, steps)
+    ratios = clip_ratios(highest + 1)
     over_rows(lambda a, b: offset_rows(values, weight, reach, width, highest, ratios, scale, offset, a, b), len(values))
     return torch.from_numpy(scale).to(x.device), torch.from_numpy(offset).to(x.device)
