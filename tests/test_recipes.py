@@ -32,6 +32,8 @@ W4A16 = {
 WANTED = W4A16 | {
     "w8a16": ("int8-channel", "rtn"),
     "w8a8-int8": ("int8-channel", "rtn", "int8-token"),
+    "w8a8-int8-static": ("int8-channel", "rtn", "int8-tensor"),
+    "fp8-static": ("fp8-tensor", "rtn", "fp8-tensor"),
     "w4a8-int8": ("int4-g128", "gptq", "int8-token"),
     "w4a8-fp8": ("int4-g128", "gptq", "fp8-token"),
     "w4a16-gptq-layout": ("int4-g128", "gptq"),
@@ -120,7 +122,7 @@ def test_no_family_needs_a_warning(entry, family):
 @every
 def test_data_is_needed_where_the_header_says_so(entry):
     made = planned(entry.name, UNTIED)
-    needs = any(p.method.needs for p in made.layers if p.method)
+    needs = any(p.needs for p in made.layers)
     assert needs == ("Calibrates on 128 x 512 tokens of built-in prose." in entry.path.read_text())
     calibration = made.recipe.calibration
     assert (calibration.data, calibration.samples, calibration.length) == ("builtin", 128, 512)

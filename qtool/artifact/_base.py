@@ -72,6 +72,8 @@ class Artifact(ABC):
         sets: dict[str, set[tuple[str, str]]] = defaultdict(set)
         for module in modules(model):
             layer = model.layers.get(module.name)
+            if layer and layer.activations and layer.activations.static and layer.static is None:
+                reasons["inputs with one scale for all tokens need one, and nobody measured it"].append(module.name)
             carry = self.can_carry(module, layer, "source")
             if not carry.possible:
                 reasons[carry.reason].append(module.name)

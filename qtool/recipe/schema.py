@@ -177,7 +177,8 @@ class Rule(Strict):
         when: only in models of which this holds.
         weights: the format of the weights.
         method: how their codes are chosen; the recipe's method if nothing is said.
-        activations: the format that inputs are rounded to at run time, token by token.
+        activations: the format that inputs are rounded to at run time: token by token, or, in a format with one scale
+            per tensor such as int8-tensor, with a scale that calibration finds for all tokens.
         keep: true leaves the layers as they are; f32, f16 or bf16 casts them.
         fallback: the format for layers whose rows the first one cannot divide; error refuses them. If nothing is said,
             GGUF's block types fall back as in llama.cpp, and the others refuse.

@@ -294,7 +294,7 @@ REFUSED = [
     ),
     pytest.param(
         {"fmt": Int(bits=8, group="channel"), "activations": Int(bits=8, group="tensor")},
-        r"model\.layers\.0\.self_attn\.q_proj: nobody measured its inputs",
+        r"nobody measured it: model\.layers\.0\.self_attn\.q_proj and 13 more",
         id="per-tensor-inputs",
     ),
     pytest.param(

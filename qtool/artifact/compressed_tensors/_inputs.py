@@ -12,7 +12,7 @@ from qtool.artifact._integers import exact
 from qtool.artifact._packed import SCALE_DTYPES, Infos
 from qtool.artifact.compressed_tensors._kinds import Read
 from qtool.checkpoint._base import Layer, Static, TensorInfo
-from qtool.errors import CheckpointError, PlanError
+from qtool.errors import CheckpointError
 from qtool.formats.int import Int
 
 INPUT_SCALE, INPUT_ZERO = "input_scale", "input_zero_point"
@@ -27,11 +27,10 @@ def infos(layer: Layer, dtype: torch.dtype) -> Infos:
 
 
 def encode(layer: Layer, module: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a layer's inputs. Raises PlanError: no scale is known, or it is not exact in the model's type."""
+    """The tensors of a layer's inputs. Raises PlanError: the scale is not exact in the model's type."""
     if not infos(layer, dtype):
         return {}
-    if layer.static is None:
-        raise PlanError([f"{module}: nobody measured its inputs"], "inputs with one scale for all tokens need it")
+    assert layer.static is not None
     tensors = {INPUT_SCALE: exact(torch.tensor([layer.static.scale]), module, dtype)}
     return tensors | ({INPUT_ZERO: torch.tensor([layer.static.zero], dtype=torch.int8)} if _has_zero(layer) else {})
 
