@@ -159,11 +159,12 @@ class FP(Scaled):
         """The scales with the least error, float32 [N, C] -> [N, G]."""
         ends = self.extents(w, importance, groups) / self.grid.highest
         if self.constraint == "none":
-            return minifloat.best_scale(w, importance, (ends[..., None] * SWEEP).flatten(2), self.grid, free=True)
+            tries = ends[..., None] * SWEEP.to(w.device)
+            return minifloat.best_scale(w, importance, tries.flatten(2), self.grid, free=True)
         phases = PHASES if self.constraint == "ratio" else [1.0]
         found, errors = [], []
         for phase in phases:
-            tries = floor_power(ends / phase)[..., None] * OCTAVES * phase
+            tries = floor_power(ends / phase)[..., None] * OCTAVES.to(w.device) * phase
             found.append(minifloat.best_scale(w, importance, tries.flatten(2), self.grid, free=False))
             errors.append(self._error(w, importance, found[-1]))
         best = torch.stack(errors).argmin(0)

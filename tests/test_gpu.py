@@ -1,0 +1,85 @@
+"""On a CUDA device: formats, methods, the walk and whole runs give what they give on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from qtool import registry
+from qtool.calibrate.walker import Walker
+from qtool.checkpoint.hf import HFCheckpoint
+from qtool.methods.gptq import GPTQ
+from qtool.methods.rtn import RTN
+from qtool.pipeline.quantize import QuantizeOptions
+from qtool.pipeline.quantize import run as quantize
+from qtool.recipe.schema import parse_format
+from qtool.stats import InputStats, Stat
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+FORMATS = sorted({label for n in registry.names("formats") for label in (registry.load("formats", n).examples or (n,))})
+TOKENS = torch.randint(0, 500, (3, 40), generator=torch.Generator().manual_seed(0))
+
+
+def layer() -> tuple[Tensor, Tensor]:
+    """A matrix [64, 512] and inputs [1024, 512]."""
+    generator = torch.Generator().manual_seed(1)
+    mix = torch.randn(512, 512, generator=generator) / 512**0.5 + torch.eye(512)
+    return torch.randn(64, 512, generator=generator), torch.randn(1024, 512, generator=generator) @ mix
+
+
+def measured(x: Tensor) -> InputStats:
+    """Statistics of inputs, on their device."""
+    stats = InputStats(x.shape[1], frozenset({Stat.GRAM, Stat.CHANNELS}), x.device)
+    stats.add(x)
+    return stats
+
+
+@pytest.mark.parametrize("label", FORMATS)
+def test_rounding_gives_the_same_weights(label: str) -> None:
+    w, x = layer()
+    fmt = parse_format(label)
+    want = RTN(importance=True).solve(w, measured(x), fmt).quantized.decode()
+    found = RTN(importance=True).solve(w.cuda(), measured(x.cuda()), fmt).quantized.decode()
+    assert found.device.type == "cuda"
+    error, difference = float((want - w).square().sum()), float((found.cpu() - want).square().sum())
+    assert difference <= 1e-3 * error  # sums of another order may tip a choice between two scales
+
+
+@pytest.mark.parametrize("label", FORMATS)
+def test_gptq_is_as_good(label: str) -> None:
+    w, x = layer()
+    fmt, errors = parse_format(label), []
+    for device in ("cpu", "cuda"):
+        q = GPTQ().solve(w.to(device), measured(x.to(device)), fmt).quantized
+        errors.append(float((x @ (q.decode().cpu() - w).T).square().sum()))
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
+
+
+@pytest.mark.parametrize("family", ["llama-biased", "qwen3", "gemma3_text", "phi3", "qwen3_moe", "gpt_oss"])
+def test_logits_are_those_of_the_cpu(family: str, tiny_checkpoint) -> None:  # type: ignore[no-untyped-def]
+    checkpoint, found = HFCheckpoint(tiny_checkpoint(family)), []
+    for device in ("cpu", "cuda"):
+        walker = Walker(checkpoint, torch.device(device), torch.float32)
+        hidden = walker.embed(TOKENS)
+        for i in range(len(walker.blocks)):
+            walker.advance(walker.load_block(i), i, hidden)
+        found.append(walker.logits(hidden, 1).cpu())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3 * float(found[0].std()))
+
+
+@pytest.mark.parametrize("recipe", ["w4a16-gptq-g32", "fp8-dynamic", "mxfp4", "w8a8-int8", "gguf-q4_0"])
+def test_whole_runs(recipe: str, tiny_checkpoint, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    model, small = str(tiny_checkpoint("llama")), ("calibration.samples=4", "calibration.length=32")
+    errors = []
+    for device in ("cpu", "cuda"):
+        options = QuantizeOptions(model, recipe, tmp_path / device, small, device=device, dtype="fp32")
+        layers = [entry for entry in quantize(options).layers if entry.format]
+        errors.append([entry.weight_error_db for entry in layers])
+    assert errors[1] == pytest.approx(errors[0], abs=0.3)
