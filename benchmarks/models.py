@@ -39,7 +39,7 @@ def checkpoint(out: Path) -> Path:
     return out
 
 
-def off_grid(source: Path, out: Path, seed: int = 0) -> Path:
+def off_grid(source: Path, out: Path, seed: int = 7) -> Path:
     """An equivalent of a Llama checkpoint of one shard whose weights lie on no quantization grid.
 
     Three exact rewrites per block with log-normal factors: a norm's gain into the columns of the linear layers that
@@ -70,7 +70,7 @@ def off_grid(source: Path, out: Path, seed: int = 0) -> Path:
         s = factors(config["num_key_value_heads"] * head)
         w[f"{attention}v_proj.weight"] *= s[:, None]
         w[f"{attention}o_proj.weight"] /= s.view(-1, head).repeat_interleave(queries, dim=0).flatten()
-        s = factors(config["intermediate_size"])
+        s = 1.0 / factors(config["intermediate_size"])
         w[f"{mlp}up_proj.weight"] *= s[:, None]
         w[f"{mlp}down_proj.weight"] /= s
     shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
