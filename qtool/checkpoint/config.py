@@ -93,6 +93,11 @@ def _check(config: dict[str, Any], family: Family, where: Path) -> None:
             raise CheckpointError(f"{where}: impossible {field}", wanted="a positive integer", found=repr(count)[:40])
     if family.experts(config) * config["num_hidden_layers"] > EXPERT_LIMIT:
         raise CheckpointError(f"{where}: impossible number of experts", found=family.experts(config))
+    if family.mixture and config["num_experts_per_tok"] > family.experts(config):
+        wanted = f"at most {family.experts(config)}, the number of experts"
+        raise CheckpointError(
+            f"{where}: impossible num_experts_per_tok", wanted=wanted, found=config["num_experts_per_tok"]
+        )
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
     if heads % kv_heads:
         raise CheckpointError(f"{where}: {heads} attention heads cannot share {kv_heads} key/value heads")

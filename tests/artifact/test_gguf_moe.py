@@ -76,8 +76,11 @@ def test_llama_cpp_computes_what_transformers_computes(folder, tmp_path):
     assert distance(LlamaCpp(path, 64).logits(TOKENS), reference_logits(folder)) < 1e-5
 
 
-@pytest.mark.parametrize("fmt", [Q4_0, Q8_0], ids=["q4_0", "q8_0"])
-def test_quantized_models_read_back_and_run(fmt, folder, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "fmt"), [("mixtral", Q8_0), ("qwen2_moe", Q4_0), ("qwen3_moe", Q4_0), ("gpt_oss", Q4_0)]
+)
+def test_quantized_models_read_back_and_run(name, fmt, tiny_checkpoint, tmp_path):
+    folder = tiny_checkpoint(name)
     model = neutral(folder, tmp_path / "work", lambda module: None if module.kind == "router" else fmt)
     path = write(model, tmp_path / "out")
     written = GGUF().open(path)

@@ -31,8 +31,7 @@ def folder(name, tiny_checkpoint):
     return tiny_checkpoint(name)
 
 
-@pytest.mark.parametrize("batch", [40, 4096], ids="{} tokens a pass".format)
-@pytest.mark.parametrize("all_experts", [False, True], ids=["routed", "all"])
+@pytest.mark.parametrize(("batch", "all_experts"), [(40, False), (4096, True)], ids=["routed", "all"])
 def test_logits_are_those_of_transformers(batch, all_experts, folder, monkeypatch):
     monkeypatch.setattr(walker_module, "BATCH_TOKENS", batch)
     walker = Walker(HFCheckpoint(folder), CPU, torch.float32, all_experts)

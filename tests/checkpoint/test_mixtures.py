@@ -216,6 +216,7 @@ def family_config(name: str) -> dict[str, Any]:
         ("qwen3_moe", {"norm_topk_prob": False}, "qwen3moe weighs experts: wanted norm_topk_prob: True, found False"),
         ("qwen2_moe", {"norm_topk_prob": True}, "qwen2moe weighs experts: wanted norm_topk_prob: False, found True"),
         ("gpt_oss", {"layer_types": ["full_attention"] * 2}, "cannot hold these layer_types"),
+        ("gpt_oss", {"layer_types": 7}, "cannot hold these layer_types: .* found 7"),
     ],
 )
 def test_gguf_has_no_word_for(name, change, message):
@@ -231,6 +232,8 @@ def test_gguf_has_no_word_for(name, change, message):
         ("num_local_experts", 10**6, "impossible number of experts: found 1000000"),
         ("moe_intermediate_size", None, "impossible moe_intermediate_size"),
         ("num_experts_per_tok", -1, "impossible num_experts_per_tok"),
+        ("num_experts_per_tok", 7, "impossible num_experts_per_tok: wanted at most 6, the number of experts, found 7"),
+        ("mlp_only_layers", 1, "wrong mlp_only_layers: wanted a list of block numbers, found 1"),
         ("decoder_sparse_step", 0, "impossible decoder_sparse_step"),
         ("num_local_experts", 5, "holds a tensor that qwen3_moe models do not have: found .*experts.5"),
         ("num_local_experts", 7, "lacks 6 of the .* tensors of a qwen3_moe model"),

@@ -41,7 +41,10 @@ class MixtureOfExperts(Family):
 
     def is_mixture(self, config: dict[str, Any], i: int) -> bool:
         """False for a block with a plain feed-forward network."""
-        plain, step = config.get("mlp_only_layers") or (), int(config.get("decoder_sparse_step", 1))
+        plain, step = config.get("mlp_only_layers") or [], int(config.get("decoder_sparse_step", 1))
+        if not isinstance(plain, list):
+            what = "config.json: wrong mlp_only_layers"
+            raise CheckpointError(what, wanted="a list of block numbers", found=repr(plain)[:40])
         return i not in plain and (i + 1) % step == 0
 
     def shared(self, config: dict[str, Any]) -> tuple[Linear, ...]:

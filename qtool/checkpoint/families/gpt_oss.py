@@ -37,7 +37,7 @@ class GPTOSS(MixtureOfExperts):
         "sliding_window": 128,
         "attention_bias": True,
     }
-    counts = ("num_local_experts", "num_experts_per_tok")
+    counts = ("num_local_experts", "num_experts_per_tok", "sliding_window")
     router = "router"
     experts_field = "num_local_experts"
     wide_field = "intermediate_size"
@@ -55,10 +55,10 @@ class GPTOSS(MixtureOfExperts):
 
     def gguf_metadata(self, config: dict[str, Any]) -> dict[str, Value]:
         """See `Family.gguf_metadata`. llama.cpp rounds YaRN's ranges to whole dimensions, whatever `truncate` says."""
-        kinds = config.get("layer_types") or ()
-        if any(kind != ("full_attention" if i % 2 else "sliding_attention") for i, kind in enumerate(kinds)):
+        turns = [("sliding_attention", "full_attention")[i % 2] for i in range(self.blocks(config))]
+        if (found := config.get("layer_types") or turns) != turns:
             wanted = "sliding and full attention in turns"
-            raise CheckpointError("GGUF cannot hold these layer_types", wanted=wanted, found=", ".join(kinds)[:60])
+            raise CheckpointError("GGUF cannot hold these layer_types", wanted=wanted, found=f"{found!r:.60}")
         window = {"gpt-oss.attention.sliding_window": int(config["sliding_window"])}
         wide = {"gpt-oss.expert_feed_forward_length": int(config["intermediate_size"])}
         return super().gguf_metadata(config) | window | wide
