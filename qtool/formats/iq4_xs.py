@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qtool.formats._base import Params, expand
 from qtool.formats._iq4 import IQ4, from_nibbles, nibbles
+from qtool.numerics.kquant_refit import settle
 
 LOW_PLACES = torch.tensor([0, 4], dtype=torch.uint8)
 HIGH_PLACES = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
@@ -47,6 +48,13 @@ class IQ4_XS(IQ4):  # noqa: N801 - spelled as in ggml
         d = torch.where(square > 0, (groups * multipliers).sum(-1) / square.clamp_min(1), old).half().float()
         near = (groups / torch.where(d == 0, 1.0, d)[..., None]).round().clamp(-32, 31)
         return self.stored(d, near.flatten(1))
+
+    def refit_weighted(self, params: Params, scale: Tensor, offset: Tensor, curvature: Tensor) -> Params:
+        """See `Format.refit_weighted`: goes on from the present parameters, row by row."""
+        d, multipliers = params["d"].float(), params["multipliers"].float() - 32
+        pull = torch.einsum("npq,nq->np", curvature, scale - self.affine(params)[0])
+        d, _, multipliers, _ = settle(curvature, pull, (d, d, multipliers, multipliers), (-32, 31))
+        return self.stored(d, multipliers)
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:
         """See `BlockFormat.pack`."""

@@ -14,7 +14,6 @@ Shape letters: N rows, C columns, B columns of a block, S blocks of a row (C / B
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from qtool.numerics.parallel import over_rows
 from qtool.numerics.search import FAST
+from qtool.numerics.sweep import half
 
 
 class Effort(NamedTuple):
@@ -150,14 +150,6 @@ def propose(scale, ll, limit, steps, found):  # type: ignore[no-untyped-def]
                 worst = k
         if cost < costs[worst]:
             costs[worst], found[worst] = cost, d
-
-
-@njit(nogil=True, cache=True)
-def half(x):  # type: ignore[no-untyped-def]
-    """x rounded to what fp16 stores (beyond its range it stays, and is refused later)."""
-    _, exponent = math.frexp(x)
-    step = math.ldexp(1.0, max(exponent, -13) - 11)
-    return np.float32(np.rint(x / step) * step)
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)

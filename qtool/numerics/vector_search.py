@@ -26,7 +26,8 @@ from qtool.numerics.codebook import NEIGHBORS, Codebook
 from qtool.numerics.nearest import close_products, nearest, workspace
 from qtool.numerics.parallel import over_rows
 from qtool.numerics.search import FAST
-from qtool.numerics.table_search import column_weights, half
+from qtool.numerics.sweep import half
+from qtool.numerics.table_search import column_weights
 
 
 class Rule(NamedTuple):
