@@ -65,13 +65,18 @@ EFFORT = {"fast": Effort(32, F32(0.4), 0), "default": Effort(64, F32(0.75), 3), 
 @njit(nogil=True, cache=True, fastmath={"nnan", "nsz"}, error_model="numpy")
 def plain(x, grid):  # type: ignore[no-untyped-def]
     """(scale, offset) of ggml's encoder without importance, to the last bit."""
-    low, high, extreme = x[0], x[0], x[0]
+    low, high = x[0], x[0]
     for j in range(len(x)):
         low, high = min(low, x[j]), max(high, x[j])
-        extreme = x[j] if abs(x[j]) > abs(extreme) else extreme
     if grid.minima:
         return (high - low) / grid.span, low
-    return (abs(extreme) if grid.span > 0 else extreme) / grid.span, F32(0)
+    extreme = low if -low > high else high
+    if grid.span > 0:
+        return abs(extreme) / grid.span, F32(0)
+    if -low == high:  # the first of the two decides
+        for j in range(len(x) - 1, -1, -1):
+            extreme = x[j] if abs(x[j]) == high else extreme
+    return extreme / grid.span, F32(0)
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
