@@ -49,6 +49,9 @@ class Carrier(Protocol):
     def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Verdict:
         """Known from the format alone."""
 
+    def caches(self, fmt: Format | None) -> Verdict:
+        """Whether it can say how the KV cache is rounded."""
+
     def agree(self, layers: Collection[Layer]) -> Verdict:
         """Whether it can hold layers together that it can hold one by one."""
 
@@ -200,8 +203,9 @@ def make_plan(
     layers = tuple(_decide(m, decisions.get(m.name, -1), recipe, checkpoint, findings) for m in found)
     artifacts = tuple(export.to for export in recipe.export)
     for name in artifacts:
-        if not (known := carriers[name].knows(checkpoint)).possible:
-            findings.add(-1, f"{name} cannot hold this model: {known.reason}")
+        for verdict in (carriers[name].knows(checkpoint), carriers[name].caches(recipe.kv_cache)):
+            if not verdict.possible:
+                findings.add(-1, f"{name} cannot hold this model: {verdict.reason}")
         _check_carrier(name, carriers[name], layers, findings)
     if lines := findings.lines():
         raise PlanError(lines, f"recipe {recipe.name} does not fit {checkpoint.source}")

@@ -43,6 +43,9 @@ class Carrier:
     def knows(self, model) -> Verdict:
         return Verdict(not self.stranger, f"it knows no {model.config['model_type']}")
 
+    def caches(self, fmt):
+        return Verdict(True, "")
+
     def agree(self, layers):
         labels = sorted({layer.format.label for layer in layers})
         return Verdict(not self.uniform or len(labels) == 1, f"it has one format, not {' and '.join(labels)}")

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, modules
 from qtool.errors import PlanError
+from qtool.formats._base import Format
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ class Artifact(ABC):
         kind = model.config["model_type"]
         return Carry(False, f"its runtimes know the experts of {kind} models as one tensor only; gguf holds them")
 
+    def caches(self, fmt: Format | None) -> Carry:
+        """Whether it can say how the KV cache is rounded; `fmt` None: not at all."""
+        return Carry(fmt is None, "" if fmt is None else "it cannot say how a KV cache is quantized; remove kv_cache:")
+
     def agree(self, layers: Collection[Layer]) -> Carry:
         """Whether it can hold layers together that it can hold one by one."""
         return Carry(True)
@@ -72,7 +77,7 @@ class Artifact(ABC):
         sets: dict[str, set[tuple[str, str]]] = defaultdict(set)
         for module in modules(model):
             layer = model.layers.get(module.name)
-            if layer and layer.activations and layer.activations.static and layer.static is None:
+            if layer and layer.unmeasured:
                 reasons["inputs with one scale for all tokens need one, and nobody measured it"].append(module.name)
             carry = self.can_carry(module, layer, "source")
             if not carry.possible:
@@ -81,16 +86,20 @@ class Artifact(ABC):
                 sets[name].add(_labels(layer))
         for name, why in model.decoded.items():
             reasons[f"only `quantize` can take these matrices over, which rounds them again: {why}"].append(name)
-        if not (known := self.knows(model)).possible:
-            reasons[known.reason].append("the model as a whole")
-        if not (together := self.agree(model.layers.values())).possible:
-            reasons[together.reason].append("the model as a whole")
+        for reason in self._refusals(model):
+            reasons[reason].append("the model as a whole")
         for name, labels in sets.items():
             if len(labels) > 1:
                 reasons["layers that become one tensor, here or in a runtime, have different formats"].append(name)
         if reasons:
             lines = [f"{reason}: {names[0]}{_more(names)}" for reason, names in reasons.items()]
             raise PlanError(lines, f"{model.source} does not fit into this artifact")
+
+    def _refusals(self, model: QuantizedCheckpoint) -> list[str]:
+        """Why it cannot hold a model, whatever single layers are like."""
+        cache = model.cache.format if model.cache else None
+        verdicts = (self.knows(model), self.caches(cache), self.agree(model.layers.values()))
+        return [verdict.reason for verdict in verdicts if not verdict.possible]
 
     @abstractmethod
     def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from qtool.artifact._files import new_file
-from qtool.checkpoint._base import Layer, Static
+from qtool.checkpoint._base import Cache, Layer, Static
 from qtool.checkpoint.config import read_json
 from qtool.errors import CheckpointError
 from qtool.formats._base import Format, Quantized
@@ -22,6 +22,8 @@ from qtool.numerics.bits import pack
 from qtool.recipe.schema import dump_format, parse_format
 
 MANIFEST = "manifest.json"
+BLOCK = "block-"
+"""What keys of decoder blocks begin with."""
 KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
@@ -59,12 +61,13 @@ class LayerEntry(Entry):
 
 
 class BlockEntry(Entry):
-    """A file of the folder, `<key>.safetensors`, and the modules in it. `record` belongs to whoever wrote the block."""
+    """A file of the folder, `<key>.safetensors`: its modules, the writer's `record`, scales of its keys and values."""
 
     nbytes: int
     sha256: str
     layers: dict[str, LayerEntry]
     record: Any = None
+    cache: tuple[tuple[float, int], tuple[float, int]] | None = None
 
 
 class Manifest(Entry):
@@ -75,12 +78,14 @@ class Manifest(Entry):
         run: what identifies the run that made it: fingerprints, versions.
         keep: module -> type that its kept weight is cast to: "f32", "f16", "bf16".
         blocks: by key, in the order of writing.
+        kv_cache: format of the KV cache; None: left alone.
     """
 
     version: Literal[1] = 1
     run: dict[str, Any]
     keep: dict[str, Literal["f32", "f16", "bf16"]]
     blocks: dict[str, BlockEntry]
+    kv_cache: str | dict[str, Any] | None = None
 
     def save(self, folder: Path) -> None:
         """Writes manifest.json, whole or not at all. Raises StorageError."""
@@ -101,6 +106,25 @@ class Manifest(Entry):
             if not KEY.fullmatch(key):
                 raise CheckpointError(f"{path}: impossible block name", wanted="letters, digits, _.-", found=repr(key))
         return manifest
+
+
+def cache_of(manifest: Manifest) -> Cache | None:
+    """How the KV cache is rounded. Raises CheckpointError: no such format, or scales of another one."""
+    if manifest.kv_cache is None:
+        return None
+    blocks = {key: entry for key, entry in manifest.blocks.items() if key.startswith(BLOCK)}
+    try:
+        fmt = parse_format(manifest.kv_cache)
+    except ValueError as error:
+        raise CheckpointError(f"{MANIFEST}: format of the KV cache: {error}") from error
+    statics = {
+        int(key.removeprefix(BLOCK)): (Static(*entry.cache[0]), Static(*entry.cache[1]))
+        for key, entry in blocks.items()
+        if entry.cache
+    }
+    if len(statics) != (len(blocks) if fmt.static else 0):
+        raise CheckpointError(f"{MANIFEST}: scales of the KV cache", wanted=f"those of {fmt.label}", found=len(statics))
+    return Cache(fmt, statics)
 
 
 def code_bits(fmt: Format) -> int:

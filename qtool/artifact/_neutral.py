@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from qtool.artifact._files import new_file, sha256
-from qtool.artifact._manifest import MANIFEST, BlockEntry, LayerEntry, Manifest, checked, code_bits, packed
-from qtool.checkpoint._base import Checkpoint, Layer, QuantizedCheckpoint, TensorInfo, finite, verify
+from qtool.artifact._manifest import MANIFEST, BlockEntry, LayerEntry, Manifest, cache_of, checked, code_bits, packed
+from qtool.checkpoint._base import Checkpoint, Layer, QuantizedCheckpoint, Static, TensorInfo, finite, verify
 from qtool.checkpoint.config import read_config
 from qtool.checkpoint.hf import SIDE_FILES
 from qtool.checkpoint.safetensors_io import SafetensorsFile, SafetensorsWriter
 from qtool.errors import CheckpointError, StorageError
-from qtool.formats._base import Quantized
+from qtool.formats._base import Format, Quantized
 from qtool.numerics.bits import unpack
+from qtool.recipe.schema import dump_format
 
 KEEP = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -35,6 +36,7 @@ class NeutralWriter:
         folder: created if missing. Blocks that the same run wrote before are kept.
         run: JSON data that identifies the run: fingerprints of recipe, source, calibration, program version.
         keep: module -> "source", or the type that its kept weight is cast to: "f32", "f16", "bf16".
+        cache: format of the KV cache.
 
     Raises:
         StorageError: the folder belongs to another run, or cannot be written.
@@ -46,10 +48,13 @@ class NeutralWriter:
         folder: Path,
         run: Mapping[str, Any],
         keep: Mapping[str, str] | None = None,
+        cache: Format | None = None,
     ) -> None:
         self.folder = folder
         casts = {module: dtype for module, dtype in (keep or {}).items() if dtype != "source"}
         self.manifest = Manifest.model_validate({"run": json.loads(json.dumps(run)), "keep": casts, "blocks": {}})
+        if cache:
+            self.manifest = self.manifest.model_copy(update={"kv_cache": dump_format(cache)})
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / MANIFEST).exists():
             found = Manifest.load(folder)
@@ -74,6 +79,7 @@ class NeutralWriter:
         kept: Sequence[str] = (),
         source: Checkpoint | None = None,
         layers: Mapping[str, Layer] | None = None,
+        cache: tuple[Static, Static] | None = None,
     ) -> None:
         """Writes one block and enters it in the manifest.
 
@@ -84,6 +90,7 @@ class NeutralWriter:
             kept: tensors of `source` to store along, as they are.
             source: where they are read from, one at a time.
             layers: how inputs are rounded, by module; None: nowhere.
+            cache: scales of keys and values, where the cache's format has some.
 
         Raises:
             StorageError: the disk is full or not writable.
@@ -103,7 +110,8 @@ class NeutralWriter:
         entries = {
             module: LayerEntry.of(q, layers[module] if layers else Layer(q.format)) for module, q in matrices.items()
         }
-        block = BlockEntry(nbytes=nbytes, sha256=digest, layers=entries, record=json.loads(json.dumps(record)))
+        told = json.loads(json.dumps(record))
+        block = BlockEntry(nbytes=nbytes, sha256=digest, layers=entries, record=told, cache=cache)
         self.manifest = self.manifest.model_copy(update={"blocks": self.manifest.blocks | {key: block}})
         self.manifest.save(self.folder)
 
@@ -150,6 +158,7 @@ class NeutralCheckpoint(QuantizedCheckpoint):
             for module, entry in block.layers.items():
                 self.layers[module] = entry.layer(module)
                 self._shapes[module] = entry.shape
+        self.cache = cache_of(self._manifest)
         self._names = source.names() if source else self._own_names()
         verify(self)
 

@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 
 from qtool.artifact._base import Artifact, Carry
 from qtool.artifact._card import write_card, write_side_files
-from qtool.artifact._manifest import MANIFEST
+from qtool.artifact._manifest import BLOCK, MANIFEST
 from qtool.artifact._neutral import NeutralCheckpoint, NeutralWriter
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
+from qtool.formats._base import Format
 
 OUTSIDE = "outside"
 
@@ -35,15 +36,21 @@ class Qtool(Artifact):
         """See `Artifact.knows`: every family."""
         return Carry(True)
 
+    def caches(self, fmt: Format | None) -> Carry:
+        """See `Artifact.caches`: every format."""
+        return Carry(True)
+
     def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
         """See `Artifact.write`."""
         groups = _groups(model)
-        writer = NeutralWriter(out, {"recipe": card.get("recipe_name")})
+        cache = model.cache
+        writer = NeutralWriter(out, {"recipe": card.get("recipe_name")}, cache=cache.format if cache else None)
+        scales = {f"{BLOCK}{i}": pair for i, pair in cache.statics.items()} if cache else {}
         for key, names in groups.items():
             modules = [name.removesuffix(".weight") for name in names]
             matrices = {module: model.quantized(module) for module in modules if module in model.layers}
             kept = [name for name in names if name.removesuffix(".weight") not in model.layers]
-            writer.write_block(key, matrices, kept=kept, source=model, layers=model.layers)
+            writer.write_block(key, matrices, kept=kept, source=model, layers=model.layers, cache=scales.get(key))
         files = [out / MANIFEST, *(out / f"{key}.safetensors" for key in groups)]
         return [*files, *write_side_files(model, out, model.config), write_card(self, model, out, card)]
 
@@ -62,7 +69,7 @@ def _groups(model: QuantizedCheckpoint) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = defaultdict(list)
     prefixes = {model.family.block_prefix.format(i=i): i for i in range(model.family.blocks(model.config))}
     for name in model.names():
-        inside = (f"block-{i}" for prefix, i in prefixes.items() if name.startswith(prefix))
+        inside = (f"{BLOCK}{i}" for prefix, i in prefixes.items() if name.startswith(prefix))
         groups[next(inside, OUTSIDE)].append(name)
     groups[OUTSIDE] = groups.pop(OUTSIDE)
     return dict(groups)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtool.calibrate.cache import MeteredCache, rounded_cache
 from qtool.calibrate.experts import split_experts
 from qtool.calibrate.hidden import MEMORY_LIMIT, Hidden
 from qtool.calibrate.inputs import rounded
@@ -157,6 +158,7 @@ class Walker:
         hidden: Hidden,
         needs: Mapping[str, frozenset[Stat]],
         reference: Reference | None = None,
+        cache: MeteredCache | None = None,
     ) -> Iterator[tuple[str, InputStats]]:
         """Runs block i once over all tokens, and stops before each wanted input is read.
 
@@ -169,6 +171,7 @@ class Walker:
             hidden: inputs of the block, replaced by its outputs.
             needs: what to measure, by `Module.reads`, for inputs to stop at.
             reference: the unquantized model in front of block i, to compare with where drift is needed; is advanced.
+            cache: measures keys and values.
 
         Yields:
             (`Module.reads`, statistics), in the order of the forward pass; of an input that no token reaches, last.
@@ -182,7 +185,7 @@ class Walker:
             if reference:
                 compared = [m for reads, m in readers.items() if Stat.DRIFT in needs[reads]]
                 meter.expected, ahead = reference.run(part, compared)
-            hidden[part] = self.output(block, i, hidden, part)
+            hidden[part] = self.output(block, i, hidden, part, cache)
             if reference and ahead is not None:
                 reference.advance(part, ahead)
 
@@ -208,8 +211,9 @@ class Walker:
     def advance(self, block: nn.Module, i: int, hidden: Hidden) -> None:
         """Runs block i and replaces its inputs by its outputs; linear layers see inputs as the checkpoint declares."""
         with self.quantized_inputs(block, i):
+            cache = rounded_cache(self.checkpoint, i)
             for part in self.parts(hidden):
-                hidden[part] = self.output(block, i, hidden, part)
+                hidden[part] = self.output(block, i, hidden, part, cache)
 
     @contextmanager
     def quantized_inputs(self, block: nn.Module, i: int, layers: Mapping[str, Layer] | None = None) -> Iterator[None]:
@@ -239,9 +243,10 @@ class Walker:
         step = max(1, BATCH_TOKENS // hidden.length)
         return (slice(start, start + step) for start in range(0, hidden.samples, step))
 
-    def output(self, block: nn.Module, i: int, hidden: Hidden, part: slice) -> Tensor:
-        """Block i's output for some samples, [s, T, H]."""
-        output = block(hidden[part].to(self.device), **self.block_arguments(hidden.length)[i])
+    def output(self, block: nn.Module, i: int, hidden: Hidden, part: slice, cache: object = None) -> Tensor:
+        """Block i's output for some samples, [s, T, H]; keys and values go through `cache`."""
+        arguments = self.block_arguments(hidden.length)[i] | {"past_key_values": cache}
+        output = block(hidden[part].to(self.device), **arguments)
         first: Tensor = output[0] if isinstance(output, tuple) else output
         return first
 

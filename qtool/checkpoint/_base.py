@@ -115,6 +115,24 @@ class Layer:
     activations: Format | None = None
     static: Static | None = None
 
+    @property
+    def unmeasured(self) -> bool:
+        """True if its inputs have one scale for all tokens, and nobody knows it yet."""
+        return self.activations is not None and self.activations.static and self.static is None
+
+
+@dataclass(frozen=True)
+class Cache:
+    """How keys and values are rounded when they enter the KV cache, keys behind the rotary embedding.
+
+    Attributes:
+        format: of both; without a scale for all tokens, every token's vector of a head is rounded by itself.
+        statics: (keys, values) of each decoder block, where calibration chooses their scales; else empty.
+    """
+
+    format: Format
+    statics: Mapping[int, tuple[Static, Static]]
+
 
 class QuantizedCheckpoint(Checkpoint):
     """A model some of whose linear weights are stored as codes.
@@ -125,6 +143,8 @@ class QuantizedCheckpoint(Checkpoint):
     """
 
     layers: Mapping[str, Layer]
+    cache: Cache | None = None
+    """How the KV cache is rounded; None: not at all."""
 
     @property
     def decoded(self) -> Mapping[str, str]:

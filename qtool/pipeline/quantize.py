@@ -8,8 +8,9 @@ from pathlib import Path
 from torch import Tensor
 
 from qtool.artifact._files import check_free, new_folder
+from qtool.calibrate.cache import MeteredCache
 from qtool.calibrate.inputs import fit_static
-from qtool.checkpoint._base import Layer
+from qtool.checkpoint._base import Layer, Static
 from qtool.errors import NumericsError, UsageError
 from qtool.evaluate.gates import check_gates
 from qtool.formats._base import Quantized
@@ -146,7 +147,7 @@ def solve_all(job: Job, work: Work, source: Statistics, listener: Listener) -> t
 def steps_of(job: Job) -> list[Unit]:
     """The units that a run goes through: those with something to quantize, and blocks that inputs flow through."""
     steps = [unit for unit in units(job.plan) if unit.quantized or unit.block is not None]
-    last = max((i for i, unit in enumerate(steps) if unit.quantized), default=-1)
+    last = max((i for i, unit in enumerate(steps) if unit.quantized or unit.cache), default=-1)
     return steps[: last + 1]
 
 
@@ -177,8 +178,15 @@ def solve_unit(unit: Unit, job: Job, work: Work, source: Statistics, followed: b
         return {p.module.name: (solved[p.module.name].decode(), layers[p.module.name]) for p in plans}
 
     source.visit(unit, solve_readers, False, followed)
-    work.save(unit, solved, layers, entries)
+    work.save(unit, solved, layers, entries, with_scales(unit, source.metered))
     return entries
+
+
+def with_scales(unit: Unit, metered: MeteredCache | None) -> tuple[Static, Static] | None:
+    """The scales of a block's keys and values, if these are to be found in calibration."""
+    if unit.cache is None or metered is None:
+        return None
+    return fit_static(metered.keys, unit.cache), fit_static(metered.values, unit.cache)
 
 
 def with_static(plan: LayerPlan, stats: InputStats | None) -> Layer:

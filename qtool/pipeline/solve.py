@@ -35,11 +35,13 @@ class Unit:
         name: "block-3", "model.embed_tokens".
         block: index of the decoder block; None outside.
         layers: its modules, in order.
+        cache: format of its keys and values; None: left alone.
     """
 
     name: str
     block: int | None
     layers: tuple[LayerPlan, ...]
+    cache: Format | None = None
 
     @property
     def quantized(self) -> tuple[LayerPlan, ...]:
@@ -49,7 +51,8 @@ class Unit:
     @property
     def needs(self) -> frozenset[Stat]:
         """Everything that has to be measured for it."""
-        return needs_of(self.layers)
+        cached = {Stat.VALUES} if self.cache and self.cache.static else set()
+        return needs_of(self.layers) | cached
 
     def inputs(self) -> dict[str, tuple[LayerPlan, ...]]:
         """The modules that get a format, by the input that they read."""
@@ -77,7 +80,12 @@ def units(plan: Plan) -> Iterator[Unit]:
         return (p.module.name, None) if block is None else (f"block-{block}", block)
 
     for (name, block), layers in groupby(plan.layers, key):
-        yield Unit(name, block, tuple(layers))
+        yield Unit(name, block, tuple(layers), None if block is None else cache_format(plan))
+
+
+def cache_format(plan: Plan) -> Format | None:
+    """Of keys and values; a smoke run leaves them alone, as it does most blocks."""
+    return plan.recipe.kv_cache if plan.limited_blocks is None else None
 
 
 def solve(

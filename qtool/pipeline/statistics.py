@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qtool.artifact._files import sha256
 from qtool.artifact.gguf._imatrix import is_imatrix
+from qtool.calibrate.cache import MeteredCache
 from qtool.calibrate.reference import Reference
 from qtool.calibrate.store import read_stats
 from qtool.calibrate.tokens import load_tokens
@@ -35,7 +36,12 @@ class Statistics(ABC):
     Args:
         digest: changes when the statistics would; None without data.
         about: what the report says about them.
+
+    Attributes:
+        metered: keys and values of the block that was visited last; None if nobody asked for them.
     """
+
+    metered: MeteredCache | None = None
 
     def __init__(self, digest: str | None, about: dict[str, object]) -> None:
         self.digest, self.about = digest, about
@@ -106,11 +112,13 @@ class Walked(Statistics):
 
         for reads in (reads for reads in inputs if reads not in needs):
             settle(inputs[reads], None)
-        if not needs and not followed:
+        metered = MeteredCache() if unit.cache and unit.cache.static and not known else None
+        if not needs and not followed and not metered:
             return
         with self.walker.quantized_inputs(block, unit.block, layers):
-            for reads, stats in self.walker.steps(block, unit.block, self.hidden, needs, self.reference):
+            for reads, stats in self.walker.steps(block, unit.block, self.hidden, needs, self.reference, metered):
                 settle(inputs[reads], stats)
+        self.metered = metered
 
 
 def comparable(plans: tuple[LayerPlan, ...]) -> frozenset[Stat]:
@@ -170,7 +178,7 @@ def read(path: Path, job: Job) -> Stored:
     if greedy:
         line = f"{', '.join(sorted(greedy))} needs Gram matrices, which such a file does not hold; run without it"
         raise PlanError([line], f"statistics in {path}")
-    if any(Stat.VALUES in p.needs for p in job.plan.layers):
+    if any(Stat.VALUES in unit.needs for unit in units(job.plan)):
         line = "static scales of inputs need to know how these are distributed, which such a file does not hold"
         raise PlanError([f"{line}; run without it"], f"statistics in {path}")
     if is_imatrix(path):

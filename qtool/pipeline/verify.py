@@ -25,6 +25,8 @@ def verify(stage: str, written: QuantizedCheckpoint, model: QuantizedCheckpoint,
     """
     names = model.names()
     held = set(written.names())
+    if cached(written) != cached(model):
+        raise VerifyError(f"{written.source}: KV cache", wanted=cached(model), found=cached(written))
     listener(Event(stage, 0, len(names)))
     for done, name in enumerate(names, 1):
         module = name.removesuffix(".weight")
@@ -54,6 +56,11 @@ def inputs(model: QuantizedCheckpoint, module: str) -> str:
     activations, static = model.layers[module].activations, model.layers[module].static
     label = activations.at_run_time().label if activations else "as they are"
     return f"{label}, scale {static.scale!r}, zero point {static.zero}" if static else label
+
+
+def cached(model: QuantizedCheckpoint) -> str:
+    """How the KV cache is rounded."""
+    return f"{model.cache.format.label}, scales {model.cache.statics}" if model.cache else "left alone"
 
 
 def difference(wanted: torch.Tensor, found: torch.Tensor) -> str:

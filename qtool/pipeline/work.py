@@ -15,12 +15,12 @@ from qtool import registry
 from qtool.artifact._files import lock, storage_errors
 from qtool.artifact._manifest import MANIFEST, Manifest
 from qtool.artifact._neutral import NeutralCheckpoint, NeutralWriter
-from qtool.checkpoint._base import Layer
+from qtool.checkpoint._base import Layer, Static
 from qtool.errors import StorageError
 from qtool.formats._base import Quantized
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.prepare import Job
-from qtool.pipeline.solve import Unit
+from qtool.pipeline.solve import Unit, cache_format
 from qtool.report.model import LayerEntry
 
 
@@ -37,13 +37,13 @@ class Work:
         self.folder, self.source = folder, job.checkpoint
         layers = job.plan.layers
         keep = {p.module.name: p.keep for p in layers if p.format is None}
-        self.writer = NeutralWriter(folder, run, keep)
+        self.writer = NeutralWriter(folder, run, keep, cache_format(job.plan))
         self.finished: dict[str, Any] = self.writer.finished()
         self.earlier = self.model() if self.finished else None
 
     def entries(self, unit: Unit) -> list[LayerEntry] | None:
         """The report's entries of a unit that is finished or has nothing to be done; None: it has to be done."""
-        record = self.finished.get(unit.name) if unit.quantized else []
+        record = self.finished.get(unit.name) if unit.quantized or unit.cache else []
         return None if record is None else [LayerEntry.model_validate(entry) for entry in record]
 
     def solved(self, module: str) -> tuple[Tensor, Layer]:
@@ -52,10 +52,16 @@ class Work:
         return self.earlier.quantized(module).decode(), self.earlier.layers[module]
 
     def save(
-        self, unit: Unit, solved: Mapping[str, Quantized], layers: Mapping[str, Layer], entries: list[LayerEntry]
+        self,
+        unit: Unit,
+        solved: Mapping[str, Quantized],
+        layers: Mapping[str, Layer],
+        entries: list[LayerEntry],
+        cache: tuple[Static, Static] | None,
     ) -> None:
         """Writes a unit, whole or not at all."""
-        self.writer.write_block(unit.name, solved, [entry.model_dump(mode="json") for entry in entries], layers=layers)
+        record = [entry.model_dump(mode="json") for entry in entries]
+        self.writer.write_block(unit.name, solved, record, layers=layers, cache=cache)
 
     def model(self) -> NeutralCheckpoint:
         """What is finished, together with the source's other tensors."""

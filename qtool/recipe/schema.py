@@ -82,6 +82,14 @@ def dump_format(fmt: Format) -> Any:
     return {"type": type(fmt).__module__.rpartition(".")[2], **fmt.model_dump(mode="json")}
 
 
+def _parse_cache(value: Any) -> Format:
+    fmt = parse_format(value)
+    if fmt.block_columns or fmt.group_rows not in (None, 1):
+        wanted = "one scale per tensor or token, such as fp8-tensor or int4-token"
+        raise mistake("no format of a KV cache", wanted=wanted, found=fmt.label)
+    return fmt
+
+
 def _parse_fallback(value: Any) -> Any:
     return value if value == "error" else parse_format(value)
 
@@ -121,6 +129,7 @@ def _shape_of(value: Any) -> str:
 
 FormatField = Annotated[Format, BeforeValidator(parse_format), PlainSerializer(dump_format)]
 MethodField = Annotated[Method, BeforeValidator(parse_method), PlainSerializer(_dump_method)]
+CacheField = Annotated[Format, BeforeValidator(_parse_cache), PlainSerializer(dump_format)]
 FallbackField = Annotated[Literal["error"] | Format, BeforeValidator(_parse_fallback), PlainSerializer(_dump_fallback)]
 TokenSource = Annotated[str, AfterValidator(_check_source)]
 
@@ -267,6 +276,8 @@ class Recipe(Strict):
             measure, are rounded (rtn) all the same.
         calibration: which tokens are run through the model, and how.
         layers: rules; the first one that matches a layer decides.
+        kv_cache: the format of keys and values in the KV cache: fp8-tensor, with scales that calibration finds, or
+            int4-token, which rounds every token's heads by themselves. Layers are calibrated with an unrounded cache.
         export: artifacts to write.
         eval: what to measure after quantizing.
     """
@@ -277,6 +288,7 @@ class Recipe(Strict):
     method: MethodField | None = None
     calibration: Calibration = Calibration()
     layers: tuple[Rule, ...] = Field(min_length=1)
+    kv_cache: CacheField | None = None
     export: tuple[Export, ...] = ()
     eval: Eval | None = None
 
