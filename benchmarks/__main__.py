@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 from benchmarks import encode, mixes, models, recipes
 from benchmarks.measure import Cost, measure
+from qtool.recipe.load import find_recipe
 from scripts.prose import prose
 
 QTOOL = [sys.executable, "-m", "qtool"]
@@ -106,6 +107,9 @@ def shipped(options: argparse.Namespace) -> dict[str, float]:
     for name, kld, megabytes in recipes.qualities(QTOOL, candidates, options.work, options.prose, CHUNKS):
         print(f"{name:28} {megabytes:8.1f} MB {kld:8.4f}", flush=True)
         found |= {f"{name}_kld": kld, f"{name}_mb": megabytes}
+        if options.write_headers:
+            recipe = find_recipe(name)
+            recipe.write_text(recipes.with_quality(recipe.read_text(encoding="utf-8"), kld), encoding="utf-8")
     return found
 
 
@@ -143,6 +147,7 @@ def main() -> None:
     parser.add_argument("--calibration", default="builtin", help="a recipe's calibration.data")
     parser.add_argument("--evaluation", type=Path, help="UTF-8 text; default: docstrings of the standard library")
     parser.add_argument("--peer", type=Path, default=Path(".venv-peer/bin/python"), help="Python with llm-compressor")
+    parser.add_argument("--write-headers", action="store_true", help="recipes: write the lines # Quality: anew")
     options = parser.parse_args()
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
