@@ -170,7 +170,7 @@ class Plan:
         """
         layers = [[p.module.name, *map(_exact, (p.format, p.method, p.activations)), p.keep] for p in self.layers]
         calibration = self.recipe.calibration.model_dump(mode="json")
-        content = [__version__, self.source_fingerprint, calibration, layers]
+        content = [__version__, self.source_fingerprint, calibration, layers, _exact(self.recipe.kv_cache)]
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

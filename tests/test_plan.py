@@ -485,6 +485,7 @@ class TestFingerprint:
             {"rules": [{"match": "*", "weights": "int4-g32", "activations": "int8-token"}]},
             {"rules": [{"match": "lm_head", "keep": "f16"}, REST]},
             {"calibration": {"seed": 1}},
+            {"kv_cache": "fp8-tensor"},
             {"digest": "1"},
             {"model": TINY | {"num_hidden_layers": 3}},
         ],

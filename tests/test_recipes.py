@@ -35,6 +35,8 @@ WANTED = W4A16 | {
     "w8a8-int8-static": ("int8-channel", "rtn", "int8-tensor"),
     "fp8-static": ("fp8-tensor", "rtn", "fp8-tensor"),
     "w4a8-int8": ("int4-g128", "gptq", "int8-token"),
+    "fp8-static-kv": ("fp8-tensor", "rtn", "fp8-tensor"),
+    "w4a8kv4": ("int4-g128", "gptq", "int8-token"),
     "w4a8-fp8": ("int4-g128", "gptq", "fp8-token"),
     "w4a16-gptq-layout": ("int4-g128", "gptq"),
     "w4a16-awq-layout": ("int4-g64", "gptq"),
@@ -52,7 +54,13 @@ WANTED = W4A16 | {
 """Name -> formats of weights and, where these are rounded, inputs, and method, of the decoder blocks' linear layers."""
 ATTENTION = {"mixed-fp8-int4": ("fp8-channel", "rtn", "fp8-token")}
 """The same of q, k, v and o, where they are treated in another way."""
-LAYOUTS = {"fp6": "qtool", "nvint4": "qtool", "w4a16-gptq-layout": "gptq", "w4a16-awq-layout": "awq"}
+LAYOUTS = {
+    "fp6": "qtool",
+    "w4a8kv4": "qtool",
+    "nvint4": "qtool",
+    "w4a16-gptq-layout": "gptq",
+    "w4a16-awq-layout": "awq",
+}
 """Recipes that do not write compressed-tensors."""
 MODELS = {"SmolLM2-135M": SMOLLM2_135M, "Qwen3-0.6B": QWEN3_600M}
 

@@ -230,6 +230,7 @@ def write_packed(
     config: dict[str, Any],
     infos: Callable[[str, Format, int, int], Infos],
     encode: Callable[[str, Quantized], Mapping[str, Tensor]],
+    more: Mapping[str, Tensor] | None = None,
 ) -> list[Path]:
     """Writes a model, one matrix in memory at a time.
 
@@ -241,6 +242,7 @@ def write_packed(
         config: what config.json says.
         infos: module, format, N, K -> the tensors of the matrix.
         encode: makes them.
+        more: small tensors to be written behind all others, by name.
     """
     pieces: dict[str, Infos] = {}
     for name in model.names():
@@ -252,7 +254,12 @@ def write_packed(
         else:
             pieces[name] = {name: model.info(name)}
 
+    small = more or {}
+    pieces |= {name: {name: TensorInfo(tuple(t.shape), t.dtype)} for name, t in small.items()}
+
     def read(name: str) -> dict[str, Tensor]:
+        if name in small:
+            return {name: small[name]}
         module = name.removesuffix(".weight")
         if module not in model.layers:
             return {name: model.tensor(name)}

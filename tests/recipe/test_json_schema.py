@@ -15,7 +15,17 @@ from qtool.recipe.load import list_recipes, load_recipe
 SCHEMA = json_schema()
 KINDS = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None), "integer": int}
 KNOWN = {"$schema", "$ref", "$defs", "title", "description", "default", "examples", "type", "const", "enum", "anyOf"}
-KNOWN |= {"oneOf", "properties", "required", "additionalProperties", "items", "minItems", "minLength", "minimum"}
+KNOWN |= {
+    "oneOf",
+    "properties",
+    "required",
+    "additionalProperties",
+    "items",
+    "minItems",
+    "minLength",
+    "minimum",
+    "pattern",
+}
 KNOWN |= {"maximum", "exclusiveMinimum", "exclusiveMaximum"}
 
 
@@ -49,6 +59,7 @@ def accepts(schema, value):
         limits["minItems"] = lambda count: len(value) >= count
     elif isinstance(value, str):
         limits["minLength"] = lambda count: len(value) >= count
+        limits["pattern"] = lambda pattern: re.search(pattern, value) is not None
     elif is_a(value, "number"):
         limits |= {"minimum": lambda b: value >= b, "maximum": lambda b: value <= b}
         limits |= {"exclusiveMinimum": lambda b: value > b, "exclusiveMaximum": lambda b: value < b}
@@ -73,7 +84,7 @@ RULE = {"match": "*", "weights": "int4-g64"}
         HEAD | {"layers": []},
         HEAD | {"layers": [RULE], "export": [{"to": "qtool"}]},
         HEAD | {"layers": [RULE], "export": [{"to": "qtol"}]},
-        HEAD | {"layers": [RULE], "kv_cache": "fp8"},
+        HEAD | {"layers": [RULE], "kv_caches": "fp8-tensor"},
         HEAD | {"layers": [{"match": "*", "keep": True}]},
         HEAD | {"layers": [{"match": "*", "keep": "f64"}]},
         HEAD | {"layers": [{"match": "*", "weights": {"type": "int", "bits": 4, "group": 32, "symmetric": False}}]},

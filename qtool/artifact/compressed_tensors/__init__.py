@@ -11,7 +11,7 @@ transformers decodes with compressed-tensors: packed widths of 3, 5, 6 and 7 bit
 that type there. A model that mixes asymmetric formats with others is for vLLM only: transformers 5.23 cannot load
 packed zero points beside a second scheme. Of mixtures of experts, it loads those whose experts are packed and
 symmetric, FP8 or MXFP4; it refuses other experts, and decodes NVFP4 ones without their global scale: such models are
-for vLLM only. INT8 and FP8 inputs may have one calibrated scale.
+for vLLM only. INT8 and FP8 inputs, and FP8 KV caches, may have calibrated scales.
 Layout: https://github.com/vllm-project/compressed-tensors
 """
 
@@ -27,7 +27,7 @@ from qtool.artifact._base import Artifact, Carry
 from qtool.artifact._integers import model_dtype
 from qtool.artifact._packed import Infos, write_packed
 from qtool.artifact._packed import quantization_config as quantization_config_of
-from qtool.artifact.compressed_tensors import _inputs
+from qtool.artifact.compressed_tensors import _cache, _inputs
 from qtool.artifact.compressed_tensors._config import METHOD, kind_of, quantization_config, refusal
 from qtool.artifact.compressed_tensors._kinds import Kind
 from qtool.artifact.compressed_tensors._reader import CompressedCheckpoint
@@ -59,6 +59,10 @@ class CompressedTensors(Artifact):
         reason = _refusal(module, layer) if layer else None
         return Carry(reason is None, reason or "")
 
+    def caches(self, fmt: Format | None) -> Carry:
+        """See `Artifact.caches`: FP8 with one scale per tensor."""
+        return _cache.carry(fmt)
+
     def one_format(self, module: Module) -> str | None:
         """See `Artifact.one_format`: vLLM runs all experts of a block as one layer."""
         return super().one_format(module) if module.stack is None else module.stack.rpartition(".")[0]
@@ -81,7 +85,7 @@ class CompressedTensors(Artifact):
             return kind(module).encode(quantized, module, dtype) | inputs
 
         config = model.config | {"quantization_config": quantization_config(model)} if model.layers else model.config
-        return write_packed(self, model, out, card, config, parts, encoded)
+        return write_packed(self, model, out, card, config, parts, encoded, _cache.tensors(model, dtype))
 
     def open(self, path: Path) -> CompressedCheckpoint:
         """See `Artifact.open`."""

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from qtool.artifact._targets import patterns
+from qtool.artifact.compressed_tensors import _cache
 from qtool.artifact.compressed_tensors._floats import EXPONENT, FP8, MX4, MX8, NV4, NaiveFP8
 from qtool.artifact.compressed_tensors._integers import Packed, Plain
 from qtool.artifact.compressed_tensors._kinds import (
@@ -96,7 +97,7 @@ def quantization_config(model: QuantizedCheckpoint) -> dict[str, Any]:
         "version": _version(model.layers.values()),
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "global_compression_ratio": None,
-        "kv_cache_scheme": None,
+        _cache.SCHEME: _cache.settings(model),
         "config_groups": groups,
         "ignore": _ignored(model),
     }

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from qtool.artifact._packed import SCALE_DTYPES, Infos, PackedCheckpoint, Packing
-from qtool.artifact.compressed_tensors import _inputs
+from qtool.artifact.compressed_tensors import _cache, _inputs
 from qtool.artifact.compressed_tensors._config import METHOD
 from qtool.artifact.compressed_tensors._integers import with_gaps
 from qtool.artifact.compressed_tensors._kinds import SCALE
 from qtool.artifact.compressed_tensors._schemes import Scheme, Schemes
 from qtool.checkpoint._base import TensorInfo
+from qtool.checkpoint.safetensors_io import SafetensorsFile
 from qtool.errors import CheckpointError
 from qtool.formats._base import Format, Quantized
 
@@ -40,6 +41,17 @@ class CompressedCheckpoint(PackedCheckpoint):
             module, _, part = name.rpartition(".")
             if part == "weight_packed" and f"{module}.{SCALE}" not in self._located:
                 raise CheckpointError(f"{self.source} lacks {module}.{SCALE}")
+
+    def _weights(self, folder: Path) -> dict[str, SafetensorsFile]:
+        """See `HFCheckpoint._weights`; scales of the KV cache are none."""
+        plain = super()._weights(folder)
+
+        def take(name: str) -> Tensor | None:
+            file = plain.pop(name, None)
+            return file.read(name) if file else None
+
+        self.cache = _cache.read(self, self._how, take)
+        return plain
 
     def _packing(self, module: str, n: int, k: int, found: Infos) -> Packing:
         """See `PackedCheckpoint._packing`."""

@@ -14,7 +14,7 @@ from qtool.artifact.compressed_tensors._kinds import Arguments, Kind
 from qtool.checkpoint._base import Layer
 from qtool.errors import CheckpointError
 
-UNREAD = ("kv_cache_scheme", "transform_config", "sparsity_config")
+UNREAD = ("transform_config", "sparsity_config")
 """What changes a model in ways that qtool does not follow."""
 
 
