@@ -1,6 +1,7 @@
 """ModelOpt checkpoints against loops over their layouts, literal bytes, other tools' habits, and damage."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from qtool.artifact.modelopt import ModelOpt
 from qtool.artifact.modelopt._algos import ALGOS
-from qtool.checkpoint._base import Layer
+from qtool.checkpoint._base import Cache, Layer, Static
 from qtool.errors import CheckpointError, PlanError
 from qtool.formats._base import Quantized
 from qtool.formats.int import Int
@@ -24,17 +25,21 @@ SCHEMES = {
     "FP8_PER_CHANNEL_PER_TOKEN": (parse_format("fp8-channel"), parse_format("fp8-token")),
     "MXFP8": (parse_format("mxfp8"), parse_format("mxfp8")),
     "W4A16_NVFP4": (parse_format("nvfp4"), None),
+    "FP8": (parse_format("fp8-tensor"), parse_format("fp8-tensor")),
 }
 
 
 def share(model):
-    """Gives merged matrices one scale, as the pipeline does."""
-    for name, q in model.matrices.items():
-        if isinstance(q.format, NVFP4):
-            fmt = NVFP4().given(2.0)
+    """Gives merged matrices one scale, and inputs theirs, as the pipeline does."""
+    for i, (name, layer) in enumerate(list(model.layers.items())):
+        q = model.matrices[name]
+        if q.format.needs_largest:
+            fmt = q.format.given(2.0)
             w = model.origin.tensor(f"{name}.weight").float()
             params = fmt.fit(w)
-            model.matrices[name] = Quantized(fmt.snap(w, params), params, NVFP4())
+            model.matrices[name] = Quantized(fmt.snap(w, params), params, q.format)
+        if layer.activations and layer.activations.static:
+            model.layers[name] = replace(layer, static=Static((i + 1) / 64))
     return model
 
 
@@ -56,7 +61,10 @@ def exact(found, model):
         assert torch.equal(found.rows(name, 3, 18).float(), model.tensor(name)[3:18].float()), name
     for module, layer in model.layers.items():
         assert found.layers[module].format.label == layer.format.label
-        assert found.layers[module].activations == layer.activations or layer.activations is not None
+        inputs = found.layers[module].activations
+        assert (inputs and inputs.label) == (layer.activations and layer.activations.label)
+        assert found.layers[module].static == layer.static
+    assert found.cache == model.cache
 
 
 @pytest.mark.parametrize("algo", SCHEMES)
@@ -180,39 +188,54 @@ def edit_config(folder, **changes):
     (folder / "hf_quant_config.json").write_text(json.dumps(config))
 
 
-def test_calibrated_scales_of_inputs_and_cache_are_not_lost_in_an_export(tiny_checkpoint, tmp_path):
+def test_calibrated_scales_of_nvfp4_inputs_are_not_lost_in_an_export(tiny_checkpoint, tmp_path):
     model = quantize(tiny_checkpoint("llama"), NVFP4())
     write(model, tmp_path)
-    scale = torch.tensor(0.5)
-    edit(tmp_path, lambda t: t.update({f"{UP}.input_scale": scale, f"{K}.k_scale": scale.clone()}))
+    edit(tmp_path, lambda t: t.update({f"{UP}.input_scale": torch.tensor(0.5)}))
     edit_config(tmp_path, quant_algo="NVFP4")
     found = ModelOpt().open(tmp_path)
-    assert found.decoded == {
-        UP: "its inputs have calibrated scales",
-        K: "its layer has scales for the KV cache",
-    }
+    assert found.decoded == {UP: "its inputs have calibrated scales"}
     assert torch.equal(found.tensor(f"{UP}.weight"), model.tensor(f"{UP}.weight"))
     with pytest.raises(PlanError, match=f"its inputs have calibrated scales: {UP}"):
         ModelOpt().check(found)
 
 
-def test_fp8_with_calibrated_inputs(tiny_checkpoint, tmp_path):
-    model = quantize(tiny_checkpoint("llama"), parse_format("fp8-channel"), parse_format("fp8-token"))
-    write(model, tmp_path)
-    before = stored(tmp_path, UP)["weight"].float()
-
-    def per_tensor(tensors):
-        for name in list(tensors):
-            if name.endswith(".weight_scale"):
-                tensors[name] = torch.tensor(0.25) if UP in name else torch.tensor([0.5])
-                tensors[name.replace("weight_scale", "input_scale")] = torch.tensor(3.0)
-
-    edit(tmp_path, per_tensor)
-    edit_config(tmp_path, quant_algo="FP8")
+def test_fp8_as_others_write_it(tiny_checkpoint, tmp_path):
+    """One number has one dimension or none."""
+    write(quantize(tiny_checkpoint("llama"), *SCHEMES["FP8"]), tmp_path)
+    tensors = stored(tmp_path, UP)
+    assert tensors["weight_scale"].shape == tensors["input_scale"].shape == ()
+    change = {f"{UP}.weight_scale": torch.tensor([0.25]), f"{UP}.input_scale": torch.tensor([3.0])}
+    edit(tmp_path, lambda t: t.update(change))
     found = ModelOpt().open(tmp_path)
-    assert torch.equal(found.tensor(f"{UP}.weight"), before * 0.25)
-    assert found.layers[UP].format.label == "fp8-tensor"
-    assert set(found.decoded.values()) == {"its inputs have calibrated scales"}
+    assert torch.equal(found.tensor(f"{UP}.weight"), tensors["weight"].float() * 0.25)
+    assert found.layers[UP].static == Static(3.0)
+
+
+def cached(folder):
+    """A model whose first block's attention stays as it is, with FP8 in its KV cache."""
+    model = quantize(folder, Int(bits=4, group=32))
+    statics = {i: (Static(0.5 + i), Static(0.25)) for i in range(2)}
+    model.cache = Cache(parse_format("fp8-tensor").model_copy(update={"scale_dtype": "fp32"}), statics)
+    model.layers = {name: layer for name, layer in model.layers.items() if "0.self_attn" not in name}
+    return model
+
+
+def test_scales_of_the_cache(tiny_checkpoint, tmp_path):
+    model = cached(tiny_checkpoint("llama"))
+    write(model, tmp_path)
+    how = json.loads((tmp_path / "hf_quant_config.json").read_text())["quantization"]
+    assert how["kv_cache_quant_algo"] == "FP8"
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert [float(tensors[f"model.layers.{i}.self_attn.k_proj.k_scale"]) for i in range(2)] == [0.5, 1.5]
+    assert tensors["model.layers.0.self_attn.v_proj.v_scale"].dtype == torch.float32
+    exact(ModelOpt().open(tmp_path), model)
+    edit(tmp_path, lambda t: t.pop(f"{K}.k_scale"))
+    assert ModelOpt().open(tmp_path).cache.statics[0] == (Static(1.0), Static(0.25))
+    other = cached(tiny_checkpoint("llama"))
+    other.cache = Cache(Int(bits=8, group="token"), {})
+    with pytest.raises(PlanError, match="its KV caches are fp8-tensor, not int8-token: the model as a whole"):
+        ModelOpt().check(other)
 
 
 def test_factors_of_inputs_are_multiplied_into_the_weights(tiny_checkpoint, tmp_path):
@@ -241,6 +264,15 @@ def test_either_configuration_is_enough(tiny_checkpoint, tmp_path):
     exact(ModelOpt().open(tmp_path), model)
 
 
+def nan_scale(tensors):
+    """Tensors of FP8, with a scale of inputs that is none."""
+    codes = {f"{UP}.weight": torch.zeros(128, 64, dtype=torch.float8_e4m3fn), f"{UP}.weight_scale": torch.tensor(1.0)}
+    others = {n: torch.tensor(1.0) for n in tensors if n.endswith("weight_scale")}
+    shapes = {n.removesuffix("_scale"): tensors[n.removesuffix("_scale")].shape for n in others}
+    weights = {n: torch.zeros(2 * s[0], s[1], dtype=torch.float8_e4m3fn) for n, s in shapes.items()}
+    return {**others, **weights, **codes, f"{UP}.input_scale": torch.tensor(torch.nan)}
+
+
 DAMAGE = {
     "algorithm": (lambda f: edit_config(f, quant_algo="NVFP4_SVD"), "quant_algo: wanted W4A16_AWQ, .*'NVFP4_SVD'"),
     "none": (lambda f: edit_config(f, quant_algo=None), "quantization_config: quant_algo"),
@@ -252,6 +284,11 @@ DAMAGE = {
         lambda f: edit(f, lambda t: t.update({f"{UP}.weight": t[f"{UP}.weight"][:-1].clone()})),
         r"up_proj.weight: wanted uint8 \[64, 64\], found uint8 \[63, 64\]",
     ),
+    "input scale": (
+        lambda f: (edit_config(f, quant_algo="FP8"), edit(f, lambda t: t.update(nan_scale(t)))),
+        "input_scale: wanted a positive float32, found tensor",
+    ),
+    "cache": (lambda f: edit_config(f, kv_cache_quant_algo="NVFP4"), "kv_cache_quant_algo: .*found 'NVFP4'"),
     "factors": (
         lambda f: edit(f, lambda t: t.update({f"{DOWN}.pre_quant_scale": torch.ones(3)})),
         r"pre_quant_scale: wanted \[128\], found \[3\]",

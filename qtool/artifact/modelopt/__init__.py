@@ -1,8 +1,8 @@
 """ModelOpt checkpoints, which TensorRT-LLM, vLLM and SGLang load.
 
-Written: 4-bit integers in groups (W4A16_AWQ), 8-bit ones per row (W8A16), FP8 per row with inputs in FP8 per token,
-MXFP8, NVFP4 weights (W4A16_NVFP4), and mixtures of them. Read as well: FP8 and NVFP4 whose inputs have calibrated
-scales, and scales for the KV cache, which no other layout is given. W4A16_AWQ scales inputs before it multiplies: by 1
+Written: 4-bit integers in groups (W4A16_AWQ), 8-bit ones per row (W8A16), FP8 per tensor with calibrated inputs or per
+row with inputs per token, MXFP8, NVFP4 weights (W4A16_NVFP4), mixtures of them, and FP8 KV caches. Read as well: NVFP4
+whose inputs have calibrated scales, which no other layout is given. W4A16_AWQ scales inputs before it multiplies: by 1
 where qtool writes it; a file with other factors is decoded.
 Layout: https://github.com/NVIDIA/Model-Optimizer
 """
@@ -16,10 +16,11 @@ from typing import Any, ClassVar
 from qtool.artifact._base import Artifact, Carry
 from qtool.artifact._files import storage_errors
 from qtool.artifact._packed import write_packed
-from qtool.artifact.modelopt._algos import ALGOS, algo_of
+from qtool.artifact.modelopt._algos import ALGOS, algo_of, fp8
 from qtool.artifact.modelopt._reader import CONFIG, ModelOptCheckpoint, told
-from qtool.artifact.modelopt._writer import Writer, flat, settings
+from qtool.artifact.modelopt._writer import Writer, cache_scales, flat, settings
 from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint
+from qtool.formats._base import Format, alike
 
 
 class ModelOpt(Artifact):
@@ -34,12 +35,17 @@ class ModelOpt(Artifact):
         reason = _refusal(module, layer) if layer else None
         return Carry(reason is None, reason or "")
 
+    def caches(self, fmt: Format | None) -> Carry:
+        """See `Artifact.caches`: FP8 with one scale per block for keys and one for values."""
+        possible = fmt is None or alike(fmt, fp8("tensor"))
+        return Carry(possible, "" if fmt is None or possible else f"its KV caches are fp8-tensor, not {fmt.label}")
+
     def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
         """See `Artifact.write`."""
         self.check(model)
         how, writer = settings(model), Writer(model)
         config = model.config | {"quantization_config": flat(how)}
-        files = write_packed(self, model, out, card, config, writer.infos, writer.encode)
+        files = write_packed(self, model, out, card, config, writer.infos, writer.encode, cache_scales(model))
         with storage_errors(out):
             (out / CONFIG).write_text(json.dumps(how, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         return [*files, out / CONFIG]
@@ -62,7 +68,9 @@ def _refusal(module: Module, layer: Layer) -> str | None:
     algo = algo_of(layer)
     if algo is None:
         inputs = f" with {layer.activations.label} inputs" if layer.activations else ""
-        wanted = "int4 in groups, int8-channel, fp8-channel with fp8-token inputs, mxfp8 with mxfp8 inputs, and nvfp4"
+        wanted = (
+            "int4 in groups, int8-channel, fp8-tensor or -channel and mxfp8 with inputs alike (fp8-token), and nvfp4"
+        )
         return f"ModelOpt holds {wanted}, not {layer.format.label}{inputs}"
     odd = algo is ALGOS["W4A16_AWQ"] and module.shape[0] % 2
     return f"ModelOpt packs 2 rows together, which {module.shape[0]} are not" if odd else None

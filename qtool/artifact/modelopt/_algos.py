@@ -140,7 +140,7 @@ class FP8Channel(Algo):
 
     def layer(self, keys: Mapping[str, Any], found: Infos) -> Layer:
         """See `Algo.layer`."""
-        return Layer(_fp8("channel"), _fp8("token"))
+        return Layer(fp8("channel"), fp8("token"))
 
     def infos(self, layer: Layer, n: int, k: int) -> Infos:
         """See `Algo.infos`."""
@@ -160,11 +160,10 @@ class FP8(Algo):
     """Weights in FP8 with one scale, inputs in FP8 with one scale that calibration found."""
 
     name = "FP8"
-    writable = False
 
     def layer(self, keys: Mapping[str, Any], found: Infos) -> Layer:
         """See `Algo.layer`."""
-        return Layer(_fp8("tensor"))
+        return Layer(fp8("tensor"), fp8("tensor"))
 
     def infos(self, layer: Layer, n: int, k: int) -> Infos:
         """See `Algo.infos`."""
@@ -261,7 +260,8 @@ def algo_of(layer: Layer) -> Algo | None:
     return next((algo for algo in ALGOS.values() if algo.writable and algo.holds(layer)), None)
 
 
-def _fp8(group: str) -> FP:
+def fp8(group: str) -> FP:
+    """E4M3 with scales in fp32."""
     return FP.model_validate({"element": "e4m3", "group": group, "scale_dtype": "fp32"})
 
 

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from qtool.artifact._packed import Infos, PackedCheckpoint, Packing, Settings, quantization_config, read_settings
-from qtool.artifact.modelopt._algos import ALGOS, SCALE, Algo
-from qtool.checkpoint._base import TensorInfo
+from qtool.artifact.modelopt._algos import ALGOS, SCALE, Algo, fp8
+from qtool.checkpoint._base import Cache, Checkpoint, Static, TensorInfo
 from qtool.checkpoint.config import read_json
+from qtool.checkpoint.safetensors_io import SafetensorsFile
 from qtool.errors import CheckpointError
 from qtool.formats._base import Quantized
 
 CONFIG = "hf_quant_config.json"
-CACHE = ("k_scale", "v_scale")
+
+
+def cache_names(model: Checkpoint) -> list[tuple[str, str]]:
+    """Names of the two scales of each block's KV cache."""
+    found = []
+    for block in range(model.family.blocks(model.config)):
+        prefix = model.family.block_prefix.format(i=block)
+        paths = {linear.role: linear.path for linear in model.family.block_linears(model.config, block)}
+        found.append((f"{prefix}{paths['k']}.k_scale", f"{prefix}{paths['v']}.v_scale"))
+    return found
 
 
 def told(folder: Path) -> dict[str, Any]:
@@ -40,6 +52,7 @@ class _Keys(Settings):
 
     quant_algo: str
     group_size: int | None = Field(None, gt=0)
+    kv_cache_quant_algo: Literal["FP8"] | None = None
 
 
 class ModelOptCheckpoint(PackedCheckpoint):
@@ -74,14 +87,36 @@ class ModelOptCheckpoint(PackedCheckpoint):
         for part in (SCALE, f"{SCALE}_2"):  # one number is stored with one dimension or with none
             if part in parts and parts[part].shape == () and part in found and found[part].shape == (1,):
                 parts[part] = TensorInfo((1,), parts[part].dtype)
-        extra = {part: found[part] for part in ("input_scale", "pre_quant_scale", *CACHE) if part in found}
+        extra = {part: found[part] for part in ("input_scale", "pre_quant_scale") if part in found}
         if "pre_quant_scale" in extra and extra["pre_quant_scale"].shape != (k,):
             raise CheckpointError(f"{where}.pre_quant_scale", wanted=[k], found=list(extra["pre_quant_scale"].shape))
         if "pre_quant_scale" in extra and not bool((self._read(module, "pre_quant_scale") == 1).all()):
             return Packing((n, k), None, parts | extra, "its inputs are scaled first (pre_quant_scale)")
-        reason = "its inputs have calibrated scales" if "input_scale" in extra else ""
-        reason = "its layer has scales for the KV cache" if extra.keys() & set(CACHE) else reason
-        return Packing((n, k), layer, parts | extra, reason)
+        if "input_scale" not in extra:
+            return Packing((n, k), layer, parts | extra)
+        if layer.activations and layer.activations.static:
+            layer = replace(layer, static=self._static(f"{module}.input_scale", self._read(module, "input_scale")))
+            return Packing((n, k), layer, parts | extra)
+        return Packing((n, k), layer, parts | extra, "its inputs have calibrated scales")
+
+    def _weights(self, folder: Path) -> dict[str, SafetensorsFile]:
+        """See `HFCheckpoint._weights`. A scale of the KV cache that is not there is 1, as runtimes have it."""
+        plain = super()._weights(folder)
+        if self._usual.kv_cache_quant_algo:
+            statics = {}
+            for block, names in enumerate(cache_names(self)):
+                files = [(name, plain.pop(name, None)) for name in names]
+                keys, values = (self._static(n, f.read(n)) if f else Static(1.0) for n, f in files)
+                statics[block] = keys, values
+            self.cache = Cache(fp8("tensor"), statics)
+        return plain
+
+    def _static(self, name: str, tensor: Tensor) -> Static:
+        """A scale that calibration found. Raises CheckpointError: it is none."""
+        scale = float(tensor) if tensor.numel() == 1 and tensor.dtype == torch.float32 else math.nan
+        if not 0 < scale < math.inf:
+            raise CheckpointError(f"{self.source}: {name}", wanted="a positive float32", found=f"{tensor!r:.60}")
+        return Static(scale)
 
     def _unpack(self, module: str, packing: Packing, start: int, stop: int) -> Quantized | Tensor:
         """See `PackedCheckpoint._unpack`."""

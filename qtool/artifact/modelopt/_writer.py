@@ -11,6 +11,7 @@ from torch import Tensor
 from qtool.artifact._integers import as_integers, half_dtype, integers
 from qtool.artifact._packed import SCALE_DTYPES, Infos
 from qtool.artifact.modelopt._algos import ALGOS, Algo, algo_of
+from qtool.artifact.modelopt._reader import cache_names
 from qtool.checkpoint._base import Layer, QuantizedCheckpoint, TensorInfo, modules
 from qtool.errors import PlanError
 from qtool.formats._base import Format, Quantized
@@ -29,9 +30,21 @@ def settings(model: QuantizedCheckpoint) -> dict[str, Any]:
     how = {
         **(first if alike else {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}),
         "exclude_modules": [name for name in linears if name not in layers],
-        "kv_cache_quant_algo": None,
+        "kv_cache_quant_algo": "FP8" if model.cache else None,
     }
     return {"producer": {"name": "modelopt", "version": VERSION}, "quantization": how}
+
+
+def cache_scales(model: QuantizedCheckpoint) -> dict[str, Tensor]:
+    """Scales of the KV cache by name."""
+    if model.cache is None:
+        return {}
+    names = cache_names(model)
+    return {
+        name: torch.tensor(static.scale)
+        for block, statics in model.cache.statics.items()
+        for name, static in zip(names[block], statics, strict=True)
+    }
 
 
 def flat(how: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,20 +71,30 @@ class Writer:
         layer = self.layers[module]
         if ints := integers(fmt):
             layer = Layer(ints.model_copy(update={"scale_dtype": SCALE_DTYPES[self.dtype]}), layer.activations)
-        factors = {"pre_quant_scale": TensorInfo((k,), self.dtype)} if self._scales_inputs(module) else {}
-        return _algo(layer).infos(layer, n, k) | factors
+        parts = _algo(layer).infos(layer, n, k)
+        if layer.static:
+            parts["input_scale"] = TensorInfo((), torch.float32)
+        if self._scales_inputs(module):
+            parts["pre_quant_scale"] = TensorInfo((k,), self.dtype)
+        return parts
 
     def encode(self, module: str, quantized: Quantized) -> dict[str, Tensor]:
         """The tensors of a matrix. Raises PlanError: its scales are not exact, or not those that runtimes can merge."""
         if integers(quantized.format):
             quantized = as_integers(quantized, module, self.dtype)
-        if "tensor" in quantized.params:
-            whole = float(quantized.params["tensor"][0, 0])
+        layer = self.layers[module]
+        one = quantized.params.get("tensor", quantized.params.get("scale")) if quantized.format.needs_largest else None
+        if one is not None:
+            whole = float(one[0, 0])
             if self.largest.setdefault(self.merged[module] or module, whole) != whole:
                 line = f"{module}: runtimes merge it with matrices that have another scale of the whole matrix"
                 raise PlanError([line], "ModelOpt has one such scale for merged matrices")
-        ones = {"pre_quant_scale": torch.ones(quantized.codes.shape[1], dtype=self.dtype)}
-        return _algo(self.layers[module]).encode(quantized) | (ones if self._scales_inputs(module) else {})
+        tensors = _algo(layer).encode(quantized)
+        if layer.static:
+            tensors["input_scale"] = torch.tensor(layer.static.scale)
+        if self._scales_inputs(module):
+            tensors["pre_quant_scale"] = torch.ones(quantized.codes.shape[1], dtype=self.dtype)
+        return tensors
 
     def _scales_inputs(self, module: str) -> bool:
         """Runtimes want factors of inputs where they merge nothing; for what they merge, the norm before has them."""
