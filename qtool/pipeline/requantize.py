@@ -78,4 +78,7 @@ def second_generation(plan: Plan, checkpoint: Checkpoint) -> list[str]:
             lines[f"quantized already ({before}) and taken over as {p.format.label} wherever that is exact"] += 1
         else:
             lines[f"quantized already ({before}) and rounded again to {p.format.label}: {ADVICE}"] += 1
-    return [f"{count} matrices are {text}" for text, count in lines.items()]
+    found = [f"{count} matrices are {text}" for text, count in lines.items()]
+    if checkpoint.cache and plan.recipe.kv_cache is None:
+        found.append(f"the KV cache is quantized already ({checkpoint.cache.format.label}) and left alone from now on")
+    return found
