@@ -43,7 +43,8 @@ def fits(qtool: Sequence[str], model: Path, recipe: str) -> bool:
 
 def with_quality(header: str, kld: float) -> str:
     """A recipe's text with what was measured in its line "# Quality:", behind "# Size:"."""
-    line = f"# Quality: mean KL divergence {kld:.3g} nats per token, SmolLM2-135M off any grid (benchmarks --only recipes).\n"
+    where = "SmolLM2-135M off any grid (benchmarks --only recipes)"
+    line = f"# Quality: mean KL divergence {kld:.3g} nats per token, {where}.\n"
     bare = QUALITY.sub("", header)
     size = re.search(r"^# Size: (?:.*\n)(?:# .*\n)*?(?=recipe:)", bare, re.MULTILINE)
     place = size.end() if size else bare.index("recipe:")

@@ -7,17 +7,33 @@ part of the difference (https://arxiv.org/abs/2504.02692).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import Tensor, nn
 
+from qtool.calibrate.hidden import Hidden
 from qtool.checkpoint._base import Module
 
-if TYPE_CHECKING:
-    from qtool.calibrate.walker import Walker
+
+class Blocks(Protocol):
+    """What is asked of `qtool.calibrate.walker.Walker`, which imports this module."""
+
+    def embed(self, tokens: Tensor) -> Hidden:
+        """See there."""
+
+    def load_block(self, i: int) -> nn.Module:
+        """See there."""
+
+    def linear(self, block: nn.Module, module: Module) -> nn.Module:
+        """See there."""
+
+    def output(self, block: nn.Module, i: int, hidden: Hidden, part: slice) -> Tensor:
+        """See there."""
+
 
 SHARE = 0.25
-"""Part of the samples that the unquantized model is run on. All of them would lower KL divergence by 1 percent."""
+"""Part of the samples that the unquantized model is run on. With half or all of them, KL divergence at 4 bits was 7 percent
+lower on SmolLM2-135M (0.084 instead of 0.090), for up to half the time of all forward passes."""
 
 
 class Reference:
@@ -28,7 +44,7 @@ class Reference:
         tokens: int64 [S, T], all of them.
     """
 
-    def __init__(self, walker: Walker, tokens: Tensor) -> None:
+    def __init__(self, walker: Blocks, tokens: Tensor) -> None:
         self.walker = walker
         self.hidden = walker.embed(tokens[: -int(-len(tokens) * SHARE // 1)])
         self.block: nn.Module | None = None

@@ -56,7 +56,7 @@ def test_export_keeps_every_value(layout, compressed, tmp_path):
 
 def test_export_refuses_what_does_not_fit(gguf_run, tmp_path):
     _, out, _, _ = gguf_run
-    with pytest.raises(PlanError, match="AWQ holds 4-bit integers .*, not q8_0"):
+    with pytest.raises(PlanError, match=r"AWQ holds 4-bit integers .*, not q8_0"):
         export(ExportOptions(out, "awq", tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
 
