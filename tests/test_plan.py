@@ -400,8 +400,8 @@ class TestArtifacts:
         (line,) = refusals(odd, KEEP_HEAD, REST, model=EXPERTS)
         assert line == (
             f'layers[0] (match "{odd["match"]}"): model.layers.0.mlp.experts.down_proj and 1 more: these become one '
-            "tensor in qtool or its runtimes, wanted one format, found down int4-g32, down q8_0; let one rule decide them "
-            "all, "
+            "tensor in qtool or its runtimes, wanted one format, found down int4-g32, down q8_0; let one rule decide "
+            "them all, "
             r'such as match: "re:.*\.experts\.\d+\.(down_proj)"'
         )
         plan(odd | {"match": r"re:.*\.experts\.\d+\.(down_proj)"}, KEEP_HEAD, REST, model=EXPERTS)
