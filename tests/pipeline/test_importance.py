@@ -163,7 +163,9 @@ def test_experts_that_no_token_reached(tiny_checkpoint, tmp_path):
     checkpoint = open_checkpoint(str(tiny_checkpoint("mixtral")))
     measured = {}
     for expert, value in ((0, 2.0), (2, 3.0)):
-        measured[f"model.layers.0.block_sparse_moe.experts.{expert}.in"] = stats = InputStats(64, frozenset({Stat.CHANNELS}))
+        measured[f"model.layers.0.block_sparse_moe.experts.{expert}.in"] = stats = InputStats(
+            64, frozenset({Stat.CHANNELS})
+        )
         stats.add(torch.full((5, 64), value))
     write_importance(tmp_path / "m.gguf", measured, checkpoint, Calibration(samples=1, length=16))
     entries = read_imatrix(tmp_path / "m.gguf").entries
