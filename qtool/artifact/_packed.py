@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -19,11 +18,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from qtool.artifact._base import Artifact
+from qtool.artifact._base import Artifact, Carry
 from qtool.artifact._card import write_card, write_side_files
 from qtool.artifact._manifest import checked
 from qtool.artifact._shards import write_shards
-from qtool.checkpoint._base import Layer, QuantizedCheckpoint, TensorInfo
+from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint, TensorInfo
 from qtool.checkpoint.config import read_json
 from qtool.checkpoint.hf import HFCheckpoint, digest, locate
 from qtool.checkpoint.safetensors_io import SafetensorsFile
@@ -55,6 +54,34 @@ class Packing:
     layer: Layer | None
     parts: Infos
     reason: str = ""
+
+
+class PackedArtifact(Artifact):
+    """A layout of packed matrices; a subclass says which layers it refuses.
+
+    Attributes:
+        packs_embeddings: True if the token embedding may be one of them.
+    """
+
+    packs_embeddings: ClassVar[bool] = False
+
+    @abstractmethod
+    def _refusal(self, module: Module, layer: Layer) -> str | None:
+        """Why a layer cannot be held; None if it can."""
+
+    def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Carry:
+        """See `Artifact.can_carry`."""
+        if layer is None:
+            return Carry(True)
+        if module.kind == "embedding" and not self.packs_embeddings:
+            tied = " and is the output layer at the same time" if module.aliases else ""
+            return Carry(False, f"the token embedding stays unquantized in this layout{tied}: keep it")
+        reason = self._refusal(module, layer)
+        return Carry(reason is None, reason or "")
+
+    def agree(self, layers: Collection[Layer]) -> Carry:
+        """See `Artifact.agree`."""
+        return Carry(bool(layers), "nothing of the model is quantized")
 
 
 class PackedCheckpoint(HFCheckpoint, QuantizedCheckpoint):
@@ -113,7 +140,7 @@ class PackedCheckpoint(HFCheckpoint, QuantizedCheckpoint):
                 self._drop_idle_bias(module, plain)
                 if packing.layer:
                     self.layers[module] = packing.layer
-        if strange := [name for name in plain if name.endswith(f".{self.mark}") and self.mark != "weight"]:
+        if strange := [name for name in plain if name.endswith(f".{self.mark}")]:
             raise CheckpointError(f"{self.source}: {strange[0]} is packed, but the model has no such module")
         return plain
 
@@ -197,15 +224,8 @@ Read = TypeVar("Read", bound=BaseModel)
 
 def read_settings(kind: type[Read], value: Mapping[str, Any], where: str) -> Read:
     """Validates settings. Raises CheckpointError: the first mistake in them."""
-    with valid(where):
-        return kind.model_validate(dict(value))
-
-
-@contextmanager
-def valid(where: str) -> Iterator[None]:
-    """Turns a validation error into a CheckpointError of one line."""
     try:
-        yield
+        return kind.model_validate(dict(value))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))

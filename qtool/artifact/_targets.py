@@ -1,4 +1,4 @@
-"""Regular expressions that match some modules of a model and nothing else, for configurations that list modules so."""
+"""How configurations list modules: those that are not quantized by name, others by regular expressions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ import re
 from collections import defaultdict
 from collections.abc import Collection
 
-from qtool.checkpoint._base import Checkpoint, Module, modules
+from qtool.checkpoint._base import Checkpoint, Module, QuantizedCheckpoint, modules
+
+
+def kept_linears(model: QuantizedCheckpoint) -> list[str]:
+    """Linear modules that stay as they are, routers and a tied output layer among them."""
+    linears = [module.name for module in modules(model) if module.kind != "embedding"]
+    linears += [model.family.head] if model.tied else []
+    return [name for name in linears if name not in model.layers]
 
 
 def patterns(members: Collection[str], model: Checkpoint, merged: bool = False) -> list[str]:

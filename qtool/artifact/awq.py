@@ -21,10 +21,11 @@ import torch
 from pydantic import AliasChoices, Field
 from torch import Tensor
 
-from qtool.artifact._base import Artifact, Carry
+from qtool.artifact._base import Carry
 from qtool.artifact._integers import as_integers, half_dtype, integers
 from qtool.artifact._packed import (
     Infos,
+    PackedArtifact,
     PackedCheckpoint,
     Packing,
     Settings,
@@ -32,7 +33,8 @@ from qtool.artifact._packed import (
     read_settings,
     write_packed,
 )
-from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint, TensorInfo, modules
+from qtool.artifact._targets import kept_linears
+from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint, TensorInfo
 from qtool.errors import CheckpointError
 from qtool.formats._base import Format, Quantized
 from qtool.formats.int import Int
@@ -45,7 +47,7 @@ EIGHTS = -0x77777778
 """Eight zero points of symmetric codes in a word, 0x88888888."""
 
 
-class AWQ(Artifact):
+class AWQ(PackedArtifact):
     """See the module."""
 
     fuses: ClassVar[bool] = True
@@ -53,15 +55,22 @@ class AWQ(Artifact):
     library: ClassVar[str | None] = "transformers"
     usage: ClassVar[str] = "`vllm serve FOLDER` serves it."
 
-    def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Carry:
-        """See `Artifact.can_carry`."""
-        reason = _refusal(module, layer) if layer else None
-        return Carry(reason is None, reason or "")
+    def _refusal(self, module: Module, layer: Layer) -> str | None:
+        """See `PackedArtifact._refusal`."""
+        fmt = integers(layer.format)
+        if fmt is None or fmt.bits != BITS or fmt.group == "token":
+            return f"AWQ holds 4-bit integers per group or channel, such as int4-g128-asym, not {layer.format.label}"
+        if layer.activations is not None:
+            return "AWQ cannot say how activations are quantized"
+        n = module.shape[0]
+        return f"AWQ packs 8 rows together, which {n} are not" if n % PER_WORD else None
 
     def agree(self, layers: Collection[Layer]) -> Carry:
         """See `Artifact.agree`."""
         sizes = sorted({_group(layer.format) for layer in layers if integers(layer.format)})
-        return Carry(len(sizes) < 2, f"AWQ has one group size for all layers, not {', '.join(map(str, sizes))}")
+        if len(sizes) < 2:
+            return super().agree(layers)
+        return Carry(False, f"AWQ has one group size for all layers, not {', '.join(map(str, sizes))}")
 
     def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
         """See `Artifact.write`."""
@@ -87,20 +96,6 @@ class AWQ(Artifact):
         return (quantization_config(path) or {}).get("quant_method") == "awq"
 
 
-def _refusal(module: Module, layer: Layer) -> str | None:
-    """Why a layer cannot be held; None if it can."""
-    if module.kind == "embedding":
-        tied = " and is the output layer at the same time" if module.aliases else ""
-        return f"the token embedding stays unquantized in AWQ checkpoints{tied}: keep it"
-    fmt = integers(layer.format)
-    if fmt is None or fmt.bits != BITS or fmt.group == "token":
-        return f"AWQ holds 4-bit integers per group or channel, such as int4-g128-asym, not {layer.format.label}"
-    if layer.activations is not None:
-        return "AWQ cannot say how activations are quantized"
-    n = module.shape[0]
-    return f"AWQ packs 8 rows together, which {n} are not" if n % PER_WORD else None
-
-
 def _group(fmt: Format) -> int:
     """Columns of a group; -1: all of them."""
     ints = integers(fmt)
@@ -110,15 +105,13 @@ def _group(fmt: Format) -> int:
 
 def settings(model: QuantizedCheckpoint) -> dict[str, Any]:
     """`quantization_config` of config.json. Readers look for the names of what is kept inside of module names."""
-    linears = [m.name for m in modules(model) if m.kind != "embedding"]
-    linears += [model.family.head] if model.tied else []
     return {
         "quant_method": "awq",
         "bits": BITS,
         "group_size": _group(next(iter(model.layers.values())).format),
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": [name for name in linears if name not in model.layers],
+        "modules_to_not_convert": kept_linears(model),
     }
 
 

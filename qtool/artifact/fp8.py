@@ -18,11 +18,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from qtool.artifact._base import Artifact, Carry
 from qtool.artifact._floats import from_bits, to_bits
 from qtool.artifact._packed import (
     SCALE_DTYPES,
     Infos,
+    PackedArtifact,
     PackedCheckpoint,
     Packing,
     Settings,
@@ -30,7 +30,8 @@ from qtool.artifact._packed import (
     read_settings,
     write_packed,
 )
-from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint, TensorInfo, modules
+from qtool.artifact._targets import kept_linears
+from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint, TensorInfo
 from qtool.formats._base import Format, Quantized
 from qtool.formats.fp import FP
 
@@ -40,7 +41,7 @@ WEIGHTS = FP.model_validate({"element": "e4m3", "group": BLOCK, "rows": BLOCK, "
 INPUTS = FP.model_validate({"element": "e4m3", "group": BLOCK})
 
 
-class FP8(Artifact):
+class FP8(PackedArtifact):
     """See the module."""
 
     fuses: ClassVar[bool] = True
@@ -48,10 +49,13 @@ class FP8(Artifact):
     library: ClassVar[str | None] = "transformers"
     usage: ClassVar[str] = "`vllm serve FOLDER` serves it."
 
-    def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Carry:
-        """See `Artifact.can_carry`."""
-        reason = _refusal(module, layer) if layer else None
-        return Carry(reason is None, reason or "")
+    def _refusal(self, module: Module, layer: Layer) -> str | None:
+        """See `PackedArtifact._refusal`."""
+        inputs = layer.activations.label if layer.activations else "unquantized"
+        if WEIGHTS.may_hold(layer.format) or inputs != INPUTS.label:
+            wanted = f"{WEIGHTS.label} with {INPUTS.label} inputs"
+            return f"FP8 checkpoints hold {wanted}, not {layer.format.label} with {inputs} inputs"
+        return None
 
     def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
         """See `Artifact.write`."""
@@ -76,28 +80,14 @@ class FP8(Artifact):
         return (quantization_config(path) or {}).get("quant_method") == "fp8"
 
 
-def _refusal(module: Module, layer: Layer) -> str | None:
-    """Why a layer cannot be held; None if it can."""
-    if module.kind == "embedding":
-        tied = " and is the output layer at the same time" if module.aliases else ""
-        return f"the token embedding stays unquantized in FP8 checkpoints{tied}: keep it"
-    inputs = layer.activations.label if layer.activations else "unquantized"
-    if WEIGHTS.may_hold(layer.format) or inputs != INPUTS.label:
-        wanted = f"{WEIGHTS.label} with {INPUTS.label} inputs"
-        return f"FP8 checkpoints hold {wanted}, not {layer.format.label} with {inputs} inputs"
-    return None
-
-
 def settings(model: QuantizedCheckpoint) -> dict[str, Any]:
     """`quantization_config` of config.json."""
-    linears = [m.name for m in modules(model) if m.kind != "embedding"]
-    linears += [model.family.head] if model.tied else []
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         "weight_block_size": [BLOCK, BLOCK],
-        "modules_to_not_convert": [name for name in linears if name not in model.layers],
+        "modules_to_not_convert": kept_linears(model),
     }
 
 

@@ -22,11 +22,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from qtool.artifact._base import Artifact, Carry
 from qtool.artifact._floats import from_bits, to_bits
 from qtool.artifact._packed import (
     SETTINGS,
     Infos,
+    PackedArtifact,
     PackedCheckpoint,
     Packing,
     Settings,
@@ -50,18 +50,24 @@ KEY = SETTINGS[1]
 Target = Biased | MXFP4 | MXFP8
 
 
-class MLX(Artifact):
+class MLX(PackedArtifact):
     """See the module."""
 
     fuses: ClassVar[bool] = False
+    packs_embeddings: ClassVar[bool] = True
     runtimes: ClassVar[tuple[str, ...]] = ("mlx-lm",)
     library: ClassVar[str | None] = "mlx"
     usage: ClassVar[str] = "`mlx_lm.chat --model FOLDER` chats with it."
 
-    def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Carry:
-        """See `Artifact.can_carry`."""
-        reason = _refusal(module, layer) if layer else None
-        return Carry(reason is None, reason or "")
+    def _refusal(self, module: Module, layer: Layer) -> str | None:
+        """See `PackedArtifact._refusal`."""
+        if layer.activations is not None:
+            return "MLX cannot say how activations are quantized"
+        if module.expert is not None:
+            return "MLX keeps the experts of a block in one tensor, which qtool does not write"
+        target = _choose(layer.format, module.shape[1])
+        wanted = "integers in groups that are multiples of 32 columns, mxfp4 and mxfp8"
+        return f"MLX holds {wanted}, not {layer.format.label}" if target is None else None
 
     def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
         """See `Artifact.write`."""
@@ -88,17 +94,6 @@ class MLX(Artifact):
     def recognizes(cls, path: Path) -> bool:
         """See `Artifact.recognizes`."""
         return "group_size" in (quantization_config(path, KEY) or {})
-
-
-def _refusal(module: Module, layer: Layer) -> str | None:
-    """Why a layer cannot be held; None if it can."""
-    if layer.activations is not None:
-        return "MLX cannot say how activations are quantized"
-    if module.expert is not None:
-        return "MLX keeps the experts of a block in one tensor, which qtool does not write"
-    target = _choose(layer.format, module.shape[1])
-    wanted = "integers in groups that are multiples of 32 columns, mxfp4 and mxfp8"
-    return f"MLX holds {wanted}, not {layer.format.label}" if target is None else None
 
 
 def _choose(fmt: Format, k: int) -> Target | None:

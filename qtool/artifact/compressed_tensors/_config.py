@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from qtool.artifact._targets import patterns
+from qtool.artifact._targets import kept_linears, patterns
 from qtool.artifact.compressed_tensors import _cache
 from qtool.artifact.compressed_tensors._floats import EXPONENT, FP8, MX4, MX8, NV4, NaiveFP8
 from qtool.artifact.compressed_tensors._integers import Packed, Plain
@@ -25,7 +25,7 @@ from qtool.artifact.compressed_tensors._kinds import (
     Kind,
     spelled,
 )
-from qtool.checkpoint._base import Layer, QuantizedCheckpoint, modules
+from qtool.checkpoint._base import Layer, QuantizedCheckpoint
 from qtool.formats._base import Format, alike
 from qtool.formats.mxfp4 import MXFP4
 from qtool.formats.mxfp8 import MXFP8
@@ -99,7 +99,7 @@ def quantization_config(model: QuantizedCheckpoint) -> dict[str, Any]:
         "global_compression_ratio": None,
         _cache.SCHEME: _cache.settings(model),
         "config_groups": groups,
-        "ignore": _ignored(model),
+        "ignore": kept_linears(model),
     }
     if asymmetric and len(schemes) == 1:
         # transformers (5.23, compressed-tensors 0.20) makes room for unpacked zero points where the file has packed
@@ -137,10 +137,3 @@ def input_format(told: Arguments) -> Format | None:
 
 def _content(told: Arguments) -> tuple[Any, ...]:
     return told.num_bits, told.type, told.symmetric, told.group_size, told.dynamic
-
-
-def _ignored(model: QuantizedCheckpoint) -> list[str]:
-    """Linear modules that stay as they are, routers and a tied output layer among them."""
-    linears = [m.name for m in modules(model) if m.kind in ("linear", "router")]
-    linears += [model.family.head] if model.tied else []
-    return [name for name in linears if name not in model.layers]

@@ -16,10 +16,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from qtool.artifact._base import Artifact, Carry
 from qtool.artifact._files import storage_errors
 from qtool.artifact._integers import as_integers, half_dtype, integers
-from qtool.artifact._packed import Infos, quantization_config, write_packed
+from qtool.artifact._packed import Infos, PackedArtifact, quantization_config, write_packed
 from qtool.artifact.gptq._config import settings
 from qtool.artifact.gptq._layout import BITS, encode, infos
 from qtool.artifact.gptq._reader import GPTQCheckpoint
@@ -27,7 +26,7 @@ from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint
 from qtool.formats._base import Format, Quantized
 
 
-class GPTQ(Artifact):
+class GPTQ(PackedArtifact):
     """See the module."""
 
     fuses: ClassVar[bool] = True
@@ -35,10 +34,16 @@ class GPTQ(Artifact):
     library: ClassVar[str | None] = "transformers"
     usage: ClassVar[str] = "`vllm serve FOLDER` serves it."
 
-    def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Carry:
-        """See `Artifact.can_carry`."""
-        reason = _refusal(module, layer) if layer else None
-        return Carry(reason is None, reason or "")
+    def _refusal(self, module: Module, layer: Layer) -> str | None:
+        """See `PackedArtifact._refusal`."""
+        fmt = integers(layer.format)
+        if fmt is None or fmt.bits not in BITS or fmt.group == "token":
+            wanted = "integers of 2, 3, 4 or 8 bits per group or channel, such as int4-g128"
+            return f"GPTQ holds {wanted}, not {layer.format.label}"
+        if layer.activations is not None:
+            return "GPTQ cannot say how activations are quantized"
+        n, k = module.shape
+        return f"GPTQ packs 32 rows and columns together, which {n} x {k} weights are not" if n % 32 or k % 32 else None
 
     def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
         """See `Artifact.write`."""
@@ -67,18 +72,3 @@ class GPTQ(Artifact):
     def recognizes(cls, path: Path) -> bool:
         """See `Artifact.recognizes`."""
         return (quantization_config(path) or {}).get("quant_method") == "gptq"
-
-
-def _refusal(module: Module, layer: Layer) -> str | None:
-    """Why a layer cannot be held; None if it can."""
-    if module.kind == "embedding":
-        tied = " and is the output layer at the same time" if module.aliases else ""
-        return f"the token embedding stays unquantized in GPTQ checkpoints{tied}: keep it"
-    fmt = integers(layer.format)
-    if fmt is None or fmt.bits not in BITS or fmt.group == "token":
-        wanted = "integers of 2, 3, 4 or 8 bits per group or channel, such as int4-g128"
-        return f"GPTQ holds {wanted}, not {layer.format.label}"
-    if layer.activations is not None:
-        return "GPTQ cannot say how activations are quantized"
-    n, k = module.shape
-    return f"GPTQ packs 32 rows and columns together, which {n} x {k} weights are not" if n % 32 or k % 32 else None

@@ -13,9 +13,9 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar
 
-from qtool.artifact._base import Artifact, Carry
+from qtool.artifact._base import Carry
 from qtool.artifact._files import storage_errors
-from qtool.artifact._packed import write_packed
+from qtool.artifact._packed import PackedArtifact, write_packed
 from qtool.artifact.modelopt._algos import ALGOS, algo_of, fp8
 from qtool.artifact.modelopt._reader import CONFIG, ModelOptCheckpoint, told
 from qtool.artifact.modelopt._writer import Writer, cache_scales, flat, settings
@@ -23,17 +23,22 @@ from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint
 from qtool.formats._base import Format, alike
 
 
-class ModelOpt(Artifact):
+class ModelOpt(PackedArtifact):
     """See the module."""
 
     fuses: ClassVar[bool] = True
     runtimes: ClassVar[tuple[str, ...]] = ("TensorRT-LLM", "vLLM", "SGLang")
     usage: ClassVar[str] = "`trtllm-serve FOLDER` serves it."
 
-    def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Carry:
-        """See `Artifact.can_carry`."""
-        reason = _refusal(module, layer) if layer else None
-        return Carry(reason is None, reason or "")
+    def _refusal(self, module: Module, layer: Layer) -> str | None:
+        """See `PackedArtifact._refusal`."""
+        algo = algo_of(layer)
+        if algo is None:
+            inputs = f" with {layer.activations.label} inputs" if layer.activations else ""
+            wanted = "int4 in groups, int8-channel, nvfp4, and fp8-tensor, fp8-channel and mxfp8 with inputs alike"
+            return f"ModelOpt holds {wanted}, not {layer.format.label}{inputs}"
+        odd = algo is ALGOS["W4A16_AWQ"] and module.shape[0] % 2
+        return f"ModelOpt packs 2 rows together, which {module.shape[0]} are not" if odd else None
 
     def caches(self, fmt: Format | None) -> Carry:
         """See `Artifact.caches`: FP8 with one scale per block for keys and one for values."""
@@ -58,19 +63,3 @@ class ModelOpt(Artifact):
     def recognizes(cls, path: Path) -> bool:
         """See `Artifact.recognizes`."""
         return bool(told(path))
-
-
-def _refusal(module: Module, layer: Layer) -> str | None:
-    """Why a layer cannot be held; None if it can."""
-    if module.kind == "embedding":
-        tied = " and is the output layer at the same time" if module.aliases else ""
-        return f"the token embedding stays unquantized in ModelOpt checkpoints{tied}: keep it"
-    algo = algo_of(layer)
-    if algo is None:
-        inputs = f" with {layer.activations.label} inputs" if layer.activations else ""
-        wanted = (
-            "int4 in groups, int8-channel, fp8-tensor or -channel and mxfp8 with inputs alike (fp8-token), and nvfp4"
-        )
-        return f"ModelOpt holds {wanted}, not {layer.format.label}{inputs}"
-    odd = algo is ALGOS["W4A16_AWQ"] and module.shape[0] % 2
-    return f"ModelOpt packs 2 rows together, which {module.shape[0]} are not" if odd else None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qtool.artifact._integers import as_integers, half_dtype, integers
 from qtool.artifact._packed import SCALE_DTYPES, Infos
+from qtool.artifact._targets import kept_linears
 from qtool.artifact.modelopt._algos import ALGOS, Algo, algo_of
 from qtool.artifact.modelopt._reader import cache_names
 from qtool.checkpoint._base import Layer, QuantizedCheckpoint, TensorInfo, modules
@@ -23,13 +24,11 @@ VERSION = "0.47.0"
 def settings(model: QuantizedCheckpoint) -> dict[str, Any]:
     """hf_quant_config.json."""
     layers = {module: {"quant_algo": _algo(x).name, **_algo(x).keys(x)} for module, x in model.layers.items()}
-    linears = [m.name for m in modules(model) if m.kind != "embedding"]
-    linears += [model.family.head] if model.tied else []
     first = next(iter(layers.values()))
     alike = all(keys == first for keys in layers.values())
     how = {
         **(first if alike else {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}),
-        "exclude_modules": [name for name in linears if name not in layers],
+        "exclude_modules": kept_linears(model),
         "kv_cache_quant_algo": "FP8" if model.cache else None,
     }
     return {"producer": {"name": "modelopt", "version": VERSION}, "quantization": how}
