@@ -33,7 +33,7 @@ $(DEMO_OUT)/report.json: $(READY)
 		--set 'export=[{to: compressed-tensors}, {to: gguf}]' --set eval.text=demo/prose.txt --set eval.chunks=32
 
 test: $(READY)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(PYTEST_ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check
