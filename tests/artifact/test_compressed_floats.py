@@ -266,7 +266,7 @@ def test_shapes_on_disk(wide, tmp_path):
 
 
 PRESETS = {
-    "FP8": ("fp8-tensor", None, "float-quantized"),
+    "FP8": ("fp8-tensor", "fp8-tensor", "float-quantized"),
     "FP8_DYNAMIC": ("fp8-channel", "fp8-token", "float-quantized"),
     "FP8_BLOCK": ("fp8-block", "fp8-g128", "float-quantized"),
     "NVFP4A16": ("nvfp4", None, "nvfp4-pack-quantized"),
@@ -299,6 +299,8 @@ def test_reads_what_the_library_writes(preset, wide, tmp_path):
             module.weight_scale.data = scale.flatten() if weights == "fp8-tensor" else scale
             if whole is not None:
                 module.weight_global_scale.data = whole.float().view(1)
+            if inputs == "fp8-tensor":
+                module.input_scale.data = torch.full_like(module.input_scale, 0.375)  # what calibration would find
             compressed_tensors.compressors.compress_module(module)
     compressor = compressed_tensors.compressors.ModelCompressor.from_pretrained_model(theirs)
     theirs.save_pretrained(tmp_path)
@@ -306,8 +308,10 @@ def test_reads_what_the_library_writes(preset, wide, tmp_path):
         compressor.update_config(tmp_path)
     found = CompressedTensors().open(tmp_path)
     assert {layer.format.label for layer in found.layers.values()} == {weights}
-    assert {layer.activations for layer in found.layers.values()} == {inputs and parse_format(inputs)}
-    assert bool(found.decoded) == (preset == "FP8")  # its inputs have calibrated scales
+    assert {layer.activations and layer.activations.label for layer in found.layers.values()} == {inputs}
+    assert not found.decoded
+    for layer in found.layers.values():
+        assert (layer.static and layer.static.scale) == (0.375 if inputs == "fp8-tensor" else None)
     state = decompressed(theirs)
     assert len(found.layers) == 14
     for module in found.layers:
@@ -336,7 +340,10 @@ def test_what_it_cannot_hold_is_refused_by_name(label, wide, tmp_path):
 def test_inputs_that_do_not_go_with_weights_are_refused(wide, tmp_path):
     wrong = {("nvfp4", "nvfp4"): "inputs of nvfp4 weights are left alone, not nvfp4"}
     wrong |= {
-        ("fp8-channel", "int8-token"): "inputs of fp8-channel weights are fp8-token or left alone, not int8-token"
+        (
+            "fp8-channel",
+            "int8-token",
+        ): "inputs of fp8-channel weights are fp8-token or fp8-tensor or left alone, not int8-token"
     }
     wrong |= {("mxfp4", "mxfp8"): "inputs of mxfp4 weights are mxfp4 or left alone, not mxfp8"}
     wrong |= {("int4-g32-asym", "fp8-token"): "inputs of int4-g32-asym weights are left alone, not fp8-token"}
