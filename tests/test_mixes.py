@@ -11,10 +11,12 @@ import re
 from dataclasses import dataclass, replace
 from functools import cache
 
+import gguf
 import pytest
 
 from qtool.checkpoint.families.llama import Llama
 from qtool.plan import make_plan
+from qtool.recipe.export import FILE_TYPES
 from qtool.recipe.load import list_recipes, load_recipe
 from qtool.recipe.schema import parse_format
 from tests.recipe.shapes import SMOLLM2_135M, Shapes, carriers
@@ -225,6 +227,12 @@ def test_all_of_them_ship():
     assert {entry.name for entry in list_recipes() if entry.name.startswith("gguf-")} == {
         f"gguf-{mix}" for mix in MIXES
     }
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_the_file_says_which_mix_it_is(mix):
+    (export,) = recipe(mix, True).export
+    assert FILE_TYPES[export.file_type] == gguf.LlamaFileType[f"MOSTLY_{mix.upper()}"]
 
 
 CHECKPOINTS = {model: shapes(model) for model in MODELS}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -59,6 +59,15 @@ class Artifact(ABC):
         """Whether it can say how the KV cache is rounded; `fmt` None: not at all."""
         return Carry(fmt is None, "" if fmt is None else "it cannot say how a KV cache is quantized; remove kv_cache:")
 
+    def caveats(self, model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
+        """What to know of a model that it can hold: which of its runtimes cannot read it, or compute it differently.
+
+        Args:
+            model: the source.
+            layers: what is quantized, by module.
+        """
+        return []
+
     def agree(self, layers: Collection[Layer]) -> Carry:
         """Whether it can hold layers together that it can hold one by one."""
         return Carry(True)
@@ -108,7 +117,8 @@ class Artifact(ABC):
         Args:
             model: what to write.
             out: a temporary folder; the caller gives it its final name.
-            card: what the model card says: base_model, recipe name and text, sizes, measured quality.
+            card: what the model card says: base_model, recipe name and text, sizes, measured quality; and what is known
+                of the importance matrix, if there was one.
 
         Raises:
             StorageError: the disk is full or not writable.

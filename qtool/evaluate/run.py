@@ -74,7 +74,7 @@ def evaluate(
     blocks = sum(m.family.blocks(m.config) for m in walked)
     steps = Steps(progress, blocks + len(tokens))
     sources = [walk(m, tokens, first, device, dtype, steps) for m in walked]
-    if runtime == "llama.cpp":
+    if runtime == "llama.cpp" and isinstance(quantized, GGUFCheckpoint):
         sources.insert(0, llama_cpp(quantized, tokens, first))
     scores = Scores()
     for s in range(len(tokens)):
@@ -130,11 +130,11 @@ def walk(
     return lambda s: walker.logits(hidden, s, first)[:-1]
 
 
-def llama_cpp(model: Checkpoint, tokens: Tensor, first: int) -> Logits:
-    """The same by llama.cpp, which reads the GGUF file itself."""
+def llama_cpp(model: GGUFCheckpoint, tokens: Tensor, first: int) -> Logits:
+    """The same by llama.cpp, which reads the GGUF file itself, and finds other parts of it beside the first."""
     from qtool.evaluate.llamacpp import LlamaCpp
 
-    runtime = LlamaCpp(Path(model.source), tokens.shape[1])
+    runtime = LlamaCpp(model.parts[0], tokens.shape[1])
     return lambda s: runtime.logits(tokens[s])[first:-1]
 
 

@@ -10,7 +10,7 @@ from qtool.artifact._base import Artifact
 from qtool.artifact._files import check_free, new_folder
 from qtool.artifact._open import open_artifact
 from qtool.errors import UsageError
-from qtool.pipeline.events import Listener, silent
+from qtool.pipeline.events import Event, Listener, silent
 from qtool.pipeline.publish import publish
 from qtool.pipeline.stopwatch import Stopwatch
 from qtool.pipeline.summarize import model_name
@@ -27,7 +27,7 @@ class ExportOptions:
         out: folder of the result.
         overwrite: replace an earlier result.
         verify: read the result back.
-        pre_tokenizer, split_max_size: options of GGUF, see `qtool.recipe.schema.Export`.
+        pre_tokenizer, split_max_size: options of GGUF, see `qtool.recipe.export.Export`.
     """
 
     source: Path
@@ -56,6 +56,8 @@ def run(options: ExportOptions, listener: Listener = silent) -> ArtifactEntry:
     artifact: Artifact = registry.load("artifact", options.to)(**given)
     model = open_artifact(options.source)
     artifact.check(model)
+    for caveat in artifact.caveats(model, model.layers):
+        listener(Event("export", 0, 1, f"{options.to}: {caveat}", warning=True))
     card = {"base_model": model_name(model.source)}
     with new_folder(options.out, options.overwrite) as folder:
         (entry,) = publish({options.to: artifact}, model, folder, card, options.verify, Stopwatch(), listener)

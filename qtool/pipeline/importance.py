@@ -67,7 +67,7 @@ def read_importance(path: Path, checkpoint: Checkpoint) -> tuple[dict[str, Input
         if name in matrix.entries:
             for reads, s in _split(matrix.entries[name], members, f"{path}: {name}"):
                 stats.setdefault(reads, s)
-    about: dict[str, object] = {"data": path.name, "datasets": list(matrix.datasets)}
+    about: dict[str, object] = {"data": path.name, "datasets": list(matrix.datasets), "entries": len(matrix.entries)}
     return stats, about | {"samples": matrix.chunks, "length": matrix.chunk_size}
 
 

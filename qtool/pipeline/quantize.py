@@ -44,7 +44,7 @@ class QuantizeOptions:
         device, dtype: "auto", or where and in which type to compute.
         stats: statistics of an earlier `calibrate` to use instead of running the model.
         imatrix: an importance matrix of llama.cpp to use instead; sets the recipe's method to rounding with it.
-        pre_tokenizer, split_max_size: options of the GGUF export, see `qtool.recipe.schema.Export`.
+        pre_tokenizer, split_max_size: options of the GGUF export, see `qtool.recipe.export.Export`.
         keep: leave the work folder.
         overwrite: replace an earlier result.
         verify: read artifacts back.
@@ -121,7 +121,7 @@ def produce(
     if job.plan.recipe.eval:
         with watch.stage("evaluate"):
             evaluations.append(evaluate.as_asked(job, model, job.plan.recipe.eval, listener))
-    card = model_card(job, entries, evaluations)
+    card = model_card(job, entries, evaluations, source.about)
     with new_folder(options.out.absolute(), options.overwrite) as folder:
         artifacts = publish(job.artifacts, model, folder, card, options.verify, watch, listener)
         report = make_report(job, entries, artifacts, watch.entries, evaluations, source.about)

@@ -20,7 +20,9 @@ PACKAGES = ("torch", "transformers", "safetensors", "numba", "numpy")
 CPU_INFO = Path("/proc/cpuinfo")
 
 
-def model_card(job: Job, entries: Sequence[LayerEntry], evaluations: Sequence[Evaluation]) -> dict[str, Any]:
+def model_card(
+    job: Job, entries: Sequence[LayerEntry], evaluations: Sequence[Evaluation], calibration: dict[str, object]
+) -> dict[str, Any]:
     """What artifacts say about themselves: no times and no paths, so that the same run writes the same bytes."""
     recipe = job.plan.recipe
     nbytes = sum(e.nbytes for e in entries) + job.plan.other_bytes
@@ -31,6 +33,7 @@ def model_card(job: Job, entries: Sequence[LayerEntry], evaluations: Sequence[Ev
         "source_bytes": source_bytes(job.checkpoint),
         "bits_per_weight": 8 * nbytes / parameters(job.checkpoint),
         "quality": [e.model_dump(mode="json") for e in evaluations],
+        "importance": calibration if "entries" in calibration else None,
     }
 
 

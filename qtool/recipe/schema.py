@@ -20,10 +20,10 @@ from qtool import registry
 from qtool.errors import nearest
 from qtool.formats._base import Format
 from qtool.methods._base import Method
+from qtool.recipe.export import Export
 from qtool.recipe.match import compile_pattern
 from qtool.recipe.problems import Keys, Mistakes, checked, mistake, show
 from qtool.recipe.scope import Blocks, When
-from qtool.recipe.size import Size
 from qtool.recipe.strict import Strict
 
 
@@ -105,12 +105,6 @@ def _dump_method(method: Method) -> Any:
 def _check_pattern(pattern: str) -> str:
     compile_pattern(pattern)
     return pattern
-
-
-def _check_artifact(name: str) -> str:
-    if name not in registry.names("artifact"):
-        raise mistake(f"no artifact is called {show(name)}", hint=nearest(name, registry.names("artifact")))
-    return name
 
 
 def _check_source(data: str) -> str:
@@ -221,32 +215,6 @@ class Rule(Strict):
     def place(self, where: str) -> None:
         """Remembers where it stands."""
         self._where = where
-
-
-class Export(Strict):
-    """One artifact to write.
-
-    Attributes:
-        to: the artifact's layout.
-        pre_tokenizer: llama.cpp's name for how the tokenizer splits text, where gguf does not recognize it.
-        split_max_size: cuts a GGUF model into files with at most so much of tensors each, such as 2G, 500M or bytes.
-    """
-
-    to: Annotated[str, AfterValidator(_check_artifact)]
-    pre_tokenizer: Annotated[str, Field(min_length=1)] | None = None
-    split_max_size: Size | None = None
-
-    @classmethod
-    def conflicts(cls, value: Mapping[str, Any]) -> list[tuple[Keys, str]]:
-        """An option belongs to an artifact."""
-        given = [key for key in ("pre_tokenizer", "split_max_size") if value.get(key) is not None]
-        other = value.get("to") != "gguf"
-        return [((key,), f"an option of gguf, not of {show(value.get('to'))}") for key in given if other]
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What the artifact's writer is made with."""
-        return self.model_dump(exclude={"to"}, exclude_none=True)
 
 
 class Eval(Strict):

@@ -14,7 +14,7 @@ from qtool import registry
 from qtool.artifact._base import Carry
 from qtool.artifact._neutral import NeutralCheckpoint, NeutralWriter
 from qtool.artifact.gguf import GGUF
-from qtool.artifact.gguf._writer import size_label
+from qtool.artifact.gguf._writer import size_label, usual
 from qtool.checkpoint._base import Layer, Module, modules
 from qtool.checkpoint.gguf_io import GGUFFile
 from qtool.checkpoint.hf import HFCheckpoint
@@ -206,6 +206,27 @@ def test_scales_that_blocks_cannot_hold_stop_the_writer(tiny_checkpoint, tmp_pat
     model = neutral(tiny_checkpoint("llama"), tmp_path / "work", lambda m: fmt if m.role == "up" else None)
     with pytest.raises(PlanError, match=r"mlp\.up_proj: q4_0: some scales are not exact in fp16"):
         write(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("block", "wanted"),
+    [
+        *(("Q3_K", "MOSTLY_Q3_K_M"), ("Q4_K", "MOSTLY_Q4_K_M"), ("Q5_K", "MOSTLY_Q5_K_M"), ("Q6_K", "MOSTLY_Q6_K")),
+        *(("IQ2_XS", "MOSTLY_IQ2_XS"), ("IQ2_S", "MOSTLY_IQ2_M"), ("TQ2_0", "MOSTLY_TQ2_0"), ("Q5_1", "MOSTLY_Q5_1")),
+        *(("IQ4_NL", "MOSTLY_IQ4_NL"), ("MXFP4", "MOSTLY_MXFP4_MOE"), ("NVFP4", "MOSTLY_NVFP4")),
+        *(("F32", "ALL_F32"), ("F16", "MOSTLY_F16"), ("BF16", "MOSTLY_BF16")),
+    ],
+)
+def test_file_type_by_the_most_frequent_type(block, wanted):
+    assert usual(gguf.GGMLQuantizationType[block]) == gguf.LlamaFileType[wanted]
+
+
+def test_file_type_as_asked(tiny_checkpoint, tmp_path: Path):
+    model = neutral(tiny_checkpoint("llama"), tmp_path / "work")
+    (tmp_path / "out").mkdir()
+    files = GGUF(split_max_size=100_000, file_type="q3_k_s").write(model, tmp_path / "out", {})
+    assert files[1].name.endswith("-00002-of-00006.gguf")
+    assert GGUFFile(files[0]).metadata["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q3_K_S
 
 
 def test_metadata_and_table_as_the_gguf_package_reads_them(tiny_checkpoint, tmp_path: Path):

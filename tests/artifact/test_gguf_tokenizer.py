@@ -12,7 +12,7 @@ from qtool.artifact.gguf._tokenizer import model_name, tokenizer_metadata
 from qtool.checkpoint.pretokenizers import RULES
 from qtool.errors import CheckpointError
 from qtool.evaluate.llamacpp import LlamaCpp
-from qtool.recipe.schema import Export
+from qtool.recipe.export import Export
 from tests.artifact.test_gguf import neutral, write
 from tests.tokenizers import TEXTS, byte_level, gemma_like, llama2_like, phi3_like, tokenizer_model
 
@@ -225,7 +225,7 @@ def test_no_tokenizer_and_a_damaged_one(tmp_path: Path):
 
 def test_a_recipe_can_name_the_pre_tokenizer():
     export = Export.model_validate({"to": "gguf", "pre_tokenizer": "mpt"})
-    assert GGUF(**export.options).pre_tokenizer == "mpt"
+    assert GGUF(**export.options).options.pre_tokenizer == "mpt"
     assert Export(to="gguf").options == {}
     with pytest.raises(ValueError, match="an option of gguf, not of 'qtool'"):
         Export.model_validate({"to": "qtool", "pre_tokenizer": "mpt"})

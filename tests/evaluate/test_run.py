@@ -4,6 +4,7 @@ import json
 import math
 import pydoc_data.topics
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from qtool.checkpoint.open import open_checkpoint
 from qtool.errors import CheckpointError, UsageError
 from qtool.evaluate.run import evaluate
 from qtool.formats.int import Int
+from qtool.pipeline import evaluate as stage
 from tests.artifact.test_gguf import neutral
 
 CONTEXT, CHUNKS = 48, 3
@@ -223,6 +225,17 @@ def test_llama_cpp_finds_what_we_find(tiny_checkpoint, tmp_path, text):
     assert found["llama.cpp"].kld_mean > 0.01
     want = reference(load_reference(noisy), load_reference(folder), chunks_of(folder, text))
     assert theirs["kld_mean"] == pytest.approx(want["kld"].mean(), rel=1e-3)
+
+
+@pytest.mark.parametrize("limit", [None, 100_000], ids=["whole", "in parts"])
+def test_llama_cpp_finds_the_file_in_a_folder(tiny_checkpoint, tmp_path, text, limit):
+    (tmp_path / "out").mkdir()
+    model = neutral(tiny_checkpoint("qwen2"), tmp_path / "work")
+    files = GGUF(split_max_size=limit).write(model, tmp_path / "out", {})
+    assert (len(files) > 3) == (limit is not None)
+    options = stage.EvaluateOptions(str(tmp_path / "out"), None, text, context=SETTINGS["context"], chunks=2)
+    ours, theirs = (stage.run(replace(options, runtime=runtime)) for runtime in ("qtool", "llama.cpp"))
+    assert theirs.ppl == pytest.approx(ours.ppl, rel=1e-4)
 
 
 def test_llama_cpp_wants_a_gguf_file(tiny_checkpoint, text):

@@ -55,8 +55,19 @@ def measured(recipe, tiny_checkpoint, tmp_path):
 
 
 def written(folder):
+    """The bytes of all tensors; the header names the importance matrix."""
     (file,) = folder.glob("*.gguf")
-    return file.read_bytes()
+    return {tensor.name: tensor.data.tobytes() for tensor in gguf.GGUFReader(file).tensors}
+
+
+def legacy(path):
+    """The layout before GGUF, without a word on where it comes from."""
+    entries = read_imatrix(path).entries
+    data = np.int32(len(entries)).tobytes()
+    for name, entry in entries.items():
+        values = (entry.sums / entry.counts).numpy().astype(np.float32) * np.float32(8)
+        data += np.int32(len(name)).tobytes() + name.encode() + np.int32([8, values.size]).tobytes() + values.tobytes()
+    return data
 
 
 def test_sums_are_those_of_plain_forward_passes(measured):
@@ -97,22 +108,43 @@ def test_codes_are_those_of_a_float_walk(measured, recipe, tmp_path):
         assert written(tmp_path / name) == written(tmp_path / "walked")
         assert [e.tokens for e in report.layers] == [e.tokens for e in walked.layers]
         assert {e.method for e in report.layers if e.format} == {"rtn"}
-        assert report.calibration == {"data": "m.gguf", "datasets": ["builtin"], "samples": 3, "length": 48}
+        told = {"data": "m.gguf", "datasets": ["builtin"], "entries": 15, "samples": 3, "length": 48}
+        assert report.calibration == told
     quantize(QuantizeOptions(source, recipe("rtn"), tmp_path / "plain"))
     assert written(tmp_path / "plain") != written(tmp_path / "walked")
 
 
 def test_legacy_files_give_the_same_codes(measured, tmp_path):
     source, path, matrix = measured
-    entries = read_imatrix(matrix).entries
-    data = np.int32(len(entries)).tobytes()
-    for name, entry in entries.items():
-        values = (entry.sums / entry.counts).numpy().astype(np.float32) * np.float32(8)
-        data += np.int32(len(name)).tobytes() + name.encode() + np.int32([8, values.size]).tobytes() + values.tobytes()
-    (tmp_path / "m.dat").write_bytes(data)
+    (tmp_path / "m.dat").write_bytes(legacy(matrix))
     for name in ("m.gguf", "m.dat"):
         quantize(QuantizeOptions(source, path, tmp_path / name[2:], imatrix=tmp_path / name))
     assert written(tmp_path / "dat") == written(tmp_path / "gguf")
+
+
+def test_the_file_names_its_importance_matrix_as_llama_quantize_does(measured, recipe, tmp_path):
+    """Keys and types of `llama_model_quantize_impl`; strings, and numbers as u32."""
+    source, path, matrix = measured
+    (tmp_path / "anonymous.dat").write_bytes(legacy(matrix))
+    quantize(QuantizeOptions(source, path, tmp_path / "named", imatrix=matrix))
+    quantize(QuantizeOptions(source, path, tmp_path / "nameless", imatrix=tmp_path / "anonymous.dat"))
+    quantize(QuantizeOptions(source, recipe("rtn"), tmp_path / "without"))
+
+    def told(folder):
+        (file,) = (tmp_path / folder).glob("*.gguf")
+        fields = gguf.GGUFReader(file).fields
+        found = {k.removeprefix("quantize.imatrix."): f for k, f in fields.items() if k.startswith("quantize.")}
+        return {key: (field.types[0].name, field.contents()) for key, field in found.items()}
+
+    numbers = {"entries_count": ("UINT32", 15)}
+    assert told("named") == {
+        "file": ("STRING", "m.gguf"),
+        "dataset": ("STRING", "builtin"),
+        "chunks_count": ("UINT32", 3),
+        **numbers,
+    }
+    assert told("nameless") == {"file": ("STRING", "anonymous.dat"), **numbers}
+    assert told("without") == {}
 
 
 def test_what_a_file_does_not_mention_is_rounded_without_it_and_told(measured, recipe, tmp_path):

@@ -522,6 +522,11 @@ def test_what_is_no_size(write, written):
     assert line.startswith(start)
 
 
+def test_a_file_type_that_does_not_exist(write):
+    (line,) = problems(write(HEAD + LAYERS + "export: [{to: gguf, file_type: q4_k_x}]"))
+    assert line == "r.yaml:5: export[0].file_type: no file type is called 'q4_k_x'; did you mean 'q4_k_s'?"
+
+
 def test_only_gguf_has_parts(write):
     assert problems(write(HEAD + LAYERS + "export: [{to: qtool, split_max_size: 2G}]")) == [
         "r.yaml:5: export[0].split_max_size: an option of gguf, not of 'qtool'"

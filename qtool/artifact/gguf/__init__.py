@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 from qtool.artifact._base import Artifact, Carry
 from qtool.artifact._card import write_card
 from qtool.artifact._files import storage_errors
+from qtool.artifact.gguf._imatrix import about_importance
 from qtool.artifact.gguf._reader import QuantizedGGUF
 from qtool.artifact.gguf._tokenizer import tokenizer_metadata
-from qtool.artifact.gguf._writer import Writer, candidates
+from qtool.artifact.gguf._writer import Options, Writer, candidates
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
 from qtool.checkpoint.gguf_parts import first_parts
 from qtool.errors import CheckpointError
@@ -28,14 +29,17 @@ class GGUF(Artifact):
     Args:
         pre_tokenizer: llama.cpp's name for the tokenizer's splitting rules, where they are not recognized.
         split_max_size: bytes of tensors in one file, unless a single one is larger; None: all in one.
+        file_type: the mix that the file says it is; None: a usual one with its most frequent type.
     """
 
     fuses: ClassVar[bool] = False
     runtimes: ClassVar[tuple[str, ...]] = ("llama.cpp",)
     usage: ClassVar[str] = "`llama-cli -m FILE.gguf` chats with it."
 
-    def __init__(self, pre_tokenizer: str | None = None, split_max_size: int | None = None) -> None:
-        self.pre_tokenizer, self.split_max_size = pre_tokenizer, split_max_size
+    def __init__(
+        self, pre_tokenizer: str | None = None, split_max_size: int | None = None, file_type: str | None = None
+    ) -> None:
+        self.options = Options(pre_tokenizer, split_max_size, file_type)
 
     def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Carry:
         """See `Artifact.can_carry`."""
@@ -59,7 +63,7 @@ class GGUF(Artifact):
         family, config = model.family, model.config
         try:
             family.gguf_names(config), family.gguf_metadata(config), family.gguf_extra_tensors(config)
-            tokenizer_metadata(model.files, config, self.pre_tokenizer)
+            tokenizer_metadata(model.files, config, self.options.pre_tokenizer)
         except CheckpointError as error:
             return Carry(False, str(error))
         return Carry(True)
@@ -75,7 +79,7 @@ class GGUF(Artifact):
         stem = "-".join(filter(None, (base, card.get("recipe_name"))))
         path = out / (re.sub(r"[^\w.-]+", "-", stem).strip("-.") + ".gguf")
         with storage_errors(out):
-            files = Writer(model, path, base, self.pre_tokenizer, self.split_max_size).write()
+            files = Writer(model, path, base, self.options, about_importance(card.get("importance"))).write()
         return [*files, write_card(self, model, out, card)]
 
     def open(self, path: Path) -> QuantizedGGUF:

@@ -21,6 +21,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,19 @@ class ImportanceMatrix:
     datasets: tuple[str, ...]
     chunks: int
     chunk_size: int
+
+
+def about_importance(told: Mapping[str, Any] | None) -> dict[str, Value]:
+    """What a GGUF file says about the importance matrix that it was made with, in the keys of llama-quantize.
+
+    Args:
+        told: file name, datasets, number of entries, and chunks; see `Artifact.write`. None: without.
+    """
+    if told is None:
+        return {}
+    known = {"file": told["data"], "dataset": next(iter(told["datasets"]), None)}
+    known |= {"entries_count": told["entries"], "chunks_count": told["samples"]}
+    return {f"quantize.imatrix.{key}": value for key, value in known.items() if value}
 
 
 def is_imatrix(path: Path) -> bool:

@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, reduce
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,13 +23,12 @@ from qtool.checkpoint.gguf_parts import COUNT, NUMBER, TENSORS, part_path
 from qtool.errors import PlanError
 from qtool.formats._base import Format, Quantized
 from qtool.formats._ggml import BlockFormat
+from qtool.recipe.export import FILE_TYPES
 
 PLAIN = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
 """GGUF's numbers of the types that are not quantized."""
-FILE_TYPES = {0: 0, 1: 1, 2: 2, 3: 3, 8: 7, 6: 8, 7: 9, 30: 32, 34: 36, 35: 37, 39: 38, 40: 39}
-FILE_TYPES |= {10: 10, 11: 12, 12: 15, 13: 17, 14: 18, 20: 25, 23: 30}
-FILE_TYPES |= {16: 19, 17: 20, 18: 23, 19: 24, 21: 26, 22: 29, 29: 31}
-"""Type of a tensor -> of a file that is mostly of that type (`llama_ftype` in llama.h; the medium of several)."""
+USUAL = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m", "iq2_s": "iq2_m", "mxfp4": "mxfp4_moe"}
+"""Type of most matrices -> the usual mix of such a file, where that is called otherwise."""
 PART = 1 << 22
 """Weights that are packed and written at once."""
 
@@ -85,6 +85,21 @@ def common_block(model: QuantizedCheckpoint, modules: Sequence[str]) -> BlockFor
     raise PlanError(reasons, "GGUF stores the matrices of all experts in one tensor of one block type")
 
 
+def usual(ggml_type: int) -> int:
+    """Number of the usual mix in which most matrices have a type."""
+    names = {0: "f32", 1: "f16", 30: "bf16"} | {block.ggml_type: block.__name__.lower() for block in block_types()}
+    name = names[ggml_type]
+    return FILE_TYPES[USUAL.get(name, name)]
+
+
+class Options(NamedTuple):
+    """What a recipe or a flag says about a GGUF file; see `qtool.recipe.export.Export`."""
+
+    pre_tokenizer: str | None = None
+    split_max_size: int | None = None
+    file_type: str | None = None
+
+
 class Writer:
     """Writes one model.
 
@@ -92,14 +107,14 @@ class Writer:
         model: what to write.
         path: where; parts get a number behind its stem.
         name: the model's.
-        pre_tokenizer: GGUF's name of the pre-tokenizer, where it is not recognized.
-        limit: bytes of tensors in one file, unless a single one is larger; None: all in one.
+        options: of the artifact.
+        about: key-values on top of the model's own.
     """
 
     def __init__(
-        self, model: QuantizedCheckpoint, path: Path, name: str, pre_tokenizer: str | None, limit: int | None
+        self, model: QuantizedCheckpoint, path: Path, name: str, options: Options, about: Mapping[str, Value]
     ) -> None:
-        self.model, self.path, self.limit = model, path, limit
+        self.model, self.path, self.options = model, path, options
         self.family, self.config = model.family, model.config
         names = self.family.gguf_names(self.config)
         self.members: dict[str, list[str]] = defaultdict(list)
@@ -120,10 +135,11 @@ class Writer:
             "general.type": "model",
             "general.name": model_name(name, model.files),
             "general.size_label": size_label(weights),
-            "general.file_type": 0,
+            "general.file_type": FILE_TYPES[options.file_type or "f32"],
             "general.quantization_version": 2,
             **self.family.gguf_metadata(self.config),
-            **tokenizer_metadata(model.files, self.config, pre_tokenizer),
+            **tokenizer_metadata(model.files, self.config, options.pre_tokenizer),
+            **about,
         }
 
     def write(self) -> list[Path]:
@@ -133,7 +149,7 @@ class Writer:
             PlanError: the values of a layer do not fit any block type exactly.
             OSError: the disk is full or not writable.
         """
-        parts = cut({there: self._most(there) for there in self.shapes}, self.limit)
+        parts = cut({there: self._most(there) for there in self.shapes}, self.options.split_max_size)
         paths = [part_path(self.path, i, len(parts)) for i in range(len(parts))]
         about = [split_metadata(i, len(parts), len(self.shapes)) for i in range(len(parts))]
         self.metadata |= about[0]
@@ -143,7 +159,8 @@ class Writer:
             for path, names, told in zip(paths[1:], parts[1:], about[1:], strict=True):
                 with Container(path, told, self._shapes(names)) as file:
                     self._fill(file, sizes)
-            self.metadata["general.file_type"] = FILE_TYPES[sizes.most_common(1)[0][0]]
+            if self.options.file_type is None:
+                self.metadata["general.file_type"] = usual(sizes.most_common(1)[0][0])
         return paths
 
     def _shapes(self, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
