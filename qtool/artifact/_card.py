@@ -78,6 +78,7 @@ def card_text(artifact: Artifact, model: QuantizedCheckpoint, card: dict[str, An
         f"# {title}, quantized",
         f"`{base}` in {kind}, made by qtool {qtool.__version__}. Read by: {', '.join(artifact.runtimes)}.",
         artifact.usage.strip(),
+        "\n".join(f"- Note: {caveat}." for caveat in artifact.caveats(model, model.layers)),
         _formats(model, card),
         _quality(card.get("quality") or []),
         _recipe(card),

@@ -65,7 +65,10 @@ def prepare(
     checkpoint = open_model(model)
     artifacts = {export.to: registry.load("artifact", export.to)(**export.options) for export in parsed.export}
     plan = make_plan(parsed, checkpoint, artifacts, limit)
-    plan = replace(plan, warnings=(*checkpoint.notes, *plan.warnings, *second_generation(plan, checkpoint)))
+    layers = {p.module.name: p.layer for p in plan.layers if p.layer}
+    caveats = [f"{name}: {text}" for name, a in artifacts.items() for text in a.caveats(checkpoint, layers)]
+    again = second_generation(plan, checkpoint)
+    plan = replace(plan, warnings=(*checkpoint.notes, *plan.warnings, *again, *caveats))
     return Job(checkpoint, plan, artifacts, place, dtype_of(dtype, place))
 
 
