@@ -48,6 +48,7 @@ WANTED = W4A16 | {
     "mxfp8": ("mxfp8", "rtn", "mxfp8"),
     "mxfp4": ("mxfp4", "gptq"),
     "nvfp4": ("nvfp4", "gptq"),
+    "nvfp4-w4a4": ("nvfp4", "gptq", "nvfp4"),
     "nvint4": ("nvint4", "gptq"),
     "mixed-fp8-int4": ("int4-g128", "gptq", "fp8-token"),
 }

@@ -1,6 +1,11 @@
-"""Inputs as a runtime rounds them: token by token, or all with one scale that calibration found."""
+"""Inputs as a runtime rounds them: token by token, or with scales for all tokens that calibration found.
+
+Shape letters: R rows, each with a scale of its own.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -9,7 +14,7 @@ from qtool.checkpoint._base import Layer, Static
 from qtool.formats._base import Format
 from qtool.numerics.histogram import Histogram
 
-FACTORS = torch.logspace(0, -5, 41, 2.0).tolist()
+FACTORS = torch.logspace(0, -5, 41, 2.0)
 """Ranges tried, relative to the one that covers everything; 1 is the first."""
 
 
@@ -30,33 +35,53 @@ def quantize_tokens(x: Tensor, fmt: Format) -> Tensor:
 
 
 def quantize_static(x: Tensor, fmt: Format, static: Static) -> Tensor:
-    """Rounds all numbers with one scale: any shape -> same shape and dtype."""
-    row = x.reshape(1, -1).float()
-    params = {name: p.to(x.device) for name, p in static.params().items()}
-    return fmt.decode(fmt.snap(row, params), params).to(x.dtype).view(x.shape)
+    """Rounds all inputs, [..., K], with one scale, and with those of groups inside of it: -> same shape and dtype."""
+    rows = x.reshape(1, -1) if fmt.group_columns is None else x.flatten(0, -2)
+    return quantize_rows(rows, fmt, (static,)).view(x.shape)
 
 
-def fit_static(values: Histogram, fmt: Format) -> Static:
-    """The scale, and zero point, that inputs are rounded with.
+def quantize_rows(rows: Tensor, fmt: Format, statics: Sequence[Static]) -> Tensor:
+    """Rounds each of R rows, [R, ...], with a scale of its own, or all of them with one: -> same shape and dtype."""
+    x = rows.float()
+    static = {
+        "scale": torch.tensor([[s.scale] for s in statics], dtype=torch.float64, device=x.device),
+        "zero": torch.tensor([[s.zero] for s in statics], dtype=torch.int8, device=x.device),
+    }
+    params = fmt.completed(x, static)
+    return fmt.decode(fmt.snap(x, params), params).to(rows.dtype)
+
+
+def fit_static(values: Histogram, fmt: Format) -> tuple[Static, ...]:
+    """The scales, and zero points, that numbers of a distribution are rounded with; one for each of its rows.
 
     Args:
-        values: of the inputs on calibration tokens.
-        fmt: with one scale for a whole matrix. Where it covers everything (`scales: minmax`), so does the result;
-            else the range is the one that least squared error is left with, its ends searched one after the other.
+        values: what calibration saw.
+        fmt: with one scale a row; see `Format.ranges` for how it wants it to be chosen.
     """
-    covering = fmt.model_copy(update={"scales": "minmax"})
-    centers = values.centers().view(1, -1)
+    if fmt.ranges == "search":
+        low, high = searched(values, fmt)
+    elif isinstance(fmt.ranges, str):
+        low, high = values.low, values.high
+    else:
+        low, high = values.inner(fmt.ranges / 100)
+    found = fmt.covering(low, high)
+    zeros = found["zero"].flatten().tolist() if "zero" in found else [0] * len(low)
+    return tuple(map(Static, found["scale"].flatten().tolist(), zeros))
 
-    def fitted(ends: tuple[float, float]) -> Static:
-        found = covering.fit(torch.tensor([[values.low * ends[0], values.high * ends[1]]]))
-        return Static(float(found["scale"]), int(found.get("zero", 0)))
 
-    def error(ends: tuple[float, float]) -> float:
-        rounded = quantize_static(centers, fmt, fitted(ends))
-        return float(((rounded - centers).double().square() * values.counts).sum())
+def searched(values: Histogram, fmt: Format) -> tuple[Tensor, Tensor]:
+    """The range that leaves the least squared error, (low, high), float32 [R]; one end is found after the other."""
+    centers = values.centers()
 
-    if covering == fmt:
-        return fitted((1.0, 1.0))
-    both = min(FACTORS, key=lambda f: error((f, f)))
-    low = min(FACTORS, key=lambda f: error((f, both)))
-    return fitted((low, min(FACTORS, key=lambda f: error((low, f)))))
+    def best(ends: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+        errors = []
+        for factor in FACTORS:
+            params = fmt.covering(*ends(factor))
+            apart = fmt.decode(fmt.snap(centers, params), params) - centers
+            errors.append((apart.double().square_() * values.counts).sum(1))
+        return FACTORS[torch.stack(errors).argmin(0)]
+
+    both = best(lambda f: (values.low * f, values.high * f))
+    below = best(lambda f: (values.low * f, values.high * both))
+    above = best(lambda f: (values.low * below, values.high * f))
+    return values.low * below, values.high * above

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qtool.checkpoint.families._base import Family, stacked
 from qtool.errors import CheckpointError, NumericsError
-from qtool.formats._base import Format, Params, Quantized
+from qtool.formats._base import Format, Quantized
 
 
 @dataclass(frozen=True)
@@ -89,16 +89,12 @@ class Static(NamedTuple):
     """What calibration found for a tensor that a runtime rounds with the same parameters every time.
 
     Attributes:
-        scale: exact in the type that the format stores scales in.
+        scale: exact in the type that the format stores scales in; that of the matrix, where groups have others too.
         zero: zero point, counted as that of integers is; 0 where there is none.
     """
 
     scale: float
     zero: int = 0
-
-    def params(self) -> Params:
-        """As formats with one scale for a matrix take them, for one row: [1, 1] each."""
-        return {"scale": torch.tensor([[self.scale]]), "zero": torch.tensor([[self.zero]], dtype=torch.int8)}
 
 
 @dataclass(frozen=True)

@@ -101,8 +101,33 @@ class Format(BaseModel):
 
     @property
     def static(self) -> bool:
-        """True if inputs in this format all have one scale, which no token can choose: calibration has to."""
+        """True if inputs in this format all share a scale, which no token can choose: calibration has to."""
         return self.group_rows is None and self.group_columns is None
+
+    @property
+    def ranges(self) -> str | float:
+        """How the range of a scale that holds for all tokens is chosen.
+
+        "minmax" covers what calibration saw, "search" leaves the least squared error, and a number covers that
+        percentage, leaving out as many numbers below as above.
+        """
+        return "minmax"
+
+    def covering(self, low: Tensor, high: Tensor) -> Params:
+        """What calibration chooses for all tokens, if numbers from low to high are not to be clipped.
+
+        Args:
+            low: float32 [N], for each row of parameters.
+            high: float32 [N].
+
+        Returns:
+            "scale" [N, 1], and "zero" int8 [N, 1] in asymmetric formats.
+        """
+        return self.model_copy(update={"scales": "minmax"}).fit(torch.stack([low, high], dim=1))
+
+    def completed(self, x: Tensor, static: Params) -> Params:
+        """All parameters of inputs, float32 [N, C], of which some hold for all tokens; see `covering`."""
+        return static
 
     def given(self, largest: float) -> Format:
         """This format, for matrices whose largest magnitude is known."""

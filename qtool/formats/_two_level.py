@@ -64,6 +64,21 @@ class TwoLevel(Scaled):
         return True
 
     @property
+    def static(self) -> bool:
+        """See `Format.static`: t is."""
+        return True
+
+    def covering(self, low: Tensor, high: Tensor) -> Params:
+        """See `Format.covering`; groups choose their own d at run time."""
+        t = self._tensor_scale(float(torch.maximum(-low, high).max()))
+        return {"scale": torch.tensor([[t]], dtype=torch.float64)}
+
+    def completed(self, x: Tensor, static: Params) -> Params:
+        """See `Format.completed`."""
+        t, fmt = float(static["scale"]), self.at_run_time()
+        return {"scale": fmt.in_chunks(lambda part: fmt._bits(part, None, t), x), "tensor": fmt._matrix(x, t)}
+
+    @property
     def group_columns(self) -> int:
         """See `Format.group_columns`."""
         return 16
@@ -91,7 +106,11 @@ class TwoLevel(Scaled):
         largest = float(self.largest(w, 1).max()) if self._largest is None else self._largest
         t = self._tensor_scale(largest)
         bits = self.in_chunks(lambda part: self._bits(part, importance, t), w)
-        return {"scale": bits, "tensor": torch.full((len(w), 1), t, dtype=torch.float64, device=w.device)}
+        return {"scale": bits, "tensor": self._matrix(w, t)}
+
+    def _matrix(self, w: Tensor, t: float) -> Tensor:
+        """t for every row of a matrix."""
+        return torch.full((len(w), 1), t, dtype=torch.float64, device=w.device)
 
     def _tensor_scale(self, largest: float) -> float:
         """t for matrices whose largest weight is known."""

@@ -123,6 +123,11 @@ class FP(Scaled):
         """See `Format.needs_largest`. Runtimes round matrices that they merge anew if their scales differ."""
         return self.group == "tensor" and self.scales == "minmax"
 
+    @property
+    def ranges(self) -> str | float:
+        """See `Format.ranges`."""
+        return self.scales
+
     def at_run_time(self) -> FP:
         """See `Format.at_run_time`."""
         return self.model_copy(update={"scales": "minmax", "scale_dtype": "fp32"})

@@ -78,6 +78,11 @@ class Int(Format):
         """See `Format.group_rows`."""
         return None if self.group == "tensor" else self.rows
 
+    @property
+    def ranges(self) -> str | float:
+        """See `Format.ranges`."""
+        return self.scales
+
     def at_run_time(self) -> Int:
         """See `Format.at_run_time`."""
         return self.model_copy(update={"scales": "minmax", "scale_dtype": "fp32"})

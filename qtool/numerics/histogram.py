@@ -1,4 +1,7 @@
-"""How numbers are distributed, counted batch by batch in memory that does not grow."""
+"""How numbers are distributed, counted batch by batch in memory that does not grow.
+
+Shape letters: R rows, each with a distribution of its own.
+"""
 
 from __future__ import annotations
 
@@ -12,45 +15,72 @@ BINS = 8192
 
 
 class Histogram:
-    """Counts in BINS bins of one width between -reach and reach, a power of two that doubles when numbers demand it.
+    """Counts in bins of one width between -reach and reach, a power of two that doubles when numbers demand it.
+
+    Args:
+        rows: R.
+        bins: even.
 
     Attributes:
-        counts: float64 [BINS].
-        reach: largest magnitude that is in a bin; 0 before the first number.
-        low, high: the smallest and the largest number.
+        counts: float64 [R, bins].
+        reach: largest magnitude that is in a bin, float32 [R]; 0 before the first number.
+        low, high: the smallest and the largest number, float32 [R].
     """
 
-    def __init__(self) -> None:
-        self.counts = torch.zeros(BINS, dtype=torch.float64)
-        self.reach, self.low, self.high = 0.0, math.inf, -math.inf
+    def __init__(self, rows: int = 1, bins: int = BINS) -> None:
+        self.counts = torch.zeros(rows, bins, dtype=torch.float64)
+        self.reach = torch.zeros(rows)
+        self.low, self.high = torch.full((rows,), math.inf), torch.full((rows,), -math.inf)
 
     def add(self, x: Tensor) -> None:
-        """Counts a batch of finite numbers, of any shape and float type."""
+        """Counts a batch of finite numbers, [R, any number] or, with one row, of any shape; of any float type."""
         if x.numel() == 0:
             return
-        low, high = (float(end) for end in torch.aminmax(x))
-        self.low, self.high = min(self.low, low), max(self.high, high)
-        self._cover(max(-low, high))
-        self.counts += torch.histc(x.float(), BINS, -self.reach, self.reach).double().cpu()
+        rows, bins = self.counts.shape
+        x = x.reshape(rows, -1).float()
+        low, high = (end.cpu() for end in torch.aminmax(x, dim=1))
+        self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+        self._cover(torch.maximum(-low, high))
+        per_unit = (bins / 2 / self.reach).to(x.device)
+        at = (x * per_unit[:, None]).floor_().add_(bins // 2).clamp_(0, bins - 1).int()
+        at += torch.arange(rows, dtype=torch.int32, device=x.device)[:, None] * bins
+        self.counts += torch.bincount(at.flatten(), minlength=rows * bins).view(rows, bins).cpu()
 
     def merge(self, other: Histogram) -> None:
-        """Adds what another one counted."""
-        if other.reach == 0:
+        """Adds what another one counted, with as many rows and bins."""
+        if not other.counts.any():
             return
         self._cover(other.reach)
         other._cover(self.reach)
         self.counts += other.counts
-        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+        self.low, self.high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
 
     def centers(self) -> Tensor:
-        """float32 [BINS], what the numbers of a bin are taken for."""
-        return (torch.arange(BINS) + 0.5) * (2 * self.reach / BINS) - self.reach
+        """float32 [R, bins], what the numbers of a bin are taken for."""
+        bins = self.counts.shape[1]
+        return (torch.arange(bins) + 0.5) * (2 * self.reach[:, None] / bins) - self.reach[:, None]
 
-    def _cover(self, largest: float) -> None:
-        """Doubles the reach until it covers a magnitude; two neighbours become one bin each time."""
-        if self.reach == 0:
-            self.reach = 2.0 ** math.frexp(max(largest, 1e-30))[1]
-        while self.reach < largest:
-            pairs = self.counts.view(-1, 2).sum(1)
-            self.counts = torch.nn.functional.pad(pairs, (BINS // 4, BINS // 4))
-            self.reach *= 2
+    def inner(self, share: float) -> tuple[Tensor, Tensor]:
+        """Where a share in (0, 1) of each row's numbers lies, with as many below as above: (low, high), float32 [R]."""
+        low = torch.maximum(self._quantile((1 - share) / 2), self.low)
+        return low, torch.minimum(self._quantile((1 + share) / 2), self.high)
+
+    def _quantile(self, share: float) -> Tensor:
+        """What a share of each row's numbers lies below, float32 [R]; those of a bin are spread evenly over it."""
+        sums = self.counts.cumsum(1)
+        wanted = share * sums[:, -1:]
+        at = (sums < wanted).sum(1, keepdim=True)
+        before = sums.gather(1, at) - self.counts.gather(1, at)
+        position = at + (wanted - before) / self.counts.gather(1, at)
+        return (position.squeeze(1) * (2 / self.counts.shape[1]) - 1).float() * self.reach
+
+    def _cover(self, largest: Tensor) -> None:
+        """Doubles each row's reach until it covers a magnitude, [R]; two neighbours become one bin each time."""
+        covered = largest.clamp_min(1e-30)
+        power = covered / torch.frexp(covered).mantissa
+        self.reach = torch.where(self.reach == 0, power, self.reach)
+        while (short := self.reach < largest).any():
+            bins = self.counts.shape[1]
+            pairs = self.counts[short].view(-1, bins // 2, 2).sum(2)
+            self.counts[short] = torch.nn.functional.pad(pairs, (bins // 4, bins // 4))
+            self.reach[short] *= 2

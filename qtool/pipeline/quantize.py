@@ -186,7 +186,7 @@ def with_scales(unit: Unit, metered: MeteredCache | None) -> tuple[Static, Stati
     """The scales of a block's keys and values, if these are to be found in calibration."""
     if unit.cache is None or metered is None:
         return None
-    return fit_static(metered.keys, unit.cache), fit_static(metered.values, unit.cache)
+    return fit_static(metered.keys, unit.cache)[0], fit_static(metered.values, unit.cache)[0]
 
 
 def with_static(plan: LayerPlan, stats: InputStats | None) -> Layer:
@@ -202,7 +202,8 @@ def with_static(plan: LayerPlan, stats: InputStats | None) -> Layer:
     if stats is None or stats.values is None or not stats.tokens:
         hint = "measure it on more tokens (calibration: samples, experts: all), or let inputs be scaled token by token"
         raise NumericsError(f"no calibration token reached {plan.module.name}, so its inputs have no scale", hint=hint)
-    return replace(layer, static=fit_static(stats.values, layer.activations))
+    (static,) = fit_static(stats.values, layer.activations)
+    return replace(layer, static=static)
 
 
 def with_enough_data(plan: LayerPlan, stats: InputStats | None, least: int) -> LayerPlan:

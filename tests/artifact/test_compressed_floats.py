@@ -43,6 +43,8 @@ SCHEMES = {  # weights, inputs, layout
     "mxfp8": ("mxfp8", "mxfp8", "mxfp8-quantized"),
     "mxfp4-weights": ("mxfp4", None, "mxfp4-pack-quantized"),
     "mxfp4": ("mxfp4", "mxfp4", "mxfp4-pack-quantized"),
+    "mxfp6-weights": ("mxfp6", None, "mxfp6-pack-quantized"),
+    "mxfp6": ("mxfp6", "mxfp8", "mxfp6-pack-quantized"),
     "nvfp4-weights": ("nvfp4", None, "nvfp4-pack-quantized"),
     "nvfp4-minmax-weights": ("nvfp4-minmax", None, "nvfp4-pack-quantized"),
     "w4afp8": ("int4-g32", "fp8-token", "pack-quantized"),
@@ -105,8 +107,8 @@ def test_weights_and_logits_are_those_of_transformers(scheme, wide, wide_bf16, t
     write(model, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert config["format"] == config["config_groups"]["group_0"]["format"] == layout
-    since = {"fp8-block": "0.19.0", "mxfp4": "0.16.0", "mxfp4-weights": "0.16.0"}  # tried with each version
-    assert config["version"] == since.get(scheme, "0.15.0")
+    since = {"fp8-block": "0.19.0", "mxfp4": "0.16.0", "mxfp6": "0.20.0"}  # tried with each version
+    assert config["version"] == since.get(scheme.removesuffix("-weights"), "0.15.0")
     if inputs is None:
         assert_loads_exactly(model, tmp_path, wide)
     loaded = load(tmp_path)
@@ -325,7 +327,7 @@ REFUSED = {
     "fp8-g32": "not fp8-g32",
     "int8-b16x32": "not int8-b16x32",
     "mxfp8-e5m2": "not mxfp8-e5m2",
-    "mxfp6": "not mxfp6",
+    "mxfp6-e3m2": "not mxfp6-e3m2",
     "qoq-g64": "not qoq-g64",
     "fp8-block": "inputs of fp8-block weights are fp8-g128, not left alone",
 }
@@ -338,7 +340,7 @@ def test_what_it_cannot_hold_is_refused_by_name(label, wide, tmp_path):
 
 
 def test_inputs_that_do_not_go_with_weights_are_refused(wide, tmp_path):
-    wrong = {("nvfp4", "nvfp4"): "inputs of nvfp4 weights are left alone, not nvfp4"}
+    wrong = {("nvfp4", "mxfp4"): "inputs of nvfp4 weights are nvfp4 or left alone, not mxfp4"}
     wrong |= {
         (
             "fp8-channel",

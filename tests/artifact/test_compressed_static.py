@@ -8,13 +8,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from safetensors.torch import load_file
 
 from qtool.artifact.compressed_tensors import CompressedTensors
+from qtool.artifact.compressed_tensors._kinds import spelled
 from qtool.artifact.qtool import Qtool
-from qtool.calibrate.inputs import rounded
+from qtool.calibrate.inputs import quantize_static, rounded
 from qtool.checkpoint._base import Static
 from qtool.errors import CheckpointError, PlanError
+from qtool.formats._base import Quantized
 from qtool.recipe.schema import parse_format
 from tests.artifact.conftest import quantize, save_llama
 from tests.artifact.test_compressed_tensors import TOKENS, UP, change_tensors, dense, load, write
@@ -109,3 +114,81 @@ def test_a_scale_that_the_model_type_cannot_hold_is_refused(folder, tmp_path):
     model.layers = {name: replace(layer, static=Static(0.0625001)) for name, layer in model.layers.items()}
     with pytest.raises(PlanError, match="not exact in bfloat16"):
         write(model, tmp_path)
+
+
+def nvfp4_model(folder, scale):
+    """Weights and inputs in NVFP4; matrices that runtimes merge have one scale."""
+    model = quantize(folder, parse_format("nvfp4"), parse_format("nvfp4"))
+    for name, q in model.matrices.items():
+        w, fmt = model.origin.tensor(f"{name}.weight").float(), q.format.given(1.0)
+        params = fmt.fit(w)
+        model.matrices[name] = Quantized(fmt.snap(w, params), params, q.format)
+        model.layers[name] = replace(model.layers[name], static=Static(scale))
+    return model
+
+
+@pytest.fixture(scope="session")
+def folder_bf16(tmp_path_factory):
+    return save_llama(tmp_path_factory.mktemp("static-bf16"), 64, torch.bfloat16)
+
+
+@pytest.mark.parametrize("scale", [2**-9, 1 / 1000], ids=["power of two", "another"])
+def test_nvfp4_inputs_are_rounded_as_its_own_code_does(scale):
+    told = spelled(4, "float", "tensor_group", 16, dynamic="local", scale_dtype="torch.float8_e4m3fn")
+    args = QuantizationArgs.model_validate(told)
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)).exp() - 1
+    x[0], x[1, :16], x[2] = x[0] * 1e-6, 0, x[2] * 1e4
+    multiplier = torch.tensor([1.0 / scale])
+    scales, zeros = compute_dynamic_scales_and_zp(x, args, None, multiplier)
+    wanted = fake_quantize(x, scales, zeros, args, multiplier)
+    found = quantize_static(x, parse_format("nvfp4"), Static(1 / float(multiplier)))
+    torch.testing.assert_close(found, wanted, rtol=2e-7, atol=0)
+    if scale == 2**-9:
+        assert torch.equal(found, wanted)
+
+
+def test_nvfp4_inputs_in_transformers(folder_bf16, tmp_path):
+    model = nvfp4_model(folder_bf16, 2**-11)
+    write(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(tensors[f"{UP}.input_global_scale"], torch.tensor([2048.0]))
+    group = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    keys = ("num_bits", "type", "strategy", "group_size", "symmetric", "dynamic", "scale_dtype")
+    wanted = [4, "float", "tensor_group", 16, True, "local", "torch.float8_e4m3fn"]
+    assert [group["input_activations"][key] for key in keys] == wanted
+    twin = dense(model, folder_bf16)
+    with ExitStack() as stack, torch.no_grad():
+        for name, layer in model.layers.items():
+            hook = twin.get_submodule(name).register_forward_pre_hook(lambda _, x, kept=layer: rounded(x[0], kept))
+            stack.callback(hook.remove)
+        ours = twin(TOKENS).logits
+    with torch.no_grad():
+        theirs, original = load(tmp_path)(TOKENS).logits, dense(model, folder_bf16)(TOKENS).logits
+    assert float((theirs - ours).norm() / (theirs - original).norm()) < 0.05
+
+
+@pytest.mark.parametrize("artifact", [CompressedTensors, Qtool], ids=["compressed-tensors", "qtool"])
+def test_nvfp4_inputs_come_back(artifact, folder_bf16, tmp_path):
+    model = nvfp4_model(folder_bf16, 1 / float(torch.tensor(3000.0)))
+    artifact().write(model, tmp_path, {})
+    found = artifact().open(tmp_path)
+    assert found.decoded == {}
+    for name, layer in model.layers.items():
+        assert found.layers[name] == layer
+        assert torch.equal(found.tensor(f"{name}.weight"), model.tensor(f"{name}.weight"))
+
+
+NVFP4_DAMAGE = {
+    "missing": (lambda t: t.pop(f"{UP}.input_global_scale"), "input_global_scale: wanted one number"),
+    "zero": (lambda t: t[f"{UP}.input_global_scale"].zero_(), "wanted a positive float, found 0.0"),
+    "type": (lambda t: t.update({f"{UP}.input_global_scale": torch.ones(1).half()}), "wanted torch.float32"),
+}
+
+
+@pytest.mark.parametrize("damage", NVFP4_DAMAGE)
+def test_damage_of_nvfp4_inputs_is_named(damage, folder_bf16, tmp_path):
+    change, message = NVFP4_DAMAGE[damage]
+    write(nvfp4_model(folder_bf16, 2**-11), tmp_path)
+    change_tensors(change)(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        CompressedTensors().open(tmp_path)

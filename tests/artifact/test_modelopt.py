@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qtool.artifact.compressed_tensors import CompressedTensors
 from qtool.artifact.modelopt import ModelOpt
 from qtool.artifact.modelopt._algos import ALGOS
 from qtool.checkpoint._base import Cache, Layer, Static
@@ -26,6 +27,7 @@ SCHEMES = {
     "MXFP8": (parse_format("mxfp8"), parse_format("mxfp8")),
     "W4A16_NVFP4": (parse_format("nvfp4"), None),
     "FP8": (parse_format("fp8-tensor"), parse_format("fp8-tensor")),
+    "NVFP4": (parse_format("nvfp4"), parse_format("nvfp4")),
 }
 
 
@@ -189,15 +191,30 @@ def edit_config(folder, **changes):
 
 
 def test_calibrated_scales_of_nvfp4_inputs_are_not_lost_in_an_export(tiny_checkpoint, tmp_path):
-    model = quantize(tiny_checkpoint("llama"), NVFP4())
-    write(model, tmp_path)
-    edit(tmp_path, lambda t: t.update({f"{UP}.input_scale": torch.tensor(0.5)}))
-    edit_config(tmp_path, quant_algo="NVFP4")
-    found = ModelOpt().open(tmp_path)
-    assert found.decoded == {UP: "its inputs have calibrated scales"}
-    assert torch.equal(found.tensor(f"{UP}.weight"), model.tensor(f"{UP}.weight"))
-    with pytest.raises(PlanError, match=f"its inputs have calibrated scales: {UP}"):
-        ModelOpt().check(found)
+    write(quantize(tiny_checkpoint("llama"), *SCHEMES["NVFP4"]), tmp_path)
+    assert stored(tmp_path, UP)["input_scale"].dtype == torch.float32
+    edit(tmp_path, lambda t: t.update({n: torch.tensor(0.25) for n in t if n.endswith("input_scale")}))
+    model = ModelOpt().open(tmp_path)
+    (tmp_path / "ct").mkdir()
+    CompressedTensors().write(model, tmp_path / "ct", {})
+    assert stored(tmp_path / "ct", UP)["input_global_scale"].tolist() == [4.0]
+    exact(CompressedTensors().open(tmp_path / "ct"), model)
+    edit(tmp_path, lambda t: t.update({f"{UP}.input_scale": torch.tensor([0.3])}))
+    with pytest.raises(PlanError, match=f"{UP}: the scale of the whole matrix is not the reciprocal of a float32"):
+        CompressedTensors().write(ModelOpt().open(tmp_path), tmp_path / "ct", {})
+    edit(tmp_path, lambda t: t.pop(f"{UP}.input_scale"))
+    with pytest.raises(PlanError, match=f"inputs with one scale for all tokens need one, and nobody measured it: {UP}"):
+        ModelOpt().check(ModelOpt().open(tmp_path))
+
+
+def test_inputs_whose_scale_it_may_not_hold_are_refused(tiny_checkpoint, tmp_path):
+    model = share(quantize(tiny_checkpoint("llama"), *SCHEMES["NVFP4"]))
+    model.layers[UP] = replace(model.layers[UP], static=Static(1 / 3))
+    with pytest.raises(PlanError, match=f"{UP}: the scale of its inputs is the inverse of a number that fp32 holds"):
+        ModelOpt().write(model, tmp_path, {})
+    minmax = quantize(tiny_checkpoint("llama"), NVFP4(), parse_format("nvfp4-minmax"))
+    with pytest.raises(PlanError, match="not nvfp4 with nvfp4-minmax inputs"):
+        ModelOpt().check(minmax)
 
 
 def test_fp8_as_others_write_it(tiny_checkpoint, tmp_path):

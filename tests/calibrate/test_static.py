@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -37,7 +40,33 @@ def test_every_number_is_in_the_bin_that_it_is_nearest_to():
     for x in together.flatten().tolist():
         expected[int((x + values.reach) / width)] += 1
     assert float((values.counts - expected).abs().sum()) <= 4  # numbers on the border of two bins
-    assert_close(values.centers()[[0, -1]], torch.tensor([-32 + width / 2, 32 - width / 2]))
+    assert_close(values.centers()[0, [0, -1]], torch.tensor([-32 + width / 2, 32 - width / 2]))
+
+
+def test_rows_are_counted_one_by_one():
+    batches = [torch.cat([random(3, 50, seed=i) * 4**i, torch.zeros(1, 50)]) for i in range(3)]
+    together = Histogram(4, 512)
+    for batch in batches:
+        together.add(batch)
+    for row in range(4):
+        alone = Histogram(1, 512)
+        for batch in batches:
+            alone.add(batch[row])
+        assert torch.equal(together.counts[row], alone.counts[0])
+        assert (together.low[row], together.high[row]) == (alone.low, alone.high)
+        assert torch.equal(together.centers()[row], alone.centers()[0])
+    assert_close(together.counts.sum(1), torch.full((4,), 150.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.999])
+def test_as_many_numbers_are_left_out_below_as_above(share):
+    x = random(2, 4000)
+    x[1] = x[1].exp()
+    values = Histogram(2)
+    values.add(x)
+    ends = [torch.quantile(x, (1 + sign * share) / 2, dim=1) for sign in (-1, 1)]
+    for found, wanted in zip(values.inner(share), ends, strict=True):
+        assert_close(found, wanted, rtol=5e-3, atol=5e-3)
 
 
 @pytest.mark.parametrize("factors", [(1, 30), (30, 1), (1e-3, 1)], ids=["grows", "shrinks", "leaps"])
@@ -96,8 +125,8 @@ def test_the_search_leaves_less_error_than_covering_everything(label):
     x[0, :3] = torch.tensor([70.0, -35.0, 50.0])
     fmt = parse_format(label)
     fmt = fmt.model_copy(update={"scale_dtype": "fp32"})
-    found = fit_static(counted(x), fmt)
-    covering = fit_static(counted(x), fmt.model_copy(update={"scales": "minmax"}))
+    (found,) = fit_static(counted(x), fmt)
+    (covering,) = fit_static(counted(x), fmt.model_copy(update={"scales": "minmax"}))
     ours, wide = (float((quantize_static(x, fmt, s) - x).square().sum()) for s in (found, covering))
     assert ours <= wide * 1.001
     if label.startswith("int8"):
@@ -110,15 +139,40 @@ def test_the_search_leaves_less_error_than_covering_everything(label):
 def test_covering_is_what_the_ends_say():
     x = torch.tensor([[-1.0, 0.5, 3.0]])
     fields = {"bits": 8, "group": "tensor", "scales": "minmax", "scale_dtype": "fp32"}
-    assert fit_static(counted(x), Int(**fields)) == Static(pytest.approx(3 / 127.5))
+    assert fit_static(counted(x), Int(**fields)) == (Static(pytest.approx(3 / 127.5)),)
     found = fit_static(counted(x), Int(**fields, symmetric=False))
-    assert found == Static(pytest.approx(4 / 255), -64)
+    assert found == (Static(pytest.approx(4 / 255), -64),)
     fp8 = FP(element="e4m3", group="tensor", scales="minmax", scale_dtype="fp32")
-    assert fit_static(counted(x), fp8) == Static(pytest.approx(3 / 448))
-    assert fit_static(counted(torch.ones(4) * 2), Int(**fields, symmetric=False)).scale == pytest.approx(2 / 255)
+    assert fit_static(counted(x), fp8) == (Static(pytest.approx(3 / 448)),)
+    assert fit_static(counted(torch.ones(4) * 2), Int(**fields, symmetric=False))[0].scale == pytest.approx(2 / 255)
 
 
 def test_the_scale_is_exact_in_the_type_that_it_is_stored_in():
     for label in ("int8-tensor", "fp8-tensor"):
-        scale = fit_static(counted(random(9, 9)), parse_format(label)).scale
+        ((scale, _),) = fit_static(counted(random(9, 9)), parse_format(label))
         assert scale == float(torch.tensor(scale).bfloat16())
+
+
+def nearest_fp4(x):
+    levels = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    apart = (abs(x) - levels).abs()
+    tied = [i for i in range(8) if float(apart[i]) == float(apart.min())]
+    return math.copysign(float(levels[next((i for i in tied if i % 2 == 0), tied[0])]), x)
+
+
+@pytest.mark.parametrize("label", ["nvfp4", "nvfp4-minmax", "nvfp4-thorough"])
+def test_groups_choose_their_scales_inside_of_a_calibrated_one(label):
+    x, fmt = random(6, 48), parse_format(label)
+    x[0], x[1, :16], x[2, 3] = x[0] / 1e5, 0, 300.0  # nearly nothing, nothing, and more than calibration saw
+    ((scale, _),) = fit_static(counted(random(9, 16) * 20), fmt)
+    reach = float((random(9, 16) * 20).abs().max()) / (6 * 448)
+    assert reach * 0.999999 <= scale < 2 * reach
+    if label == "nvfp4":
+        assert math.frexp(scale)[0] == 0.5  # exact wherever it is stored
+    found = quantize_static(x, fmt, Static(scale))
+    for row, group in itertools.product(range(6), range(3)):
+        part = x[row, 16 * group : 16 * group + 16]
+        local = (part.abs().max() / 6 * (1 / scale)).clamp(max=448).to(torch.float8_e4m3fn)
+        step = float(local) * scale or 0.125 * scale
+        wanted = [step * nearest_fp4(max(-6, min(6, v / step))) for v in part.tolist()]
+        assert_close(found[row, 16 * group : 16 * group + 16], torch.tensor(wanted), rtol=1e-6, atol=0)

@@ -13,7 +13,7 @@ from typing import Any
 
 from qtool.artifact._targets import kept_linears, patterns
 from qtool.artifact.compressed_tensors import _cache
-from qtool.artifact.compressed_tensors._floats import EXPONENT, FP8, MX4, MX8, NV4, NaiveFP8
+from qtool.artifact.compressed_tensors._floats import EXPONENT, FP8, LOCAL, MX4, MX6, MX8, NV4, NaiveFP8
 from qtool.artifact.compressed_tensors._integers import Packed, Plain
 from qtool.artifact.compressed_tensors._kinds import (
     FP8_BLOCK_INPUTS,
@@ -29,10 +29,13 @@ from qtool.checkpoint._base import Layer, QuantizedCheckpoint
 from qtool.formats._base import Format, alike
 from qtool.formats.mxfp4 import MXFP4
 from qtool.formats.mxfp8 import MXFP8
+from qtool.formats.nvfp4 import NVFP4
 
 METHOD = "compressed-tensors"
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (Packed(), Plain(), FP8(), NaiveFP8(), MX4(), MX8(), NV4())}
+KINDS: dict[str, Kind] = {
+    kind.name: kind for kind in (Packed(), Plain(), FP8(), NaiveFP8(), MX4(), MX6(), MX8(), NV4())
+}
 
 INPUTS: tuple[tuple[Format, dict[str, Any]], ...] = (
     (INT8_INPUTS[0], spelled(8, "int", "token", dynamic=True)),
@@ -44,6 +47,7 @@ INPUTS: tuple[tuple[Format, dict[str, Any]], ...] = (
     (FP8_BLOCK_INPUTS, spelled(8, "float", "group", 128, dynamic=True)),
     (MXFP8(), spelled(8, "float", "group", 32, dynamic=True, scale_dtype=EXPONENT)),
     (MXFP4(), spelled(4, "float", "group", 32, dynamic=True, scale_dtype=EXPONENT)),
+    (NVFP4(), spelled(4, "float", "tensor_group", 16, dynamic="local", scale_dtype=LOCAL)),
 )
 """Inputs, and what config.json says of them."""
 
@@ -61,7 +65,7 @@ def refusal(layer: Layer) -> str:
     """Why no layout holds a layer."""
     found = [kind.inputs(layer.format) for kind in KINDS.values()]
     if all(inputs is None for inputs in found):
-        wanted = "integers such as int4-g128 and int8-channel, fp8-channel, fp8-tensor, fp8-block, mxfp4, mxfp8, nvfp4"
+        wanted = "integers such as int4-g128 and int8-channel, fp8-channel, fp8-tensor, fp8-block, mx floats, nvfp4"
         return f"compressed-tensors holds {wanted}, not {layer.format.label}"
     allowed = [inputs for kind in found for inputs in kind or ()]
     labels = dict.fromkeys(_spell(inputs) for inputs in sorted(allowed, key=lambda inputs: inputs is None))

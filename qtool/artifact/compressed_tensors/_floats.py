@@ -5,6 +5,7 @@ float-quantized        weight float8_e4m3 [N, K] for inputs in FP8; weight_scale
 naive-quantized        the same for inputs that are left alone
 mxfp8-quantized        weight float8_e4m3 [N, K], weight_scale uint8 [N, K / 32], exponents
 mxfp4-pack-quantized   weight_packed uint8 [N, K / 2], even columns in the low nibble, weight_scale as above
+mxfp6-pack-quantized   weight_packed uint8 [N, 3 K / 4], four columns in three bytes, the first in the lowest bits
 nvfp4-pack-quantized   weight_packed as above, weight_scale float8_e4m3 [N, K / 16], and weight_global_scale float32
                        [1], the number that scales were multiplied with
 """
@@ -27,14 +28,15 @@ from qtool.artifact.compressed_tensors._kinds import (
     Arguments,
     Kind,
     Read,
+    multiplier,
     spelled,
 )
 from qtool.checkpoint._base import TensorInfo
-from qtool.errors import PlanError
-from qtool.formats._base import Format, Quantized
+from qtool.formats._base import Format, Quantized, alike
 from qtool.formats._scaled import Scaled
 from qtool.formats.fp import FP
 from qtool.formats.mxfp4 import MXFP4
+from qtool.formats.mxfp6 import MXFP6
 from qtool.formats.mxfp8 import MXFP8
 from qtool.formats.nvfp4 import NVFP4
 from qtool.numerics.bits import pack, unpack
@@ -42,8 +44,8 @@ from qtool.numerics.bits import pack, unpack
 E4M3 = torch.float8_e4m3fn
 BLOCK = 128
 GLOBAL = "weight_global_scale"
-EXPONENT = "torch.uint8"
-"""`scale_dtype` of powers of two."""
+EXPONENT, LOCAL = "torch.uint8", "torch.float8_e4m3fn"
+"""`scale_dtype` of powers of two, and of scales inside of another one."""
 
 
 def is_block(fmt: FP) -> bool:
@@ -126,16 +128,20 @@ class NaiveFP8(FP8):
 
 
 class MX8(Kind):
-    """MXFP8 weights, alone or with inputs in MXFP8."""
+    """MXFP8 weights, alone or with inputs in MXFP8.
+
+    Attributes:
+        fmt: format of the weights.
+        activations: format of inputs that are rounded.
+    """
 
     name: ClassVar[str] = "mxfp8-quantized"
     fmt: ClassVar[Scaled] = MXFP8()
+    activations: ClassVar[Scaled] = MXFP8()
 
     def inputs(self, fmt: Format) -> tuple[Format | None, ...] | None:
         """See `Kind.inputs`."""
-        if type(fmt) is not type(self.fmt) or len(fmt.levels()) != len(self.fmt.levels()):
-            return None
-        return (None, self.fmt)
+        return (None, self.activations) if alike(fmt, self.fmt) else None
 
     def arguments(self, fmt: Format) -> dict[str, Any]:
         """See `Kind.arguments`."""
@@ -165,6 +171,7 @@ class MX4(MX8):
 
     name: ClassVar[str] = "mxfp4-pack-quantized"
     fmt: ClassVar[Scaled] = MXFP4()
+    activations: ClassVar[Scaled] = MXFP4()
 
     def since(self, fmt: Format) -> str:
         """See `Kind.since`."""
@@ -172,30 +179,44 @@ class MX4(MX8):
 
     def infos(self, fmt: Format, n: int, k: int, dtype: torch.dtype) -> Infos:
         """See `Kind.infos`."""
-        return {"weight_packed": TensorInfo((n, k // 2), torch.uint8), SCALE: TensorInfo((n, k // 32), torch.uint8)}
+        packed = TensorInfo((n, k * self.fmt.code_bits // 8), torch.uint8)
+        return {"weight_packed": packed, SCALE: TensorInfo((n, k // 32), torch.uint8)}
 
     def encode(self, quantized: Quantized, module: str, dtype: torch.dtype) -> dict[str, Tensor]:
         """See `Kind.encode`."""
-        return {"weight_packed": pack(to_bits(quantized.codes, self.fmt), 4), SCALE: quantized.params["exponent"]}
+        packed = pack(to_bits(quantized.codes, self.fmt), self.fmt.code_bits)
+        return {"weight_packed": packed, SCALE: quantized.params["exponent"]}
 
     def decode(self, fmt: Format, k: int, read: Read, start: int, stop: int) -> Quantized:
         """See `Kind.decode`."""
-        codes = from_bits(unpack(read("weight_packed", start, stop), 4, k), self.fmt)
+        codes = from_bits(unpack(read("weight_packed", start, stop), self.fmt.code_bits, k), self.fmt)
         return Quantized(codes, {"exponent": read(SCALE, start, stop)}, fmt)
 
 
+class MX6(MX4):
+    """MXFP6 weights of E2M3, alone or with inputs in MXFP8."""
+
+    name: ClassVar[str] = "mxfp6-pack-quantized"
+    fmt: ClassVar[Scaled] = MXFP6()
+    activations: ClassVar[Scaled] = MXFP8()
+
+    def since(self, fmt: Format) -> str:
+        """See `Kind.since`."""
+        return "0.20.0"
+
+
 class NV4(Kind):
-    """NVFP4 weights alone."""
+    """NVFP4 weights, alone or with inputs in NVFP4, one scale of which calibration found."""
 
     name: ClassVar[str] = "nvfp4-pack-quantized"
 
     def inputs(self, fmt: Format) -> tuple[Format | None, ...] | None:
         """See `Kind.inputs`."""
-        return (None,) if isinstance(fmt, NVFP4) else None
+        return (None, NVFP4()) if isinstance(fmt, NVFP4) else None
 
     def arguments(self, fmt: Format) -> dict[str, Any]:
         """See `Kind.arguments`."""
-        return spelled(4, "float", "tensor_group", 16, scale_dtype="torch.float8_e4m3fn")
+        return spelled(4, "float", "tensor_group", 16, scale_dtype=LOCAL)
 
     def format(self, told: Arguments, scale_dtype: str) -> Format | None:
         """See `Kind.format`."""
@@ -211,12 +232,7 @@ class NV4(Kind):
         """See `Kind.encode`."""
         codes, params, fmt = quantized
         assert isinstance(fmt, NVFP4)
-        whole = params["tensor"]
-        multiplier = (1.0 / whole[0]).float()
-        if bool((1.0 / multiplier.double() != whole).any()):
-            line = f"{module}: the scale of the whole matrix is not the reciprocal of a float32 number"
-            raise PlanError([line], "compressed-tensors stores that reciprocal")
-        scales = {SCALE: params["scale"].view(E4M3), GLOBAL: multiplier}
+        scales = {SCALE: params["scale"].view(E4M3), GLOBAL: multiplier(params["tensor"][0], module)}
         return {"weight_packed": pack(to_bits(codes, fmt), 4), **scales}
 
     def decode(self, fmt: Format, k: int, read: Read, start: int, stop: int) -> Quantized:

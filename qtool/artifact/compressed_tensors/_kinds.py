@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qtool.artifact._packed import Infos, Settings
+from qtool.errors import PlanError
 from qtool.formats._base import Format, Quantized
 from qtool.formats.fp import FP
 from qtool.formats.int import Int
@@ -96,3 +97,16 @@ def spelled(bits: int, kind: str, strategy: str, group: int | None = None, **mor
     """The keys that compressed-tensors wants of weights or inputs; only what differs from defaults is in `more`."""
     usual = {"num_bits": bits, "type": kind, "symmetric": True, "strategy": strategy, "group_size": group}
     return {**usual, "dynamic": False, **more}
+
+
+def multiplier(scale: Tensor, module: str) -> Tensor:
+    """What is stored for the scale of a whole matrix, float64 [1]: its reciprocal, float32.
+
+    Raises:
+        PlanError: it has none that is exact.
+    """
+    found = (1.0 / scale).float()
+    if bool((1.0 / found.double() != scale).any()):
+        line = f"{module}: the scale of the whole matrix is not the reciprocal of a float32 number"
+        raise PlanError([line], "compressed-tensors stores that reciprocal")
+    return found

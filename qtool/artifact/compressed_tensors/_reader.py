@@ -22,7 +22,7 @@ from qtool.errors import CheckpointError
 from qtool.formats._base import Format, Quantized
 
 INDEX, ZERO = "weight_g_idx", "weight_zero_point"
-INPUT_SCALES = ("input_scale", "input_zero_point", "input_global_scale")
+INPUT_SCALES = (_inputs.INPUT_SCALE, _inputs.INPUT_ZERO, _inputs.INPUT_GLOBAL)
 
 
 class CompressedCheckpoint(PackedCheckpoint):

@@ -1,9 +1,9 @@
 """ModelOpt checkpoints, which TensorRT-LLM, vLLM and SGLang load.
 
-Written: 4-bit integers in groups (W4A16_AWQ), 8-bit ones per row (W8A16), FP8 per tensor with calibrated inputs or per
-row with inputs per token, MXFP8, NVFP4 weights (W4A16_NVFP4), mixtures of them, and FP8 KV caches. Read as well: NVFP4
-whose inputs have calibrated scales, which no other layout is given. W4A16_AWQ scales inputs before it multiplies: by 1
-where qtool writes it; a file with other factors is decoded.
+4-bit integers in groups (W4A16_AWQ), 8-bit ones per row (W8A16), FP8 per tensor with calibrated inputs or per row with
+inputs per token, MXFP8, NVFP4 alone (W4A16_NVFP4) or with inputs in NVFP4 that have a calibrated scale, mixtures of
+them, and FP8 KV caches. W4A16_AWQ scales inputs before it multiplies: by 1 where qtool writes it; a file with other
+factors is decoded.
 Layout: https://github.com/NVIDIA/Model-Optimizer
 """
 
@@ -35,7 +35,7 @@ class ModelOpt(PackedArtifact):
         algo = algo_of(layer)
         if algo is None:
             inputs = f" with {layer.activations.label} inputs" if layer.activations else ""
-            wanted = "int4 in groups, int8-channel, nvfp4, and fp8-tensor, fp8-channel and mxfp8 with inputs alike"
+            wanted = "int4 in groups, int8-channel, nvfp4, and nvfp4, fp8-tensor, fp8-channel, mxfp8 with inputs alike"
             return f"ModelOpt holds {wanted}, not {layer.format.label}{inputs}"
         odd = algo is ALGOS["W4A16_AWQ"] and module.shape[0] % 2
         return f"ModelOpt packs 2 rows together, which {module.shape[0]} are not" if odd else None

@@ -5,8 +5,9 @@ merge the matrix, pre_quant_scale [K], a factor of inputs
 W8A16        weight int8 [N, K]; weight_scale [N]
 FP8_PER_CHANNEL_PER_TOKEN    weight e4m3 [N, K]; weight_scale float32 [N]; inputs scaled at run time
 MXFP8        weight e4m3 [N, K]; weight_scale uint8 [N, K / 32], exponents; inputs alike, at run time
+FP8          weight e4m3 [N, K]; weight_scale float32; inputs alike, with input_scale float32 from calibration
 W4A16_NVFP4  weight uint8 [N, K / 2], the even column low; weight_scale e4m3 [N, K / 16]; weight_scale_2 float32
-NVFP4, FP8   read only: their inputs have scales of their own, found in calibration
+NVFP4        as W4A16_NVFP4; inputs alike, where input_scale float32, from calibration, is what weight_scale_2 is
 """
 
 from __future__ import annotations
@@ -40,11 +41,9 @@ class Algo(ABC):
 
     Attributes:
         name: its `quant_algo`.
-        writable: False if it needs what qtool does not compute.
     """
 
     name: ClassVar[str]
-    writable: ClassVar[bool] = True
 
     @abstractmethod
     def layer(self, keys: Mapping[str, Any], found: Infos) -> Layer:
@@ -244,10 +243,13 @@ class NVFP4Weights(Algo):
 
 
 class NVFP4Both(NVFP4Weights):
-    """Weights in NVFP4, inputs in NVFP4 with one scale that calibration found."""
+    """Weights in NVFP4, inputs in NVFP4 with one scale of all tokens that calibration found."""
 
     name = "NVFP4"
-    writable = False
+
+    def layer(self, keys: Mapping[str, Any], found: Infos) -> Layer:
+        """See `Algo.layer`."""
+        return Layer(NVFP4(), NVFP4())
 
 
 ALGOS: dict[str, Algo] = {
@@ -257,7 +259,7 @@ ALGOS: dict[str, Algo] = {
 
 def algo_of(layer: Layer) -> Algo | None:
     """How a layer is written; None if it cannot be."""
-    return next((algo for algo in ALGOS.values() if algo.writable and algo.holds(layer)), None)
+    return next((algo for algo in ALGOS.values() if algo.holds(layer)), None)
 
 
 def fp8(group: str) -> FP:

@@ -90,7 +90,7 @@ class Writer:
                 raise PlanError([line], "ModelOpt has one such scale for merged matrices")
         tensors = _algo(layer).encode(quantized)
         if layer.static:
-            tensors["input_scale"] = torch.tensor(layer.static.scale)
+            tensors["input_scale"] = _float32(layer.static.scale, module)
         if self._scales_inputs(module):
             tensors["pre_quant_scale"] = torch.ones(quantized.codes.shape[1], dtype=self.dtype)
         return tensors
@@ -104,3 +104,12 @@ def _algo(layer: Layer) -> Algo:
     algo = algo_of(layer)
     assert algo is not None  # the plan has asked
     return algo
+
+
+def _float32(scale: float, module: str) -> Tensor:
+    """The scale of a module's inputs. Raises PlanError: it is not exact."""
+    found = torch.tensor(scale)
+    if float(found) != scale:
+        line = f"{module}: the scale of its inputs is the inverse of a number that fp32 holds; use plain nvfp4"
+        raise PlanError([line], "ModelOpt stores that scale itself, in fp32")
+    return found
