@@ -6,6 +6,7 @@ gptq    4 bits in groups of 64 on 32 x 512 tokens of SmolLM2-135M off any grid, 
 encode  every GGUF block type on real matrices with an importance matrix, against ggml's encoders
 mixes   GGUF files against those of llama-quantize with an importance matrix: KL divergence at the same size
 recipes every recipe that ships on the demo model: KL divergence and size, as in the recipes' headers
+study   integers against floats on the demo model, with and without outliers: the tables and plots of docs/study.md
 stream  Q8_0 without data on a random model of 1.07 billion parameters, against copying the files; peak memory
 
 Everything is written below DIR, and the numbers to DIR/results.json.
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import encode, mixes, models, recipes
+from benchmarks import encode, mixes, models, page, recipes, study
 from benchmarks.measure import Cost, measure
 from qtool.recipe.load import find_recipe
 from scripts.prose import prose
@@ -113,6 +114,14 @@ def shipped(options: argparse.Namespace) -> dict[str, float]:
     return found
 
 
+def studied(options: argparse.Namespace) -> dict[str, float]:
+    """KL divergence of integers and floats; goes on where an earlier run was cut."""
+    found = study.study(options.work, options.prose, options.chunks, options.device)
+    if options.write_page:
+        page.write(found)
+    return {key: value for key, value in found.items() if isinstance(value, float)}
+
+
 def costs(name: str, cost: Cost) -> dict[str, float]:
     """A cost as named numbers."""
     return {f"{name}_seconds": cost.seconds, f"{name}_peak_gib": cost.peak_bytes / 2**30}
@@ -135,6 +144,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
     "encode": lambda options: encoders(options.work, options.calibration),
     "mixes": files,
     "recipes": shipped,
+    "study": studied,
     "stream": lambda options: stream(options.work),
 }
 
@@ -148,6 +158,9 @@ def main() -> None:
     parser.add_argument("--evaluation", type=Path, help="UTF-8 text; default: docstrings of the standard library")
     parser.add_argument("--peer", type=Path, default=Path(".venv-peer/bin/python"), help="Python with llm-compressor")
     parser.add_argument("--write-headers", action="store_true", help="recipes: write the lines # Quality: anew")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="study: where")
+    parser.add_argument("--chunks", type=int, default=12, help="study: of the text")
+    parser.add_argument("--write-page", action="store_true", help="study: write tables and plots of docs/study.md anew")
     options = parser.parse_args()
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,9 @@ LARGE = {
 SPREAD = 0.25
 """Standard deviation of the logarithm of every factor that moves weights off the demo model's 4-bit grid."""
 
+CHANNELS = 6
+"""Channels of an input that are made outliers, where there are to be some."""
+
 
 def checkpoint(out: Path) -> Path:
     """The demo model as a Hugging Face folder in bfloat16, its tokenizer beside it."""
@@ -39,12 +42,15 @@ def checkpoint(out: Path) -> Path:
     return out
 
 
-def off_grid(source: Path, out: Path, seed: int = 7) -> Path:
+def off_grid(source: Path, out: Path, seed: int = 7, outliers: float = 1.0) -> Path:
     """An equivalent of a Llama checkpoint of one shard whose weights lie on no quantization grid.
 
     Three exact rewrites per block with log-normal factors: a norm's gain into the columns of the linear layers that
     read it, v's rows into o's columns, up's rows into down's columns. Without them a model that comes out of a 4-bit
     file would look lossless to any quantizer with the same grid.
+
+    With `outliers` some channels behind each norm, and in front of each down projection, are that much larger, and the
+    columns that read them that much smaller: what activations of models of many billion parameters look like.
     """
     if (out / "model.safetensors").exists():
         return out
@@ -52,8 +58,11 @@ def off_grid(source: Path, out: Path, seed: int = 7) -> Path:
     w = {name: tensor.double() for name, tensor in load_file(source / "model.safetensors").items()}
     generator = torch.Generator().manual_seed(seed)
 
-    def factors(n: int) -> torch.Tensor:
-        return torch.exp(SPREAD * torch.randn(n, generator=generator, dtype=torch.float64))
+    def factors(n: int, larger: float = outliers) -> torch.Tensor:
+        drawn = torch.exp(SPREAD * torch.randn(n, generator=generator, dtype=torch.float64))
+        if larger != 1:
+            drawn[torch.randperm(n, generator=generator)[:CHANNELS]] /= larger
+        return drawn
 
     queries = config["num_attention_heads"] // config["num_key_value_heads"]
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
@@ -67,7 +76,7 @@ def off_grid(source: Path, out: Path, seed: int = 7) -> Path:
             w[f"model.layers.{i}.{norm}.weight"] /= s
             for reader in readers:
                 w[f"{reader}.weight"] *= s
-        s = factors(config["num_key_value_heads"] * head)
+        s = factors(config["num_key_value_heads"] * head, larger=1)
         w[f"{attention}v_proj.weight"] *= s[:, None]
         w[f"{attention}o_proj.weight"] /= s.view(-1, head).repeat_interleave(queries, dim=0).flatten()
         s = 1.0 / factors(config["intermediate_size"])
