@@ -16,9 +16,11 @@ from qtool.errors import PlanError, UsageError
 from qtool.formats._base import Format
 from qtool.methods._base import Method
 from qtool.recipe.assign import assign
+from qtool.recipe.cache import KVCache
 from qtool.recipe.fallback import choose
 from qtool.recipe.findings import Findings
-from qtool.recipe.schema import Recipe, parse_method
+from qtool.recipe.parse import parse_method
+from qtool.recipe.schema import Recipe
 from qtool.recipe.scope import Facts
 from qtool.stats import Stat
 
@@ -49,7 +51,7 @@ class Carrier(Protocol):
     def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Verdict:
         """Known from the format alone."""
 
-    def caches(self, fmt: Format | None) -> Verdict:
+    def caches(self, fmt: KVCache | None) -> Verdict:
         """Whether it can say how the KV cache is rounded."""
 
     def agree(self, layers: Collection[Layer]) -> Verdict:
@@ -240,9 +242,7 @@ def _decide(module: Module, index: int, recipe: Recipe, checkpoint: Checkpoint, 
     method = rule.method or (recipe.method if module.kind == "linear" else None) or parse_method("rtn")
     if module.kind == "embedding":
         if method.needs:
-            text = (
-                f"{method.name()} measures inputs, and an embedding only looks rows up; give it a rule with method: rtn"
-            )
+            text = f"{method.name()} measures inputs, an embedding only looks rows up; give it a rule with method: rtn"
             findings.add(index, text, module.name)
         if rule.activations:
             text = "an embedding has no inputs to round; give it a rule without activations:"

@@ -21,7 +21,7 @@ from qtool.checkpoint._base import Layer, Module
 from qtool.cli.app import app
 from qtool.recipe.json_schema import json_schema
 from qtool.recipe.load import list_recipes
-from qtool.recipe.schema import parse_format
+from qtool.recipe.parse import parse_format
 
 ROOT = Path(__file__).parents[1]
 PART = re.compile(r"(<!-- begin ([\w-]+) -->\n)(.*?)(<!-- end \2 -->)", re.DOTALL)

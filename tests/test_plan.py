@@ -344,7 +344,7 @@ class TestRules:
     def test_an_embedding_has_no_inputs(self):
         rule = {"match": "re:.*", "weights": "int8-channel", "method": "gptq", "activations": "int8-token"}
         assert refusals(rule) == [
-            'layers[0] (match "re:.*"): model.embed_tokens: gptq measures inputs, and an embedding only looks rows up; '
+            'layers[0] (match "re:.*"): model.embed_tokens: gptq measures inputs, an embedding only looks rows up; '
             "give it a rule with method: rtn",
             'layers[0] (match "re:.*"): model.embed_tokens: an embedding has no inputs to round; give it a rule '
             "without activations:",

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, modules
 from qtool.errors import PlanError
-from qtool.formats._base import Format
+from qtool.recipe.cache import KVCache
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Artifact(ABC):
         kind = model.config["model_type"]
         return Carry(False, f"its runtimes know the experts of {kind} models as one tensor only; gguf holds them")
 
-    def caches(self, fmt: Format | None) -> Carry:
+    def caches(self, fmt: KVCache | None) -> Carry:
         """Whether it can say how the KV cache is rounded; `fmt` None: not at all."""
         return Carry(fmt is None, "" if fmt is None else "it cannot say how a KV cache is quantized; remove kv_cache:")
 

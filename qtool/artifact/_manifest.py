@@ -19,7 +19,8 @@ from qtool.checkpoint.config import read_json
 from qtool.errors import CheckpointError
 from qtool.formats._base import Format, Quantized
 from qtool.numerics.bits import pack
-from qtool.recipe.schema import dump_format, parse_format
+from qtool.recipe.cache import parse_cache
+from qtool.recipe.parse import dump_format, parse_format
 
 MANIFEST = "manifest.json"
 BLOCK = "block-"
@@ -67,7 +68,7 @@ class BlockEntry(Entry):
     sha256: str
     layers: dict[str, LayerEntry]
     record: Any = None
-    cache: tuple[tuple[float, int], tuple[float, int]] | None = None
+    cache: tuple[tuple[tuple[float, int], ...], tuple[tuple[float, int], ...]] | None = None
 
 
 class Manifest(Entry):
@@ -108,23 +109,34 @@ class Manifest(Entry):
         return manifest
 
 
-def cache_of(manifest: Manifest) -> Cache | None:
-    """How the KV cache is rounded. Raises CheckpointError: no such format, or scales of another one."""
+def cache_of(manifest: Manifest, heads: int, width: int) -> Cache | None:
+    """How the KV cache is rounded.
+
+    Args:
+        manifest: what says it.
+        heads: of keys and values.
+        width: numbers of one.
+
+    Raises:
+        CheckpointError: no such format, or scales of another one.
+    """
     if manifest.kv_cache is None:
         return None
-    blocks = {key: entry for key, entry in manifest.blocks.items() if key.startswith(BLOCK)}
     try:
-        fmt = parse_format(manifest.kv_cache)
+        fmt = parse_cache(manifest.kv_cache)
     except ValueError as error:
         raise CheckpointError(f"{MANIFEST}: format of the KV cache: {error}") from error
-    statics = {
-        int(key.removeprefix(BLOCK)): (Static(*entry.cache[0]), Static(*entry.cache[1]))
-        for key, entry in blocks.items()
-        if entry.cache
-    }
-    if len(statics) != (len(blocks) if fmt.static else 0):
-        raise CheckpointError(f"{MANIFEST}: scales of the KV cache", wanted=f"those of {fmt.label}", found=len(statics))
-    return Cache(fmt, statics)
+    counts = {"tensor": 1, "head": heads, "channel": heads * width, "token": 0}
+    wanted = [counts[str(side.granularity)] for side in (fmt.keys, fmt.values)]
+    statics = {}
+    for key, entry in manifest.blocks.items():
+        if key.startswith(BLOCK):
+            keys, values = entry.cache or ((), ())
+            if [len(keys), len(values)] != wanted:
+                what = f"{MANIFEST}: scales of the KV cache of {key}"
+                raise CheckpointError(what, wanted=f"{wanted} for {fmt.label}", found=[len(keys), len(values)])
+            statics[int(key.removeprefix(BLOCK))] = tuple(Static(*s) for s in keys), tuple(Static(*s) for s in values)
+    return Cache(fmt, statics if fmt.static else {})
 
 
 def code_bits(fmt: Format) -> int:

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from qtool.artifact._files import new_file, sha256
 from qtool.artifact._manifest import MANIFEST, BlockEntry, LayerEntry, Manifest, cache_of, checked, code_bits, packed
-from qtool.checkpoint._base import Checkpoint, Layer, QuantizedCheckpoint, Static, TensorInfo, finite, verify
+from qtool.checkpoint._base import CacheScales, Checkpoint, Layer, QuantizedCheckpoint, TensorInfo, finite, verify
 from qtool.checkpoint.config import read_config
 from qtool.checkpoint.hf import SIDE_FILES
 from qtool.checkpoint.safetensors_io import SafetensorsFile, SafetensorsWriter
 from qtool.errors import CheckpointError, StorageError
-from qtool.formats._base import Format, Quantized
+from qtool.formats._base import Quantized
 from qtool.numerics.bits import unpack
-from qtool.recipe.schema import dump_format
+from qtool.recipe.cache import KVCache, dump_cache
 
 KEEP = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -48,13 +48,13 @@ class NeutralWriter:
         folder: Path,
         run: Mapping[str, Any],
         keep: Mapping[str, str] | None = None,
-        cache: Format | None = None,
+        cache: KVCache | None = None,
     ) -> None:
         self.folder = folder
         casts = {module: dtype for module, dtype in (keep or {}).items() if dtype != "source"}
         self.manifest = Manifest.model_validate({"run": json.loads(json.dumps(run)), "keep": casts, "blocks": {}})
         if cache:
-            self.manifest = self.manifest.model_copy(update={"kv_cache": dump_format(cache)})
+            self.manifest = self.manifest.model_copy(update={"kv_cache": dump_cache(cache)})
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / MANIFEST).exists():
             found = Manifest.load(folder)
@@ -79,7 +79,7 @@ class NeutralWriter:
         kept: Sequence[str] = (),
         source: Checkpoint | None = None,
         layers: Mapping[str, Layer] | None = None,
-        cache: tuple[Static, Static] | None = None,
+        cache: CacheScales | None = None,
     ) -> None:
         """Writes one block and enters it in the manifest.
 
@@ -90,7 +90,7 @@ class NeutralWriter:
             kept: tensors of `source` to store along, as they are.
             source: where they are read from, one at a time.
             layers: how inputs are rounded, by module; None: nowhere.
-            cache: scales of keys and values, where the cache's format has some.
+            cache: scales of keys and values, where the cache's format has some for all tokens.
 
         Raises:
             StorageError: the disk is full or not writable.
@@ -158,7 +158,7 @@ class NeutralCheckpoint(QuantizedCheckpoint):
             for module, entry in block.layers.items():
                 self.layers[module] = entry.layer(module)
                 self._shapes[module] = entry.shape
-        self.cache = cache_of(self._manifest)
+        self.cache = cache_of(self._manifest, *self.family.heads(self.config)[1:])
         self._names = source.names() if source else self._own_names()
         verify(self)
 

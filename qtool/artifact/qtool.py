@@ -16,7 +16,7 @@ from qtool.artifact._card import write_card, write_side_files
 from qtool.artifact._manifest import BLOCK, MANIFEST
 from qtool.artifact._neutral import NeutralCheckpoint, NeutralWriter
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
-from qtool.formats._base import Format
+from qtool.recipe.cache import KVCache
 
 OUTSIDE = "outside"
 
@@ -36,7 +36,7 @@ class Qtool(Artifact):
         """See `Artifact.knows`: every family."""
         return Carry(True)
 
-    def caches(self, fmt: Format | None) -> Carry:
+    def caches(self, fmt: KVCache | None) -> Carry:
         """See `Artifact.caches`: every format."""
         return Carry(True)
 

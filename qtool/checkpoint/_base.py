@@ -20,6 +20,7 @@ from torch import Tensor
 from qtool.checkpoint.families._base import Family, stacked
 from qtool.errors import CheckpointError, NumericsError
 from qtool.formats._base import Format, Quantized
+from qtool.recipe.cache import KVCache
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,10 @@ class Static(NamedTuple):
     zero: int = 0
 
 
+CacheScales = tuple[tuple[Static, ...], tuple[Static, ...]]
+"""Those of keys and of values: one per tensor or head, or one per channel, head by head; none for single tokens."""
+
+
 @dataclass(frozen=True)
 class Layer:
     """How a module is quantized.
@@ -122,12 +127,12 @@ class Cache:
     """How keys and values are rounded when they enter the KV cache, keys behind the rotary embedding.
 
     Attributes:
-        format: of both; without a scale for all tokens, every token's vector of a head is rounded by itself.
-        statics: (keys, values) of each decoder block, where calibration chooses their scales; else empty.
+        format: of both; see `Format.granularity` for what shares a scale. Per token, heads are rounded by themselves.
+        statics: what calibration found for each decoder block; empty if that is nothing.
     """
 
-    format: Format
-    statics: Mapping[int, tuple[Static, Static]]
+    format: KVCache
+    statics: Mapping[int, CacheScales]
 
 
 class QuantizedCheckpoint(Checkpoint):

@@ -100,6 +100,11 @@ class Format(BaseModel):
         return False
 
     @property
+    def granularity(self) -> str | None:
+        """What shares a scale, where it has a name: "tensor", "head", "channel" or "token"; None: columns of a row."""
+        return None
+
+    @property
     def static(self) -> bool:
         """True if inputs in this format all share a scale, which no token can choose: calibration has to."""
         return self.group_rows is None and self.group_columns is None

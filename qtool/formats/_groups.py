@@ -13,9 +13,12 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
 
-Group = Annotated[int, Field(gt=0)] | Literal["channel", "token", "tensor"]
-"""Columns per scale, or "channel" (of a weight) and "token" (of an input): one scale a row, or "tensor"."""
-PATTERN = r"(?:g(?P<group>\d+)|b(?P<rows>\d+)x(?P<columns>\d+)|(?P<name>channel|token|tensor|block))"
+Group = Annotated[int, Field(gt=0)] | Literal["channel", "token", "head", "tensor"]
+"""Columns per scale, or "tensor": one for all, or "channel" (of a weight), "token" (of an input) and "head" (of a KV
+cache): one a row."""
+Scales = Literal["minmax", "search"] | Annotated[float, Field(gt=50, lt=100)]
+"""How scales are chosen; a number is the percentage of `Format.ranges`."""
+PATTERN = r"(?:g(?P<group>\d+)|b(?P<rows>\d+)x(?P<columns>\d+)|(?P<name>channel|token|head|tensor|block))"
 BLOCK = 128
 """Rows and columns of the blocks that are called `block` without numbers, as DeepSeek-V3 has them."""
 

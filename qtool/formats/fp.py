@@ -26,7 +26,7 @@ from typing_extensions import Self
 from qtool.errors import NumericsError
 from qtool.formats import _groups
 from qtool.formats._base import Format, Params, expand
-from qtool.formats._groups import Group
+from qtool.formats._groups import Group, Scales
 from qtool.formats._scaled import Scaled
 from qtool.formats.int import DTYPES
 from qtool.numerics import minifloat
@@ -48,9 +48,11 @@ class FP(Scaled):
 
     Attributes:
         element: how many exponent and mantissa bits: "e4m3".
-        group: columns per scale, or "channel" (of a weight) and "token" (of an input): one scale a row, or "tensor".
+        group: columns per scale, or "channel" (of a weight) and "token" (of an input): one scale a row, or "tensor";
+            of a KV cache "tensor", "head", "channel" (of a head) or "token".
         rows: rows per scale; more than one makes blocks of rows x group.
-        scales: "minmax" covers every weight; "search" minimizes the (importance-weighted) squared error.
+        scales: "minmax" covers every weight; "search" minimizes the (importance-weighted) squared error. Where
+            calibration finds scales, of inputs and KV caches, a number such as 99.9 covers that percentage of numbers.
         constraint: "none"; "power": scales are powers of two; "ratio": they are power-of-two multiples within a row.
         scale_dtype: how scales are stored.
     """
@@ -60,7 +62,7 @@ class FP(Scaled):
     element: str = Field(pattern="^e[1-7]m[0-6]$")
     group: Group
     rows: int = Field(default=1, ge=1)
-    scales: Literal["minmax", "search"] = "search"
+    scales: Scales = "search"
     constraint: Literal["none", "power", "ratio"] = "none"
     scale_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
 
@@ -122,6 +124,11 @@ class FP(Scaled):
     def needs_largest(self) -> bool:
         """See `Format.needs_largest`. Runtimes round matrices that they merge anew if their scales differ."""
         return self.group == "tensor" and self.scales == "minmax"
+
+    @property
+    def granularity(self) -> str | None:
+        """See `Format.granularity`."""
+        return self.group if isinstance(self.group, str) else None
 
     @property
     def ranges(self) -> str | float:

@@ -21,7 +21,7 @@ from typing_extensions import Self
 
 from qtool.formats import _groups
 from qtool.formats._base import Format, Params, Quantized, alike, expand
-from qtool.formats._groups import Group
+from qtool.formats._groups import Group, Scales
 from qtool.numerics import search
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -33,10 +33,12 @@ class Int(Format):
 
     Attributes:
         bits: 2 to 8.
-        group: columns per scale, or "channel" (of a weight) and "token" (of an input): one scale a row, or "tensor".
+        group: columns per scale, or "channel" (of a weight) and "token" (of an input): one scale a row, or "tensor";
+            of a KV cache "tensor", "head", "channel" (of a head) or "token".
         rows: rows per scale; more than one makes blocks of rows x group.
         symmetric: no zero point.
-        scales: "minmax" covers every weight; "search" minimizes the (importance-weighted) squared error.
+        scales: "minmax" covers every weight; "search" minimizes the (importance-weighted) squared error. Where
+            calibration finds scales, of inputs and KV caches, a number such as 99.9 covers that percentage of numbers.
         scale_dtype: how scales are stored.
     """
 
@@ -46,7 +48,7 @@ class Int(Format):
     group: Group
     rows: int = Field(default=1, ge=1)
     symmetric: bool = True
-    scales: Literal["minmax", "search"] = "search"
+    scales: Scales = "search"
     scale_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
 
     @model_validator(mode="after")
@@ -77,6 +79,11 @@ class Int(Format):
     def group_rows(self) -> int | None:
         """See `Format.group_rows`."""
         return None if self.group == "tensor" else self.rows
+
+    @property
+    def granularity(self) -> str | None:
+        """See `Format.granularity`."""
+        return self.group if isinstance(self.group, str) else None
 
     @property
     def ranges(self) -> str | float:

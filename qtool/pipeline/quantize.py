@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import Tensor
 
 from qtool.artifact._files import check_free, new_folder
-from qtool.calibrate.cache import MeteredCache
+from qtool.calibrate.attention import AttentionErrors
 from qtool.calibrate.inputs import fit_static
-from qtool.checkpoint._base import Layer, Static
+from qtool.checkpoint._base import Layer
 from qtool.errors import NumericsError, UsageError
 from qtool.evaluate.gates import check_gates
 from qtool.formats._base import Quantized
@@ -23,10 +23,10 @@ from qtool.pipeline.statistics import Statistics, statistics_for
 from qtool.pipeline.stopwatch import Stopwatch
 from qtool.pipeline.summarize import make_report, model_card
 from qtool.pipeline.upload import upload
-from qtool.pipeline.work import Work, begun, identity, open_work, remove_work
+from qtool.pipeline.work import Record, Work, begun, identity, open_work, remove_work
 from qtool.plan import LayerPlan
-from qtool.recipe.schema import parse_method
-from qtool.report.model import LayerEntry, Report
+from qtool.recipe.parse import parse_method
+from qtool.report.model import CacheEntry, LayerEntry, Report
 from qtool.report.render import read_report, write_report
 from qtool.stats import InputStats
 
@@ -116,7 +116,7 @@ def produce(
 ) -> Report:
     """Solves what is not solved yet, evaluates, and writes artifacts and report under their final name."""
     with watch.stage("quantize"):
-        entries = solve_all(job, work, source, listener)
+        entries, caches = solve_all(job, work, source, listener)
     model, evaluations = work.model(), []
     if job.plan.recipe.eval:
         with watch.stage("evaluate"):
@@ -124,24 +124,28 @@ def produce(
     card = model_card(job, entries, evaluations, source.about)
     with new_folder(options.out.absolute(), options.overwrite) as folder:
         artifacts = publish(job.artifacts, model, folder, card, options.verify, watch, listener)
-        report = make_report(job, entries, artifacts, watch.entries, evaluations, source.about)
+        report = make_report(job, entries, caches, artifacts, watch.entries, evaluations, source.about)
         write_report(report, folder)
     return report
 
 
-def solve_all(job: Job, work: Work, source: Statistics, listener: Listener) -> tuple[LayerEntry, ...]:
+def solve_all(
+    job: Job, work: Work, source: Statistics, listener: Listener
+) -> tuple[tuple[LayerEntry, ...], tuple[CacheEntry, ...]]:
     """Goes through the plan unit by unit; what an earlier run finished is only walked through."""
+    caches: list[CacheEntry] = []
     entries = {p.module.name: kept(p) for p in job.plan.layers if p.format is None}
     steps = steps_of(job)
     earlier = f"{len(work.finished)} finished earlier" if work.finished else ""
     listener(Event("quantize", 0, len(steps), earlier))
     for done, unit in enumerate(steps, 1):
         followed = any(later.needs and later.name not in work.finished for later in steps[done:])
-        found = solve_unit(unit, job, work, source, followed)
-        entries |= {entry.name: entry for entry in found}
-        error = mean_db(found)
+        record = solve_unit(unit, job, work, source, followed)
+        entries |= {entry.name: entry for entry in record.layers}
+        caches += [record.cache] if record.cache else []
+        error = mean_db(record.layers)
         listener(Event("quantize", done, len(steps), unit.name, {} if error is None else {"error_db": error}))
-    return tuple(entries[p.module.name] for p in job.plan.layers)
+    return tuple(entries[p.module.name] for p in job.plan.layers), tuple(caches)
 
 
 def steps_of(job: Job) -> list[Unit]:
@@ -151,7 +155,7 @@ def steps_of(job: Job) -> list[Unit]:
     return steps[: last + 1]
 
 
-def solve_unit(unit: Unit, job: Job, work: Work, source: Statistics, followed: bool) -> list[LayerEntry]:
+def solve_unit(unit: Unit, job: Job, work: Work, source: Statistics, followed: bool) -> Record:
     """Solves and saves a unit, unless it is finished already.
 
     Args:
@@ -161,7 +165,7 @@ def solve_unit(unit: Unit, job: Job, work: Work, source: Statistics, followed: b
         source: of statistics.
         followed: whether a later unit wants to be measured behind this one.
     """
-    if (finished := work.entries(unit)) is not None:
+    if (finished := work.record(unit)) is not None:
         if followed:
             source.visit(unit, lambda plans, _: {p.module.name: work.solved(p.module.name) for p in plans}, True, True)
         return finished
@@ -178,15 +182,23 @@ def solve_unit(unit: Unit, job: Job, work: Work, source: Statistics, followed: b
         return {p.module.name: (solved[p.module.name].decode(), layers[p.module.name]) for p in plans}
 
     source.visit(unit, solve_readers, False, followed)
-    work.save(unit, solved, layers, entries, with_scales(unit, source.metered))
-    return entries
+    cached = source.cached if unit.cache else None
+    record = Record(layers=tuple(entries), cache=cache_entry(unit, cached[1]) if cached else None)
+    work.save(unit, solved, layers, record, cached[0] if cached else None)
+    return record
 
 
-def with_scales(unit: Unit, metered: MeteredCache | None) -> tuple[Static, Static] | None:
-    """The scales of a block's keys and values, if these are to be found in calibration."""
-    if unit.cache is None or metered is None:
-        return None
-    return fit_static(metered.keys, unit.cache)[0], fit_static(metered.values, unit.cache)[0]
+def cache_entry(unit: Unit, errors: AttentionErrors) -> CacheEntry:
+    """What the report says about the KV cache of a block."""
+    assert unit.block is not None
+    assert unit.cache is not None
+    return CacheEntry(
+        block=unit.block,
+        keys=unit.cache.keys.label,
+        values=unit.cache.values.label,
+        scores_error_db=errors.scores_db,
+        outputs_error_db=errors.outputs_db,
+    )
 
 
 def with_static(plan: LayerPlan, stats: InputStats | None) -> Layer:

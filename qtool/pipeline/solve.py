@@ -18,6 +18,7 @@ from qtool.methods._base import Solution
 from qtool.numerics.metrics import energy, ratio_db
 from qtool.pipeline.requantize import is_finite, origin, stored_codes
 from qtool.plan import LayerPlan, Plan
+from qtool.recipe.cache import KVCache
 from qtool.report.model import LayerEntry
 from qtool.stats import InputStats, Stat
 
@@ -41,7 +42,7 @@ class Unit:
     name: str
     block: int | None
     layers: tuple[LayerPlan, ...]
-    cache: Format | None = None
+    cache: KVCache | None = None
 
     @property
     def quantized(self) -> tuple[LayerPlan, ...]:
@@ -83,7 +84,7 @@ def units(plan: Plan) -> Iterator[Unit]:
         yield Unit(name, block, tuple(layers), None if block is None else cache_format(plan))
 
 
-def cache_format(plan: Plan) -> Format | None:
+def cache_format(plan: Plan) -> KVCache | None:
     """Of keys and values; a smoke run leaves them alone, as it does most blocks."""
     return plan.recipe.kv_cache if plan.limited_blocks is None else None
 

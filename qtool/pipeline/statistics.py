@@ -11,12 +11,13 @@ from torch import Tensor
 
 from qtool.artifact._files import sha256
 from qtool.artifact.gguf._imatrix import is_imatrix
-from qtool.calibrate.cache import MeteredCache
+from qtool.calibrate.attention import AttentionErrors, attention_errors, few
+from qtool.calibrate.cache import MeteredCache, RoundedCache
 from qtool.calibrate.reference import Reference
 from qtool.calibrate.store import read_stats
 from qtool.calibrate.tokens import load_tokens
 from qtool.calibrate.walker import Walker
-from qtool.checkpoint._base import Layer, Module
+from qtool.checkpoint._base import CacheScales, Layer, Module
 from qtool.errors import CheckpointError, PlanError
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.importance import read_importance
@@ -38,10 +39,10 @@ class Statistics(ABC):
         about: what the report says about them.
 
     Attributes:
-        metered: keys and values of the block that was visited last; None if nobody asked for them.
+        cached: what was found for the KV cache of the block that was visited last; None if nobody asked for it.
     """
 
-    metered: MeteredCache | None = None
+    cached: tuple[CacheScales, AttentionErrors] | None = None
 
     def __init__(self, digest: str | None, about: dict[str, object]) -> None:
         self.digest, self.about = digest, about
@@ -112,13 +113,17 @@ class Walked(Statistics):
 
         for reads in (reads for reads in inputs if reads not in needs):
             settle(inputs[reads], None)
-        metered = MeteredCache() if unit.cache and unit.cache.static and not known else None
+        metered = MeteredCache(unit.cache) if unit.cache and not known else None
         if not needs and not followed and not metered:
             return
+        read = few(self.hidden)
         with self.walker.quantized_inputs(block, unit.block, layers):
             for reads, stats in self.walker.steps(block, unit.block, self.hidden, needs, self.reference, metered):
                 settle(inputs[reads], stats)
-        self.metered = metered
+            if metered and unit.cache:
+                scales = metered.scales()
+                rounded = RoundedCache(unit.cache, scales)
+                self.cached = scales, attention_errors(self.walker, block, unit.block, read, rounded)
 
 
 def comparable(plans: tuple[LayerPlan, ...]) -> frozenset[Stat]:

@@ -14,7 +14,7 @@ from qtool import __version__
 from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint
 from qtool.evaluate.result import Evaluation
 from qtool.pipeline.prepare import Job
-from qtool.report.model import ArtifactEntry, LayerEntry, Report, StageEntry
+from qtool.report.model import ArtifactEntry, CacheEntry, LayerEntry, Report, StageEntry
 
 PACKAGES = ("torch", "transformers", "safetensors", "numba", "numpy")
 CPU_INFO = Path("/proc/cpuinfo")
@@ -40,6 +40,7 @@ def model_card(
 def make_report(
     job: Job,
     entries: Sequence[LayerEntry],
+    caches: Sequence[CacheEntry],
     artifacts: Sequence[ArtifactEntry],
     stages: Sequence[StageEntry],
     evaluations: Sequence[Evaluation],
@@ -64,6 +65,7 @@ def make_report(
         evaluations=tuple(evaluations),
         warnings=job.plan.warnings,
         environment=environment(job.device),
+        kv_cache=tuple(caches),
     )
 
 

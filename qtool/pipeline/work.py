@@ -15,13 +15,20 @@ from qtool import registry
 from qtool.artifact._files import lock, storage_errors
 from qtool.artifact._manifest import MANIFEST, Manifest
 from qtool.artifact._neutral import NeutralCheckpoint, NeutralWriter
-from qtool.checkpoint._base import Layer, Static
+from qtool.checkpoint._base import CacheScales, Layer
 from qtool.errors import StorageError
 from qtool.formats._base import Quantized
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.prepare import Job
 from qtool.pipeline.solve import Unit, cache_format
-from qtool.report.model import LayerEntry
+from qtool.report.model import CacheEntry, Entry, LayerEntry
+
+
+class Record(Entry):
+    """What the report says about a unit."""
+
+    layers: tuple[LayerEntry, ...]
+    cache: CacheEntry | None = None
 
 
 class Work:
@@ -41,10 +48,11 @@ class Work:
         self.finished: dict[str, Any] = self.writer.finished()
         self.earlier = self.model() if self.finished else None
 
-    def entries(self, unit: Unit) -> list[LayerEntry] | None:
-        """The report's entries of a unit that is finished or has nothing to be done; None: it has to be done."""
-        record = self.finished.get(unit.name) if unit.quantized or unit.cache else []
-        return None if record is None else [LayerEntry.model_validate(entry) for entry in record]
+    def record(self, unit: Unit) -> Record | None:
+        """Of a unit that is finished or has nothing to be done; None: it has to be done."""
+        if not unit.quantized and not unit.cache:
+            return Record(layers=())
+        return Record.model_validate(self.finished[unit.name]) if unit.name in self.finished else None
 
     def solved(self, module: str) -> tuple[Tensor, Layer]:
         """The weight, decoded, float32 [N, K], of a module that an earlier run finished, and how it is quantized."""
@@ -56,12 +64,12 @@ class Work:
         unit: Unit,
         solved: Mapping[str, Quantized],
         layers: Mapping[str, Layer],
-        entries: list[LayerEntry],
-        cache: tuple[Static, Static] | None,
+        record: Record,
+        cache: CacheScales | None,
     ) -> None:
         """Writes a unit, whole or not at all."""
-        record = [entry.model_dump(mode="json") for entry in entries]
-        self.writer.write_block(unit.name, solved, record, layers=layers, cache=cache)
+        told = record.model_dump(mode="json")
+        self.writer.write_block(unit.name, solved, told, layers=layers, cache=cache)
 
     def model(self) -> NeutralCheckpoint:
         """What is finished, together with the source's other tensors."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qtool.formats._base import Format
+from qtool.recipe.parse import parse_format
 from qtool.recipe.problems import Mistakes
-from qtool.recipe.schema import Rule, parse_format
+from qtool.recipe.schema import Rule
 
 DTYPES = ("f32", "f16", "bf16")
 

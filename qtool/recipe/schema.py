@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -13,85 +13,21 @@ from pydantic import (
     PlainSerializer,
     PrivateAttr,
     Tag,
-    ValidationError,
 )
 
-from qtool import registry
-from qtool.errors import nearest
 from qtool.formats._base import Format
 from qtool.methods._base import Method
+from qtool.recipe.cache import KVCache, dump_cache, either
 from qtool.recipe.export import Export
 from qtool.recipe.match import compile_pattern
-from qtool.recipe.problems import Keys, Mistakes, checked, mistake, show
+from qtool.recipe.parse import dump_format, parse_format, parse_method
+from qtool.recipe.problems import Keys, mistake, show
 from qtool.recipe.scope import Blocks, When
 from qtool.recipe.strict import Strict
 
 
-def parse_format(value: Any) -> Format:
-    """`int4-g128`, `q4_0`, or a mapping with `type:` and the format's own fields."""
-    if isinstance(value, Format):
-        return value
-    if isinstance(value, str):
-        return _shorthand(value)
-    if not isinstance(value, Mapping) or not isinstance(value.get("type"), str):
-        wanted = "a format such as int4-g128, or a mapping with type: and the format's fields"
-        raise mistake("no format", wanted=wanted, found=show(value))
-    name, known = value["type"], registry.names("formats")
-    if name not in known:
-        raise Mistakes([(("type",), f"no format is called {show(name)}; {nearest(name, known)}")])
-    fields = {key: field for key, field in value.items() if key != "type"}
-    return cast(Format, checked(registry.load("formats", name), fields))
-
-
-def _shorthand(text: str) -> Format:
-    """The format that a single word spells: a registered name, or what a family's `parse` accepts."""
-    families = {name: registry.load("formats", name) for name in registry.names("formats")}
-    if text in families:
-        try:
-            return cast(Format, families[text]())
-        except ValidationError:
-            hint = f"write {{type: {text}, ...}} or a shorthand, as in {', '.join(families[text].examples)}"
-            raise mistake(f"the format {text} needs options", hint=hint) from None
-    for family in families.values():
-        if found := checked(family, text, family.parse):
-            return cast(Format, found)
-    examples = [example for family in families.values() for example in family.examples]
-    raise mistake(f"no format is called {show(text)}", hint=nearest(text, [*families, *examples]))
-
-
-def parse_method(value: Any) -> Method:
-    """`gptq`, or `{gptq: {damp: 0.01}}`."""
-    if isinstance(value, Method):
-        return value
-    options = {value: {}} if isinstance(value, str) else value
-    if not isinstance(options, Mapping) or len(options) != 1:
-        raise mistake("no method", wanted="a name such as rtn, or {gptq: {damp: 0.01}}", found=show(value))
-    ((name, fields),) = options.items()
-    if name not in registry.names("methods"):
-        raise mistake(f"no method is called {show(name)}", hint=nearest(str(name), registry.names("methods")))
-    try:
-        return cast(Method, checked(registry.load("methods", name), {} if fields is None else fields))
-    except Mistakes as error:
-        raise Mistakes([((name, *path), text) for path, text in error.found]) from None
-
-
-def dump_format(fmt: Format) -> Any:
-    """What `parse_format` reads back as an equal format: the shorthand where it says everything."""
-    if type(fmt).parse(fmt.label) == fmt:
-        return fmt.label
-    return {"type": type(fmt).__module__.rpartition(".")[2], **fmt.model_dump(mode="json")}
-
-
-def _parse_cache(value: Any) -> Format:
-    fmt = parse_format(value)
-    if fmt.block_columns or fmt.group_rows not in (None, 1):
-        wanted = "one scale per tensor or token, such as fp8-tensor or int4-token"
-        raise mistake("no format of a KV cache", wanted=wanted, found=fmt.label)
-    return fmt
-
-
 def _parse_fallback(value: Any) -> Any:
-    return value if value == "error" else parse_format(value)
+    return value if value == "error" else _check_weights(parse_format(value))
 
 
 def _dump_fallback(value: Any) -> Any:
@@ -100,6 +36,24 @@ def _dump_fallback(value: Any) -> Any:
 
 def _dump_method(method: Method) -> Any:
     return {method.name(): method.model_dump(mode="json")}
+
+
+def _check_weights(fmt: Format) -> Format:
+    if fmt.granularity == "head":
+        raise mistake("no format of weights", wanted="one such as int8-channel", found=fmt.label)
+    if not isinstance(fmt.ranges, str):
+        wanted = "minmax or search; percentages are of what calibration saw of inputs and KV caches"
+        raise mistake("scales of weights", wanted=wanted, found=fmt.ranges)
+    return fmt
+
+
+def _check_inputs(fmt: Format) -> Format:
+    if fmt.granularity == "head":
+        raise mistake("no format of inputs", wanted="one such as int8-token or int8-tensor", found=fmt.label)
+    if not (isinstance(fmt.ranges, str) or fmt.static):
+        wanted = "minmax or search; percentages are for one scale of all tokens (group: tensor)"
+        raise mistake(f"scales of {fmt.label} inputs", wanted=wanted, found=fmt.ranges)
+    return fmt
 
 
 def _check_pattern(pattern: str) -> str:
@@ -121,9 +75,16 @@ def _shape_of(value: Any) -> str:
     return "list" if isinstance(value, list | tuple) else "text"
 
 
-FormatField = Annotated[Format, BeforeValidator(parse_format), PlainSerializer(dump_format)]
+WeightsField = Annotated[
+    Format, BeforeValidator(parse_format), AfterValidator(_check_weights), PlainSerializer(dump_format)
+]
+InputsField = Annotated[
+    Format, BeforeValidator(parse_format), AfterValidator(_check_inputs), PlainSerializer(dump_format)
+]
 MethodField = Annotated[Method, BeforeValidator(parse_method), PlainSerializer(_dump_method)]
-CacheField = Annotated[Format, BeforeValidator(_parse_cache), PlainSerializer(dump_format)]
+CacheField = Annotated[
+    KVCache, BeforeValidator(either, json_schema_input_type=Format | KVCache), PlainSerializer(dump_cache)
+]
 FallbackField = Annotated[Literal["error"] | Format, BeforeValidator(_parse_fallback), PlainSerializer(_dump_fallback)]
 TokenSource = Annotated[str, AfterValidator(_check_source)]
 
@@ -181,7 +142,8 @@ class Rule(Strict):
         weights: the format of the weights.
         method: how their codes are chosen; the recipe's method if nothing is said.
         activations: the format that inputs are rounded to at run time: token by token, or, in a format with one scale
-            per tensor such as int8-tensor, with a scale that calibration finds for all tokens.
+            per tensor such as int8-tensor and nvfp4, with a scale that calibration finds for all tokens. How it does:
+            see scales of the format.
         keep: true leaves the layers as they are; f32, f16 or bf16 casts them.
         fallback: the format for layers whose rows the first one cannot divide; error refuses them. If nothing is said,
             GGUF's block types fall back as in llama.cpp, and the others refuse.
@@ -190,9 +152,9 @@ class Rule(Strict):
     match: Annotated[str, Field(min_length=1), AfterValidator(_check_pattern)]
     blocks: Blocks | None = None
     when: When | None = None
-    weights: FormatField | None = None
+    weights: WeightsField | None = None
     method: MethodField | None = None
-    activations: FormatField | None = None
+    activations: InputsField | None = None
     keep: Literal[True, "f32", "f16", "bf16"] | None = None
     fallback: FallbackField | None = None
     _where: str = PrivateAttr("")
@@ -244,8 +206,8 @@ class Recipe(Strict):
             measure, are rounded (rtn) all the same.
         calibration: which tokens are run through the model, and how.
         layers: rules; the first one that matches a layer decides.
-        kv_cache: the format of keys and values in the KV cache: fp8-tensor, with scales that calibration finds, or
-            int4-token, which rounds every token's heads by themselves. Layers are calibrated with an unrounded cache.
+        kv_cache: the format of the KV cache, or one of keys and one of values. Layers are calibrated with an unrounded
+            cache.
         export: artifacts to write.
         eval: what to measure after quantizing.
     """

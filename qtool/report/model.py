@@ -45,6 +45,23 @@ class LayerEntry(Entry):
     expert: int | None = None
 
 
+class CacheEntry(Entry):
+    """What rounding its KV cache does to the attention of a decoder block, measured on some calibration tokens.
+
+    Attributes:
+        block: its index.
+        keys, values: labels of their formats.
+        scores_error_db: 10 log10(|P|^2 / |P - P_hat|^2) of softmax weights P, dB.
+        outputs_error_db: the same of what attention gives to the output projection.
+    """
+
+    block: int
+    keys: str
+    values: str
+    scores_error_db: float
+    outputs_error_db: float
+
+
 class FileEntry(Entry):
     """A written file."""
 
@@ -82,6 +99,7 @@ class Report(Entry):
         calibration: token source, samples, length and token count; empty without data.
         other_bytes: tensors that are no module (norms, biases), as stored.
         limited_blocks: blocks that were quantized in a smoke run; None for a whole run.
+        kv_cache: of each decoder block; empty if the cache is left alone, or no tokens were run.
         environment: versions of python and packages, cpu, threads, device.
     """
 
@@ -102,3 +120,4 @@ class Report(Entry):
     warnings: tuple[str, ...]
     environment: dict[str, str]
     other_bytes: int = 0
+    kv_cache: tuple[CacheEntry, ...] = ()

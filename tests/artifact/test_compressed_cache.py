@@ -13,12 +13,14 @@ from qtool.artifact.qtool import Qtool
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import Cache, Static
 from qtool.errors import CheckpointError, PlanError
-from qtool.recipe.schema import parse_format
+from qtool.recipe.cache import KVCache, parse_cache
+from qtool.recipe.parse import parse_format
 from tests.artifact.conftest import quantize, save_llama
 from tests.artifact.test_compressed_tensors import TOKENS, change_config, change_tensors, load, write
 
-FP8 = parse_format("fp8-tensor")
-STATICS = {0: (Static(0.03125), Static(0.0078125)), 1: (Static(0.015625), Static(0.0107421875))}
+FP8, HEADS = parse_cache("fp8-tensor"), parse_cache("fp8-head")
+STATICS = {0: ((Static(0.03125),), (Static(0.0078125),)), 1: ((Static(0.015625),), (Static(0.0107421875),))}
+BY_HEAD = {i: tuple((*scales, Static(scales[0].scale / 8)) for scales in pair) for i, pair in STATICS.items()}
 KEYS = "model.layers.1.self_attn.k_scale"
 
 
@@ -28,6 +30,7 @@ def folder(tmp_path_factory):
 
 
 CACHE = Cache(FP8, STATICS)
+CACHES = {"tensor": CACHE, "attn_head": Cache(HEADS, BY_HEAD)}
 
 
 def cached(folder, cache=CACHE):
@@ -36,15 +39,17 @@ def cached(folder, cache=CACHE):
     return model
 
 
-def test_tensors_and_settings_are_those_of_the_specification(folder, tmp_path):
-    write(cached(folder), tmp_path)
+@pytest.mark.parametrize("strategy", CACHES)
+def test_tensors_and_settings_are_those_of_the_specification(strategy, folder, tmp_path):
+    write(cached(folder, CACHES[strategy]), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    for block, (keys, values) in STATICS.items():
-        prefix = f"model.layers.{block}.self_attn"
-        assert torch.equal(tensors[f"{prefix}.k_scale"], torch.tensor([keys.scale]))
-        assert torch.equal(tensors[f"{prefix}.v_scale"], torch.tensor([values.scale]))
+    shape = (1,) if strategy == "tensor" else (2, 1, 1)
+    for block, sides in CACHES[strategy].statics.items():
+        for name, statics in zip("kv", sides, strict=True):
+            found = tensors[f"model.layers.{block}.self_attn.{name}_scale"]
+            assert torch.equal(found, torch.tensor([s.scale for s in statics]).view(shape))
     scheme = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["kv_cache_scheme"]
-    wanted = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+    wanted = {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True, "dynamic": False}
     assert {key: scheme[key] for key in wanted} == wanted
     write(cached(folder, None), tmp_path / "plain")
     plain = json.loads((tmp_path / "plain" / "config.json").read_text())["quantization_config"]
@@ -52,11 +57,12 @@ def test_tensors_and_settings_are_those_of_the_specification(folder, tmp_path):
 
 
 @pytest.mark.parametrize("artifact", [CompressedTensors, Qtool], ids=["compressed-tensors", "qtool"])
-def test_comes_back(artifact, folder, tmp_path):
-    model = cached(folder)
+@pytest.mark.parametrize("strategy", CACHES)
+def test_comes_back(strategy, artifact, folder, tmp_path):
+    model = cached(folder, CACHES[strategy])
     artifact().write(model, tmp_path, {})
     found = artifact().open(tmp_path)
-    assert (found.cache.format, found.cache.statics) == (FP8, STATICS)
+    assert found.cache == CACHES[strategy]
     assert found.names() == model.names()
     write(found, tmp_path / "again")
     write(model, tmp_path / "direct")
@@ -65,8 +71,9 @@ def test_comes_back(artifact, folder, tmp_path):
     assert all(torch.equal(again[name], direct[name]) for name in direct)
 
 
-def test_transformers_computes_what_evaluation_simulates(folder, tmp_path):
-    write(cached(folder), tmp_path)
+@pytest.mark.parametrize("strategy", CACHES)
+def test_transformers_computes_what_evaluation_simulates(strategy, folder, tmp_path):
+    write(cached(folder, CACHES[strategy]), tmp_path)
     with torch.no_grad():
         theirs = load(tmp_path)(TOKENS).logits[0]
 
@@ -81,17 +88,28 @@ def test_transformers_computes_what_evaluation_simulates(folder, tmp_path):
     assert float((theirs - ours).norm() / (ours - uncached).norm()) < 0.02
 
 
-def test_other_caches_are_refused(folder, tmp_path):
-    with pytest.raises(PlanError, match="its KV caches are fp8-tensor, not int4-token"):
-        write(cached(folder, Cache(parse_format("int4-token"), {})), tmp_path)
+@pytest.mark.parametrize(
+    ("keys", "values", "label"),
+    [
+        ("int4-token", "int4-token", "int4-token"),
+        ("int8-head", "int8-head", "int8-head"),
+        ("fp8-head", "fp8-tensor", "fp8-head keys and fp8-tensor values"),
+    ],
+)
+def test_other_caches_are_refused(keys, values, label, folder, tmp_path):
+    cache = Cache(KVCache(keys=keys, values=values), {})
+    with pytest.raises(PlanError, match=f"read KV caches in fp8-tensor or fp8-head, not {label}; `to: qtool`"):
+        write(cached(folder, cache), tmp_path)
 
 
 INT8 = {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False, "symmetric": True}
+ATTN_HEAD = INT8 | {"type": "float", "strategy": "attn_head"}
 DAMAGE = {
     "missing": (change_tensors(lambda t: t.pop(KEYS)), f"{KEYS}: wanted a positive float, found no such tensor"),
-    "negative": (change_tensors(lambda t: t[KEYS].neg_()), f"{KEYS}: wanted a positive float, found -0.015625"),
+    "negative": (change_tensors(lambda t: t[KEYS].neg_()), f"{KEYS}: wanted a positive float, found tensor"),
     "several": (change_tensors(lambda t: t.update({KEYS: torch.ones(2)})), f"{KEYS}: wanted a positive float"),
-    "scheme": (change_config(kv_cache_scheme=INT8), "kv_cache_scheme: wanted 8-bit float per tensor"),
+    "heads": (change_config(kv_cache_scheme=ATTN_HEAD), r"k_scale: wanted positive floats \[2, 1, 1\], found tensor"),
+    "scheme": (change_config(kv_cache_scheme=INT8), "kv_cache_scheme: wanted 8-bit float per tensor or attn_head"),
     "words": (change_config(kv_cache_scheme={"num_bits": "x"}), "wrong kv_cache_scheme"),
 }
 

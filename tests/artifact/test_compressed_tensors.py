@@ -354,7 +354,7 @@ DAMAGE = {
     "other method": (change_config(quant_method="gptq"), "is no compressed-tensors artifact"),
     "groups of another kind": (change_config(config_groups=[1]), "wrong config_groups"),
     "broken expression": (change_group(targets=["re:("]), "wrong config_groups"),
-    "cache": (change_config(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme: wanted 8-bit float per tensor"),
+    "cache": (change_config(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme: wanted 8-bit float per tensor or"),
     "no target": (change_group(targets=["re:^other$"]), r"no group of config_groups has model\.layers\.0"),
     "floats": (
         change_group(type="float"),

@@ -15,7 +15,8 @@ from qtool.errors import CheckpointError, PlanError
 from qtool.formats._base import Quantized
 from qtool.formats.int import Int
 from qtool.formats.nvfp4 import NVFP4
-from qtool.recipe.schema import parse_format
+from qtool.recipe.cache import KVCache, parse_cache
+from qtool.recipe.parse import parse_format
 from tests.artifact.conftest import assert_same_model, quantize
 from tests.reference import packed
 
@@ -232,8 +233,9 @@ def test_fp8_as_others_write_it(tiny_checkpoint, tmp_path):
 def cached(folder):
     """A model whose first block's attention stays as it is, with FP8 in its KV cache."""
     model = quantize(folder, Int(bits=4, group=32))
-    statics = {i: (Static(0.5 + i), Static(0.25)) for i in range(2)}
-    model.cache = Cache(parse_format("fp8-tensor").model_copy(update={"scale_dtype": "fp32"}), statics)
+    statics = {i: ((Static(0.5 + i),), (Static(0.25),)) for i in range(2)}
+    fp8 = parse_format("fp8-tensor").model_copy(update={"scale_dtype": "fp32"})
+    model.cache = Cache(KVCache(keys=fp8, values=fp8), statics)
     model.layers = {name: layer for name, layer in model.layers.items() if "0.self_attn" not in name}
     return model
 
@@ -248,11 +250,12 @@ def test_scales_of_the_cache(tiny_checkpoint, tmp_path):
     assert tensors["model.layers.0.self_attn.v_proj.v_scale"].dtype == torch.float32
     exact(ModelOpt().open(tmp_path), model)
     edit(tmp_path, lambda t: t.pop(f"{K}.k_scale"))
-    assert ModelOpt().open(tmp_path).cache.statics[0] == (Static(1.0), Static(0.25))
+    assert ModelOpt().open(tmp_path).cache.statics[0] == ((Static(1.0),), (Static(0.25),))
     other = cached(tiny_checkpoint("llama"))
-    other.cache = Cache(Int(bits=8, group="token"), {})
-    with pytest.raises(PlanError, match="its KV caches are fp8-tensor, not int8-token: the model as a whole"):
-        ModelOpt().check(other)
+    for label in ("int8-token", "fp8-head"):
+        other.cache = Cache(parse_cache(label), {})
+        with pytest.raises(PlanError, match=f"its KV caches are fp8-tensor, not {label}: the model as a whole"):
+            ModelOpt().check(other)
 
 
 def test_factors_of_inputs_are_multiplied_into_the_weights(tiny_checkpoint, tmp_path):

@@ -74,7 +74,7 @@ def test_scales_cover_keys_and_values_behind_the_rotary_embedding(tiny_checkpoin
     source, path = tiny_checkpoint("qwen3"), recipe(tmp_path, COVERING)
     run(QuantizeOptions(str(source), path, tmp_path / "out", dtype="fp32"))
     found = Qtool().open(tmp_path / "out")
-    assert isinstance(found.cache.format, FP)
+    assert isinstance(found.cache.format.keys, FP)
     largest = {}
 
     def see(block, keys, values):
@@ -85,10 +85,10 @@ def test_scales_cover_keys_and_values_behind_the_rotary_embedding(tiny_checkpoin
     forward(quantized(source, found), tokens, see)
     assert len(found.cache.statics) == len(largest) == 3
     for block, statics in found.cache.statics.items():
-        assert [s.scale * 448 for s in statics] == pytest.approx(largest[block], rel=2**-8)  # bfloat16 has 8 digits
+        assert [s.scale * 448 for (s,) in statics] == pytest.approx(largest[block], rel=2**-8)  # bfloat16 has 8 digits
 
     def rounded(block, *cached):
-        scales = [s.scale for s in found.cache.statics[block]]
+        scales = [s.scale for (s,) in found.cache.statics[block]]
         pairs = zip(cached, scales, strict=True)
         return ((x / s).clamp(-448, 448).to(torch.float8_e4m3fn).float() * s for x, s in pairs)
 
@@ -113,5 +113,5 @@ def test_what_a_layout_cannot_say_is_refused(tiny_checkpoint, tmp_path):
     source = str(tiny_checkpoint("qwen3"))
     with pytest.raises(PlanError, match="awq cannot hold this model: it cannot say how a KV cache is quantized"):
         run(QuantizeOptions(source, recipe(tmp_path, "int4-token", "awq"), tmp_path / "out"))
-    with pytest.raises(RecipeError, match="wanted one scale per tensor or token, such as fp8-tensor or int4-token"):
+    with pytest.raises(RecipeError, match="wanted one scale per tensor, head, channel or token, such as fp8-head"):
         run(QuantizeOptions(source, recipe(tmp_path, "int4-g32"), tmp_path / "out"))

@@ -160,7 +160,7 @@ MISTAKES = [
     ),
     (
         HEAD + 'layers: [{match: "*", weights: int4-g0}]',
-        "layers[0].weights: wanted more than 0 or 'channel', 'token' or 'tensor', found 0",
+        "layers[0].weights: wanted more than 0 or 'channel', 'token', 'head' or 'tensor', found 0",
     ),
     (
         HEAD + 'layers: [{match: "*", weights: 4}]',
@@ -172,7 +172,7 @@ MISTAKES = [
     ),
     (
         HEAD + 'layers: [{match: "*", weights: {type: int, bits: 4, group: row}}]',
-        "layers[0].weights.group: wanted a whole number or 'channel', 'token' or 'tensor', found 'row'",
+        "layers[0].weights.group: wanted a whole number or 'channel', 'token', 'head' or 'tensor', found 'row'",
     ),
     (
         HEAD + 'layers: [{match: "*", weights: int4-g64, method: {rtn: {}, gptq: {}}}]',

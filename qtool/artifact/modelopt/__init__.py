@@ -20,7 +20,8 @@ from qtool.artifact.modelopt._algos import ALGOS, algo_of, fp8
 from qtool.artifact.modelopt._reader import CONFIG, ModelOptCheckpoint, told
 from qtool.artifact.modelopt._writer import Writer, cache_scales, flat, settings
 from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint
-from qtool.formats._base import Format, alike
+from qtool.formats._base import alike
+from qtool.recipe.cache import KVCache
 
 
 class ModelOpt(PackedArtifact):
@@ -40,9 +41,9 @@ class ModelOpt(PackedArtifact):
         odd = algo is ALGOS["W4A16_AWQ"] and module.shape[0] % 2
         return f"ModelOpt packs 2 rows together, which {module.shape[0]} are not" if odd else None
 
-    def caches(self, fmt: Format | None) -> Carry:
+    def caches(self, fmt: KVCache | None) -> Carry:
         """See `Artifact.caches`: FP8 with one scale per block for keys and one for values."""
-        possible = fmt is None or alike(fmt, fp8("tensor"))
+        possible = fmt is None or all(alike(side, fp8("tensor")) for side in (fmt.keys, fmt.values))
         return Carry(possible, "" if fmt is None or possible else f"its KV caches are fp8-tensor, not {fmt.label}")
 
     def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:

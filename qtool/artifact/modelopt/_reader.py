@@ -20,6 +20,7 @@ from qtool.checkpoint.config import read_json
 from qtool.checkpoint.safetensors_io import SafetensorsFile
 from qtool.errors import CheckpointError
 from qtool.formats._base import Quantized
+from qtool.recipe.cache import KVCache
 
 CONFIG = "hf_quant_config.json"
 
@@ -107,8 +108,8 @@ class ModelOptCheckpoint(PackedCheckpoint):
             for block, names in enumerate(cache_names(self)):
                 files = [(name, plain.pop(name, None)) for name in names]
                 keys, values = (self._static(n, f.read(n)) if f else Static(1.0) for n, f in files)
-                statics[block] = keys, values
-            self.cache = Cache(fp8("tensor"), statics)
+                statics[block] = (keys,), (values,)
+            self.cache = Cache(KVCache(keys=fp8("tensor"), values=fp8("tensor")), statics)
         return plain
 
     def _static(self, name: str, tensor: Tensor) -> Static:

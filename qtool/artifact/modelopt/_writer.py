@@ -42,7 +42,7 @@ def cache_scales(model: QuantizedCheckpoint) -> dict[str, Tensor]:
     return {
         name: torch.tensor(static.scale)
         for block, statics in model.cache.statics.items()
-        for name, static in zip(names[block], statics, strict=True)
+        for name, (static,) in zip(names[block], statics, strict=True)
     }
 
 

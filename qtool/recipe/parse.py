@@ -1,0 +1,69 @@
+"""Formats and methods as recipes spell them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from pydantic import ValidationError
+
+from qtool import registry
+from qtool.errors import nearest
+from qtool.formats._base import Format
+from qtool.methods._base import Method
+from qtool.recipe.problems import Mistakes, checked, mistake, show
+
+
+def parse_format(value: Any) -> Format:
+    """`int4-g128`, `q4_0`, or a mapping with `type:` and the format's own fields."""
+    if isinstance(value, Format):
+        return value
+    if isinstance(value, str):
+        return _shorthand(value)
+    if not isinstance(value, Mapping) or not isinstance(value.get("type"), str):
+        wanted = "a format such as int4-g128, or a mapping with type: and the format's fields"
+        raise mistake("no format", wanted=wanted, found=show(value))
+    name, known = value["type"], registry.names("formats")
+    if name not in known:
+        raise Mistakes([(("type",), f"no format is called {show(name)}; {nearest(name, known)}")])
+    fields = {key: field for key, field in value.items() if key != "type"}
+    return cast(Format, checked(registry.load("formats", name), fields))
+
+
+def _shorthand(text: str) -> Format:
+    """The format that a single word spells: a registered name, or what a family's `parse` accepts."""
+    families = {name: registry.load("formats", name) for name in registry.names("formats")}
+    if text in families:
+        try:
+            return cast(Format, families[text]())
+        except ValidationError:
+            hint = f"write {{type: {text}, ...}} or a shorthand, as in {', '.join(families[text].examples)}"
+            raise mistake(f"the format {text} needs options", hint=hint) from None
+    for family in families.values():
+        if found := checked(family, text, family.parse):
+            return cast(Format, found)
+    examples = [example for family in families.values() for example in family.examples]
+    raise mistake(f"no format is called {show(text)}", hint=nearest(text, [*families, *examples]))
+
+
+def parse_method(value: Any) -> Method:
+    """`gptq`, or `{gptq: {damp: 0.01}}`."""
+    if isinstance(value, Method):
+        return value
+    options = {value: {}} if isinstance(value, str) else value
+    if not isinstance(options, Mapping) or len(options) != 1:
+        raise mistake("no method", wanted="a name such as rtn, or {gptq: {damp: 0.01}}", found=show(value))
+    ((name, fields),) = options.items()
+    if name not in registry.names("methods"):
+        raise mistake(f"no method is called {show(name)}", hint=nearest(str(name), registry.names("methods")))
+    try:
+        return cast(Method, checked(registry.load("methods", name), {} if fields is None else fields))
+    except Mistakes as error:
+        raise Mistakes([((name, *path), text) for path, text in error.found]) from None
+
+
+def dump_format(fmt: Format) -> Any:
+    """What `parse_format` reads back as an equal format: the shorthand where it says everything."""
+    if type(fmt).parse(fmt.label) == fmt:
+        return fmt.label
+    return {"type": type(fmt).__module__.rpartition(".")[2], **fmt.model_dump(mode="json")}
