@@ -22,6 +22,7 @@ from qtool.artifact._base import Artifact, Carry
 from qtool.artifact._card import write_card, write_side_files
 from qtool.artifact._manifest import checked
 from qtool.artifact._shards import write_shards
+from qtool.artifact._stacks import Stacks, join
 from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint, TensorInfo
 from qtool.checkpoint.config import read_json
 from qtool.checkpoint.hf import HFCheckpoint, digest, locate
@@ -104,6 +105,10 @@ class PackedCheckpoint(HFCheckpoint, QuantizedCheckpoint):
         self.layers: dict[str, Layer] = {}
         super().__init__(folder, source)
 
+    def _locate(self, folder: Path) -> dict[str, SafetensorsFile]:
+        """Tensor name -> file."""
+        return locate(folder)
+
     def _settings(self, folder: Path) -> dict[str, Any]:
         """What the folder says about its quantization."""
         return quantization_config(folder) or {}
@@ -122,7 +127,7 @@ class PackedCheckpoint(HFCheckpoint, QuantizedCheckpoint):
 
     def _weights(self, folder: Path) -> dict[str, SafetensorsFile]:
         """See `HFCheckpoint._weights`."""
-        self._located = locate(folder)
+        self._located = self._locate(folder)
         self._how = self._settings(folder)
         self.config = {key: value for key, value in self.config.items() if key not in SETTINGS}
         self._understand(self._how)
@@ -251,6 +256,7 @@ def write_packed(
     infos: Callable[[str, Format, int, int], Infos],
     encode: Callable[[str, Quantized], Mapping[str, Tensor]],
     more: Mapping[str, Tensor] | None = None,
+    stacks: Stacks | None = None,
 ) -> list[Path]:
     """Writes a model, one matrix in memory at a time.
 
@@ -263,6 +269,7 @@ def write_packed(
         infos: module, format, N, K -> the tensors of the matrix.
         encode: makes them.
         more: small tensors to be written behind all others, by name.
+        stacks: modules whose tensors are written as one.
     """
     pieces: dict[str, Infos] = {}
     for name in model.names():
@@ -273,7 +280,6 @@ def write_packed(
             pieces[name] = {f"{module}.{part}": info for part, info in parts.items()}
         else:
             pieces[name] = {name: model.info(name)}
-
     small = more or {}
     pieces |= {name: {name: TensorInfo(tuple(t.shape), t.dtype)} for name, t in small.items()}
 
@@ -286,7 +292,7 @@ def write_packed(
         parts = encode(module, model.quantized(module))
         return {f"{module}.{part}": tensor for part, tensor in parts.items()}
 
-    files = write_shards(out, pieces, read)
+    files = write_shards(out, *join(pieces, read, stacks or {}))
     return [*files, *write_side_files(model, out, config), write_card(artifact, model, out, card)]
 
 

@@ -8,13 +8,17 @@
 
 Integers of 2, 3, 4, 5, 6 or 8 bits in groups of 32, 64 or 128 columns; larger groups are split, and offsets take the
 place of zero points. Numbers stay what they are: scales keep their type, and go to fp32 where scale times zero point
-would not be exact in it. MLX computes in float32 where that type is not the model's.
+would not be exact in it. MLX computes in float32 where that type is not the model's. The experts of a block are in one
+tensor for gate, up and down each: `switch_mlp`, [experts, N, ...].
+
+What mlx-lm would compute otherwise than transformers (a rotary scaling that it does not know, LongRoPE among them) is
+refused. Sliding windows, which it ignores but for Gemma 3, are said.
 Layout: https://ml-explore.github.io/mlx/build/html/python/_autosummary/mlx.core.quantize.html
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -22,7 +26,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from qtool.artifact import _mlx_models
+from qtool.artifact._base import Carry
 from qtool.artifact._floats import from_bits, to_bits
+from qtool.artifact._mlx_models import rope_fields
 from qtool.artifact._packed import (
     SETTINGS,
     Infos,
@@ -34,8 +41,9 @@ from qtool.artifact._packed import (
     read_settings,
     write_packed,
 )
-from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint, TensorInfo
-from qtool.checkpoint.families._rope import rope_parameters
+from qtool.artifact._stacks import Stacks, split
+from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, TensorInfo
+from qtool.checkpoint.safetensors_io import SafetensorsFile
 from qtool.errors import CheckpointError, PlanError
 from qtool.formats._base import Format, Quantized
 from qtool.formats._ggml import Classic
@@ -63,11 +71,23 @@ class MLX(PackedArtifact):
         """See `PackedArtifact._refusal`."""
         if layer.activations is not None:
             return "MLX cannot say how activations are quantized"
-        if module.expert is not None:
-            return "MLX keeps the experts of a block in one tensor, which qtool does not write"
         target = _choose(layer.format, module.shape[1])
         wanted = "integers in groups that are multiples of 32 columns, mxfp4 and mxfp8"
         return f"MLX holds {wanted}, not {layer.format.label}" if target is None else None
+
+    def knows(self, model: Checkpoint) -> Carry:
+        """See `Artifact.knows`."""
+        known = super().knows(model)
+        reason = _mlx_models.refusal(model) if known.possible else known.reason
+        return Carry(not reason, reason or "")
+
+    def caveats(self, model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
+        """See `Artifact.caveats`."""
+        return _mlx_models.caveats(model)
+
+    def one_format(self, module: Module) -> str | None:
+        """See `Artifact.one_format`: matrices of all experts are one tensor."""
+        return module.stack
 
     def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
         """See `Artifact.write`."""
@@ -83,8 +103,9 @@ class MLX(PackedArtifact):
                 raise PlanError([f"{module}: offsets are too large for the type of its scales"], "MLX cannot hold this")
             return encode(held)
 
-        config = rope_fields(model.config) | model.config | dict.fromkeys(SETTINGS, settings(model))
-        return write_packed(self, model, out, card, config, parts, encoded)
+        stacks = stacks_of(model)
+        config = rope_fields(model) | model.config | dict.fromkeys(SETTINGS, settings(model, stacks))
+        return write_packed(self, model, out, card, config, parts, encoded, stacks=stacks)
 
     def open(self, path: Path) -> QuantizedCheckpoint:
         """See `Artifact.open`."""
@@ -124,24 +145,27 @@ def _keys(target: Target) -> dict[str, Any]:
     return {"group_size": 32, "bits": target.code_bits, "mode": type(target).__name__.lower()}
 
 
-def settings(model: QuantizedCheckpoint) -> dict[str, Any]:
+def stacks_of(model: Checkpoint) -> dict[str, list[str]]:
+    """Modules whose matrices mlx-lm keeps in one tensor, by its name: those of one role of a block's experts."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for i in range(model.family.blocks(model.config)):
+        prefix = model.family.block_prefix.format(i=i)
+        for linear in model.family.block_linears(model.config, i):
+            if linear.expert is not None:
+                mixture = linear.path.partition(".experts.")[0]
+                found[f"{prefix}{mixture}.switch_mlp.{linear.role}_proj"].append(prefix + linear.path)
+    return found
+
+
+def settings(model: QuantizedCheckpoint, stacks: Stacks) -> dict[str, Any]:
     """`quantization` of config.json: the most frequent format, and those of the modules that differ."""
+    stack_of = {member: stack for stack, members in stacks.items() for member in members}
     keys = {
-        module: _keys(_target(layer.format, model.info(f"{module}.weight").shape[1]))
+        stack_of.get(module, module): _keys(_target(layer.format, model.info(f"{module}.weight").shape[1]))
         for module, layer in model.layers.items()
     }
     usual = dict(Counter(tuple(k.items()) for k in keys.values()).most_common(1)[0][0])
     return usual | {module: k for module, k in keys.items() if k != usual}
-
-
-def rope_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """The rotary embedding as transformers 4 spelled it, because mlx-lm knows no `rope_parameters`."""
-    told = config.get("rope_parameters") or {}
-    if not told or any(isinstance(value, dict) for value in told.values()):
-        return {}
-    rope = rope_parameters(config)
-    theta = {"rope_theta": rope.pop("rope_theta")}
-    return theta if rope["rope_type"] == "default" else theta | {"rope_scaling": rope}
 
 
 def infos(target: Target, n: int, k: int) -> Infos:
@@ -182,13 +206,21 @@ class MLXCheckpoint(PackedCheckpoint):
         """See `PackedCheckpoint._settings`."""
         return quantization_config(folder, KEY) or {}
 
+    def _locate(self, folder: Path) -> dict[str, SafetensorsFile]:
+        """See `PackedCheckpoint._locate`; matrices of experts are parts of stacks."""
+        located = super()._locate(folder)
+        self._stacks = stacks_of(self)
+        split(located, self._stacks, ("weight", "scales", "biases"))
+        return located
+
     def _understand(self, how: Mapping[str, Any]) -> None:
         """See `PackedCheckpoint._understand`. Entries that are no objects say that a module is not packed."""
-        doubled = list(rope_fields(self.config).items())
+        doubled = list(rope_fields(self).items())
         self.config = {key: value for key, value in self.config.items() if (key, value) not in doubled}
         self._usual = read_settings(_Keys, how, self.source)
         named = {module: keys for module, keys in how.items() if isinstance(keys, dict)}
-        self._named = {m: read_settings(_Keys, keys, f"{self.source}: {m[:60]}") for m, keys in named.items()}
+        found = {m: read_settings(_Keys, keys, f"{self.source}: {m[:60]}") for m, keys in named.items()}
+        self._named = {member: keys for m, keys in found.items() for member in self._stacks.get(m, [m])}
 
     def _packing(self, module: str, n: int, k: int, found: Infos) -> Packing:
         """See `PackedCheckpoint._packing`."""

@@ -1,12 +1,16 @@
 """MLX checkpoints against a loop over their layout, words that MLX itself made, and damage."""
 
 import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qtool.artifact._mlx_models import rope_fields
 from qtool.artifact.mlx import MLX, encode
+from qtool.checkpoint._base import Layer
+from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError, PlanError
 from qtool.formats._base import Quantized
 from qtool.formats.biased import Biased
@@ -14,10 +18,12 @@ from qtool.formats.int import Int
 from qtool.formats.mxfp4 import MXFP4
 from qtool.formats.mxfp8 import MXFP8
 from qtool.recipe.schema import parse_format
-from tests.artifact.conftest import assert_same_model, quantize
+from tests.artifact.conftest import InMemory, assert_same_model, quantize
+from tests.conftest import TINY
 from tests.reference import packed
 
 UP = "model.layers.0.mlp.up_proj"
+MLX_MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 
 
 def write(model, folder):
@@ -47,11 +53,59 @@ def test_its_own_formats_come_back(fmt, tiny_checkpoint, tmp_path):
         assert torch.allclose(expected, model.tensor(f"{UP}.weight").double(), rtol=1e-7, atol=1e-7)
 
 
-def test_every_family_comes_back(tiny_folder, tmp_path):
+@pytest.mark.parametrize("name", [*(TINY.keys() - {"phi3-long"}), *MLX_MIXTURES])
+def test_every_family_comes_back(name, tiny_checkpoint, tmp_path):
     fmt = Biased(bits=4, group=32, scale_dtype="fp16")
-    model = quantize(tiny_folder, fmt, embedding=Biased(bits=6, group=64, scale_dtype="fp16"))
+    model = quantize(tiny_checkpoint(name), fmt, router=None, embedding=Biased(bits=6, group=64, scale_dtype="fp16"))
     write(model, tmp_path)
     assert_same_model(MLX().open(tmp_path), model)
+
+
+@pytest.mark.parametrize("roles", [{}, dict.fromkeys(("gate", "up", "down"))], ids=["packed", "kept"])
+@pytest.mark.parametrize("name", MLX_MIXTURES)
+def test_experts_are_stacked(roles, name, tiny_checkpoint, tmp_path):
+    """As `switch_mlp`, whatever an expert's matrices are called; kept ones too, because some of mlx-lm's classes only
+    stack others where block 0 has such."""
+    fmt = Biased(bits=4, group=32, scale_dtype="fp32")
+    model = quantize(tiny_checkpoint(name), fmt, router=None, **roles)
+    write(model, tmp_path)
+    part, names = ("block_sparse_moe", "w1 w3 w2") if name == "mixtral" else ("mlp", "gate_proj up_proj down_proj")
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert not [key for key in tensors if ".experts." in key]
+    for role, own in zip(("gate", "up", "down"), names.split(), strict=True):
+        stack = stored(tmp_path, f"model.layers.1.{part}.switch_mlp.{role}_proj")
+        assert set(stack) == ({"weight"} if roles else {"weight", "scales", "biases"})
+        assert len(stack["weight"]) == model.family.experts(model.config)
+        for e in range(len(stack["weight"])):
+            expected = model.tensor(f"model.layers.1.{part}.experts.{e}.{own}.weight").double()
+            one = {key: tensor[e] for key, tensor in stack.items()}
+            found = one["weight"].double() if roles else packed.mlx(one, 4, 32)
+            assert torch.allclose(found, expected, rtol=1e-7, atol=1e-7)
+    assert_same_model(MLX().open(tmp_path), model)
+
+
+def test_a_stack_has_one_format_and_the_configuration_names_it(tiny_checkpoint, tmp_path):
+    folder = tiny_checkpoint("qwen3_moe")
+    model = quantize(folder, Biased(bits=4, group=32), router=None, gate=MXFP8())
+    write(model, tmp_path)
+    how = json.loads((tmp_path / "config.json").read_text())["quantization"]
+    stacks = [f"model.layers.{i}.mlp.switch_mlp.gate_proj" for i in range(2)]
+    assert {key for key, value in how.items() if isinstance(value, dict)} == set(stacks)
+    assert_same_model(MLX().open(tmp_path), model)
+
+    def choose(module):
+        return Layer(MXFP8() if module.expert == 2 else MXFP4()) if module.expert is not None else None
+
+    with pytest.raises(PlanError, match=r"different formats: model\.layers\.0\.mlp\.experts\.gate_proj and 5 more"):
+        write(InMemory(HFCheckpoint(folder), choose), tmp_path / "other")
+
+
+def test_a_stack_of_other_experts(tiny_checkpoint, tmp_path):
+    write(quantize(tiny_checkpoint("qwen3_moe"), Biased(bits=4, group=32), router=None), tmp_path)
+    name = "model.layers.0.mlp.switch_mlp.up_proj.scales"
+    edit(tmp_path, lambda t: t.update({name: t[name][1:].clone()}))
+    with pytest.raises(CheckpointError, match=f"{name}: wanted 6 matrices, found .5, 32, 2."):
+        MLX().open(tmp_path)
 
 
 EXACT = {
@@ -122,15 +176,80 @@ def test_configuration(tiny_checkpoint, tmp_path):
     }
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-rope3"])
+ROTARY = {
+    "llama": (10000.0, None, None),
+    "llama-rope3": (
+        10000.0,
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        | {"original_max_position_embeddings": 512},
+        None,
+    ),
+    "qwen3-yarn": (10000.0, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, None),
+    "gemma3_text": (1000000.0, {"rope_type": "linear", "factor": 8.0}, 5000.0),
+}
+
+
+@pytest.mark.parametrize("name", ROTARY)
 def test_mlx_lm_finds_the_rotary_embedding(name, tiny_checkpoint, tmp_path):
     model = quantize(tiny_checkpoint(name), Biased(bits=4, group=32, scale_dtype="fp16"))
     write(model, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
-    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    wanted = scaling | {"original_max_position_embeddings": 512}
-    assert config.get("rope_scaling") == (wanted if name == "llama-rope3" else None)
+    found = config["rope_theta"], config.get("rope_scaling"), config.get("rope_local_base_freq")
+    assert found == ROTARY[name]
+
+
+def test_what_mlx_lm_reads_elsewhere_or_takes_for_something_else(tiny_checkpoint):
+    model = HFCheckpoint(tiny_checkpoint("phi3"))
+    model.config = model.config | {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}
+    assert rope_fields(model) == {"rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    model = HFCheckpoint(tiny_checkpoint("qwen3"))
+    model.config = model.config | {"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 2.0}}
+    assert rope_fields(model)["rope_scaling"]["original_max_position_embeddings"] == 2048
+
+
+OTHERWISE = {
+    "activation": ("llama", {"hidden_act": "gelu"}, "with hidden_act 'silu' only, not 'gelu'"),
+    "biases": ("qwen3", {"attention_bias": True}, "with attention_bias False only, not True"),
+    "head": ("qwen2", {"head_dim": 32}, "with head_dim hidden_size / num_attention_heads only, not 32"),
+    "capped": ("gemma3_text", {"final_logit_softcapping": 30.0}, "with final_logit_softcapping None only"),
+    "turns": ("gemma3_text", {"layer_types": ["full_attention"] * 7}, "with layer_types .'sliding_attention', .* only"),
+    "dense": ("qwen2_moe", {"mlp_only_layers": [0]}, "with mlp_only_layers .. only, not .0."),
+    "longrope": ("phi3-long", {}, "phi3 models with rotary scaling default only, not longrope"),
+    "unscaled": (
+        "qwen3_moe",
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
+        "qwen3_moe models with rotary scaling default only, not yarn",
+    ),
+    "factor": (
+        "llama",
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "attention_factor": 1.5}},
+        "does not read attention_factor of the rotary embedding",
+    ),
+    "sliding": (
+        "gemma3_text",
+        {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}},
+        "does not scale the rotary embedding where attention slides",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "fields", "reason"), OTHERWISE.values(), ids=OTHERWISE)
+def test_what_mlx_lm_computes_otherwise_is_refused(name, fields, reason, tiny_checkpoint):
+    model = HFCheckpoint(tiny_checkpoint(name))
+    if fields:
+        assert MLX().knows(model).possible
+    model.config = model.config | fields
+    assert re.search(reason, MLX().knows(model).reason)
+
+
+def test_experts_that_transformers_knows_as_one_tensor_are_refused(tiny_checkpoint):
+    assert "gguf holds them" in MLX().knows(HFCheckpoint(tiny_checkpoint("gpt_oss"))).reason
+
+
+@pytest.mark.parametrize(("name", "window"), [("gemma2", 8), ("mixtral", 64), ("gemma3_text", 0), ("qwen3", 0)])
+def test_sliding_windows_that_mlx_lm_ignores_are_said(name, window, tiny_checkpoint):
+    text = f"mlx-lm lets attention of {name} models see all tokens, also beyond the sliding window of {window}"
+    assert MLX().caveats(HFCheckpoint(tiny_checkpoint(name)), {}) == ([text] if window else [])
 
 
 REFUSED = {
