@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qtool.checkpoint._base import QuantizedCheckpoint
+from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint
 from qtool.errors import PlanError
 from qtool.formats._base import Format, Quantized
 from qtool.formats._ggml import BlockFormat
@@ -52,7 +52,7 @@ def exact(scale: Tensor, module: str, dtype: torch.dtype) -> Tensor:
     return cast
 
 
-def model_dtype(model: QuantizedCheckpoint) -> torch.dtype:
+def model_dtype(model: Checkpoint) -> torch.dtype:
     """The type that runtimes give the model, and its scales with it."""
     name = str(model.config.get("dtype") or model.config.get("torch_dtype"))
     known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

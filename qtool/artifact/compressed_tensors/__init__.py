@@ -2,16 +2,16 @@
 
 Integer weights of 2 to 8 bits are stored packed (`pack-quantized`), 8-bit weights whose inputs are quantized as well as
 int8 (`int-quantized`); FP8 weights per tensor, row or 128 x 128 block with inputs in FP8 (`float-quantized`) or alone
-(`naive-quantized`); MXFP4, MXFP8 and NVFP4 in layouts of their own. Weights of 4 bits may have inputs in INT8 or FP8.
-Formats whose levels are integers, with whatever scales (MXINT8, NVINT4, block floats), are stored as integers. Codes
-and scales are stored as they are, so nothing is lost.
+(`naive-quantized`); MXFP4, MXFP6 (E2M3), MXFP8 and NVFP4 in layouts of their own. Weights of 4 bits may have inputs in
+INT8 or FP8. Formats whose levels are integers, with whatever scales (MXINT8, NVINT4, block floats), are stored as
+integers. Codes and scales are stored as they are, so nothing is lost. Inputs in INT8, FP8 and NVFP4, and KV caches in
+FP8, may have calibrated scales.
 
 transformers decodes with compressed-tensors: packed widths of 3, 5, 6 and 7 bits need version 0.18 of it, blocks of FP8
-0.19, MXFP4 0.16. It decodes MXFP4, MXFP8 and NVFP4 to bfloat16 whatever the model's type, so such a model has to have
-that type there. A model that mixes asymmetric formats with others is for vLLM only: transformers 5.23 cannot load
-packed zero points beside a second scheme. Of mixtures of experts, it loads those whose experts are packed and
-symmetric, FP8 or MXFP4; it refuses other experts, and decodes NVFP4 ones without their global scale: such models are
-for vLLM only. INT8 and FP8 inputs, and FP8 KV caches, may have calibrated scales.
+0.19, MXFP4 0.16, MXFP6 0.20. What a runtime cannot read is said by the plan, the report and the model card:
+transformers decodes NVFP4 experts without the scales of whole matrices, and does not load experts in INT8 with inputs
+in INT8, in MXFP8, or with zero points, nor zero points beside a second format; it decodes MXFP4, MXFP6, MXFP8 and NVFP4
+to bfloat16 whatever the model's type. vLLM does not know MXFP6.
 Layout: https://github.com/vllm-project/compressed-tensors
 """
 
@@ -28,11 +28,13 @@ from qtool.artifact._integers import model_dtype
 from qtool.artifact._packed import Infos, write_packed
 from qtool.artifact._packed import quantization_config as quantization_config_of
 from qtool.artifact.compressed_tensors import _cache, _inputs
+from qtool.artifact.compressed_tensors._caveats import caveats
 from qtool.artifact.compressed_tensors._config import METHOD, kind_of, quantization_config, refusal
 from qtool.artifact.compressed_tensors._kinds import Kind
 from qtool.artifact.compressed_tensors._reader import CompressedCheckpoint
-from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint
+from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
 from qtool.formats._base import Format, Quantized
+from qtool.recipe.cache import KVCache
 
 USAGE = """
 ```python
@@ -59,9 +61,13 @@ class CompressedTensors(Artifact):
         reason = _refusal(module, layer) if layer else None
         return Carry(reason is None, reason or "")
 
-    def caches(self, fmt: Format | None) -> Carry:
-        """See `Artifact.caches`: FP8 with one scale per tensor."""
+    def caches(self, fmt: KVCache | None) -> Carry:
+        """See `Artifact.caches`: FP8 with one scale per tensor, or per head."""
         return _cache.carry(fmt)
+
+    def caveats(self, model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
+        """See `Artifact.caveats`."""
+        return caveats(model, layers)
 
     def one_format(self, module: Module) -> str | None:
         """See `Artifact.one_format`: vLLM runs all experts of a block as one layer."""
