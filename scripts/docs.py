@@ -149,7 +149,7 @@ def recipe() -> str:
     """The recipe grammar: a table for the whole, and one for each of its parts."""
     schema = json_schema()
     places = {"calibration": "Calibration", "calibration.data[]": "Source", "layers[]": "Rule"}
-    places |= {"layers[].when": "When", "export[]": "Export", "eval": "Eval"}
+    places |= {"layers[].when": "When", "kv_cache": "KVCache", "export[]": "Export", "eval": "Eval"}
     parts = [options(schema)]
     for place, name in places.items():
         part = schema["$defs"][name]

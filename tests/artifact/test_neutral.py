@@ -209,11 +209,28 @@ LIES = {
     "zero points": (lambda m: layer(m).update(format="int4-g32-asym"), "parameters of .*: found 'zero'"),
     "shape": (lambda m: layer(m).update(shape=[64, 128]), "up_proj.weight does not fit config.json"),
     "missing block": (lambda m: m["blocks"].pop("block-1"), "lacks 9 of the"),
+    "cache": (lambda m: m.update(kv_cache="int4-g32"), "format of the KV cache: .*found int4-g32"),
+    "no scales": (
+        lambda m: m.update(kv_cache="fp8-tensor"),
+        r"KV cache of block-0: wanted \[1, 1\] for fp8-tensor, found",
+    ),
+    "few scales": (
+        lambda m: (m.update(kv_cache={"keys": "int4-channel", "values": "fp8-head"}), scales(m, 1, 2)),
+        r"KV cache of block-0: wanted \[32, 2\] for int4-channel keys and fp8-head values, found \[1, 2\]",
+    ),
+    "scales of nothing": (
+        lambda m: (m.update(kv_cache="int4-token"), scales(m, 1, 1)),
+        r"KV cache of block-0: wanted \[0, 0\] for int4-token, found \[1, 1\]",
+    ),
 }
 
 
 def layer(manifest):
     return manifest["blocks"]["block-0"]["layers"][MODULE]
+
+
+def scales(manifest, *counts):
+    manifest["blocks"]["block-0"]["cache"] = [[[0.5, 0]] * count for count in counts]
 
 
 @pytest.mark.parametrize(("change", "message"), LIES.values(), ids=LIES)

@@ -176,3 +176,24 @@ def test_groups_choose_their_scales_inside_of_a_calibrated_one(label):
         step = float(local) * scale or 0.125 * scale
         wanted = [step * nearest_fp4(max(-6, min(6, v / step))) for v in part.tolist()]
         assert_close(found[row, 16 * group : 16 * group + 16], torch.tensor(wanted), rtol=1e-6, atol=0)
+
+
+def test_a_percentage_of_numbers_is_covered():
+    x = random(50, 80) ** 3 * 5 - 1
+    fields = {"bits": 8, "group": "tensor", "scale_dtype": "fp32", "symmetric": False}
+    (found,) = fit_static(counted(x), Int(**fields, scales=98))
+    low, high = torch.quantile(x, 0.01).item(), torch.quantile(x, 0.99).item()
+    assert found == Static(pytest.approx((high - low) / 255, rel=3e-3), round(-128 - low / found.scale))
+    inside = (x >= (-128.5 - found.zero) * found.scale) & (x <= (127.5 - found.zero) * found.scale)
+    assert 0.978 < float(inside.float().mean()) < 0.982
+    (widest,) = fit_static(counted(x), Int(**fields, scales="minmax"))
+    assert found.scale < widest.scale / 3
+
+
+def test_each_row_gets_what_it_would_get_alone():
+    rows = torch.stack([random(400, seed=i) * 7.0**i + i for i in range(3)])
+    values = Histogram(3)
+    values.add(rows)
+    for scales in ("search", "minmax", 99):
+        fmt = Int(bits=4, group="channel", symmetric=False, scales=scales, scale_dtype="fp32")
+        assert fit_static(values, fmt) == tuple(fit_static(counted(row), fmt)[0] for row in rows)

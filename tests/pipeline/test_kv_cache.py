@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
@@ -106,6 +108,98 @@ def test_every_tokens_heads_are_rounded_by_themselves(tiny_checkpoint, tmp_path)
             scale = x.abs().amax(-1, keepdim=True) / 7.5
             yield (x / scale).round().clamp(-8, 7) * scale
 
+    assert_simulates(found, source, rounded)
+
+
+def covering(x, granularity, bits, symmetric):
+    """(scale, zero point) of keys or values, [S, A, T, D], as [1, A or 1, T or 1, D or 1]."""
+    shared = {"head": (0, 2, 3), "channel": (0, 2), "token": (3,)}[granularity]
+    low, high = x.amin(shared, keepdim=True).clamp(max=0), x.amax(shared, keepdim=True).clamp(min=0)
+    if symmetric:
+        return torch.maximum(-low, high) / (2 ** (bits - 1) - 0.5), torch.zeros_like(low)
+    scale = (high - low) / (2**bits - 1)
+    return scale, (-(2 ** (bits - 1)) - low / scale).round()
+
+
+CASES = {  # keys, values: granularity, bits, symmetric
+    "per head": (("head", 8, True), ("head", 8, False)),
+    "keys per channel": (("channel", 4, False), ("token", 4, False)),
+    "symmetric channels": (("channel", 8, True), ("head", 4, True)),
+}
+
+
+def spelled(granularity, bits, symmetric):
+    told = f"type: int, bits: {bits}, group: {granularity}, symmetric: {str(symmetric).lower()}"
+    return f"{{{told}, scales: minmax, scale_dtype: fp32}}"
+
+
+def collected(model, tokens):
+    """Queries, keys and values of every block, [S, heads, T, D] each, and how scores are scaled."""
+    seen = {}
+
+    def attention(module, query, key, value, *args, scaling, **kwargs):
+        seen[module.layer_idx] = query, key, value, scaling
+        return sdpa_attention_forward(module, query, key, value, *args, scaling=scaling, **kwargs)
+
+    AttentionInterface.register("collected", attention)
+    model.set_attn_implementation("collected")
+    with torch.no_grad():
+        model(tokens, use_cache=False)
+    return seen
+
+
+def by_formula(query, key, value, scaling):
+    """Softmax weights and outputs of causal attention with grouped heads."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1).double() for x in (key, value))
+    scores = (query.double() @ key.transpose(2, 3) * scaling).masked_fill(
+        torch.ones(key.shape[2], key.shape[2]).triu(1).bool(), -torch.inf
+    )
+    return scores.softmax(-1), scores.softmax(-1) @ value
+
+
+def decibels(wanted, found):
+    return 10 * math.log10(float(wanted.square().sum() / (wanted - found).square().sum()))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_head_or_channel_has_its_scale_and_attention_its_error(case, tiny_checkpoint, tmp_path):
+    source, sides = tiny_checkpoint("qwen3"), CASES[case]
+    path = recipe(tmp_path, "{{keys: {}, values: {}}}".format(*(spelled(*side) for side in sides)))
+    report = run(QuantizeOptions(str(source), path, tmp_path / "out", dtype="fp32"))
+    found = Qtool().open(tmp_path / "out")
+    tokens = load_tokens(load_recipe(path).calibration, open_checkpoint(str(source)))
+    seen = collected(quantized(source, found), tokens)
+    kept = {}
+
+    def rounded(block, *cached):
+        pairs = []
+        for x, side, scales in zip(cached, sides, kept[block], strict=True):
+            granularity, bits, _ = side
+            scale, zero = covering(x, *side) if granularity == "token" else scales
+            q = (x / scale + zero).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+            pairs.append((q - zero) * scale)
+        return pairs
+
+    assert [(entry.block, entry.keys) for entry in report.kv_cache] == [
+        (i, found.cache.format.keys.label) for i in range(3)
+    ]
+    for block, (query, key, value, scaling) in seen.items():
+        kept[block] = [covering(x, *side) for x, side in zip((key, value), sides, strict=True)]
+        for (scale, zero), statics, side in zip(kept[block], found.cache.statics[block], sides, strict=True):
+            if side[0] == "token":
+                assert statics == ()
+                continue
+            mine = [torch.tensor(numbers, dtype=torch.float32) for numbers in zip(*statics, strict=True)]
+            torch.testing.assert_close(mine[0], scale.flatten(), rtol=1e-4, atol=0)
+            assert int((mine[1] != zero.flatten()).sum()) <= 1  # a tie
+            scale.copy_(mine[0].view_as(scale))
+            zero.copy_(mine[1].view_as(zero))
+        exact = by_formula(query, key, value, scaling)
+        approximate = by_formula(query, *rounded(block, key, value), scaling)
+        entry = report.kv_cache[block]
+        assert entry.scores_error_db == pytest.approx(decibels(exact[0], approximate[0]), abs=0.08)
+        assert entry.outputs_error_db == pytest.approx(decibels(exact[1], approximate[1]), abs=0.08)
     assert_simulates(found, source, rounded)
 
 

@@ -223,6 +223,55 @@ MISTAKES = [
         "layers[0].when.tied: wanted true or false, found 1",
     ),
     (HEAD + LAYERS + "method: gtpq", "r.yaml:5: method: no method is called 'gtpq'; did you mean 'gptq'?"),
+    (
+        HEAD + LAYERS + "kv_cache: int4-g32",
+        "r.yaml:5: kv_cache: no format of a KV cache: wanted one scale per tensor, head, channel or token, such as "
+        "fp8-head or int4-token, found int4-g32",
+    ),
+    (
+        HEAD + LAYERS + "kv_cache:\n  keys: int4-chanel\n  values: q4_0",
+        "r.yaml:6: kv_cache.keys: no format is called 'int4-chanel'; did you mean 'int8-channel'?",
+    ),
+    (
+        HEAD + LAYERS + "kv_cache:\n  keys: int4-channel\n  values: biased4-channel",
+        "r.yaml:7: kv_cache.values: no format of a KV cache: wanted one scale",
+    ),
+    (HEAD + LAYERS + "kv_cache: {keys: int4-channel}", "r.yaml:5: kv_cache: the key 'values' is missing"),
+    (
+        HEAD + LAYERS + "kv_cache: {keys: fp8-head, vales: fp8-head}",
+        "r.yaml:5: kv_cache.vales: unknown key; did you mean 'values'?",
+    ),
+    (HEAD + LAYERS + "kv_cache: 4", "r.yaml:5: kv_cache: no format: wanted a format such as int4-g128"),
+    (
+        HEAD + LAYERS + "kv_cache: {type: int, bits: 4, group: token, scales: 99}",
+        "r.yaml:5: kv_cache: scales of a int4-token KV cache: wanted minmax or search; percentages are for scales",
+    ),
+    (
+        HEAD + 'layers: [{match: "*", weights: int8-head}]',
+        "r.yaml:3: layers[0].weights: no format of weights: wanted one such as int8-channel, found int8-head",
+    ),
+    (
+        HEAD + 'layers: [{match: "*", weights: int4-g64, fallback: fp8-head}]',
+        "r.yaml:3: layers[0].fallback: no format of weights: wanted one such as int8-channel, found fp8-head",
+    ),
+    (
+        HEAD + 'layers: [{match: "*", weights: {type: int, bits: 8, group: tensor, scales: 99.5}}]',
+        "layers[0].weights: scales of weights: wanted minmax or search; percentages are of what calibration saw",
+    ),
+    (
+        HEAD + 'layers: [{match: "*", weights: int8-channel, activations: fp8-head}]',
+        "layers[0].activations: no format of inputs: wanted one such as int8-token or int8-tensor, found fp8-head",
+    ),
+    (
+        HEAD
+        + 'layers: [{match: "*", weights: int8-channel, activations: {type: int, bits: 8, group: token, scales: 99}}]',
+        "layers[0].activations: scales of int8-token inputs: wanted minmax or search; percentages are for one scale",
+    ),
+    (
+        HEAD
+        + 'layers: [{match: "*", weights: int8-channel, activations: {type: int, bits: 8, group: tensor, scales: 5}}]',
+        "layers[0].activations.scales: wanted 'minmax' or 'search' or more than 50, found 5",
+    ),
     ("recipe: 2\nname: test\n" + LAYERS, "r.yaml:1: recipe: wanted 1, found 2"),
     ("recipe: 1\nname: no\n" + LAYERS, "r.yaml:2: name: wanted a string, found false; put it in quotes"),
     ("recipe: 1\nname: 3\n" + LAYERS, "r.yaml:2: name: wanted a string, found 3; put it in quotes"),

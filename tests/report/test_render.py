@@ -7,9 +7,11 @@ import pytest
 import yaml
 
 from qtool.errors import CheckpointError, StorageError
+from qtool.report.model import CacheEntry
 from qtool.report.render import code_span, escape_markdown, fence, html, markdown, read_report, write_report
 
 HOSTILE = "<script>alert('1')</script> | `x` [a](http://e.example) \" & </svg> {{ 7 * 7 }}\n# head"
+CACHED = CacheEntry(block=3, keys="int4-channel", values="int4-token", scores_error_db=21.26, outputs_error_db=17.54)
 VOID = {"meta", "input", "br", "link", "img"}
 
 
@@ -53,6 +55,7 @@ def hostile(report):
             "recipe_name": HOSTILE, "recipe": {HOSTILE: HOSTILE}, "source": "/m/" + HOSTILE, "warnings": (HOSTILE,),
             "layers": (*report.layers, layer), "artifacts": (artifact,), "evaluations": (evaluation,),
             "environment": {HOSTILE: HOSTILE}, "calibration": {"data": HOSTILE},
+            "kv_cache": (CACHED.model_copy(update={"keys": HOSTILE, "values": HOSTILE}),),
             "stages": (report.stages[0].model_copy(update={"name": HOSTILE}),),
         }
     )  # fmt: skip
@@ -247,3 +250,14 @@ def test_mixtures_show_tokens_per_expert_and_few_names(report):
 def test_colours_mean_the_same_role_in_every_plot(report):
     text = html(report)
     assert text.count('<li class="c6"><i></i>down</li>') == 2
+
+
+def test_errors_of_attention_are_shown_where_a_cache_is_rounded(report):
+    assert "KV cache" not in markdown(report)
+    assert "KV cache" not in html(report)
+    report = report.model_copy(update={"kv_cache": (CACHED, CACHED.model_copy(update={"scores_error_db": math.inf}))})
+    assert "| 3 | int4-channel | int4-token | 21.3 | 17.5 |" in markdown(report)
+    assert "| 3 | int4-channel | int4-token | exact | 17.5 |" in markdown(report)
+    cells = [text for text in Page(html(report)).texts if text.strip()]
+    start = cells.index("outputs", cells.index("KV cache")) + 1
+    assert cells[start : start + 5] == ["3", "int4-channel", "int4-token", "21.3", "17.5"]
