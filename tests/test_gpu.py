@@ -17,6 +17,7 @@ from qtool.pipeline.quantize import QuantizeOptions
 from qtool.pipeline.quantize import run as quantize
 from qtool.recipe.schema import parse_format
 from qtool.stats import InputStats, Stat
+from tests.artifact.test_generation import TOLERANCES, generates
 
 pytestmark = [
     pytest.mark.gpu,
@@ -84,3 +85,8 @@ def test_whole_runs(recipe: str, tiny_checkpoint, tmp_path: Path) -> None:  # ty
         layers = [entry for entry in quantize(options).layers if entry.format]
         errors.append([entry.weight_error_db for entry in layers])
     assert errors[1] == pytest.approx(errors[0], abs=0.3)
+
+
+@pytest.mark.parametrize("recipe", TOLERANCES)
+def test_generation(recipe: str, tiny_checkpoint, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    generates(recipe, tiny_checkpoint("llama"), tmp_path / "out", "cuda")

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from qtool.artifact._open import open_artifact
+from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import Checkpoint, Layer, QuantizedCheckpoint, modules
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.formats._base import Quantized
@@ -78,6 +80,34 @@ def assert_same_model(found: QuantizedCheckpoint, wanted: QuantizedCheckpoint) -
             assert torch.equal(found.tensor(name), wanted.tensor(name))
         start, stop = (min(row, wanted.info(name).shape[0]) for row in (3, 17))
         assert torch.equal(found.rows(name, start, stop), wanted.tensor(name)[start:stop])
+
+
+def assert_generates(folder: Path, device: str, tolerance: float, steps: int = 16) -> None:
+    """transformers continues a text greedily from an artifact, with the logits that our evaluation computes.
+
+    Args:
+        folder: an artifact that transformers loads.
+        device: where both run it.
+        tolerance: of the difference between logits, relative to their norm.
+        steps: new tokens.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map=device).eval()
+    prompt = torch.arange(3, 40, device=device).view(1, -1)
+    asked = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, "use_cache": True}
+    asked |= {"output_logits": True, "return_dict_in_generate": True}
+    with torch.no_grad():
+        found = model.generate(prompt, attention_mask=torch.ones_like(prompt), **asked)
+    assert found.sequences.shape == (1, prompt.shape[1] + steps)
+    logits = torch.cat(found.logits).float().cpu()
+    assert logits.isfinite().all()
+    walker = Walker(open_artifact(folder), torch.device(device), torch.float32)
+    hidden = walker.embed(found.sequences.cpu())
+    for i in range(len(walker.blocks)):
+        walker.advance(walker.load_block(i), i, hidden)
+    expected = walker.logits(hidden, 0, prompt.shape[1] - 1)[:-1].cpu()
+    assert float((logits - expected).norm() / expected.norm()) < tolerance
 
 
 def save_llama(folder: Path, hidden: int, dtype: torch.dtype, blocks: int = 2) -> Path:
