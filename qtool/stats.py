@@ -12,11 +12,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from qtool.numerics.gram import Gram
 from qtool.numerics.histogram import Histogram
-
-PANEL = 192
-"""Smallest width of the strips in which a Gram matrix is accumulated; only strips on and below the diagonal are."""
-
 
 class Stat(Enum):
     """What a method can ask for. Sums of squares and token counts are always kept."""
@@ -36,7 +33,7 @@ class InputStats:
 
     Attributes:
         tokens: T so far.
-        gram: float32 [K, K], or None where no method asked for it. Its upper half is filled in when it is first read.
+        gram: float32 [K, K], or None where no method asked for it.
         sum_squares: float32 [K].
         low, high: float32 [K], infinite where nobody asked for them.
         values: of all channels together; None where nobody asked for it.
@@ -48,11 +45,11 @@ class InputStats:
     def __init__(self, k: int, needs: frozenset[Stat], device: torch.device | str = "cpu") -> None:
         self.tokens = 0
         self.needs = needs
-        self._lower = torch.zeros(k, k, device=device) if Stat.GRAM in needs else None
-        self._whole = True
+        self._growing = Gram(k, device) if Stat.GRAM in needs else None
+        self._gram: Tensor | None = None
         self._drift: Tensor | None = None
         self._compared: Tensor | None = None
-        self.sum_squares = torch.zeros(k, device=device)
+        self._squares: Tensor | None = None if Stat.GRAM in needs else torch.zeros(k, device=device)
         self.low = torch.full((k,), torch.inf, device=device)
         self.high = torch.full((k,), -torch.inf, device=device)
         self.values = Histogram() if Stat.VALUES in needs else None
@@ -61,14 +58,25 @@ class InputStats:
     @property
     def gram(self) -> Tensor | None:
         """X^T X so far, float32 [K, K]."""
-        if self._lower is not None and not self._whole:
-            self._lower = self._lower.tril() + self._lower.tril(-1).T
-            self._whole = True
-        return self._lower
+        if self._gram is None and self._growing is not None:
+            self._gram = self._growing.total()
+        return self._gram
 
     @gram.setter
     def gram(self, gram: Tensor | None) -> None:
-        self._lower, self._whole = gram, True
+        self._gram, self._growing = gram, None
+
+    @property
+    def sum_squares(self) -> Tensor:
+        """float32 [K]; the diagonal of the Gram matrix where there is one."""
+        if self._squares is not None:
+            return self._squares
+        assert self.gram is not None
+        return self.gram.diagonal()
+
+    @sum_squares.setter
+    def sum_squares(self, sums: Tensor) -> None:
+        self._squares = sums
 
     @property
     def drift(self) -> tuple[Tensor, Tensor] | None:
@@ -95,18 +103,12 @@ class InputStats:
             self.high = torch.maximum(self.high, high.float())
         if self.values:
             self.values.add(x)
-        x = x.float()
         self.tokens += x.shape[0]
-        if self._lower is None:
-            self.sum_squares += x.square().sum(0)
-            return
-        k = x.shape[1]
-        width = max(PANEL, -(-k // 8))
-        for start in range(0, k, width):
-            strip = self._lower[start:, start : start + width]
-            strip.addmm_(x[:, start:].T, x[:, start : start + width])
-        self._whole = False
-        self.sum_squares = self._lower.diagonal().clone()
+        if self._growing is not None:
+            self._growing.add(x)
+            self._gram = None
+        if self._squares is not None:
+            self._squares += x.float().square().sum(0)
 
     def merge(self, other: InputStats) -> None:
         """Adds what another part of the calibration tokens measured."""
@@ -116,7 +118,8 @@ class InputStats:
             self._drift, self._compared = drift + more, gram + more_gram
         if self.gram is not None and other.gram is not None:
             self.gram = self.gram + other.gram
-        self.sum_squares += other.sum_squares
+        if self._squares is not None:
+            self._squares += other.sum_squares
         self.low = torch.minimum(self.low, other.low)
         self.high = torch.maximum(self.high, other.high)
         if self.values and other.values:
