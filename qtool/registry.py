@@ -7,6 +7,7 @@ loading a name imports that one module, and whatever is wrong in it is raised th
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,14 @@ def names(room: str) -> list[str]:
     Args:
         room: folder below the package, with slashes, as in "checkpoint/families".
     """
+    return list(_names(room))
+
+
+@cache
+def _names(room: str) -> tuple[str, ...]:
     entries = (ROOT / room).iterdir()
     stems = {e.stem for e in entries if e.suffix == ".py" or (e / "__init__.py").exists()}
-    return sorted(s.replace("_", "-") if room == "artifact" else s for s in stems if not s.startswith("_"))
+    return tuple(sorted(s.replace("_", "-") if room == "artifact" else s for s in stems if not s.startswith("_")))
 
 
 def load(room: str, name: str) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor
 from qtool.numerics.gram import Gram
 from qtool.numerics.histogram import Histogram
 
+
 class Stat(Enum):
     """What a method can ask for. Sums of squares and token counts are always kept."""
 

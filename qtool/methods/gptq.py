@@ -133,7 +133,8 @@ class GPTQ(Method):
         def fit_block(a: int, b: int, current: Tensor) -> tuple[Tensor, Tensor]:
             place = order[a:b] - order[a:b].min()
             natural = place.argsort()
-            fitted[int(order[a]) // block] = params = fmt.fit(current[:, natural], weight[order[a:b][natural]])
+            columns = current.T[natural].T  # several times quicker than current[:, natural], of which columns are rows
+            fitted[int(order[a]) // block] = params = fmt.fit(columns, weight[order[a:b][natural]])
             scale, offset = fmt.affine(params)
             return by_column(scale, place, block), by_column(offset, place, block)
 
@@ -143,7 +144,7 @@ class GPTQ(Method):
 
 def by_column(p: Tensor, columns: Tensor, width: int) -> Tensor:
     """The entry that each of some columns uses: [N, G], which belong to `width` columns -> [len(columns), N]."""
-    return p.T[columns // (width // p.shape[1])]
+    return p.T.expand(len(columns), -1) if p.shape[1] == 1 else p.T[columns // (width // p.shape[1])]
 
 
 def activation_order(diagonal: Tensor, widths: tuple[int, ...]) -> Tensor:

@@ -19,10 +19,10 @@ from torch import Tensor
 from qtool.numerics.parallel import over_rows
 
 REACH = 24.0
-"""Largest number that is rounded, relative to its channel's root mean square over ordinary tokens of the first batch."""
+"""Largest number that is rounded, relative to its channel's root mean square in ordinary tokens of the first batch."""
 
 ORDINARY = 64.0
-"""Largest energy of an ordinary token, relative to the median; the first token of a text may exceed it a million times."""
+"""Largest energy of an ordinary token, relative to the median; first tokens may exceed it a million times."""
 
 QUIET = 1e-6
 """Smallest root mean square that a channel is given, relative to the mean over channels."""
