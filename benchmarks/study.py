@@ -36,7 +36,8 @@ from qtool.pipeline.quantize import QuantizeOptions, with_static
 from qtool.pipeline.quantize import run as quantize
 from qtool.pipeline.solve import informed
 from qtool.plan import LayerPlan
-from qtool.recipe.schema import Calibration, parse_format
+from qtool.recipe.parse import parse_format
+from qtool.recipe.schema import Calibration
 from qtool.stats import InputStats, Stat
 
 CONTEXT = 512
@@ -89,17 +90,20 @@ class Bench:
         chunks: of it.
         device: where.
         work: for GPTQ's runs.
+        context: tokens of a chunk.
     """
 
-    def __init__(self, path: Path, text: Path, chunks: int, device: torch.device, work: Path) -> None:
+    def __init__(
+        self, path: Path, text: Path, chunks: int, device: torch.device, work: Path, context: int = CONTEXT
+    ) -> None:
         self.path, self.device, self.work = path, device, work
         self.checkpoint = open_checkpoint(str(path))
-        self.tokens = chunked(*encode(text, self.checkpoint), CONTEXT, chunks)
+        self.tokens, self.first = chunked(*encode(text, self.checkpoint), context, chunks), context // 2
         self.linears = [m for m in modules(self.checkpoint) if m.block is not None]
 
     def logits(self, model: Checkpoint) -> Logits:
         """Of the second half of every chunk."""
-        return walk(model, self.tokens, CONTEXT // 2, self.device, torch.float32, Steps(lambda *_: None, 0))
+        return walk(model, self.tokens, self.first, self.device, torch.float32, Steps(lambda *_: None, 0))
 
     @cached_property
     def baseline(self) -> Logits:
@@ -159,7 +163,7 @@ class Bench:
         """Mean KL divergence from the unquantized model, nats per token."""
         logits, scores = self.logits(Rounded(self.checkpoint, matrices, layers)), Scores()
         for s in range(len(self.tokens)):
-            scores.add(logits(s), self.tokens[s, CONTEXT // 2 + 1 :], self.baseline(s))
+            scores.add(logits(s), self.tokens[s, self.first + 1 :], self.baseline(s))
         return scores.summary()["kld_mean"]
 
 

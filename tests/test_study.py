@@ -18,7 +18,7 @@ from qtool.calibrate.inputs import quantize_tokens
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.evaluate.run import evaluate
 from qtool.pipeline.quantize import QuantizeOptions, run
-from qtool.recipe.schema import parse_format, parse_method
+from qtool.recipe.parse import parse_format, parse_method
 from scripts.prose import prose
 from tests.artifact.conftest import quantize
 
