@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -151,7 +152,7 @@ class Plan:
     @property
     def bits_per_weight(self) -> float:
         """Mean over all matrices, kept ones and parameters included."""
-        return sum(p.bits for p in self.layers) / sum(_weights(p) for p in self.layers)
+        return sum(p.bits for p in self.layers) / sum(math.prod(p.module.shape) for p in self.layers)
 
     def summary(self) -> tuple[Share, ...]:
         """The layers by role and treatment, in the model's order."""
@@ -160,7 +161,7 @@ class Plan:
             method = p.method.name() if p.method else None
             alike.setdefault((p.module.role, p.label, method, p.fallback), []).append(p)
         return tuple(
-            Share(*key, len(layers), sum(map(_weights, layers)), sum(p.bits for p in layers))
+            Share(*key, len(layers), sum(math.prod(p.module.shape) for p in layers), sum(p.bits for p in layers))
             for key, layers in alike.items()
         )
 
@@ -174,10 +175,6 @@ class Plan:
         calibration = self.recipe.calibration.model_dump(mode="json")
         content = [__version__, self.source_fingerprint, calibration, layers, _exact(self.recipe.kv_cache)]
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _weights(p: LayerPlan) -> int:
-    return p.module.shape[0] * p.module.shape[1]
 
 
 def _exact(thing: BaseModel | None) -> Any:
@@ -203,6 +200,8 @@ def make_plan(
     findings = Findings(recipe.layers)
     decisions, warnings = assign(found, facts(recipe, checkpoint), findings)
     layers = tuple(_decide(m, decisions.get(m.name, -1), recipe, checkpoint, findings) for m in found)
+    if recipe.method and any(p.format for p in layers) and all(p.method is not recipe.method for p in layers):
+        findings.add(-1, "method: no layer uses it, because the rules name their own; remove it, or theirs")
     artifacts = tuple(export.to for export in recipe.export)
     for name in artifacts:
         for verdict in (carriers[name].knows(checkpoint), carriers[name].caches(recipe.kv_cache)):

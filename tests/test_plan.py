@@ -247,6 +247,10 @@ class TestMethod:
         assert decided["model.layers.0.self_attn.q_proj"].method == parse_method("rtn")
         assert decided["lm_head"].method == parse_method({"gptq": {"damp": 0.5}})
 
+    def test_a_recipes_own_that_no_rule_leaves_room_for(self):
+        [line] = refusals({"match": "*", "weights": "int4-g32", "method": "rtn"}, method="gptq")
+        assert line == "method: no layer uses it, because the rules name their own; remove it, or theirs"
+
     @pytest.mark.parametrize("pattern", ["lm_head", "role:embedding"])
     def test_embeddings_have_no_inputs_and_are_rounded(self, pattern):
         decided = by_name(plan({"match": pattern, "weights": "q8_0"}, REST, model=TIED, method="gptq"))
