@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,9 @@ class Bench:
         """All linear layers of the blocks in a format."""
         fmt = parse_format(FORMATS[weights])
         if method == "RTN":
-            return {m.name: self.rounded(m, fmt) for m in self.linears}
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+                found = pool.map(lambda m: self.rounded(m, fmt), self.linears)
+            return {m.name: w for m, w in zip(self.linears, found, strict=True)}
         out, recipe = self.work / "study-gptq", self.work / "study-gptq.yaml"
         rule = {"match": "*", "weights": FORMATS[weights], "method": METHODS[method]}
         content = {

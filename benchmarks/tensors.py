@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -66,11 +68,11 @@ def measure(
     """
     records, sums = [], {pair: torch.zeros(math.ceil(pair.block**0.5 / STEP) + 1, 3).double() for pair in pairs}
     for tensor in every(checkpoint, tokens, device):
-        x, decibels, errors = tensor.values, {}, {}
-        for name, fmt in formats[tensor.kind].items():
-            found = rounded(x, fmt, tensor.kind)
-            decibels[name] = ratio_db(energy(x), energy(x - found))
-            errors[name] = (x - found).square_()
+        x, asked = tensor.values, formats[tensor.kind]
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            found = pool.map(partial(error, x, tensor.kind), asked.values())
+        errors = dict(zip(asked, found, strict=True))
+        decibels = {name: ratio_db(energy(x), float(e.double().sum())) for name, e in errors.items()}
         for pair, total in sums.items():
             total += binned(x, errors[pair.integer], errors[pair.float], pair.block, len(total)).cpu()
         crests = {str(size): float(crest(x, size).flatten().nanquantile(0.75)) for size in (16, 32)}
@@ -104,6 +106,11 @@ def inputs(walker: Walker, block: nn.Module, i: int, hidden: Hidden) -> dict[str
     for hook in hooks:
         hook.remove()
     return found
+
+
+def error(x: Tensor, kind: str, fmt: Format) -> Tensor:
+    """Squared error of every number, shape of x."""
+    return (x - rounded(x, fmt, kind)).square_()
 
 
 def rounded(x: Tensor, fmt: Format, kind: str) -> Tensor:
