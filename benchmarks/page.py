@@ -18,7 +18,7 @@ from qtool.report.plots import Point, Series
 from scripts.docs import table
 
 PAGE = Path(__file__).parents[1] / "docs" / "study.md"
-PART = re.compile(r"(<!-- table ([\w-]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+PART = re.compile(r"(<!-- table ([\w-]+) -->\n)(.*?)(<!-- table ends -->)", re.DOTALL)
 CROSSOVERS = {"MXFP8": 7.55, "MXFP6": 1.96, "MXFP4": 2.04, "NVFP4": 2.39}
 """At which crest factor both formats of a pair are equal for normal numbers: https://arxiv.org/abs/2510.25602."""
 KINDS = {"weight": "weights", "input": "inputs"}
