@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qtool import registry
+from qtool.artifact.qtool import Qtool
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.methods.gptq import GPTQ
@@ -90,3 +91,28 @@ def test_whole_runs(recipe: str, tiny_checkpoint, tmp_path: Path) -> None:  # ty
 @pytest.mark.parametrize("recipe", TOLERANCES)
 def test_generation(recipe: str, tiny_checkpoint, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     generates(recipe, tiny_checkpoint("llama"), tmp_path / "out", "cuda")
+
+
+CALIBRATED = """
+recipe: 1
+name: calibrated
+calibration: {samples: 4, length: 32}
+layers: [{match: "*", weights: nvfp4, activations: nvfp4}]
+kv_cache: {keys: int4-channel-asym, values: fp8-head}
+export: [{to: qtool}]
+"""
+
+
+def test_scales_for_all_tokens(tiny_checkpoint, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Of inputs, keys and values, and what they cost attention."""
+    model, path = str(tiny_checkpoint("llama")), tmp_path / "calibrated.yaml"
+    path.write_text(CALIBRATED)
+    scales, errors = [], []
+    for device in ("cpu", "cuda"):
+        report = quantize(QuantizeOptions(model, str(path), tmp_path / device, device=device, dtype="fp32"))
+        errors.append([db for entry in report.kv_cache for db in (entry.scores_error_db, entry.outputs_error_db)])
+        found = Qtool().open(tmp_path / device)
+        assert found.cache is not None
+        scales.append([s.scale for block in found.cache.statics.values() for side in block for s in side])
+    assert errors[1] == pytest.approx(errors[0], abs=1.0)
+    assert scales[1] == pytest.approx(scales[0], rel=0.1)
