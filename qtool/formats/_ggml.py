@@ -29,6 +29,7 @@ from qtool.formats.biased import Biased
 from qtool.formats.int import Int
 from qtool.numerics import block_search
 from qtool.numerics.block_search import EFFORT, PLAIN, Grid
+from qtool.numerics.ggml_round import ends, round_blocks
 
 FP16_MAX = 65504.0
 CHUNK = 1 << 21
@@ -150,11 +151,9 @@ class Classic(BlockFormat):
 
     def ggml_scales(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """(d, m) of ggml's encoder before they are rounded to fp16, float32 [N, G] each."""
-        blocks = w.reshape(w.shape[0], -1, self.columns)
+        low, high, extreme = ends(w, self.columns)
         if self.offset:
-            low, high = blocks.aminmax(dim=-1)
             return (high - low) / self.ggml_range, low
-        extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)).squeeze(-1)
         d = extreme.abs() / self.ggml_range if self.ggml_range > 0 else extreme / self.ggml_range
         return d, torch.zeros_like(d)
 
@@ -164,18 +163,8 @@ class Classic(BlockFormat):
             d, m = self.ggml_scales(w)
             own = self.stored(d, m)
             if all(torch.equal(own[name], params[name]) for name in own):
-                return self._ggml_codes(w, d, m)
+                return round_blocks(w, d, m, self.lowest, self.bits)
         return super().snap(w, params)
-
-    def _ggml_codes(self, w: Tensor, d: Tensor, m: Tensor) -> Tensor:
-        """Codes by ggml's order of float32 operations: times the reciprocal, ties up (for Q8_0 away from zero)."""
-        inverse = torch.where(d == 0, 0.0, 1.0 / torch.where(d == 0, 1.0, d))
-        x = (w - expand(m, w.shape[1])) * expand(inverse, w.shape[1])
-        if self.bits == 8:
-            whole = x.trunc()
-            tie = (x - whole).abs() == 0.5
-            return (torch.where(tie, whole + x.sign(), x.round()) - self.lowest).to(torch.uint8)
-        return (x + (0.5 - self.lowest)).floor().clamp(0, (1 << self.bits) - 1).to(torch.uint8)
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:
         """See `BlockFormat.pack`. Byte j holds column j in its low and column j + 16 in its high nibble."""

@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 
 
+def all_finite(x: Tensor) -> bool:
+    """True if no number is infinite or NaN; a sum, which tells nearly always, takes a third of the time of a look."""
+    return math.isfinite(x.sum(dtype=torch.float32)) or bool(x.isfinite().all())
+
+
 def energy(w: Tensor, gram: Tensor | None = None) -> float:
     """Sum of squares of a matrix, or of its outputs on the calibration tokens.
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
-
 from qtool.artifact._files import check_free, new_folder
 from qtool.calibrate.attention import AttentionErrors
 from qtool.calibrate.inputs import fit_static
@@ -173,13 +171,13 @@ def solve_unit(unit: Unit, job: Job, work: Work, source: Statistics, followed: b
     layers: dict[str, Layer] = {}
     entries: list[LayerEntry] = []
 
-    def solve_readers(plans: tuple[LayerPlan, ...], stats: InputStats | None) -> dict[str, tuple[Tensor, Layer]]:
+    def solve_readers(plans: tuple[LayerPlan, ...], stats: InputStats | None) -> dict[str, tuple[Quantized, Layer]]:
         for p in plans:
             layers[p.module.name] = with_static(p, stats)
             usable = with_enough_data(p, stats, job.plan.recipe.calibration.min_tokens)
             solved[p.module.name], entry = solve(usable, job.checkpoint, stats, job.device, unit.merged(p))
             entries.append(entry if usable is p or stats is None else entry.model_copy(update={"tokens": stats.tokens}))
-        return {p.module.name: (solved[p.module.name].decode(), layers[p.module.name]) for p in plans}
+        return {p.module.name: (solved[p.module.name], layers[p.module.name]) for p in plans}
 
     source.visit(unit, solve_readers, False, followed)
     cached = source.cached if unit.cache else None

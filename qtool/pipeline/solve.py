@@ -15,7 +15,7 @@ from qtool.checkpoint._base import Checkpoint, finite
 from qtool.errors import NumericsError
 from qtool.formats._base import Format, Quantized
 from qtool.methods._base import Solution
-from qtool.numerics.metrics import energy, ratio_db
+from qtool.numerics.metrics import all_finite, energy, ratio_db
 from qtool.pipeline.requantize import is_finite, origin, stored_codes
 from qtool.plan import LayerPlan, Plan
 from qtool.recipe.cache import KVCache
@@ -210,7 +210,7 @@ def refuse_infinite(w_hat: Tensor, plan: LayerPlan) -> None:
     """Raises NumericsError: a method's result is not finite."""
     assert plan.format is not None
     assert plan.method is not None
-    if not bool(torch.isfinite(w_hat).all()):
+    if not all_finite(w_hat):
         raise NumericsError(
             f"{plan.method.name()} made {plan.module.name} infinite or NaN in {plan.format.label}",
             hint="choose another method or format for it",
@@ -228,8 +228,7 @@ def refuse_non_finite(checkpoint: Checkpoint) -> None:
         if codes and is_finite(codes):
             continue
         for start, stop in row_parts(checkpoint.info(name).shape):
-            part = checkpoint.rows(name, start, stop)
-            if not math.isfinite(part.sum(dtype=torch.float32)):  # quicker than a look at each number, and as strict
+            if not all_finite(checkpoint.rows(name, start, stop)):
                 finite(checkpoint.tensor(name), name)
 
 

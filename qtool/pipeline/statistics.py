@@ -19,6 +19,7 @@ from qtool.calibrate.tokens import load_tokens
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import CacheScales, Layer, Module
 from qtool.errors import CheckpointError, PlanError
+from qtool.formats._base import Quantized
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.importance import read_importance
 from qtool.pipeline.prepare import Job
@@ -27,8 +28,8 @@ from qtool.plan import LayerPlan
 from qtool.recipe.schema import Calibration
 from qtool.stats import InputStats, Stat
 
-Solve = Callable[[tuple[LayerPlan, ...], InputStats | None], Mapping[str, tuple[Tensor, Layer]]]
-"""Quantizes modules that read the same input, or knows them: by module name, decoded weight [N, K] and layer."""
+Solve = Callable[[tuple[LayerPlan, ...], InputStats | None], Mapping[str, tuple[Quantized, Layer]]]
+"""Quantizes modules that read the same input, or knows them: by module name, codes and layer."""
 
 
 class Statistics(ABC):
@@ -108,8 +109,8 @@ class Walked(Statistics):
         def settle(plans: tuple[LayerPlan, ...], stats: InputStats | None) -> None:
             solved = solve(plans, stats)
             for p in plans if self.quantized else ():
-                weight, layers[p.module.name] = solved[p.module.name]
-                self.walker.set_weight(block, p.module, weight)
+                quantized, layers[p.module.name] = solved[p.module.name]
+                self.walker.set_weight(block, p.module, quantized.decode())
 
         for reads in (reads for reads in inputs if reads not in needs):
             settle(inputs[reads], None)

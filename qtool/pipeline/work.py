@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from qtool import registry
 from qtool.artifact._files import lock, storage_errors
 from qtool.artifact._manifest import MANIFEST, Manifest
@@ -54,10 +52,10 @@ class Work:
             return Record(layers=())
         return Record.model_validate(self.finished[unit.name]) if unit.name in self.finished else None
 
-    def solved(self, module: str) -> tuple[Tensor, Layer]:
-        """The weight, decoded, float32 [N, K], of a module that an earlier run finished, and how it is quantized."""
+    def solved(self, module: str) -> tuple[Quantized, Layer]:
+        """A module that an earlier run finished: its codes, and how it is quantized."""
         assert self.earlier is not None
-        return self.earlier.quantized(module).decode(), self.earlier.layers[module]
+        return self.earlier.quantized(module), self.earlier.layers[module]
 
     def save(
         self,

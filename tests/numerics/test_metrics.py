@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from qtool.numerics.metrics import energy, ratio_db
+from qtool.numerics.metrics import all_finite, energy, ratio_db
 
 
 def sqnr_db(w, w_hat):
@@ -51,3 +51,15 @@ def test_no_error_is_infinite_and_all_error_is_zero(matrices):
     assert sqnr_db(torch.zeros(2, 2), torch.zeros(2, 2)) == math.inf
     assert sqnr_db(w, torch.zeros_like(w)) == pytest.approx(0, abs=1e-9)
     assert sqnr_db(torch.zeros(2, 2), torch.ones(2, 2)) == -math.inf
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_found(odd):
+    w = torch.randn(7, 9)
+    assert all_finite(w)
+    w[3, 4] = odd
+    assert not all_finite(w)
+
+
+def test_large_numbers_are_finite_though_their_sum_is_not():
+    assert all_finite(torch.full((4, 4), 3e38))
