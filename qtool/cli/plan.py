@@ -8,7 +8,7 @@ from qtool.cli import options
 from qtool.cli.console import Console, document, result, size, table
 
 if TYPE_CHECKING:
-    from qtool.plan import LayerPlan, Plan
+    from qtool.plan import Plan
 
 
 def command(
@@ -37,15 +37,18 @@ def command(
 
 def show(plan: Plan) -> str:
     """A line for all layers of a role that are treated alike, then totals."""
-    alike: dict[tuple[str, ...], list[LayerPlan]] = {}
-    for p in plan.layers:
-        method = p.method.name() if p.method else "-"
-        alike.setdefault((p.module.role, p.label, method, p.fallback or ""), []).append(p)
-    rows = []
-    for (role, label, method, fallback), layers in alike.items():
-        bits = sum(p.bits for p in layers)
-        weights = sum(p.module.shape[0] * p.module.shape[1] for p in layers)
-        rows.append([role, str(len(layers)), label, method, f"{bits / weights:.3f}", size(bits / 8), fallback])
+    rows = [
+        [
+            s.role,
+            str(s.layers),
+            s.label,
+            s.method or "-",
+            f"{s.bits / s.weights:.3f}",
+            size(s.bits / 8),
+            s.fallback or "",
+        ]
+        for s in plan.summary()
+    ]
     header = ["role", "layers", "format", "method", "bits", "size", "fallback" if any(r[-1] for r in rows) else ""]
     return "\n".join(
         [
