@@ -29,26 +29,35 @@ def verify(stage: str, written: QuantizedCheckpoint, model: QuantizedCheckpoint,
         raise VerifyError(f"{written.source}: KV cache", wanted=cached(model), found=cached(written))
     listener(Event(stage, 0, len(names)))
     for done, name in enumerate(names, 1):
-        module = name.removesuffix(".weight")
-        if name not in held or (module in model.layers) != (module in written.layers):
-            raise VerifyError(
-                f"{written.source}: {name}",
-                wanted="quantized" if module in model.layers else "kept",
-                found="missing" if name not in held else "the opposite",
-            )
-        if module in model.layers and inputs(model, module) != inputs(written, module):
-            raise VerifyError(
-                f"{written.source}: activations of {module}",
-                wanted=inputs(model, module),
-                found=inputs(written, module),
-            )
-        source, codes = stored_codes(model, module), stored_codes(written, module)
-        for start, stop in row_parts(model.info(name).shape):
-            wanted = source.rows(start, stop).decode() if source else model.rows(name, start, stop).float()
-            found = codes.rows(start, stop).decode() if codes else written.rows(name, start, stop).float()
-            if not torch.equal(wanted, found):
-                raise VerifyError(f"{written.source}: {name} read back differs", found=difference(wanted, found))
+        if name not in held:
+            raise VerifyError(f"{written.source}: {name}", wanted="a tensor", found="missing")
+        compare(name, written, model)
         listener(Event(stage, done, len(names), name))
+
+
+def compare(name: str, written: QuantizedCheckpoint, model: QuantizedCheckpoint) -> None:
+    """Compares one tensor; see `verify`."""
+    module = name.removesuffix(".weight")
+    if (module in model.layers) != (module in written.layers):
+        quantized = module in model.layers
+        raise VerifyError(
+            f"{written.source}: {name}",
+            wanted="quantized" if quantized else "kept",
+            found="kept" if quantized else "quantized",
+        )
+    if module in model.layers and inputs(model, module) != inputs(written, module):
+        raise VerifyError(
+            f"{written.source}: activations of {module}",
+            wanted=inputs(model, module),
+            found=inputs(written, module),
+        )
+    codes = stored_codes(written, module)  # first, since unpacking them takes twice their memory for a moment
+    source = stored_codes(model, module)
+    for start, stop in row_parts(model.info(name).shape):
+        wanted = source.rows(start, stop).decode() if source else model.rows(name, start, stop).float()
+        found = codes.rows(start, stop).decode() if codes else written.rows(name, start, stop).float()
+        if not torch.equal(wanted, found):
+            raise VerifyError(f"{written.source}: {name} read back differs", found=difference(wanted, found))
 
 
 def inputs(model: QuantizedCheckpoint, module: str) -> str:

@@ -176,12 +176,14 @@ class Writer:
                 file.add(there, PLAIN[torch.float32], [torch.tensor(self.scales)])
                 self.scales.clear()
                 continue
-            names = self.members[there]
-            modules = [name.removesuffix(".weight") for name in names]
-            quantized = any(module in self.model.layers for module in modules)
-            ggml_type, parts = self._quantized(modules) if quantized else self._kept(names)
-            file.add(there, ggml_type, parts)
-            sizes[ggml_type] += math.prod(self.shapes[there])
+            file.add(there, *self._tensor(self.members[there]))  # nothing of it is held while the next one is read
+            sizes[file.table[there][0]] += math.prod(self.shapes[there])
+
+    def _tensor(self, names: Sequence[str]) -> tuple[int, Iterator[Tensor]]:
+        """Type and bytes of what becomes one tensor."""
+        modules = [name.removesuffix(".weight") for name in names]
+        quantized = any(module in self.model.layers for module in modules)
+        return self._quantized(modules) if quantized else self._kept(names)
 
     def _most(self, there: str) -> int:
         """Bytes that a tensor takes at most; which block type holds integers exactly depends on them."""
