@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, PlainSerializer
 
 from qtool.formats._base import Format
-from qtool.recipe.parse import dump_format, parse_format
+from qtool.recipe.parse import parse_format, spelled_out
 from qtool.recipe.problems import checked, mistake
 from qtool.recipe.strict import Strict
 
@@ -21,10 +21,15 @@ def _parse_side(value: Any) -> Format:
     if fmt.granularity == "token" and not isinstance(fmt.ranges, str):
         wanted = "minmax or search; percentages are for scales that hold for all tokens (group: tensor, head, channel)"
         raise mistake(f"scales of a {fmt.label} KV cache", wanted=wanted, found=fmt.ranges)
-    return fmt
+    usual = {} if fmt.granularity == "token" or "scales" in fmt.model_fields_set else {"scales": "minmax"}
+    return fmt.model_copy(update=usual)
 
 
-Side = Annotated[Format, BeforeValidator(_parse_side), PlainSerializer(dump_format)]
+def _dump_side(fmt: Format) -> Any:
+    return fmt.label if _parse_side(fmt.label) == fmt else spelled_out(fmt)
+
+
+Side = Annotated[Format, BeforeValidator(_parse_side), PlainSerializer(_dump_side)]
 
 
 class KVCache(Strict):
@@ -32,6 +37,10 @@ class KVCache(Strict):
 
     One scale of fp8-tensor is for all numbers of a block, one of fp8-head for a head, and one of int4-channel for a
     channel of a head; calibration finds these. With int4-token, every token's heads are rounded by themselves.
+
+    Scales cover everything that calibration saw unless `scales` says otherwise: the largest keys are often those of
+    tokens that all others attend to, and ranges with the least squared error clip them (with 4-bit keys per channel,
+    attention scores of SmolLM2-135M are 5 dB worse so).
 
     Attributes:
         keys: the format of keys, behind the rotary embedding.
@@ -69,5 +78,5 @@ def parse_cache(value: Any) -> KVCache:
 
 def dump_cache(cache: KVCache) -> Any:
     """What `parse_cache` reads back as an equal one."""
-    keys, values = dump_format(cache.keys), dump_format(cache.values)
+    keys, values = _dump_side(cache.keys), _dump_side(cache.values)
     return keys if keys == values else {"keys": keys, "values": values}

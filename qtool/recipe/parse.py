@@ -64,6 +64,9 @@ def parse_method(value: Any) -> Method:
 
 def dump_format(fmt: Format) -> Any:
     """What `parse_format` reads back as an equal format: the shorthand where it says everything."""
-    if type(fmt).parse(fmt.label) == fmt:
-        return fmt.label
+    return fmt.label if type(fmt).parse(fmt.label) == fmt else spelled_out(fmt)
+
+
+def spelled_out(fmt: Format) -> dict[str, Any]:
+    """A format as a mapping with every field."""
     return {"type": type(fmt).__module__.rpartition(".")[2], **fmt.model_dump(mode="json")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from qtool.errors import RecipeError
 from qtool.formats.int import Int
 from qtool.methods.gptq import GPTQ
 from qtool.methods.rtn import RTN
+from qtool.recipe.cache import dump_cache, parse_cache
 from qtool.recipe.load import find_recipe, list_recipes, load_recipe
 from qtool.recipe.nodes import DEEPEST, LARGEST
+from qtool.recipe.parse import parse_format
 from qtool.recipe.schema import Calibration, Recipe, Source
 
 HEAD = "recipe: 1\nname: test\n"
@@ -580,3 +583,20 @@ def test_only_gguf_has_parts(write):
     assert problems(write(HEAD + LAYERS + "export: [{to: qtool, split_max_size: 2G}]")) == [
         "r.yaml:5: export[0].split_max_size: an option of gguf, not of 'qtool'"
     ]
+
+
+def test_scales_of_a_kv_cache_cover_everything_unless_a_recipe_says_otherwise():
+    searched = {"type": "int", "bits": 4, "group": "channel", "scales": "search"}
+    plain, told = parse_cache("int4-channel"), parse_cache(searched)
+    assert (plain.keys.scales, told.keys.scales, parse_cache("int4-token").keys.scales) == (
+        "minmax",
+        "search",
+        "search",
+    )
+    assert parse_cache({"keys": parse_format("int4-channel"), "values": "int4-channel"}) == plain
+    mixed = parse_cache({"keys": told.keys, "values": "fp8-head"})
+    for cache in (plain, told, mixed, parse_cache("int4-token-asym")):
+        assert parse_cache(json.loads(json.dumps(dump_cache(cache)))) == cache
+    assert dump_cache(plain) == "int4-channel"
+    assert dump_cache(mixed)["values"] == "fp8-head"
+    assert dump_cache(mixed)["keys"]["scales"] == "search"
