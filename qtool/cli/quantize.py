@@ -81,12 +81,11 @@ def summary(report: Report, out: Path) -> str:
     for artifact in report.artifacts:
         nbytes = sum(f.nbytes for f in artifact.files)
         checked = "verified" if artifact.verified else "not verified"
-        rows.append(
-            [artifact.kind, size(nbytes), f"{report.source_bytes / nbytes:.2f}x", checked, str(out / artifact.path)]
-        )
+        share = f"{nbytes / report.source_bytes:.0%}"
+        rows.append([artifact.kind, size(nbytes), share, checked, str(out / artifact.path)])
     quantized = [e for e in report.layers if e.format]
     bits = sum(e.nbytes for e in quantized) * 8 / max(1, sum(e.shape[0] * e.shape[1] for e in quantized))
-    lines = [table(["artifact", "size", "smaller", "", "folder"], rows, frozenset({1, 2}))]
+    lines = [table(["artifact", "size", "of source", "", "folder"], rows, frozenset({1, 2}))]
     lines.append(f"{len(quantized)} of {len(report.layers)} matrices quantized, {bits:.2f} bits per weight")
     errors = [(e.weight_error_db, e.name) for e in quantized if e.weight_error_db is not None]
     if errors:

@@ -82,8 +82,8 @@ def test_quantize_prints_its_result_on_stdout_and_progress_on_stderr(model, reci
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
     nbytes = sum(p.stat().st_size for p in out.iterdir() if p.suffix == ".gguf" or p.name == "README.md")
-    assert lines[0].split() == ["artifact", "size", "smaller", "folder"]
-    assert lines[1].split() == ["gguf", f"{nbytes / 1e3:.1f}", "kB", f"{279168 / nbytes:.2f}x", "verified", str(out)]
+    assert lines[0].split() == ["artifact", "size", "of", "source", "folder"]
+    assert lines[1].split() == ["gguf", f"{nbytes / 1e3:.1f}", "kB", f"{nbytes / 279168:.0%}", "verified", str(out)]
     assert lines[2] == "14 of 16 matrices quantized, 8.50 bits per weight"
     assert re.fullmatch(r"largest weight error 4\d\.\d dB in model\.layers\.\d\.\S+", lines[3])
     assert lines[4].endswith(f"report: {out / 'report.html'}")
