@@ -8,15 +8,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from qtool.artifact._files import new_file
 from qtool.checkpoint._base import Cache, Layer, Static
 from qtool.checkpoint.config import read_json
-from qtool.errors import CheckpointError
+from qtool.errors import CheckpointError, NumericsError
 from qtool.formats._base import Format, Quantized
 from qtool.numerics.bits import pack
 from qtool.recipe.cache import parse_cache
@@ -25,6 +25,8 @@ from qtool.recipe.parse import dump_format, parse_format
 MANIFEST = "manifest.json"
 BLOCK = "block-"
 """What keys of decoder blocks begin with."""
+Stored = tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], Annotated[int, Field(ge=-128, le=127)]]
+"""A `Static`."""
 KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
@@ -40,7 +42,7 @@ class LayerEntry(Entry):
     format: str | dict[str, Any]
     activations: str | dict[str, Any] | None
     shape: tuple[int, int]
-    static: tuple[float, int] | None = None
+    static: Stored | None = None
 
     @classmethod
     def of(cls, q: Quantized, layer: Layer) -> LayerEntry:
@@ -68,7 +70,7 @@ class BlockEntry(Entry):
     sha256: str
     layers: dict[str, LayerEntry]
     record: Any = None
-    cache: tuple[tuple[tuple[float, int], ...], tuple[tuple[float, int], ...]] | None = None
+    cache: tuple[tuple[Stored, ...], tuple[Stored, ...]] | None = None
 
 
 class Manifest(Entry):
@@ -150,7 +152,12 @@ def packed(q: Quantized) -> dict[str, Tensor]:
 
 
 def checked(q: Quantized, module: str, path: Path) -> Quantized:
-    """Returns a matrix that was read, if its parts fit together. Raises CheckpointError: they do not."""
+    """Returns a matrix that was read.
+
+    Raises:
+        CheckpointError: its parts do not fit together.
+        NumericsError: its scales are not finite.
+    """
     n, k = q.codes.shape
     try:
         scale, offset = q.format.affine(q.params)
@@ -159,6 +166,8 @@ def checked(q: Quantized, module: str, path: Path) -> Quantized:
     groups = k // (q.format.group_columns or k)
     if q.format.misfit(k) or {tuple(scale.shape), tuple(offset.shape)} - {(n, groups)}:
         raise CheckpointError(f"{path}: scales of {module}", wanted=[n, groups], found=list(scale.shape))
+    if not bool(scale.isfinite().all() and offset.isfinite().all()):
+        raise NumericsError(f"tensor {module}.weight is not finite", found=f"NaN or infinite scales in {path}")
     if int(q.codes.max()) >= len(q.format.levels()):
         raise CheckpointError(f"{path}: codes of {module}", wanted=f"below {len(q.format.levels())}", found="larger")
     return q

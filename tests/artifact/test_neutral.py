@@ -218,6 +218,12 @@ LIES = {
         lambda m: (m.update(kv_cache={"keys": "int4-channel", "values": "fp8-head"}), scales(m, 1, 2)),
         r"KV cache of block-0: wanted \[32, 2\] for int4-channel keys and fp8-head values, found \[1, 2\]",
     ),
+    "zero point": (lambda m: layer(m).update(static=[0.5, 300]), "no manifest .*static.1: .*less than or equal to 127"),
+    "negative scale": (lambda m: layer(m).update(static=[-0.5, 0]), "no manifest .*static.0: .*greater than 0"),
+    "scale of a cache": (
+        lambda m: m["blocks"]["block-0"].update(cache=[[[0.0, 0]], [[0.5, 0]]]),
+        r"no manifest .*cache.0.0.0: .*greater than 0",
+    ),
     "scales of nothing": (
         lambda m: (m.update(kv_cache="int4-token"), scales(m, 1, 1)),
         r"KV cache of block-0: wanted \[0, 0\] for int4-token, found \[1, 1\]",
