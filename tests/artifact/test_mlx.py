@@ -11,7 +11,7 @@ from qtool.artifact._mlx_models import rope_fields
 from qtool.artifact.mlx import MLX, encode
 from qtool.checkpoint._base import Layer
 from qtool.checkpoint.hf import HFCheckpoint
-from qtool.errors import CheckpointError, PlanError
+from qtool.errors import CheckpointError, NumericsError, PlanError
 from qtool.formats._base import Quantized
 from qtool.formats.biased import Biased
 from qtool.formats.int import Int
@@ -322,6 +322,22 @@ def test_damaged_files(damage, message, tiny_checkpoint, tmp_path):
     damage(tmp_path)
     with pytest.raises(CheckpointError, match=message):
         MLX().open(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["scales", "biases"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_scales_that_are_not_finite(part, value, tiny_checkpoint, tmp_path):
+    write(quantize(tiny_checkpoint("llama"), Biased(bits=4, group=32)), tmp_path)
+    edit(tmp_path, lambda t: t[f"{UP}.{part}"][5].fill_(value))
+    with pytest.raises(NumericsError, match=f"{UP}.weight is not finite: found NaN or infinite scales in "):
+        MLX().open(tmp_path).quantized(UP)
+
+
+def test_an_exponent_that_means_nan(tiny_checkpoint, tmp_path):
+    write(quantize(tiny_checkpoint("llama"), MXFP4()), tmp_path)
+    edit(tmp_path, lambda t: t[f"{UP}.scales"][5].fill_(255))
+    with pytest.raises(NumericsError, match=f"{UP}.weight is not finite"):
+        MLX().open(tmp_path).tensor(f"{UP}.weight")
 
 
 def test_numbers_that_are_none(tiny_checkpoint, tmp_path):

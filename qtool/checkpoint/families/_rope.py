@@ -44,6 +44,9 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     told = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = told.pop("type", "default")
     rope = {"rope_type": kind, "rope_theta": config.get("rope_theta") or 10000.0} | told
+    if not isinstance(rope["rope_type"], str):
+        found = f"{rope['rope_type']!r:.40}"
+        raise CheckpointError("config.json: impossible rope_type of the rotary embedding", wanted="text", found=found)
     if rope["rope_type"] in ("su", "longrope"):  # "su" is what Phi 3 called it before it had a name
         rope["rope_type"] = "longrope"
         outside = config.get("original_max_position_embeddings")
