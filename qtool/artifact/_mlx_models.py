@@ -53,7 +53,7 @@ def refusal(model: Checkpoint) -> str | None:
     if kind in DERIVED and heads * dim != config["hidden_size"]:
         return f"mlx-lm computes {kind} models with head_dim hidden_size / num_attention_heads only, not {dim}"
     sliding = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
-    if sliding.get("rope_type", "default") != "default":
+    if rope_parameters({"rope_parameters": sliding})["rope_type"] != "default":
         return f"mlx-lm does not scale the rotary embedding where attention slides, as {kind} does here"
     rope = rope_parameters(family.rope(config))
     scaling = str(rope["rope_type"])

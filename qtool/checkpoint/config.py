@@ -12,7 +12,10 @@ from qtool.checkpoint.families._rope import rope_parameters
 from qtool.errors import CheckpointError
 
 FAMILIES = "checkpoint/families"
-COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+COUNTS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    "max_position_embeddings",
+)
 LIMIT = 2**24
 """No count of a model is larger; a file that claims more is damaged and would exhaust the memory."""
 BLOCK_LIMIT = 10_000
@@ -87,6 +90,7 @@ def complete(config: dict[str, Any], where: Path) -> tuple[dict[str, Any], Famil
 
 def _check(config: dict[str, Any], family: Family, where: Path) -> None:
     optional = [field for field in ("num_key_value_heads", "head_dim") if config.get(field) is not None]
+    optional += ["sliding_window"] if config.get("sliding_window") else []
     for field in (*COUNTS, *family.counts, *optional):
         count = config.get(field)
         if type(count) is not int or not 0 < count <= (BLOCK_LIMIT if field == "num_hidden_layers" else LIMIT):
@@ -104,8 +108,10 @@ def _check(config: dict[str, Any], family: Family, where: Path) -> None:
     if not config.get("head_dim") and config["hidden_size"] % heads:
         raise CheckpointError(f"{where}: hidden_size {config['hidden_size']} is no multiple of {heads} attention heads")
     for field in ("rope_scaling", "rope_parameters"):
-        if not isinstance(config.get(field), dict | None):
-            raise CheckpointError(f"{where}: wrong {field}", wanted="an object", found=repr(config[field])[:40])
+        told = config.get(field)
+        nested = (told.get("full_attention"), told.get("sliding_attention")) if isinstance(told, dict) else (told,)
+        if not all(isinstance(rope, dict | None) for rope in nested):
+            raise CheckpointError(f"{where}: wrong {field}", wanted="an object", found=repr(told)[:40])
     rope_parameters(family.rope(config))
     family.rotary_dim(config)
     if not isinstance(config["rms_norm_eps"], int | float):

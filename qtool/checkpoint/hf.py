@@ -36,6 +36,8 @@ SIDE_FILES = (
 TEXT_PREFIXES = ("language_model.model.", "model.language_model.")
 """What names of a text model begin with, instead of "model.", where it is one of several parts."""
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""Types of tensors that are not packed."""
 SAMPLE = 4096
 """Bytes from each end and the middle of a tensor that go into the fingerprint."""
 
@@ -75,6 +77,9 @@ class HFCheckpoint(Checkpoint):
         whole = self._check_slices()
         self._names = sorted(self._stored.keys() - whole | self._slices.keys(), key=place)
         verify(self)
+        for name in self._names:
+            if (dtype := self.info(name).dtype) not in FLOATS:
+                raise CheckpointError(f"{self.source}: {name} holds numbers without a scale", found=dtype)
 
     def _weights(self, folder: Path) -> dict[str, SafetensorsFile]:
         """Tensor name -> file. Readers of quantized layouts list a packed matrix under the name of its weight."""

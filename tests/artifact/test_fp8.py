@@ -113,6 +113,10 @@ def test_what_it_cannot_hold_is_refused(what, message, tiny_checkpoint, tmp_path
 
 
 DAMAGE = {
+    "no scales": (
+        lambda f: edit(f, lambda t: t.pop(f"{DOWN}.weight_scale_inv")),
+        f"{DOWN}.weight holds numbers without a scale: found torch.float8_e4m3fn",
+    ),
     "size": (lambda f: edit_config(f, weight_block_size=[64, 64]), r"weight_block_size\.0.*found 64"),
     "no size": (lambda f: edit_config(f, weight_block_size=None), "quantization_config: weight_block_size"),
     "static": (lambda f: edit_config(f, activation_scheme="static"), "activation_scheme.*found 'static'"),

@@ -173,6 +173,14 @@ DAMAGED_CONFIG: dict[str, tuple[dict[str, Any], str]] = {
     "rope-without-factor": ({"rope_parameters": {"rope_type": "linear"}}, "impossible factor of the rotary embedding"),
     "rope-theta-text": ({"rope_parameters": {"rope_theta": "1e4"}}, "impossible rope_theta of the rotary embedding"),
     "rope-type-list": ({"rope_parameters": {"rope_type": []}}, "impossible rope_type .*: wanted text, found"),
+    "rope-nested": ({"rope_parameters": {"full_attention": 5}}, "wrong rope_parameters: wanted an object"),
+    "rope-nested-list": ({"rope_parameters": {"sliding_attention": []}}, "wrong rope_parameters: wanted an object"),
+    "rope-beta-text": (
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": "x"}},
+        "impossible beta_fast of the rotary embedding: wanted > 0, found 'x'",
+    ),
+    "window-text": ({"sliding_window": "all"}, "impossible sliding_window: wanted a positive integer, found 'all'"),
+    "context-text": ({"max_position_embeddings": "long"}, "impossible max_position_embeddings"),
     "eps-text": ({"rms_norm_eps": "tiny"}, "wrong rms_norm_eps: wanted a number, found 'tiny'"),
     "other-blocks": ({"num_hidden_layers": 3}, "lacks 9 of the 30 tensors"),
 }
@@ -204,6 +212,15 @@ def test_config_that_cannot_be_read(text: bytes | None, message: str, copy: Find
     if text is not None:
         (folder / "config.json").write_bytes(text)
     with pytest.raises(CheckpointError, match=message):
+        HFCheckpoint(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.int32], ids=str)
+def test_numbers_without_a_scale(dtype: torch.dtype, copy: Find) -> None:
+    """A quantized matrix whose scales are gone is no matrix of small numbers."""
+    folder, name = copy("llama"), "model.layers.1.mlp.up_proj.weight"
+    edit_tensors(folder, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    with pytest.raises(CheckpointError, match=f"{name} holds numbers without a scale: found {dtype}"):
         HFCheckpoint(folder)
 
 

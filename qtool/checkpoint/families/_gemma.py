@@ -27,6 +27,7 @@ class Gemma(Family):
         "pre_feedforward_layernorm": "hidden",
         "post_feedforward_layernorm": "hidden",
     }
+    counts = ("sliding_window",)
     activation = ("hidden_activation", "gelu_pytorch_tanh")
     period: ClassVar[int]
     largest: ClassVar[int]

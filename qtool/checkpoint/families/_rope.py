@@ -29,6 +29,7 @@ OPTIONAL = {
     "yarn": {"original_max_position_embeddings", "beta_fast", "beta_slow"},
     "longrope": {*FACTORS, "factor", "attention_factor"},
 }
+NUMBERS = {field for fields in (*REQUIRED.values(), *OPTIONAL.values()) for field in fields if field not in FACTORS}
 LLAMA3_TENSOR = "rope_freqs.weight"
 LONGROPE_TENSORS = {"long_factor": "rope_factors_long.weight", "short_factor": "rope_factors_short.weight"}
 ROPE_TENSORS = (LLAMA3_TENSOR, *LONGROPE_TENSORS.values())
@@ -55,7 +56,9 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
             _check_factors(rope.get(field), field)
     if rope.get("partial_rotary_factor") == 1:
         del rope["partial_rotary_factor"]
-    for field in sorted({"rope_theta"} | REQUIRED.get(str(rope["rope_type"]), set())):
+    numbers = {"rope_theta"} | REQUIRED.get(rope["rope_type"], set())
+    numbers |= {field for field in NUMBERS if rope.get(field) is not None}
+    for field in sorted(numbers):
         if not isinstance(rope.get(field), int | float) or rope[field] <= 0:
             found = f"{rope.get(field)!r:.40}"
             raise CheckpointError(f"config.json: impossible {field} of the rotary embedding", wanted="> 0", found=found)
