@@ -7,6 +7,7 @@ encode  every GGUF block type on real matrices with an importance matrix, agains
 mixes   GGUF files against those of llama-quantize with an importance matrix: KL divergence at the same size
 recipes every recipe that ships on the demo model: KL divergence and size, as in the recipes' headers
 study   integers against floats on the demo model, with and without outliers: the tables and plots of docs/study.md
+cast    formats without a search, on a random matrix, against copying it
 stream  Q8_0 without data on a random model of 1.07 billion parameters, against copying the files; peak memory
 
 Everything is written below DIR, and the numbers to DIR/results.json.
@@ -23,7 +24,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import encode, mixes, models, page, recipes, study
+from benchmarks import cast, encode, mixes, models, page, recipes, study
 from benchmarks.measure import Cost, measure
 from qtool.recipe.load import find_recipe
 from scripts.prose import prose
@@ -122,6 +123,11 @@ def studied(options: argparse.Namespace) -> dict[str, float]:
     return {key: value for key, value in found.items() if isinstance(value, float)}
 
 
+def uncalibrated() -> dict[str, float]:
+    """Time of formats without a search over that of a copy."""
+    return {f"{label}_over_copy": seconds / copy for label, seconds, copy in cast.casts()}
+
+
 def costs(name: str, cost: Cost) -> dict[str, float]:
     """A cost as named numbers."""
     return {f"{name}_seconds": cost.seconds, f"{name}_peak_gib": cost.peak_bytes / 2**30}
@@ -145,6 +151,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
     "mixes": files,
     "recipes": shipped,
     "study": studied,
+    "cast": lambda _: uncalibrated(),
     "stream": lambda options: stream(options.work),
 }
 

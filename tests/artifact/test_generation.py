@@ -11,8 +11,8 @@ from qtool.pipeline.quantize import QuantizeOptions, run
 from tests.artifact.conftest import assert_generates
 
 TOLERANCES = {"fp8-dynamic": 5e-3, "w8a8-int8": 3e-2, "w4a16-gptq-g32": 1e-4}
-"""By recipe; an input that is rounded token by token may come to lie on the other side of a tie, once in a while: in INT8
-that moves it by a percent of the token's largest number, and on CUDA the two sums differ enough for it (0.015)."""
+"""By recipe; an input that is rounded token by token may come to lie on the other side of a tie, once in a while. That
+moves it by a percent of the token's largest number in INT8; on CUDA, logits were off by 0.015."""
 
 
 def generates(recipe: str, source: Path, folder: Path, device: str) -> None:
