@@ -88,7 +88,9 @@ def line(fmt: BlockFormat, matrices: list[tuple[Tensor, Tensor]], theirs: list[t
 
         ours, best = timed(work)
         seconds, ggml_seconds = seconds + best, ggml_seconds + ggml_time
-        error += weighted_error(fmt, ours, w, importance) / weighted_error(fmt, packed, w, importance) / len(matrices)
+        given = fmt.fit(w, importance).get(fmt.matrix_scale or "", torch.ones(1))[0]  # of ours; ggml has none
+        found = weighted_error(fmt, ours, w, importance, float(given))
+        error += found / weighted_error(fmt, packed, w, importance) / len(matrices)
     count = sum(w.numel() for w, _ in matrices)
     bits = fmt.storage_bits(1, WIDEST) / WIDEST
     return Line(fmt.label, bits, seconds / count * 1e9, ggml_seconds / count * 1e9, error)
@@ -119,6 +121,6 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
     return result, best
 
 
-def weighted_error(fmt: BlockFormat, packed: Tensor, w: Tensor, importance: Tensor) -> float:
-    """Squared error of the weights that a runtime decodes."""
-    return float(((fmt.decode(*fmt.unpack(packed)) - w).square() * importance).double().sum())
+def weighted_error(fmt: BlockFormat, packed: Tensor, w: Tensor, importance: Tensor, scale: float = 1.0) -> float:
+    """Squared error of the weights that a runtime decodes, which multiplies them by the scale of the matrix."""
+    return float(((fmt.decode(*fmt.unpack(packed)) * scale - w).square() * importance).double().sum())

@@ -8,23 +8,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qtool.numerics.bits import stack_runs
 
-def bit_patterns(codes: Tensor) -> Tensor:
-    """uint8 level indices, 0 to 14 -> uint8 sign and magnitude."""
-    return torch.where(codes < 7, 15 - codes, codes - 7)
+COUNT = 15
+BITS = torch.tensor([*range(15, 8, -1), *range(8)], dtype=torch.uint8)
+PAIRS = torch.zeros(256, dtype=torch.uint8)
+PAIRS[: COUNT * COUNT] = (BITS[:, None] << 4 | BITS).flatten()
+"""Two level indices as one number, a + 15 b -> the byte that holds a in its low nibble and b in its high one."""
+
+
+def pack_halves(codes: Tensor) -> Tensor:
+    """Column j in the low and column j + C/2 in the high nibble of byte j: level indices [..., C] -> [..., C/2]."""
+    columns = codes.shape[-1]
+    packed = stack_runs(codes.contiguous().view(-1, columns), (1, COUNT), columns // 2, PAIRS)
+    return packed.view(*codes.shape[:-1], -1)
 
 
 def from_bit_patterns(bits: Tensor) -> Tensor:
-    """The inverse of `bit_patterns`."""
+    """Sign and magnitude -> level index."""
     return torch.where(bits < 8, bits + 7, 15 - bits)
-
-
-def pack_halves(q: Tensor) -> Tensor:
-    """Column j in the low and column j + C/2 in the high nibble of byte j: uint8 [..., C] -> [..., C/2]."""
-    half = q.shape[-1] // 2
-    return q[..., :half] | (q[..., half:] << 4)
-
-
-def nibbles(packed: Tensor) -> Tensor:
-    """The inverse of `pack_halves`."""
-    return torch.cat([packed & 15, packed >> 4], dim=-1)

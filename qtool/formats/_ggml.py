@@ -8,8 +8,8 @@ columns, a scale d and perhaps a minimum m, and codes of 4, 5 or 8 bits:
     Q4_1, Q5_1:        w_hat = d * q + m
 
 `search` says how hard parameters are searched for: every setting minimizes the (importance-weighted) squared error of
-each block and keeps ggml's own choice where that is better. `search: ggml`, where a type has it, gives the bytes of
-`ggml_quantize_chunk` without an importance matrix.
+each block. Where ggml's own choice is better it is kept (`BlockFormat.no_worse`; docs/formats.md says when). `search:
+ggml`, where a type has it, gives the bytes of `ggml_quantize_chunk` without an importance matrix.
 """
 
 from __future__ import annotations
@@ -27,11 +27,17 @@ from qtool.formats._base import Format, Params, Quantized, expand
 from qtool.formats._scaled import Scaled
 from qtool.formats.biased import Biased
 from qtool.formats.int import Int
-from qtool.numerics import block_search
+from qtool.numerics import block_search, ggml_search
+from qtool.numerics.bits import from_planes, planes
 from qtool.numerics.block_search import EFFORT, PLAIN, Grid
 from qtool.numerics.ggml_round import ends, round_blocks
+from qtool.numerics.ggml_search import Kind
+from qtool.numerics.kquant import FLOOR
+from qtool.numerics.metrics import block_errors
 
 FP16_MAX = 65504.0
+GATHER = 0x0102040810204080
+"""A product with it has the lowest bits of eight bytes in its highest one."""
 CHUNK = 1 << 21
 """Weights that a search works on at once, so that its memory does not grow with the matrix."""
 
@@ -88,6 +94,25 @@ class BlockFormat(Format):
     def storage_bits(self, n: int, k: int) -> int:
         """See `Format.storage_bits`."""
         return n * (k // self.columns) * self.block_bytes * 8
+
+    def no_worse(self, found: Params, other: Params, w: Tensor, importance: Tensor | None) -> Params:
+        """Parameters of w [N, C] with those of `other` in every block where these have the smaller error.
+
+        Channels without importance count a little (`FLOOR`), so that what is stored of them stays sane.
+        """
+        blocks = w.shape[1] // self.columns
+        per_block = torch.ones(w.shape[1]) if importance is None else self.alive(importance)
+        per_block = per_block.view(blocks, -1)
+        weight = per_block.clamp_min(FLOOR * per_block.mean(1, keepdim=True)).flatten()
+        decoded = (self.decode(self.snap(w, params, importance), params) for params in (found, other))
+        ours, theirs = (block_errors(w, w_hat, weight, blocks) for w_hat in decoded)
+        worse = theirs < ours
+        return {name: torch.where(expand(worse, p.shape[1]), other[name], p) for name, p in found.items()}
+
+    def alive(self, importance: Tensor) -> Tensor:
+        """Importances of channels, float32 [C]; those of a block without any are all alike."""
+        per_block = importance.float().view(-1, self.columns)
+        return torch.where(per_block.sum(1, keepdim=True) > 0, per_block, 1.0).flatten()
 
     @abstractmethod
     def pack(self, codes: Tensor, params: Params) -> Tensor:
@@ -147,7 +172,19 @@ class Classic(BlockFormat):
         lowest, span = np.float32(self.lowest), np.float32(self.ggml_range)
         grid = Grid(lowest, lowest + np.float32((1 << self.bits) - 1), self.offset, span)
         plain = self.bits == 8 and self.search == "fast"  # ggml does not search there, which is hard to outrun
-        return self.stored(*block_search.search(w, importance, grid, PLAIN if plain else EFFORT[self.search]))
+        found = self.stored(*block_search.search(w, importance, grid, PLAIN if plain else EFFORT[self.search]))
+        if self.search == "fast" and not self.offset:
+            return found
+        return self.no_worse(found, self.stored(*self.ggml_choice(w, importance)), w, importance)
+
+    def ggml_choice(self, w: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(d, m) of ggml's encoder, which has an importance matrix or not, before they are rounded to fp16."""
+        if importance is None or self.bits == 8:
+            return self.ggml_scales(w)
+        levels = np.float32((1 << self.bits) - 1 if self.offset else -self.lowest)
+        kind = Kind(self.columns, levels, np.float32(0), self.offset, np.float32(1))
+        d, minimum, _, _ = ggml_search.ggml_scales(w, self.alive(importance), kind, w.shape[1])
+        return d, -minimum
 
     def ggml_scales(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """(d, m) of ggml's encoder before they are rounded to fp16, float32 [N, G] each."""
@@ -171,9 +208,8 @@ class Classic(BlockFormat):
         q = codes.reshape(codes.shape[0], -1, self.columns)
         parts = [params[name].contiguous().view(torch.uint8).reshape(*q.shape[:2], 2) for name in params]
         if self.bits == 5:
-            places = 2 ** torch.arange(8, dtype=torch.uint8)
-            parts.append((q >> 4).reshape(*q.shape[:2], 4, 8).mul(places).sum(-1, dtype=torch.uint8))
-        parts.append(q ^ 128 if self.bits == 8 else (q[..., :16] & 15) | (q[..., 16:] << 4))
+            parts.append(((q >> 4).view(torch.int64) * GATHER >> 56).to(torch.uint8))  # the fifth bits
+        parts.append(q ^ 128 if self.bits == 8 else planes(q, 4, 16))
         return torch.cat(parts, dim=-1).reshape(codes.shape[0], -1)
 
     def unpack(self, packed: Tensor) -> tuple[Tensor, Params]:
@@ -188,11 +224,9 @@ class Classic(BlockFormat):
         body = blocks[..., 2 * len(names) :]
         if self.bits == 8:
             return (body ^ 128).reshape(n, -1), params
-        nibbles = body[..., -16:]
-        q = torch.cat([nibbles & 15, nibbles >> 4], dim=-1)
+        q = from_planes(body[..., -16:], 4, 16)
         if self.bits == 5:
-            high = (body[..., :4, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-            q |= high.reshape(q.shape) << 4
+            q |= from_planes(body[..., :4], 1, 1) << 4
         return q.reshape(n, -1), params
 
     def may_hold(self, fmt: Format) -> str | None:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from qtool.formats._base import Params
 from qtool.formats._ggml import CHUNK, BlockFormat, fp16
-from qtool.numerics.table_search import EFFORT, table_scales
+from qtool.numerics.ggml_table import ggml_table_scales
+from qtool.numerics.table_search import EFFORT, half_steps, table_scales
 
 
 @cache
@@ -46,23 +47,17 @@ class IQ4(BlockFormat):
     def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
         """See `Format.fit`."""
         rows = max(1, CHUNK // w.shape[1])
-        effort = EFFORT[self.search]
-        found = [
-            table_scales(w[i : i + rows], importance, self.levels(), 32, self.columns // 32, self.limit, effort)
-            for i in range(0, w.shape[0], rows)
-        ]
-        return self.stored(*(torch.cat(part) for part in zip(*found, strict=True)))
+        found = [self._fit(w[i : i + rows], importance) for i in range(0, w.shape[0], rows)]
+        return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+
+    def _fit(self, w: Tensor, importance: Tensor | None) -> Params:
+        groups, effort = (32, self.columns // 32), EFFORT[self.search]
+        low, given = float(self.levels()[0]), None if importance is None else self.alive(importance)
+        d, m = ggml_table_scales(w, given, half_steps(self.levels()), low, groups[1], self.limit)
+        theirs = d.half().float(), m
+        found = self.stored(*table_scales(w, importance, self.levels(), groups, self.limit, effort, theirs))
+        return self.no_worse(found, self.stored(*theirs), w, importance)
 
     def stored(self, d: Tensor, multipliers: Tensor) -> Params:
         """Rounds d to fp16. Raises NumericsError: too large for it."""
         return {"d": fp16(d, self.label)}
-
-
-def nibbles(codes: Tensor) -> Tensor:
-    """uint8 [..., 32] below 16 -> [..., 16]: byte j holds column j in its low and column j + 16 in its high nibble."""
-    return codes[..., :16] | codes[..., 16:] << 4
-
-
-def from_nibbles(packed: Tensor) -> Tensor:
-    """The inverse of `nibbles`."""
-    return torch.cat([packed & 15, packed >> 4], dim=-1)

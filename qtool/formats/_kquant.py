@@ -4,8 +4,7 @@
     Q3_K, Q6_K:        w_hat = (d * sc) * q                  q and sc signed
 
 Layouts are those of ggml (https://github.com/ggml-org/llama.cpp, ggml/src/ggml-common.h). The search is described in
-`qtool.numerics.kquant`: it refines scales, minima and steps together and never ends with a larger weighted error than
-ggml's for the same importance.
+`qtool.numerics.kquant`: it refines scales, minima and steps together.
 """
 
 from __future__ import annotations
@@ -20,7 +19,8 @@ from torch import Tensor
 from qtool.formats._base import Format, Params, Quantized, alike, expand
 from qtool.formats._ggml import BlockFormat, fp16
 from qtool.formats.int import Int
-from qtool.numerics import kquant
+from qtool.numerics import ggml_search, kquant
+from qtool.numerics.ggml_search import Kind
 from qtool.numerics.kquant import EFFORT, Grid
 from qtool.numerics.kquant_refit import settle
 from qtool.numerics.sweep import STRETCH
@@ -36,7 +36,7 @@ class KQuant(BlockFormat):
         bits: of a code.
         minima: True if groups have minima; without, codes and scales are signed.
         scale_bits: of sc and m.
-        ggml_spread: see `qtool.numerics.kquant.Grid`.
+        ggml_spread: see `qtool.numerics.ggml_search.Kind`.
     """
 
     columns: ClassVar[int] = 256
@@ -72,8 +72,16 @@ class KQuant(BlockFormat):
         """See `Format.fit`."""
         lowest, low, top = (np.float32(end) for end in (self.lowest, *self.limits))
         highest = lowest + np.float32((1 << self.bits) - 1)
-        grid = Grid(self.group, lowest, highest, low, top, self.minima, np.float32(self.ggml_spread))
-        return self.stored(*kquant.search(w, importance, grid, EFFORT[self.search][self.minima]))
+        grid, effort = Grid(self.group, lowest, highest, low, top, self.minima), EFFORT[self.search][self.minima]
+        if self.search == "fast" and not self.minima:
+            return self.stored(*kquant.search(w, importance, grid, effort))
+        ends = (highest, top) if self.minima else (-lowest, -low)
+        kind = Kind(self.group, *ends, self.minima, np.float32(self.ggml_spread))
+        given = torch.ones(w.shape[1]) if importance is None else self.alive(importance)
+        d, dmin, a, b = ggml_search.ggml_scales(w, given, kind, self.columns)
+        theirs = d.half().float(), dmin.half().float(), a, b
+        found = self.stored(*kquant.search(w, importance, grid, effort, theirs))
+        return self.no_worse(found, self.stored(*theirs), w, importance)
 
     def stored(self, d: Tensor, dmin: Tensor, sc: Tensor, m: Tensor) -> Params:
         """Parameters in the types they are stored in. Raises NumericsError: a step is too large for fp16."""
@@ -229,25 +237,6 @@ def common_step(values: Tensor, supers: int, limits: tuple[int, int]) -> tuple[T
         d, multiples = torch.where(found, step, d), torch.where(found, near, multiples)
         missing &= ~found
     return None if missing.any() else (d.squeeze(-1), multiples.flatten(1))
-
-
-def planes(q: Tensor, bits: int, width: int = 32) -> Tensor:
-    """Stacks runs of `width` columns in one another's higher bits.
-
-    uint8 [..., C] below 2^bits -> [..., C * bits / 8]: byte l of a run of 8 / bits * width columns holds columns l,
-    l + width, l + 2 * width, ... from its lowest bits up.
-    """
-    *runs, packed = q.reshape(*q.shape[:-1], -1, 8 // bits, width).unbind(-2)
-    for run in reversed(runs):
-        packed = packed.mul(1 << bits).add_(run)
-    return packed.flatten(-2)
-
-
-def from_planes(packed: Tensor, bits: int, width: int = 32) -> Tensor:
-    """The inverse of `planes`."""
-    places = torch.arange(0, 8, bits, dtype=torch.uint8)
-    runs = packed.reshape(*packed.shape[:-1], -1, 1, width) >> places[:, None] & (1 << bits) - 1
-    return runs.flatten(-3)
 
 
 def sixes(sc: Tensor, m: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class Scaled(Format):
         found = self.largest(w, groups).unsqueeze(-1)
         if importance is None:
             return found
-        return torch.cat([found, minifloat.largest(w * reach(importance, groups), groups).unsqueeze(-1)], dim=-1)
+        return torch.cat([found, minifloat.largest(w, groups, reach(importance, groups)).unsqueeze(-1)], dim=-1)
 
     def in_chunks(self, fit: Callable[[Tensor], Tensor], w: Tensor) -> Tensor:
         """Applies `fit`, float32 [N, C] -> [N, G], to some rows at a time."""

@@ -62,22 +62,29 @@ class SharedExponent(Scaled):
 
     def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
         """See `Format.fit`."""
-        return self._store(self.in_chunks(lambda part: self._wanted(part, importance), w))
+        if self.search not in TRIED:
+            return self._store(self.in_chunks(self._wanted, w))
+        return {"exponent": self.in_chunks(lambda part: self._searched(part, importance), w)}
 
-    def _wanted(self, w: Tensor, importance: Tensor | None) -> Tensor:
-        """Powers of two, float32 [N, C] -> [N, G]; zero for a group of zeros."""
+    def _searched(self, w: Tensor, importance: Tensor | None) -> Tensor:
+        """Exponents of least error, float32 [N, C] -> uint8 [N, G]; 0 for a group of zeros."""
+        groups, fast = w.shape[1] // self.group_columns, self.search == "fast"
+        ends = self.largest(w, groups).unsqueeze(-1) if fast else self.extents(w, importance, groups)
+        around = (ends.view(torch.int32) >> 23) + (self.point - self.grid.exponent)
+        scales = torch.ldexp(torch.ones(LAST + 1), torch.arange(LAST + 1) - (BIAS + self.point))
+        around = around.clamp(0, LAST).to(torch.uint8)
+        found = minifloat.best_code(w, importance, around, scales, TRIED[self.search], self.grid)
+        return torch.where(ends[..., 0] > 0, found, 0)
+
+    def _wanted(self, w: Tensor) -> Tensor:
+        """Powers of two by a rule, float32 [N, C] -> [N, G]; zero for a group of zeros."""
         groups, unit = w.shape[1] // self.group_columns, 2.0**-self.grid.exponent
         if self.search == "up":
             return ceil_power(self.largest(w, groups).double() / self.grid.highest).float()
-        if self.search in ("floor", "even"):
-            largest = self.largest(w, groups)
-            if self.search == "even":
-                largest = largest + floor_power(largest) * self.carry
-            return floor_power(largest) * unit
-        ends = self.extents(w, importance, groups)
-        first, last = TRIED[self.search]
-        tries = floor_power(ends)[..., None] * (unit * 2.0 ** torch.arange(first, last + 1, device=w.device))
-        return minifloat.best_scale(w, importance, tries.flatten(2), self.grid, free=False)
+        largest = self.largest(w, groups)
+        if self.search == "even":
+            largest = largest + floor_power(largest) * self.carry
+        return floor_power(largest) * unit
 
     @property
     def carry(self) -> float:

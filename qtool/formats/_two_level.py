@@ -128,14 +128,9 @@ class TwoLevel(Scaled):
             covering = self.largest(w, groups) / self.grid.highest
             return nonzero(nearest_bits(covering * (1.0 / t)))
         ends = self.extents(w, importance, groups) / self.grid.highest
-        covering = nearest_bits(ends / t).int()
-        first, last = TRIED[self.search]
-        steps = torch.arange(first, last + 1, device=w.device, dtype=torch.int32)
-        tried = (covering[..., None] + steps).clamp(SMALLEST, LARGEST).to(torch.uint8)
-        scale = minifloat.best_scale(
-            w, importance, (local(tried).double() * t).float().flatten(2), self.grid, free=False
-        )
-        return torch.where(ends[..., 0] > 0, nearest_bits(scale / t), EMPTY)
+        values = (local(torch.arange(LARGEST + 1, dtype=torch.uint8)).double() * t).float()
+        found = minifloat.best_code(w, importance, nearest_bits(ends / t), values, TRIED[self.search], self.grid)
+        return torch.where(ends[..., 0] > 0, found, EMPTY)
 
     def join(self, parts: list[Params]) -> Params:
         """See `Format.join`; blocks of a matrix have its scale in common."""

@@ -21,7 +21,8 @@ from qtool.errors import NumericsError
 from qtool.formats._base import Params, expand
 from qtool.formats._ggml import CHUNK, BlockFormat, fp16
 from qtool.numerics.codebook import Codebook
-from qtool.numerics.vector_search import EFFORT, Rule, snap_vectors, vector_scales
+from qtool.numerics.vector_search import EFFORT, Rule, vector_scales
+from qtool.numerics.vector_snap import snap_vectors
 
 BITS = torch.arange(8, dtype=torch.uint8)
 
@@ -73,7 +74,7 @@ class Vector(BlockFormat):
     def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
         """See `Format.fit`."""
         rows = max(1, CHUNK // w.shape[1])
-        common = (self.codebook(), self.columns, self.rule, EFFORT[self.search])
+        common = (self.codebook(), self.columns, self.rule, EFFORT[self.search][self.rule.delta > 0])
         found = [vector_scales(w[i : i + rows], importance, *common) for i in range(0, w.shape[0], rows)]
         d, s, signs = (torch.cat(part) for part in zip(*found, strict=True))
         return self.stored(d, s) | ({"minus": (signs < 0).to(torch.uint8)} if self.rule.delta else {})

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from qtool.formats._base import Params, expand
-from qtool.formats._iq4 import IQ4, from_nibbles, nibbles
+from qtool.formats._iq4 import IQ4
+from qtool.numerics.bits import from_planes, planes
 from qtool.numerics.kquant_refit import settle
 
 LOW_PLACES = torch.tensor([0, 4], dtype=torch.uint8)
@@ -64,7 +65,7 @@ class IQ4_XS(IQ4):  # noqa: N801 - spelled as in ggml
             params["d"].contiguous().view(torch.uint8).view(n, blocks, 2),
             (multipliers >> 4).view(n, blocks, 2, 4).bitwise_left_shift(HIGH_PLACES).sum(-1, dtype=torch.uint8),
             (multipliers & 15).view(n, blocks, 4, 2).bitwise_left_shift(LOW_PLACES).sum(-1, dtype=torch.uint8),
-            nibbles(codes.reshape(n, blocks, 8, 32)).flatten(2),
+            planes(codes.reshape(n, blocks, 8, 32), 4, 16).flatten(2),
         ]
         return torch.cat(parts, dim=-1).flatten(1)
 
@@ -77,4 +78,4 @@ class IQ4_XS(IQ4):  # noqa: N801 - spelled as in ggml
             low[..., None] >> LOW_PLACES & 15
         ).flatten(2)
         params = {"d": d.contiguous().view(torch.float16).squeeze(-1), "multipliers": multipliers.flatten(1)}
-        return from_nibbles(body.reshape(n, -1, 8, 16)).reshape(n, -1), params
+        return from_planes(body.reshape(n, -1, 8, 16), 4, 16).reshape(n, -1), params

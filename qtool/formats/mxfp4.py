@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from qtool.formats._base import Params, expand
-from qtool.formats._fp4 import bit_patterns, from_bit_patterns, nibbles, pack_halves
+from qtool.formats._fp4 import from_bit_patterns, pack_halves
 from qtool.formats._ggml import BlockFormat
 from qtool.formats._shared_exponent import MX
+from qtool.numerics.bits import from_planes
 
 
 class MXFP4(MX, BlockFormat):
@@ -33,9 +34,17 @@ class MXFP4(MX, BlockFormat):
     element: Literal["e2m1"] = "e2m1"
     search: Literal["ggml", "floor", "up", "even", "fast", "default", "thorough"] = "default"  # type: ignore[assignment]
 
-    def _wanted(self, w: Tensor, importance: Tensor | None) -> Tensor:
-        if self.search != "ggml":
-            return super()._wanted(w, importance)
+    def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
+        """See `Format.fit`."""
+        found = super().fit(w, importance)
+        if self.search not in ("default", "thorough"):
+            return found
+        return self.no_worse(found, self._store(self.in_chunks(self._ggml_choice, w)), w, importance)
+
+    def _wanted(self, w: Tensor) -> Tensor:
+        return self._ggml_choice(w) if self.search == "ggml" else super()._wanted(w)
+
+    def _ggml_choice(self, w: Tensor) -> Tensor:
         largest = self.largest(w, w.shape[1] // 32)
         power = largest.double().log2().float().floor()  # a logarithm in float32, as in C, may round up to a whole one
         return torch.where(largest > 0, torch.ldexp(torch.full_like(power, 0.25), power.int()), 0.0)
@@ -51,11 +60,11 @@ class MXFP4(MX, BlockFormat):
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:
         """See `BlockFormat.pack`: the exponent, then byte j with columns j and j + 16."""
-        q = pack_halves(bit_patterns(codes).reshape(len(codes), -1, 32))
+        q = pack_halves(codes.reshape(len(codes), -1, 32))
         return torch.cat([params["exponent"].unsqueeze(-1), q], dim=-1).reshape(len(codes), -1)
 
     def unpack(self, packed: Tensor) -> tuple[Tensor, Params]:
         """See `BlockFormat.unpack`."""
         blocks = packed.reshape(len(packed), -1, self.block_bytes)
-        q = from_bit_patterns(nibbles(blocks[..., 1:]))
+        q = from_bit_patterns(from_planes(blocks[..., 1:], 4, 16))
         return q.reshape(len(packed), -1), {"exponent": blocks[..., 0].contiguous()}

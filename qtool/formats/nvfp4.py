@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from qtool.formats._base import Params, Quantized
-from qtool.formats._fp4 import bit_patterns, from_bit_patterns, nibbles, pack_halves
+from qtool.formats._fp4 import from_bit_patterns, pack_halves
 from qtool.formats._ggml import BlockFormat
 from qtool.formats._two_level import TwoLevel
 from qtool.numerics import minifloat
+from qtool.numerics.bits import from_planes
 
 
 class NVFP4(TwoLevel, BlockFormat):
@@ -53,12 +54,12 @@ class NVFP4(TwoLevel, BlockFormat):
     def pack(self, codes: Tensor, params: Params) -> Tensor:
         """See `BlockFormat.pack`."""
         n = len(codes)
-        q = pack_halves(bit_patterns(codes).reshape(n, -1, 4, 16))
+        q = pack_halves(codes.reshape(n, -1, 4, 16))
         return torch.cat([params["scale"].reshape(n, -1, 4), q.flatten(2)], dim=-1).reshape(n, -1)
 
     def unpack(self, packed: Tensor) -> tuple[Tensor, Params]:
         """See `BlockFormat.unpack`."""
         n = len(packed)
         blocks = packed.reshape(n, -1, self.block_bytes)
-        q = from_bit_patterns(nibbles(blocks[..., 4:].reshape(n, -1, 4, 8)))
+        q = from_bit_patterns(from_planes(blocks[..., 4:].reshape(n, -1, 4, 8), 4, 8))
         return q.reshape(n, -1), {"scale": blocks[..., :4].reshape(n, -1), "tensor": torch.ones(n, 1).double()}

@@ -11,7 +11,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from qtool.formats._base import Params
-from qtool.formats._kquant import KQuant, from_planes, planes
+from qtool.formats._kquant import KQuant
+from qtool.numerics.bits import from_planes, planes
 
 
 class Q2_K(KQuant):  # noqa: N801 - spelled as in ggml

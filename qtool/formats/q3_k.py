@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from qtool.formats._base import Params
-from qtool.formats._kquant import KQuant, from_planes, planes
+from qtool.formats._kquant import KQuant
+from qtool.numerics.bits import from_planes, planes
 
 
 class Q3_K(KQuant):  # noqa: N801 - spelled as in ggml
@@ -28,8 +29,8 @@ class Q3_K(KQuant):  # noqa: N801 - spelled as in ggml
     def pack_block(self, q: Tensor, fields: Params) -> list[Tensor]:
         """See `KQuant.pack_block`. Scale j has its low 4 bits in byte j % 8 and its high 2 bits in byte 8 + j % 4."""
         scales = fields["sc"] + 32
-        packed = torch.cat([planes(scales & 15, 4, 8), planes(scales >> 4, 2, 4)], dim=-1)
-        return [planes(q >> 2, 1), planes(q & 3, 2), packed, fields["d"]]
+        packed = torch.cat([planes(scales, 4, 8), planes(scales, 2, 4, shift=4)], dim=-1)
+        return [planes(q, 1, shift=2), planes(q, 2), packed, fields["d"]]
 
     def unpack_block(self, blocks: Tensor) -> tuple[Tensor, Params]:
         """See `KQuant.unpack_block`."""

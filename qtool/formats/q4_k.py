@@ -11,7 +11,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from qtool.formats._base import Params
-from qtool.formats._kquant import KQuant, from_planes, from_sixes, planes, sixes
+from qtool.formats._kquant import KQuant, from_sixes, sixes
+from qtool.numerics.bits import from_planes, planes
 
 
 class Q4_K(KQuant):  # noqa: N801 - spelled as in ggml

@@ -11,7 +11,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from qtool.formats._base import Params
-from qtool.formats._kquant import KQuant, from_planes, from_sixes, planes, sixes
+from qtool.formats._kquant import KQuant, from_sixes, sixes
+from qtool.numerics.bits import from_planes, planes
 
 
 class Q5_K(KQuant):  # noqa: N801 - spelled as in ggml
@@ -30,7 +31,7 @@ class Q5_K(KQuant):  # noqa: N801 - spelled as in ggml
     def pack_block(self, q: Tensor, fields: Params) -> list[Tensor]:
         """See `KQuant.pack_block`."""
         scales = sixes(fields["sc"], fields["m"])
-        return [fields["d"], fields["dmin"], scales, planes(q >> 4, 1), planes(q & 15, 4)]
+        return [fields["d"], fields["dmin"], scales, planes(q, 1, shift=4), planes(q, 4)]
 
     def unpack_block(self, blocks: Tensor) -> tuple[Tensor, Params]:
         """See `KQuant.unpack_block`."""

@@ -11,7 +11,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from qtool.formats._base import Params
-from qtool.formats._kquant import KQuant, from_planes, planes
+from qtool.formats._kquant import KQuant
+from qtool.numerics.bits import from_planes, planes
 
 
 class Q6_K(KQuant):  # noqa: N801 - spelled as in ggml
@@ -26,7 +27,7 @@ class Q6_K(KQuant):  # noqa: N801 - spelled as in ggml
 
     def pack_block(self, q: Tensor, fields: Params) -> list[Tensor]:
         """See `KQuant.pack_block`."""
-        return [planes(q & 15, 4, 64), planes(q >> 4, 2), fields["sc"], fields["d"]]
+        return [planes(q, 4, 64), planes(q, 2, shift=4), fields["sc"], fields["d"]]
 
     def unpack_block(self, blocks: Tensor) -> tuple[Tensor, Params]:
         """See `KQuant.unpack_block`."""

@@ -15,10 +15,14 @@ from torch import Tensor
 
 from qtool.formats._base import Params
 from qtool.formats._ternary import Ternary
+from qtool.numerics.bits import stack_runs
 
-CUTS, BYTE_CUTS, DIGITS = (160, 240), (32, 48, 52), (5, 5, 4)
-"""A block's three parts: the columns and the bytes where they end, and the codes in a byte."""
-PLACES = torch.tensor([[81], [27], [9], [3], [1]], dtype=torch.int16)
+PARTS = ((0, 160, 32, 5), (160, 240, 16, 5), (240, 256, 4, 4))
+"""A block's three parts: the columns where they begin and end, how far apart those of a byte are, and how many."""
+BYTE_CUTS = (32, 48, 52)
+PLACES = (81, 27, 9, 3, 1)
+POWERS = torch.tensor([[1], [3], [9], [27], [81]], dtype=torch.int16)
+BYTES = ((torch.arange(256) * 256 + 242) // 243).clamp(max=255).to(torch.uint8)
 
 
 class TQ1_0(Ternary):  # noqa: N801 - spelled as in ggml
@@ -29,20 +33,16 @@ class TQ1_0(Ternary):  # noqa: N801 - spelled as in ggml
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:
         """See `BlockFormat.pack`."""
-        blocks = codes.view(len(codes), -1, 256)
-        parts = []
-        for part, digits in zip(blocks.tensor_split(CUTS, dim=-1), DIGITS, strict=True):
-            fields = part.reshape(*blocks.shape[:2], digits, -1).short()
-            values = (fields * PLACES[:digits]).sum(2, dtype=torch.int32)
-            parts.append(((values * 256 + 242) // 243).to(torch.uint8))
-        parts.append(params["d"].contiguous().view(torch.uint8).view(*blocks.shape[:2], 2))
-        return torch.cat(parts, dim=-1).flatten(1)
+        blocks = codes.contiguous().view(-1, 256)
+        parts = [stack_runs(blocks[:, a:b], PLACES[:count], width, BYTES) for a, b, width, count in PARTS]
+        parts.append(params["d"].contiguous().view(torch.uint8).view(-1, 2))
+        return torch.cat(parts, dim=-1).view(len(codes), -1)
 
     def unpack(self, packed: Tensor) -> tuple[Tensor, Params]:
         """See `BlockFormat.unpack`. Bytes that `pack` never writes are read as ggml reads them."""
         *body, d = packed.reshape(len(packed), -1, self.block_bytes).tensor_split(BYTE_CUTS, dim=-1)
         codes = []
-        for part, digits in zip(body, DIGITS, strict=True):
-            shifted = (part[..., None, :].short() * PLACES.flip(0)[:digits]) & 255
+        for part, (*_, count) in zip(body, PARTS, strict=True):
+            shifted = (part[..., None, :].short() * POWERS[:count]) & 255
             codes.append((shifted * 3 >> 8).to(torch.uint8).flatten(2))
         return torch.cat(codes, dim=-1).flatten(1), {"d": d.contiguous().view(torch.float16).squeeze(-1)}

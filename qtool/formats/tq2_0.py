@@ -14,8 +14,7 @@ from torch import Tensor
 from qtool.errors import CheckpointError
 from qtool.formats._base import Params
 from qtool.formats._ternary import Ternary
-
-PLACES = torch.tensor([[0], [2], [4], [6]], dtype=torch.uint8)
+from qtool.numerics.bits import from_planes, planes
 
 
 class TQ2_0(Ternary):  # noqa: N801 - spelled as in ggml
@@ -26,17 +25,16 @@ class TQ2_0(Ternary):  # noqa: N801 - spelled as in ggml
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:
         """See `BlockFormat.pack`."""
-        n, blocks = len(codes), codes.shape[1] // 256
-        fields = codes.view(n, blocks, 2, 4, 32) << PLACES
-        d = params["d"].contiguous().view(torch.uint8).view(n, blocks, 2)
-        return torch.cat([fields.sum(3, dtype=torch.uint8).flatten(2), d], dim=-1).flatten(1)
+        blocks = codes.view(len(codes), -1, 256)
+        d = params["d"].contiguous().view(torch.uint8).view(*blocks.shape[:2], 2)
+        return torch.cat([planes(blocks, 2), d], dim=-1).flatten(1)
 
     def unpack(self, packed: Tensor) -> tuple[Tensor, Params]:
         """See `BlockFormat.unpack`. Raises CheckpointError: codes that are not ternary."""
         n = len(packed)
         blocks = packed.reshape(n, -1, self.block_bytes)
         d = blocks[..., 64:].contiguous().view(torch.float16).squeeze(-1)
-        codes = (blocks[..., :64].reshape(n, -1, 2, 1, 32) >> PLACES & 3).reshape(n, -1)
+        codes = from_planes(blocks[..., :64], 2).reshape(n, -1)
         if bool((codes == 3).any()):
             raise CheckpointError("a TQ2_0 tensor holds codes that are not ternary", wanted="0, 1 or 2", found=3)
         return codes, {"d": d}

@@ -13,9 +13,15 @@ Shape letters: K fields of a row, b bits of a field.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 from torch.nn.functional import pad
+
+from qtool.numerics.parallel import over_rows
+
+EVERY, ONES = torch.arange(256, dtype=torch.uint8), 0x01010101
 
 
 def pack(fields: Tensor, bits: int) -> Tensor:
@@ -70,6 +76,68 @@ def pack_words(fields: Tensor, bits: int) -> Tensor:
 def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
     """Inverse of `pack_words`: int32 [..., ceil(count * bits / 32)] -> uint8 [..., count]."""
     return unpack(_recast(words, torch.uint8), bits, count)
+
+
+@njit(nogil=True, cache=True)
+def run_rows(q, shift, mask, places, table, width, packed, start, stop):  # type: ignore[no-untyped-def]
+    """Fills packed uint8 [N, bytes] for rows start to stop of q [N, words], four columns a word; see `stack_runs`."""
+    for n in range(start, stop):
+        for run in range(packed.shape[1] // (4 * width)):
+            for i in range(width):
+                total, first = np.uint32(0), run * len(places) * width + i
+                for k in range(len(places)):
+                    total += np.uint32(np.uint32(np.uint32(q[n, first + k * width] >> shift) & mask) * places[k])
+                for lane in range(4):
+                    byte = np.uint8(np.uint32(total >> np.uint32(8 * lane)) & np.uint32(255))
+                    packed[n, 4 * (run * width + i) + lane] = table[byte]
+
+
+def stack_runs(
+    q: Tensor, places: tuple[int, ...], width: int, table: Tensor = EVERY, field: tuple[int, int] = (0, 255)
+) -> Tensor:
+    """Makes one byte of columns that lie `width` apart: `table[sum of place * field of q]`.
+
+    Args:
+        q: uint8 [N, C], rows contiguous.
+        places: what the fields of the first, second, ... of such columns count; no sum may exceed 255.
+        width: of a run, a multiple of 4.
+        table: uint8 [256].
+        field: where it begins in a code, and a mask of its bits.
+
+    Returns:
+        uint8 [N, C / places]: byte l of a run of places * width columns holds columns l, l + width, l + 2 * width, ...
+    """
+    words, (shift, mask) = q.numpy().view(np.uint32), (np.uint32(number) for number in (field[0], field[1] * ONES))
+    packed = np.empty((len(q), q.shape[1] // len(places)), np.uint8)
+    arrays = words, shift, mask, tuple(map(np.uint32, places)), table.numpy(), width // 4, packed
+    over_rows(lambda a, b: run_rows(*arrays, a, b), len(q))
+    return torch.from_numpy(packed)
+
+
+def planes(q: Tensor, bits: int, width: int = 32, shift: int = 0) -> Tensor:
+    """Stacks runs of `width` columns in one another's higher bits.
+
+    Args:
+        q: uint8 [..., C].
+        bits: of a field: 1, 2 or 4.
+        width: of a run, a multiple of 4.
+        shift: where a field begins in a code.
+
+    Returns:
+        uint8 [..., C * bits / 8]: byte l of a run of 8 / bits * width columns holds columns l, l + width, and so on,
+        from its lowest bits up.
+    """
+    places = tuple(1 << place for place in range(0, 8, bits))
+    rows = q.contiguous().view(-1, q.shape[-1])
+    packed = stack_runs(rows, places, width, field=(shift, (1 << bits) - 1))
+    return packed.view(*q.shape[:-1], -1)
+
+
+def from_planes(packed: Tensor, bits: int, width: int = 32) -> Tensor:
+    """The inverse of `planes`."""
+    places = torch.arange(0, 8, bits, dtype=torch.uint8)
+    runs = packed.reshape(*packed.shape[:-1], -1, 1, width) >> places[:, None] & (1 << bits) - 1
+    return runs.flatten(-3)
 
 
 def _recast(x: Tensor, dtype: torch.dtype) -> Tensor:

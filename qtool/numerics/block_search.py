@@ -2,10 +2,8 @@
 
     w_hat = d * l + m        levels l are consecutive integers; d and m fp16, m is 0 where a type has none
 
-Every block takes the best of ggml's own choices, without importance and with it (https://github.com/ggml-org/llama.cpp),
-and of a wider sweep over clipping ratios that is closed by least squares; from there codes and parameters alternate.
-Without m the sweep makes ggml's trials as well, and least squares for the true importance are never worse than ggml's,
-which counts large weights for more.
+Every block takes the better of ggml's choice without importance (https://github.com/ggml-org/llama.cpp), and of a wider
+sweep over clipping ratios that is closed by least squares; from there codes and parameters alternate.
 
 Shape letters: N rows, C columns, G blocks of a row, T trials of a sweep.
 """
@@ -19,12 +17,10 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from qtool.numerics import ggml_search
-from qtool.numerics.ggml_search import F32, FAST
 from qtool.numerics.kquant import FLOOR, group_error, moments
 from qtool.numerics.parallel import over_rows
-from qtool.numerics.search import prepared
-from qtool.numerics.sweep import free_offset, free_scale, half, offset_trials, signed_trials
+from qtool.numerics.search import FAST, prepared
+from qtool.numerics.sweep import F32, free_offset, free_scale, half, offset_trials, signed_trials
 
 WIDTH = 32
 
@@ -92,15 +88,6 @@ def closed_form(x, weight, scale, offset, grid):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def mean_square(x):  # type: ignore[no-untyped-def]
-    """Of a row [C]."""
-    total = F32(0)
-    for j in range(len(x)):
-        total += x[j] * x[j]
-    return total / F32(len(x))
-
-
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def swept(x, weight, reach, near, grid, table, sums):  # type: ignore[no-untyped-def]
     """(scale, offset) of our own sweep."""
     if grid.minima:
@@ -112,30 +99,26 @@ def swept(x, weight, reach, near, grid, table, sums):  # type: ignore[no-untyped
 @njit(nogil=True, cache=True, error_model="numpy")
 def search_rows(x, weight, reach, grid, effort, table, scale, offset, start, stop):  # type: ignore[no-untyped-def]
     """Fills scale, offset [N, G] for rows start to stop. x [N, C], weight and reach [C], table [2, T]."""
-    w, sums = np.empty(WIDTH, F32), np.empty((4, table.shape[1]), F32)
+    sums = np.empty((4, table.shape[1]), F32)
     for n in range(start, stop):
-        mean = mean_square(x[n]) if grid.minima else F32(0)
         for g in range(x.shape[1] // WIDTH):
             part = slice(g * WIDTH, (g + 1) * WIDTH)
-            xg, wg, least = x[n, part], weight[part], F32(np.inf)
-            for attempt in range(3 + effort.rounds if table.shape[1] else 1):
+            xg, wg = x[n, part], weight[part]
+            scale[n, g], offset[n, g] = plain(xg, grid)
+            if table.shape[1] == 0:
+                continue
+            scale[n, g], offset[n, g] = half(scale[n, g]), half(offset[n, g])
+            least = group_error(xg, wg, scale[n, g], offset[n, g], grid.lowest, grid.highest)
+            for attempt in range(1 + effort.rounds):
                 if attempt == 0:
-                    s, o = plain(xg, grid)
-                elif attempt == 1:
-                    if not grid.minima:
-                        continue  # the sweep makes ggml's trials too
-                    ggml_search.weights(xg, wg, mean, w)
-                    s, o = ggml_search.scale_and_minimum(xg, w, grid.highest)
-                    o = -o
-                elif attempt == 2:
                     s, o = swept(xg, wg, reach[part], effort.near, grid, table, sums)
                 else:
                     s, o = closed_form(xg, wg, scale[n, g], offset[n, g], grid)
                 s, o = half(s), half(o)
                 found = group_error(xg, wg, s, o, grid.lowest, grid.highest)
-                if attempt == 0 or found < least:
+                if found < least:
                     least, scale[n, g], offset[n, g] = found, s, o
-                elif attempt > 2:
+                elif attempt > 0:
                     break
 
 
@@ -149,7 +132,7 @@ def search(x: Tensor, importance: Tensor | None, grid: Grid, effort: Effort) -> 
         effort: how hard to search.
 
     Returns:
-        (d, m), float32 [N, G] with values of fp16, on the device of x.
+        (d, m), float32 [N, G], on the device of x.
     """
     values, weight, reach = prepared(x, importance, WIDTH)
     weight = np.maximum(weight, np.float32(FLOOR))

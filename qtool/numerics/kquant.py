@@ -9,7 +9,7 @@ Per super-block the search minimizes sum_j importance_j (w_j - w_hat_j)^2 over e
    group's error once the minimum has followed; then the same for dmin and the minima that have followed.
 3. (d, dmin) by least squares for the codes found, then every group's (a, b) among its neighbours with codes rounded
    anew, and so on while the error falls.
-4. ggml's own search for the same importance; where its result is still better, step 3 goes on from there.
+4. Where ggml's result (`qtool.numerics.ggml_search`) is still better, step 3 goes on from there.
 
 ggml (https://github.com/ggml-org/llama.cpp) does a narrower step 1, rounds the parameters once and never looks back.
 
@@ -25,23 +25,17 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from qtool.numerics import ggml_search
-from qtool.numerics.ggml_search import F32, FAST
 from qtool.numerics.parallel import over_rows
-from qtool.numerics.search import prepared
-from qtool.numerics.sweep import (
-    free_offset,
-    free_scale,
-    ggml_scale,
-    half,
-    offset_trials,
-    shared_step,
-    signed_trials,
-)
+from qtool.numerics.search import FAST, prepared
+from qtool.numerics.sweep import F32, free_offset, free_scale, half, offset_trials, shared_step, signed_trials
 
 SUPER = 256
 FLOOR = 1e-5
 """Least importance of a column relative to its super-block's mean, so that groups on dead inputs stay sane."""
+
+
+Found = tuple[Tensor, Tensor, Tensor, Tensor]
+"""d, dmin, a, b; see `search`."""
 
 
 class Grid(NamedTuple):
@@ -52,7 +46,6 @@ class Grid(NamedTuple):
         lowest, highest: first and last level.
         low, top: range of the integers a (and b, where there are minima).
         minima: whether groups have them.
-        spread: ggml weighs an error by importance * sqrt(spread * mean(x^2) + x^2); -1: by importance alone.
     """
 
     width: int
@@ -61,7 +54,6 @@ class Grid(NamedTuple):
     low: np.float32
     top: np.float32
     minima: bool
-    spread: np.float32
 
 
 class Effort(NamedTuple):
@@ -117,8 +109,8 @@ def moments(x, weight, scale, offset, lowest, highest):  # type: ignore[no-untyp
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def own_start(x, weight, reach, near, grid, table, sums, a, b, f):  # type: ignore[no-untyped-def]
-    """Steps 1 and 2: fills a, b [G], returns (d, dmin). f [6, G]: scratch, the last row the scales that ggml takes."""
-    scale, offset, curvature, level, total, ggml = f[0], f[1], f[2], f[3], f[4], f[5]
+    """Steps 1 and 2: fills a, b [G], returns (d, dmin). f [5, G] is scratch."""
+    scale, offset, curvature, level, total = f[0], f[1], f[2], f[3], f[4]
     for g in range(len(a)):
         xg, wg = x[g * grid.width : (g + 1) * grid.width], weight[g * grid.width : (g + 1) * grid.width]
         rg = reach[g * grid.width : (g + 1) * grid.width]
@@ -127,39 +119,13 @@ def own_start(x, weight, reach, near, grid, table, sums, a, b, f):  # type: igno
                 xg, wg, rg, near, F32(0), table, grid.highest, sums
             )
         else:
-            scale[g], curvature[g], ggml[g] = free_scale(xg, wg, rg, near, table, grid.lowest, grid.highest, sums)
+            scale[g], curvature[g] = free_scale(xg, wg, rg, near, table, grid.lowest, grid.highest, sums)
     d = shared_step(scale, curvature, grid.low, grid.top, a)
     if not grid.minima:
         return d, F32(0)
     for g in range(len(a)):
         offset[g] = -min(offset[g] + level[g] * (scale[g] - d * a[g]), F32(0))
     return d, shared_step(offset, total, grid.low, grid.top, b)
-
-
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def ggml_start(x, weight, grid, table, sums, a, b, f, w):  # type: ignore[no-untyped-def]
-    """ggml's search: fills a, b [G], returns (d, dmin). f [6, G], as `own_start` left it, and w [C] are scratch."""
-    scale, minimum, total = f[5], f[1], f[4]
-    mean = F32(0)
-    for j in range(len(x)):
-        mean += x[j] * x[j]
-    mean *= grid.spread / F32(len(x))
-    if grid.spread < 0:  # the sweep was ggml's too, and its step is not searched
-        extreme = ggml_search.extreme_of(scale)
-        for g in range(len(a)):
-            a[g] = min(np.rint(scale[g] * grid.low / extreme), grid.top) if extreme != 0 else F32(0)
-        return half(extreme / grid.low), F32(0)
-    for g in range(len(a)):
-        xg, wg = x[g * grid.width : (g + 1) * grid.width], w[g * grid.width : (g + 1) * grid.width]
-        total[g] = ggml_search.weights(xg, weight[g * grid.width : (g + 1) * grid.width], mean, wg)
-        if grid.minima:
-            scale[g], minimum[g] = ggml_search.scale_and_minimum(xg, wg, grid.highest)
-        else:
-            scale[g] = ggml_scale(xg, wg, table, grid.lowest, grid.highest, sums)
-    if grid.minima:
-        d = half(ggml_search.positive_step(scale, total, grid.top, a))
-        return d, half(ggml_search.positive_step(minimum, total, grid.top, b))
-    return half(ggml_search.signed_step(scale, total, grid.low, a)), F32(0)
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
@@ -218,7 +184,7 @@ def move_integers(x, weight, grid, d, dmin, a, b, error, distance):  # type: ign
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def improve(x, weight, grid, d, dmin, a, b, f, rounds, distance):  # type: ignore[no-untyped-def]
-    """Step 3: updates a, b [G], returns (d, dmin, error). The first rows of f [6, G] are scratch."""
+    """Step 3: updates a, b [G], returns (d, dmin, error). The first rows of f [5, G] are scratch."""
     error, other = f[0], f[1]
     total = errors(x, weight, grid, d, dmin, a, b, error)
     for _ in range(rounds):
@@ -233,20 +199,25 @@ def improve(x, weight, grid, d, dmin, a, b, f, rounds, distance):  # type: ignor
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def search_rows(x, weight, reach, grid, effort, table, d, dmin, a, b, start, stop):  # type: ignore[no-untyped-def]
-    """Fills d, dmin [N, S] and a, b [N, S * G], float32, for rows start to stop. x [N, C], weight and reach [C]."""
+def search_rows(x, weight, reach, grid, effort, table, other, d, dmin, a, b, start, stop):  # type: ignore[no-untyped-def]
+    """Fills d, dmin [N, S] and a, b [N, S * G], float32, for rows start to stop. x [N, C], weight and reach [C].
+
+    other: another result in the same four arrays, or empty ones.
+    """
     groups = SUPER // grid.width
-    c, f, w = np.zeros((2, groups), F32), np.empty((6, groups), F32), np.empty(SUPER, F32)
+    c, f = np.zeros((2, groups), F32), np.empty((5, groups), F32)
     sums = np.empty((4, table.shape[1]), F32)
     for n in range(start, stop):
         for s in range(x.shape[1] // SUPER):
             xs, ws = x[n, s * SUPER : (s + 1) * SUPER], weight[s * SUPER : (s + 1) * SUPER]
             rs, least = reach[s * SUPER : (s + 1) * SUPER], F32(np.inf)
-            for attempt in range(2):
+            for attempt in range(2 if len(other[0]) else 1):
                 if attempt == 0:
                     p, q = own_start(xs, ws, rs, effort.near, grid, table, sums, c[0], c[1], f)
                 else:
-                    p, q = ggml_start(xs, ws, grid, table, sums, c[0], c[1], f, w)
+                    p, q = other[0][n, s], other[1][n, s]
+                    for g in range(groups):
+                        c[0, g], c[1, g] = other[2][n, s * groups + g], other[3][n, s * groups + g]
                     if errors(xs, ws, grid, p, q, c[0], c[1], f[0]) >= least:
                         break
                 p, q, least = improve(xs, ws, grid, p, q, c[0], c[1], f, effort.rounds, effort.distance)
@@ -255,7 +226,7 @@ def search_rows(x, weight, reach, grid, effort, table, d, dmin, a, b, start, sto
                     a[n, s * groups + g], b[n, s * groups + g] = c[0, g], c[1, g]
 
 
-def search(x: Tensor, importance: Tensor | None, grid: Grid, effort: Effort) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def search(x: Tensor, importance: Tensor | None, grid: Grid, effort: Effort, other: Found | None = None) -> Found:
     """Parameters of all super-blocks.
 
     Args:
@@ -263,6 +234,7 @@ def search(x: Tensor, importance: Tensor | None, grid: Grid, effort: Effort) -> 
         importance: float32 [C] or None.
         grid: the block type.
         effort: how hard to search.
+        other: somebody else's result, from which the search goes on where it is the better start.
 
     Returns:
         (d, dmin, float32 [N, S] with values of fp16; a, b, float32 [N, S * G] with integer values), on the device of x.
@@ -271,7 +243,9 @@ def search(x: Tensor, importance: Tensor | None, grid: Grid, effort: Effort) -> 
     weight = np.maximum(weight, np.float32(FLOOR))
     supers, groups = x.shape[1] // SUPER, x.shape[1] // grid.width
     found = [np.zeros((x.shape[0], entries), np.float32) for entries in (supers, supers, groups, groups)]
+    starts = tuple(p.cpu().numpy() for p in other or (torch.empty(0, 0),) * len(found))
     trials = offset_trials(int(grid.highest), effort.trials)
     table = trials if grid.minima else signed_trials(int(grid.lowest), effort.trials)
-    over_rows(lambda p, q: search_rows(values, weight, reach, grid, effort, table, *found, p, q), len(values))
-    return tuple(torch.from_numpy(p).to(x.device) for p in found)  # type: ignore[return-value]
+    over_rows(lambda p, q: search_rows(values, weight, reach, grid, effort, table, starts, *found, p, q), len(values))
+    d, dmin, a, b = (torch.from_numpy(p).to(x.device) for p in found)
+    return d, dmin, a, b

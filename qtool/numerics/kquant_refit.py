@@ -17,9 +17,9 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from qtool.numerics.ggml_search import F32, FAST
 from qtool.numerics.parallel import over_rows
-from qtool.numerics.sweep import half
+from qtool.numerics.search import FAST
+from qtool.numerics.sweep import F32, half
 
 SWEEPS = 8
 

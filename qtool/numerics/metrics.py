@@ -1,14 +1,18 @@
 """How far a quantized matrix is from the original, as signal over error in decibels: 6.02 dB is one bit.
 
-Shape letters: N output features, K input features.
+Shape letters: N output features, K input features, S blocks of a row.
 """
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
+
+from qtool.numerics.parallel import over_rows
 
 
 def all_finite(x: Tensor) -> bool:
@@ -34,3 +38,35 @@ def ratio_db(signal: float, error: float) -> float:
     if error <= 0:
         return math.inf
     return 10 * math.log10(signal / error) if signal > 0 else -math.inf
+
+
+@njit(nogil=True, cache=True)
+def block_error_rows(w, w_hat, importance, errors, start, stop):  # type: ignore[no-untyped-def]
+    """Fills errors [N, S] for rows start to stop."""
+    width = w.shape[1] // errors.shape[1]
+    for n in range(start, stop):
+        for s in range(errors.shape[1]):
+            total = 0.0
+            for k in range(s * width, (s + 1) * width):
+                error = np.float64(w_hat[n, k]) - np.float64(w[n, k])
+                total += np.float64(importance[k]) * error * error
+            errors[n, s] = total
+
+
+def block_errors(w: Tensor, w_hat: Tensor, importance: Tensor | None, blocks: int) -> Tensor:
+    """Weighted squared error of every block of a row, summed in 64 bits.
+
+    Args:
+        w: float32 [N, K].
+        w_hat: float32 [N, K], what a runtime decodes.
+        importance: float32 [K] or None.
+        blocks: S.
+
+    Returns:
+        float64 [N, S], on the device of w.
+    """
+    weight = torch.ones(w.shape[1]) if importance is None else importance.float()
+    errors = np.empty((len(w), blocks))
+    arrays = [t.contiguous().cpu().numpy() for t in (w, w_hat, weight)]
+    over_rows(lambda a, b: block_error_rows(*arrays, errors, a, b), len(errors))
+    return torch.from_numpy(errors).to(w.device)

@@ -26,7 +26,8 @@ from torch import Tensor
 from qtool.numerics.parallel import over_rows
 from qtool.numerics.search import FAST, prepared
 
-EXPONENT = np.int32(0x7F800000)
+EXPONENT, SIZE = np.int32(0x7F800000), np.int32(0x7FFFFFFF)
+"""Bits of a float32: of its exponent, and all but its sign."""
 
 
 class Grid(NamedTuple):
@@ -95,22 +96,27 @@ def nearest_power(x: Tensor) -> Tensor:
 
 
 @njit(nogil=True, cache=True, inline="always")
-def nearest_code(y, smallest, mantissa):  # type: ignore[no-untyped-def]
-    """(steps from zero to the number nearest to y >= 0, its value); ties go to the even multiple of the step."""
-    power = max(np.float32(y).view(np.int32) & EXPONENT, smallest)
-    step = np.int32(power - (mantissa << 23)).view(np.float32)
-    inverse = np.int32(np.int32(254 << 23) - power + (mantissa << 23)).view(np.float32)
-    steps = np.rint(y * inverse)
-    return (((power - smallest) >> 23) << mantissa) + np.int32(steps), steps * step
+def power_of(y, smallest):  # type: ignore[no-untyped-def]
+    """Bits of the power of two that the step at y >= 0 belongs to."""
+    return np.int32(max(np.int32(np.float32(y).view(np.int32) & EXPONENT), smallest))
+
+
+@njit(nogil=True, cache=True, inline="always")
+def inverse_step(power, mantissa):  # type: ignore[no-untyped-def]
+    """One over the distance of levels from a power of two on."""
+    return np.int32(np.int32(np.int32(254 << 23) - power) + np.int32(mantissa << 23)).view(np.float32)
 
 
 @njit(nogil=True, cache=True, fastmath={"nnan", "nsz", "contract"})
 def round_group(v, s, smallest, mantissa, highest, center, codes):  # type: ignore[no-untyped-def]
-    """Fills codes with the indices of the levels nearest to v / s."""
+    """Fills codes with the indices of the levels nearest to v / s; ties go to the even multiple of the step."""
     for j in range(len(v)):
         y = v[j] / s
-        code, _ = nearest_code(min(abs(y), highest), smallest, mantissa)
-        codes[j] = np.uint8(center - code if y < 0 else center + code)
+        size = min(abs(y), highest)
+        power = power_of(size, smallest)
+        whole = np.int32(np.int32(power - smallest) >> np.int32(23 - mantissa))
+        code = np.int32(whole + np.int32(np.rint(size * inverse_step(power, mantissa))))
+        codes[j] = np.uint8(np.int32(center - code) if y < 0 else np.int32(center + code))
 
 
 @njit(nogil=True, cache=True)
@@ -127,6 +133,22 @@ def round_rows(x, scale, smallest, mantissa, highest, center, codes, start, stop
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
+def products(v, weight, inverse, smallest, mantissa, highest):  # type: ignore[no-untyped-def]
+    """Sums of weight x level and of weight level^2 of a group, in units of a scale whose inverse is given."""
+    xl, ll = np.float32(0.0), np.float32(0.0)
+    for j in range(len(v)):
+        size = abs(v[j]) * inverse
+        clipped = min(size, highest)
+        power = power_of(clipped, smallest)
+        step = np.int32(power - np.int32(mantissa << 23)).view(np.float32)
+        level = np.rint(clipped * inverse_step(power, mantissa)) * step
+        weighed = weight[j] * level
+        xl += weighed * size
+        ll += weighed * level
+    return xl, ll
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
 def score_rows(x, importance, tries, free, smallest, mantissa, highest, scale, start, stop):  # type: ignore[no-untyped-def]
     """Fills scale [N, G] with the best of tries [N, G, S] for rows start to stop. x [N, C]; importance [C].
 
@@ -137,44 +159,65 @@ def score_rows(x, importance, tries, free, smallest, mantissa, highest, scale, s
         for g in range(scale.shape[1]):
             v, weight = x[n, g * width : (g + 1) * width], importance[g * width : (g + 1) * width]
             best, scale[n, g] = np.float32(-1.0), tries[n, g, 0]
-            unit = max(tries[n, g, 0], np.float32(1e-37))  # squares of small weights would be zero
             for i in range(tries.shape[2]):
-                s = tries[n, g, i] / unit
-                if s == 0:
+                s = tries[n, g, i]
+                repeated = s == 0
+                for k in range(i):
+                    repeated |= tries[n, g, k] == s
+                if repeated:
                     continue
-                inverse = np.float32(1.0) / tries[n, g, i]
-                xl, ll = np.float32(0.0), np.float32(0.0)
-                for j in range(width):
-                    size = abs(v[j])
-                    _, level = nearest_code(min(size * inverse, highest), smallest, mantissa)
-                    xl += weight[j] * (size / unit) * level
-                    ll += weight[j] * level * level
-                if free and ll > 0:
-                    s = xl / ll
-                gain = s * (np.float32(2.0) * xl - s * ll)
+                xl, ll = products(v, weight, np.float32(1.0) / s, smallest, mantissa, highest)
+                ratio = s / max(tries[n, g, 0], np.float32(1e-37))  # squares of small weights would be zero
+                moved = xl / ll if free and ll > 0 else np.float32(1.0)
+                gain = ratio * ratio * moved * (np.float32(2.0) * xl - moved * ll)
                 if gain > best:
-                    best, scale[n, g] = gain, s * unit if free else tries[n, g, i]
+                    best, scale[n, g] = gain, s * moved if free else s
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def code_rows(x, importance, ends, values, steps, smallest, mantissa, highest, found, start, stop):  # type: ignore[no-untyped-def]
+    """Fills found uint8 [N, G] with the code of the best scale for rows start to stop; see `best_code`."""
+    width, most = x.shape[1] // found.shape[1], len(values) - 1
+    for n in range(start, stop):
+        for g in range(found.shape[1]):
+            v, weight = x[n, g * width : (g + 1) * width], importance[g * width : (g + 1) * width]
+            best, tried, unit = np.float32(-1.0), 0, values[min(max(np.int64(ends[n, g, 0]), 1), most)]
+            for e in range(ends.shape[2] - 1, -1, -1):  # from the smaller end on
+                end = np.int64(ends[n, g, e])
+                for code in range(max(end + steps[0], tried + 1), min(end + steps[1], most) + 1):
+                    tried, ratio = code, values[code] / unit
+                    xl, ll = products(v, weight, np.float32(1.0) / values[code], smallest, mantissa, highest)
+                    gain = ratio * ratio * (np.float32(2.0) * xl - ll)
+                    if gain > best:
+                        best, found[n, g] = gain, code
 
 
 @njit(nogil=True, cache=True)
-def largest_rows(bits, largest, start, stop):  # type: ignore[no-untyped-def]
-    """Fills largest int32 [N, G] for rows start to stop. bits [N, C]: float32 taken as integers, which sort alike."""
-    width = bits.shape[1] // largest.shape[1]
+def largest_rows(x, factor, largest, start, stop):  # type: ignore[no-untyped-def]
+    """Fills largest int32 [N, G], float32 taken as integers, which sort alike, for rows start to stop of x [N, C]."""
+    width = x.shape[1] // largest.shape[1]
+    scaled = np.empty(x.shape[1], np.float32)
+    bits = scaled.view(np.int32)
     for n in range(start, stop):
+        for j in range(x.shape[1]):
+            scaled[j] = x[n, j] * factor[j]
         for g in range(largest.shape[1]):
-            v, found = bits[n, g * width : (g + 1) * width], np.int32(0)
+            v, found = bits[g * width : (g + 1) * width], np.int32(0)
             for j in range(width):
-                found = max(found, v[j] & np.int32(0x7FFFFFFF))
+                found = max(found, v[j] & SIZE)
             largest[n, g] = found
 
 
-def largest(x: Tensor, groups: int) -> Tensor:
-    """Largest magnitude of each group, NaN if it holds one: float32 [N, C] -> [N, G]."""
+def largest(x: Tensor, groups: int, factor: Tensor | None = None) -> Tensor:
+    """Largest magnitude of each group, NaN if it holds one, times a factor of the column, [C].
+
+    float32 [N, C] -> [N, G].
+    """
     if x.device.type != "cpu":
-        return x.abs().view(len(x), groups, -1).amax(-1)
-    bits = x.contiguous().view(torch.int32).numpy()
-    found = np.empty((len(x), groups), np.int32)
-    over_rows(lambda a, b: largest_rows(bits, found, a, b), len(bits))
+        return (x if factor is None else x * factor).abs().view(len(x), groups, -1).amax(-1)
+    factors = np.ones(x.shape[1], np.float32) if factor is None else factor.contiguous().numpy()
+    values, found = x.contiguous().numpy(), np.empty((len(x), groups), np.int32)
+    over_rows(lambda a, b: largest_rows(values, factors, found, a, b), len(values))
     return torch.from_numpy(found).view(torch.float32)
 
 
@@ -210,4 +253,28 @@ def best_scale(x: Tensor, importance: Tensor | None, tries: Tensor, grid: Grid, 
     candidates = tries.contiguous().cpu().numpy()
     numbers = np.int32((grid.smallest + 127) << 23), np.int32(grid.mantissa), np.float32(grid.highest)
     over_rows(lambda a, b: score_rows(values, weight, candidates, free, *numbers, found, a, b), len(values))
+    return torch.from_numpy(found).to(x.device)
+
+
+def best_code(
+    x: Tensor, importance: Tensor | None, ends: Tensor, values: Tensor, steps: tuple[int, int], grid: Grid
+) -> Tensor:
+    """The code of the scale with the least weighted squared error, of those around some.
+
+    Args:
+        x: float32 [N, C].
+        importance: float32 [C] or None.
+        ends: uint8 [N, G, 1 or 2], descending: codes to look around.
+        values: float32 [codes], scales, ascending; the first is never taken.
+        steps: the first and the last code that are tried, relative to each end.
+        grid: levels to round to.
+
+    Returns:
+        uint8 [N, G].
+    """
+    weighed, weight, _ = prepared(x, importance, x.shape[1] // ends.shape[1])
+    found = np.ones(tuple(ends.shape[:2]), np.uint8)
+    arrays = ends.contiguous().cpu().numpy(), values.numpy(), steps
+    numbers = np.int32((grid.smallest + 127) << 23), np.int32(grid.mantissa), np.float32(grid.highest)
+    over_rows(lambda a, b: code_rows(weighed, weight, *arrays, *numbers, found, a, b), len(found))
     return torch.from_numpy(found).to(x.device)

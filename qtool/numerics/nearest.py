@@ -30,14 +30,14 @@ def workspace(tables: Tables) -> tuple[np.ndarray, np.ndarray, tuple[tuple[np.nd
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, forceinline=True)
-def sizes(x, weight, a, scale, shift, signed, even, size, pull):  # type: ignore[no-untyped-def]
+def sizes(x, weight, a, scale, offset, signed, even, size, pull):  # type: ignore[no-untyped-def]
     """Fills size [span] with what magnitudes are to meet from x[a] on, pull with weight times that.
 
     Returns whether the number of minus signs is odd where it has to be even.
     """
     odd = False
     for j in range(len(size)):
-        d = x[a + j] - scale * shift
+        d = x[a + j] - offset
         odd ^= d * scale < 0
         size[j] = abs(d) if signed else d
         pull[j] = weight[a + j] * size[j]
@@ -61,17 +61,16 @@ def close_entry(size, pull, weight, a, at, scale, middles, close, values, lanes,
     best, found = np.float32(np.inf), max(entry, -1 - entry)
     for k in range(count):
         entry = found if k == 0 else np.int64(close[key, k])
-        up, down = np.float32(0.0), np.float32(0.0)
+        cost = np.float32(0.0)
         for j in range(width):
             value = values[entry, j]
-            up += pull[at + j] * value
-            down += weight[a + at + j] * value * value
+            cost += value * (scale * weight[a + at + j] * value - 2 * pull[at + j])
         if flip:
             least = NEVER
             for j in range(width):
                 least = min(least, pull[at + j] * values[entry, j])
-            up -= 2 * least
-        cost = scale * (scale * down - 2 * up)
+            cost += 4 * least
+        cost *= scale
         if cost < best:
             best, found = cost, entry
     return found
@@ -84,21 +83,26 @@ def close_products(x, weight, a, scale, shift, middles, close, values, lanes, si
     scale >= 0; size, pull [span] are memory.
     """
     width = len(lanes)
-    flip = sizes(x, weight, a, scale, shift, signed, even, size, pull)
+    flip = sizes(x, weight, a, scale, scale * shift, signed, even, size, pull)
     xl, ll, least = np.float32(0.0), np.float32(0.0), NEVER
     for at in range(0, len(size), width):
         entry = close_entry(
             size, pull, weight, a, at, scale, middles, close, values, lanes, count, flip and len(size) == width
         )
+        if shift != 0:
+            for j in range(width):
+                value = values[entry, j] + shift
+                weighed = weight[a + at + j] * value
+                xl += weighed * x[a + at + j]
+                ll += weighed * value
+            continue
         for j in range(width):
             value = values[entry, j]
-            gain = pull[at + j] * value
-            least = min(least, gain)
-            if shift != 0:
-                value += shift
-                gain = weight[a + at + j] * x[a + at + j] * value
-            xl += gain
+            xl += pull[at + j] * value
             ll += weight[a + at + j] * value * value
+        if flip:
+            for j in range(width):
+                least = min(least, pull[at + j] * values[entry, j])
     return (xl - 2 * least if flip else xl), ll
 
 
@@ -199,30 +203,26 @@ def exact_entry(x, weight, scale, flip, tables, work):  # type: ignore[no-untype
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def nearest(x, weight, scale, tables, count, memory, codes):  # type: ignore[no-untyped-def]
-    """Fills codes [span] with the allowed ones of least weighted squared error, or the best of `count` close ones.
+def nearest(x, weight, scale, tables, memory, codes):  # type: ignore[no-untyped-def]
+    """Fills codes [span] with the allowed ones of least weighted squared error.
 
-    x, weight [span]; scale of the levels; count 0 is exact; memory: see `workspace`.
+    x, weight [span]; scale of the levels; memory: see `workspace`.
     """
     size, pull, work = memory
     width, span = tables.entries.shape[1], len(x)
     positive = abs(scale) if tables.signed else scale
     odd = sizes(x, weight, 0, scale, np.float32(0.0), tables.signed, tables.even, size, pull)
     alone = odd and span == width
-    middles, close, values = tables.middles, tables.close, tables.values
     more, flip_at, flip_entry = NEVER, 0, 0
     for a in range(0, span, width):
         part = slice(a, a + width)
-        if count:
-            entry = close_entry(size, pull, weight, 0, a, positive, middles, close, values, tables.lanes, count, alone)
-        else:
-            entry, cost = exact_entry(x[part], weight[part], positive, alone, tables, work)
-            if odd and not alone:
-                flipped, flipped_cost = exact_entry(x[part], weight[part], positive, True, tables, work)
-                if flipped_cost - cost < more:
-                    more, flip_at, flip_entry = flipped_cost - cost, a, flipped
+        entry, cost = exact_entry(x[part], weight[part], positive, alone, tables, work)
+        if odd and not alone:
+            flipped, flipped_cost = exact_entry(x[part], weight[part], positive, True, tables, work)
+            if flipped_cost - cost < more:
+                more, flip_at, flip_entry = flipped_cost - cost, a, flipped
         write_entry(x[part], scale, entry, tables, codes[part])
-    if odd and not count and not alone:
+    if odd and not alone:
         part = slice(flip_at, flip_at + width)
         write_entry(x[part], scale, flip_entry, tables, codes[part])
         flip_cheapest(pull[part], tables, codes[part])

@@ -12,11 +12,11 @@ import math
 import numpy as np
 from numba import njit
 
-from qtool.numerics.ggml_search import EPSILON, F32, FAST, NEAREST_FIRST, extreme_of
-from qtool.numerics.search import clip_ratios
+from qtool.numerics.search import FAST, clip_ratios
 
-REGISTERS = 32
-"""Trials are made in multiples of this many; the rest of a multiple would be done one by one."""
+F32 = np.float32
+EPSILON = F32(1e-15)
+"""Below this a group counts as zeros."""
 STRETCH = np.array([*np.linspace(0.75, 1.1, 12), 1.25, 1.5, 2, 3], np.float32)
 """Where the largest scale lands, relative to the last integer, when a step is searched; beyond it only one that hardly
 counts may."""
@@ -25,13 +25,12 @@ counts may."""
 def signed_trials(lowest: int, count: int) -> np.ndarray:
     """Table of a sweep for x ~ s * l: where the largest weight lands relative to the lowest level; float32 [2, T].
 
-    The first trials are those of ggml's search. Which end of the grid the largest weight takes matters to coarse ones.
+    Which end of the grid the largest weight takes matters to coarse ones.
     """
-    ratios = [1 - 0.1 * i / lowest for i in NEAREST_FIRST]
     signs = (1, -1) if lowest >= -16 else (1,)
-    own = clip_ratios(-2 * lowest, max(0, -(-(count - len(ratios)) // len(signs))))
-    ratios += [sign * ratio for ratio in own for sign in signs]
-    return np.stack([np.array(ratios[:count]), np.zeros(count)]).astype(np.float32)
+    own = clip_ratios(-2 * lowest, count // len(signs))
+    ratios = [sign * ratio for ratio in own for sign in signs]
+    return np.stack([np.array(ratios), np.zeros(len(ratios))]).astype(np.float32)
 
 
 def offset_trials(highest: int, count: int) -> np.ndarray:
@@ -49,6 +48,15 @@ def half(x):  # type: ignore[no-untyped-def]
     _, exponent = math.frexp(x)
     step = math.ldexp(1.0, max(exponent, -13) - 11)
     return F32(np.rint(x / step) * step)
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def extreme_of(x):  # type: ignore[no-untyped-def]
+    """The value that is largest in size, with its sign."""
+    low, high = F32(0), F32(0)
+    for i in range(len(x)):
+        low, high = min(low, x[i]), max(high, x[i])
+    return high if high > -low else low
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
@@ -141,36 +149,23 @@ def sweep_scale(x, weight, factor, table, count, lowest, highest, sums):  # type
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def ggml_scale(x, weight, table, lowest, highest, sums):  # type: ignore[no-untyped-def]
-    """The scale that ggml takes for a group [C]; arguments as in `free_scale`."""
-    extreme = extreme_of(x)
-    if abs(extreme) < EPSILON:
-        return F32(0)
-    sweep_scale(x, weight, lowest / extreme, table, REGISTERS, lowest, highest, sums)
-    t = best_trial(sums, len(NEAREST_FIRST))
-    return sums[2, t] / sums[1, t]
-
-
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def free_scale(x, weight, reach, near, table, lowest, highest, sums):  # type: ignore[no-untyped-def]
-    """The best scale of a group [C], either sign, how much an error of it counts, and the scale that ggml takes.
+    """The best scale of a group [C], either sign, and how much an error of it counts.
 
     Arguments as in `free_offset`; the table is one of `signed_trials`.
     """
     extreme, largest, count = extreme_of(x), F32(0), table.shape[1]
     if abs(extreme) < EPSILON:
-        return F32(0), F32(0), F32(0)
+        return F32(0), F32(0)
     for j in range(len(x)):
         largest = max(largest, abs(x[j]) * reach[j])
     t = sweep_scale(x, weight, lowest / extreme, table, count, lowest, highest, sums)
     gain, curvature, scale = sums[0, t], sums[1, t], sums[2, t] / sums[1, t]
-    t = best_trial(sums, len(NEAREST_FIRST))
-    ggml = sums[2, t] / sums[1, t]
     if EPSILON < largest < near * abs(extreme):
         t = sweep_scale(x, weight, lowest / largest, table, count, lowest, highest, sums)
         if sums[0, t] > gain:
             curvature, scale = sums[1, t], sums[2, t] / sums[1, t]
-    return scale, curvature, ggml
+    return scale, curvature
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")

@@ -45,7 +45,6 @@ class Effort(NamedTuple):
 
 
 EFFORT = {"fast": Effort(9, 24, 1, 1, 0), "default": Effort(20, 64, 2, 2, 1), "thorough": Effort(60, 256, 6, 4, 2)}
-GGML_TRIES = 7
 
 
 @njit(nogil=True, cache=True, inline="always")
@@ -97,26 +96,6 @@ def sweep(v, weight, reach, table, low, high, steps):  # type: ignore[no-untyped
                 if ll > 0 and xl * xl > best * ll:
                     best, best_xl, best_ll = xl * xl / ll, xl, ll
     return (best_xl / best_ll if best_ll > 0 else np.float32(0.0)), best_xl, best_ll
-
-
-@njit(nogil=True, cache=True, fastmath=FAST)
-def ggml_scale(v, weight, table, low):  # type: ignore[no-untyped-def]
-    """The scale of a group by ggml's sweep, for its weights."""
-    extreme = np.float32(0.0)
-    for j in range(len(v)):
-        if abs(v[j]) > abs(extreme):
-            extreme = v[j]
-    if abs(extreme) < 1e-15:
-        return np.float32(0.0)
-    xl, ll = products(v, weight, -low / extreme, table, low)
-    scale = xl / ll if ll > 0 else np.float32(0.0)
-    best = scale * xl
-    for i in range(-GGML_TRIES, GGML_TRIES + 1):
-        xl, ll = products(v, weight, (i + low) / extreme, table, low)
-        if ll > 0 and xl * xl > best * ll:
-            scale = xl / ll
-            best = scale * xl
-    return scale
 
 
 @njit(nogil=True, cache=True, inline="always")
@@ -185,28 +164,11 @@ def multiply(scale, d, limit, m):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def ggml_block(v, importance, limit, table, low, scale, m):  # type: ignore[no-untyped-def]
-    """d of a block by ggml's encoder, which fills m; importance [B], or [0] where there is none."""
-    width = len(v) // len(m)
-    mean = np.float32(0.0)
-    for j in range(len(v)):
-        mean += v[j] * v[j] / np.float32(len(v))
-    weight = np.empty(len(v), np.float32)
-    for j in range(len(v)):
-        weight[j] = importance[j] * np.sqrt(2 * mean + v[j] * v[j]) if len(importance) else v[j] * v[j]
-    largest = np.float32(0.0)
-    for g in range(len(m)):
-        scale[g] = ggml_scale(v[g * width : (g + 1) * width], weight[g * width : (g + 1) * width], table, low)
-        if abs(scale[g]) > abs(largest):
-            largest = scale[g]
-    d = largest if len(m) == 1 else -largest / limit
-    multiply(scale, d, limit, m)
-    return d
+def table_rows(x, weight, reach, table, low, high, limit, effort, other, d, m, start, stop):  # type: ignore[no-untyped-def]
+    """Fills d [N, S] and m [N, G] for rows start to stop. x [N, C]; weight, reach [C].
 
-
-@njit(nogil=True, cache=True, fastmath=FAST)
-def table_rows(x, importance, weight, reach, table, low, high, limit, effort, d, m, start, stop):  # type: ignore[no-untyped-def]
-    """Fills d [N, S] and m [N, G] for rows start to stop. x [N, C]; importance [C] or [0]; weight, reach [C]."""
+    other: somebody else's d and m, from which the search goes on where they are the better start.
+    """
     blocks = d.shape[1]
     width, groups = x.shape[1] // m.shape[1], m.shape[1] // blocks
     columns = width * groups
@@ -217,9 +179,10 @@ def table_rows(x, importance, weight, reach, table, low, high, limit, effort, d,
         for s in range(blocks):
             part = slice(s * columns, (s + 1) * columns)
             v, w, kept = x[n, part], weight[part], m[n, s * groups : (s + 1) * groups]
-            known = importance[part] if len(importance) else importance
-            first = ggml_block(v, known, limit, table, low, scale, kept)
-            d[n, s], least = settle(v, w, first, limit, 0, 0, table, low, kept)
+            least = np.float32(np.inf)
+            if len(other[0]):
+                kept[:] = other[1][n, s * groups : (s + 1) * groups]
+                d[n, s], least = settle(v, w, other[0][n, s], limit, 0, 0, table, low, kept)
             for g in range(groups):
                 a, b = g * width, (g + 1) * width
                 scale[g], _, ll[g] = sweep(
@@ -236,8 +199,21 @@ def table_rows(x, importance, weight, reach, table, low, high, limit, effort, d,
                     kept[:] = tried
 
 
+def half_steps(levels: Tensor) -> np.ndarray:
+    """The table of `look_up` for levels [L], float32: entry i is the level of what lies in low + [i, i + 1) / 2."""
+    middles = (levels[1:] + levels[:-1]) / 2
+    halves = torch.arange(float(levels[0]), float(levels[-1]) + 0.5, 0.5)
+    return levels[torch.bucketize(halves, middles, right=True)].numpy()
+
+
 def table_scales(
-    x: Tensor, importance: Tensor | None, levels: Tensor, width: int, groups: int, limit: int, effort: Effort
+    x: Tensor,
+    importance: Tensor | None,
+    levels: Tensor,
+    groups: tuple[int, int],
+    limit: int,
+    effort: Effort,
+    other: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(d, multipliers) of every block.
 
@@ -245,25 +221,21 @@ def table_scales(
         x: float32 [N, C].
         importance: float32 [C] or None.
         levels: float32 [L], integers or half integers, ascending, from below zero to above.
-        width: columns of a group.
-        groups: of a block; one alone has the multiplier 1.
+        groups: columns of a group, and groups of a block; one alone has the multiplier 1.
         limit: multipliers lie in [-limit, limit - 1].
         effort: how much is tried.
+        other: somebody else's d, in fp16, and multipliers, to be improved where they are better than ours.
 
     Returns:
         (float32 [N, S] of values that fp16 holds, float32 [N, G] of integers), on the device of x.
     """
-    weight, reach = column_weights(importance, x.shape[1], width, width * groups)
-    known = np.empty(0, np.float32) if importance is None else importance.float().cpu().numpy()
-    low, high = float(levels[0]), float(levels[-1])
-    middles = (levels[1:] + levels[:-1]) / 2
-    halves = torch.arange(low, high + 0.5, 0.5)  # entry i: what lies in [low + i / 2, low + (i + 1) / 2)
-    table = levels[torch.bucketize(halves, middles, right=True)].numpy()
-    rows, blocks = x.shape[0], x.shape[1] // (width * groups)
-    d, m = np.zeros((rows, blocks), np.float32), np.zeros((rows, blocks * groups), np.float32)
-    arrays = (x.float().contiguous().cpu().numpy(), known, weight.numpy(), reach.numpy(), table)
-    ends = tuple(np.float32(value) for value in (low, high, limit))
-    over_rows(lambda a, b: table_rows(*arrays, *ends, tuple(effort), d, m, a, b), rows)
+    width, columns = groups[0], groups[0] * groups[1]
+    weight, reach = column_weights(importance, x.shape[1], width, columns)
+    d, m = (np.zeros((len(x), x.shape[1] // extent), np.float32) for extent in (columns, width))
+    arrays = (x.float().contiguous().cpu().numpy(), weight.numpy(), reach.numpy(), half_steps(levels))
+    ends = tuple(np.float32(value) for value in (levels[0], levels[-1], limit))
+    starts = tuple(p.cpu().numpy() for p in other or (torch.empty(0, 0),) * 2)
+    over_rows(lambda a, b: table_rows(*arrays, *ends, tuple(effort), starts, d, m, a, b), len(x))
     return torch.from_numpy(d).to(x.device), torch.from_numpy(m).to(x.device)
 
 

@@ -17,34 +17,35 @@ from torch import Tensor
 from qtool.numerics.parallel import over_rows
 from qtool.numerics.search import FAST
 
-TURNS = 5
+TURNS = 7
+SIGN = np.int32(0x7FFFFFFF)
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def alternate(v, weight, d):  # type: ignore[no-untyped-def]
-    """(d of a block after some turns, how much of the weighted energy it explains)."""
-    top, bottom = np.float32(0.0), np.float32(0.0)
-    for _ in range(TURNS):
-        top, bottom = np.float32(0.0), np.float32(0.0)
-        for j in range(len(v)):
-            size = abs(v[j])
-            counted = weight[j] if size * 2 >= d else np.float32(0.0)
-            top += counted * size
-            bottom += counted
-        if bottom > 0:
-            d = top / bottom
-    return d, top * d
+def counted(v, weight, d):  # type: ignore[no-untyped-def]
+    """Sums of weight x size, and of weight, over what gets a level at a scale d."""
+    top, bottom, least = np.float32(0.0), np.float32(0.0), d * np.float32(0.5)
+    for j in range(len(v)):
+        size = abs(v[j])
+        weighed = weight[j] if size >= least else np.float32(0.0)
+        top += weighed * size
+        bottom += weighed
+    return top, bottom
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
 def from_both_ends(v, weight):  # type: ignore[no-untyped-def]
-    """The better d of those that are reached from all weights, and from the largest alone, as ggml has it."""
-    largest = np.float32(0.0)
+    """The better d of those that are reached from all weights, and from the largest alone, which is ggml's choice."""
+    largest, bits = np.int32(0), v.view(np.int32)
     for j in range(len(v)):
-        largest = max(largest, abs(v[j]))
-    low, low_gain = alternate(v, weight, np.float32(0.0))
-    high, high_gain = alternate(v, weight, largest)
-    return low if low_gain >= high_gain else high
+        largest = max(largest, bits[j] & SIGN)
+    top, bottom = counted(v, weight, np.int32(largest).view(np.float32))
+    high = top / bottom
+    gain, low = top * high, np.float32(0.0)
+    for _ in range(TURNS):
+        top, bottom = counted(v, weight, low)
+        low = top / bottom
+    return low if top * low >= gain else high
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)

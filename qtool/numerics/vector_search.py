@@ -23,7 +23,7 @@ from numba import njit
 from torch import Tensor
 
 from qtool.numerics.codebook import NEIGHBORS, Codebook
-from qtool.numerics.nearest import close_products, nearest, workspace
+from qtool.numerics.nearest import close_products
 from qtool.numerics.parallel import over_rows
 from qtool.numerics.search import FAST
 from qtool.numerics.sweep import half
@@ -72,30 +72,44 @@ class Effort(NamedTuple):
 
 
 EFFORT = {
-    "fast": Effort(6, 32, 1, 1, 0, 4),
-    "default": Effort(10, 64, 1, 2, 1, NEIGHBORS),
-    "thorough": Effort(40, 256, 4, 3, 2, NEIGHBORS),
+    "fast": (Effort(6, 32, 1, 1, 0, 4), Effort(3, 32, 1, 0, 0, 3)),
+    "default": (Effort(10, 64, 1, 2, 1, NEIGHBORS), Effort(5, 64, 1, 1, 1, NEIGHBORS)),
+    "thorough": (Effort(40, 256, 4, 3, 2, NEIGHBORS), Effort(20, 256, 4, 1, 2, NEIGHBORS)),
 }
-
+"""For codebooks without shifts and with them, where both shifts are tried each time."""
 
 AGAIN = 1
 """Steps of a sweep from the best scale so far, as least squares closed it."""
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def group_products(x, weight, a, scale, rule, count, lookup, signs):  # type: ignore[no-untyped-def]
+def likely_sign(x, weight, a, scale, columns):  # type: ignore[no-untyped-def]
+    """The shift that takes up what rounding to -1, 0, 1 leaves of x from x[a] on."""
+    left, inverse = np.float32(0.0), np.float32(1.0) / scale
+    for j in range(a, a + columns):
+        y = x[j] * inverse
+        left += weight[j] * (y - min(max(np.rint(y), np.float32(-1.0)), np.float32(1.0)))
+    return 1 if left >= 0 else -1
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def group_products(x, weight, a, scale, rule, count, lookup, signs, guess):  # type: ignore[no-untyped-def]
     """(sum of weight x level, sum of weight level^2) of a group from x[a] on, for codes chosen at a scale.
 
-    Levels are shifted ones; signs [segments] of the shifts are filled with the better ones.
+    Levels are shifted ones; signs [segments] of the shifts are filled with the better ones, or `guess` with the likely.
     """
     middles, close, values, lanes, signed, even, size, pull = lookup  # once: each access to an array is counted
     xl, ll = np.float32(0.0), np.float32(0.0)
     for i in range(len(signs)):
         best, best_xl, best_ll = np.float32(np.inf), np.float32(0.0), np.float32(0.0)
+        first, last = a + i * rule.segment, a + (i + 1) * rule.segment
+        likely = likely_sign(x, weight, first, scale, rule.segment) if guess and rule.delta > 0 and scale > 0 else 0
         for sign in range(1, -2 if rule.delta > 0 else 0, -2):
+            if sign + likely == 0:
+                continue
             shift = np.float32(sign * rule.delta)
             new_xl, new_ll = np.float32(0.0), np.float32(0.0)
-            for at in range(a + i * rule.segment, a + (i + 1) * rule.segment, len(size)):
+            for at in range(first, last, len(size)):
                 more_xl, more_ll = close_products(
                     x, weight, at, scale, shift, middles, close, values, lanes, signed, even, count, size, pull
                 )
@@ -110,7 +124,7 @@ def group_products(x, weight, a, scale, rule, count, lookup, signs):  # type: ig
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def sweep(x, weight, a, rule, ratios, count, lookup, signs):  # type: ignore[no-untyped-def]
+def sweep(x, weight, a, rule, ratios, count, lookup, signs, guess):  # type: ignore[no-untyped-def]
     """(scale, its sum of weight level^2) of the best step of a group's sweep, from x[a] on."""
     square, total = np.float32(0.0), np.float32(0.0)
     for j in range(a, a + rule.group):
@@ -120,40 +134,38 @@ def sweep(x, weight, a, rule, ratios, count, lookup, signs):  # type: ignore[no-
     best, scale, best_ll = np.float32(0.0), np.float32(0.0), np.float32(0.0)
     for i in range(len(ratios) + AGAIN if rms > 0 else 0):
         tried = rms * ratios[i] if i < len(ratios) else scale
-        xl, ll = group_products(x, weight, a, tried, rule, count, lookup, signs)
+        xl, ll = group_products(x, weight, a, tried, rule, count, lookup, signs, guess)
         if xl > 0 and xl * xl > best * ll:
             best, scale, best_ll = xl * xl / ll, xl / ll, ll
     return scale, best_ll
 
 
 @njit(nogil=True, cache=True, inline="always")
-def nearest_step(scale, d, rule):  # type: ignore[no-untyped-def]
-    """The s whose scale is nearest."""
-    x = np.rint((scale / (d * np.float32(rule.unit)) - np.float32(1.0)) * np.float32(0.5)) if d > 0 else np.float32(0.0)
-    return min(max(x, np.float32(0.0)), np.float32(rule.top))
+def nearest_step(scale, inverse, top):  # type: ignore[no-untyped-def]
+    """The s whose scale is nearest; inverse of d x unit."""
+    return min(max(np.rint((scale * inverse - np.float32(1.0)) * np.float32(0.5)), np.float32(0.0)), top)
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
 def propose(scale, ll, rule, steps, found):  # type: ignore[no-untyped-def]
     """Fills `found` with the most promising values of d, by the parabolas ll_g (d unit (2 s_g + 1) - scale_g)^2."""
-    largest = np.float32(0.0)
+    largest, top = np.float32(0.0), np.float32(rule.top)
     for g in range(len(scale)):
         largest = max(largest, scale[g])
     costs = np.full(len(found), np.inf, np.float32)
     found[:] = 0
-    for i in range(steps):
-        end = (2 * rule.top + 1) * (np.float32(0.5) + np.float32(0.6) * np.float32(i) / np.float32(steps - 1))
-        d = largest / (np.float32(rule.unit) * end)
-        cost = np.float32(0.0)
+    for i in range(steps if largest > 0 else 0):
+        end = (2 * top + 1) * (np.float32(0.5) + np.float32(0.6) * np.float32(i) / np.float32(steps - 1))
+        unit, inverse, cost = largest / end, end / largest, np.float32(0.0)
         for g in range(len(scale)):
-            miss = d * np.float32(rule.unit) * (2 * nearest_step(scale[g], d, rule) + 1) - scale[g]
+            miss = unit * (2 * nearest_step(scale[g], inverse, top) + 1) - scale[g]
             cost += ll[g] * miss * miss
         worst = 0
         for k in range(len(found)):
             if costs[k] > costs[worst]:
                 worst = k
         if cost < costs[worst]:
-            costs[worst], found[worst] = cost, d
+            costs[worst], found[worst] = cost, unit / np.float32(rule.unit)
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
@@ -174,7 +186,9 @@ def settle(x, weight, a, d, rule, effort, lookup, s, signs, other):  # type: ign
                 if tried < 0 or tried > rule.top:
                     continue
                 scale = d * np.float32(rule.unit) * (2 * tried + 1)
-                xl, ll = group_products(x, weight, a + g * rule.group, scale, rule, effort.close, lookup, other)
+                xl, ll = group_products(
+                    x, weight, a + g * rule.group, scale, rule, effort.close, lookup, other, effort.around == 0
+                )
                 cost = scale * (scale * ll - 2 * xl)
                 if cost < best:
                     best, best_xl, best_ll, s[g] = cost, xl, ll, tried
@@ -196,19 +210,21 @@ def vector_rows(x, weight, tables, rule, ratios, effort, d, s, signs, start, sto
     columns = groups * rule.group
     scale, ll, tried = np.empty(groups, np.float32), np.empty(groups, np.float32), np.empty(groups, np.float32)
     tried_signs, other = np.empty(segments, np.int8), np.empty(segments // groups, np.int8)
-    promising = np.empty(effort.starts, np.float32)
+    promising, guess = np.empty(effort.starts, np.float32), effort.around == 0
     size, pull = np.empty(tables.span, np.float32), np.empty(tables.span, np.float32)
     lookup = (tables.middles, tables.close, tables.values, tables.lanes, tables.signed, tables.even, size, pull)
     for n in range(start, stop):
         for b in range(blocks):
             row, a = x[n], b * columns
             for g in range(groups):
-                scale[g], ll[g] = sweep(row, weight, a + g * rule.group, rule, ratios, effort.close, lookup, other)
+                first = a + g * rule.group
+                scale[g], ll[g] = sweep(row, weight, first, rule, ratios, effort.close, lookup, other, guess)
             propose(scale, ll, rule, effort.multipliers, promising)
             least = np.float32(np.inf)
             for candidate in promising:
+                inverse = np.float32(1.0) / (candidate * np.float32(rule.unit)) if candidate > 0 else np.float32(0.0)
                 for g in range(groups):
-                    tried[g] = nearest_step(scale[g], candidate, rule)
+                    tried[g] = nearest_step(scale[g], inverse, np.float32(rule.top))
                 found, cost = settle(row, weight, a, candidate, rule, effort, lookup, tried, tried_signs, other)
                 if cost < least:
                     least, d[n, b] = cost, found
@@ -236,8 +252,6 @@ def vector_scales(
     rows, columns = x.shape
     d, s = np.zeros((rows, columns // block), np.float32), np.zeros((rows, columns // rule.group), np.float32)
     signs = np.ones((rows, columns // rule.segment), np.int8)
-    if rule.delta:  # both shifts are tried each time
-        effort = effort._replace(steps=effort.steps // 2, rounds=effort.rounds // 2)
     ratios = np.geomspace(rule.low, rule.high, effort.steps).astype(np.float32)
     arrays = (x.float().contiguous().cpu().numpy(), weight.numpy(), book.tables, rule, ratios, effort)
 
@@ -246,35 +260,3 @@ def vector_scales(
 
     over_rows(work, rows)
     return torch.from_numpy(d).to(x.device), torch.from_numpy(s).to(x.device), torch.from_numpy(signs).to(x.device)
-
-
-@njit(nogil=True, cache=True, fastmath=FAST)
-def snap_rows(x, weight, scale, offset, tables, count, memory, codes, start, stop):  # type: ignore[no-untyped-def]
-    """Fills codes [N, C] for rows start to stop. x [N, C]; weight [C]; scale, offset [N, groups]."""
-    width, span = x.shape[1] // scale.shape[1], tables.span
-    target = np.empty(span, np.float32)
-    for n in range(start, stop):
-        for a in range(0, x.shape[1], span):
-            for j in range(span):
-                target[j] = x[n, a + j] - offset[n, a // width]
-            part = slice(a, a + span)
-            nearest(target, weight[part], scale[n, a // width], tables, count, memory, codes[n, part])
-
-
-def snap_vectors(
-    x: Tensor, importance: Tensor | None, params: tuple[Tensor, Tensor], book: Codebook, count: int
-) -> Tensor:
-    """The allowed codes of least weighted squared error, uint8 [N, C].
-
-    Args:
-        x: float32 [N, C].
-        importance: float32 [C] or None.
-        params: (scale, offset), float32 [N, groups] each.
-        book: what is allowed.
-        count: entries near a vector that are compared; 0 for the very nearest of all.
-    """
-    weight, _ = column_weights(importance, x.shape[1], book.span, x.shape[1])
-    codes = np.empty(x.shape, np.uint8)
-    arrays = [t.float().contiguous().cpu().numpy() for t in (x, weight, *params)]
-    over_rows(lambda a, b: snap_rows(*arrays, book.tables, count, workspace(book.tables), codes, a, b), len(codes))
-    return torch.from_numpy(codes).to(x.device)

@@ -127,8 +127,8 @@ def test_tq2_0_refuses_the_unused_code() -> None:
 GAIN = {  # error over ggml's by the fast search: with importances and without, just above what was measured
     "iq4_nl": (0.875, 0.937),
     "iq4_xs": (0.862, 0.935),
-    "tq1_0": (0.373, 0.42),
-    "tq2_0": (0.373, 0.42),
+    "tq1_0": (0.374, 0.42),
+    "tq2_0": (0.374, 0.42),
     "iq1_s": (0.805, None),
     "iq1_m": (0.835, None),
     "iq2_xxs": (0.775, None),
@@ -150,8 +150,7 @@ def test_no_block_is_worse_than_ggmls_and_the_sum_is_better(name: str, importanc
     ours = weighted(w, fmt.decode(fmt.snap(w, params, given), params), weight, fmt.columns)
     packed = ggml_quantize(w, fmt.ggml_type, row_bytes(fmt, 512), given)
     theirs = weighted(w, ggml_dequantize(packed, name, 512), weight, fmt.columns)
-    # ggml's choice among scales that are nearly equal to it may differ from ours, so one block in a hundred may be off
-    assert (ours <= theirs * 1.01).all() and (ours > theirs * (1 + 1e-4)).float().mean() < 0.01
+    assert (ours <= theirs * (1 + 1e-6) + 1e-12).all()
     assert ours.sum() < GAIN[name][not importance_given] * theirs.sum()
 
 

@@ -11,7 +11,7 @@ from qtool import registry
 from qtool.formats._base import Format
 from qtool.numerics.codebook import NEIGHBORS
 from qtool.numerics.sphere import search_span, searcher, trees
-from qtool.numerics.vector_search import snap_vectors
+from qtool.numerics.vector_snap import snap_vectors
 from qtool.numerics.vector_walk import descend_vectors
 from tests.reference.vectors import best_pair, best_span, cheapest, combinations
 
