@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from qtool.cli import options
-from qtool.cli.console import Console, document, result, size
+from qtool.cli.console import Console, document, result
+from qtool.report.units import size
 
 
 def command(

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from qtool.errors import UsageError
 from qtool.pipeline.events import Event
 from qtool.pipeline.memory import resident_bytes
+from qtool.report.units import duration, size
 
 LINE_INTERVAL = 10.0
 """Seconds between two progress lines of a stage when stderr is no terminal."""
@@ -145,19 +146,3 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: frozens
         cells = (c.rjust(w) if i in numbers else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
-
-
-def size(nbytes: float) -> str:
-    """Bytes in decimal units: 269060552 -> `269.1 MB`."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= scale:
-            return f"{nbytes / scale:.1f} {unit}"
-    return f"{nbytes:.0f} B"
-
-
-def duration(seconds: float) -> str:
-    """`8.4 s`, `2 min 05 s`, `1 h 02 min`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes = int(seconds // 60)
-    return f"{minutes} min {int(seconds % 60):02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

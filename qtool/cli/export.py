@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from qtool.cli import options
-from qtool.cli.console import Console, document, result, size
+from qtool.cli.console import Console, document, result
+from qtool.report.units import size
 
 
 def command(

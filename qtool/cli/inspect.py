@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qtool.cli import options
-from qtool.cli.console import document, result, size, table
+from qtool.cli.console import document, result, table
+from qtool.report.units import size
 
 if TYPE_CHECKING:
     from qtool.pipeline.inspect import Contents, Stored

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from qtool.cli import options
-from qtool.cli.console import Console, document, result, size, table
+from qtool.cli.console import Console, document, result, table
+from qtool.report.units import size
 
 if TYPE_CHECKING:
     from qtool.plan import Plan

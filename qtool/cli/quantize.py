@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qtool.cli import options
-from qtool.cli.console import Console, document, duration, result, size, table
+from qtool.cli.console import Console, document, result, table
+from qtool.report.units import duration, size
 
 if TYPE_CHECKING:
     from qtool.report.model import Report

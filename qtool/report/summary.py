@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import median
 
 from qtool.evaluate.result import Evaluation
 from qtool.report.model import LayerEntry, Report
+from qtool.report.units import duration, size
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down", "embedding", "head")
 """The order in which tables and legends show roles; others follow in alphabetical order."""
@@ -207,26 +208,6 @@ def cards(report: Report) -> list[tuple[str, str, str]]:
         found.append(("time", duration(sum(s.seconds for s in report.stages)), "all stages"))
         found.append(("peak memory", size(max(s.peak_bytes for s in report.stages)), "resident, whole process"))
     return found
-
-
-def size(nbytes: float) -> str:
-    """Decimal units, three to four digits: 98.4 MB."""
-    units: Sequence[str] = ("B", "kB", "MB", "GB", "TB")
-    power = 0
-    while nbytes >= 999.95 and power < len(units) - 1:
-        nbytes, power = nbytes / 1000, power + 1
-    return f"{nbytes:.0f} B" if power == 0 else f"{nbytes:.1f} {units[power]}"
-
-
-def duration(seconds: float) -> str:
-    """0.42 s, 4.2 s, 38 s, 2 min 18 s, 1 h 04 min."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s" if seconds >= 0.95 else f"{seconds:.2f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def number(x: float) -> str:

@@ -7,8 +7,9 @@ import io
 import pytest
 
 from qtool.cli import console
-from qtool.cli.console import Console, duration, show, size, table
+from qtool.cli.console import Console, show, table
 from qtool.pipeline.events import Event
+from qtool.report.units import duration, size
 
 
 @pytest.fixture
@@ -33,10 +34,10 @@ def test_plain_lines_come_at_most_every_ten_seconds(clock, capsys):
         blocks(clock, listener, 10, 4.0)
     assert capsys.readouterr().err.splitlines() == [
         "quantize 0/10",
-        "quantize 3/10 block-2  18.2 dB  4.0 s each  ETA 28.0 s  123.4 MB memory",
-        "quantize 6/10 block-5  18.2 dB  4.0 s each  ETA 16.0 s  123.4 MB memory",
+        "quantize 3/10 block-2  18.2 dB  4.0 s each  ETA 28 s  123.4 MB memory",
+        "quantize 6/10 block-5  18.2 dB  4.0 s each  ETA 16 s  123.4 MB memory",
         "quantize 9/10 block-8  18.2 dB  4.0 s each  ETA 4.0 s  123.4 MB memory",
-        "quantize 10/10 block-9  18.2 dB  40.0 s  123.4 MB memory",
+        "quantize 10/10 block-9  18.2 dB  40 s  123.4 MB memory",
     ]
 
 
@@ -45,9 +46,9 @@ def test_verbose_shows_every_step_and_quick_ones_by_their_rate(clock, capsys):
         blocks(clock, listener, 3, 0.25)
     assert capsys.readouterr().err.splitlines() == [
         "quantize 0/3",
-        "quantize 1/3 block-0  18.2 dB  4.0/s  ETA 0.5 s  123.4 MB memory",
-        "quantize 2/3 block-1  18.2 dB  4.0/s  ETA 0.2 s  123.4 MB memory",
-        "quantize 3/3 block-2  18.2 dB  0.8 s  123.4 MB memory",
+        "quantize 1/3 block-0  18.2 dB  4.0/s  ETA 0.50 s  123.4 MB memory",
+        "quantize 2/3 block-1  18.2 dB  4.0/s  ETA 0.25 s  123.4 MB memory",
+        "quantize 3/3 block-2  18.2 dB  0.75 s  123.4 MB memory",
     ]
 
 
@@ -69,7 +70,7 @@ def test_bars_on_a_terminal(clock, monkeypatch):
         blocks(clock, listener, 4, 5.0)
     last = screen.getvalue().rsplit("quantize", 1)[1]
     assert "4/4" in last
-    assert "18.2 dB  20.0 s  123.4 MB memory" in last
+    assert "18.2 dB  20 s  123.4 MB memory" in last
 
 
 def test_nothing_breaks_without_stderr(clock, monkeypatch):

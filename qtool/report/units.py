@@ -1,0 +1,23 @@
+"""Bytes and seconds as people read them."""
+
+from __future__ import annotations
+
+
+def size(nbytes: float) -> str:
+    """Decimal units, three to four digits: 98.4 MB."""
+    units = ("B", "kB", "MB", "GB", "TB")
+    power = 0
+    while nbytes >= 999.95 and power < len(units) - 1:
+        nbytes, power = nbytes / 1000, power + 1
+    return f"{nbytes:.0f} B" if power == 0 else f"{nbytes:.1f} {units[power]}"
+
+
+def duration(seconds: float) -> str:
+    """0.42 s, 4.2 s, 38 s, 2 min 18 s, 1 h 04 min."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s" if seconds >= 0.95 else f"{seconds:.2f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
