@@ -122,3 +122,8 @@ def nearest(name: str, known: Sequence[str]) -> str:
 def one_line(error: BaseException) -> str:
     """What another library's error says, short enough for a line of ours."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Text of a file, with escapes for what would move a terminal's cursor."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

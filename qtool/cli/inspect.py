@@ -9,6 +9,7 @@ import typer
 
 from qtool.cli import options
 from qtool.cli.console import document, result, table
+from qtool.errors import printable
 from qtool.report.units import size
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def show(contents: Contents, tensors: bool) -> str:
         f"{contents.source}: {contents.kind}, {contents.family}",
         *(f"{key}: {value}" for key, value in (contents.header or contents.metadata).items()),
     ]
-    lines = [line if len(line) <= WIDTH else line[: WIDTH - 3] + "..." for line in map(one_line, lines)]
+    lines = [line if len(line) <= WIDTH else line[: WIDTH - 3] + "..." for line in map(printable, lines)]
     if len(contents.parts) > 1:
         lines += [f"part: {name}, {size(nbytes)}" for name, nbytes in contents.parts.items()]
     lines += [f"files: {', '.join(contents.files) or 'none'}", ""]
@@ -74,11 +75,6 @@ def ranges(numbers: Sequence[int]) -> str:
         else:
             runs.append([number])
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-def one_line(text: str) -> str:
-    """Text of a file without what would move the cursor."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def sums(tensors: int, parameters: int, bits: int) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from qtool.errors import printable
 from qtool.recipe.problems import Keys, dotted
 
 LARGEST = 1 << 18
@@ -158,7 +159,7 @@ class Reader:
         """
         line = f"{place}: {dotted(path)}: {text}" if path else f"{place}: {text}"
         line = line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + "..."
-        self.problems.append("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
+        self.problems.append(printable(line))
 
 
 def _refusal(text: str) -> tuple[int, str] | None:
