@@ -10,11 +10,12 @@ from typing import Any
 from qtool.checkpoint._base import Checkpoint
 from qtool.checkpoint.families._rope import rope_parameters
 
+ORIGINAL = "original_max_position_embeddings"
 SCALINGS: dict[str, set[str]] = {
     "default": set(),
     "linear": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-    "yarn": {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", ORIGINAL},
+    "yarn": {"factor", ORIGINAL, "beta_fast", "beta_slow"},
 }
 """Kinds of rotary scaling, and what is read of each."""
 UNSCALED = {"gemma2", "mixtral", "phi3", "qwen2_moe", "qwen3_moe"}
@@ -52,10 +53,16 @@ def refusal(model: Checkpoint) -> str | None:
     heads, _, dim = family.heads(config)
     if kind in DERIVED and heads * dim != config["hidden_size"]:
         return f"mlx-lm computes {kind} models with head_dim hidden_size / num_attention_heads only, not {dim}"
+    return _rotary_refusal(model)
+
+
+def _rotary_refusal(model: Checkpoint) -> str | None:
+    """The same about the rotary embedding. Raises CheckpointError: a number of it is missing or none."""
+    config, kind = model.config, model.config["model_type"]
     sliding = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
     if rope_parameters({"rope_parameters": sliding})["rope_type"] != "default":
         return f"mlx-lm does not scale the rotary embedding where attention slides, as {kind} does here"
-    rope = rope_parameters(family.rope(config))
+    rope = rope_parameters(model.family.rope(config))
     scaling = str(rope["rope_type"])
     known = ["default"] if kind in UNSCALED else list(SCALINGS)
     if scaling not in known:
@@ -85,8 +92,8 @@ def rope_fields(model: Checkpoint) -> dict[str, Any]:
     share = told.get("partial_rotary_factor", 1)
     if share != 1 and "partial_rotary_factor" not in config:
         fields["partial_rotary_factor"] = share
-    if "sliding_attention" in told:
-        fields["rope_local_base_freq"] = told["sliding_attention"].get("rope_theta", 10000.0)
+    if sliding := told.get("sliding_attention"):
+        fields["rope_local_base_freq"] = rope_parameters({"rope_parameters": sliding})["rope_theta"]
     if rope["rope_type"] == "yarn":
-        rope = {"original_max_position_embeddings": config["max_position_embeddings"]} | rope
+        rope[ORIGINAL] = rope.get(ORIGINAL) or config["max_position_embeddings"]
     return fields if rope["rope_type"] == "default" else fields | {"rope_scaling": rope}
