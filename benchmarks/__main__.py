@@ -4,6 +4,7 @@
 
 gptq    4 bits in groups of 64 on 32 x 512 tokens of SmolLM2-135M off any grid, against llm-compressor on these tokens
 encode  every GGUF block type on real matrices with an importance matrix, against ggml's encoders
+gguf    Q4_K_M from safetensors to the file without GPTQ, against conversion and ggml's encoders
 mixes   GGUF files against those of llama-quantize with an importance matrix: KL divergence at the same size
 recipes every recipe that ships on the demo model: KL divergence and size, as in the recipes' headers
 study   integers against floats on the demo model, with and without outliers: the tables and plots of docs/study.md
@@ -24,7 +25,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import cast, encode, mixes, models, page, recipes, study
+from benchmarks import cast, encode, mixes, models, page, recipes, study, whole
 from benchmarks.measure import Cost, measure
 from qtool.recipe.load import find_recipe
 from scripts.prose import prose
@@ -145,9 +146,17 @@ def write_tokens(model: Path, data: str, out: Path) -> Path:
     return out
 
 
+def gguf(options: argparse.Namespace) -> dict[str, float]:
+    """Seconds of a whole run to Q4_K_M and of llama.cpp's two steps."""
+    narrow = models.off_grid(models.checkpoint(options.work / "demo"), options.work / "off-grid")
+    model = models.widened(narrow, options.work / "wide")
+    return dict(whole.whole(QTOOL, model, options.work, options.calibration))
+
+
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
     "gptq": lambda options: gptq(options.work, options.calibration, options.evaluation, options.peer),
     "encode": lambda options: encoders(options.work, options.calibration),
+    "gguf": gguf,
     "mixes": files,
     "recipes": shipped,
     "study": studied,

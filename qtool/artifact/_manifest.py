@@ -93,7 +93,7 @@ class Manifest(Entry):
     def save(self, folder: Path) -> None:
         """Writes manifest.json, whole or not at all. Raises StorageError."""
         with new_file(folder / MANIFEST) as partial:
-            partial.write_text(json.dumps(self.model_dump(), indent=1) + "\n", encoding="utf-8")
+            partial.write_text(json.dumps(self.model_dump()) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
