@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from qtool.checkpoint._base import Checkpoint
 from qtool.checkpoint.config import read_json
-from qtool.errors import CheckpointError, one_line
+from qtool.errors import CheckpointError, MissingExtra, one_line
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """What holds a vocabulary; one of them is enough."""
@@ -21,11 +22,14 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
     Raises:
         CheckpointError: it has none, or one that transformers cannot read.
+        MissingExtra: there is SentencePiece's file only, and the packages that read it are missing.
     """
     folder = next((checkpoint.files[name].parent for name in FILES if name in checkpoint.files), None)
     if folder is None:
         raise CheckpointError(f"{checkpoint.source} has no tokenizer", wanted=f"one of {', '.join(FILES)}")
     settings = checkpoint.files.get("tokenizer_config.json")
+    if "tokenizer.json" not in checkpoint.files and "tokenizer.model" in checkpoint.files:
+        require_sentencepiece()
     try:
         if "tokenizer.json" in checkpoint.files and not (settings and "auto_map" in read_json(settings)):
             return _from_json(folder)
@@ -34,6 +38,15 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare ones on damaged files
         raise CheckpointError(f"the tokenizer of {checkpoint.source} cannot be read", found=one_line(error)) from error
+
+
+def require_sentencepiece() -> None:
+    """Raises MissingExtra: a package is missing that transformers reads tokenizer.model with."""
+    for package, module in (("sentencepiece", "sentencepiece"), ("protobuf", "google.protobuf")):
+        try:
+            import_module(module)
+        except ImportError:
+            raise MissingExtra(package, "sentencepiece", "a model whose only tokenizer is tokenizer.model") from None
 
 
 def _from_json(folder: Path) -> Any:

@@ -6,13 +6,14 @@ import json
 import shutil
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 
 from qtool.calibrate.tokenizer import load_tokenizer, token_ids
 from qtool.calibrate.tokens import beginning
 from qtool.checkpoint.hf import HFCheckpoint
-from qtool.errors import CheckpointError
+from qtool.errors import CheckpointError, MissingExtra
 from tests.tokenizers import TEXTS, byte_level, gemma_like, llama2_like, phi3_like
 
 
@@ -78,6 +79,19 @@ def test_none(folder):
     with pytest.raises(CheckpointError) as caught:
         load_tokenizer(HFCheckpoint(folder))
     assert str(caught.value) == f"{folder} has no tokenizer: wanted {wanted}"
+
+
+@pytest.mark.parametrize("missing", ["sentencepiece", "google.protobuf"])
+def test_sentencepiece_alone_needs_its_packages(missing, folder, monkeypatch):
+    """One line, instead of transformers' search for other readers."""
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    for module in ("sentencepiece", "google", "google.protobuf"):
+        monkeypatch.setitem(sys.modules, module, ModuleType(module))
+    monkeypatch.setitem(sys.modules, missing, None)
+    package = missing.removeprefix("google.")
+    message = f"a model whose only tokenizer is tokenizer.model needs the package {package}"
+    with pytest.raises(MissingExtra, match=rf"^{message}; install it with: pip install 'qtool\[sentencepiece\]'$"):
+        load_tokenizer(HFCheckpoint(folder))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model": {"type": "BPE", "vocab": 7}}', "\0"], ids=repr)
