@@ -55,9 +55,10 @@ def rendered(text: str, found: Found) -> str:
 
 def conditions(found: Found) -> str:
     """How much was measured."""
-    told = found.get("conditions", {})
-    texts = (told.get(key, MISSING) for key in ("chunks", "device", "torch"))
-    return table((f"chunks of {CONTEXT} tokens", "device", "torch"), [tuple(map(str, texts))])
+    keys = ("chunks", "device", "torch")
+    told = {variant: found.get("conditions", {}).get(variant, {}) for variant in VARIANTS}
+    rows = [(variant, *(str(known.get(key, MISSING)) for key in keys)) for variant, known in told.items()]
+    return table(("model", f"chunks of {CONTEXT} tokens", "device", "torch"), rows)
 
 
 def divergences(shown: Table, found: Found) -> str:

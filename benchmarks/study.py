@@ -187,8 +187,9 @@ def study(work: Path, text: Path, chunks: int, device: str) -> dict[str, Any]:
         missing = [run for run in runs() if run.key(variant) not in found]
         if variant in found and not missing:
             continue
-        if found.setdefault("conditions", conditions) != conditions:
-            raise SystemExit(f"{kept} was begun with {found['conditions']}, now there is {conditions}; remove it")
+        begun = found.setdefault("conditions", {}).setdefault(variant, conditions)
+        if begun != conditions:
+            raise SystemExit(f"{kept} was begun with {begun}, now there is {conditions}; remove it")
         off_grid = models.off_grid(models.checkpoint(work / "demo"), work / f"off-grid-{variant}", outliers=outliers)
         bench = Bench(off_grid, text, chunks, torch.device(device), work)
         for key, value in measured(bench, variant, missing, variant not in found):
