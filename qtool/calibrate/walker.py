@@ -27,6 +27,7 @@ from qtool.calibrate.reference import Reference
 from qtool.calibrate.steps import InStep
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, modules
 from qtool.errors import CheckpointError
+from qtool.numerics.processor import has
 from qtool.stats import InputStats, Stat
 
 BATCH_TOKENS = 2048
@@ -40,8 +41,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the device multiplies it natively, else float32."""
     if device.type == "cuda":
         return torch.bfloat16
-    cpu = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else torch.float32
+    return torch.bfloat16 if has("avx512_bf16", "amx_bf16") else torch.float32
 
 
 class Recorder(nn.Module):

@@ -17,6 +17,7 @@ from numba import njit
 from torch import Tensor
 
 from qtool.numerics.parallel import over_rows
+from qtool.numerics.processor import has
 
 REACH = 24.0
 """Largest number that is rounded, relative to its channel's root mean square in ordinary tokens of the first batch."""
@@ -36,7 +37,7 @@ MOST_TOKENS = 1 << 17
 
 def counts_fast() -> bool:
     """Whether the processor has instructions for sums of 8-bit products."""
-    return bool(torch.cpu.get_capabilities().get("avx512_vnni"))
+    return has("avx512_vnni")
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
