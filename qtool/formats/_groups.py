@@ -7,11 +7,14 @@ G blocks side by side (C / B).
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
+from typing_extensions import Self
+
+from qtool.formats._base import Format
 
 Group = Annotated[int, Field(gt=0)] | Literal["channel", "token", "head", "tensor"]
 """Columns per scale, or "tensor": one for all, or "channel" (of a weight), "token" (of an input) and "head" (of a KV
@@ -21,6 +24,39 @@ Scales = Literal["minmax", "search"] | Annotated[float, Field(gt=50, lt=100)]
 PATTERN = r"(?:g(?P<group>\d+)|b(?P<rows>\d+)x(?P<columns>\d+)|(?P<name>channel|token|head|tensor|block))"
 BLOCK = 128
 """Rows and columns of the blocks that are called `block` without numbers, as DeepSeek-V3 has them."""
+
+
+class Grouped(Format):
+    """What follows from the fields `group`, `rows`, `scales` and `scale_dtype`, which subclasses have among theirs."""
+
+    if TYPE_CHECKING:  # declared here in earnest, they would come before a subclass's own in schemas and documentation
+        group: Group
+        rows: int
+        scales: Scales
+
+    @property
+    def group_columns(self) -> int | None:
+        """See `Format.group_columns`."""
+        return self.group if isinstance(self.group, int) else None
+
+    @property
+    def group_rows(self) -> int | None:
+        """See `Format.group_rows`."""
+        return None if self.group == "tensor" else self.rows
+
+    @property
+    def granularity(self) -> str | None:
+        """See `Format.granularity`."""
+        return self.group if isinstance(self.group, str) else None
+
+    @property
+    def ranges(self) -> str | float:
+        """See `Format.ranges`."""
+        return self.scales
+
+    def at_run_time(self) -> Self:
+        """See `Format.at_run_time`."""
+        return self.model_copy(update={"scales": "minmax", "scale_dtype": "fp32"})
 
 
 def spell(group: int | str, rows: int) -> str:

@@ -26,7 +26,7 @@ from typing_extensions import Self
 from qtool.errors import NumericsError
 from qtool.formats import _groups
 from qtool.formats._base import Format, Params, expand
-from qtool.formats._groups import Group, Scales
+from qtool.formats._groups import Group, Grouped, Scales
 from qtool.formats._scaled import Scaled
 from qtool.formats.int import DTYPES
 from qtool.numerics import minifloat
@@ -43,7 +43,7 @@ PHASES = [2.0 ** (i / 8) for i in range(8)]
 """Common factors tried for the scales of a row that share one."""
 
 
-class FP(Scaled):
+class FP(Grouped, Scaled):
     """Minifloats.
 
     Attributes:
@@ -101,19 +101,9 @@ class FP(Scaled):
         return minifloat.minifloat(int(self.element[1]), int(self.element[3]))
 
     @property
-    def group_columns(self) -> int | None:
-        """See `Format.group_columns`."""
-        return self.group if isinstance(self.group, int) else None
-
-    @property
     def block_columns(self) -> int | None:
         """See `Format.block_columns`; scales that share a ratio are fitted together."""
         return None if self.constraint == "ratio" else self.group_columns
-
-    @property
-    def group_rows(self) -> int | None:
-        """See `Format.group_rows`."""
-        return None if self.group == "tensor" else self.rows
 
     @property
     def by_rows(self) -> bool:
@@ -124,20 +114,6 @@ class FP(Scaled):
     def needs_largest(self) -> bool:
         """See `Format.needs_largest`. Runtimes round matrices that they merge anew if their scales differ."""
         return self.group == "tensor" and self.scales == "minmax"
-
-    @property
-    def granularity(self) -> str | None:
-        """See `Format.granularity`."""
-        return self.group if isinstance(self.group, str) else None
-
-    @property
-    def ranges(self) -> str | float:
-        """See `Format.ranges`."""
-        return self.scales
-
-    def at_run_time(self) -> FP:
-        """See `Format.at_run_time`."""
-        return self.model_copy(update={"scales": "minmax", "scale_dtype": "fp32"})
 
     def storage_bits(self, n: int, k: int) -> int:
         """See `Format.storage_bits`."""

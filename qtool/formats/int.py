@@ -21,14 +21,14 @@ from typing_extensions import Self
 
 from qtool.formats import _groups
 from qtool.formats._base import Format, Params, Quantized, alike, expand
-from qtool.formats._groups import Group, Scales
+from qtool.formats._groups import Group, Grouped, Scales
 from qtool.numerics import search
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHORTHAND = re.compile(rf"int(?P<bits>[2-8])-{_groups.PATTERN}(?P<asym>-asym)?")
 
 
-class Int(Format):
+class Int(Grouped):
     """Integer grid.
 
     Attributes:
@@ -69,30 +69,6 @@ class Int(Format):
             return None
         fields = {"bits": int(match["bits"]), "symmetric": not match["asym"], **_groups.parse(match)}
         return cls.model_validate(fields)
-
-    @property
-    def group_columns(self) -> int | None:
-        """See `Format.group_columns`."""
-        return self.group if isinstance(self.group, int) else None
-
-    @property
-    def group_rows(self) -> int | None:
-        """See `Format.group_rows`."""
-        return None if self.group == "tensor" else self.rows
-
-    @property
-    def granularity(self) -> str | None:
-        """See `Format.granularity`."""
-        return self.group if isinstance(self.group, str) else None
-
-    @property
-    def ranges(self) -> str | float:
-        """See `Format.ranges`."""
-        return self.scales
-
-    def at_run_time(self) -> Int:
-        """See `Format.at_run_time`."""
-        return self.model_copy(update={"scales": "minmax", "scale_dtype": "fp32"})
 
     @property
     def lowest(self) -> int:
