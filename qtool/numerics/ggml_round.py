@@ -86,6 +86,6 @@ def round_blocks(w: Tensor, d: Tensor, m: Tensor, lowest: int, bits: int) -> Ten
     """
     codes = torch.empty(w.shape, dtype=torch.uint8)
     arrays = [t.contiguous().cpu().numpy() for t in (w, d, m)]
-    ends = np.float32(lowest), np.float32((1 << bits) - 1)
-    over_rows(lambda a, b: round_rows(*arrays, *ends, bits == 8, codes.numpy(), a, b), len(w))
+    limits = np.float32(lowest), np.float32((1 << bits) - 1)
+    over_rows(lambda a, b: round_rows(*arrays, *limits, bits == 8, codes.numpy(), a, b), len(w))
     return codes.to(w.device)
