@@ -5,14 +5,13 @@ Source: https://huggingface.co/docs/transformers/model_doc/mixtral
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any, ClassVar
 
-from qtool.checkpoint.families._base import Value
 from qtool.checkpoint.families._moe import MixtureOfExperts
+from qtool.checkpoint.families._window import OptionalWindow
 
 
-class Mixtral(MixtureOfExperts):
+class Mixtral(OptionalWindow, MixtureOfExperts):
     """`MixtralForCausalLM`. Its GGUF files are Llama's, with experts."""
 
     architecture = "MixtralForCausalLM"
@@ -31,15 +30,3 @@ class Mixtral(MixtureOfExperts):
     gguf_arch = "llama"
     gguf_permute = frozenset({"q", "k"})
     rope_kinds = (*MixtureOfExperts.rope_kinds, "llama3")
-
-    def gguf_metadata(self, config: dict[str, Any]) -> dict[str, Value]:
-        """See `Family.gguf_metadata`."""
-        values = super().gguf_metadata(config)
-        if config.get("sliding_window"):
-            values["llama.attention.sliding_window"] = int(config["sliding_window"])
-        return values
-
-    def gguf_fields(self, metadata: dict[str, Any], tensors: Collection[str]) -> dict[str, Any]:
-        """See `Family.gguf_fields`."""
-        window = {"sliding_window": metadata.get("llama.attention.sliding_window")}
-        return super().gguf_fields(metadata, tensors) | window
