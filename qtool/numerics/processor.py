@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 
 
-@cache
 def has(*names: str) -> bool:
     """Whether it has one of some instruction sets, as torch calls them; False where torch does not tell."""
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
