@@ -47,12 +47,12 @@ class UsageError(QtoolError):
 
 
 class Problems(QtoolError):
-    """Several mistakes of one kind, shown together, one line each."""
+    """Mistakes of one kind, shown together: one behind its title, several on a line each."""
 
     def __init__(self, problems: Sequence[str], title: str) -> None:
         self.problems = tuple(problems)
-        count = f"{len(self.problems)} problem{'s' * (len(self.problems) != 1)}"
-        Exception.__init__(self, f"{title}: {count}\n" + "\n".join(f"  {p}" for p in self.problems))
+        several = f"{len(self.problems)} problems\n" + "\n".join(f"  {p}" for p in self.problems)
+        Exception.__init__(self, f"{title}: {self.problems[0] if len(self.problems) == 1 else several}")
 
 
 class RecipeError(Problems):
@@ -113,10 +113,10 @@ class HubError(QtoolError):
     exit_code = 11
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """Returns "did you mean X?" for a near spelling, else the list of known names."""
+def nearest(name: str, known: Sequence[str], otherwise: str | None = None) -> str:
+    """Returns "did you mean X?" for a near spelling, else what else to do: choose one of the known names by default."""
     close = get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(sorted(known))
+    return f"did you mean {close[0]!r}?" if close else otherwise or "known: " + ", ".join(sorted(known))
 
 
 def one_line(error: BaseException) -> str:

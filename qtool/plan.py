@@ -266,8 +266,8 @@ def _check_carrier(name: str, carrier: Carrier, layers: Sequence[LayerPlan], fin
     """Notes every layer that the artifact cannot hold, and every set that its runtimes could not merge."""
     sets: dict[str, list[LayerPlan]] = {}
     for p in layers:
-        verdict = carrier.can_carry(p.module, p.layer, p.keep)
-        if not verdict.possible:
+        verdict, noted = carrier.can_carry(p.module, p.layer, p.keep), p.format and p.format.misfit(p.module.shape[1])
+        if not verdict.possible and not noted:
             findings.add(p.rule, f"{name} cannot hold this ({p.label}): {verdict.reason}", p.module.name)
         if one := carrier.one_format(p.module):
             sets.setdefault(one, []).append(p)

@@ -199,6 +199,11 @@ class TestSizes:
 
 
 class TestRowsThatDoNotDivide:
+    def test_error_is_not_repeated_by_artifacts(self):
+        lines = refusals({"match": "*", "weights": "int4-g40"}, carrier=Carrier(refuses="int4-g40"))
+        assert len(lines) == 2  # rows of 64 and of 96 columns
+        assert all("are not divisible by 40" in line for line in lines)
+
     def test_error_names_groups_that_do(self):
         assert refusals({"match": "*", "weights": "int4-g48"}) == [
             'layers[0] (match "*"): model.layers.0.self_attn.q_proj and 12 more: int4-g48: rows of 64 columns are not '
@@ -233,8 +238,7 @@ class TestRowsThatDoNotDivide:
         model = TINY | {"hidden_size": 48}
         (line,) = refusals({"match": "*", "weights": "q4_0", "fallback": "error"}, model=model)
         assert line.endswith(
-            "q_proj and 12 more: q4_0: rows of 48 columns are not divisible by 32; groups that divide: 16; or name a "
-            "second choice, fallback: FORMAT"
+            "q_proj and 12 more: q4_0: rows of 48 columns are not divisible by 32; name a second choice, fallback: f16"
         )
         made = plan({"match": "*", "weights": "q4_0", "fallback": "int4-g16"}, model=model)
         assert by_name(made)["model.layers.0.mlp.up_proj"].format == parse_format("int4-g16")
@@ -328,6 +332,9 @@ class TestRules:
         assert refusals({"match": "*.mlp.dwn_proj", "keep": True}, {"match": "lm_haed", "keep": True}, REST) == [
             "layers[0] (match \"*.mlp.dwn_proj\"): matches nothing in this model; did you mean '*.mlp.down_proj'?",
             "layers[1] (match \"lm_haed\"): matches nothing in this model; did you mean 'lm_head'?",
+        ]
+        assert refusals({"match": "*.q_prj", "keep": True}, REST) == [
+            "layers[0] (match \"*.q_prj\"): matches nothing in this model; did you mean '*.q_proj'?",
         ]
 
     def test_linears_that_no_rule_matches(self):

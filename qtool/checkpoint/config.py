@@ -23,6 +23,16 @@ EXPERT_LIMIT = 2**18
 """Of all blocks together."""
 
 
+def read_text(path: Path) -> str:
+    """Reads a text. Raises CheckpointError: no such file, or it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is damaged", wanted="UTF-8 text", found=f"byte {error.start} is none") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
@@ -30,9 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: no such file, or something else is in it.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        value = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):

@@ -46,30 +46,36 @@ def command(
 
     Example: `qtool quantize ./SmolLM2-135M -r w4a16-gptq-g64 -o ./SmolLM2-135M-w4`
     """
-    with Console(quiet, verbose) as console:
+    console = Console(quiet, verbose)
+    with console:
         from qtool.pipeline import quantize as stage
 
-        report = stage.run(
-            stage.QuantizeOptions(
-                model=model,
-                recipe=recipe,
-                out=out,
-                overrides=tuple(overrides or ()),
-                device=device,
-                dtype=dtype,
-                seed=seed,
-                limit=limit_layers,
-                stats=stats,
-                imatrix=imatrix,
-                pre_tokenizer=pre_tokenizer,
-                split_max_size=split_max_size,
-                keep=keep,
-                overwrite=overwrite,
-                verify=verify,
-                push_to=push_to_hub,
-            ),
-            console,
+        asked = stage.QuantizeOptions(
+            model=model,
+            recipe=recipe,
+            out=out,
+            overrides=tuple(overrides or ()),
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            limit=limit_layers,
+            stats=stats,
+            imatrix=imatrix,
+            pre_tokenizer=pre_tokenizer,
+            split_max_size=split_max_size,
+            keep=keep,
+            overwrite=overwrite,
+            verify=verify,
+            push_to=push_to_hub,
         )
+        report = stage.run(asked, console)
+    show(report, out, json)
+    with console:
+        stage.conclude(report, asked, console)
+
+
+def show(report: Report, out: Path, json: bool) -> None:
+    """Prints what a run did, before a gate or the hub may say no."""
     if json:
         document(report.model_dump(mode="json"))
     else:

@@ -7,22 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from qtool.errors import GateError, UsageError, nearest
 from qtool.evaluate.result import Evaluation
-
-AT_MOST = {
-    "ppl": "ppl",
-    "ppl_ratio": "ppl_ratio",
-    "kld": "kld_mean",
-    "kld_median": "kld_median",
-    "kld_p90": "kld_p90",
-    "kld_p95": "kld_p95",
-    "kld_p99": "kld_p99",
-    "kld_p999": "kld_p999",
-    "kld_max": "kld_max",
-    "rms_dp": "rms_dp",
-}
-AT_LEAST = {"top1": "top1"}
-GATES = AT_MOST | AT_LEAST
-"""Gate name -> attribute of `Evaluation`."""
+from qtool.recipe.gates import AT_LEAST, GATES
 
 
 def parse_gates(texts: Iterable[str]) -> dict[str, float]:

@@ -230,7 +230,8 @@ class Format(BaseModel):
         block = self.block_columns or self.group_columns
         if block is None or k % block == 0:
             return None
-        near = sorted((g for g in (16, 32, 64, 96, 128, 192, 256) if k % g == 0), key=lambda g: abs(g - block))
+        usual = (16, 32, 64, 96, 128, 192, 256) if "group" in type(self).model_fields else ()
+        near = sorted((g for g in usual if k % g == 0), key=lambda g: abs(g - block))
         return f"rows of {k} columns are not divisible by {block}" + (
             f"; groups that divide: {', '.join(map(str, near[:3]))}" if near else ""
         )

@@ -9,7 +9,7 @@ from qtool import registry
 from qtool.artifact._base import Artifact
 from qtool.artifact._files import check_free, new_folder
 from qtool.artifact._open import open_artifact
-from qtool.errors import UsageError
+from qtool.errors import UsageError, nearest
 from qtool.pipeline.events import Event, Listener, silent
 from qtool.pipeline.publish import publish
 from qtool.pipeline.stopwatch import Stopwatch
@@ -43,10 +43,13 @@ def run(options: ExportOptions, listener: Listener = silent) -> ArtifactEntry:
     """Reads one artifact and writes another.
 
     Raises:
-        UsageError: an option that the layout does not have.
+        UsageError: no such layout, or an option that it does not have.
         PlanError: the layout cannot hold these codes, with every reason.
         CheckpointError, StorageError, VerifyError: see there.
     """
+    layouts = registry.names("artifact")
+    if options.to not in layouts:
+        raise UsageError(f"--to: no layout is called {options.to!r}", hint=nearest(options.to, layouts))
     check_free(options.out, options.overwrite)
     given = {"pre_tokenizer": options.pre_tokenizer, "split_max_size": options.split_max_size}
     given = {key: value for key, value in given.items() if value is not None}

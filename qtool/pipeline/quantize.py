@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from qtool.report.model import CacheEntry, LayerEntry, Report
 from qtool.report.render import read_report, write_report
 from qtool.stats import InputStats
 
+HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 BY_IMPORTANCE = "method={rtn: {importance: true}}"
 """What `--imatrix` sets; a `--set method=...` of the user's own comes later and wins."""
 
@@ -68,13 +70,12 @@ class QuantizeOptions:
 
 
 def run(options: QuantizeOptions, listener: Listener = silent) -> Report:
-    """Quantizes a model; the same call continues what was interrupted.
+    """Quantizes a model; the same call continues what was interrupted. `conclude` does what is left.
 
     Raises:
-        QtoolError: of every kind. GateError comes last: everything is written by then.
+        QtoolError: of every kind.
     """
-    if options.stats and options.imatrix:
-        raise UsageError("--stats and --imatrix exclude each other")
+    check(options)
     out = options.out.absolute()
     place = out.with_name(f"{out.name}.work")
     if not place.exists():
@@ -102,11 +103,33 @@ def run(options: QuantizeOptions, listener: Listener = silent) -> Report:
             report = produce(job, work, source, options, watch, listener)
     if not options.keep:
         remove_work(place, out)
-    if options.push_to:
-        upload(out, options.push_to, listener)
-    for evaluation in report.evaluations:
-        check_gates(evaluation, job.plan.recipe.eval.gates if job.plan.recipe.eval else {})
     return report
+
+
+def check(options: QuantizeOptions) -> None:
+    """Refuses what would fail after hours of work. Raises UsageError."""
+    if options.stats and options.imatrix:
+        raise UsageError("--stats and --imatrix exclude each other")
+    for flag, file in (("--stats", options.stats), ("--imatrix", options.imatrix)):
+        if file and not file.is_file():
+            raise UsageError(flag, wanted="a file of `qtool calibrate` or llama-imatrix", found=f"no file {file}")
+    if options.push_to and not HUB_NAME.fullmatch(options.push_to):
+        raise UsageError("--push-to-hub", wanted="a repository such as me/my-model", found=repr(options.push_to))
+
+
+def conclude(report: Report, options: QuantizeOptions, listener: Listener = silent) -> None:
+    """Holds a finished run against the gates of its recipe, and uploads it if it passes.
+
+    Raises:
+        GateError: a gate is missed; nothing is uploaded.
+        HubError: see `upload`.
+    """
+    asked = report.recipe.get("eval")
+    gates = asked["gates"] if isinstance(asked, dict) else {}
+    for evaluation in report.evaluations:
+        check_gates(evaluation, gates)
+    if options.push_to:
+        upload(options.out.absolute(), options.push_to, listener)
 
 
 def produce(

@@ -150,6 +150,9 @@ def statistics_for(job: Job, stored: Path | None, listener: Listener) -> Statist
         CheckpointError, MissingExtra, HubError: see `load_tokens` and `read`.
     """
     if not any(unit.needs for unit in units(job.plan)):
+        if stored:
+            text = f"{stored} is not used, because the recipe's methods measure no inputs"
+            listener(Event("calibrate", 1, 1, text, warning=True))
         return Stored({})
     if stored:
         found = read(stored, job)
@@ -182,8 +185,9 @@ def read(path: Path, job: Job) -> Stored:
     """
     greedy = {p.method.name() for p in job.plan.layers if p.method and Stat.GRAM in p.method.needs}
     if greedy:
-        line = f"{', '.join(sorted(greedy))} needs Gram matrices, which such a file does not hold; run without it"
-        raise PlanError([line], f"statistics in {path}")
+        lack = f"{', '.join(sorted(greedy))} needs Gram matrices, which such a file does not hold"
+        hint = "run without it, or round with it: --set 'method={rtn: {importance: true}}'"
+        raise PlanError([f"{lack}; {hint}"], f"statistics in {path}")
     if any(Stat.VALUES in unit.needs for unit in units(job.plan)):
         line = "static scales of inputs need to know how these are distributed, which such a file does not hold"
         raise PlanError([f"{line}; run without it"], f"statistics in {path}")

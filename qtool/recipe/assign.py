@@ -58,9 +58,10 @@ def _limited(findings: Findings, index: int) -> bool:
 
 
 def _patterns(found: Iterable[Named]) -> list[str]:
-    """Patterns that match something: roles, and names with `*` for what comes before a block's own part of them."""
+    """Patterns that match something: roles, and names with `*` for what comes before a block's or their last part."""
     patterns = {"*": None}
     for m in found:
         inner = m.name if m.block is None else "*" + m.name.partition(f".{m.block}")[2]
         patterns |= dict.fromkeys((inner, *m.aliases, f"role:{m.role}"))
+        patterns |= {} if m.block is None else {"*." + m.name.rpartition(".")[2]: None}
     return list(patterns)

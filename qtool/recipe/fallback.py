@@ -42,7 +42,9 @@ def choose(rule: Rule, wanted: Format, columns: int) -> Choice:
         return Choice(wanted)
     found = rule.fallback or _next(wanted)
     if found is None or found == "error":
-        return Choice(wanted, problem=f"{wanted.label}: {misfit}; or name a second choice, fallback: FORMAT")
+        otherwise = "or name" if ";" in misfit else "name"
+        advice = f"{otherwise} a second choice, fallback: {wanted.fallback or 'FORMAT'}"
+        return Choice(wanted, problem=f"{wanted.label}: {misfit}; {advice}")
     told = misfit.partition(";")[0]
     while isinstance(found, Format) and (second := found.misfit(columns)):
         following = _next(found)

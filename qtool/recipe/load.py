@@ -74,8 +74,8 @@ def find_recipe(name: str, folder: Path | None = None) -> Path:
     shipped = {path.stem: path for path in shelf().glob("*.yaml")}
     if name in shipped:
         return shipped[name]
-    line = f"no file and no shipped recipe is called {show(name)}; {nearest(name, list(shipped))}"
-    raise RecipeError([line], "recipe not found")
+    hint = nearest(name, list(shipped), "`qtool recipes list` shows those that ship")
+    raise RecipeError([f"no file and no shipped recipe is called {show(name)}; {hint}"], "recipe not found")
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:

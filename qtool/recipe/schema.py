@@ -19,6 +19,7 @@ from qtool.formats._base import Format
 from qtool.methods._base import Method
 from qtool.recipe.cache import KVCache, dump_cache, either
 from qtool.recipe.export import Export
+from qtool.recipe.gates import Gates
 from qtool.recipe.match import compile_pattern
 from qtool.recipe.parse import dump_format, parse_format, parse_method
 from qtool.recipe.problems import Keys, mistake, show
@@ -192,7 +193,7 @@ class Eval(Strict):
     text: str
     context: int = Field(default=512, ge=16)
     chunks: int | None = Field(default=None, ge=1)
-    gates: dict[str, float] = Field(default_factory=dict)
+    gates: Gates = Field(default_factory=dict)
 
 
 class Recipe(Strict):

@@ -290,7 +290,7 @@ def module(role="q", k=64):
         (
             Layer(registry.load("formats", "q4_0")()),
             48,
-            Carry(False, "q4_0: rows of 48 columns are not divisible by 32; groups that divide: 16"),
+            Carry(False, "q4_0: rows of 48 columns are not divisible by 32"),
         ),
         (
             Layer(Int(bits=8, group=16)),

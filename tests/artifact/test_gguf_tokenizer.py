@@ -195,6 +195,10 @@ def test_chat_templates(tmp_path: Path):
     assert several["tokenizer.chat_template.tools"] == "{{ t }}" and several["tokenizer.chat_templates"] == ["tools"]
     newest = metadata(tmp_path, byte_level("gpt-2"), chat_template__jinja="{{ j }}", tokenizer_config__json={})
     assert newest["tokenizer.chat_template"] == "{{ j }}"
+    (tmp_path / "latin1").write_bytes("{{ café }}".encode("latin-1"))
+    with pytest.raises(CheckpointError, match="latin1 is damaged: wanted UTF-8 text, found byte 6 is none"):
+        files = {"tokenizer.json": tmp_path / "tokenizer.json", "chat_template.jinja": tmp_path / "latin1"}
+        tokenizer_metadata(files, {"vocab_size": 512})
 
 
 @pytest.mark.parametrize(

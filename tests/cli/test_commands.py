@@ -55,7 +55,7 @@ def every_error():
             3,
             "error: recipe a: 2 problems\n  a.yaml:3: first\n  a.yaml:7: second\n",
         ),
-        (errors.PlanError(["x"], "plan"), 4, "error: plan: 1 problem\n  x\n"),
+        (errors.PlanError(["x"], "plan"), 4, "error: plan: x\n"),
         (errors.CheckpointError("bad [file]"), 5, "error: bad [file]\n"),
         (errors.NumericsError("NaN in w"), 6, "error: NaN in w\n"),
         (errors.StorageError("full", hint="make room"), 7, "error: full; make room\n"),

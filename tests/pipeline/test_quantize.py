@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -16,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from qtool.artifact.gguf import GGUF
 from qtool.artifact.gguf._reader import QuantizedGGUF
 from qtool.errors import GateError, NumericsError, StorageError, UsageError, VerifyError
-from qtool.pipeline.quantize import QuantizeOptions, run
+from qtool.pipeline.quantize import QuantizeOptions, conclude, run
 from qtool.report.render import read_report
 
 GGUF_NAMES = {
@@ -304,9 +306,34 @@ def test_a_missed_gate_fails_after_everything_is_written(tiny_checkpoint, recipe
     overrides = (
         f"eval={json.dumps({'text': str(text), 'context': 64, 'chunks': 2, 'gates': {'top1': 1.0, 'kld': 0}})}",
     )
+    model, out = str(tiny_checkpoint("llama")), tmp_path / "out"
+    options = QuantizeOptions(model, recipes["gguf"], out, overrides, push_to="me/tiny")
+    report, events = run(options), []
     with pytest.raises(GateError, match=r"kld wanted at most 0"):
-        run(QuantizeOptions(str(tiny_checkpoint("llama")), recipes["gguf"], tmp_path / "out", overrides))
-    report = read_report(tmp_path / "out" / "report.json")
+        conclude(report, options, events.append)
+    assert not events  # nothing was uploaded
+    assert read_report(out / "report.json") == report
     assert report.evaluations[0].chunks == 2
     assert 0 < report.evaluations[0].kld_mean < 1
-    assert f"{report.evaluations[0].kld_mean:.5f}" in (tmp_path / "out" / "README.md").read_text()
+    assert f"{report.evaluations[0].kld_mean:.5f}" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (
+            "push_to",
+            "me and you/tiny",
+            "--push-to-hub: wanted a repository such as me/my-model, found 'me and you/tiny'",
+        ),
+        (
+            "stats",
+            Path("nowhere"),
+            "--stats: wanted a file of `qtool calibrate` or llama-imatrix, found no file nowhere",
+        ),
+        ("imatrix", Path("nowhere"), "--imatrix: wanted a file of `qtool calibrate` or llama-imatrix, found no file"),
+    ],
+)
+def test_what_would_fail_at_the_end_is_refused_at_once(field, value, message, recipes, tmp_path):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        run(QuantizeOptions("no model", recipes["gguf"], tmp_path / "out", **{field: value}))

@@ -186,8 +186,20 @@ def test_statistics_that_do_not_fit_the_layers_are_refused(change, recipe, tiny_
 
 
 def test_gptq_wants_more_than_stored_statistics(recipe, tiny_checkpoint, tmp_path):
-    with pytest.raises(PlanError, match="gptq needs Gram matrices"):
-        quantize(QuantizeOptions(str(tiny_checkpoint("llama")), recipe(), tmp_path / "out", stats=tmp_path / "stats"))
+    path, stats = recipe(), tmp_path / "stats"
+    stats.touch()
+    with pytest.raises(PlanError, match=r"gptq needs Gram matrices.*or round with it: --set 'method=\{rtn:"):
+        quantize(QuantizeOptions(str(tiny_checkpoint("llama")), path, tmp_path / "out", stats=stats))
+
+
+def test_statistics_that_nobody_needs_are_told(recipe, tiny_checkpoint, tmp_path):
+    stats = tmp_path / "stats"
+    stats.touch()
+    told = []
+    quantize(QuantizeOptions(str(tiny_checkpoint("llama")), recipe("rtn"), tmp_path / "out", stats=stats), told.append)
+    assert [e.message for e in told if e.warning] == [
+        f"{stats} is not used, because the recipe's methods measure no inputs"
+    ]
 
 
 def test_calibrate_replaces_only_when_told(recipe, tiny_checkpoint, tmp_path):

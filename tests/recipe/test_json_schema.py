@@ -111,6 +111,7 @@ RULE = {"match": "*", "weights": "int4-g64"}
         HEAD | {"layers": [RULE], "calibration": {"samples": "3"}},
         HEAD | {"layers": [RULE], "eval": {"text": "a.txt", "gates": {"kld": 1}}},
         HEAD | {"layers": [RULE], "eval": {"text": "a.txt", "gates": {"kld": "x"}}},
+        HEAD | {"layers": [RULE], "eval": {"text": "a.txt", "gates": {"kdl": 1}}},
         HEAD | {"layers": [RULE], "method": {"rtn": {"importance": True}}},
         HEAD | {"layers": [RULE], "method": "gtpq"},
         HEAD | {"layers": [RULE | {"blocks": "first 1/8"}]},

@@ -116,7 +116,7 @@ layers:
   - {match: y, match: z}
   - {match: "*", weights: int4-g64, method: rnt}
 export: [{to: qtol}, {to: qtool}, {to: qtool}]
-eval: {gates: {kld: much}}
+eval: {gates: {kld: much, kdl: 0.1}}
 """
     found = problems(write(text))
     for expected in [
@@ -142,6 +142,7 @@ eval: {gates: {kld: much}}
         "r.yaml:19: export[2]: 'qtool' is listed twice",
         "r.yaml:20: eval: the key 'text' is missing",
         "r.yaml:20: eval.gates.kld: wanted a number, found 'much'",
+        "r.yaml:20: eval.gates.kdl: no gate is called 'kdl'; did you mean 'kld'?",
     ]:
         assert expected in found
         found.remove(expected)

@@ -15,7 +15,7 @@ from typing import Any
 from qtool.artifact.gguf._container import Value
 from qtool.artifact.gguf._vocabulary import Vocabulary, from_json, from_sentencepiece, merges
 from qtool.checkpoint import pretokenizers
-from qtool.checkpoint.config import read_json
+from qtool.checkpoint.config import read_json, read_text
 from qtool.checkpoint.gguf_tokenizer import PHI3, PHI3_KEEPS
 from qtool.errors import CheckpointError
 
@@ -146,7 +146,7 @@ def _chat_templates(files: Files, settings: dict[str, Any]) -> dict[str, Value]:
     if "chat_template.json" in files:
         template = read_json(files["chat_template.json"]).get("chat_template")
     if "chat_template.jinja" in files:
-        template = files["chat_template.jinja"].read_text(encoding="utf-8")
+        template = read_text(files["chat_template.jinja"])
     if isinstance(template, str):
         return {"tokenizer.chat_template": template}
     named = {entry["name"]: entry["template"] for entry in template or []}
