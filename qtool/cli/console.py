@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from qtool.errors import UsageError
 from qtool.pipeline.events import Event
@@ -49,9 +49,6 @@ class Console:
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
                 TextColumn("{task.completed}/{task.fields[of]}"),
-                TimeElapsedColumn(),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
                 TextColumn("{task.fields[values]}"),
                 console=self.stderr,
             )
@@ -82,14 +79,12 @@ class Console:
     def _advance_bar(self, bars: Progress, event: Event) -> None:
         if event.stage not in self.tasks:
             self.tasks[event.stage] = bars.add_task(event.stage, of="?", values="", total=None)
-        rate = self._rate(event)
-        memory = f"{size(resident_bytes())} memory"
         bars.update(
             self.tasks[event.stage],
             completed=event.done,
             total=event.total or None,
             of=event.total or "?",
-            values="  ".join(filter(None, (show(event.values), rate, memory))),
+            values=self._values(event),
         )
         if self.verbose and event.message:
             self.stderr.print(escape(event.message))
@@ -99,25 +94,27 @@ class Console:
         edge = event.done == 0 or event.done == event.total
         if not (edge or self.verbose) and now - self.last_line.get(event.stage, 0) < LINE_INTERVAL:
             return
-        rate = self._rate(event)
         self.last_line[event.stage] = now
         count = f"{event.done}/{event.total}" if event.total else str(event.done or "")
-        if event.total and 0 < event.done < event.total:
-            left = (now - self.started[event.stage]) / event.done * (event.total - event.done)
-            rate += f"  ETA {duration(left)}"
-        parts = (f"{event.stage} {count}".strip() + (f" {event.message}" if event.message else ""), show(event.values))
+        what = f"{event.stage} {count}".strip() + (f" {event.message}" if event.message else "")
+        self.stderr.print("  ".join(filter(None, (what, self._values(event)))), markup=False)
+
+    def _values(self, event: Event) -> str:
+        """What was measured, how fast it goes, how long it will take, and memory."""
+        rate = self._rate(event)
         memory = f"{size(resident_bytes())} memory" if event.done else ""
-        self.stderr.print("  ".join(filter(None, (*parts, rate, memory))), markup=False)
+        return "  ".join(filter(None, (show(event.values), rate, memory)))
 
     def _rate(self, event: Event) -> str:
-        """Time that the stage took; before its end steps per second, or seconds per step if that is easier to read."""
+        """Time that the stage took; before its end steps per second or seconds per step, and the time that is left."""
         seconds = time.monotonic() - self.started.setdefault(event.stage, time.monotonic())
         if not event.done or seconds <= 0:
             return ""
         if event.done == event.total:
             return duration(seconds)
         rate = event.done / seconds
-        return f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
+        speed = f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
+        return f"{speed}  ETA {duration((event.total - event.done) / rate)}" if event.total else speed
 
 
 def show(values: dict[str, float]) -> str:

@@ -59,18 +59,24 @@ def test_quiet_shows_warnings_only(clock, capsys):
     assert capsys.readouterr().err == "warning: a rule [layers.0] decides nothing\n"
 
 
-def test_bars_on_a_terminal(clock, monkeypatch):
+@pytest.mark.parametrize("columns", [80, 160])
+def test_bars_on_a_terminal(columns, clock, monkeypatch):
     screen = io.StringIO()
     screen.isatty = lambda: True
     monkeypatch.setattr("sys.stderr", screen)
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("NO_COLOR", "1")
     with Console() as listener:
         blocks(clock, listener, 4, 5.0)
-    last = screen.getvalue().rsplit("quantize", 1)[1]
-    assert "4/4" in last
-    assert "18.2 dB  20 s  123.4 MB memory" in last
+        listener(Event("verify compressed-tensors", 0, 272))
+        clock[0] += 4
+        listener(Event("verify compressed-tensors", 100, 272))
+    quantize, verify = screen.getvalue().rsplit("quantize", 1)[1].splitlines()[:2]
+    assert "4/4" in quantize
+    assert "18.2 dB  20 s  123.4 MB memory" in quantize
+    assert "100/272" in verify
+    assert "25.0/s  ETA 6.9 s  123.4 MB memory" in verify
 
 
 def test_nothing_breaks_without_stderr(clock, monkeypatch):
