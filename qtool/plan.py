@@ -97,9 +97,9 @@ class LayerPlan:
     @property
     def label(self) -> str:
         """What becomes of it in a word or two: "int8-channel with int8-token inputs", "kept", "kept as f16"."""
-        if self.format is None:
+        if self.layer is None:
             return "kept" if self.keep == "source" else f"kept as {self.keep}"
-        return self.format.label + (f" with {self.activations.label} inputs" if self.activations else "")
+        return self.layer.label
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,11 @@ class Layer:
     static: Static | None = None
 
     @property
+    def label(self) -> str:
+        """What becomes of it in a word or two: "nvfp4", "int8-channel with int8-token inputs"."""
+        return self.format.label + (f" with {self.activations.label} inputs" if self.activations else "")
+
+    @property
     def unmeasured(self) -> bool:
         """True if its inputs have one scale for all tokens, and nobody knows it yet."""
         return self.activations is not None and self.activations.static and self.static is None

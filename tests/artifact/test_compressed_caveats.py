@@ -20,16 +20,32 @@ INT4, INT4_ASYMMETRIC = ({"type": "int", "bits": 4, "group": 32, "symmetric": s}
 INT8 = {"type": "int", "bits": 8, "group": "channel"} | FP32
 FP8 = {"type": "fp", "element": "e4m3", "group": "channel"} | FP32
 KEPT = dict.fromkeys("qkvo")
-EXPERTS = {  # weights and inputs of experts, and the caveat; None: transformers computes what we compute
-    "int4": (INT4, None, None),
-    "int8": (INT8, None, None),
-    "w8a8": (INT8, "int8-token", "transformers does not load experts in int8-channel"),
-    "fp8": (FP8, None, None),
-    "mxfp4": ("mxfp4", None, None),
-    "mxfp6": ("mxfp6", None, "vLLM does not know mxfp6"),
-    "nvfp4": ("nvfp4", None, "transformers loses the scales of whole matrices of experts in nvfp4; vLLM reads them"),
-    "mxfp8": ("mxfp8", None, "transformers does not load experts in mxfp8"),
-    "asymmetric": (INT4_ASYMMETRIC, None, "transformers does not load experts in int4-g32-asym"),
+UNROUNDED = "transformers leaves the inputs of experts in {} unrounded"
+NOT_LOADED = {name: f"{name} does not load experts in {{}}" for name in ("transformers", "vLLM")}
+EXPERTS = {  # weights and inputs of experts, and the caveats; without any, transformers computes what we compute
+    "int4": (INT4, None),
+    "int3": (INT4 | {"bits": 3}, None, NOT_LOADED["vLLM"]),
+    "int8": (INT8, None),
+    "w8a8": (INT8, "int8-token", NOT_LOADED["transformers"]),
+    "w8a8-asym": (INT8, "int8-token-asym", NOT_LOADED["transformers"], NOT_LOADED["vLLM"]),
+    "w4a8": (INT4, "int8-token", UNROUNDED, NOT_LOADED["vLLM"]),
+    "fp8": (FP8, None, NOT_LOADED["vLLM"]),
+    "fp8-dynamic": (FP8, "fp8-token", UNROUNDED),
+    "fp8-tensor": (FP8 | {"group": "tensor"}, "fp8-token", UNROUNDED, NOT_LOADED["vLLM"]),
+    "mxfp4": ("mxfp4", None, "vLLM leaves it to the GPU whether inputs of {} are rounded as well"),
+    "mxfp6": ("mxfp6", None, "vLLM does not know {}; transformers does, with compressed-tensors 0.20"),
+    "nvfp4": (
+        "nvfp4",
+        None,
+        "transformers loses the scales of whole matrices of experts in {}; vLLM reads them",
+    ),
+    "mxfp8": (
+        "mxfp8",
+        None,
+        NOT_LOADED["transformers"],
+        "vLLM leaves it to the GPU whether inputs of {} are rounded as well",
+    ),
+    "asymmetric": (INT4_ASYMMETRIC, None, NOT_LOADED["transformers"]),
 }
 
 
@@ -51,14 +67,37 @@ def error(model, folder):
 
 @pytest.mark.parametrize("name", EXPERTS)
 def test_experts(name, tiny_checkpoint, tmp_path):
-    weights, inputs, caveat = EXPERTS[name]
+    weights, inputs, *caveats = EXPERTS[name]
     activations = parse_format(inputs) if inputs else None
     model = quantize(tiny_checkpoint("qwen3_moe"), parse_format(weights), activations, router=None, **KEPT)
+    label = next(iter(model.layers.values())).label
     found = [text for text in written(model, tmp_path) if "to bfloat16" not in text]
-    assert [text.startswith(caveat) for text in found] == [True] if caveat else found == []
-    wrong = error(model, tmp_path)
+    assert found == [text.format(label) for text in caveats]
+    wrong = error(model, tmp_path)  # of transformers, where the reference leaves inputs alone
     reads = wrong is not None and wrong < 5e-3  # the library decodes mx floats to bfloat16
-    assert reads == ("transformers" not in (caveat or ""))
+    assert reads == (NOT_LOADED["transformers"] not in caveats and name != "nvfp4")
+    if activations and reads:
+        assert caveats[0] == UNROUNDED
+
+
+LINEAR = {  # weights, inputs, what vLLM does otherwise
+    "int4-g128": ("int4-g128", "fp8-token", None),
+    "int4-g32": ("int4-g32", "fp8-token", "vLLM does not load int4-g32 with fp8-token inputs; transformers does"),
+    "int4-asym": ("int4-g32-asym", None, None),
+    "int3-asym": ("int3-g32-asym", None, "vLLM does not load int3-g32-asym; transformers does"),
+    "int3": ("int3-g32", None, None),
+    "w8a8": ("int8-channel", "int8-token", None),
+    "mxfp8": ("mxfp8", "mxfp8", None),
+    "mxfp8-alone": ("mxfp8", None, "vLLM leaves it to the GPU whether inputs of mxfp8 are rounded as well"),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_what_vllm_does_otherwise(name, tiny_checkpoint):
+    weights, inputs, caveat = LINEAR[name]
+    roles = {"down": parse_format(weights)} | dict.fromkeys(("q", "k", "v", "o", "gate", "up"))
+    model = quantize(tiny_checkpoint("llama"), None, parse_format(inputs) if inputs else None, **roles)
+    assert CompressedTensors().caveats(model, model.layers) == ([caveat] if caveat else [])
 
 
 @pytest.mark.parametrize("other", [INT8, None], ids=["mixed", "alone"])
@@ -85,7 +124,7 @@ def test_floats_that_are_decoded_to_bfloat16(name, told, tiny_checkpoint, tmp_pa
 
 
 def test_plan_export_and_model_card_say_it(tiny_checkpoint, tmp_path):
-    folder, said = tiny_checkpoint("qwen3_moe"), EXPERTS["nvfp4"][2]
+    folder, said = tiny_checkpoint("qwen3_moe"), EXPERTS["nvfp4"][2].format("nvfp4")
     recipe = tmp_path / "recipe.yaml"
     rules = "[{match: lm_head, keep: true}, {match: '*', weights: nvfp4, method: rtn}]"
     recipe.write_text(f"{{recipe: 1, name: test, layers: {rules}, export: [{{to: compressed-tensors}}]}}")

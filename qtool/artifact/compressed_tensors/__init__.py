@@ -8,10 +8,12 @@ integers. Codes and scales are stored as they are, so nothing is lost. Inputs in
 FP8, may have calibrated scales.
 
 transformers decodes with compressed-tensors: packed widths of 3, 5, 6 and 7 bits need version 0.18 of it, blocks of FP8
-0.19, MXFP4 0.16, MXFP6 0.20. What a runtime cannot read is said by the plan, the report and the model card:
-transformers decodes NVFP4 experts without the scales of whole matrices, and does not load experts in INT8 with inputs
-in INT8, in MXFP8, or with zero points, nor zero points beside a second format; it decodes MXFP4, MXFP6, MXFP8 and NVFP4
-to bfloat16 whatever the model's type. vLLM does not know MXFP6.
+0.19, MXFP4 0.16, MXFP6 0.20, everything else 0.15. What a runtime cannot read, or computes otherwise, is said by the
+plan, the report and the model card. transformers leaves inputs of experts unrounded, decodes NVFP4 experts without the
+scales of whole matrices, and does not load experts in INT8 with inputs in INT8, in MXFP8, or with zero points, nor zero
+points beside a second format; it decodes MXFP4, MXFP6, MXFP8 and NVFP4 to bfloat16 whatever the model's type. vLLM does
+not know MXFP6; it has zero points with 4 and 8 bits, and 4-bit weights with FP8 inputs in groups of 128 (on Hopper)
+only; experts in packed widths other than 4 and 8, and FP8 experts whose inputs are left alone, it does not load.
 Layout: https://github.com/vllm-project/compressed-tensors
 """
 

@@ -1,4 +1,9 @@
-"""Which of its runtimes cannot read all that compressed-tensors can say; found with transformers 5.23 and vLLM 0.33."""
+"""Which of its runtimes cannot read all that compressed-tensors can say, or compute something else of it.
+
+What transformers 5.23 does was tried. What vLLM 0.33 does is read from its source: `_get_scheme_from_parts` of
+vllm/model_executor/layers/quantization/compressed_tensors, and `get_moe_method` for experts.
+https://github.com/vllm-project/vllm
+"""
 
 from __future__ import annotations
 
@@ -8,23 +13,32 @@ import torch
 
 from qtool.artifact._integers import model_dtype
 from qtool.artifact.compressed_tensors._config import kind_of
-from qtool.artifact.compressed_tensors._floats import FP8, MX4, MX6, MX8, NV4
-from qtool.artifact.compressed_tensors._integers import Packed
+from qtool.artifact.compressed_tensors._floats import FP8, MX4, MX6, MX8, NV4, NaiveFP8
+from qtool.artifact.compressed_tensors._integers import Packed, Plain, as_int
+from qtool.artifact.compressed_tensors._kinds import FP8_INPUTS, INT8_INPUTS
 from qtool.checkpoint._base import Checkpoint, Layer
 from qtool.checkpoint.families._base import stacked
+from qtool.formats._base import alike
 from qtool.formats.int import Int
+
+WITH_ZERO_POINTS, OF_EXPERTS = (4, 8), (4, 8)
+"""Widths that vLLM has kernels for."""
+GROUP = 128
+"""Columns of a group in vLLM's kernel for 4-bit weights with FP8 inputs."""
 
 
 def caveats(model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
     """See `Artifact.caveats`."""
     found = set(layers.values())
     experts = {layer for name, layer in layers.items() if stacked(name)[1] is not None}
+    others = {layer for name, layer in layers.items() if stacked(name)[1] is None}
     loaded = {layer for layer in experts if isinstance(kind_of(layer), Packed | FP8 | MX4) and not _asymmetric(layer)}
     scaled_twice = {layer for layer in experts if isinstance(kind_of(layer), NV4)}
     decoded = {layer for layer in found if isinstance(kind_of(layer), MX8 | NV4)}
     told = {
         "transformers loses the scales of whole matrices of experts in {}; vLLM reads them": scaled_twice,
         "transformers does not load experts in {}": experts - loaded - scaled_twice,
+        "transformers leaves the inputs of experts in {} unrounded": {layer for layer in loaded if layer.activations},
         "transformers does not load {} beside other formats; vLLM does": {
             layer for layer in found if len(found) > 1 and _asymmetric(layer)
         },
@@ -34,10 +48,41 @@ def caveats(model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
         "vLLM does not know {}; transformers does, with compressed-tensors 0.20": {
             layer for layer in found if isinstance(kind_of(layer), MX6)
         },
+        "vLLM does not load {}; transformers does": {layer for layer in others if not _vllm_runs(layer)},
+        "vLLM does not load experts in {}": {layer for layer in experts if not _vllm_runs_experts(layer)},
+        "vLLM leaves it to the GPU whether inputs of {} are rounded as well": {
+            layer for layer in decoded if not isinstance(kind_of(layer), MX6 | NV4) and layer.activations is None
+        },
     }
-    labels = {text: ", ".join(sorted({layer.format.label for layer in those})) for text, those in told.items()}
+    labels = {text: ", ".join(sorted({layer.label for layer in those})) for text, those in told.items()}
     return [text.format(named) for text, named in labels.items() if named]
 
 
 def _asymmetric(layer: Layer) -> bool:
     return isinstance(layer.format, Int) and not layer.format.symmetric
+
+
+def _vllm_runs(layer: Layer) -> bool:
+    """Whether vLLM has a kernel for packed integers; it has for all else but MXFP6."""
+    ints = as_int(layer.format) if isinstance(kind_of(layer), Packed) else None
+    if ints is None:
+        return True
+    if layer.activations is not None and alike(layer.activations, FP8_INPUTS):
+        return ints.group == GROUP
+    return ints.symmetric or ints.bits in WITH_ZERO_POINTS
+
+
+def _vllm_runs_experts(layer: Layer) -> bool:
+    """The same for experts, each of whose layouts has its own conditions there."""
+    kind, inputs = kind_of(layer), layer.activations
+    if isinstance(kind, Packed):
+        ints = as_int(layer.format)
+        only = inputs is None and ints is not None and ints.bits in OF_EXPERTS
+        return only or (inputs is not None and alike(inputs, FP8_INPUTS) and _vllm_runs(layer))
+    if isinstance(kind, Plain):
+        return layer.format.granularity == "channel" and inputs is not None and alike(inputs, INT8_INPUTS[0])
+    if isinstance(kind, NaiveFP8):
+        return False
+    if isinstance(kind, FP8):
+        return inputs is None or (layer.format.granularity == "tensor") == inputs.static
+    return True

@@ -35,9 +35,8 @@ class ModelOpt(PackedArtifact):
         """See `PackedArtifact._refusal`."""
         algo = algo_of(layer)
         if algo is None:
-            inputs = f" with {layer.activations.label} inputs" if layer.activations else ""
             wanted = "int4 in groups, int8-channel, nvfp4, and nvfp4, fp8-tensor, fp8-channel, mxfp8 with inputs alike"
-            return f"ModelOpt holds {wanted}, not {layer.format.label}{inputs}"
+            return f"ModelOpt holds {wanted}, not {layer.label}"
         odd = algo is ALGOS["W4A16_AWQ"] and module.shape[0] % 2
         return f"ModelOpt packs 2 rows together, which {module.shape[0]} are not" if odd else None
 
