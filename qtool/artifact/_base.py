@@ -135,6 +135,12 @@ class Artifact(ABC):
         """True if `path` looks like this layout; reads headers only."""
 
 
+def naming(caveats: Mapping[str, Collection[Layer]]) -> list[str]:
+    """Caveats, each a text with {} for the formats of the layers that it holds for; those that hold for none go."""
+    labels = {text: ", ".join(sorted({layer.label for layer in layers})) for text, layers in caveats.items()}
+    return [text.format(named) for text, named in labels.items() if named]
+
+
 def _labels(layer: Layer | None) -> tuple[str, str]:
     """What is stored of a layer's formats; options that only matter for choosing codes are left out."""
     if layer is None:

@@ -21,7 +21,7 @@ import torch
 from pydantic import AliasChoices, Field
 from torch import Tensor
 
-from qtool.artifact._base import Carry
+from qtool.artifact._base import Carry, naming
 from qtool.artifact._integers import as_integers, half_dtype, integers
 from qtool.artifact._packed import (
     Infos,
@@ -34,7 +34,7 @@ from qtool.artifact._packed import (
     write_packed,
 )
 from qtool.artifact._targets import kept_linears
-from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint, TensorInfo
+from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, TensorInfo
 from qtool.errors import CheckpointError
 from qtool.formats._base import Format, Quantized
 from qtool.formats.int import Int
@@ -71,6 +71,11 @@ class AWQ(PackedArtifact):
         if len(sizes) < 2:
             return super().agree(layers)
         return Carry(False, f"AWQ has one group size for all layers, not {', '.join(map(str, sizes))}")
+
+    def caveats(self, model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
+        """See `Artifact.caveats`; from csrc/quantization/awq/gemm_kernels.cu of vLLM."""
+        narrow = [layer for layer in layers.values() if _group(layer.format) % 32 and _group(layer.format) > 0]
+        return naming({"vLLM and SGLang run groups that are multiples of 32 columns only, not {}": narrow})
 
     def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
         """See `Artifact.write`."""

@@ -158,3 +158,10 @@ def test_damaged_files(damage, message, tiny_checkpoint, tmp_path):
     damage(tmp_path)
     with pytest.raises(CheckpointError, match=message):
         AWQ().open(tmp_path)
+
+
+def test_narrow_groups_are_said(tiny_checkpoint):
+    for group, told in ((16, True), (32, False), (128, False), ("channel", False)):
+        model = quantize(tiny_checkpoint("llama"), None, down=Int(bits=4, group=group))
+        text = "vLLM and SGLang run groups that are multiples of 32 columns only, not int4-g16"
+        assert AWQ().caveats(model, model.layers) == ([text] if told else [])

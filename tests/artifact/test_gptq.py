@@ -274,3 +274,20 @@ def test_only_its_own_folders_are_recognized(tiny_checkpoint, tmp_path):
     assert GPTQ.recognizes(tmp_path)
     with pytest.raises(CheckpointError, match="already quantized"):
         HFCheckpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "told"),
+    [
+        (Int(bits=4, group=128), False),
+        (Int(bits=8, group="channel"), False),
+        (Int(bits=3, group=32), True),
+        (Int(bits=4, group=32, symmetric=False), True),
+        (Int(bits=4, group=16), True),
+    ],
+    ids=lambda value: getattr(value, "label", ""),
+)
+def test_what_vllm_does_not_load_is_said(fmt, told, tiny_checkpoint):
+    model = quantize(tiny_checkpoint("llama"), None, down=fmt)
+    text = "vLLM loads symmetric integers of 4 and 8 bits only, whole rows or groups of 32, 64 or 128, not {}; GPTQModel"
+    assert GPTQ().caveats(model, model.layers) == ([f"{text} does".format(fmt.label)] if told else [])

@@ -322,3 +322,10 @@ def test_damaged_files(damage, message, tiny_checkpoint, tmp_path):
     damage(tmp_path)
     with pytest.raises(CheckpointError, match=message):
         ModelOpt().open(tmp_path)
+
+
+def test_integers_that_only_tensorrt_llm_loads_are_said(tiny_checkpoint):
+    for name, scheme in SCHEMES.items():
+        model = quantize(tiny_checkpoint("llama"), *scheme)
+        text = f"vLLM does not load {scheme[0].label} from ModelOpt checkpoints; TensorRT-LLM does"
+        assert ModelOpt().caveats(model, model.layers) == ([text] if name in ("W4A16_AWQ", "W8A16") else [])

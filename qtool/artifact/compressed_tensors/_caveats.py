@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
+from qtool.artifact._base import naming
 from qtool.artifact._integers import model_dtype
 from qtool.artifact.compressed_tensors._config import kind_of
 from qtool.artifact.compressed_tensors._floats import FP8, MX4, MX6, MX8, NV4, NaiveFP8
@@ -35,27 +36,29 @@ def caveats(model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
     loaded = {layer for layer in experts if isinstance(kind_of(layer), Packed | FP8 | MX4) and not _asymmetric(layer)}
     scaled_twice = {layer for layer in experts if isinstance(kind_of(layer), NV4)}
     decoded = {layer for layer in found if isinstance(kind_of(layer), MX8 | NV4)}
-    told = {
-        "transformers loses the scales of whole matrices of experts in {}; vLLM reads them": scaled_twice,
-        "transformers does not load experts in {}": experts - loaded - scaled_twice,
-        "transformers leaves the inputs of experts in {} unrounded": {layer for layer in loaded if layer.activations},
-        "transformers does not load {} beside other formats; vLLM does": {
-            layer for layer in found if len(found) > 1 and _asymmetric(layer)
-        },
-        "transformers decodes {} to bfloat16: load the model with dtype=torch.bfloat16": {
-            layer for layer in decoded if model_dtype(model) != torch.bfloat16
-        },
-        "vLLM does not know {}; transformers does, with compressed-tensors 0.20": {
-            layer for layer in found if isinstance(kind_of(layer), MX6)
-        },
-        "vLLM does not load {}; transformers does": {layer for layer in others if not _vllm_runs(layer)},
-        "vLLM does not load experts in {}": {layer for layer in experts if not _vllm_runs_experts(layer)},
-        "vLLM leaves it to the GPU whether inputs of {} are rounded as well": {
-            layer for layer in decoded if not isinstance(kind_of(layer), MX6 | NV4) and layer.activations is None
-        },
-    }
-    labels = {text: ", ".join(sorted({layer.label for layer in those})) for text, those in told.items()}
-    return [text.format(named) for text, named in labels.items() if named]
+    return naming(
+        {
+            "transformers loses the scales of whole matrices of experts in {}; vLLM reads them": scaled_twice,
+            "transformers does not load experts in {}": experts - loaded - scaled_twice,
+            "transformers leaves the inputs of experts in {} unrounded": {
+                layer for layer in loaded if layer.activations
+            },
+            "transformers does not load {} beside other formats; vLLM does": {
+                layer for layer in found if len(found) > 1 and _asymmetric(layer)
+            },
+            "transformers decodes {} to bfloat16: load the model with dtype=torch.bfloat16": {
+                layer for layer in decoded if model_dtype(model) != torch.bfloat16
+            },
+            "vLLM does not know {}; transformers does, with compressed-tensors 0.20": {
+                layer for layer in found if isinstance(kind_of(layer), MX6)
+            },
+            "vLLM does not load {}; transformers does": {layer for layer in others if not _vllm_runs(layer)},
+            "vLLM does not load experts in {}": {layer for layer in experts if not _vllm_runs_experts(layer)},
+            "vLLM leaves it to the GPU whether inputs of {} are rounded as well": {
+                layer for layer in decoded if not isinstance(kind_of(layer), MX6 | NV4) and layer.activations is None
+            },
+        }
+    )
 
 
 def _asymmetric(layer: Layer) -> bool:

@@ -16,13 +16,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from qtool.artifact._base import naming
 from qtool.artifact._files import storage_errors
 from qtool.artifact._integers import as_integers, half_dtype, integers
 from qtool.artifact._packed import Infos, PackedArtifact, quantization_config, write_packed
 from qtool.artifact.gptq._config import settings
 from qtool.artifact.gptq._layout import BITS, encode, infos
 from qtool.artifact.gptq._reader import GPTQCheckpoint
-from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint
+from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
 from qtool.formats._base import Format, Quantized
 
 
@@ -44,6 +45,15 @@ class GPTQ(PackedArtifact):
             return "GPTQ cannot say how activations are quantized"
         n, k = module.shape
         return f"GPTQ packs 32 rows and columns together, which {n} x {k} weights are not" if n % 32 or k % 32 else None
+
+    def caveats(self, model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
+        """See `Artifact.caveats`; from vllm/model_executor/layers/quantization/auto_gptq.py."""
+        return naming(
+            {
+                "vLLM loads symmetric integers of 4 and 8 bits only, whole rows or groups of 32, 64 or 128, not {}; GPTQModel"
+                " does": [layer for layer in layers.values() if not _marlin(layer)]
+            }
+        )
 
     def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
         """See `Artifact.write`."""
@@ -72,3 +82,10 @@ class GPTQ(PackedArtifact):
     def recognizes(cls, path: Path) -> bool:
         """See `Artifact.recognizes`."""
         return (quantization_config(path) or {}).get("quant_method") == "gptq"
+
+
+def _marlin(layer: Layer) -> bool:
+    """Whether the kernels that vLLM runs GPTQ checkpoints with have its format."""
+    fmt = integers(layer.format)
+    assert fmt is not None
+    return fmt.symmetric and fmt.bits in (4, 8) and fmt.group_columns in (None, 32, 64, 128)

@@ -10,16 +10,17 @@ Layout: https://github.com/NVIDIA/Model-Optimizer
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from qtool.artifact._base import Carry
+from qtool.artifact._base import Carry, naming
 from qtool.artifact._files import storage_errors
 from qtool.artifact._packed import PackedArtifact, write_packed
 from qtool.artifact.modelopt._algos import ALGOS, algo_of, fp8
 from qtool.artifact.modelopt._reader import CONFIG, ModelOptCheckpoint, told
 from qtool.artifact.modelopt._writer import Writer, cache_scales, flat, settings
-from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint
+from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
 from qtool.formats._base import alike
 from qtool.recipe.cache import KVCache
 
@@ -44,6 +45,11 @@ class ModelOpt(PackedArtifact):
         """See `Artifact.caches`: FP8 with one scale per block for keys and one for values."""
         possible = fmt is None or all(alike(side, fp8("tensor")) for side in (fmt.keys, fmt.values))
         return Carry(possible, "" if fmt is None or possible else f"its KV caches are fp8-tensor, not {fmt.label}")
+
+    def caveats(self, model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
+        """See `Artifact.caveats`; from vllm/model_executor/layers/quantization/modelopt.py."""
+        integers = [layer for layer in layers.values() if algo_of(layer) in (ALGOS["W4A16_AWQ"], ALGOS["W8A16"])]
+        return naming({"vLLM does not load {} from ModelOpt checkpoints; TensorRT-LLM does": integers})
 
     def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
         """See `Artifact.write`."""
