@@ -50,20 +50,35 @@ def write_stats(path: Path, stats: Mapping[str, InputStats], about: Mapping[str,
             writer.add(name, tensor)
 
 
+def is_stats(path: Path) -> bool:
+    """True for what `write_stats` wrote, in whatever version. Raises CheckpointError: a damaged safetensors file."""
+    return bool(_version(path))
+
+
+def _version(path: Path) -> str:
+    """Version of a file of statistics; empty for another kind of file."""
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(9)[8:] != b"{":  # where the header of a safetensors file begins
+                return ""
+    return SafetensorsFile(path).metadata.get("qtool.statistics", "")
+
+
 def read_stats(path: Path) -> tuple[dict[str, InputStats], dict[str, Any]]:
     """Reads what `write_stats` wrote: (statistics, about).
 
     Raises:
         CheckpointError: damaged, or not such a file.
     """
-    file = SafetensorsFile(path)
-    if file.metadata.get("qtool.statistics") != VERSION:
+    version = _version(path)
+    if version != VERSION:
         raise CheckpointError(
             f"{path} does not hold calibration statistics",
             wanted=f"version {VERSION}",
-            found=file.metadata.get("qtool.statistics", "another kind of file"),
+            found=version or "another kind of file",
             hint="make one with: qtool calibrate MODEL --recipe RECIPE -o STATS",
         )
+    file = SafetensorsFile(path)
     stats = {n.removesuffix(".tokens"): _read_input(file, n) for n in file.entries if n.endswith(".tokens")}
     if len(file.entries) != len(stats) * (len(VECTORS) + 1):
         raise CheckpointError(f"{path} holds a tensor that belongs to no input")

@@ -14,6 +14,7 @@ from qtool.report.units import size
 
 if TYPE_CHECKING:
     from qtool.pipeline.inspect import Contents, Stored
+    from qtool.pipeline.measured import Measurements
 
 WIDTH = 160
 """Characters of a key-value that are shown."""
@@ -22,7 +23,11 @@ WIDTH = 160
 def command(
     path: Annotated[
         str,
-        typer.Argument(metavar="PATH", help="A checkpoint or artifact: folder, file or hub id.", show_default=False),
+        typer.Argument(
+            metavar="PATH",
+            help="A checkpoint, artifact, or file of measurements: folder, file or hub id.",
+            show_default=False,
+        ),
     ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     json: options.Json = False,
@@ -30,15 +35,37 @@ def command(
 ) -> None:
     """Show what is in a checkpoint or an artifact: types, sizes, bits per weight by role, metadata.
 
+    Of a file that `qtool calibrate` or llama-imatrix wrote, it shows what was measured on each input.
+
     Example: `qtool inspect ./SmolLM2-135M-w4`
     """
     from qtool.pipeline import inspect as stage
+    from qtool.pipeline import measured
 
-    contents = stage.run(path)
+    found = measured.run(path) or stage.run(path)
     if json:
-        document(contents.model_dump(mode="json"))
+        document(found.model_dump(mode="json"))
+    elif isinstance(found, measured.Measurements):
+        result(show_measured(found))
     else:
-        result(show(contents, tensors))
+        result(show(found, tensors))
+
+
+def show_measured(found: Measurements) -> str:
+    """What it was measured on, then a line per input."""
+    lines = [f"{found.source}: {found.kind}", *(f"{key}: {listed(value)}" for key, value in found.about.items())]
+    rows = [
+        [
+            printable(i.name),
+            f"{i.channels:,}",
+            f"{i.tokens:,}",
+            f"{i.rms:.4g}",
+            "-" if i.largest is None else f"{i.largest:.4g}",
+        ]
+        for i in found.inputs
+    ]
+    header = ["input", "channels", "tokens", "rms", "largest"]
+    return "\n".join([*map(shortened, lines), "", table(header, rows, frozenset({1, 2, 3, 4}))])
 
 
 def show(contents: Contents, tensors: bool) -> str:
@@ -47,7 +74,7 @@ def show(contents: Contents, tensors: bool) -> str:
         f"{contents.source}: {contents.kind}, {contents.family}",
         *(f"{key}: {value}" for key, value in (contents.header or contents.metadata).items()),
     ]
-    lines = [line if len(line) <= WIDTH else line[: WIDTH - 3] + "..." for line in map(printable, lines)]
+    lines = [shortened(line) for line in lines]
     if len(contents.parts) > 1:
         lines += [f"part: {name}, {size(nbytes)}" for name, nbytes in contents.parts.items()]
     lines += [f"files: {', '.join(contents.files) or 'none'}", ""]
@@ -58,6 +85,17 @@ def show(contents: Contents, tensors: bool) -> str:
         each = [[t.name, t.type, "x".join(map(str, t.shape)), size(t.bits / 8)] for t in contents.tensors]
         lines += ["", table(["tensor", "type", "shape", "size"], each, frozenset({3}))]
     return "\n".join(lines)
+
+
+def listed(value: object) -> object:
+    """Entries of a list with commas between them."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def shortened(line: str) -> str:
+    """What a file says of itself, harmless and not too long."""
+    line = printable(line)
+    return line if len(line) <= WIDTH else line[: WIDTH - 3] + "..."
 
 
 def row(stored: Stored) -> list[str]:

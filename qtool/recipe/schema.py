@@ -187,7 +187,8 @@ class Eval(Strict):
         text: file with the text to score.
         context: tokens per window.
         chunks: windows to score; all of them if nothing is said.
-        gates: limits by name, such as kld: 0.05; a result that misses one fails the run.
+        gates: limits by name, such as kld: 0.05; a result that misses one fails the run. There are ppl, ppl_ratio, kld
+            (mean), kld_median, kld_p90, kld_p95, kld_p99, kld_p999, kld_max, rms_dp, and top1, which is a lower limit.
     """
 
     text: str

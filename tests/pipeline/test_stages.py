@@ -12,10 +12,14 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
+from qtool.artifact.gguf._imatrix import Entry, ImportanceMatrix, write_imatrix
+from qtool.calibrate.store import write_stats
+from qtool.cli.app import app
 from qtool.cli.inspect import ranges, show
 from qtool.errors import CheckpointError, HubError, PlanError, UsageError
-from qtool.pipeline import inspect
+from qtool.pipeline import inspect, measured
 from qtool.pipeline.evaluate import EvaluateOptions
 from qtool.pipeline.evaluate import run as evaluate
 from qtool.pipeline.export import ExportOptions
@@ -24,6 +28,7 @@ from qtool.pipeline.prepare import prepare
 from qtool.pipeline.quantize import QuantizeOptions
 from qtool.pipeline.quantize import run as quantize
 from qtool.pipeline.upload import upload
+from qtool.stats import InputStats, Stat
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +132,41 @@ def test_inspect_reads_plain_checkpoints(tiny_checkpoint):
     assert contents.metadata["hidden_size"] == 64
     assert contents.bits == 16 * contents.parameters
     assert "tokenizer.json" in contents.files
+
+
+def test_inspect_shows_what_calibration_measured(tmp_path):
+    x = torch.randn(30, 12, generator=torch.Generator().manual_seed(1))
+    stats = InputStats(12, frozenset({Stat.CHANNELS}))
+    stats.add(x)
+    write_stats(
+        tmp_path / "stats", {"head_in": stats}, {"model": "m", "fingerprint": "f", "calibration": {"samples": 3}}
+    )
+    found = measured.run(str(tmp_path / "stats"))
+    assert (found.kind, found.about) == ("statistics", {"model": "m", "samples": 3})
+    (entry,) = found.inputs
+    assert (entry.name, entry.channels, entry.tokens) == ("head_in", 12, 30)
+    assert entry.rms == pytest.approx(float((x.double() ** 2).mean().sqrt()), rel=1e-6)
+    assert entry.largest == x.abs().max()
+    printed = CliRunner().invoke(app, ["inspect", str(tmp_path / "stats")]).stdout.splitlines()
+    assert printed[-1].split() == ["head_in", "12", "30", f"{entry.rms:.4g}", f"{entry.largest:.4g}"]
+
+
+def test_inspect_shows_an_importance_matrix(tmp_path):
+    x = torch.randn(2, 30, 12, generator=torch.Generator().manual_seed(2))  # two experts
+    entry = Entry((x**2).sum(1), torch.tensor([30.0, 30.0]))
+    write_imatrix(tmp_path / "i.gguf", ImportanceMatrix({"blk.0.ffn_up_exps.weight": entry}, ("a.txt", "b.txt"), 1, 30))
+    found = measured.run(str(tmp_path / "i.gguf"))
+    assert found.about == {"datasets": ["a.txt", "b.txt"], "chunks": 1, "tokens per chunk": 30}
+    (line,) = found.inputs
+    assert (line.channels, line.tokens, line.largest) == (24, 60, None)
+    assert line.rms == pytest.approx(float((x.double() ** 2).mean().sqrt()), rel=1e-6)
+    assert "datasets: a.txt, b.txt" in CliRunner().invoke(app, ["inspect", str(tmp_path / "i.gguf")]).stdout
+
+
+def test_a_model_is_no_file_of_measurements(gguf_run, tmp_path):
+    (file,) = gguf_run[1].glob("*.gguf")
+    (tmp_path / "text").write_text("some text")
+    assert measured.run(str(file)) is measured.run(str(tmp_path)) is measured.run(str(tmp_path / "text")) is None
 
 
 def test_plan_predicts_the_bytes(gguf_run, recipes):

@@ -30,7 +30,7 @@ from qtool.artifact.gguf._container import Container, Value
 from qtool.checkpoint.gguf_io import GGUFFile
 from qtool.errors import CheckpointError
 
-SUMS, COUNTS = ".in_sum2", ".counts"
+IMATRIX, SUMS, COUNTS = "imatrix", ".in_sum2", ".counts"
 LEGACY_CHUNK = 512
 """Tokens of a chunk where the file does not say so; what llama.cpp assumes as well."""
 NAME_LIMIT = 64
@@ -93,7 +93,7 @@ def write_imatrix(path: Path, matrix: ImportanceMatrix) -> None:
         OSError: the disk is full or not writable.
     """
     metadata: dict[str, Value] = {
-        "general.type": "imatrix",
+        "general.type": IMATRIX,
         "imatrix.datasets": list(matrix.datasets),
         "imatrix.chunk_count": matrix.chunks,
         "imatrix.chunk_size": matrix.chunk_size,
@@ -128,7 +128,7 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
     datasets, chunks, size = (file.metadata.get(f"imatrix.{key}") for key in ("datasets", "chunk_count", "chunk_size"))
     names = datasets if isinstance(datasets, list) and all(isinstance(name, str) for name in datasets) else None
     kind = file.metadata.get("general.type")
-    if kind != "imatrix" or names is None or not isinstance(chunks, int) or not isinstance(size, int):
+    if kind != IMATRIX or names is None or not isinstance(chunks, int) or not isinstance(size, int):
         raise CheckpointError(f"{path} is no importance matrix", wanted="general.type imatrix", found=repr(kind)[:40])
     entries = {}
     for name in file.tensors:

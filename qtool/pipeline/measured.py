@@ -1,0 +1,93 @@
+"""What is in a file of measurements: statistics of `qtool calibrate`, or an importance matrix of llama.cpp."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from qtool.artifact.gguf._imatrix import IMATRIX, is_imatrix, read_imatrix
+from qtool.calibrate.store import is_stats, read_stats
+from qtool.checkpoint.gguf_io import GGUFFile
+
+
+class Input(BaseModel):
+    """What was measured on one input.
+
+    Attributes:
+        name: of the input; in an importance matrix, of the tensor that reads it.
+        channels: K, of all experts together in an importance matrix.
+        tokens: that reached it.
+        rms: root mean square of its numbers.
+        largest: largest magnitude; None in an importance matrix, which does not hold it.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    channels: int
+    tokens: int
+    rms: float
+    largest: float | None
+
+
+class Measurements(BaseModel):
+    """A file of measurements.
+
+    Attributes:
+        source: what the user called it.
+        kind: "statistics" or "importance matrix".
+        about: model and tokens, as far as the file tells.
+        inputs: one after the other.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    source: str
+    kind: str
+    about: dict[str, object]
+    inputs: tuple[Input, ...]
+
+
+def run(source: str) -> Measurements | None:
+    """Reads a file of measurements; None if it is something else.
+
+    Raises:
+        CheckpointError: it is one, and damaged.
+    """
+    path = Path(source)
+    if not path.is_file():
+        return None
+    if is_stats(path):
+        return _statistics(path)
+    model = path.suffix == ".gguf" and GGUFFile(path).metadata.get("general.type") != IMATRIX
+    return _importance(path) if is_imatrix(path) and not model else None
+
+
+def _statistics(path: Path) -> Measurements:
+    stats, about = read_stats(path)
+    inputs = tuple(
+        Input(
+            name=reads,
+            channels=len(s.sum_squares),
+            tokens=s.tokens,
+            rms=float(s.importance.mean().sqrt()),
+            largest=float(s.absmax.max()),
+        )
+        for reads, s in stats.items()
+    )
+    return Measurements(
+        source=str(path), kind="statistics", about={"model": about["model"], **about["calibration"]}, inputs=inputs
+    )
+
+
+def _importance(path: Path) -> Measurements:
+    matrix = read_imatrix(path)
+    about = {"datasets": list(matrix.datasets), "chunks": matrix.chunks, "tokens per chunk": matrix.chunk_size}
+    inputs = []
+    for name, entry in matrix.entries.items():
+        tokens, channels = float(entry.counts.sum()), entry.sums.numel()
+        measured = tokens * channels / len(entry.counts)
+        rms = (float(entry.sums.sum()) / measured) ** 0.5 if measured else 0.0
+        inputs.append(Input(name=name, channels=channels, tokens=round(tokens), rms=rms, largest=None))
+    return Measurements(source=str(path), kind="importance matrix", about=about, inputs=tuple(inputs))
