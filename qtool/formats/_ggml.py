@@ -28,10 +28,11 @@ from qtool.formats._scaled import Scaled
 from qtool.formats.biased import Biased
 from qtool.formats.int import Int
 from qtool.numerics import block_search, ggml_search
+from qtool.numerics.affine import rounding_errors
 from qtool.numerics.bits import from_planes, planes
-from qtool.numerics.block_search import EFFORT, PLAIN, Grid
+from qtool.numerics.block_search import EFFORT, Grid
 from qtool.numerics.ggml_round import ends, round_blocks
-from qtool.numerics.ggml_search import Kind
+from qtool.numerics.ggml_search import WEIGHTED, Kind
 from qtool.numerics.kquant import FLOOR
 from qtool.numerics.metrics import block_errors
 
@@ -104,10 +105,17 @@ class BlockFormat(Format):
         per_block = torch.ones(w.shape[1]) if importance is None else self.alive(importance)
         per_block = per_block.view(blocks, -1)
         weight = per_block.clamp_min(FLOOR * per_block.mean(1, keepdim=True)).flatten()
-        decoded = (self.decode(self.snap(w, params, importance), params) for params in (found, other))
-        ours, theirs = (block_errors(w, w_hat, weight, blocks) for w_hat in decoded)
+        ours, theirs = (self._errors(w, params, weight, importance) for params in (found, other))
         worse = theirs < ours
         return {name: torch.where(expand(worse, p.shape[1]), other[name], p) for name, p in found.items()}
+
+    def _errors(self, w: Tensor, params: Params, weight: Tensor, importance: Tensor | None) -> Tensor:
+        """float64 [N, blocks], of w [N, C] in these parameters; weight [C] of a squared error."""
+        blocks, levels = w.shape[1] // self.columns, self.levels()
+        ends = float(levels[0]), float(levels[-1])
+        if ends[1] - ends[0] == len(levels) - 1 and self.codebook() is None and w.device.type == "cpu":
+            return rounding_errors(w, *self.affine(params), ends, weight, blocks)
+        return block_errors(w, self.decode(self.snap(w, params, importance), params), weight, blocks)
 
     def alive(self, importance: Tensor) -> Tensor:
         """Importances of channels, float32 [C]; those of a block without any are all alike."""
@@ -169,20 +177,20 @@ class Classic(BlockFormat):
         """See `Format.fit`."""
         if self.search == "ggml":
             return self.stored(*self.ggml_scales(w))
-        lowest, span = np.float32(self.lowest), np.float32(self.ggml_range)
-        grid = Grid(lowest, lowest + np.float32((1 << self.bits) - 1), self.offset, span)
-        plain = self.bits == 8 and self.search == "fast"  # ggml does not search there, which is hard to outrun
-        found = self.stored(*block_search.search(w, importance, grid, PLAIN if plain else EFFORT[self.search]))
-        if self.search == "fast" and not self.offset:
-            return found
-        return self.no_worse(found, self.stored(*self.ggml_choice(w, importance)), w, importance)
+        theirs = self.ggml_choice(w, importance)
+        if self.bits == 8 and self.search == "fast":  # ggml does not search there, which is hard to outrun
+            return self.stored(*theirs)
+        lowest = np.float32(self.lowest)
+        grid = Grid(lowest, lowest + np.float32((1 << self.bits) - 1), self.offset)
+        found = self.stored(*block_search.search(w, importance, grid, EFFORT[self.search], theirs))
+        return self.no_worse(found, self.stored(*theirs), w, importance)
 
     def ggml_choice(self, w: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
         """(d, m) of ggml's encoder, which has an importance matrix or not, before they are rounded to fp16."""
         if importance is None or self.bits == 8:
             return self.ggml_scales(w)
         levels = np.float32((1 << self.bits) - 1 if self.offset else -self.lowest)
-        kind = Kind(self.columns, levels, np.float32(0), self.offset, np.float32(1))
+        kind = Kind(self.columns, levels, np.float32(0), self.offset, np.float32(1), WEIGHTED, np.float32(0))
         d, minimum, _, _ = ggml_search.ggml_scales(w, self.alive(importance), kind, w.shape[1])
         return d, -minimum
 

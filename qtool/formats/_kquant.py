@@ -20,6 +20,7 @@ from qtool.formats._base import Format, Params, Quantized, alike, expand
 from qtool.formats._ggml import BlockFormat, fp16
 from qtool.formats.int import Int
 from qtool.numerics import ggml_search, kquant
+from qtool.numerics.ggml_groups import Sweep
 from qtool.numerics.ggml_search import Kind
 from qtool.numerics.kquant import EFFORT, Grid
 from qtool.numerics.kquant_refit import settle
@@ -36,7 +37,7 @@ class KQuant(BlockFormat):
         bits: of a code.
         minima: True if groups have minima; without, codes and scales are signed.
         scale_bits: of sc and m.
-        ggml_spread: see `qtool.numerics.ggml_search.Kind`.
+        ggml_spread, ggml_sweep, ggml_flat: see `qtool.numerics.ggml_search.Kind`.
     """
 
     columns: ClassVar[int] = 256
@@ -45,6 +46,8 @@ class KQuant(BlockFormat):
     minima: ClassVar[bool] = False
     scale_bits: ClassVar[int]
     ggml_spread: ClassVar[float]
+    ggml_sweep: ClassVar[Sweep]
+    ggml_flat: ClassVar[float] = 0
 
     search: Literal["fast", "default", "thorough"] = "default"
 
@@ -73,15 +76,18 @@ class KQuant(BlockFormat):
         lowest, low, top = (np.float32(end) for end in (self.lowest, *self.limits))
         highest = lowest + np.float32((1 << self.bits) - 1)
         grid, effort = Grid(self.group, lowest, highest, low, top, self.minima), EFFORT[self.search][self.minima]
-        if self.search == "fast" and not self.minima:
-            return self.stored(*kquant.search(w, importance, grid, effort))
-        ends = (highest, top) if self.minima else (-lowest, -low)
-        kind = Kind(self.group, *ends, self.minima, np.float32(self.ggml_spread))
-        given = torch.ones(w.shape[1]) if importance is None else self.alive(importance)
-        d, dmin, a, b = ggml_search.ggml_scales(w, given, kind, self.columns)
+        d, dmin, a, b = self.ggml_choice(w, importance)
         theirs = d.half().float(), dmin.half().float(), a, b
-        found = self.stored(*kquant.search(w, importance, grid, effort, theirs))
+        start = theirs if effort.rounds else None
+        found = self.stored(*kquant.search(w, importance, grid, effort, start))
         return self.no_worse(found, self.stored(*theirs), w, importance)
+
+    def ggml_choice(self, w: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(d, dmin, a, b) of ggml's encoder, before steps are rounded to fp16; see `ggml_scales`."""
+        levels, top = ((1 << self.bits) - 1, self.limits[1]) if self.minima else (-self.lowest, -self.limits[0])
+        spread, flat = np.float32(self.ggml_spread), np.float32(self.ggml_flat)
+        kind = Kind(self.group, np.float32(levels), np.float32(top), self.minima, spread, self.ggml_sweep, flat)
+        return ggml_search.ggml_scales(w, None if importance is None else self.alive(importance), kind, self.columns)
 
     def stored(self, d: Tensor, dmin: Tensor, sc: Tensor, m: Tensor) -> Params:
         """Parameters in the types they are stored in. Raises NumericsError: a step is too large for fp16."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from qtool.formats._base import Params
 from qtool.formats._kquant import KQuant
 from qtool.numerics.bits import from_planes, planes
+from qtool.numerics.ggml_groups import Sweep, sweep_of
 
 
 class Q2_K(KQuant):  # noqa: N801 - spelled as in ggml
@@ -26,6 +27,7 @@ class Q2_K(KQuant):  # noqa: N801 - spelled as in ggml
     minima: ClassVar[bool] = True
     scale_bits: ClassVar[int] = 4
     ggml_spread: ClassVar[float] = 1
+    ggml_sweep: ClassVar[Sweep] = sweep_of(-0.5, 16, absolute=True)
 
     def pack_block(self, q: Tensor, fields: Params) -> list[Tensor]:
         """See `KQuant.pack_block`."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from qtool.formats._base import Params
 from qtool.formats._kquant import KQuant
 from qtool.numerics.bits import from_planes, planes
+from qtool.numerics.ggml_groups import Sweep, sweep_of
 
 
 class Q3_K(KQuant):  # noqa: N801 - spelled as in ggml
@@ -25,6 +26,7 @@ class Q3_K(KQuant):  # noqa: N801 - spelled as in ggml
     bits: ClassVar[int] = 3
     scale_bits: ClassVar[int] = 6
     ggml_spread: ClassVar[float] = 2
+    ggml_sweep: ClassVar[Sweep] = sweep_of(0, 0)
 
     def pack_block(self, q: Tensor, fields: Params) -> list[Tensor]:
         """See `KQuant.pack_block`. Scale j has its low 4 bits in byte j % 8 and its high 2 bits in byte 8 + j % 4."""

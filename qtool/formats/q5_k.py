@@ -13,6 +13,7 @@ from torch import Tensor
 from qtool.formats._base import Params
 from qtool.formats._kquant import KQuant, from_sixes, sixes
 from qtool.numerics.bits import from_planes, planes
+from qtool.numerics.ggml_groups import Sweep, sweep_of
 
 
 class Q5_K(KQuant):  # noqa: N801 - spelled as in ggml
@@ -27,6 +28,8 @@ class Q5_K(KQuant):  # noqa: N801 - spelled as in ggml
     minima: ClassVar[bool] = True
     scale_bits: ClassVar[int] = 6
     ggml_spread: ClassVar[float] = 2
+    ggml_sweep: ClassVar[Sweep] = sweep_of(-0.5, 16)
+    ggml_flat: ClassVar[float] = 1
 
     def pack_block(self, q: Tensor, fields: Params) -> list[Tensor]:
         """See `KQuant.pack_block`."""

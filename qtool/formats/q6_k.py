@@ -13,6 +13,7 @@ from torch import Tensor
 from qtool.formats._base import Params
 from qtool.formats._kquant import KQuant
 from qtool.numerics.bits import from_planes, planes
+from qtool.numerics.ggml_groups import Sweep, sweep_of
 
 
 class Q6_K(KQuant):  # noqa: N801 - spelled as in ggml
@@ -24,6 +25,7 @@ class Q6_K(KQuant):  # noqa: N801 - spelled as in ggml
     bits: ClassVar[int] = 6
     scale_bits: ClassVar[int] = 8
     ggml_spread: ClassVar[float] = -1
+    ggml_sweep: ClassVar[Sweep] = sweep_of(-0.9, 19)
 
     def pack_block(self, q: Tensor, fields: Params) -> list[Tensor]:
         """See `KQuant.pack_block`."""

@@ -5,8 +5,7 @@ boundaries: the layout of compressed-tensors' `pack-quantized` (since 0.18 for 3
 https://github.com/vllm-project/compressed-tensors) and of qtool's own neutral checkpoint. The last byte or word of a
 row is filled up with zeros.
 
-Eight fields of b bits are exactly b bytes, so eight of them at a time are gathered in one 64-bit integer: pairs, pairs
-of pairs, and pairs of those.
+Eight fields of b bits are exactly b bytes, so eight of them at a time are gathered in one 64-bit integer.
 
 Shape letters: K fields of a row, b bits of a field.
 """
@@ -24,6 +23,43 @@ from qtool.numerics.parallel import over_rows
 EVERY, ONES = torch.arange(256, dtype=torch.uint8), 0x01010101
 
 
+@njit(nogil=True, cache=True)
+def pack_rows(words, places, packed, start, stop):  # type: ignore[no-untyped-def]
+    """Fills packed uint8 [R, K / 8 * b] for rows start to stop of words uint64 [R, K / 8], eight fields in each.
+
+    Fields move together in pairs, pairs of pairs, and pairs of those. places: a tuple of b numbers, whose length is
+    known when this is compiled.
+    """
+    bits = np.uint64(len(places))
+    for n in range(start, stop):
+        for i in range(words.shape[1]):
+            x = words[n, i]
+            x = x & np.uint64(0x00FF00FF00FF00FF) | (x >> np.uint64(8) & np.uint64(0x00FF00FF00FF00FF)) << bits
+            x = x & np.uint64(0x0000FFFF0000FFFF) | (x >> np.uint64(16) & np.uint64(0x0000FFFF0000FFFF)) << bits * 2
+            x = x & np.uint64(0x00000000FFFFFFFF) | x >> np.uint64(32) << bits * 4
+            out = packed[n, i * len(places) : (i + 1) * len(places)]
+            for k in range(len(places)):
+                out[k] = np.uint8(x >> np.uint64(8 * k) & np.uint64(255))
+
+
+@njit(nogil=True, cache=True)
+def unpack_rows(packed, places, words, start, stop):  # type: ignore[no-untyped-def]
+    """The inverse of `pack_rows`."""
+    bits = np.uint64(len(places))
+    one, two, four = np.uint64((1 << bits) - 1), np.uint64((1 << bits * 2) - 1), np.uint64((1 << bits * 4) - 1)
+    two |= two << np.uint64(32)
+    one |= one << np.uint64(16)
+    one |= one << np.uint64(32)
+    for n in range(start, stop):
+        for i in range(words.shape[1]):
+            stored, x = packed[n, i * len(places) : (i + 1) * len(places)], np.uint64(0)
+            for k in range(len(places)):
+                x |= np.uint64(stored[k]) << np.uint64(8 * k)
+            x = x & four | (x >> bits * 4) << np.uint64(32)
+            x = x & two | (x >> bits * 2 & two) << np.uint64(16)
+            words[n, i] = x & one | (x >> bits & one) << np.uint64(8)
+
+
 def pack(fields: Tensor, bits: int) -> Tensor:
     """Packs the last dimension.
 
@@ -37,18 +73,17 @@ def pack(fields: Tensor, bits: int) -> Tensor:
     count = fields.shape[-1]
     if bits == 8:
         return fields.contiguous()
-    gathered = pad(fields, (0, -count % 8))
-    for width, dtype in ((bits, torch.int16), (2 * bits, torch.int32), (4 * bits, torch.int64)):
-        gathered = gathered[..., ::2].to(dtype) | gathered[..., 1::2].to(dtype) << width
-    packed = gathered.unsqueeze(-1).view(torch.uint8)[..., :bits].flatten(-2)
-    return packed[..., : (count * bits + 7) // 8].contiguous()
+    words = pad(fields, (0, -count % 8)).flatten(0, -2).contiguous().numpy().view(np.uint64)
+    packed, places = np.empty((len(words), words.shape[1] * bits), np.uint8), tuple(range(bits))
+    over_rows(lambda a, b: pack_rows(words, places, packed, a, b), len(words))
+    return torch.from_numpy(packed).view(*fields.shape[:-1], -1)[..., : (count * bits + 7) // 8].contiguous()
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """Inverse of `pack`.
 
     Args:
-        packed: uint8 [..., at least ceil(count * bits / 8)].
+        packed: uint8 [..., at least ceil(K * bits / 8)].
         bits: 1 to 8.
         count: K, the number of fields of a row.
 
@@ -57,13 +92,12 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """
     if bits == 8:
         return packed[..., :count].contiguous()
-    packed = packed[..., : (count * bits + 7) // 8]
-    groups = pad(packed, (0, -packed.shape[-1] % bits)).reshape(*packed.shape[:-1], -1, bits)
-    gathered = _recast(pad(groups, (0, 8 - bits)), torch.int64).squeeze(-1)
-    for width, dtype in ((4 * bits, torch.int32), (2 * bits, torch.int16), (bits, torch.uint8)):
-        halves = (gathered & ((1 << width) - 1), gathered >> width)
-        gathered = torch.stack([half.to(dtype) for half in halves], dim=-1).flatten(-2)
-    return gathered[..., :count].contiguous()
+    used = packed[..., : (count * bits + 7) // 8]
+    rows = pad(used, (0, -used.shape[-1] % bits)).flatten(0, -2).contiguous().numpy()
+    words, places = np.empty((len(rows), rows.shape[1] // bits), np.uint64), tuple(range(bits))
+    over_rows(lambda a, b: unpack_rows(rows, places, words, a, b), len(rows))
+    fields = torch.from_numpy(words.view(np.uint8))
+    return fields.view(*packed.shape[:-1], -1)[..., :count].contiguous()
 
 
 def pack_words(fields: Tensor, bits: int) -> Tensor:

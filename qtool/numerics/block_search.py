@@ -2,8 +2,8 @@
 
     w_hat = d * l + m        levels l are consecutive integers; d and m fp16, m is 0 where a type has none
 
-Every block takes the better of ggml's choice without importance (https://github.com/ggml-org/llama.cpp), and of a wider
-sweep over clipping ratios that is closed by least squares; from there codes and parameters alternate.
+Every block takes the better of a wide sweep over clipping ratios that is closed by least squares, and of somebody
+else's choice, such as ggml's; from there codes and parameters alternate.
 
 Shape letters: N rows, C columns, G blocks of a row, T trials of a sweep.
 """
@@ -31,20 +31,18 @@ class Grid(NamedTuple):
     Attributes:
         lowest, highest: first and last level.
         minima: whether blocks have m.
-        span: ggml's plain encoder divides a block's extreme, or its range, by this; its size where it is positive.
     """
 
     lowest: np.float32
     highest: np.float32
     minima: bool
-    span: np.float32
 
 
 class Effort(NamedTuple):
     """How hard to search.
 
     Attributes:
-        trials: of the sweep; 0: ggml's plain choice is all there is.
+        trials: of the sweep.
         near: see `sweep.free_offset`.
         rounds: alternations after the sweep.
     """
@@ -54,25 +52,7 @@ class Effort(NamedTuple):
     rounds: int
 
 
-PLAIN = Effort(0, F32(0), 0)
 EFFORT = {"fast": Effort(32, F32(0.4), 0), "default": Effort(64, F32(0.75), 3), "thorough": Effort(160, F32(0.75), 10)}
-
-
-@njit(nogil=True, cache=True, fastmath={"nnan", "nsz"}, error_model="numpy")
-def plain(x, grid):  # type: ignore[no-untyped-def]
-    """(scale, offset) of ggml's encoder without importance, to the last bit."""
-    low, high = x[0], x[0]
-    for j in range(len(x)):
-        low, high = min(low, x[j]), max(high, x[j])
-    if grid.minima:
-        return (high - low) / grid.span, low
-    extreme = low if -low > high else high
-    if grid.span > 0:
-        return abs(extreme) / grid.span, F32(0)
-    if -low == high:  # the first of the two decides
-        for j in range(len(x) - 1, -1, -1):
-            extreme = x[j] if abs(x[j]) == high else extreme
-    return extreme / grid.span, F32(0)
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
@@ -97,23 +77,24 @@ def swept(x, weight, reach, near, grid, table, sums):  # type: ignore[no-untyped
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def search_rows(x, weight, reach, grid, effort, table, scale, offset, start, stop):  # type: ignore[no-untyped-def]
-    """Fills scale, offset [N, G] for rows start to stop. x [N, C], weight and reach [C], table [2, T]."""
+def search_rows(x, weight, reach, grid, effort, table, other, scale, offset, start, stop):  # type: ignore[no-untyped-def]
+    """Fills scale, offset [N, G] for rows start to stop. x [N, C], weight and reach [C], table [2, T].
+
+    other: somebody else's scale and offset, or empty ones.
+    """
     sums = np.empty((4, table.shape[1]), F32)
     for n in range(start, stop):
         for g in range(x.shape[1] // WIDTH):
             part = slice(g * WIDTH, (g + 1) * WIDTH)
             xg, wg = x[n, part], weight[part]
-            scale[n, g], offset[n, g] = plain(xg, grid)
-            if table.shape[1] == 0:
-                continue
-            scale[n, g], offset[n, g] = half(scale[n, g]), half(offset[n, g])
+            s, o = swept(xg, wg, reach[part], effort.near, grid, table, sums)
+            scale[n, g], offset[n, g] = half(s), half(o)
             least = group_error(xg, wg, scale[n, g], offset[n, g], grid.lowest, grid.highest)
-            for attempt in range(1 + effort.rounds):
-                if attempt == 0:
-                    s, o = swept(xg, wg, reach[part], effort.near, grid, table, sums)
-                else:
+            for attempt in range(effort.rounds + 1):
+                if attempt > 0:
                     s, o = closed_form(xg, wg, scale[n, g], offset[n, g], grid)
+                elif len(other[0]):
+                    s, o = other[0][n, g], other[1][n, g]
                 s, o = half(s), half(o)
                 found = group_error(xg, wg, s, o, grid.lowest, grid.highest)
                 if found < least:
@@ -122,7 +103,9 @@ def search_rows(x, weight, reach, grid, effort, table, scale, offset, start, sto
                     break
 
 
-def search(x: Tensor, importance: Tensor | None, grid: Grid, effort: Effort) -> tuple[Tensor, Tensor]:
+def search(
+    x: Tensor, importance: Tensor | None, grid: Grid, effort: Effort, other: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
     """Parameters of all blocks.
 
     Args:
@@ -130,6 +113,7 @@ def search(x: Tensor, importance: Tensor | None, grid: Grid, effort: Effort) -> 
         importance: float32 [C] or None.
         grid: the block type.
         effort: how hard to search.
+        other: somebody else's result, from which the search goes on where it is the better start.
 
     Returns:
         (d, m), float32 [N, G], on the device of x.
@@ -137,7 +121,8 @@ def search(x: Tensor, importance: Tensor | None, grid: Grid, effort: Effort) -> 
     values, weight, reach = prepared(x, importance, WIDTH)
     weight = np.maximum(weight, np.float32(FLOOR))
     found = [np.zeros((x.shape[0], x.shape[1] // WIDTH), np.float32) for _ in range(2)]
+    starts = tuple(p.contiguous().cpu().numpy() for p in other)
     trials, end = (offset_trials, grid.highest) if grid.minima else (signed_trials, grid.lowest)
     table = trials(int(end), effort.trials)
-    over_rows(lambda a, b: search_rows(values, weight, reach, grid, effort, table, *found, a, b), len(values))
+    over_rows(lambda a, b: search_rows(values, weight, reach, grid, effort, table, starts, *found, a, b), len(values))
     return torch.from_numpy(found[0]).to(x.device), torch.from_numpy(found[1]).to(x.device)

@@ -7,7 +7,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from qtool.numerics.ggml_search import EPSILON, F32
+from qtool.numerics.ggml_groups import EPSILON, F32
 from qtool.numerics.parallel import over_rows
 
 TRIES = 7

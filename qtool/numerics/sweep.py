@@ -17,6 +17,8 @@ from qtool.numerics.search import FAST, clip_ratios
 F32 = np.float32
 EPSILON = F32(1e-15)
 """Below this a group counts as zeros."""
+LANES = 16
+"""Trials that are compared at once; their number is a multiple of it."""
 STRETCH = np.array([*np.linspace(0.75, 1.1, 12), 1.25, 1.5, 2, 3], np.float32)
 """Where the largest scale lands, relative to the last integer, when a step is searched; beyond it only one that hardly
 counts may."""
@@ -62,13 +64,18 @@ def extreme_of(x):  # type: ignore[no-untyped-def]
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def best_trial(sums, count):  # type: ignore[no-untyped-def]
     """The first of `count` trials with the largest sums[2]^2 / sums[1]: what least squares takes off the error."""
-    best, first = F32(0), F32(count - 1)
-    for t in range(count):
-        sums[0, t] = sums[2, t] * sums[2, t] / max(sums[1, t], EPSILON)
-        best = max(best, sums[0, t])
-    for t in range(count):
-        first = min(first, F32(t) if sums[0, t] == best else first)
-    return int(first)
+    best, first = F32(0), 0
+    for part in range(0, count, LANES):  # a part fills a vector register, in which there is nothing to look for yet
+        most = F32(0)
+        for t in range(part, part + LANES):
+            sums[0, t] = sums[2, t] * sums[2, t] / max(sums[1, t], EPSILON)
+            most = max(most, sums[0, t])
+        if most > best:
+            best, first = most, part
+    for t in range(first, first + LANES):
+        if sums[0, t] == best:
+            return t
+    return first
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
