@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from qtool.artifact._files import new_file
@@ -27,7 +27,14 @@ BLOCK = "block-"
 """What keys of decoder blocks begin with."""
 Stored = tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], Annotated[int, Field(ge=-128, le=127)]]
 """A `Static`."""
+
 KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+
+
+def _listed(sides: Any) -> Any:
+    """Scales of keys and values as lists; qtool 0.1.0, which had one for each side, wrote it without a list."""
+    bare = isinstance(sides, list) and all(isinstance(s, list) and s and isinstance(s[0], float | int) for s in sides)
+    return [[side] for side in sides] if bare else sides
 
 
 class Entry(BaseModel):
@@ -70,7 +77,7 @@ class BlockEntry(Entry):
     sha256: str
     layers: dict[str, LayerEntry]
     record: Any = None
-    cache: tuple[tuple[Stored, ...], tuple[Stored, ...]] | None = None
+    cache: Annotated[tuple[tuple[Stored, ...], tuple[Stored, ...]] | None, BeforeValidator(_listed)] = None
 
 
 class Manifest(Entry):

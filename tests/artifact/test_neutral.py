@@ -14,10 +14,12 @@ from safetensors import safe_open
 from qtool import registry
 from qtool.artifact._neutral import NeutralCheckpoint, NeutralWriter
 from qtool.artifact.qtool import Qtool
+from qtool.checkpoint._base import Cache, Static
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError, NumericsError, StorageError
 from qtool.formats.int import Int
 from qtool.numerics.bits import pack
+from qtool.recipe.cache import parse_cache
 from qtool.recipe.schema import parse_format
 from tests.artifact.conftest import assert_same_model, quantize, save_llama
 
@@ -267,3 +269,15 @@ def test_specification_tells_the_truth(tiny_checkpoint, tmp_path):
     assert documented["layers"][MODULE] == real["layers"][MODULE]
     assert bytes(pack(torch.arange(8, dtype=torch.uint8), 3).tolist()) == bytes.fromhex("88c6fa")
     assert "`88 c6 fa`" in text
+
+
+def test_a_cache_as_the_first_version_wrote_it(tiny_checkpoint, tmp_path):
+    model = quantize(tiny_checkpoint("llama"), Int(bits=4, group=32))
+    model.cache = Cache(parse_cache("int8-tensor-asym"), {i: ((Static(0.5, i),), (Static(0.25, 3),)) for i in range(2)})
+    Qtool().write(model, tmp_path, {})
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    for i in range(2):
+        assert manifest["blocks"][f"block-{i}"]["cache"] == [[[0.5, i]], [[0.25, 3]]]
+        manifest["blocks"][f"block-{i}"]["cache"] = [[0.5, i], [0.25, 3]]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert Qtool().open(tmp_path).cache == model.cache
