@@ -10,6 +10,14 @@ import typer
 from qtool.cli import options
 from qtool.cli.console import Console, document, result, table
 
+Text = Annotated[Path, typer.Option("--text", metavar="FILE", help="UTF-8 text to score.", show_default=False)]
+Baseline = Annotated[
+    str | None,
+    typer.Option("--baseline", metavar="MODEL", help="The unquantized model to compare with.", show_default=False),
+]
+JsonOut = Annotated[
+    Path | None, typer.Option("--out", "-o", metavar="OUT", help="Also write the JSON here.", show_default=False)
+]
 Context = Annotated[int, typer.Option(min=4, help="Tokens per chunk; the second half is scored.")]
 Chunks = Annotated[
     int | None, typer.Option(min=1, help="Score at most this many chunks.", show_default="all of the text")
@@ -30,18 +38,13 @@ Gates = Annotated[
 
 def command(
     artifact: options.ArtifactPath,
-    text: Annotated[Path, typer.Option("--text", metavar="FILE", help="UTF-8 text to score.", show_default=False)],
-    baseline: Annotated[
-        str | None,
-        typer.Option("--baseline", metavar="MODEL", help="The unquantized model to compare with.", show_default=False),
-    ] = None,
+    text: Text,
+    baseline: Baseline = None,
     context: Context = 512,
     chunks: Chunks = None,
     runtime: Runtime = "qtool",
     gate: Gates = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="OUT", help="Also write the JSON here.", show_default=False)
-    ] = None,
+    out: JsonOut = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     json: options.Json = False,
@@ -79,10 +82,6 @@ def command(
     if json:
         document(values)
     else:
-        result(
-            table(
-                ["measure", "value"],
-                [[k, f"{v:.6g}" if isinstance(v, float) else str(v)] for k, v in values.items() if v is not None],
-            )
-        )
+        shown = {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in values.items() if v is not None}
+        result(table(["measure", "value"], [[k, v] for k, v in shown.items()]))
     check_gates(found, gates)

@@ -12,7 +12,14 @@ from qtool.cli.console import Console, document, result, table
 from qtool.report.units import duration, size
 
 if TYPE_CHECKING:
+    from qtool.pipeline.quantize import QuantizeOptions
     from qtool.report.model import Report
+
+Keep = Annotated[bool, typer.Option("--keep", help="Keep the work folder OUT.work after success.")]
+Verify = Annotated[bool, typer.Option(help="Read artifacts back and compare them with what was computed.")]
+PushToHub = Annotated[
+    str | None, typer.Option(metavar="REPO", help="Upload the result to this hub repository.", show_default=False)
+]
 
 
 def command(
@@ -28,13 +35,10 @@ def command(
     imatrix: options.Imatrix = None,
     pre_tokenizer: options.PreTokenizer = None,
     split_max_size: options.SplitMaxSize = None,
-    keep: Annotated[bool, typer.Option("--keep", help="Keep the work folder OUT.work after success.")] = False,
+    keep: Keep = False,
     overwrite: options.Overwrite = False,
-    verify: Annotated[bool, typer.Option(help="Read artifacts back and compare them with what was computed.")] = True,
-    push_to_hub: Annotated[
-        str | None,
-        typer.Option(metavar="REPO", help="Upload the result to this hub repository.", show_default=False),
-    ] = None,
+    verify: Verify = True,
+    push_to_hub: PushToHub = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -46,40 +50,41 @@ def command(
 
     Example: `qtool quantize ./SmolLM2-135M -r w4a16-gptq-g64 -o ./SmolLM2-135M-w4`
     """
-    console = Console(quiet, verbose)
-    with console:
-        from qtool.pipeline import quantize as stage
+    from qtool.pipeline.quantize import QuantizeOptions
 
-        asked = stage.QuantizeOptions(
-            model=model,
-            recipe=recipe,
-            out=out,
-            overrides=tuple(overrides or ()),
-            device=device,
-            dtype=dtype,
-            seed=seed,
-            limit=limit_layers,
-            stats=stats,
-            imatrix=imatrix,
-            pre_tokenizer=pre_tokenizer,
-            split_max_size=split_max_size,
-            keep=keep,
-            overwrite=overwrite,
-            verify=verify,
-            push_to=push_to_hub,
-        )
+    asked = QuantizeOptions(
+        model=model,
+        recipe=recipe,
+        out=out,
+        overrides=tuple(overrides or ()),
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        limit=limit_layers,
+        stats=stats,
+        imatrix=imatrix,
+        pre_tokenizer=pre_tokenizer,
+        split_max_size=split_max_size,
+        keep=keep,
+        overwrite=overwrite,
+        verify=verify,
+        push_to=push_to_hub,
+    )
+    run(asked, Console(quiet, verbose), json)
+
+
+def run(asked: QuantizeOptions, console: Console, json: bool) -> None:
+    """Quantizes and prints what came of it, before a gate or the hub may say no."""
+    from qtool.pipeline import quantize as stage
+
+    with console:
         report = stage.run(asked, console)
-    show(report, out, json)
-    with console:
-        stage.conclude(report, asked, console)
-
-
-def show(report: Report, out: Path, json: bool) -> None:
-    """Prints what a run did, before a gate or the hub may say no."""
     if json:
         document(report.model_dump(mode="json"))
     else:
-        result(summary(report, out))
+        result(summary(report, asked.out))
+    with console:
+        stage.conclude(report, asked, console)
 
 
 def summary(report: Report, out: Path) -> str:

@@ -73,12 +73,12 @@ def second_generation(plan: Plan, checkpoint: Checkpoint) -> list[str]:
         else:
             continue
         if p.format is None:
-            lines[f"quantized already ({before}) and stored as the numbers that they decode to"] += 1
+            lines[f"quantized already ({before}) and stored decoded"] += 1
         elif why is None:
             lines[f"quantized already ({before}) and taken over as {p.format.label} wherever that is exact"] += 1
         else:
             lines[f"quantized already ({before}) and rounded again to {p.format.label}: {ADVICE}"] += 1
-    found = [f"{count} matrices are {text}" for text, count in lines.items()]
+    found = [f"{count} {'matrix is' if count == 1 else 'matrices are'} {text}" for text, count in lines.items()]
     if checkpoint.cache and plan.recipe.kv_cache is None:
         found.append(f"the KV cache is quantized already ({checkpoint.cache.format.label}) and left alone from now on")
     return found

@@ -172,7 +172,9 @@ def main_evaluation(report: Report) -> Evaluation | None:
 def verdict(report: Report) -> str:
     """One or two sentences: what became of the size, and what it cost."""
     after = model_bytes(report)
-    smoke = "" if report.limited_blocks is None else f"Smoke run of {report.limited_blocks} decoder blocks: "
+    smoke = ""
+    if report.limited_blocks is not None:
+        smoke = f"Smoke run of {report.limited_blocks} decoder block{'s' * (report.limited_blocks != 1)}: "
     line = (
         f"{smoke}{size(report.source_bytes)} became {size(after)} ({percent(after / report.source_bytes)}), "
         f"{bits_per_weight(report):.2f} bits per weight."
@@ -222,7 +224,7 @@ def percent(share: float) -> str:
 
 def change(ratio: float) -> str:
     """1.021 -> "+2.1 %"."""
-    return f"{100 * (ratio - 1):+.1f} %"
+    return f"{round(100 * (ratio - 1), 1) + 0.0:+.1f} %"  # never -0.0
 
 
 def decibels(db: float | None) -> str:

@@ -53,6 +53,10 @@ def test_integers_become_gguf_blocks(source, fmt, block, tiny_checkpoint, tmp_pa
     labels = {layer.format.label for layer in second.layers.values()}
     assert labels == {block} or (block == "q4_1" and labels <= {"q4_1", "q5_0"})  # minima that fp16 cannot hold
     assert_same_values(second, model)
+    card = (tmp_path / "second" / "README.md").read_text()
+    assert "# tiny, quantized" in card
+    assert all(f"| {label} | as they are |" in card for label in labels)
+    assert fmt.label not in card
 
 
 @pytest.mark.parametrize(
@@ -72,10 +76,10 @@ def test_what_gguf_cannot_hold_is_said_once_with_its_layers(tiny_checkpoint, tmp
     )
     with pytest.raises(PlanError) as caught:
         GGUF().check(model)
-    assert str(caught.value).splitlines()[1:] == [
-        "  GGUF cannot say how activations are quantized; llama.cpp decides that itself: "
-        "model.layers.0.self_attn.q_proj and 13 more"
-    ]
+    assert caught.value.problems == (
+        "GGUF cannot say how activations are quantized; llama.cpp decides that itself: "
+        "model.layers.0.self_attn.q_proj and 13 more",
+    )
     with pytest.raises(PlanError, match=r"such as int4-g128 .*, not q4_1: model\.layers\.0\.self_attn\.q_proj and 13"):
         CompressedTensors().check(quantize(tiny_checkpoint("llama"), Q4_1()))
 

@@ -75,6 +75,8 @@ def test_the_verdict(report):
     )
     smoke = report.model_copy(update={"limited_blocks": 4})
     assert summary.verdict(smoke) == "Smoke run of 4 decoder blocks: " + summary.verdict(report)
+    single = report.model_copy(update={"limited_blocks": 1})
+    assert summary.verdict(single) == "Smoke run of 1 decoder block: " + summary.verdict(report)
     unmeasured = report.model_copy(update={"evaluations": ()})
     assert summary.verdict(unmeasured).endswith("6.83 bits per weight. Quality was not measured.")
     alone = report.evaluations[0].model_copy(update={"base_ppl": None, "kld_mean": None})
@@ -122,3 +124,8 @@ def test_durations(value, text):
 )
 def test_decibels(value, text):
     assert summary.decibels(value) == text
+
+
+@pytest.mark.parametrize(("ratio", "text"), [(1.0211, "+2.1 %"), (0.97, "-3.0 %"), (0.9998, "+0.0 %")])
+def test_changes(ratio, text):
+    assert summary.change(ratio) == text

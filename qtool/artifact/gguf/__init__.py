@@ -80,7 +80,7 @@ class GGUF(Artifact):
         path = out / (re.sub(r"[^\w.-]+", "-", stem).strip("-.") + ".gguf")
         with storage_errors(out):
             files = Writer(model, path, base, self.options, about_importance(card.get("importance"))).write()
-        return [*files, write_card(self, model, out, card)]
+        return [*files, write_card(self, self.open(out), out, {"base_model": model.source, **card})]
 
     def open(self, path: Path) -> QuantizedGGUF:
         """See `Artifact.open`; of a folder the one model in it."""
