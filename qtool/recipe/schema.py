@@ -50,7 +50,7 @@ def _check_weights(fmt: Format) -> Format:
 
 def _check_inputs(fmt: Format) -> Format:
     if fmt.granularity == "head" or fmt.group_rows not in (None, 1):  # rounding of a token by its neighbours
-        raise mistake("no format of inputs", wanted="one such as int8-token, fp8-g128 or int8-tensor", found=fmt.label)
+        raise mistake("no format of inputs", wanted="one such as int8-token or int8-tensor", found=fmt.label)
     if not (isinstance(fmt.ranges, str) or fmt.static):
         wanted = "minmax or search; percentages are for one scale of all tokens (group: tensor)"
         raise mistake(f"scales of {fmt.label} inputs", wanted=wanted, found=fmt.ranges)

@@ -264,11 +264,11 @@ MISTAKES = [
     ),
     (
         HEAD + 'layers: [{match: "*", weights: int8-channel, activations: fp8-head}]',
-        "layers[0].activations: no format of inputs: wanted one such as int8-token, fp8-g128 or int8-tensor, found fp8-head",
+        "layers[0].activations: no format of inputs: wanted one such as int8-token or int8-tensor, found fp8-head",
     ),
     (
         HEAD + 'layers: [{match: "*", weights: fp8-block, activations: fp8-block}]',
-        "layers[0].activations: no format of inputs: wanted one such as int8-token, fp8-g128 or int8-tensor, found fp8-block",
+        "layers[0].activations: no format of inputs: wanted one such as int8-token or int8-tensor, found fp8-block",
     ),
     (
         HEAD
