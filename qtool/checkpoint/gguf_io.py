@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qtool.checkpoint.safetensors_io import read_bytes
+from qtool.checkpoint.safetensors_io import checked_stop, read_bytes
 from qtool.errors import CheckpointError
 
 HEADER_LIMIT = 2**29
@@ -117,9 +117,7 @@ class GGUFFile:
         """
         stored = self.find(name, index)
         rows = stored.shape[0]
-        stop = rows if stop is None else stop
-        if not 0 <= start <= stop <= rows:
-            raise CheckpointError(f"{self.path}: tensor {name!r} has {rows} rows", found=f"{start} to {stop}")
+        stop = checked_stop(start, stop, rows, f"{self.path}: tensor {name!r}")
         row_bytes = stored.nbytes // rows
         if stored.kind in PLAIN:
             data = read_bytes(stored.path, stored.offset + start * row_bytes, (stop - start) * row_bytes, name)

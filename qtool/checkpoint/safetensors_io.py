@@ -107,11 +107,17 @@ class SafetensorsFile:
             offset += index * info.nbytes
         row_bytes = info.nbytes // max(info.shape[0], 1) if info.shape else info.nbytes
         rows = info.shape[0] if info.shape else 1
-        stop = rows if stop is None else stop
-        if not 0 <= start <= stop <= rows:
-            raise CheckpointError(f"{self.path}: tensor {name!r} has {rows} rows", found=f"{start} to {stop}")
+        stop = checked_stop(start, stop, rows, f"{self.path}: tensor {name!r}")
         data = read_bytes(self.path, offset + start * row_bytes, (stop - start) * row_bytes, name)
         return data.view(info.dtype).view((stop - start, *info.shape[1:]) if info.shape else ())
+
+
+def checked_stop(start: int, stop: int | None, rows: int, what: str) -> int:
+    """The row behind the last that is asked for. Raises CheckpointError: `what` has no such rows."""
+    stop = rows if stop is None else stop
+    if not 0 <= start <= stop <= rows:
+        raise CheckpointError(f"{what} has {rows} rows", found=f"{start} to {stop}")
+    return stop
 
 
 def read_bytes(path: Path, offset: int, count: int, what: str) -> Tensor:

@@ -126,7 +126,7 @@ def library() -> ctypes.CDLL:
                 f"this build of xllamacpp lays llama_context_params out differently (field {name})",
                 wanted=wanted,
                 found=getattr(defaults, name),
-                hint="install xllamacpp 2026.10, or evaluate without --runtime llama.cpp",
+                hint="install xllamacpp 2026.10.11549, or evaluate without --runtime llama.cpp",
             )
     lib.llama_backend_init()
     return lib
