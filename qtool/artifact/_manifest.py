@@ -28,7 +28,7 @@ BLOCK = "block-"
 Stored = tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], Annotated[int, Field(ge=-128, le=127)]]
 """A `Static`."""
 
-KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+KEY = re.compile(rf"{BLOCK}[0-9]{{1,9}}|(?!{BLOCK})[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
 def _listed(sides: Any) -> Any:
@@ -114,7 +114,7 @@ class Manifest(Entry):
             raise CheckpointError(f"{path} is no manifest of a neutral checkpoint: {where}: {first['msg']}") from error
         for key in manifest.blocks:
             if not KEY.fullmatch(key):
-                raise CheckpointError(f"{path}: impossible block name", wanted="letters, digits, _.-", found=repr(key))
+                raise CheckpointError(f"{path}: impossible block name", wanted="block-I, or letters, digits, _.-", found=repr(key))
         return manifest
 
 

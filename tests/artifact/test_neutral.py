@@ -200,6 +200,10 @@ MODULE = "model.layers.0.mlp.up_proj"
 LIES = {
     "newer version": (lambda m: m.update(version=2), "no manifest of a neutral checkpoint: version"),
     "unknown key": (lambda m: m.update(extra=1), "no manifest of a neutral checkpoint: extra"),
+    "block without number": (
+        lambda m: m["blocks"].update({"block-x": m["blocks"].pop("block-0")}),
+        "impossible block name",
+    ),
     "path outside": (lambda m: m["blocks"].update({"../x": m["blocks"].pop("block-0")}), "impossible block name"),
     "unknown format": (lambda m: layer(m).update(format="int9-g32"), "no format is called 'int9-g32'"),
     "another format": (lambda m: layer(m).update(format="q4_0"), "parameters of .* do not fit q4_0"),
