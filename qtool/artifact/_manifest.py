@@ -114,7 +114,8 @@ class Manifest(Entry):
             raise CheckpointError(f"{path} is no manifest of a neutral checkpoint: {where}: {first['msg']}") from error
         for key in manifest.blocks:
             if not KEY.fullmatch(key):
-                raise CheckpointError(f"{path}: impossible block name", wanted="block-I, or letters, digits, _.-", found=repr(key))
+                wanted = "block-I, or letters, digits, _.-"
+                raise CheckpointError(f"{path}: impossible block name", wanted=wanted, found=repr(key))
         return manifest
 
 

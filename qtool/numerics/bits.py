@@ -73,10 +73,11 @@ def pack(fields: Tensor, bits: int) -> Tensor:
     count = fields.shape[-1]
     if bits == 8:
         return fields.contiguous()
-    words = pad(fields, (0, -count % 8)).flatten(0, -2).contiguous().numpy().view(np.uint64)
+    words = pad(fields, (0, -count % 8)).reshape(-1, count + -count % 8).cpu().numpy().view(np.uint64)
     packed, places = np.empty((len(words), words.shape[1] * bits), np.uint8), tuple(range(bits))
     over_rows(lambda a, b: pack_rows(words, places, packed, a, b), len(words))
-    return torch.from_numpy(packed).view(*fields.shape[:-1], -1)[..., : (count * bits + 7) // 8].contiguous()
+    whole = torch.from_numpy(packed).to(fields.device).view(*fields.shape[:-1], -1)
+    return whole[..., : (count * bits + 7) // 8].contiguous()
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -93,10 +94,10 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     if bits == 8:
         return packed[..., :count].contiguous()
     used = packed[..., : (count * bits + 7) // 8]
-    rows = pad(used, (0, -used.shape[-1] % bits)).flatten(0, -2).contiguous().numpy()
+    rows = pad(used, (0, -used.shape[-1] % bits)).reshape(-1, used.shape[-1] + -used.shape[-1] % bits).cpu().numpy()
     words, places = np.empty((len(rows), rows.shape[1] // bits), np.uint64), tuple(range(bits))
     over_rows(lambda a, b: unpack_rows(rows, places, words, a, b), len(rows))
-    fields = torch.from_numpy(words.view(np.uint8))
+    fields = torch.from_numpy(words.view(np.uint8)).to(packed.device)
     return fields.view(*packed.shape[:-1], -1)[..., :count].contiguous()
 
 

@@ -162,6 +162,9 @@ def test_special_tokens_by_name_and_by_number(tmp_path: Path):
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.padding_token_id": 5,
     }
+    config = {"pad_token_id": -1, "bos_token_id": 500}  # as old Llama files say that there is none; one too many
+    values = metadata(tmp_path, byte_level("gpt-2"), size=500, config=config, tokenizer_config__json={})
+    assert not [key for key in values if key.endswith("token_id")]
 
 
 @pytest.mark.parametrize(

@@ -113,8 +113,8 @@ def _special_ids(vocabulary: Vocabulary, settings: dict[str, Any], config: Mappi
         number = number[0] if isinstance(number, list) else number
         if text in ids:
             found[name] = ids[text]
-        elif number is not None:
-            found[name] = int(number)
+        elif type(number) is int and 0 <= number < len(vocabulary.texts):  # old files say -1 where there is no padding
+            found[name] = number
     return found
 
 
