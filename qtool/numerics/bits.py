@@ -73,7 +73,8 @@ def pack(fields: Tensor, bits: int) -> Tensor:
     count = fields.shape[-1]
     if bits == 8:
         return fields.contiguous()
-    words = pad(fields, (0, -count % 8)).reshape(-1, count + -count % 8).cpu().numpy().view(np.uint64)
+    padded = pad(fields, (0, -count % 8)).reshape(-1, count + -count % 8)
+    words = padded.cpu().contiguous().numpy().view(np.uint64)
     packed, places = np.empty((len(words), words.shape[1] * bits), np.uint8), tuple(range(bits))
     over_rows(lambda a, b: pack_rows(words, places, packed, a, b), len(words))
     whole = torch.from_numpy(packed).to(fields.device).view(*fields.shape[:-1], -1)
@@ -94,7 +95,8 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     if bits == 8:
         return packed[..., :count].contiguous()
     used = packed[..., : (count * bits + 7) // 8]
-    rows = pad(used, (0, -used.shape[-1] % bits)).reshape(-1, used.shape[-1] + -used.shape[-1] % bits).cpu().numpy()
+    width = used.shape[-1] + -used.shape[-1] % bits
+    rows = pad(used, (0, width - used.shape[-1])).reshape(-1, width).cpu().contiguous().numpy()
     words, places = np.empty((len(rows), rows.shape[1] // bits), np.uint64), tuple(range(bits))
     over_rows(lambda a, b: unpack_rows(rows, places, words, a, b), len(rows))
     fields = torch.from_numpy(words.view(np.uint8)).to(packed.device)
