@@ -96,30 +96,34 @@ class BlockFormat(Format):
         """See `Format.storage_bits`."""
         return n * (k // self.columns) * self.block_bytes * 8
 
-    def no_worse(self, found: Params, other: Params, w: Tensor, importance: Tensor | None) -> Params:
+    def no_worse(
+        self, found: Params, other: Params, w: Tensor, importance: Tensor | None, columns: int | None = None
+    ) -> Params:
         """Parameters of w [N, C] with those of `other` in every block where these have the smaller error.
 
-        Channels without importance count a little (`FLOOR`), so that what is stored of them stays sane.
+        Channels without importance count a little (`FLOOR`), so that what is stored of them stays sane. `columns` are
+        those of what is compared, if not of a block.
         """
-        blocks = w.shape[1] // self.columns
-        per_block = torch.ones(w.shape[1]) if importance is None else self.alive(importance)
-        per_block = per_block.view(blocks, -1)
+        width = columns or self.columns
+        per_block = torch.ones(w.shape[1]) if importance is None else self.alive(importance, width)
+        per_block = per_block.view(-1, width)
         weight = per_block.clamp_min(FLOOR * per_block.mean(1, keepdim=True)).flatten()
-        ours, theirs = (self._errors(w, params, weight, importance) for params in (found, other))
+        ours, theirs = (self._errors(w, params, weight, importance, width) for params in (found, other))
         worse = theirs < ours
-        return {name: torch.where(expand(worse, p.shape[1]), other[name], p) for name, p in found.items()}
+        chosen = {name: p for name, p in found.items() if p is not other[name]}
+        return found | {name: torch.where(expand(worse, p.shape[1]), other[name], p) for name, p in chosen.items()}
 
-    def _errors(self, w: Tensor, params: Params, weight: Tensor, importance: Tensor | None) -> Tensor:
-        """float64 [N, blocks], of w [N, C] in these parameters; weight [C] of a squared error."""
-        blocks, levels = w.shape[1] // self.columns, self.levels()
+    def _errors(self, w: Tensor, params: Params, weight: Tensor, importance: Tensor | None, columns: int) -> Tensor:
+        """float64 [N, C / columns], of w [N, C] in these parameters; weight [C] of a squared error."""
+        blocks, levels = w.shape[1] // columns, self.levels()
         ends = float(levels[0]), float(levels[-1])
         if ends[1] - ends[0] == len(levels) - 1 and self.codebook() is None and w.device.type == "cpu":
             return rounding_errors(w, *self.affine(params), ends, weight, blocks)
         return block_errors(w, self.decode(self.snap(w, params, importance), params), weight, blocks)
 
-    def alive(self, importance: Tensor) -> Tensor:
-        """Importances of channels, float32 [C]; those of a block without any are all alike."""
-        per_block = importance.float().view(-1, self.columns)
+    def alive(self, importance: Tensor, columns: int | None = None) -> Tensor:
+        """Importances of channels, float32 [C]; those of a block (or so many columns) without any are all alike."""
+        per_block = importance.float().view(-1, columns or self.columns)
         return torch.where(per_block.sum(1, keepdim=True) > 0, per_block, 1.0).flatten()
 
     @abstractmethod

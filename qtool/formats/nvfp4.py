@@ -17,7 +17,7 @@ from torch import Tensor
 from qtool.formats._base import Params, Quantized
 from qtool.formats._fp4 import from_bit_patterns, pack_halves
 from qtool.formats._ggml import BlockFormat
-from qtool.formats._two_level import TwoLevel
+from qtool.formats._two_level import TwoLevel, local, nearest_bits
 from qtool.numerics import minifloat
 from qtool.numerics.bits import from_planes
 
@@ -38,6 +38,17 @@ class NVFP4(TwoLevel, BlockFormat):
     def grid(self) -> minifloat.Grid:
         """See `Scaled.grid`."""
         return minifloat.minifloat(2, 1)
+
+    def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
+        """See `Format.fit`. ggml's choice is d for t = 1: what covers the largest weight of a group."""
+        found = super().fit(w, importance)
+        if self.search == "minmax":
+            return found
+        wanted = local(nearest_bits(self.largest(w, w.shape[1] // self.group_columns) / self.grid.highest))
+        theirs = nearest_bits(wanted / found["tensor"])
+        same = (theirs > 0) & (local(theirs).double() * found["tensor"] == wanted)  # t may be too small or too large
+        other = found | {"scale": torch.where(same, theirs, found["scale"])}
+        return self.no_worse(found, other, w, importance, self.group_columns)
 
     def hold(self, quantized: Quantized) -> Quantized | str:
         """See `Format.hold`. Layouts that store the reciprocal of t may have one that is not exact in 32 bits."""

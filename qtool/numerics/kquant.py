@@ -63,7 +63,7 @@ class Effort(NamedTuple):
         trials: of a sweep in step 1.
         near: see `sweep.free_offset`.
         rounds: alternations of step 3.
-        distance: how far a neighbour may be.
+        distance: how far a neighbour may be, of pairs in the first round.
     """
 
     trials: int
@@ -187,12 +187,13 @@ def improve(x, weight, grid, d, dmin, a, b, f, rounds, distance):  # type: ignor
     """Step 3: updates a, b [G], returns (d, dmin, error). The first rows of f [5, G] are scratch."""
     error, other = f[0], f[1]
     total = errors(x, weight, grid, d, dmin, a, b, error)
-    for _ in range(rounds):
+    for turn in range(rounds):
         before = total
         near, near_min = least_squares(x, weight, grid, d, dmin, a, b)
         if errors(x, weight, grid, near, near_min, a, b, other) < total:
             d, dmin, error, other = near, near_min, other, error
-        total = move_integers(x, weight, grid, d, dmin, a, b, error, distance)
+        reach = distance if turn == 0 or not grid.minima else 1  # pairs have many neighbours, and later moves are small
+        total = move_integers(x, weight, grid, d, dmin, a, b, error, reach)
         if total >= before * F32(0.9999):
             break
     return d, dmin, total

@@ -217,9 +217,9 @@ class Writer:
         codes, params, _ = quantized
         if block.matrix_scale:
             self.scales.append(float(params[block.matrix_scale][0]))
-        rows = torch.arange(len(codes)) if order is None else order
         step = max(1, PART // codes.shape[1])
-        for part in (rows[start : start + step] for start in range(0, len(rows), step)):
+        for start in range(0, len(codes), step):
+            part = slice(start, start + step) if order is None else order[start : start + step]
             yield block.pack(codes[part], {name: p[part] for name, p in params.items()})
 
     def _kept(self, names: Sequence[str]) -> tuple[int, Iterator[Tensor]]:
