@@ -177,14 +177,30 @@ def support() -> str:
 SOME_MODULE = Module("model.layers.0.mlp.down_proj", (), "linear", "down", 0, "mlp_mid", None, (1024, 1024))
 
 
+ROUNDED = (
+    ("int8-channel", "int8-token"),
+    ("int8-channel", "int8-tensor"),
+    ("int4-g128", "int8-token"),
+    ("int4-g128", "fp8-token"),
+    ("fp8-channel", "fp8-token"),
+    ("fp8-tensor", "fp8-tensor"),
+    ("fp8-block", "fp8-g128"),
+    ("mxfp8", "mxfp8"),
+    ("mxfp4", "mxfp4"),
+    ("nvfp4", "nvfp4"),
+)
+"""Weights and inputs that GPU runtimes multiply."""
+
+
 def layers() -> Iterator[tuple[str, Layer]]:
-    """An example or more of every format, and of rounded inputs."""
+    """Every format that has a name without options, an example or more of the others, and rounded inputs."""
     for name in registry.names("formats"):
-        for example in registry.load("formats", name).examples or (name,):
-            if example.endswith("-token"):  # one scale per token: a format of inputs
-                yield f"`int8-channel`, inputs `{example}`", Layer(parse_format("int8-channel"), parse_format(example))
-            else:
+        kind = registry.load("formats", name)
+        for example in (name,) if kind.parse(name) else kind.examples:
+            if not example.endswith("-token"):  # one scale per token: a format of inputs
                 yield f"`{example}`", Layer(parse_format(example))
+    for weights, inputs in ROUNDED:
+        yield f"`{weights}`, inputs `{inputs}`", Layer(parse_format(weights), parse_format(inputs))
 
 
 PARTS: dict[str, Callable[[], str]] = {
