@@ -246,7 +246,7 @@ def _decide(module: Module, index: int, recipe: Recipe, checkpoint: Checkpoint, 
         if rule.activations:
             text = "an embedding has no inputs to round; give it a rule without activations:"
             findings.add(index, text, module.name)
-    choice = choose(rule, rule.weights, module.shape[1])
+    choice = choose(rule.weights, rule.fallback or recipe.fallback, module.shape[1])
     if choice.problem:
         findings.add(index, choice.problem, module.name)
     if choice.format is None:

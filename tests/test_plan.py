@@ -240,7 +240,8 @@ class TestRowsThatDoNotDivide:
         assert line.endswith(
             "q_proj and 12 more: q4_0: rows of 48 columns are not divisible by 32; name a second choice, fallback: f16"
         )
-        made = plan({"match": "*", "weights": "q4_0", "fallback": "int4-g16"}, model=model)
+        assert refusals({"match": "*", "weights": "q4_0"}, model=model, fallback="error") == [line]
+        made = plan({"match": "*", "weights": "q4_0", "fallback": "int4-g16"}, model=model, fallback="error")
         assert by_name(made)["model.layers.0.mlp.up_proj"].format == parse_format("int4-g16")
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from qtool.formats._base import Format
 from qtool.recipe.parse import parse_format
 from qtool.recipe.problems import Mistakes
-from qtool.recipe.schema import Rule
 
 DTYPES = ("f32", "f16", "bf16")
 
@@ -29,18 +28,18 @@ class Choice:
     problem: str | None = None
 
 
-def choose(rule: Rule, wanted: Format, columns: int) -> Choice:
+def choose(wanted: Format, fallback: Format | str | None, columns: int) -> Choice:
     """The format for rows of so many columns.
 
     Args:
-        rule: whose `fallback` decides what happens to rows that do not fit.
-        wanted: its `weights`.
+        wanted: the `weights` of a rule.
+        fallback: of the rule, or of the recipe where the rule names none; None: what the format itself says.
         columns: K.
     """
     misfit = wanted.misfit(columns)
     if misfit is None:
         return Choice(wanted)
-    found = rule.fallback or _next(wanted)
+    found = fallback or _next(wanted)
     if found is None or found == "error":
         otherwise = "or name" if ";" in misfit else "name"
         advice = f"{otherwise} a second choice, fallback: {wanted.fallback or 'FORMAT'}"

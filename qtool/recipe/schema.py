@@ -146,8 +146,8 @@ class Rule(Strict):
             per tensor such as int8-tensor and nvfp4, with a scale that calibration finds for all tokens. How it does:
             see scales of the format.
         keep: true leaves the layers as they are; f32, f16 or bf16 casts them.
-        fallback: the format for layers whose rows the first one cannot divide; error refuses them. If nothing is said,
-            GGUF's block types fall back as in llama.cpp, and the others refuse.
+        fallback: the format for layers whose rows the first one cannot divide; error refuses them. If neither the rule
+            nor the recipe says anything, GGUF's block types fall back as in llama.cpp, and the others refuse.
     """
 
     match: Annotated[str, Field(min_length=1), AfterValidator(_check_pattern)]
@@ -206,6 +206,8 @@ class Recipe(Strict):
         description: one line for `qtool recipes list`.
         method: how codes are chosen where no rule says; rtn if nothing is said. Embeddings, which have no inputs to
             measure, are rounded (rtn) all the same.
+        fallback: for rows that a format cannot divide, where no rule says: a second format, or error, which refuses
+            them.
         calibration: which tokens are run through the model, and how.
         layers: rules; the first one that matches a layer decides.
         kv_cache: the format of the KV cache, or one of keys and one of values. Layers are calibrated with an unrounded
@@ -218,6 +220,7 @@ class Recipe(Strict):
     name: str = Field(min_length=1)
     description: str = ""
     method: MethodField | None = None
+    fallback: FallbackField | None = None
     calibration: Calibration = Calibration()
     layers: tuple[Rule, ...] = Field(min_length=1)
     kv_cache: CacheField | None = None

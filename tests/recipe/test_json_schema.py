@@ -114,6 +114,8 @@ RULE = {"match": "*", "weights": "int4-g64"}
         HEAD | {"layers": [RULE], "eval": {"text": "a.txt", "gates": {"kdl": 1}}},
         HEAD | {"layers": [RULE], "method": {"rtn": {"importance": True}}},
         HEAD | {"layers": [RULE], "method": "gtpq"},
+        HEAD | {"layers": [RULE], "fallback": "error"},
+        HEAD | {"layers": [RULE], "fallback": 7},
         HEAD | {"layers": [RULE | {"blocks": "first 1/8"}]},
         HEAD | {"layers": [RULE | {"blocks": 3}]},
         HEAD | {"layers": [RULE | {"blocks": [0, "last 2", "every 3rd"]}]},
