@@ -115,7 +115,7 @@ def quality(evaluation: dict[str, float | None]) -> str:
     text = f"perplexity {evaluation['ppl']:.4f} ± {evaluation['ppl_error']:.4f}"
     if evaluation["base_ppl"] is not None:
         text += (
-            f" (baseline {evaluation['base_ppl']:.4f}), KL divergence {evaluation['kld_mean']:.4f} nats, "
+            f" (baseline {evaluation['base_ppl']:.4f}), KL divergence {evaluation['kld_mean']:.3g} nats, "
             f"same top token {evaluation['top1']:.1%}"
         )
     return text

@@ -32,21 +32,31 @@ def list_(json: options.Json = False, debug: options.Debug = False) -> None:
 @app.command(cls=Command)
 def show(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe, or a path.", show_default=False)],
+    json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """Print a recipe's text, for reading or as the start of your own.
 
+    With --json it is the recipe as qtool reads it: checked, with what it extends and with all defaults.
+
     Example: `qtool recipes show w4a16-gptq-g64 > mine.yaml`
     """
-    from qtool.recipe.load import find_recipe
+    from qtool.recipe.load import find_recipe, load_recipe
 
-    result(find_recipe(name).read_text(encoding="utf-8").rstrip("\n"))
+    if json:
+        document(load_recipe(name).model_dump(mode="json"))
+        return
+    try:
+        result(find_recipe(name).read_text(encoding="utf-8").rstrip("\n"))
+    except UnicodeDecodeError:
+        raise RecipeError(["wanted YAML in UTF-8, found other bytes"], f"recipe {name}") from None
 
 
 @app.command(cls=Command)
 def validate(
     files: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Paths or names.", show_default=False)],
     overrides: options.Overrides = None,
+    json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """Check recipes and print all their mistakes at once.
@@ -55,16 +65,19 @@ def validate(
     """
     from qtool.recipe.load import load_recipe
 
-    problems: list[str] = []
+    problems: dict[str, list[str]] = {}
     for file in files:
+        problems[file] = []
         try:
             load_recipe(file, overrides or ())
         except RecipeError as error:
-            problems += error.problems
-        else:
+            problems[file] += error.problems
+        if not json and not problems[file]:
             result(f"{file}: valid")
-    if problems:
-        raise RecipeError(problems, "not valid")
+    if json:
+        document([{"recipe": file, "problems": found} for file, found in problems.items()])
+    if any(problems.values()):
+        raise RecipeError([line for found in problems.values() for line in found], "not valid")
 
 
 @app.command(cls=Command)

@@ -233,6 +233,10 @@ def test_recipes_list_is_a_table_of_all_that_ship(tmp_path, monkeypatch):
 
 def test_recipes_show_prints_the_file(recipe):
     assert qtool("recipes", "show", recipe).stdout == RECIPE
+    recipe.write_bytes(b"\xff\xfe")
+    refused = qtool("recipes", "show", recipe)
+    assert refused.exit_code == 3
+    assert refused.stderr == f"error: recipe {recipe}: wanted YAML in UTF-8, found other bytes\n"
 
 
 def test_recipes_validate_prints_every_mistake_of_every_file(tmp_path, recipe):
@@ -246,6 +250,17 @@ def test_recipes_validate_prints_every_mistake_of_every_file(tmp_path, recipe):
     assert lines[1].startswith(f"  {broken}:3: colour: ")
     assert lines[2].startswith(f"  {broken}:6: layers[1].weights: ")
     assert "did you mean 'q8_0'?" in lines[2]
+
+
+def test_recipes_as_json(tmp_path, recipe):
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(RECIPE.replace("q8_0", "q9_0"))
+    result = qtool("recipes", "validate", broken, recipe, "--json")
+    first, second = json.loads(result.stdout)
+    assert (result.exit_code, first["recipe"], second) == (3, str(broken), {"recipe": str(recipe), "problems": []})
+    assert result.stderr == f"error: not valid: {first['problems'][0]}\n"
+    shown = json.loads(qtool("recipes", "show", recipe, "--json").stdout)
+    assert (shown["name"], shown["layers"][1]["weights"], shown["calibration"]["samples"]) == ("tiny", "q8_0", 128)
 
 
 def test_recipes_validate_takes_overrides(recipe):
