@@ -14,7 +14,7 @@ from qtool.artifact._files import lock, storage_errors
 from qtool.artifact._manifest import MANIFEST, Manifest
 from qtool.artifact._neutral import NeutralCheckpoint, NeutralWriter
 from qtool.checkpoint._base import CacheScales, Layer
-from qtool.errors import StorageError
+from qtool.errors import CheckpointError, StorageError
 from qtool.formats._base import Quantized
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.prepare import Job
@@ -79,8 +79,7 @@ def open_work(folder: Path, job: Job, run: Mapping[str, Any], listener: Listener
     """Opens the work folder, or begins it; holds it for this process.
 
     Raises:
-        StorageError: it holds something else, another process holds it, or it cannot be written.
-        CheckpointError: its manifest is damaged.
+        StorageError: it holds something else, is damaged, another process holds it, or it cannot be written.
     """
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,8 +89,17 @@ def open_work(folder: Path, job: Job, run: Mapping[str, Any], listener: Listener
 
 
 def begun(folder: Path, run: Mapping[str, Any]) -> bool:
-    """True if a work folder belongs to the same run."""
-    return (folder / MANIFEST).exists() and Manifest.load(folder).run == run
+    """True if a work folder belongs to the same run. Raises StorageError: its manifest is damaged."""
+    return (folder / MANIFEST).exists() and _run_of(folder) == run
+
+
+def _run_of(folder: Path) -> dict[str, Any]:
+    """What identifies the run that began a work folder."""
+    try:
+        return Manifest.load(folder).run
+    except CheckpointError as error:
+        hint = f"remove {folder}, or choose another output"
+        raise StorageError(f"the work folder is damaged: {error}", hint=hint) from error
 
 
 def remove_work(folder: Path, out: Path) -> None:
@@ -118,7 +126,7 @@ def discard_other(folder: Path, run: Mapping[str, Any], listener: Listener) -> N
         raise StorageError("the work folder holds something else", found=foreign[0], hint="choose another output")
     if not known or begun(folder, run):
         return
-    found = Manifest.load(folder).run
+    found = _run_of(folder)
     differing = ", ".join(key for key in run if found.get(key) != run[key])
     listener(Event("quantize", 0, 0, f"{folder} was begun with another {differing}: starting anew", warning=True))
     with storage_errors(folder):

@@ -282,6 +282,15 @@ def test_a_foreign_work_folder_is_left_alone(tiny_checkpoint, recipes, tmp_path)
     assert (work / "model.safetensors").read_text() == "mine"
 
 
+def test_a_damaged_work_folder_is_named_with_what_to_do(tiny_checkpoint, recipes, tmp_path):
+    (tmp_path / "out.work").mkdir()
+    (tmp_path / "out.work" / "manifest.json").write_text('{"version": 1')
+    with pytest.raises(
+        StorageError, match=r"the work folder is damaged: .* is not valid JSON.*; remove .*out\.work, or"
+    ):
+        run(QuantizeOptions(str(tiny_checkpoint("llama")), recipes["gguf"], tmp_path / "out"))
+
+
 def test_two_runs_into_one_place_at_once_are_refused(tiny_checkpoint, recipes, tmp_path):
     options = QuantizeOptions(str(tiny_checkpoint("llama")), recipes["gguf"], tmp_path / "out")
 
