@@ -21,6 +21,7 @@ from qtool.errors import NumericsError
 from qtool.formats._base import Params, expand
 from qtool.formats._ggml import CHUNK, BlockFormat, fp16
 from qtool.numerics.codebook import Codebook
+from qtool.numerics.ggml_codebook import Kind, ggml_codebook_scales
 from qtool.numerics.vector_search import EFFORT, Rule, vector_scales
 from qtool.numerics.vector_snap import snap_vectors
 
@@ -48,6 +49,7 @@ class Vector(BlockFormat):
     Attributes:
         rule: how scales are stored.
         signs, span: see `Codebook`.
+        ggml: its own search, where it is repeated to compare with.
     """
 
     search: Literal["fast", "default", "thorough"] = "default"
@@ -56,6 +58,7 @@ class Vector(BlockFormat):
     rule: ClassVar[Rule]
     signs: ClassVar[Literal["none", "free", "even"]]
     span: ClassVar[int] = 8
+    ggml: ClassVar[Kind | None] = None
 
     @property
     def group_columns(self) -> int | None:
@@ -74,10 +77,18 @@ class Vector(BlockFormat):
     def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
         """See `Format.fit`."""
         rows = max(1, CHUNK // w.shape[1])
-        common = (self.codebook(), self.columns, self.rule, EFFORT[self.search][self.rule.delta > 0])
-        found = [vector_scales(w[i : i + rows], importance, *common) for i in range(0, w.shape[0], rows)]
-        d, s, signs = (torch.cat(part) for part in zip(*found, strict=True))
-        return self.stored(d, s) | ({"minus": (signs < 0).to(torch.uint8)} if self.rule.delta else {})
+        parts = [self._fit(w[i : i + rows], importance) for i in range(0, w.shape[0], rows)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _fit(self, w: Tensor, importance: Tensor | None) -> Params:
+        effort = EFFORT[self.search][self.rule.delta > 0]
+        d, s, signs = vector_scales(w, importance, self.codebook(), self.columns, self.rule, effort)
+        found = self.stored(d, s) | ({"minus": (signs < 0).to(torch.uint8)} if self.rule.delta else {})
+        if self.ggml is None or self.search == "fast":
+            return found
+        given = None if importance is None else self.alive(importance)
+        theirs = self.stored(*ggml_codebook_scales(w, given, self.codebook(), self.ggml))
+        return self.no_worse(found, theirs, w, importance)
 
     def stored(self, d: Tensor, s: Tensor) -> Params:
         """Rounds d to fp16. Raises NumericsError: too large for it."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qtool.formats._base import Params
 from qtool.formats._vector import Vector, as_bytes, as_fp16, bytes_to_fields, fields_to_bytes
+from qtool.numerics.ggml_codebook import Kind
 from qtool.numerics.vector_search import Rule
 
 
@@ -25,6 +26,7 @@ class IQ3_S(Vector):  # noqa: N801 - spelled as in ggml
     rule: ClassVar[Rule] = Rule(group=32, unit=1.0, top=15, delta=0.0, segment=32, low=0.07, high=0.6)
     signs: ClassVar[Literal["none", "free", "even"]] = "free"
     span: ClassVar[int] = 4
+    ggml: ClassVar[Kind | None] = Kind(9, even=False, shells=3, again=True, least=0.0, stretch=1.033)
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:
         """See `BlockFormat.pack`."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qtool.formats._base import Params
 from qtool.formats._vector import Vector, as_bytes, as_fp16, bytes_to_fields, eighth_sign, fields_to_bytes
+from qtool.numerics.ggml_codebook import Kind
 from qtool.numerics.vector_search import Rule
 
 
@@ -24,6 +25,7 @@ class IQ3_XXS(Vector):  # noqa: N801 - spelled as in ggml
     block_bytes: ClassVar[int] = 98
     rule: ClassVar[Rule] = Rule(group=32, unit=0.25, top=15, delta=0.0, segment=32, low=0.017, high=0.15)
     signs: ClassVar[Literal["none", "free", "even"]] = "even"
+    ggml: ClassVar[Kind | None] = Kind(15, even=True, shells=2, again=False, least=1e-8, stretch=1.0125)
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:
         """See `BlockFormat.pack`."""

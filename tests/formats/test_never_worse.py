@@ -12,7 +12,11 @@ from qtool.formats._ggml import BlockFormat
 from tests.reference.ggml import ggml_dequantize, ggml_quantize
 
 SEARCHED = ("q4_0", "q5_0", "q4_1", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs")
-PLAIN = ("q8_0", "tq1_0", "tq2_0", "mxfp4")
+PLAIN = ("q8_0", "tq1_0", "tq2_0", "mxfp4", "nvfp4")
+BOOKS = ("iq3_xxs", "iq3_s")
+"""Codebooks; the fast search has no time to compare them."""
+SEARCHES = ("fast", "default", "thorough")
+CASES = [(name, search) for name in (*SEARCHED, *PLAIN, *BOOKS) for search in SEARCHES[name in BOOKS :]]
 K = 512
 
 
@@ -50,10 +54,9 @@ def both(name: str, search: str, w: Tensor, importance: Tensor | None) -> tuple[
     return ours, errors(w, ggml_dequantize(packed, name, K), weight, fmt)
 
 
-@pytest.mark.parametrize("search", ["fast", "default", "thorough"])
 @pytest.mark.parametrize("matrix", [True, False], ids=["weighted", "plain"])
-@pytest.mark.parametrize("name", [*SEARCHED, *PLAIN])
-def test_no_block_is_worse(name: str, matrix: bool, search: str) -> None:
+@pytest.mark.parametrize(("name", "search"), CASES)
+def test_no_block_is_worse(name: str, search: str, matrix: bool) -> None:
     w, importance = blocks()
     ours, theirs = both(name, search, w, importance if matrix else None)
     assert (theirs > 0).mean() > 0.8
@@ -77,7 +80,7 @@ def test_nor_where_some_inputs_are_dead_which_count_a_little(name: str) -> None:
 
 
 @pytest.mark.parametrize("matrix", [True, False], ids=["weighted", "plain"])
-@pytest.mark.parametrize("name", SEARCHED)
+@pytest.mark.parametrize("name", [*SEARCHED, *BOOKS])
 def test_ggmls_scales_are_repeated_bit_by_bit(name: str, matrix: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What our search is compared with is what ggml writes, in every block."""
     w, given = blocks(64)
@@ -101,10 +104,10 @@ def test_ggmls_scales_are_repeated_bit_by_bit(name: str, matrix: bool, monkeypat
     assert codes.shape == w.shape
 
 
-@pytest.mark.parametrize(("name", "share", "worst"), [("iq2_xxs", 0.0, 0.95), ("iq3_xxs", 0.03, 1.05)])
-def test_vectors_are_rarely_worse_and_then_by_little(name: str, share: float, worst: float) -> None:
-    """Codebooks are not compared with ggml's result, whose repetition would cost more than the whole search."""
+@pytest.mark.parametrize("name", ["iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s"])
+def test_small_codebooks_are_not_compared_and_better_all_the_same(name: str) -> None:
+    """Repeating ggml's search for these would cost more than the whole search."""
     g = torch.Generator().manual_seed(12)
     w, importance = torch.randn(48, K, generator=g) * 0.03, torch.randn(K, generator=g).exp()
     ours, theirs = both(name, "default", w, importance)
-    assert (ours > theirs).mean() <= share and (ours / theirs).max() < worst
+    assert (ours < 0.97 * theirs).all()
