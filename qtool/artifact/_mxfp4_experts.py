@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from qtool.artifact._floats import from_bits
-from qtool.artifact._packed import Infos, PackedCheckpoint, Packing, quantization_config
+from qtool.artifact._packed import Infos, PackedCheckpoint, Packing
+from qtool.artifact._settings import quantization_config
 from qtool.checkpoint._base import Layer, TensorInfo
 from qtool.checkpoint.families._base import Slice
 from qtool.checkpoint.hf import locate

@@ -12,19 +12,18 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from qtool.artifact._base import Artifact, Carry
 from qtool.artifact._card import write_card, write_side_files
 from qtool.artifact._manifest import checked
+from qtool.artifact._settings import SETTINGS, quantization_config
 from qtool.artifact._shards import write_shards
 from qtool.artifact._stacks import Stacks, join
 from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint, TensorInfo
-from qtool.checkpoint.config import read_json
 from qtool.checkpoint.hf import HFCheckpoint, digest, locate
 from qtool.checkpoint.safetensors_io import SafetensorsFile
 from qtool.errors import CheckpointError
@@ -32,9 +31,6 @@ from qtool.formats._base import Format, Quantized
 from qtool.formats.int import DTYPES
 
 SCALE_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
-
-SETTINGS = ("quantization_config", "quantization")
-"""Keys of config.json; the latter is MLX's."""
 
 Infos = dict[str, TensorInfo]
 """Tensors of one matrix, by their names below the module."""
@@ -216,35 +212,6 @@ class PackedCheckpoint(HFCheckpoint, QuantizedCheckpoint):
             wanted = ", ".join(SCALE_DTYPES.values())
             raise CheckpointError(f"{self.source}: {module}.{part}", wanted=wanted, found=dtype)
         return SCALE_DTYPES[dtype]
-
-
-class Settings(BaseModel):
-    """Part of a `quantization_config` as far as qtool reads it; other keys are left alone."""
-
-    model_config = ConfigDict(strict=True, frozen=True)
-
-
-Read = TypeVar("Read", bound=BaseModel)
-
-
-def read_settings(kind: type[Read], value: Mapping[str, Any], where: str) -> Read:
-    """Validates settings. Raises CheckpointError: the first mistake in them."""
-    try:
-        return kind.model_validate(dict(value))
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        found = repr(first["input"])[:60]
-        raise CheckpointError(f"{where}: quantization_config: {place}: {first['msg']}", found=found) from error
-
-
-def quantization_config(folder: Path, key: str = SETTINGS[0]) -> dict[str, Any] | None:
-    """What config.json of a folder says about quantization; None if nothing, or if it cannot be read."""
-    try:
-        how = read_json(folder / "config.json").get(key)
-    except CheckpointError:
-        return None
-    return how if isinstance(how, dict) else None
 
 
 def write_packed(

@@ -23,16 +23,8 @@ from torch import Tensor
 
 from qtool.artifact._base import Carry, naming
 from qtool.artifact._integers import as_integers, half_dtype, integers
-from qtool.artifact._packed import (
-    Infos,
-    PackedArtifact,
-    PackedCheckpoint,
-    Packing,
-    Settings,
-    quantization_config,
-    read_settings,
-    write_packed,
-)
+from qtool.artifact._packed import Infos, PackedArtifact, PackedCheckpoint, Packing, write_packed
+from qtool.artifact._settings import Settings, quantization_config, read_settings
 from qtool.artifact._targets import kept_linears
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, TensorInfo
 from qtool.errors import CheckpointError

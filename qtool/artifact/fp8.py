@@ -19,17 +19,8 @@ import torch
 from torch import Tensor
 
 from qtool.artifact._floats import from_bits, to_bits
-from qtool.artifact._packed import (
-    SCALE_DTYPES,
-    Infos,
-    PackedArtifact,
-    PackedCheckpoint,
-    Packing,
-    Settings,
-    quantization_config,
-    read_settings,
-    write_packed,
-)
+from qtool.artifact._packed import SCALE_DTYPES, Infos, PackedArtifact, PackedCheckpoint, Packing, write_packed
+from qtool.artifact._settings import Settings, quantization_config, read_settings
 from qtool.artifact._targets import kept_linears
 from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint, TensorInfo
 from qtool.formats._base import Format, Quantized

@@ -30,17 +30,8 @@ from qtool.artifact import _mlx_models
 from qtool.artifact._base import Carry
 from qtool.artifact._floats import from_bits, to_bits
 from qtool.artifact._mlx_models import rope_fields
-from qtool.artifact._packed import (
-    SETTINGS,
-    Infos,
-    PackedArtifact,
-    PackedCheckpoint,
-    Packing,
-    Settings,
-    quantization_config,
-    read_settings,
-    write_packed,
-)
+from qtool.artifact._packed import Infos, PackedArtifact, PackedCheckpoint, Packing, write_packed
+from qtool.artifact._settings import SETTINGS, Settings, quantization_config, read_settings
 from qtool.artifact._stacks import Stacks, split
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, TensorInfo
 from qtool.checkpoint.safetensors_io import SafetensorsFile
@@ -237,7 +228,21 @@ class MLXCheckpoint(PackedCheckpoint):
                 raise CheckpointError(f"{self.source}: {module}: {keys.mode}", wanted=wanted, found=found_text)
         if reason := target.misfit(k):
             raise CheckpointError(f"{self.source}: {module}: {reason}")
-        return Packing((n, k), Layer(target), infos(target, n, k))
+        parts = infos(target, n, k)
+        return Packing((n, k), Layer(self._symmetric(module, target, found == parts) or target), parts)
+
+    def _symmetric(self, module: str, target: Target, whole: bool) -> Int | None:
+        """The integers without zero points that a matrix is, so that other layouts may hold it; None: it is not.
+
+        Products of scales in 32 bits are not exact, with which an offset is not what it stands for.
+        """
+        if not (whole and isinstance(target, Biased)) or target.scale_dtype == "fp32":
+            return None
+        scales, middle = self._read(module, "scales"), 1 << (target.bits - 1)
+        if not torch.equal(self._read(module, "biases"), -middle * scales):
+            return None
+        fields = {"bits": target.bits, "group": target.group, "scale_dtype": target.scale_dtype}
+        return Int.model_validate(fields)
 
     def _unpack(self, module: str, packing: Packing, start: int, stop: int) -> Quantized:
         """See `PackedCheckpoint._unpack`."""
@@ -245,6 +250,8 @@ class MLXCheckpoint(PackedCheckpoint):
         fmt, k = packing.layer.format, packing.shape[1]
         words = self._read(module, "weight", start, stop).view(torch.int32)
         scales = self._read(module, "scales", start, stop)
+        if isinstance(fmt, Int):
+            return Quantized(unpack_words(words, fmt.bits, k), {"scale": scales}, fmt)
         if isinstance(fmt, Biased):
             biases = self._read(module, "biases", start, stop)
             return Quantized(unpack_words(words, fmt.bits, k), {"scale": scales, "offset": biases}, fmt)

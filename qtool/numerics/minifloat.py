@@ -53,6 +53,11 @@ class Grid(NamedTuple):
         """The distance of neighbouring levels where it is the same everywhere; None: it is not."""
         return 2.0 ** (self.smallest - self.mantissa) if self.highest < 2.0 ** (self.smallest + 1) else None
 
+    @property
+    def numbers(self) -> tuple[np.int32, np.int32, np.float32]:
+        """What kernels take: the bits of 2^smallest in float32, `mantissa`, `highest`."""
+        return np.int32((self.smallest + 127) << 23), np.int32(self.mantissa), np.float32(self.highest)
+
     def levels(self) -> Tensor:
         """float32 [L], ascending."""
         positive = [0.0]
@@ -230,8 +235,7 @@ def nearest(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     center = len(grid.levels()) // 2
     codes = np.empty(x.shape, np.uint8)
     arrays = x.contiguous().cpu().numpy(), scale.contiguous().cpu().numpy()
-    numbers = np.int32((grid.smallest + 127) << 23), np.int32(grid.mantissa), np.float32(grid.highest), np.int32(center)
-    over_rows(lambda a, b: round_rows(*arrays, *numbers, codes, a, b), len(codes))
+    over_rows(lambda a, b: round_rows(*arrays, *grid.numbers, np.int32(center), codes, a, b), len(codes))
     return torch.from_numpy(codes).to(x.device)
 
 
@@ -251,8 +255,7 @@ def best_scale(x: Tensor, importance: Tensor | None, tries: Tensor, grid: Grid, 
     values, weight, _ = prepared(x, importance, x.shape[1] // tries.shape[1])
     found = np.zeros(tuple(tries.shape[:2]), np.float32)
     candidates = tries.contiguous().cpu().numpy()
-    numbers = np.int32((grid.smallest + 127) << 23), np.int32(grid.mantissa), np.float32(grid.highest)
-    over_rows(lambda a, b: score_rows(values, weight, candidates, free, *numbers, found, a, b), len(values))
+    over_rows(lambda a, b: score_rows(values, weight, candidates, free, *grid.numbers, found, a, b), len(values))
     return torch.from_numpy(found).to(x.device)
 
 
@@ -275,6 +278,5 @@ def best_code(
     weighed, weight, _ = prepared(x, importance, x.shape[1] // ends.shape[1])
     found = np.ones(tuple(ends.shape[:2]), np.uint8)
     arrays = ends.contiguous().cpu().numpy(), values.numpy(), steps
-    numbers = np.int32((grid.smallest + 127) << 23), np.int32(grid.mantissa), np.float32(grid.highest)
-    over_rows(lambda a, b: code_rows(weighed, weight, *arrays, *numbers, found, a, b), len(found))
+    over_rows(lambda a, b: code_rows(weighed, weight, *arrays, *grid.numbers, found, a, b), len(found))
     return torch.from_numpy(found).to(x.device)

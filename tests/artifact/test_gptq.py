@@ -289,5 +289,5 @@ def test_only_its_own_folders_are_recognized(tiny_checkpoint, tmp_path):
 )
 def test_what_vllm_does_not_load_is_said(fmt, told, tiny_checkpoint):
     model = quantize(tiny_checkpoint("llama"), None, down=fmt)
-    text = "vLLM loads symmetric integers of 4 and 8 bits only, whole rows or groups of 32, 64 or 128, not {}; GPTQModel"
-    assert GPTQ().caveats(model, model.layers) == ([f"{text} does".format(fmt.label)] if told else [])
+    text = "vLLM loads symmetric integers of 4 and 8 bits only, whole rows or groups of 32, 64 or 128, not"
+    assert GPTQ().caveats(model, model.layers) == ([f"{text} {fmt.label}; GPTQModel does"] if told else [])

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtool.artifact._mlx_models import rope_fields
+from qtool.artifact.gptq import GPTQ
 from qtool.artifact.mlx import MLX, encode
 from qtool.checkpoint._base import Layer
 from qtool.checkpoint.hf import HFCheckpoint
@@ -109,13 +110,14 @@ def test_a_stack_of_other_experts(tiny_checkpoint, tmp_path):
 
 
 EXACT = {
-    "int4-g32": ("biased4-g32", "bf16"),
+    "int4-g32": ("int4-g32", "bf16"),
+    "int3-g64": ("int3-g64", "bf16"),
     "int7-g32": ("biased8-g32", "bf16"),
-    "int4-channel": ("biased4-g64", "bf16"),
+    "int8-channel": ("int8-g64", "bf16"),
     "int4-g64-asym": ("biased4-g64", "fp32"),
     "q4_1": ("biased4-g32", "fp16"),
-    "q5_0": ("biased5-g32", "fp16"),
-    "q8_0": ("biased8-g32", "fp16"),
+    "q5_0": ("int5-g32", "fp16"),
+    "q8_0": ("int8-g32", "fp16"),
 }
 
 
@@ -127,6 +129,14 @@ def test_the_same_values_with_offsets(label, held, dtype, tiny_checkpoint, tmp_p
     assert {(layer.format.label, layer.format.scale_dtype) for layer in found.layers.values()} == {(held, dtype)}
     for name in model.names():
         assert torch.equal(found.tensor(name), model.tensor(name)), name
+
+
+def test_integers_without_zero_points_go_on_to_other_layouts(tiny_checkpoint, tmp_path):
+    model = quantize(tiny_checkpoint("llama"), parse_format("int4-g32"), down=parse_format("int8-g64"))
+    write(model, tmp_path / "mlx")
+    (tmp_path / "gptq").mkdir()
+    GPTQ().write(MLX().open(tmp_path / "mlx"), tmp_path / "gptq", {})
+    assert_same_model(GPTQ().open(tmp_path / "gptq"), model)
 
 
 GOLDEN = {

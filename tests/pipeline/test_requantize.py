@@ -18,9 +18,8 @@ from qtool.pipeline.prepare import prepare
 from qtool.pipeline.quantize import QuantizeOptions, run
 from tests.artifact.conftest import quantize
 
-LAYOUTS = ["awq", "compressed-tensors", "gptq", "qtool"]
-TO = [*LAYOUTS, "gguf", "mlx"]
-HELD = {"gguf": "q4_0", "mlx": "biased4-g32"}
+LAYOUTS = ["awq", "compressed-tensors", "gptq", "mlx", "qtool"]
+TO = [*LAYOUTS, "gguf"]
 INT4, ASYM4 = Int(bits=4, group=64, scale_dtype="fp16"), Int(bits=4, group=32, symmetric=False, scale_dtype="fp16")
 UP = "model.layers.0.mlp.up_proj"
 
@@ -177,7 +176,7 @@ def test_codes_move_from_layout_to_layout(first, second, tiny_checkpoint, tmp_pa
     entry = export.run(export.ExportOptions(tmp_path / "in", second, tmp_path / "out"))
     assert entry.verified
     found = open_artifact(tmp_path / "out")
-    assert {layer.format.label for layer in found.layers.values()} == {HELD.get(second, "int4-g32")}
+    assert {layer.format.label for layer in found.layers.values()} == {"q4_0" if second == "gguf" else "int4-g32"}
     for name in model.names():
         assert torch.equal(found.tensor(name).float(), model.tensor(name).float()), name
 

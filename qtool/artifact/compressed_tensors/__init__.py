@@ -28,7 +28,7 @@ from torch import Tensor
 from qtool.artifact._base import Artifact, Carry
 from qtool.artifact._integers import model_dtype
 from qtool.artifact._packed import Infos, write_packed
-from qtool.artifact._packed import quantization_config as quantization_config_of
+from qtool.artifact._settings import quantization_config as quantization_config_of
 from qtool.artifact.compressed_tensors import _cache, _inputs
 from qtool.artifact.compressed_tensors._caveats import caveats
 from qtool.artifact.compressed_tensors._config import METHOD, kind_of, quantization_config, refusal

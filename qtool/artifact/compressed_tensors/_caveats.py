@@ -1,7 +1,7 @@
 """Which of its runtimes cannot read all that compressed-tensors can say, or compute something else of it.
 
-What transformers 5.23 does was tried. What vLLM 0.33 does is read from its source: `_get_scheme_from_parts` of
-vllm/model_executor/layers/quantization/compressed_tensors, and `get_moe_method` for experts.
+What transformers 5.23 does was tried. What vLLM does is from its source, of about version 0.33: _get_scheme_from_parts
+in vllm/model_executor/layers/quantization/compressed_tensors, and get_moe_method for experts.
 https://github.com/vllm-project/vllm
 """
 
@@ -14,7 +14,7 @@ import torch
 from qtool.artifact._base import naming
 from qtool.artifact._integers import model_dtype
 from qtool.artifact.compressed_tensors._config import kind_of
-from qtool.artifact.compressed_tensors._floats import FP8, MX4, MX6, MX8, NV4, NaiveFP8
+from qtool.artifact.compressed_tensors._floats import FP8, MX, MX4, MX6, MX8, NV4, NaiveFP8
 from qtool.artifact.compressed_tensors._integers import Packed, Plain, as_int
 from qtool.artifact.compressed_tensors._kinds import FP8_INPUTS, INT8_INPUTS
 from qtool.checkpoint._base import Checkpoint, Layer
@@ -22,8 +22,8 @@ from qtool.checkpoint.families._base import stacked
 from qtool.formats._base import alike
 from qtool.formats.int import Int
 
-WITH_ZERO_POINTS, OF_EXPERTS = (4, 8), (4, 8)
-"""Widths that vLLM has kernels for."""
+WIDTHS = (4, 8)
+"""Bits that vLLM has kernels for where there are zero points, and in experts."""
 GROUP = 128
 """Columns of a group in vLLM's kernel for 4-bit weights with FP8 inputs."""
 
@@ -33,9 +33,10 @@ def caveats(model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
     found = set(layers.values())
     experts = {layer for name, layer in layers.items() if stacked(name)[1] is not None}
     others = {layer for name, layer in layers.items() if stacked(name)[1] is None}
-    loaded = {layer for layer in experts if isinstance(kind_of(layer), Packed | FP8 | MX4) and not _asymmetric(layer)}
+    held = Packed | FP8 | MX4 | MX6
+    loaded = {layer for layer in experts if isinstance(kind_of(layer), held) and not _asymmetric(layer)}
     scaled_twice = {layer for layer in experts if isinstance(kind_of(layer), NV4)}
-    decoded = {layer for layer in found if isinstance(kind_of(layer), MX8 | NV4)}
+    decoded = {layer for layer in found if isinstance(kind_of(layer), MX | NV4)}
     return naming(
         {
             "transformers loses the scales of whole matrices of experts in {}; vLLM reads them": scaled_twice,
@@ -55,7 +56,7 @@ def caveats(model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
             "vLLM does not load {}; transformers does": {layer for layer in others if not _vllm_runs(layer)},
             "vLLM does not load experts in {}": {layer for layer in experts if not _vllm_runs_experts(layer)},
             "vLLM leaves it to the GPU whether inputs of {} are rounded as well": {
-                layer for layer in decoded if not isinstance(kind_of(layer), MX6 | NV4) and layer.activations is None
+                layer for layer in found if isinstance(kind_of(layer), MX8 | MX4) and layer.activations is None
             },
         }
     )
@@ -72,7 +73,7 @@ def _vllm_runs(layer: Layer) -> bool:
         return True
     if layer.activations is not None and alike(layer.activations, FP8_INPUTS):
         return ints.group == GROUP
-    return ints.symmetric or ints.bits in WITH_ZERO_POINTS
+    return ints.symmetric or ints.bits in WIDTHS
 
 
 def _vllm_runs_experts(layer: Layer) -> bool:
@@ -80,7 +81,7 @@ def _vllm_runs_experts(layer: Layer) -> bool:
     kind, inputs = kind_of(layer), layer.activations
     if isinstance(kind, Packed):
         ints = as_int(layer.format)
-        only = inputs is None and ints is not None and ints.bits in OF_EXPERTS
+        only = inputs is None and ints is not None and ints.bits in WIDTHS
         return only or (inputs is not None and alike(inputs, FP8_INPUTS) and _vllm_runs(layer))
     if isinstance(kind, Plain):
         return layer.format.granularity == "channel" and inputs is not None and alike(inputs, INT8_INPUTS[0])

@@ -127,21 +127,30 @@ class NaiveFP8(FP8):
         return (None,) if super().inputs(fmt) == (FP8_INPUTS, STATIC_FP8) else None
 
 
-class MX8(Kind):
-    """MXFP8 weights, alone or with inputs in MXFP8.
+class MX(Kind):
+    """Microscaling weights, alone or with rounded inputs.
 
     Attributes:
         fmt: format of the weights.
         activations: format of inputs that are rounded.
+        part: name of the codes.
+        stored: type that they are stored as.
+        oldest: see `Kind.since`.
     """
 
-    name: ClassVar[str] = "mxfp8-quantized"
-    fmt: ClassVar[Scaled] = MXFP8()
-    activations: ClassVar[Scaled] = MXFP8()
+    fmt: ClassVar[Scaled]
+    activations: ClassVar[Scaled]
+    part: ClassVar[str] = "weight_packed"
+    stored: ClassVar[torch.dtype] = torch.uint8
+    oldest: ClassVar[str]
 
     def inputs(self, fmt: Format) -> tuple[Format | None, ...] | None:
         """See `Kind.inputs`."""
         return (None, self.activations) if alike(fmt, self.fmt) else None
+
+    def since(self, fmt: Format) -> str:
+        """See `Kind.since`."""
+        return self.oldest
 
     def arguments(self, fmt: Format) -> dict[str, Any]:
         """See `Kind.arguments`."""
@@ -154,55 +163,48 @@ class MX8(Kind):
 
     def infos(self, fmt: Format, n: int, k: int, dtype: torch.dtype) -> Infos:
         """See `Kind.infos`."""
-        return {"weight": TensorInfo((n, k), E4M3), SCALE: TensorInfo((n, k // 32), torch.uint8)}
+        packed = TensorInfo((n, k * self.fmt.code_bits // 8), self.stored)
+        return {self.part: packed, SCALE: TensorInfo((n, k // 32), torch.uint8)}
 
     def encode(self, quantized: Quantized, module: str, dtype: torch.dtype) -> dict[str, Tensor]:
         """See `Kind.encode`."""
-        return {"weight": to_bits(quantized.codes, self.fmt).view(E4M3), SCALE: quantized.params["exponent"]}
+        packed = pack(to_bits(quantized.codes, self.fmt), self.fmt.code_bits).view(self.stored)
+        return {self.part: packed, SCALE: quantized.params["exponent"]}
 
     def decode(self, fmt: Format, k: int, read: Read, start: int, stop: int) -> Quantized:
         """See `Kind.decode`."""
-        codes = from_bits(read("weight", start, stop).view(torch.uint8), self.fmt)
+        packed = read(self.part, start, stop).view(torch.uint8)
+        codes = from_bits(unpack(packed, self.fmt.code_bits, k), self.fmt)
         return Quantized(codes, {"exponent": read(SCALE, start, stop)}, fmt)
 
 
-class MX4(MX8):
-    """MXFP4 weights, alone or with inputs in MXFP4."""
+class MX8(MX):
+    """MXFP8."""
 
-    name: ClassVar[str] = "mxfp4-pack-quantized"
-    fmt: ClassVar[Scaled] = MXFP4()
-    activations: ClassVar[Scaled] = MXFP4()
-
-    def since(self, fmt: Format) -> str:
-        """See `Kind.since`."""
-        return "0.16.0"
-
-    def infos(self, fmt: Format, n: int, k: int, dtype: torch.dtype) -> Infos:
-        """See `Kind.infos`."""
-        packed = TensorInfo((n, k * self.fmt.code_bits // 8), torch.uint8)
-        return {"weight_packed": packed, SCALE: TensorInfo((n, k // 32), torch.uint8)}
-
-    def encode(self, quantized: Quantized, module: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """See `Kind.encode`."""
-        packed = pack(to_bits(quantized.codes, self.fmt), self.fmt.code_bits)
-        return {"weight_packed": packed, SCALE: quantized.params["exponent"]}
-
-    def decode(self, fmt: Format, k: int, read: Read, start: int, stop: int) -> Quantized:
-        """See `Kind.decode`."""
-        codes = from_bits(unpack(read("weight_packed", start, stop), self.fmt.code_bits, k), self.fmt)
-        return Quantized(codes, {"exponent": read(SCALE, start, stop)}, fmt)
+    name: ClassVar[str] = "mxfp8-quantized"
+    fmt: ClassVar[Scaled] = MXFP8()
+    activations: ClassVar[Scaled] = MXFP8()
+    part: ClassVar[str] = "weight"
+    stored: ClassVar[torch.dtype] = E4M3
+    oldest: ClassVar[str] = "0.15.0"
 
 
-class MX6(MX4):
-    """MXFP6 weights of E2M3, alone or with inputs in MXFP8."""
+class MX6(MX):
+    """MXFP6 of E2M3, inputs in MXFP8."""
 
     name: ClassVar[str] = "mxfp6-pack-quantized"
     fmt: ClassVar[Scaled] = MXFP6()
     activations: ClassVar[Scaled] = MXFP8()
+    oldest: ClassVar[str] = "0.20.0"
 
-    def since(self, fmt: Format) -> str:
-        """See `Kind.since`."""
-        return "0.20.0"
+
+class MX4(MX):
+    """MXFP4."""
+
+    name: ClassVar[str] = "mxfp4-pack-quantized"
+    fmt: ClassVar[Scaled] = MXFP4()
+    activations: ClassVar[Scaled] = MXFP4()
+    oldest: ClassVar[str] = "0.16.0"
 
 
 class NV4(Kind):

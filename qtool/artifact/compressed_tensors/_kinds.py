@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from qtool.artifact._packed import Infos, Settings
+from qtool.artifact._packed import Infos
+from qtool.artifact._settings import Settings
 from qtool.errors import PlanError
 from qtool.formats._base import Format, Quantized
 from qtool.formats.fp import FP

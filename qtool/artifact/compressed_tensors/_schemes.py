@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from qtool.artifact._packed import Settings
+from qtool.artifact._settings import Settings
 from qtool.artifact.compressed_tensors._config import KINDS, input_format
 from qtool.artifact.compressed_tensors._kinds import Arguments, Kind
 from qtool.checkpoint._base import Layer

@@ -19,7 +19,8 @@ from torch import Tensor
 from qtool.artifact._base import naming
 from qtool.artifact._files import storage_errors
 from qtool.artifact._integers import as_integers, half_dtype, integers
-from qtool.artifact._packed import Infos, PackedArtifact, quantization_config, write_packed
+from qtool.artifact._packed import Infos, PackedArtifact, write_packed
+from qtool.artifact._settings import quantization_config
 from qtool.artifact.gptq._config import settings
 from qtool.artifact.gptq._layout import BITS, encode, infos
 from qtool.artifact.gptq._reader import GPTQCheckpoint
@@ -48,12 +49,9 @@ class GPTQ(PackedArtifact):
 
     def caveats(self, model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
         """See `Artifact.caveats`; from vllm/model_executor/layers/quantization/auto_gptq.py."""
-        return naming(
-            {
-                "vLLM loads symmetric integers of 4 and 8 bits only, whole rows or groups of 32, 64 or 128, not {}; GPTQModel"
-                " does": [layer for layer in layers.values() if not _marlin(layer)]
-            }
-        )
+        others = [layer for layer in layers.values() if not _marlin(layer)]
+        text = "vLLM loads symmetric integers of 4 and 8 bits only, whole rows or groups of 32, 64 or 128, not {}"
+        return naming({f"{text}; GPTQModel does": others})
 
     def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
         """See `Artifact.write`."""

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from qtool import __version__
 from qtool.artifact._integers import integers
-from qtool.artifact._packed import Settings, read_settings
+from qtool.artifact._settings import Settings, read_settings
 from qtool.artifact._targets import patterns
 from qtool.checkpoint._base import Layer, QuantizedCheckpoint, modules
 from qtool.errors import CheckpointError

@@ -13,7 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qtool.artifact._packed import Infos, PackedCheckpoint, Packing, Settings, quantization_config, read_settings
+from qtool.artifact._packed import Infos, PackedCheckpoint, Packing
+from qtool.artifact._settings import Settings, quantization_config, read_settings
 from qtool.artifact.modelopt._algos import ALGOS, SCALE, Algo, fp8
 from qtool.checkpoint._base import Cache, Checkpoint, Static, TensorInfo
 from qtool.checkpoint.config import read_json
