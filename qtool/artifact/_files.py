@@ -105,6 +105,19 @@ def new_file(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
+def check_file(path: Path) -> None:
+    """Makes sure that a file can be written, and its folder; to be called before work that would be lost.
+
+    Raises:
+        StorageError: a folder has that name, or the system refuses to write there.
+    """
+    if path.is_dir():
+        raise StorageError("the output is occupied", wanted="a file", found=f"the folder {path}", hint="choose another")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+
+
 def check_free(out: Path, overwrite: bool = False) -> None:
     """Makes sure that an output folder can be written; to be called before work that would be lost.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qtool.artifact._files import new_file
+from qtool.artifact._files import check_file, new_file
 from qtool.calibrate.hidden import Hidden
 from qtool.calibrate.store import write_stats
 from qtool.calibrate.tokens import load_tokens
@@ -14,6 +14,7 @@ from qtool.checkpoint._base import modules
 from qtool.errors import StorageError
 from qtool.pipeline.events import Event, Listener, silent
 from qtool.pipeline.importance import write_importance
+from qtool.pipeline.measured import kind_of
 from qtool.pipeline.prepare import prepare
 from qtool.pipeline.summarize import model_name
 from qtool.stats import InputStats, Stat
@@ -57,8 +58,11 @@ def run(options: CalibrateOptions, listener: Listener = silent) -> Measured:
     Raises:
         QtoolError: of most kinds; see `prepare` and `load_tokens`.
     """
+    if options.out.exists() and kind_of(options.out) is None:
+        raise StorageError(f"{options.out} holds something else", hint="choose another name")
     if options.out.exists() and not options.overwrite:
         raise StorageError(f"{options.out} exists", hint="pass --overwrite to replace it, or choose another name")
+    check_file(options.out)
     o = options
     job = prepare(o.model, o.recipe, o.overrides, o.seed, device=o.device, dtype=o.dtype)
     calibration = job.plan.recipe.calibration

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from qtool.artifact._files import new_file
+from qtool.artifact._files import check_file, new_file
 from qtool.artifact._open import open_model
 from qtool.checkpoint._base import Checkpoint
 from qtool.errors import UsageError
@@ -57,6 +57,8 @@ def run(options: EvaluateOptions, listener: Listener = silent) -> Evaluation:
     """
     validate_gates(options.gates, compared=options.baseline is not None)
     check_text(options.text)
+    if options.out:
+        check_file(options.out)
     device = device_of(options.device)
     evaluation = evaluate(
         open_model(options.artifact),

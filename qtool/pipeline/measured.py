@@ -10,6 +10,8 @@ from qtool.artifact.gguf._imatrix import IMATRIX, is_imatrix, read_imatrix
 from qtool.calibrate.store import is_stats, read_stats
 from qtool.checkpoint.gguf_io import GGUFFile
 
+STATISTICS, IMPORTANCE = "statistics", "importance matrix"
+
 
 class Input(BaseModel):
     """What was measured on one input.
@@ -56,12 +58,25 @@ def run(source: str) -> Measurements | None:
         CheckpointError: it is one, and damaged.
     """
     path = Path(source)
+    kind = kind_of(path)
+    if kind is None:
+        return None
+    return _statistics(path) if kind == STATISTICS else _importance(path)
+
+
+def kind_of(path: Path) -> str | None:
+    """Which kind of measurements a file holds, by its first bytes; None if it is something else, or not there.
+
+    Raises:
+        CheckpointError: a damaged file.
+    """
     if not path.is_file():
         return None
     if is_stats(path):
-        return _statistics(path)
-    model = path.suffix == ".gguf" and GGUFFile(path).metadata.get("general.type") != IMATRIX
-    return _importance(path) if is_imatrix(path) and not model else None
+        return STATISTICS
+    with path.open("rb") as file:
+        model = file.read(4) == b"GGUF" and GGUFFile(path).metadata.get("general.type") != IMATRIX
+    return IMPORTANCE if is_imatrix(path) and not model else None
 
 
 def _statistics(path: Path) -> Measurements:
@@ -77,7 +92,7 @@ def _statistics(path: Path) -> Measurements:
         for reads, s in stats.items()
     )
     return Measurements(
-        source=str(path), kind="statistics", about={"model": about["model"], **about["calibration"]}, inputs=inputs
+        source=str(path), kind=STATISTICS, about={"model": about["model"], **about["calibration"]}, inputs=inputs
     )
 
 
@@ -90,4 +105,4 @@ def _importance(path: Path) -> Measurements:
         measured = tokens * channels / len(entry.counts)
         rms = (float(entry.sums.sum()) / measured) ** 0.5 if measured else 0.0
         inputs.append(Input(name=name, channels=channels, tokens=round(tokens), rms=rms, largest=None))
-    return Measurements(source=str(path), kind="importance matrix", about=about, inputs=tuple(inputs))
+    return Measurements(source=str(path), kind=IMPORTANCE, about=about, inputs=tuple(inputs))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,8 @@ from qtool.checkpoint.open import open_checkpoint
 from qtool.errors import CheckpointError, PlanError, StorageError
 from qtool.pipeline.calibrate import CalibrateOptions
 from qtool.pipeline.calibrate import run as calibrate
+from qtool.pipeline.evaluate import EvaluateOptions
+from qtool.pipeline.evaluate import run as evaluate
 from qtool.pipeline.quantize import QuantizeOptions
 from qtool.pipeline.quantize import run as quantize
 from qtool.recipe.load import load_recipe
@@ -202,9 +206,25 @@ def test_statistics_that_nobody_needs_are_told(recipe, tiny_checkpoint, tmp_path
     ]
 
 
-def test_calibrate_replaces_only_when_told(recipe, tiny_checkpoint, tmp_path):
+def test_calibrate_replaces_only_its_own_and_when_told(recipe, tiny_checkpoint, tmp_path):
     (tmp_path / "stats").write_text("mine")
-    options = CalibrateOptions(str(tiny_checkpoint("llama")), recipe(), tmp_path / "stats")
-    with pytest.raises(StorageError, match="--overwrite"):
+    options = CalibrateOptions(str(tiny_checkpoint("llama")), recipe(), tmp_path / "stats", overwrite=True)
+    with pytest.raises(StorageError, match="stats holds something else; choose another name"):
         calibrate(options)
     assert (tmp_path / "stats").read_text() == "mine"
+    (tmp_path / "stats").unlink()
+    calibrate(replace(options, overwrite=False))
+    first = (tmp_path / "stats").read_bytes()
+    with pytest.raises(StorageError, match="--overwrite"):
+        calibrate(replace(options, overwrite=False, seed=3))
+    assert (tmp_path / "stats").read_bytes() == first
+    calibrate(replace(options, seed=3))
+    assert (tmp_path / "stats").read_bytes() != first
+
+
+def test_where_nothing_can_be_written_is_told_before_any_work(recipe, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"cannot write .*: found (Not a directory|File exists); choose"):
+        calibrate(CalibrateOptions("no model", recipe(), tmp_path / "file" / "stats"))
+    with pytest.raises(StorageError, match="wanted a file, found the folder"):
+        evaluate(EvaluateOptions("no model", None, tmp_path / "file", out=tmp_path))
