@@ -90,11 +90,11 @@ def search_rows(x, weight, reach, grid, effort, table, other, scale, offset, sta
             s, o = swept(xg, wg, reach[part], effort.near, grid, table, sums)
             scale[n, g], offset[n, g] = half(s), half(o)
             least = group_error(xg, wg, scale[n, g], offset[n, g], grid.lowest, grid.highest)
-            for attempt in range(effort.rounds + 1):
-                if attempt > 0:
-                    s, o = closed_form(xg, wg, scale[n, g], offset[n, g], grid)
-                elif len(other[0]):
+            for attempt in range(0 if len(other[0]) else 1, effort.rounds + 1):
+                if attempt == 0:
                     s, o = other[0][n, g], other[1][n, g]
+                else:
+                    s, o = closed_form(xg, wg, scale[n, g], offset[n, g], grid)
                 s, o = half(s), half(o)
                 found = group_error(xg, wg, s, o, grid.lowest, grid.highest)
                 if found < least:
@@ -104,7 +104,7 @@ def search_rows(x, weight, reach, grid, effort, table, other, scale, offset, sta
 
 
 def search(
-    x: Tensor, importance: Tensor | None, grid: Grid, effort: Effort, other: tuple[Tensor, Tensor]
+    x: Tensor, importance: Tensor | None, grid: Grid, effort: Effort, other: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Parameters of all blocks.
 
@@ -121,7 +121,7 @@ def search(
     values, weight, reach = prepared(x, importance, WIDTH)
     weight = np.maximum(weight, np.float32(FLOOR))
     found = [np.zeros((x.shape[0], x.shape[1] // WIDTH), np.float32) for _ in range(2)]
-    starts = tuple(p.contiguous().cpu().numpy() for p in other)
+    starts = tuple(p.contiguous().cpu().numpy() for p in other or (torch.empty(0, 0),) * 2)
     trials, end = (offset_trials, grid.highest) if grid.minima else (signed_trials, grid.lowest)
     table = trials(int(end), effort.trials)
     over_rows(lambda a, b: search_rows(values, weight, reach, grid, effort, table, starts, *found, a, b), len(values))
