@@ -122,6 +122,14 @@ class Int(Grouped):
         """See `Format.refit`; zero points stay."""
         return self._store(scale) | {name: p for name, p in params.items() if name == "zero"}
 
+    def snap(self, w: Tensor, params: Params, importance: Tensor | None = None) -> Tensor:
+        """See `Format.snap`: `w / s + z`, rounded, as runtimes compute it, which decides what is a tie."""
+        if self.symmetric:
+            return super().snap(w, params, importance)
+        scale, zero = (params[name].float().unsqueeze(-1) for name in ("scale", "zero"))
+        q = (w.reshape(*scale.shape[:2], -1) / scale).add_(zero).round_().clamp_(self.lowest, -self.lowest - 1)
+        return q.sub_(self.lowest).to(torch.uint8).view(w.shape)
+
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         """See `Format.decode`: `s * (q - z)` with one rounding, as runtimes compute it."""
         q = codes.float() + self.lowest
