@@ -86,7 +86,7 @@ def _statistics(path: Path) -> Measurements:
             name=reads,
             channels=len(s.sum_squares),
             tokens=s.tokens,
-            rms=float(s.importance.mean().sqrt()),
+            rms=float(s.importance.double().mean().sqrt()),
             largest=float(s.absmax.max()),
         )
         for reads, s in stats.items()
@@ -103,6 +103,6 @@ def _importance(path: Path) -> Measurements:
     for name, entry in matrix.entries.items():
         tokens, channels = float(entry.counts.sum()), entry.sums.numel()
         measured = tokens * channels / len(entry.counts)
-        rms = (float(entry.sums.sum()) / measured) ** 0.5 if measured else 0.0
+        rms = (float(entry.sums.double().sum()) / measured) ** 0.5 if measured else 0.0
         inputs.append(Input(name=name, channels=channels, tokens=round(tokens), rms=rms, largest=None))
     return Measurements(source=str(path), kind=IMPORTANCE, about=about, inputs=tuple(inputs))

@@ -160,6 +160,9 @@ def test_inspect_shows_an_importance_matrix(tmp_path):
     (line,) = found.inputs
     assert (line.channels, line.tokens, line.largest) == (24, 60, None)
     assert line.rms == pytest.approx(float((x.double() ** 2).mean().sqrt()), rel=1e-6)
+    huge = Entry(torch.full((1, 12), 3e38), torch.ones(1))
+    write_imatrix(tmp_path / "huge.gguf", ImportanceMatrix({"blk.0.ffn_up.weight": huge}, ("a.txt",), 1, 1))
+    assert measured.run(str(tmp_path / "huge.gguf")).inputs[0].rms == pytest.approx(3e38**0.5, rel=1e-6)
     assert "datasets: a.txt, b.txt" in CliRunner().invoke(app, ["inspect", str(tmp_path / "i.gguf")]).stdout
 
 
