@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qtool.artifact._card import HUB_ID
 from qtool.artifact._files import check_free, new_folder
 from qtool.calibrate.attention import AttentionErrors
 from qtool.calibrate.inputs import fit_static
@@ -29,7 +29,6 @@ from qtool.report.model import CacheEntry, LayerEntry, Report
 from qtool.report.render import read_report, write_report
 from qtool.stats import InputStats
 
-HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 BY_IMPORTANCE = "method={rtn: {importance: true}}"
 """What `--imatrix` sets; a `--set method=...` of the user's own comes later and wins."""
 
@@ -113,8 +112,8 @@ def check(options: QuantizeOptions) -> None:
     for flag, file in (("--stats", options.stats), ("--imatrix", options.imatrix)):
         if file and not file.is_file():
             raise UsageError(flag, wanted="a file of `qtool calibrate` or llama-imatrix", found=f"no file {file}")
-    if options.push_to and not HUB_NAME.fullmatch(options.push_to):
-        raise UsageError("--push-to-hub", wanted="a repository such as me/my-model", found=repr(options.push_to))
+    if options.push_to and not HUB_ID.fullmatch(options.push_to):
+        raise UsageError("--push-to-hub", wanted="OWNER/NAME of a repository", found=repr(options.push_to))
 
 
 def conclude(report: Report, options: QuantizeOptions, listener: Listener = silent) -> None:

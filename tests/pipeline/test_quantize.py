@@ -333,7 +333,7 @@ def test_a_missed_gate_fails_after_everything_is_written(tiny_checkpoint, recipe
         (
             "push_to",
             "me and you/tiny",
-            "--push-to-hub: wanted a repository such as me/my-model, found 'me and you/tiny'",
+            "--push-to-hub: wanted OWNER/NAME of a repository, found 'me and you/tiny'",
         ),
         (
             "stats",
