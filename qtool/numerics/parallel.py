@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 
 import torch
 
@@ -16,10 +17,10 @@ def over_rows(work: Callable[[int, int], object], rows: int) -> None:
     """
     threads = max(1, min(torch.get_num_threads(), rows))
     bounds = [rows * t // threads for t in range(threads + 1)]
-    if threads == 1:
-        work(0, rows)
-        return
-    list(pool(threads).map(work, bounds[:-1], bounds[1:]))
+    others = [pool(threads - 1).submit(work, *part) for part in pairwise(bounds[1:])]
+    work(0, bounds[1])  # the first part here, since waking a thread takes as long as many a part
+    for part in others:
+        part.result()
 
 
 @cache
