@@ -200,7 +200,7 @@ def test_config_that_does_not_fit(case: str, copy: Find) -> None:
     [
         (None, "holds no config.json"),
         (b"{", "not valid JSON"),
-        (b"\xff\xfe", "not valid JSON"),
+        (b"\xff\xfe", "is damaged: wanted UTF-8 text, found byte 0 is none"),
         (b"[" * 10**5, "not valid JSON"),
         (b"[]", "wanted a JSON object, found list"),
     ],
