@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from qtool.errors import CheckpointError, one_line
 
@@ -53,3 +54,17 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+class Recorder(nn.Module):
+    """Stands in for a decoder block: keeps the keyword arguments of the call, returns the hidden states."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.arguments: dict[str, Any] = {}
+        self.attention_type = getattr(block, "attention_type", None)  # early releases of transformers 5 ask for it
+
+    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
+        """Takes the place of a block's forward; hidden is [1, T, H]."""
+        self.arguments = arguments
+        return hidden

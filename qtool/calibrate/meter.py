@@ -6,12 +6,16 @@ Shape letters: T tokens, K input features.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
 
 from qtool.calibrate.steps import InStep
 from qtool.stats import InputStats, Stat
+
+EXPECTED: ContextVar[dict[str, Tensor]] = ContextVar("expected")
+"""What the unquantized model reads in the batch that runs, by `Module.reads`, [T', K] for its first T' tokens."""
 
 
 class Meter:
@@ -22,30 +26,24 @@ class Meter:
         needs: what to measure there.
         device: where.
 
-    Attributes:
-        expected: what the unquantized model reads in the batch that runs now, [T', K] for its first T' tokens.
     """
 
     def __init__(self, widths: Mapping[str, int], needs: Mapping[str, frozenset[Stat]], device: torch.device) -> None:
         self.widths, self.needs, self.device = widths, needs, device
         self.stats: dict[str, InputStats] = {}
-        self.expected: dict[str, Tensor] = {}
 
     def hook(self, reads: str, flow: InStep) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        """A forward pre-hook that measures a layer's input, then waits until all batches have been measured."""
+        """A forward pre-hook that hands over a layer's input, then waits until all batches have been measured."""
 
         def measure(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if reads in flow.passed:
-                return
-            expected = self.expected
-            self.count(reads, inputs[0].flatten(0, -2), expected.pop(reads, None))
-            flow.wait(reads)
-            self.expected = expected  # other batches ran meanwhile
+            if reads not in flow.passed:
+                flow.wait(reads, (inputs[0].flatten(0, -2), EXPECTED.get({}).pop(reads, None)))
 
         return measure
 
-    def count(self, reads: str, x: Tensor, x_0: Tensor | None) -> None:
+    def count(self, reads: str, inputs: tuple[Tensor, Tensor | None]) -> None:
         """Counts a batch, [T, K], and compares its first tokens with what they should be, [T', K]."""
+        x, x_0 = inputs
         if reads not in self.stats:
             self.stats[reads] = InputStats(self.widths[reads], self.needs[reads], self.device)
         compared = 0 if x_0 is None else len(x_0)

@@ -21,13 +21,13 @@ from qtool.calibrate.cache import MeteredCache, rounded_cache
 from qtool.calibrate.experts import split_experts
 from qtool.calibrate.hidden import MEMORY_LIMIT, Hidden
 from qtool.calibrate.inputs import rounded
-from qtool.calibrate.meta import build_on_meta
-from qtool.calibrate.meter import Meter
+from qtool.calibrate.meta import Recorder, build_on_meta
+from qtool.calibrate.meter import EXPECTED, Meter
 from qtool.calibrate.reference import Reference
 from qtool.calibrate.steps import InStep
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, modules
 from qtool.errors import CheckpointError
-from qtool.numerics.processor import has
+from qtool.numerics.parallel import shares, side_by_side
 from qtool.stats import InputStats, Stat
 
 BATCH_TOKENS = 2048
@@ -35,27 +35,6 @@ BATCH_TOKENS = 2048
 
 TABLE_VALUES = 1 << 24
 """Values of the embedding, or of the output matrix in float32, that are in memory at a time: 64 MB."""
-
-
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies it natively, else float32."""
-    if device.type == "cuda":
-        return torch.bfloat16
-    return torch.bfloat16 if has("avx512_bf16", "amx_bf16") else torch.float32
-
-
-class Recorder(nn.Module):
-    """Stands in for a decoder block: keeps the keyword arguments of the call, returns the hidden states."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.arguments: dict[str, Any] = {}
-        self.attention_type = getattr(block, "attention_type", None)  # early releases of transformers 5 ask for it
-
-    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
-        """Takes the place of a block's forward; hidden is [1, T, H]."""
-        self.arguments = arguments
-        return hidden
 
 
 class Walker:
@@ -183,17 +162,20 @@ class Walker:
         def run(part: slice) -> None:
             ahead = None
             if reference:
-                compared = [m for reads, m in readers.items() if Stat.DRIFT in needs[reads]]
-                meter.expected, ahead = reference.run(part, compared)
+                expected, ahead = reference.run(part)
+                EXPECTED.set(expected)
             hidden[part] = self.output(block, i, hidden, part, cache)
             if reference and ahead is not None:
                 reference.advance(part, ahead)
 
         if reference:
-            reference.begin(i)
+            reference.begin(i, [m for reads, m in readers.items() if Stat.DRIFT in needs[reads]])
         width = 3 * hidden.width + max((m.shape[1] for m in readers.values()), default=0)
         suspend = hidden.samples * hidden.length * width * self.dtype.itemsize <= MEMORY_LIMIT
-        flow = InStep(run, list(self.parts(hidden)), list(readers), suspend)
+        self.block_arguments(hidden.length)  # recorded before threads ask for them
+        parts = self.parts(hidden)
+        threads = (1, 1) if cache else shares(len(parts), self.device)  # a cache is no place for two batches
+        flow = InStep(run, parts, list(readers), meter.count, threads, suspend)
         hooks = [
             # a scale that holds for all tokens is chosen by inputs as they are
             self.linear(block, m).register_forward_pre_hook(meter.hook(r, flow), prepend=Stat.VALUES in needs[r])
@@ -210,10 +192,15 @@ class Walker:
     @torch.inference_mode()
     def advance(self, block: nn.Module, i: int, hidden: Hidden) -> None:
         """Runs block i and replaces its inputs by its outputs; linear layers see inputs as the checkpoint declares."""
+        self.block_arguments(hidden.length)  # recorded before threads ask for them
         with self.quantized_inputs(block, i):
             cache = rounded_cache(self.checkpoint, i)
-            for part in self.parts(hidden):
+
+            @torch.inference_mode()
+            def run(part: slice) -> None:
                 hidden[part] = self.output(block, i, hidden, part, cache)
+
+            side_by_side(run, self.parts(hidden), self.device)
 
     @contextmanager
     def quantized_inputs(self, block: nn.Module, i: int, layers: Mapping[str, Layer] | None = None) -> Iterator[None]:
@@ -238,10 +225,10 @@ class Walker:
             for hook in hooks:
                 hook.remove()
 
-    def parts(self, hidden: Hidden) -> Iterator[slice]:
+    def parts(self, hidden: Hidden) -> list[slice]:
         """Samples that are run together."""
         step = max(1, BATCH_TOKENS // hidden.length)
-        return (slice(start, start + step) for start in range(0, hidden.samples, step))
+        return [slice(start, start + step) for start in range(0, hidden.samples, step)]
 
     def output(self, block: nn.Module, i: int, hidden: Hidden, part: slice, cache: object = None) -> Tensor:
         """Block i's output for some samples, [s, T, H]; keys and values go through `cache`."""

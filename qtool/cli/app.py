@@ -6,9 +6,11 @@ Nothing that is imported here imports torch: each command imports its stage insi
 from __future__ import annotations
 
 import atexit
+import ctypes
 import gc
 import os
 import re
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -16,6 +18,9 @@ import typer
 from qtool import __version__, errors
 from qtool.cli import calibrate, evaluate, export, inspect, plan, quantize, recipes
 from qtool.cli.boundary import INTERRUPTED, Command
+
+M_ARENA_MAX = -8
+"""What glibc's malloc.h calls the number of heaps."""
 
 
 def exit_codes() -> str:
@@ -68,5 +73,8 @@ def main() -> None:
     # Imports make a million objects that live as long as the process; looking for garbage among them, again and again
     # while they are made and once more at the end, took a quarter of a short run.
     gc.set_threshold(100_000, 20, 20)
+    # One heap for all threads. With one for each, what one thread gives back others cannot have: 50 MB of a GPTQ run.
+    with suppress(AttributeError, OSError, TypeError):  # glibc has the call, other C libraries do not
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
     atexit.register(gc.freeze)
     app(prog_name="qtool")

@@ -37,6 +37,12 @@ class Method(BaseModel):
     def needs(self) -> frozenset[Stat]:
         """What calibration has to measure; empty: the method runs without data."""
 
+    def prepare(self, stats: InputStats, fmt: Format) -> None:
+        """Called before `solve`, which may then be called for some rows at a time, side by side.
+
+        What all rows share can be computed here and left in `InputStats.cache`.
+        """
+
     @abstractmethod
     def solve(self, w: Tensor, stats: InputStats | None, fmt: Format) -> Solution:
         """Quantizes one matrix.

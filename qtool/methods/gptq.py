@@ -19,6 +19,7 @@ The reference is the plain loop in tests/reference/gptq.py.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Literal
 
 import torch
@@ -30,6 +31,7 @@ from qtool.formats._base import Format, Params, Quantized
 from qtool.methods._base import Method, Solution
 from qtool.methods._refine import refine
 from qtool.numerics.linalg import inverse_factor, ridge
+from qtool.numerics.parallel import side_by_side
 from qtool.numerics.walk import BLOCK, walk
 from qtool.stats import InputStats, Stat
 
@@ -63,6 +65,17 @@ class GPTQ(Method):
         """The Gram matrix, and how far inputs are from those of the unquantized model."""
         return frozenset({Stat.GRAM, Stat.DRIFT} if self.drift else {Stat.GRAM})
 
+    def prepare(self, stats: InputStats, fmt: Format) -> None:
+        """See `Method.prepare`."""
+
+        def factor() -> None:
+            with suppress(NumericsError):  # `solve` meets it again, and falls back
+                self._factor(stats, *self._widths(fmt))
+
+        assert stats.gram is not None
+        pieces = [factor, lambda: self._back(stats)] if self.drift and stats.drift else [factor]
+        side_by_side(lambda piece: piece(), pieces, stats.gram.device)
+
     def solve(self, w: Tensor, stats: InputStats | None, fmt: Format) -> Solution:
         """See `Method.solve`."""
         assert stats is not None and stats.gram is not None  # the caller measured what `needs` asked for
@@ -82,13 +95,16 @@ class GPTQ(Method):
 
     def _target(self, w: Tensor, stats: InputStats) -> Tensor:
         """What to approximate so that outputs come close to W X_0, float32 [N, K]."""
+        back = self._back(stats)
+        return w if back is None else torch.addmm(w, w, back, alpha=self.drift)
+
+    def _back(self, stats: InputStats) -> Tensor | None:
+        """What inputs tell about their drift: the matrix A, float32 [K, K], once per input."""
         if not self.drift or stats.drift is None:
-            return w
+            return None
         if "drift" not in stats.cache:
             stats.cache["drift"] = ridge(*stats.drift, DRIFT_DAMP)
-        back = stats.cache["drift"]
-        assert isinstance(back, Tensor)
-        return torch.addmm(w, w, back, alpha=self.drift)
+        return stats.cache["drift"]  # type: ignore[return-value]
 
     def _widths(self, fmt: Format) -> tuple[int, ...]:
         """Columns of what stays together in the walk, each a multiple of the one before: vectors, spans, blocks."""

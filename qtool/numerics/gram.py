@@ -54,6 +54,26 @@ def round_tokens(x, inverse, codes, far, start, stop):  # type: ignore[no-untype
             codes[t] = 0
 
 
+@njit(nogil=True, cache=True)
+def unfold_rows(lower, products, step, start, stop):  # type: ignore[no-untyped-def]
+    """Adds products int32 [K, K], if there are any, in steps [K] to lower [K, K], and mirrors it at the diagonal."""
+    for i in range(start, stop):
+        if len(products):
+            for j in range(i + 1):
+                lower[i, j] += products[i, j] * (step[i] * step[j])
+        for j in range(i):
+            lower[j, i] = lower[i, j]
+
+
+def strips(k: int) -> list[tuple[int, int]]:
+    """(start, stop) of the columns of strips that reach from the diagonal of a [K, K] matrix down.
+
+    A symmetric matrix takes little more than half the work that way.
+    """
+    width = max(PANEL, -(-k // 8))
+    return [(a, min(a + width, k)) for a in range(0, k, width)]
+
+
 class Gram:
     """X^T X so far.
 
@@ -74,7 +94,7 @@ class Gram:
         x = x.float()
         if rounded and len(x):
             x = self._add_rounded(x)
-        for a, b in self._strips():
+        for a, b in strips(len(self.lower)):
             self.lower[a:, a:b].addmm_(x[:, a:].T, x[:, a:b])
 
     def _add_rounded(self, x: Tensor) -> Tensor:
@@ -88,27 +108,20 @@ class Gram:
         arrays = [t.numpy() for t in (x, 1 / self.step, codes, far)]
         over_rows(lambda start, stop: round_tokens(*arrays, start, stop), len(x))
         if self.waiting + len(x) > MOST_TOKENS:
-            self._settle()
+            self.total()
         if not self.waiting:
             self.products = torch.zeros(self.lower.shape, dtype=torch.int32)
         self.waiting += len(x)
-        for a, b in self._strips():
+        for a, b in strips(len(self.lower)):
             self.products[a:, a:b] += torch._int_mm(codes[:, a:].T, codes[:, a:b])
         return x[far]
 
-    def _settle(self) -> None:
-        """Moves the products of integers to the sum in float32."""
-        if self.waiting:
-            self.lower = self.lower + self.products * self.step[:, None] * self.step
-            self.products, self.waiting = torch.zeros(0, 0, dtype=torch.int32), 0
-
-    def _strips(self) -> list[tuple[int, int]]:
-        """First and last column, plus one, of the strips; each reaches down from the diagonal."""
-        k = len(self.lower)
-        width = max(PANEL, -(-k // 8))
-        return [(a, min(a + width, k)) for a in range(0, k, width)]
-
     def total(self) -> Tensor:
-        """float32 [K, K]."""
-        self._settle()
-        return self.lower.tril() + self.lower.tril(-1).T
+        """float32 [K, K]; what is counted later is added to it in place."""
+        if self.lower.device.type == "cpu":
+            arrays = [t.numpy() for t in (self.lower, self.products, self.step)]
+            over_rows(lambda start, stop: unfold_rows(*arrays, start, stop), len(self.lower))
+            self.products, self.waiting = torch.zeros(0, 0, dtype=torch.int32), 0
+        else:
+            self.lower = self.lower.tril() + self.lower.tril(-1).T
+        return self.lower

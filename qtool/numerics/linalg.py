@@ -9,9 +9,14 @@ import torch
 from torch import Tensor
 
 from qtool.errors import NumericsError
+from qtool.numerics.metrics import all_finite
+from qtool.numerics.parallel import side_by_side
 
 DAMPING_STEPS = (1.0, 10.0, 100.0)
 """Factors on the wanted damping, tried in turn until the matrix factorizes."""
+
+LEAF, SPLIT = 128, 512
+"""Rows up to which a triangular matrix is solved for, and from which on its halves are inverted side by side."""
 
 
 def inverse_factor(gram: Tensor, damp: float) -> tuple[Tensor, float]:
@@ -38,7 +43,7 @@ def inverse_factor(gram: Tensor, damp: float) -> tuple[Tensor, float]:
         lower, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
             inverse = invert_lower(lower)
-            if bool(inverse.isfinite().all()):
+            if all_finite(inverse):
                 return inverse.flip(0, 1).contiguous(), damp * step
     raise NumericsError(
         "the Gram matrix of calibration inputs cannot be factorized",
@@ -70,13 +75,14 @@ def ridge(cross: Tensor, gram: Tensor, damp: float) -> Tensor:
 def invert_lower(lower: Tensor) -> Tensor:
     """Inverse of a lower triangular matrix [K, K], by halves, so that nearly all work is matrix products."""
     k = len(lower)
-    if k <= 128:
+    if k <= LEAF:
         identity = torch.eye(k, dtype=lower.dtype, device=lower.device)
         solved: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
         return solved
     half = k // 2
-    first, last = invert_lower(lower[:half, :half]), invert_lower(lower[half:, half:])
+    halves = [lower[:half, :half], lower[half:, half:]]
+    first, last = side_by_side(invert_lower, halves, lower.device) if k > SPLIT else map(invert_lower, halves)
     inverse = torch.zeros_like(lower)
     inverse[:half, :half], inverse[half:, half:] = first, last
-    inverse[half:, :half] = -last @ (lower[half:, :half] @ first)
+    torch.mm(last, lower[half:, :half] @ first, out=inverse[half:, :half]).neg_()
     return inverse

@@ -12,6 +12,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from qtool.numerics.gram import strips
 from qtool.numerics.parallel import over_rows
 
 
@@ -23,14 +24,21 @@ def all_finite(x: Tensor) -> bool:
 def energy(w: Tensor, gram: Tensor | None = None) -> float:
     """Sum of squares of a matrix, or of its outputs on the calibration tokens.
 
-    The outputs X W^T need not be there: |X W^T|^2 = tr(W G W^T) with G = X^T X.
+    The outputs X W^T need not be there: |X W^T|^2 = tr(W G W^T) with G = X^T X, of which one triangle tells all.
 
     Args:
         w: [N, K].
         gram: G, [K, K]; None: the matrix itself.
     """
-    other = w if gram is None else w @ gram
-    return float(torch.einsum("nk,nk->n", w, other).double().sum())
+    if gram is None:
+        return float(torch.einsum("nk,nk->n", w, w).double().sum())
+    rows = torch.zeros(len(w), dtype=torch.float64, device=w.device)
+    for a, b in strips(w.shape[1]):
+        here = w[:, a:b]
+        seen = here @ gram[a:b, a:b]
+        seen.addmm_(w[:, b:], gram[b:, a:b], alpha=2)
+        rows += torch.einsum("nk,nk->n", here, seen)
+    return float(rows.sum())
 
 
 def ratio_db(signal: float, error: float) -> float:

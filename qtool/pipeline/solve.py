@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import groupby
 
 import torch
@@ -16,6 +16,7 @@ from qtool.errors import NumericsError
 from qtool.formats._base import Format, Quantized
 from qtool.methods._base import Solution
 from qtool.numerics.metrics import all_finite, energy, ratio_db
+from qtool.numerics.parallel import row_shares, side_by_side
 from qtool.pipeline.requantize import is_finite, origin, stored_codes
 from qtool.plan import LayerPlan, Plan
 from qtool.recipe.cache import KVCache
@@ -124,14 +125,14 @@ def solve(
         given = source.rows(start, stop).decode() if source else checkpoint.rows(weight, start, stop)
         w = given.to(device, torch.float32)
         begin = time.monotonic()
-        solution = Solution(held.rows(start, stop)) if held else plan.method.solve(w, stats, fmt)
+        for solution, part in solve_rows(plan, fmt, w, held.rows(start, stop) if held else None, stats):
+            count = len(solution.quantized.codes)
+            codes[start : start + count] = solution.quantized.codes
+            params.append({name: p.cpu() for name, p in solution.quantized.params.items()})
+            fallbacks[solution.fallback] = None
+            sums += part
+            start += count
         seconds += time.monotonic() - begin
-        w_hat = solution.quantized.decode().to(device)
-        refuse_infinite(w_hat, plan)
-        sums.add(w, w_hat, gram, solution.target)
-        codes[start:stop] = solution.quantized.codes
-        params.append({name: p.cpu() for name, p in solution.quantized.params.items()})
-        fallbacks[solution.fallback] = None
     entry = kept(plan).model_copy(
         update={
             "format": plan.format.label,
@@ -146,6 +147,38 @@ def solve(
     )
     joined = {name: torch.cat([part[name] for part in params]) for name in params[0]}
     return Quantized(codes, joined, held.format if held else plan.format), entry
+
+
+def solve_rows(
+    plan: LayerPlan, fmt: Format, w: Tensor, held: Quantized | None, stats: InputStats | None
+) -> list[tuple[Solution, Sums]]:
+    """Quantizes some rows of a module and compares, on all threads where rows have nothing to do with each other.
+
+    Args:
+        plan: with a method.
+        fmt: see `informed`.
+        w: float32 [rows, K].
+        held: the codes of these rows, if they are to be taken over.
+        stats: see `solve`.
+
+    Raises:
+        NumericsError: the result is not finite.
+    """
+    method, gram = plan.method, stats.gram if stats else None
+    assert method is not None
+
+    def solve_part(part: tuple[int, int]) -> tuple[Solution, Sums]:
+        rows = w[slice(*part)]
+        solution = Solution(held.rows(*part)) if held else method.solve(rows, stats, fmt)
+        w_hat = solution.quantized.decode().to(w.device)
+        refuse_infinite(w_hat, plan)
+        return solution, Sums.of(rows, w_hat, gram, solution.target)
+
+    if stats and not held:
+        method.prepare(stats, fmt)
+    alone = gram is None or not (held or fmt.by_rows)  # kernels of methods without a Gram matrix share rows themselves
+    parts = [(0, len(w))] if alone else row_shares(len(w), w.device)
+    return side_by_side(solve_part, parts, w.device)
 
 
 def informed(fmt: Format, checkpoint: Checkpoint, modules: Sequence[str]) -> Format:
@@ -187,17 +220,19 @@ class Sums:
     output: float = 0.0
     output_error: float = 0.0
 
-    def add(self, w: Tensor, w_hat: Tensor, gram: Tensor | None, target: Tensor | None = None) -> None:
-        """Counts some rows, [rows, K]; outputs are known from the Gram matrix of the inputs, [K, K].
+    @classmethod
+    def of(cls, w: Tensor, w_hat: Tensor, gram: Tensor | None, target: Tensor | None = None) -> Sums:
+        """Those of some rows, [rows, K]; outputs are known from the Gram matrix of the inputs, [K, K].
 
         The error of outputs is that against the method's target.
         """
-        self.signal += energy(w)
-        self.error += energy(w - w_hat)
-        if gram is not None:
-            target = w if target is None else target
-            self.output += energy(target, gram)
-            self.output_error += energy(target - w_hat, gram)
+        if gram is None:
+            return cls(energy(w), energy(w - w_hat))
+        target = w if target is None else target
+        return cls(energy(w), energy(w - w_hat), energy(target, gram), energy(target - w_hat, gram))
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 def row_parts(shape: Sequence[int]) -> Iterator[tuple[int, int]]:

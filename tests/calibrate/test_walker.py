@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from qtool.calibrate import reference as reference_module
 from qtool.calibrate import walker as walker_module
 from qtool.calibrate.meta import build_on_meta, quiet
-from qtool.calibrate.walker import Walker, compute_dtype
+from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import Module
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError
@@ -237,17 +237,6 @@ def test_transformers_wishes_about_a_config_are_kept_quiet():
         assert logger.isEnabledFor(logging.ERROR) and not logger.isEnabledFor(logging.WARNING)
         raise KeyError
     assert logging.getLogger("transformers").level == level
-
-
-def test_the_type_to_compute_in(monkeypatch):
-    assert compute_dtype(torch.device("cuda")) == torch.bfloat16
-    for capabilities, dtype in (
-        ({"avx512_bf16": True}, torch.bfloat16),
-        ({"amx_bf16": True, "avx512_bf16": False}, torch.bfloat16),
-        ({"avx2": True}, torch.float32),
-    ):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
-        assert compute_dtype(CPU) == dtype
 
 
 def test_modules_are_those_of_the_block(llama):
