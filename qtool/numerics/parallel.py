@@ -81,4 +81,8 @@ def over_rows(work: Callable[[int, int], object], rows: int) -> None:
 
     The parts' sizes do not influence results as long as `work` treats rows independently.
     """
-    side_by_side(lambda part: work(*part), row_shares(rows))
+    here, *others = row_shares(rows)
+    begun = [lane.submit(work, *part) for lane, part in zip(kept_lanes(len(others), 1), others, strict=True)]
+    work(*here)  # on this thread, since waking another takes as long as many a part
+    for part in begun:
+        part.result()
