@@ -74,7 +74,7 @@ class Effort(NamedTuple):
 
 EFFORT = {
     "fast": (Effort(32, F32(0.4), 0, 1), Effort(64, F32(0.75), 2, 1)),
-    "default": (Effort(64, F32(0.75), 4, 2), Effort(64, F32(0.75), 4, 2)),
+    "default": (Effort(64, F32(0.75), 4, 2), Effort(64, F32(0.75), 3, 2)),
     "thorough": (Effort(160, F32(0.75), 8, 3), Effort(160, F32(0.75), 8, 3)),
 }
 """For grids without and with minima. ggml spends a third of the time on the former, so fast spends less on them too."""
