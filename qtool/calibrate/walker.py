@@ -10,7 +10,7 @@ Shape letters: S samples, T tokens per sample, H hidden size, V vocabulary, K in
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,9 @@ from qtool.stats import InputStats, Stat
 
 BATCH_TOKENS = 2048
 """Tokens per forward pass: enough to keep matrix products busy, few enough that a block's intermediates stay small."""
+
+ABREAST = 8
+"""Most batches that are run side by side; each takes memory for a block's intermediates."""
 
 TABLE_VALUES = 1 << 24
 """Values of the embedding, or of the output matrix in float32, that are in memory at a time: 64 MB."""
@@ -174,7 +177,7 @@ class Walker:
         suspend = hidden.samples * hidden.length * width * self.dtype.itemsize <= MEMORY_LIMIT
         self.block_arguments(hidden.length)  # recorded before threads ask for them
         parts = self.parts(hidden)
-        threads = (1, 1) if cache else shares(len(parts), self.device)  # a cache is no place for two batches
+        threads = (1, 1) if cache else self.shares(parts)  # a cache is no place for two batches
         flow = InStep(run, parts, list(readers), meter.count, threads, suspend)
         hooks = [
             # a scale that holds for all tokens is chosen by inputs as they are
@@ -200,7 +203,7 @@ class Walker:
             def run(part: slice) -> None:
                 hidden[part] = self.output(block, i, hidden, part, cache)
 
-            side_by_side(run, self.parts(hidden), self.device)
+            side_by_side(run, parts := self.parts(hidden), self.shares(parts))
 
     @contextmanager
     def quantized_inputs(self, block: nn.Module, i: int, layers: Mapping[str, Layer] | None = None) -> Iterator[None]:
@@ -229,6 +232,10 @@ class Walker:
         """Samples that are run together."""
         step = max(1, BATCH_TOKENS // hidden.length)
         return [slice(start, start + step) for start in range(0, hidden.samples, step)]
+
+    def shares(self, parts: Sequence[slice]) -> tuple[int, int]:
+        """Threads to run some batches on; see `numerics.parallel.shares`."""
+        return shares(min(len(parts), ABREAST), self.device)
 
     def output(self, block: nn.Module, i: int, hidden: Hidden, part: slice, cache: object = None) -> Tensor:
         """Block i's output for some samples, [s, T, H]; keys and values go through `cache`."""

@@ -31,7 +31,7 @@ from qtool.formats._base import Format, Params, Quantized
 from qtool.methods._base import Method, Solution
 from qtool.methods._refine import refine
 from qtool.numerics.linalg import inverse_factor, ridge
-from qtool.numerics.parallel import side_by_side
+from qtool.numerics.parallel import shares, side_by_side
 from qtool.numerics.walk import BLOCK, walk
 from qtool.stats import InputStats, Stat
 
@@ -74,7 +74,7 @@ class GPTQ(Method):
 
         assert stats.gram is not None
         pieces = [factor, lambda: self._back(stats)] if self.drift and stats.drift else [factor]
-        side_by_side(lambda piece: piece(), pieces, stats.gram.device)
+        side_by_side(lambda piece: piece(), pieces, shares(len(pieces), stats.gram.device))
 
     def solve(self, w: Tensor, stats: InputStats | None, fmt: Format) -> Solution:
         """See `Method.solve`."""

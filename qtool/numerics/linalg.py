@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qtool.errors import NumericsError
 from qtool.numerics.metrics import all_finite
-from qtool.numerics.parallel import side_by_side
+from qtool.numerics.parallel import shares, side_by_side
 
 DAMPING_STEPS = (1.0, 10.0, 100.0)
 """Factors on the wanted damping, tried in turn until the matrix factorizes."""
@@ -81,7 +81,7 @@ def invert_lower(lower: Tensor) -> Tensor:
         return solved
     half = k // 2
     halves = [lower[:half, :half], lower[half:, half:]]
-    first, last = side_by_side(invert_lower, halves, lower.device) if k > SPLIT else map(invert_lower, halves)
+    first, last = side_by_side(invert_lower, halves, shares(2, lower.device) if k > SPLIT else (1, 1))
     inverse = torch.zeros_like(lower)
     inverse[:half, :half], inverse[half:, half:] = first, last
     torch.mm(last, lower[half:, :half] @ first, out=inverse[half:, :half]).neg_()

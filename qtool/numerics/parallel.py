@@ -60,9 +60,11 @@ def in_order(work: Iterable[tuple[ThreadPoolExecutor, Callable[[], Result]]], ah
             future.cancel()
 
 
-def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], device: torch.device = CPU) -> list[Result]:
-    """`[work(item) for item in items]`, on all threads that torch may use; see `shares`."""
-    used, each = shares(len(items), device)
+def side_by_side(
+    work: Callable[[Item], Result], items: Sequence[Item], among: tuple[int, int] | None = None
+) -> list[Result]:
+    """`[work(item) for item in items]`, on the threads that `shares` gives; by default on all that torch may use."""
+    used, each = among or shares(len(items))
     if used == 1:
         return [work(item) for item in items]
     where = kept_lanes(used, each)

@@ -16,7 +16,7 @@ from qtool.errors import NumericsError
 from qtool.formats._base import Format, Quantized
 from qtool.methods._base import Solution
 from qtool.numerics.metrics import all_finite, energy, ratio_db
-from qtool.numerics.parallel import row_shares, side_by_side
+from qtool.numerics.parallel import row_shares, shares, side_by_side
 from qtool.pipeline.requantize import is_finite, origin, stored_codes
 from qtool.plan import LayerPlan, Plan
 from qtool.recipe.cache import KVCache
@@ -178,7 +178,7 @@ def solve_rows(
         method.prepare(stats, fmt)
     alone = gram is None or not (held or fmt.by_rows)  # kernels of methods without a Gram matrix share rows themselves
     parts = [(0, len(w))] if alone else row_shares(len(w), w.device)
-    return side_by_side(solve_part, parts, w.device)
+    return side_by_side(solve_part, parts, shares(len(parts), w.device))
 
 
 def informed(fmt: Format, checkpoint: Checkpoint, modules: Sequence[str]) -> Format:
