@@ -29,7 +29,7 @@ from qtool.formats.biased import Biased
 from qtool.formats.int import Int
 from qtool.numerics import block_search, ggml_search
 from qtool.numerics.affine import rounding_errors
-from qtool.numerics.bits import from_planes, join, planes
+from qtool.numerics.bits import from_planes, planes
 from qtool.numerics.block_search import EFFORT, Grid
 from qtool.numerics.ggml_round import ends, round_blocks
 from qtool.numerics.ggml_search import WEIGHTED, Kind
@@ -221,11 +221,9 @@ class Classic(BlockFormat):
         """See `BlockFormat.pack`. Byte j holds column j in its low and column j + 16 in its high nibble."""
         q = codes.reshape(codes.shape[0], -1, self.columns)
         parts = [params[name].contiguous().view(torch.uint8).reshape(*q.shape[:2], 2) for name in params]
-        if self.bits == 8:
-            return join(parts[0], q, 128)
         if self.bits == 5:
             parts.append(((q >> 4).view(torch.int64) * GATHER >> 56).to(torch.uint8))  # the fifth bits
-        parts.append(planes(q, 4, 16))
+        parts.append(q ^ 128 if self.bits == 8 else planes(q, 4, 16))
         return torch.cat(parts, dim=-1).reshape(codes.shape[0], -1)
 
     def unpack(self, packed: Tensor) -> tuple[Tensor, Params]:

@@ -18,7 +18,7 @@ from qtool.formats._base import Params, expand
 from qtool.formats._fp4 import from_bit_patterns, pack_halves
 from qtool.formats._ggml import BlockFormat
 from qtool.formats._shared_exponent import MX
-from qtool.numerics.bits import from_planes, join
+from qtool.numerics.bits import from_planes
 
 
 class MXFP4(MX, BlockFormat):
@@ -61,7 +61,7 @@ class MXFP4(MX, BlockFormat):
     def pack(self, codes: Tensor, params: Params) -> Tensor:
         """See `BlockFormat.pack`: the exponent, then byte j with columns j and j + 16."""
         q = pack_halves(codes.reshape(len(codes), -1, 32))
-        return join(params["exponent"].unsqueeze(-1), q)
+        return torch.cat([params["exponent"].unsqueeze(-1), q], dim=-1).reshape(len(codes), -1)
 
     def unpack(self, packed: Tensor) -> tuple[Tensor, Params]:
         """See `BlockFormat.unpack`."""

@@ -177,29 +177,6 @@ def from_planes(packed: Tensor, bits: int, width: int = 32) -> Tensor:
     return runs.flatten(-3)
 
 
-@njit(nogil=True, cache=True)
-def join_rows(head, body, flip, packed, start, stop):  # type: ignore[no-untyped-def]
-    """Fills packed [N, S, H + B] for rows start to stop; see `join`."""
-    width = head.shape[2]
-    for n in range(start, stop):
-        for s in range(head.shape[1]):
-            for j in range(width):
-                packed[n, s, j] = head[n, s, j]
-            for j in range(body.shape[2]):
-                packed[n, s, width + j] = body[n, s, j] ^ flip
-
-
-def join(head: Tensor, body: Tensor, flip: int = 0) -> Tensor:
-    """Puts what heads the blocks of a matrix before what follows, whose bits in `flip` are turned.
-
-    uint8 [N, S, H] and [N, S, B] -> [N, S * (H + B)].
-    """
-    packed = np.empty((*head.shape[:2], head.shape[2] + body.shape[2]), np.uint8)
-    arrays = head.contiguous().numpy(), body.contiguous().numpy(), np.uint8(flip), packed
-    over_rows(lambda a, b: join_rows(*arrays, a, b), len(packed))
-    return torch.from_numpy(packed).flatten(1)
-
-
 def _recast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The same bytes in another type. Flat, because `view` minds the strides even of dimensions of size 1."""
     return x.contiguous().reshape(-1).view(dtype).reshape(*x.shape[:-1], -1)
