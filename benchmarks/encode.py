@@ -22,7 +22,7 @@ from qtool.artifact.gguf._imatrix import read_imatrix
 from qtool.checkpoint.open import open_checkpoint
 from qtool.evaluate.llamacpp import library
 from qtool.formats._ggml import BlockFormat
-from qtool.numerics.parallel import over_rows
+from qtool.numerics.parallel import over_rows, row_shares, side_by_side
 
 REPEATS = 3
 MATRICES = {"mlp.down_proj": "ffn_down", "mlp.gate_proj": "ffn_gate"}
@@ -82,9 +82,13 @@ def line(fmt: BlockFormat, matrices: list[tuple[Tensor, Tensor]], theirs: list[t
     seconds = ggml_seconds = error = 0.0
     for (w, importance), (packed, ggml_time) in zip(matrices, theirs, strict=True):
 
-        def work(w: Tensor = w, importance: Tensor = importance) -> Tensor:
-            params = fmt.fit(w, importance)
-            return fmt.pack(fmt.snap(w, params, importance), params)
+        def rows(part: tuple[int, int], w: Tensor = w, importance: Tensor = importance) -> Tensor:
+            params = fmt.fit(w[slice(*part)], importance)
+            return fmt.pack(fmt.snap(w[slice(*part)], params, importance), params)
+
+        def work(w: Tensor = w, rows: Callable[[tuple[int, int]], Tensor] = rows) -> Tensor:
+            shares = row_shares(len(w)) if fmt.by_rows else [(0, len(w))]  # as the pipeline does
+            return torch.cat(side_by_side(rows, shares))
 
         ours, best = timed(work)
         seconds, ggml_seconds = seconds + best, ggml_seconds + ggml_time

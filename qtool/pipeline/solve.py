@@ -176,8 +176,7 @@ def solve_rows(
 
     if stats and not held:
         method.prepare(stats, fmt)
-    alone = gram is None or not (held or fmt.by_rows)  # kernels of methods without a Gram matrix share rows themselves
-    parts = [(0, len(w))] if alone else row_shares(len(w), w.device)
+    parts = row_shares(len(w), w.device) if held or fmt.by_rows else [(0, len(w))]
     return side_by_side(solve_part, parts, shares(len(parts), w.device))
 
 
