@@ -41,8 +41,10 @@ def inverse_factor(gram: Tensor, damp: float) -> tuple[Tensor, float]:
         damped = gram.flip(0, 1).contiguous()
         damped.diagonal().add_(damp * step * mean)
         lower, info = torch.linalg.cholesky_ex(damped)
+        del damped  # four matrices of this size at a time are enough
         if int(info) == 0:
             inverse = invert_lower(lower)
+            del lower
             if all_finite(inverse):
                 return inverse.flip(0, 1).contiguous(), damp * step
     raise NumericsError(
