@@ -37,7 +37,7 @@ class Meter:
 
         def measure(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if reads not in flow.passed:
-                flow.wait(reads, (inputs[0].flatten(0, -2), EXPECTED.get({}).pop(reads, None)))
+                flow.wait(reads, (inputs[0].flatten(0, -2), EXPECTED.get().pop(reads, None)))
 
         return measure
 

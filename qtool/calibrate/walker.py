@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -163,10 +163,8 @@ class Walker:
         meter = Meter({reads: m.shape[1] for reads, m in readers.items()}, needs, self.device)
 
         def run(part: slice) -> None:
-            ahead = None
-            if reference:
-                expected, ahead = reference.run(part)
-                EXPECTED.set(expected)
+            expected, ahead = reference.run(part) if reference else ({}, None)
+            EXPECTED.set(expected)
             hidden[part] = self.output(block, i, hidden, part, cache)
             if reference and ahead is not None:
                 reference.advance(part, ahead)
@@ -179,17 +177,12 @@ class Walker:
         parts = self.parts(hidden)
         threads = (1, 1) if cache else self.shares(parts)  # a cache is no place for two batches
         flow = InStep(run, parts, list(readers), meter.count, threads, suspend)
-        hooks = [
-            # a scale that holds for all tokens is chosen by inputs as they are
-            self.linear(block, m).register_forward_pre_hook(meter.hook(r, flow), prepend=Stat.VALUES in needs[r])
-            for r, m in readers.items()
-        ]
-        try:
+        with ExitStack() as hooks:
+            for r, m in readers.items():
+                first = Stat.VALUES in needs[r]  # a scale that holds for all tokens is chosen by inputs as they are
+                hooks.enter_context(self.linear(block, m).register_forward_pre_hook(meter.hook(r, flow), prepend=first))
             for reads in flow:
                 yield reads, meter.take(reads)
-        finally:
-            for hook in hooks:
-                hook.remove()
         yield from ((reads, meter.take(reads)) for reads in readers if reads not in flow.passed)
 
     @torch.inference_mode()
@@ -215,18 +208,13 @@ class Walker:
             layers: by module name; may change on the way. None: what the checkpoint declares.
         """
         layers = self.layers if layers is None else layers
-        hooks = [
-            self.linear(block, m).register_forward_pre_hook(
-                lambda _, inputs, name=m.name: rounded(inputs[0], layers[name])
-            )
-            for m in self.modules[i]
-            if m.name in layers and layers[m.name].activations
-        ]
-        try:
+        with ExitStack() as hooks:
+            for m in self.modules[i]:
+                if m.name in layers and layers[m.name].activations:
+                    linear = self.linear(block, m)
+                    rounds = linear.register_forward_pre_hook(lambda _, x, name=m.name: rounded(x[0], layers[name]))
+                    hooks.enter_context(rounds)
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def parts(self, hidden: Hidden) -> list[slice]:
         """Samples that are run together."""

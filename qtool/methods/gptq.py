@@ -121,8 +121,14 @@ class GPTQ(Method):
             order = torch.arange(len(diagonal), device=diagonal.device)
             if self.order == "activation":
                 order = activation_order(diagonal, widths)
-            stats.cache[key] = order, *inverse_factor(stats.gram[order][:, order], self.damp)
-        return stats.cache[key]  # type: ignore[return-value]
+            try:
+                stats.cache[key] = order, *inverse_factor(stats.gram[order][:, order], self.damp)
+            except NumericsError as error:  # kept, so that no other layer or share of rows tries again
+                stats.cache[key] = error
+        found = stats.cache[key]
+        if isinstance(found, NumericsError):
+            raise found
+        return found  # type: ignore[return-value]
 
     def _walk(self, w: Tensor, order: Tensor, factor: Tensor, fmt: Format) -> tuple[Tensor, Params]:
         """(codes, params) of the whole matrix, in the columns' natural order."""

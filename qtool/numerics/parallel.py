@@ -19,7 +19,6 @@ Result = TypeVar("Result")
 AHEAD = 2
 """Pieces of work for each thread that may be begun before the result of the oldest is taken."""
 
-
 CPU = torch.device("cpu")
 
 

@@ -24,7 +24,7 @@ class LayerEntry(Entry):
         output_error_db: the same of the layer's output on the calibration tokens; None where nothing was measured.
         tokens: how many calibrated it; 0 without data.
         fallback: what was done instead of what the recipe asked, and why.
-        seconds: solving time.
+        seconds: solving it and measuring its error.
         expert: index of its expert in a mixture; None: every token goes through it.
     """
 
