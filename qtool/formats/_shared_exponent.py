@@ -51,6 +51,15 @@ class SharedExponent(Scaled):
         """Bits of a level that lie behind its point; integers are counted in such steps."""
         return 0
 
+    @property
+    def smallest(self) -> int:
+        """The exponent of a group of zeros, below which no other lies.
+
+        That is 0, as other libraries write it; with a point, it is that of the smallest normal float32 number as scale,
+        since compiled kernels multiply with inverses, which smaller ones do not have.
+        """
+        return self.point + 1 if self.point else 0
+
     def storage_bits(self, n: int, k: int) -> int:
         """See `Format.storage_bits`."""
         return n * k * self.code_bits + n * (k // self.group_columns) * 8
@@ -67,14 +76,14 @@ class SharedExponent(Scaled):
         return {"exponent": self.in_chunks(lambda part: self._searched(part, importance), w)}
 
     def _searched(self, w: Tensor, importance: Tensor | None) -> Tensor:
-        """Exponents of least error, float32 [N, C] -> uint8 [N, G]; 0 for a group of zeros."""
+        """Exponents of least error, float32 [N, C] -> uint8 [N, G]; `smallest` for a group of zeros."""
         groups, fast = w.shape[1] // self.group_columns, self.search == "fast"
         ends = self.largest(w, groups).unsqueeze(-1) if fast else self.extents(w, importance, groups)
-        around = (ends.view(torch.int32) >> 23) + (self.point - self.grid.exponent)
-        scales = torch.ldexp(torch.ones(LAST + 1), torch.arange(LAST + 1) - (BIAS + self.point))
-        around = around.clamp(0, LAST).to(torch.uint8)
+        powers = torch.arange(LAST - self.point + 1)
+        scales = torch.ldexp(torch.ones(len(powers)), powers - BIAS)
+        around = ((ends.view(torch.int32) >> 23) - self.grid.exponent).clamp(0, len(powers) - 1).to(torch.uint8)
         found = minifloat.best_code(w, importance, around, scales, TRIED[self.search], self.grid)
-        return torch.where(ends[..., 0] > 0, found, 0)
+        return torch.where(ends[..., 0] > 0, found + self.point, self.smallest)
 
     def _wanted(self, w: Tensor) -> Tensor:
         """Powers of two by a rule, float32 [N, C] -> [N, G]; zero for a group of zeros."""
@@ -95,9 +104,9 @@ class SharedExponent(Scaled):
         return 2.0**-4 if self.code_bits == 6 else 0.25
 
     def _store(self, scale: Tensor) -> Params:
-        """Exponents of powers of two, those out of range moved to its end."""
+        """Exponents of powers of two, those out of range moved to its end; `smallest` for zero."""
         exponent = scale.frexp().exponent - 1 + BIAS + self.point
-        return {"exponent": torch.where(scale > 0, exponent, 0).clamp(0, LAST).to(torch.uint8)}
+        return {"exponent": torch.where(scale > 0, exponent, 0).clamp(self.smallest, LAST).to(torch.uint8)}
 
     def refit(self, params: Params, scale: Tensor, offset: Tensor) -> Params:
         """See `Format.refit`: the power of two with the least error; a scale that is not wanted positive stays."""

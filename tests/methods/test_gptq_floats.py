@@ -71,6 +71,19 @@ def test_rounds_of_scales_and_codes_lower_the_objective(label: str) -> None:
     assert losses[1] < 0.97 * losses[0]
 
 
+@pytest.mark.parametrize("label", GAIN_DB)
+def test_rows_of_zeros_stay_zero_and_disturb_no_other(label: str) -> None:
+    w, stats = problem(n=24, k=128)  # rows enough to fill vector registers
+    w[::3] = 0
+    fmt = known(label, w)
+    found = GPTQ().solve(w, stats, fmt).quantized.decode()
+    assert not found[::3].any()
+    if fmt.by_rows:
+        alone = torch.cat([w[1::3], w[2::3]])
+        expected = GPTQ().solve(alone, stats, fmt).quantized.decode()
+        assert torch.equal(torch.cat([found[1::3], found[2::3]]), expected)
+
+
 def test_scales_that_rows_share_stay_shared() -> None:
     w, stats = problem(n=40, k=128)
     for label, rows in (
