@@ -23,6 +23,7 @@ from qtool.formats._base import Params
 from qtool.formats._scaled import Scaled
 from qtool.numerics import minifloat
 from qtool.numerics.minifloat import ceil_power, floor_power, nearest_power
+from qtool.numerics.scale_codes import best_code
 
 BIAS = 127
 LAST = 254
@@ -82,7 +83,7 @@ class SharedExponent(Scaled):
         powers = torch.arange(LAST - self.point + 1)
         scales = torch.ldexp(torch.ones(len(powers)), powers - BIAS)
         around = ((ends.view(torch.int32) >> 23) - self.grid.exponent).clamp(0, len(powers) - 1).to(torch.uint8)
-        found = minifloat.best_code(w, importance, around, scales, TRIED[self.search], self.grid)
+        found = best_code(w, importance, around, scales, TRIED[self.search], self.grid)
         return torch.where(ends[..., 0] > 0, found + self.point, self.smallest)
 
     def _wanted(self, w: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from typing_extensions import Self
 
 from qtool.formats._base import Params
 from qtool.formats._scaled import Scaled
-from qtool.numerics import minifloat
+from qtool.numerics.scale_codes import best_code
 
 E4M3_MAX = 448.0
 SMALLEST, LARGEST = 1, 0x7E
@@ -129,7 +129,7 @@ class TwoLevel(Scaled):
             return nonzero(nearest_bits(covering * (1.0 / t)))
         ends = self.extents(w, importance, groups) / self.grid.highest
         values = (local(torch.arange(LARGEST + 1, dtype=torch.uint8)).double() * t).float()
-        found = minifloat.best_code(w, importance, nearest_bits(ends / t), values, TRIED[self.search], self.grid)
+        found = best_code(w, importance, nearest_bits(ends / t), values, TRIED[self.search], self.grid)
         return torch.where(ends[..., 0] > 0, found, EMPTY)
 
     def join(self, parts: list[Params]) -> Params:

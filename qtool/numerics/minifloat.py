@@ -112,14 +112,15 @@ def inverse_step(power, mantissa):  # type: ignore[no-untyped-def]
     return np.int32(np.int32(np.int32(254 << 23) - power) + np.int32(mantissa << 23)).view(np.float32)
 
 
-@njit(nogil=True, cache=True, fastmath={"nnan", "nsz", "contract"})
-def round_group(v, s, smallest, mantissa, highest, center, codes):  # type: ignore[no-untyped-def]
+@njit(nogil=True, cache=True, fastmath={"nnan", "nsz", "contract"}, error_model="numpy")
+def round_row(v, s, smallest, mantissa, highest, center, codes):  # type: ignore[no-untyped-def]
     """Fills codes with the indices of the levels nearest to v / s; ties go to the even multiple of the step."""
+    shift = np.uint32(np.uint32(23 - mantissa) & np.uint32(31))
     for j in range(len(v)):
-        y = v[j] / s
+        y = v[j] / s[j]
         size = min(abs(y), highest)
         power = power_of(size, smallest)
-        whole = np.int32(np.int32(power - smallest) >> np.int32(23 - mantissa))
+        whole = np.int32(np.uint32(np.uint32(power - smallest) >> shift))
         code = np.int32(whole + np.int32(np.rint(size * inverse_step(power, mantissa))))
         codes[j] = np.uint8(np.int32(center - code) if y < 0 else np.int32(center + code))
 
@@ -128,13 +129,12 @@ def round_group(v, s, smallest, mantissa, highest, center, codes):  # type: igno
 def round_rows(x, scale, smallest, mantissa, highest, center, codes, start, stop):  # type: ignore[no-untyped-def]
     """Fills codes, uint8 [N, C], for rows start to stop. x [N, C]; scale [N, G]; center: index of zero."""
     width = x.shape[1] // scale.shape[1]
+    spread = np.empty(x.shape[1], np.float32)  # so that short groups make no short loops
     for n in range(start, stop):
         for g in range(scale.shape[1]):
-            v, found = x[n, g * width : (g + 1) * width], codes[n, g * width : (g + 1) * width]
-            if scale[n, g] == 0:
-                found[:] = center
-            else:
-                round_group(v, scale[n, g], smallest, mantissa, highest, center, found)
+            s = scale[n, g]
+            spread[g * width : (g + 1) * width] = s if s != 0 else np.float32(np.inf)
+        round_row(x[n], spread, smallest, mantissa, highest, center, codes[n])
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
@@ -179,33 +179,18 @@ def score_rows(x, importance, tries, free, smallest, mantissa, highest, scale, s
                     best, scale[n, g] = gain, s * moved if free else s
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
-def code_rows(x, importance, ends, values, steps, smallest, mantissa, highest, found, start, stop):  # type: ignore[no-untyped-def]
-    """Fills found uint8 [N, G] with the code of the best scale for rows start to stop; see `best_code`."""
-    width, most = x.shape[1] // found.shape[1], len(values) - 1
-    for n in range(start, stop):
-        for g in range(found.shape[1]):
-            v, weight = x[n, g * width : (g + 1) * width], importance[g * width : (g + 1) * width]
-            best, tried, unit = np.float32(-1.0), 0, values[min(max(np.int64(ends[n, g, 0]), 1), most)]
-            for e in range(ends.shape[2] - 1, -1, -1):  # from the smaller end on
-                end = np.int64(ends[n, g, e])
-                for code in range(max(end + steps[0], tried + 1), min(end + steps[1], most) + 1):
-                    tried, ratio = code, values[code] / unit
-                    xl, ll = products(v, weight, np.float32(1.0) / values[code], smallest, mantissa, highest)
-                    gain = ratio * ratio * (np.float32(2.0) * xl - ll)
-                    if gain > best:
-                        best, found[n, g] = gain, code
-
-
 @njit(nogil=True, cache=True)
 def largest_rows(x, factor, largest, start, stop):  # type: ignore[no-untyped-def]
-    """Fills largest int32 [N, G], float32 taken as integers, which sort alike, for rows start to stop of x [N, C]."""
+    """Fills largest int32 [N, G], float32 taken as integers, which sort alike, for rows start to stop of x [N, C].
+
+    factor: float32 [C], or empty.
+    """
     width = x.shape[1] // largest.shape[1]
-    scaled = np.empty(x.shape[1], np.float32)
-    bits = scaled.view(np.int32)
+    scaled = np.empty(len(factor), np.float32)
     for n in range(start, stop):
-        for j in range(x.shape[1]):
+        for j in range(len(factor)):
             scaled[j] = x[n, j] * factor[j]
+        bits = (scaled if len(factor) else x[n]).view(np.int32)
         for g in range(largest.shape[1]):
             v, found = bits[g * width : (g + 1) * width], np.int32(0)
             for j in range(width):
@@ -220,7 +205,7 @@ def largest(x: Tensor, groups: int, factor: Tensor | None = None) -> Tensor:
     """
     if x.device.type != "cpu":
         return (x if factor is None else x * factor).abs().view(len(x), groups, -1).amax(-1)
-    factors = np.ones(x.shape[1], np.float32) if factor is None else factor.contiguous().numpy()
+    factors = np.empty(0, np.float32) if factor is None else factor.contiguous().numpy()
     values, found = x.contiguous().numpy(), np.empty((len(x), groups), np.int32)
     over_rows(lambda a, b: largest_rows(values, factors, found, a, b), len(values))
     return torch.from_numpy(found).view(torch.float32)
@@ -256,27 +241,4 @@ def best_scale(x: Tensor, importance: Tensor | None, tries: Tensor, grid: Grid, 
     found = np.zeros(tuple(tries.shape[:2]), np.float32)
     candidates = tries.contiguous().cpu().numpy()
     over_rows(lambda a, b: score_rows(values, weight, candidates, free, *grid.numbers, found, a, b), len(values))
-    return torch.from_numpy(found).to(x.device)
-
-
-def best_code(
-    x: Tensor, importance: Tensor | None, ends: Tensor, values: Tensor, steps: tuple[int, int], grid: Grid
-) -> Tensor:
-    """The code of the scale with the least weighted squared error, of those around some.
-
-    Args:
-        x: float32 [N, C].
-        importance: float32 [C] or None.
-        ends: uint8 [N, G, 1 or 2], descending: codes to look around.
-        values: float32 [codes], scales, ascending; the first is never taken.
-        steps: the first and the last code that are tried, relative to each end.
-        grid: levels to round to.
-
-    Returns:
-        uint8 [N, G].
-    """
-    weighed, weight, _ = prepared(x, importance, x.shape[1] // ends.shape[1])
-    found = np.ones(tuple(ends.shape[:2]), np.uint8)
-    arrays = ends.contiguous().cpu().numpy(), values.numpy(), steps
-    over_rows(lambda a, b: code_rows(weighed, weight, *arrays, *grid.numbers, found, a, b), len(found))
     return torch.from_numpy(found).to(x.device)
