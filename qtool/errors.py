@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import get_close_matches
+from errno import EDQUOT, ENOSPC
 
 
 class QtoolError(Exception):
@@ -111,6 +112,19 @@ class HubError(QtoolError):
     """The model hub refused or cannot be reached."""
 
     exit_code = 11
+
+
+def cannot_write(path: object, error: OSError) -> StorageError:
+    """What to tell when the system refuses to write: a full disk, a folder that is not ours, ...
+
+    Args:
+        path: what was to be written, if the system does not say.
+        error: what the system says.
+    """
+    where = error.filename if isinstance(error.filename, str) else path
+    full = error.errno in (ENOSPC, EDQUOT)
+    hint = "free some space and run the same command again" if full else "choose another output"
+    return StorageError(f"cannot write {where}: {error.strerror or one_line(error)}", hint=hint)
 
 
 def nearest(name: str, known: Sequence[str], otherwise: str | None = None) -> str:

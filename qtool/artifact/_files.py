@@ -7,7 +7,6 @@ when the process ends in whatever way; a partial folder without a lock is left o
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import glob
 import hashlib
@@ -18,11 +17,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qtool.errors import StorageError
+from qtool.errors import StorageError, cannot_write
 
 SUMS = "SHA256SUMS"
 SIGNATURE = "# written by qtool; check with: sha256sum --check SHA256SUMS\n"
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -31,9 +29,7 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = error.filename if isinstance(error.filename, str) else path
-        hint = "free some space and run the same command again" if error.errno in FULL else "choose another output"
-        raise StorageError(f"cannot write {where}", found=error.strerror or error, hint=hint) from error
+        raise cannot_write(path, error) from error
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qtool.checkpoint._base import TensorInfo
-from qtool.errors import CheckpointError, StorageError
+from qtool.errors import CheckpointError, cannot_write
 
 HEADER_LIMIT = 100_000_000
 """Bytes; the limit of the reference implementation."""
@@ -238,7 +238,7 @@ class SafetensorsWriter:
         try:
             self._file = path.open("wb", buffering=0)
         except OSError as error:
-            raise storage_error(path, error) from error
+            raise cannot_write(path, error) from error
         self._write(0, memoryview(len(raw).to_bytes(8, "little") + raw))
 
     def add(self, name: str, tensor: Tensor, start: int = 0) -> None:
@@ -256,7 +256,7 @@ class SafetensorsWriter:
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise storage_error(self.path, error) from error
+            raise cannot_write(self.path, error) from error
         finally:
             self._file.close()
         if wrong := [name for name, count in self._missing.items() if count]:
@@ -278,11 +278,4 @@ class SafetensorsWriter:
                 data = data[self._file.write(data) :]
         except OSError as error:
             self._file.close()
-            raise storage_error(self.path, error) from error
-
-
-def storage_error(path: Path, error: OSError) -> StorageError:
-    """What to tell when writing fails: a full disk, a folder that is not ours, ..."""
-    return StorageError(
-        f"{path} cannot be written: {error.strerror}", hint="free space or choose another output folder"
-    )
+            raise cannot_write(self.path, error) from error

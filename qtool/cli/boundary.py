@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperCommand
 
-from qtool.errors import QtoolError, StorageError
+from qtool.errors import QtoolError, cannot_write
 
 INTERRUPTED = 130
-NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EROFS: "it is read-only"}
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""What only writing can fail with."""
 
 
 class Command(TyperCommand):
@@ -44,15 +45,14 @@ class Command(TyperCommand):
 
 def verdict(error: BaseException) -> tuple[int, str]:
     """Exit code and message for what a command raised."""
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        error = cannot_write("the output", error)
     if isinstance(error, QtoolError):
         return error.exit_code, str(error)
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "interrupted; run the same command again to continue"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, for CUDA
         return 1, "out of memory; lower calibration.samples or calibration.length, or use --device cpu"
-    if isinstance(error, OSError) and error.errno in NO_ROOM:
-        what = f"cannot write {error.filename}" if error.filename else "cannot write"
-        return StorageError.exit_code, f"{what}: {NO_ROOM[error.errno]}; free some room and run the same command again"
     first_line = (str(error).strip().splitlines() or ["no message"])[0]
     return 1, f"unexpected {type(error).__name__}: {first_line}; run again with --debug for the traceback"
 

@@ -93,7 +93,7 @@ def test_an_unfinished_file_is_noticed(tmp_path: Path) -> None:
 
 
 def test_full_disk() -> None:
-    with pytest.raises(StorageError, match=r"/dev/full cannot be written: No space left"):
+    with pytest.raises(StorageError, match=r"cannot write /dev/full: No space left on device; free some space"):
         SafetensorsWriter(Path("/dev/full"), {"a": TensorInfo((2,), torch.float32)})
 
 

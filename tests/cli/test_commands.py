@@ -80,7 +80,7 @@ def every_error():
         (
             OSError(28, "No space left on device", "/out/x"),
             7,
-            "error: cannot write /out/x: the disk is full; free some room and run the same command again\n",
+            "error: cannot write /out/x: No space left on device; free some space and run the same command again\n",
         ),
         (
             ZeroDivisionError("division by zero\nmore"),

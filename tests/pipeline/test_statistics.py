@@ -224,7 +224,7 @@ def test_calibrate_replaces_only_its_own_and_when_told(recipe, tiny_checkpoint, 
 
 def test_where_nothing_can_be_written_is_told_before_any_work(recipe, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match=r"cannot write .*: found (Not a directory|File exists); choose"):
+    with pytest.raises(StorageError, match=r"cannot write .*: (Not a directory|File exists); choose"):
         calibrate(CalibrateOptions("no model", recipe(), tmp_path / "file" / "stats"))
     with pytest.raises(StorageError, match="wanted a file, found the folder"):
         evaluate(EvaluateOptions("no model", None, tmp_path / "file", out=tmp_path))
