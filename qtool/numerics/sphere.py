@@ -45,6 +45,20 @@ def entry_tree(entries, magnitudes):  # type: ignore[no-untyped-def]
     return tree[:count]
 
 
+@njit(nogil=True, cache=True, fastmath=FAST, inline="always")
+def enter_column(target, factor, offset, inverse, levels, depth, state):  # type: ignore[no-untyped-def]
+    """Turns to a column, those left of it being settled: where it would be best, and the levels around that."""
+    conditional, _, e, _, _, low, high, _ = state
+    value = target[depth]
+    for i in range(depth):
+        value -= e[i] * factor[i, depth]
+    conditional[depth] = (value - offset) * inverse
+    k = 0
+    while k < len(levels) - 1 and conditional[depth] > (levels[k] + levels[k + 1]) * np.float32(0.5):
+        k += 1
+    low[depth], high[depth] = k - 1, k
+
+
 @njit(nogil=True, cache=True, fastmath=FAST)
 def search(target, factor, scale, offset, levels, tree, parity, bound, state, codes, errors):  # type: ignore[no-untyped-def]
     """Finds the codes [V] of least cost below `bound`; returns that cost, or `bound` if there are none.
@@ -57,18 +71,8 @@ def search(target, factor, scale, offset, levels, tree, parity, bound, state, co
     half = count // 2 if count > tree.shape[1] else 0
     inverse = np.float32(1.0) / scale if scale != 0 else np.float32(0.0)
     best, depth, steps = bound, 0, 0
-    descended = True
+    enter_column(target, factor, offset, inverse, levels, 0, state)
     while depth >= 0:
-        if descended:
-            value = target[depth]
-            for i in range(depth):
-                value -= e[i] * factor[i, depth]
-            conditional[depth] = (value - offset) * inverse
-            k = 0
-            while k < count - 1 and conditional[depth] > (levels[k] + levels[k + 1]) * np.float32(0.5):
-                k += 1
-            low[depth], high[depth] = k - 1, k
-            descended = False
         x = conditional[depth]
         if high[depth] < count and (low[depth] < 0 or levels[high[depth]] - x <= x - levels[low[depth]]):
             code = high[depth]
@@ -86,20 +90,18 @@ def search(target, factor, scale, offset, levels, tree, parity, bound, state, co
             depth -= 1
             continue
         m = code if half == 0 else code - half if code >= half else half - 1 - code
-        child = tree[node[depth], m]
-        signs = minus[depth] ^ (code < half)
+        child, signs = tree[node[depth], m], minus[depth] ^ (code < half)
         if child < 0 or (depth == last and parity >= 0 and signs != parity):
             continue
         path[depth], e[depth] = code, miss
         if depth == last:
             best = cost
-            codes[:] = path
-            errors[:] = e
+            codes[:], errors[:] = path, e
             depth -= 1
             continue
         depth += 1
         spent[depth], node[depth], minus[depth] = cost, child, signs
-        descended = True
+        enter_column(target, factor, offset, inverse, levels, depth, state)
     return best
 
 
