@@ -13,9 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qtool.errors import NumericsError
 from qtool.formats._base import Format, Params, Quantized, alike, expand
-from qtool.formats.int import DTYPES
+from qtool.formats.int import DTYPES, round_scales
 from qtool.numerics import search
 
 SHORTHAND = re.compile(r"biased([2-8])-(?:g(\d+)|channel)")
@@ -75,12 +74,8 @@ class Biased(Format):
         return self._store((high - low) / highest, low)
 
     def _store(self, scale: Tensor, offset: Tensor) -> Params:
-        """Rounds to the stored type. Raises NumericsError: too large for it."""
-        params = {name: p.to(DTYPES[self.scale_dtype]) for name, p in (("scale", scale), ("offset", offset))}
-        if not all(bool(p.isfinite().all()) for p in params.values()):
-            hint = "use scale_dtype: fp32"
-            raise NumericsError(f"{self.label} cannot store its scales in {self.scale_dtype}", hint=hint)
-        return params
+        pairs = {"scale": scale, "offset": offset}
+        return {name: round_scales(p, self.scale_dtype, self.label) for name, p in pairs.items()}
 
     def affine(self, params: Params) -> tuple[Tensor, Tensor]:
         """See `Format.affine`."""

@@ -23,12 +23,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
-from qtool.errors import NumericsError
 from qtool.formats import _groups
 from qtool.formats._base import Format, Params, expand
 from qtool.formats._groups import Group, Grouped, Scales
 from qtool.formats._scaled import Scaled
-from qtool.formats.int import DTYPES
+from qtool.formats.int import DTYPES, round_scales
 from qtool.numerics import minifloat
 from qtool.numerics.minifloat import Grid, ceil_power, floor_power, nearest_power
 
@@ -173,11 +172,7 @@ class FP(Grouped, Scaled):
 
     def _store(self, scale: Tensor) -> Params:
         """Rounds to the stored type; a group of zeros gets scale 1, because runtimes dislike dividing by 0."""
-        scale = scale.to(DTYPES[self.scale_dtype])
-        if not bool(scale.isfinite().all()):
-            raise NumericsError(
-                f"{self.label} cannot store its scales in {self.scale_dtype}", hint="use scale_dtype: fp32"
-            )
+        scale = round_scales(scale, self.scale_dtype, self.label)
         fill = torch.ones_like(scale)
         if self.constraint == "ratio":
             common = scale.amax(1, keepdim=True)

@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
+from qtool.errors import NumericsError
 from qtool.formats import _groups
 from qtool.formats._base import Format, Params, Quantized, alike, expand
 from qtool.formats._groups import Group, Grouped, Scales
@@ -107,7 +108,7 @@ class Int(Grouped):
 
     def _store(self, scale: Tensor, zero: Tensor | None = None) -> Params:
         """Rounds to the stored types; a group of zeros gets scale 1, because runtimes dislike dividing by 0."""
-        scale = scale.to(DTYPES[self.scale_dtype])
+        scale = round_scales(scale, self.scale_dtype, self.label)
         params = {"scale": torch.where(scale == 0, torch.ones_like(scale), scale)}
         if zero is not None:
             params["zero"] = zero.round().clamp(self.lowest, -self.lowest - 1).to(torch.int8)
@@ -176,3 +177,22 @@ class Int(Grouped):
             stored["zero"] = (-move).clamp(-128, 127).to(torch.int8)
         held = Quantized(codes, stored, self.model_copy(update={"scale_dtype": dtype}))
         return held if fits else f"some zero points are out of the range of {self.label}"
+
+
+def round_scales(values: Tensor, dtype: str, label: str) -> Tensor:
+    """Rounds scales, or offsets, to the type that they are stored in.
+
+    Args:
+        values: float32 of any shape.
+        dtype: a name in `DTYPES`.
+        label: of the format, for the message.
+
+    Raises:
+        NumericsError: too large for it, or NaN.
+    """
+    rounded = values.to(DTYPES[dtype])
+    if not bool(rounded.isfinite().all()):
+        wanted, found = f"at most {torch.finfo(rounded.dtype).max:g}", f"{float(values.abs().max()):g}"
+        hint = None if dtype == "fp32" else "use scale_dtype: fp32"
+        raise NumericsError(f"{label} cannot store its scales in {dtype}", wanted=wanted, found=found, hint=hint)
+    return rounded

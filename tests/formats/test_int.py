@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qtool.errors import QtoolError
+from qtool.errors import NumericsError, QtoolError
 from qtool.formats.int import Int
 from qtool.recipe.schema import parse_format
 
@@ -110,3 +110,16 @@ def test_zero_groups_get_a_harmless_scale() -> None:
         params = fmt.fit(w)
         assert bool((params["scale"] == 1).all())
         assert bool((fmt.decode(fmt.snap(w, params), params) == 0).all())
+
+
+@pytest.mark.parametrize("scales", ["minmax", "search"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scales_beyond_their_type_are_an_error(symmetric: bool, scales: str) -> None:
+    w = torch.tensor([[-1e7, 1e7] * 16])
+    fmt = Int(bits=4, group=32, symmetric=symmetric, scales=scales, scale_dtype="fp16")
+    with pytest.raises(
+        NumericsError, match=r"cannot store its scales in fp16: wanted at most 65504, found \S+e\+06; use"
+    ):
+        fmt.fit(w)
+    with pytest.raises(NumericsError, match=r"cannot store its scales in fp32: wanted at most 3\.4\S+, found nan$"):
+        Int(bits=4, group=32, scales="minmax", scale_dtype="fp32").fit(torch.full((1, 32), torch.nan))
