@@ -17,7 +17,8 @@ A run that the user interrupts exits with 130.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from errno import EDQUOT, ENOSPC
 
@@ -112,6 +113,16 @@ class HubError(QtoolError):
     """The model hub refused or cannot be reached."""
 
     exit_code = 11
+
+
+@contextmanager
+def reading(path: object) -> Iterator[None]:
+    """Turns what the system says about reading `path` into a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename if isinstance(error.filename, str) else path
+        raise CheckpointError(f"{where} cannot be read: {error.strerror or one_line(error)}") from error
 
 
 def cannot_write(path: object, error: OSError) -> StorageError:

@@ -17,7 +17,7 @@ import qtool
 from qtool.artifact._base import Artifact
 from qtool.artifact._files import storage_errors
 from qtool.checkpoint._base import QuantizedCheckpoint
-from qtool.errors import CheckpointError
+from qtool.errors import reading
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 QUALITY = (
@@ -41,10 +41,8 @@ def write_side_files(model: QuantizedCheckpoint, out: Path, config: dict[str, An
     with storage_errors(out):
         (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for name, path in sorted(model.files.items()):
-        try:
+        with reading(path):
             content = path.read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
         with storage_errors(out):
             (out / name).write_bytes(content)
     return [out / "config.json", *(out / name for name in sorted(model.files))]

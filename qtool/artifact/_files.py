@@ -118,23 +118,24 @@ def check_free(out: Path, overwrite: bool = False) -> None:
     """Makes sure that an output folder can be written; to be called before work that would be lost.
 
     Raises:
-        StorageError: `out` holds something that may not be replaced.
+        StorageError: `out` holds something that may not be replaced, or the system refuses to look.
     """
-    if not out.exists() and not out.is_symlink():
-        return
-    if not out.is_dir():
-        raise StorageError(
-            "the output is occupied", wanted="a new folder", found=f"the file {out}", hint="choose another"
-        )
-    if not any(out.iterdir()):
-        return
-    foreign = _foreign(out)
-    if foreign is not None:
-        hint = "choose another folder, or move it away"
-        raise StorageError("the output folder holds something else", found=str(out / foreign), hint=hint)
-    if not overwrite:
-        hint = "pass --overwrite to replace it, or choose another folder"
-        raise StorageError("the output folder holds an earlier output", found=str(out), hint=hint)
+    with storage_errors(out):
+        if not out.exists() and not out.is_symlink():
+            return
+        if not out.is_dir():
+            raise StorageError(
+                "the output is occupied", wanted="a new folder", found=f"the file {out}", hint="choose another"
+            )
+        if not any(out.iterdir()):
+            return
+        foreign = _foreign(out)
+        if foreign is not None:
+            hint = "choose another folder, or move it away"
+            raise StorageError("the output folder holds something else", found=str(out / foreign), hint=hint)
+        if not overwrite:
+            hint = "pass --overwrite to replace it, or choose another folder"
+            raise StorageError("the output folder holds an earlier output", found=str(out), hint=hint)
 
 
 def sha256(path: Path) -> str:

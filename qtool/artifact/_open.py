@@ -10,31 +10,35 @@ from qtool.artifact._base import Artifact
 from qtool.artifact._mxfp4_experts import MXFP4Experts
 from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint
 from qtool.checkpoint.open import find_model, open_checkpoint
-from qtool.errors import CheckpointError
+from qtool.errors import CheckpointError, reading
 
 
 def find_artifact(path: Path) -> tuple[str, Callable[[Path], QuantizedCheckpoint]] | None:
-    """Name and reader of the artifact at a path; None if no registered one recognizes it."""
-    if not path.exists():
-        return None
-    for name in registry.names("artifact"):
-        artifact: type[Artifact] = registry.load("artifact", name)
-        if artifact.recognizes(path):
-            return name, artifact().open
-    return ("mxfp4 experts", MXFP4Experts) if MXFP4Experts.recognizes(path) else None
+    """Name and reader of the artifact at a path; None if no registered one recognizes it.
+
+    Raises:
+        CheckpointError: the system refuses to read it.
+    """
+    with reading(path):
+        for name in registry.names("artifact"):
+            artifact: type[Artifact] = registry.load("artifact", name)
+            if artifact.recognizes(path):
+                return name, artifact().open
+        return ("mxfp4 experts", MXFP4Experts) if MXFP4Experts.recognizes(path) else None
 
 
-def open_artifact(path: Path) -> QuantizedCheckpoint:
-    """Opens a quantized artifact of any layout.
+def open_artifact(source: str | Path) -> QuantizedCheckpoint:
+    """Opens a quantized artifact of any layout; see `open_model`.
 
     Raises:
         CheckpointError: it is damaged, or none.
+        HubError: the hub refused or cannot be reached.
     """
-    found = find_artifact(path)
-    if found is None:
-        what = "holds no quantized artifact" if path.exists() else "does not exist"
-        raise CheckpointError(f"{path} {what}", wanted=f"one of {', '.join(registry.names('artifact'))}")
-    return found[1](path)
+    model = open_model(str(source))
+    if not isinstance(model, QuantizedCheckpoint):
+        known = ", ".join(registry.names("artifact"))
+        raise CheckpointError(f"{source} holds no quantized artifact", wanted=f"one of {known}")
+    return model
 
 
 def open_model(source: str) -> Checkpoint:
@@ -44,10 +48,15 @@ def open_model(source: str) -> Checkpoint:
         CheckpointError: it is damaged, of an unknown kind, or cannot be found.
         HubError: the hub refused or cannot be reached.
     """
+    return identify(source)[1]
+
+
+def identify(source: str) -> tuple[str, Checkpoint]:
+    """Name of a model's layout, "checkpoint" if it is a plain one, and the model; see `open_model`."""
     path = Path(source).expanduser()
-    if not path.exists():
-        path = find_model(source)
+    with reading(path):
+        path = path if path.exists() else find_model(source)
     found = find_artifact(path)
     model = found[1](path) if found else open_checkpoint(str(path))
     model.source = source
-    return model
+    return found[0] if found else "checkpoint", model

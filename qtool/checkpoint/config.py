@@ -9,7 +9,7 @@ from typing import Any
 from qtool import registry
 from qtool.checkpoint.families._base import Family
 from qtool.checkpoint.families._rope import rope_parameters
-from qtool.errors import CheckpointError
+from qtool.errors import CheckpointError, reading
 
 FAMILIES = "checkpoint/families"
 COUNTS = (
@@ -26,9 +26,8 @@ EXPERT_LIMIT = 2**18
 def read_text(path: Path) -> str:
     """Reads a text. Raises CheckpointError: no such file, or it is not UTF-8."""
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        with reading(path):
+            return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} is damaged", wanted="UTF-8 text", found=f"byte {error.start} is none") from error
 

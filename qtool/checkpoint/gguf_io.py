@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qtool.checkpoint.safetensors_io import checked_stop, read_bytes
-from qtool.errors import CheckpointError
+from qtool.errors import CheckpointError, reading
 
 HEADER_LIMIT = 2**29
 """Bytes; a vocabulary of a million tokens takes a tenth of it."""
@@ -77,20 +77,17 @@ class GGUFFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            with path.open("rb") as file:
-                cursor = _Cursor(path, file)
-                count, pairs = cursor.start()
-                self.metadata = cursor.named(pairs, "key", 2**16, lambda: cursor.value(cursor.number("<I")))
-                claims = cursor.named(count, "tensor", NAME_LIMIT, cursor.claim)
-                alignment = self.metadata.get("general.alignment", 32)
-                if type(alignment) is not int or alignment not in (8, 16, 32, 64, 128, 256, 512, 1024, 4096):
-                    raise CheckpointError(f"{path}: impossible alignment", found=repr(alignment)[:40])
-                self.tensors = _checked(path, claims, cursor.position, alignment, cursor.size)
-                file.seek(0)
-                self.header = file.read(cursor.position)
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        with reading(path), path.open("rb") as file:
+            cursor = _Cursor(path, file)
+            count, pairs = cursor.start()
+            self.metadata = cursor.named(pairs, "key", 2**16, lambda: cursor.value(cursor.number("<I")))
+            claims = cursor.named(count, "tensor", NAME_LIMIT, cursor.claim)
+            alignment = self.metadata.get("general.alignment", 32)
+            if type(alignment) is not int or alignment not in (8, 16, 32, 64, 128, 256, 512, 1024, 4096):
+                raise CheckpointError(f"{path}: impossible alignment", found=repr(alignment)[:40])
+            self.tensors = _checked(path, claims, cursor.position, alignment, cursor.size)
+            file.seek(0)
+            self.header = file.read(cursor.position)
         self._check_decoders()
 
     def find(self, name: str, index: int | None = None) -> GGUFTensor:

@@ -15,7 +15,7 @@ from qtool.checkpoint._base import Checkpoint, TensorInfo, verify
 from qtool.checkpoint.config import read_config, read_json
 from qtool.checkpoint.families._base import Slice
 from qtool.checkpoint.safetensors_io import SafetensorsFile, read_bytes
-from qtool.errors import CheckpointError
+from qtool.errors import CheckpointError, reading
 
 SIDE_FILES = (
     "generation_config.json",
@@ -175,7 +175,8 @@ def digest(config: dict[str, Any], files: dict[str, Path], stored: dict[str, Saf
     """Hex digest of a folder's configuration, side files, headers, and samples of its tensors."""
     found = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, path in sorted(files.items()):
-        found.update(name.encode() + hashlib.sha256(path.read_bytes()).digest())
+        with reading(path):
+            found.update(name.encode() + hashlib.sha256(path.read_bytes()).digest())
     for name, file in stored.items():
         info, offset = file.info(name), file.entries[name].offset
         found.update(f"{name} {info.dtype} {info.shape}".encode())

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qtool.checkpoint._base import TensorInfo
-from qtool.errors import CheckpointError, cannot_write
+from qtool.errors import CheckpointError, cannot_write, reading
 
 HEADER_LIMIT = 100_000_000
 """Bytes; the limit of the reference implementation."""
@@ -69,16 +69,12 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                length = int.from_bytes(_header_bytes(file, 8, path), "little")
-                if length > min(HEADER_LIMIT, size - 8):
-                    limit = min(HEADER_LIMIT, size - 8)
-                    raise CheckpointError(f"{path}: impossible header length", wanted=f"at most {limit}", found=length)
-                raw = _header_bytes(file, length, path)
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        with reading(path), path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length, limit = int.from_bytes(_header_bytes(file, 8, path), "little"), min(HEADER_LIMIT, size - 8)
+            if length > limit:
+                raise CheckpointError(f"{path}: impossible header length", wanted=f"at most {limit}", found=length)
+            raw = _header_bytes(file, length, path)
         header = _parse_header(raw, path)
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         self.entries = _checked_entries(header, 8 + length, size, path)
@@ -128,13 +124,10 @@ def read_bytes(path: Path, offset: int, count: int, what: str) -> Tensor:
     """
     data = torch.empty(count, dtype=torch.uint8)
     view, done = _memory(data), 0
-    try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(offset)
-            while done < count and (got := file.readinto(view[done:])):
-                done += got
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}; it was to give {what!r}") from error
+    with reading(path), path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while done < count and (got := file.readinto(view[done:])):
+            done += got
     if done < count:
         raise CheckpointError(f"{path} ends inside {what!r}", wanted=f"{count} bytes", found=done)
     return data

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -34,7 +33,7 @@ def command(
     with Console(quiet, verbose) as console:
         from qtool.pipeline import export as stage
 
-        asked = stage.ExportOptions(Path(artifact), to, out, overwrite, verify, pre_tokenizer, split_max_size)
+        asked = stage.ExportOptions(artifact, to, out, overwrite, verify, pre_tokenizer, split_max_size)
         written = stage.run(asked, console)
     if json:
         document(written.model_dump(mode="json"))

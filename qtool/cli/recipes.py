@@ -47,9 +47,12 @@ def show(
         document(load_recipe(name).model_dump(mode="json"))
         return
     try:
-        result(find_recipe(name).read_text(encoding="utf-8").rstrip("\n"))
+        text = find_recipe(name).read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise RecipeError(["wanted YAML in UTF-8, found other bytes"], f"recipe {name}") from None
+    except OSError as error:
+        raise RecipeError([f"cannot be read: {error.strerror}"], f"recipe {name}") from None
+    result(text.rstrip("\n"))
 
 
 @app.command(cls=Command)

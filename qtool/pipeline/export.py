@@ -22,7 +22,7 @@ class ExportOptions:
     """What `qtool export` was asked to do.
 
     Attributes:
-        source: a quantized artifact.
+        source: a quantized artifact: folder, file or hub id.
         to: name of the layout to write.
         out: folder of the result.
         overwrite: replace an earlier result.
@@ -30,7 +30,7 @@ class ExportOptions:
         pre_tokenizer, split_max_size: options of GGUF, see `qtool.recipe.export.Export`.
     """
 
-    source: Path
+    source: str
     to: str
     out: Path
     overwrite: bool = False

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
 
 import gguf
 from pydantic import BaseModel, ConfigDict
 
-from qtool.artifact._open import find_artifact, open_model
+from qtool.artifact._open import identify
 from qtool.checkpoint._base import Checkpoint, Module, QuantizedCheckpoint, modules
 from qtool.checkpoint.gguf import GGUFCheckpoint
 
@@ -65,7 +64,7 @@ class Contents(BaseModel):
 
     Attributes:
         source: what the user called it.
-        kind: artifact name, or "checkpoint".
+        kind: name of its layout, or "checkpoint".
         family: its architecture.
         metadata: what config.json says about its size.
         header: key-values of a GGUF file; of long lists only how long they are.
@@ -104,15 +103,14 @@ def run(source: str) -> Contents:
     Raises:
         CheckpointError, HubError: it cannot be opened.
     """
-    found = find_artifact(Path(source))
-    model = open_model(source)
+    kind, model = identify(source)
     known = {module.name: module for module in modules(model)}
     tensors = tuple(stored(model, name, known.get(name.removesuffix(".weight"))) for name in model.names())
     roles = [known[name].role if (name := t.name.removesuffix(".weight")) in known else "other" for t in tensors]
     file = model if isinstance(model, GGUFCheckpoint) else None
     return Contents(
         source=source,
-        kind=found[0] if found else "checkpoint",
+        kind=kind,
         family=str(model.config["model_type"]),
         metadata={key: model.config[key] for key in METADATA if key in model.config},
         header={key: told(key, value) for key, value in file.metadata.items()} if file else {},

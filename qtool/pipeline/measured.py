@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from qtool.artifact.gguf._imatrix import IMATRIX, is_imatrix, read_imatrix
 from qtool.calibrate.store import is_stats, read_stats
 from qtool.checkpoint.gguf_io import GGUFFile
+from qtool.errors import reading
 
 STATISTICS, IMPORTANCE = "statistics", "importance matrix"
 
@@ -70,13 +71,14 @@ def kind_of(path: Path) -> str | None:
     Raises:
         CheckpointError: a damaged file.
     """
-    if not path.is_file():
-        return None
-    if is_stats(path):
-        return STATISTICS
-    with path.open("rb") as file:
-        model = file.read(4) == b"GGUF" and GGUFFile(path).metadata.get("general.type") != IMATRIX
-    return IMPORTANCE if is_imatrix(path) and not model else None
+    with reading(path):
+        if not path.is_file():
+            return None
+        if is_stats(path):
+            return STATISTICS
+        with path.open("rb") as file:
+            model = file.read(4) == b"GGUF" and GGUFFile(path).metadata.get("general.type") != IMATRIX
+        return IMPORTANCE if is_imatrix(path) and not model else None
 
 
 def _statistics(path: Path) -> Measurements:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def run(options: QuantizeOptions, listener: Listener = silent) -> Report:
     check(options)
     out = options.out.absolute()
     place = out.with_name(f"{out.name}.work")
-    if not place.exists():
+    if not os.path.exists(place):  # nor where the system refuses to look, as Path.exists does not say everywhere
         check_free(out, options.overwrite)
     watch = Stopwatch()
     with watch.stage("plan"):

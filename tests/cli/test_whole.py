@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -133,3 +134,30 @@ def test_real_mistakes_end_in_one_line_and_their_code(arguments, code, message, 
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "forbidden", "code"),
+    [
+        (["inspect", "{model}"], "model.safetensors", 5),
+        (["quantize", "{model}", "-r", "{recipe}", "-o", "o", "--set", "export=[{{to: qtool}}]"], "tokenizer.json", 5),
+        (["quantize", "{model}", "-r", "{recipe}", "-o", "{tmp}/out"], "SHA256SUMS", 7),
+        (["recipes", "show", "{recipe}"], "tiny.yaml", 3),
+    ],
+    ids=["weights", "tokenizer", "output", "recipe"],
+)
+def test_what_the_system_forbids_is_one_line_as_well(arguments, forbidden, code, model, recipe, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "SHA256SUMS").touch()
+    opened = Path.open
+
+    def refuse(self, *args, **options):
+        if self.name == forbidden:
+            raise PermissionError(13, "Permission denied", str(self))
+        return opened(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    result = qtool(*(a.format(model=model, recipe=recipe, tmp=tmp_path) for a in arguments))
+    assert (result.exit_code, result.stdout) == (code, "")
+    (line,) = result.stderr.splitlines()
+    assert "Permission denied" in line and "unexpected" not in line
