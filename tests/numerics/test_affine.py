@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qtool.numerics.affine import decode_levels, round_to_levels
+from qtool.numerics.affine import decode_levels, round_to_levels, rounding_errors
+from qtool.numerics.metrics import block_errors
 
 
 @pytest.mark.parametrize("groups", [1, 3, 96], ids=["row", "groups", "columns"])
@@ -33,3 +34,17 @@ def test_levels_may_be_a_table() -> None:
         torch.tensor([[-2.5, 9.0, 0.7, -0.3]]) * torch.tensor([0.1, 0.1, -3.0, -3.0])
         + torch.tensor([1.0, 1.0, 0.5, 0.5]),
     )
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 12], ids=["row", "blocks", "groups"])
+def test_errors_of_blocks_are_sums_of_squares(blocks: int) -> None:
+    generator = torch.Generator().manual_seed(blocks)
+    w, weight = torch.randn(17, 96, generator=generator) * 3, torch.rand(96, generator=generator)
+    scale, offset = (torch.randn(17, 12, generator=generator) for _ in range(2))
+    scale[2], scale[5, 3] = 0.0, 0.0
+    decoded = decode_levels(round_to_levels(w, scale, offset, -4, 3), torch.arange(-4.0, 4.0), scale, offset)
+    wanted = ((decoded.double() - w.double()).square() * weight).view(17, blocks, -1).sum(-1)
+    torch.testing.assert_close(rounding_errors(w, scale, offset, (-4.0, 3.0), weight, blocks), wanted)
+    torch.testing.assert_close(block_errors(w, decoded, weight, blocks), wanted)
+    plain = (decoded.double() - w.double()).square().view(17, blocks, -1).sum(-1)
+    torch.testing.assert_close(block_errors(w, decoded, None, blocks), plain)
