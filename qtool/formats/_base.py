@@ -246,12 +246,3 @@ def alike(a: Format, b: Format) -> bool:
 def expand(p: Tensor, columns: int) -> Tensor:
     """One entry per column: [N, G] -> [N, columns]."""
     return p.expand(-1, columns) if p.shape[1] == 1 else p.repeat_interleave(columns // p.shape[1], dim=1)
-
-
-def take(params: Params, start: int, stop: int, columns: int) -> Params:
-    """The parameters of columns start to stop (whole groups) out of `columns`."""
-    cut = {}
-    for name, p in params.items():
-        width = columns // p.shape[1]
-        cut[name] = p if p.shape[1] == 1 else p[:, start // width : stop // width]
-    return cut

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qtool.formats._base import Format, Params, expand, take
+from qtool.formats._base import Format, Params, expand
 
 
 def gptq(w: Tensor, gram: Tensor, damp: float, order: list[int], fmt: Format, params: Params) -> Tensor:
@@ -68,9 +68,7 @@ def gptq_by_group(w: Tensor, gram: Tensor, damp: float, order: list[int], fmt: F
         if b not in params:
             part = slice(b * block, (b + 1) * block)
             params[b] = fmt.fit(w[:, part].float(), weight[part])
-        inside = column % block
-        one = take(params[b], 0, block, block)
-        _, value = round_column(w[:, column], inside, fmt, one, block)
+        _, value = round_column(w[:, column], column % block, fmt, params[b], block)
         w_hat[:, column] = value
         error = (w[:, column] - value) / inverse[0, 0]
         for position, other in enumerate(left, start=1):
