@@ -115,11 +115,11 @@ class KQuant(BlockFormat):
 
     def refit_weighted(self, params: Params, scale: Tensor, offset: Tensor, curvature: Tensor) -> Params:
         """See `Format.refit_weighted`: goes on from the present parameters or from the nearest, row by row."""
+        wanted = (scale, offset)[: 1 + self.minima]
 
         def missing(p: Params) -> Tensor:
-            return torch.cat([want - got for want, got in zip((scale, offset), self.affine(p), strict=True)][:kinds], 1)
+            return torch.cat([want - got for want, got in zip(wanted, self.affine(p), strict=False)], 1)
 
-        kinds = 1 + self.minima
         near = self.refit(params, scale, offset)
         pulls = [torch.einsum("npq,nq->np", curvature, missing(p)) for p in (params, near)]
         distances = [(pull * missing(p)).sum(1, keepdim=True) for pull, p in zip(pulls, (params, near), strict=True)]

@@ -35,6 +35,7 @@ class Tables(NamedTuple):
             distance from these, in order of it; the first as -1 - entry if it is not the very same magnitudes.
         signed, even: whether there are signs, and whether their number is even.
         span: see `Codebook`.
+        lanes: the columns of a vector, as a tuple: kernels know its length, which is V, when they are compiled.
     """
 
     magnitudes: np.ndarray
