@@ -2,8 +2,8 @@
 
 `qtool/methods/gptq.py` holds `GPTQ` and is called `gptq` in recipes; `qtool/artifact/compressed_tensors.py` holds
 `CompressedTensors` and is called `compressed-tensors`, as its project is; formats keep the underscores that ggml gives
-them (`q4_k`). Listing a room reads a directory and imports nothing; loading a name imports that one module, and whatever
-is wrong in it is raised there.
+them (`q4_k`). Listing a room reads a directory and imports nothing; loading a name imports that one module, and
+whatever is wrong in it is raised there.
 """
 
 from __future__ import annotations
