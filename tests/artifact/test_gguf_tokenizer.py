@@ -228,6 +228,19 @@ def test_no_tokenizer_and_a_damaged_one(tmp_path: Path):
         metadata(tmp_path, {"model": {"type": "WordPiece"}})
     with pytest.raises(CheckpointError, match="the tokenizer files are damaged"):
         metadata(tmp_path, {"model": {"type": "BPE", "byte_fallback": True, "vocab": [1]}})
+    for number in (-1, 2**31):
+        spelled = {"model": {"type": "BPE", "byte_fallback": True, "vocab": {"a": number}, "merges": []}}
+        with pytest.raises(CheckpointError, match=r"impossible id of a token: wanted 0 to 16777215"):
+            metadata(tmp_path, spelled)
+    half = {"model": {"type": "BPE", "byte_fallback": True, "vocab": {"\ud800": 0}, "merges": []}}
+    with pytest.raises(CheckpointError, match=r"damaged: found UnicodeEncodeError"):
+        metadata(tmp_path, half)
+
+
+@pytest.mark.parametrize("template", [5, "\ud800", [{"x": 1}], [{"name": "default", "template": None}], [1]])
+def test_chat_templates_that_are_none(template, tmp_path: Path):
+    with pytest.raises(CheckpointError, match="the tokenizer files are damaged"):
+        metadata(tmp_path, byte_level("gpt-2"), tokenizer_config__json={"chat_template": template})
 
 
 def test_a_recipe_can_name_the_pre_tokenizer():

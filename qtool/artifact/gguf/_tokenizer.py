@@ -48,9 +48,19 @@ def tokenizer_metadata(
         special = _special_ids(vocabulary, settings, config)
         values |= {f"tokenizer.ggml.{SPECIAL[name]}_token_id": token for name, token in special.items()}
         values |= _added_ends(tokenizer, settings, vocabulary, special)
+        values |= _chat_templates(files, settings)
+        _check_texts(values)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError("the tokenizer files are damaged", found=f"{type(error).__name__}: {error}") from error
-    return values | _chat_templates(files, settings)
+    return values
+
+
+def _check_texts(values: Mapping[str, Value]) -> None:
+    """Raises UnicodeEncodeError: a text holds half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    for value in values.values():
+        texts = value if isinstance(value, list) else [value]
+        if texts and isinstance(texts[0], str):
+            "".join(map(str, texts)).encode()
 
 
 def model_name(name: str, files: Files) -> str:
@@ -141,7 +151,7 @@ def _added_ends(
 
 
 def _chat_templates(files: Files, settings: dict[str, Any]) -> dict[str, Value]:
-    """The chat template, or several by name."""
+    """The chat template, or several by name. Raises TypeError, KeyError: they are spelled otherwise."""
     template = settings.get("chat_template")
     if "chat_template.json" in files:
         template = read_json(files["chat_template.json"]).get("chat_template")
@@ -150,6 +160,8 @@ def _chat_templates(files: Files, settings: dict[str, Any]) -> dict[str, Value]:
     if isinstance(template, str):
         return {"tokenizer.chat_template": template}
     named = {entry["name"]: entry["template"] for entry in template or []}
+    if not all(isinstance(text, str) for pair in named.items() for text in pair):
+        raise TypeError("a chat template is no text")
     values: dict[str, Value] = {}
     for name, text in named.items():
         values["tokenizer.chat_template" + (f".{name}" if name != "default" else "")] = text

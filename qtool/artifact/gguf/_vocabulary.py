@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qtool.checkpoint.config import LIMIT
 from qtool.errors import CheckpointError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -58,6 +59,8 @@ def from_json(tokenizer: dict[str, Any]) -> Vocabulary:
     scored = bool(model.get("byte_fallback"))
     ids = dict(model["vocab"]) | {token["content"]: token["id"] for token in added}
     size = max(ids.values()) + 1
+    if size > LIMIT or min(ids.values()) < 0:
+        raise CheckpointError("tokenizer.json: impossible id of a token", wanted=f"0 to {LIMIT - 1}", found=size - 1)
     vocabulary = Vocabulary([f"[PAD{i}]" for i in range(size)], [UNUSED] * size, [0.0] * (size if scored else 0))
     for text, i in ids.items():
         vocabulary.texts[i] = text
