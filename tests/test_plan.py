@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import pytest
 import torch
 
+from qtool import registry
 from qtool.checkpoint._base import Layer, Module, modules
 from qtool.errors import PlanError, UsageError
 from qtool.plan import make_plan
+from qtool.recipe.fallback import choose
 from qtool.recipe.load import load_recipe
 from qtool.recipe.schema import Recipe, parse_format, parse_method
 from tests.recipe.shapes import SMOLLM2_135M, TINY, Shapes
@@ -76,6 +79,10 @@ def refusals(*rules, **arguments):
 
 KEEP_HEAD = {"match": "lm_head", "keep": True}
 REST = {"match": "*", "weights": "int4-g32"}
+
+
+def fallback_of(name):
+    return registry.load("formats", name).fallback
 
 
 def by_name(made):
@@ -233,6 +240,14 @@ class TestRowsThatDoNotDivide:
         assert (up.format, up.method, up.keep, up.bits) == (None, None, "f16", 96 * 48 * 16)
         assert up.fallback == "f16 instead of q4_0: rows of 48 columns are not divisible by 32"
         assert {s.role: s.label for s in made.summary()}["up"] == "kept as f16"
+
+    @pytest.mark.parametrize("name", [n for n in registry.names("formats") if fallback_of(n) not in (None, "f16")])
+    def test_a_block_types_fallback_is_searched_as_hard(self, name):
+        cls = registry.load("formats", name)
+        for search in get_args(cls.model_fields["search"].annotation):
+            found = choose(cls(search=search), None, 32)
+            assert found.format == registry.load("formats", cls.fallback)(search=search)
+            assert found.fallback.startswith(f"{found.format.label} instead of {cls(search=search).label}: ")
 
     def test_unless_the_rule_says_otherwise(self):
         model = TINY | {"hidden_size": 48}

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from qtool.formats._base import Format
 from qtool.recipe.parse import parse_format
-from qtool.recipe.problems import Mistakes
 
 DTYPES = ("f32", "f16", "bf16")
 
@@ -56,11 +55,7 @@ def choose(wanted: Format, fallback: Format | str | None, columns: int) -> Choic
 
 
 def _next(fmt: Format) -> Format | str | None:
-    """What the format itself names, with the options that its user chose where that has them too; or a plain type."""
+    """What the format itself names, with the options that its user chose; or a plain type."""
     if fmt.fallback is None or fmt.fallback in DTYPES:
         return fmt.fallback
-    options = fmt.model_dump(exclude_defaults=True)
-    try:
-        return parse_format({"type": fmt.fallback, **options})
-    except Mistakes:
-        return parse_format(fmt.fallback)
+    return parse_format({"type": fmt.fallback, **fmt.model_dump(exclude_defaults=True)})
