@@ -17,11 +17,12 @@ PAIRS[: COUNT * COUNT] = (BITS[:, None] << 4 | BITS).flatten()
 """Two level indices as one number, a + 15 b -> the byte that holds a in its low nibble and b in its high one."""
 
 
-def pack_halves(codes: Tensor) -> Tensor:
-    """Column j in the low and column j + C/2 in the high nibble of byte j: level indices [..., C] -> [..., C/2]."""
-    columns = codes.shape[-1]
-    packed = stack_runs(codes.contiguous().view(-1, columns), (1, COUNT), columns // 2, PAIRS)
-    return packed.view(*codes.shape[:-1], -1)
+def pack_halves(codes: Tensor, out: Tensor) -> None:
+    """Fills out uint8 [N, C / 2] with column j in the low and column j + C / 2 in the high nibble of byte j.
+
+    codes: level indices [N, C].
+    """
+    stack_runs(codes, (1, COUNT), codes.shape[1] // 2, table=PAIRS, out=out)
 
 
 def from_bit_patterns(bits: Tensor) -> Tensor:

@@ -29,12 +29,13 @@ from qtool.formats.biased import Biased
 from qtool.formats.int import Int
 from qtool.numerics import block_search, ggml_search
 from qtool.numerics.affine import rounding_errors
-from qtool.numerics.bits import from_planes, planes
+from qtool.numerics.bits import from_planes, planes, stack_runs
 from qtool.numerics.block_search import EFFORT, Grid
 from qtool.numerics.ggml_round import ends, round_blocks
 from qtool.numerics.ggml_search import WEIGHTED, Kind
 from qtool.numerics.kquant import FLOOR
 from qtool.numerics.metrics import block_errors
+from qtool.numerics.minifloat import largest
 
 FP16_MAX = 65504.0
 GATHER = 0x0102040810204080
@@ -46,7 +47,7 @@ CHUNK = 1 << 21
 def fp16(values: Tensor, label: str) -> Tensor:
     """Rounds scales. Raises NumericsError: too large for fp16."""
     rounded = values.half()
-    if not bool(rounded.isfinite().all()):
+    if not bool((rounded.float().abs() <= FP16_MAX).all()):
         found = f"{float(values.abs().max()):g}"
         raise NumericsError(f"{label} stores scales in fp16", wanted=f"at most {FP16_MAX:g}", found=found)
     return rounded
@@ -105,9 +106,7 @@ class BlockFormat(Format):
         those of what is compared, if not of a block.
         """
         width = columns or self.columns
-        per_block = torch.ones(w.shape[1]) if importance is None else self.alive(importance, width)
-        per_block = per_block.view(-1, width)
-        weight = per_block.clamp_min(FLOOR * per_block.mean(1, keepdim=True)).flatten()
+        weight = self.weights(w, importance, width)
         ours, theirs = (self._errors(w, params, weight, importance, width) for params in (found, other))
         worse = theirs < ours
         chosen = {name: p for name, p in found.items() if p is not other[name]}
@@ -120,6 +119,12 @@ class BlockFormat(Format):
         if ends[1] - ends[0] == len(levels) - 1 and self.codebook() is None and w.device.type == "cpu":
             return rounding_errors(w, *self.affine(params), ends, weight, blocks)
         return block_errors(w, self.decode(self.snap(w, params, importance), params), weight, blocks)
+
+    def weights(self, w: Tensor, importance: Tensor | None, columns: int) -> Tensor:
+        """Of squared errors of w [N, C], float32 [C]: channels without importance count a little (`FLOOR`)."""
+        per_block = torch.ones(w.shape[1]) if importance is None else self.alive(importance, columns)
+        per_block = per_block.view(-1, columns)
+        return per_block.clamp_min(FLOOR * per_block.mean(1, keepdim=True)).flatten()
 
     def alive(self, importance: Tensor, columns: int | None = None) -> Tensor:
         """Importances of channels, float32 [C]; those of a block (or so many columns) without any are all alike."""
@@ -202,11 +207,13 @@ class Classic(BlockFormat):
 
     def ggml_scales(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """(d, m) of ggml's encoder before they are rounded to fp16, float32 [N, G] each."""
+        if self.ggml_range > 0 and not self.offset:
+            d = largest(w, w.shape[1] // self.columns) / self.ggml_range
+            return d, torch.zeros_like(d)
         low, high, extreme = ends(w, self.columns)
         if self.offset:
             return (high - low) / self.ggml_range, low
-        d = extreme.abs() / self.ggml_range if self.ggml_range > 0 else extreme / self.ggml_range
-        return d, torch.zeros_like(d)
+        return extreme / self.ggml_range, torch.zeros_like(low)
 
     def snap(self, w: Tensor, params: Params, importance: Tensor | None = None) -> Tensor:
         """See `Format.snap`. ggml rounds against scales not yet in fp16; so do we, where `params` are its own."""
@@ -219,12 +226,18 @@ class Classic(BlockFormat):
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:
         """See `BlockFormat.pack`. Byte j holds column j in its low and column j + 16 in its high nibble."""
-        q = codes.reshape(codes.shape[0], -1, self.columns)
-        parts = [params[name].contiguous().view(torch.uint8).reshape(*q.shape[:2], 2) for name in params]
+        q = codes.reshape(-1, self.columns)
+        packed = torch.empty(len(q), self.block_bytes, dtype=torch.uint8)
+        for place, values in enumerate(params.values()):
+            packed.view(torch.float16)[:, place] = values.reshape(-1)
+        body = 2 * len(params)
+        if self.bits == 8:
+            stack_runs(q, (1,), self.columns, flip=128, out=packed[:, body:])
+        else:
+            planes(q, 4, 16, out=packed[:, -16:])
         if self.bits == 5:
-            parts.append(((q >> 4).view(torch.int64) * GATHER >> 56).to(torch.uint8))  # the fifth bits
-        parts.append(q ^ 128 if self.bits == 8 else planes(q, 4, 16))
-        return torch.cat(parts, dim=-1).reshape(codes.shape[0], -1)
+            packed[:, body : body + 4] = (q >> 4).view(torch.int64) * GATHER >> 56  # the fifth bits
+        return packed.view(len(codes), -1)
 
     def unpack(self, packed: Tensor) -> tuple[Tensor, Params]:
         """See `BlockFormat.unpack`."""

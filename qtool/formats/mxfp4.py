@@ -60,8 +60,11 @@ class MXFP4(MX, BlockFormat):
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:
         """See `BlockFormat.pack`: the exponent, then byte j with columns j and j + 16."""
-        q = pack_halves(codes.reshape(len(codes), -1, 32))
-        return torch.cat([params["exponent"].unsqueeze(-1), q], dim=-1).reshape(len(codes), -1)
+        q = codes.reshape(-1, 32)
+        packed = torch.empty(len(q), self.block_bytes, dtype=torch.uint8)
+        packed[:, 0] = params["exponent"].reshape(-1)
+        pack_halves(q, packed[:, 1:])
+        return packed.view(len(codes), -1)
 
     def unpack(self, packed: Tensor) -> tuple[Tensor, Params]:
         """See `BlockFormat.unpack`."""

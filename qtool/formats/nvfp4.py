@@ -64,9 +64,12 @@ class NVFP4(TwoLevel, BlockFormat):
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:
         """See `BlockFormat.pack`."""
-        n = len(codes)
-        q = pack_halves(codes.reshape(n, -1, 4, 16))
-        return torch.cat([params["scale"].reshape(n, -1, 4), q.flatten(2)], dim=-1).reshape(n, -1)
+        q = codes.reshape(-1, 64)
+        packed = torch.empty(len(q), self.block_bytes, dtype=torch.uint8)
+        packed[:, :4] = params["scale"].reshape(-1, 4)
+        for part in range(4):
+            pack_halves(q[:, 16 * part : 16 * (part + 1)], packed[:, 4 + 8 * part : 12 + 8 * part])
+        return packed.view(len(codes), -1)
 
     def unpack(self, packed: Tensor) -> tuple[Tensor, Params]:
         """See `BlockFormat.unpack`."""

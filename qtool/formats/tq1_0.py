@@ -33,10 +33,13 @@ class TQ1_0(Ternary):  # noqa: N801 - spelled as in ggml
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:
         """See `BlockFormat.pack`."""
-        blocks = codes.contiguous().view(-1, 256)
-        parts = [stack_runs(blocks[:, a:b], PLACES[:count], width, BYTES) for a, b, width, count in PARTS]
-        parts.append(params["d"].contiguous().view(torch.uint8).view(-1, 2))
-        return torch.cat(parts, dim=-1).view(len(codes), -1)
+        q = codes.reshape(-1, 256)
+        packed = torch.empty(len(q), self.block_bytes, dtype=torch.uint8)
+        outs = packed.tensor_split(BYTE_CUTS, dim=1)
+        for (start, stop, width, count), out in zip(PARTS, outs, strict=False):
+            stack_runs(q[:, start:stop], PLACES[:count], width, table=BYTES, out=out)
+        packed.view(torch.float16)[:, -1] = params["d"].reshape(-1)
+        return packed.view(len(codes), -1)
 
     def unpack(self, packed: Tensor) -> tuple[Tensor, Params]:
         """See `BlockFormat.unpack`. Bytes that `pack` never writes are read as ggml reads them."""

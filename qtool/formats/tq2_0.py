@@ -25,9 +25,11 @@ class TQ2_0(Ternary):  # noqa: N801 - spelled as in ggml
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:
         """See `BlockFormat.pack`."""
-        blocks = codes.view(len(codes), -1, 256)
-        d = params["d"].contiguous().view(torch.uint8).view(*blocks.shape[:2], 2)
-        return torch.cat([planes(blocks, 2), d], dim=-1).flatten(1)
+        q = codes.reshape(-1, 256)
+        packed = torch.empty(len(q), self.block_bytes, dtype=torch.uint8)
+        planes(q, 2, out=packed[:, :64])
+        packed.view(torch.float16)[:, -1] = params["d"].reshape(-1)
+        return packed.view(len(codes), -1)
 
     def unpack(self, packed: Tensor) -> tuple[Tensor, Params]:
         """See `BlockFormat.unpack`. Raises CheckpointError: codes that are not ternary."""

@@ -20,8 +20,6 @@ from torch.nn.functional import pad
 
 from qtool.numerics.parallel import over_rows
 
-EVERY, ONES = torch.arange(256, dtype=torch.uint8), 0x01010101
-
 
 @njit(nogil=True, cache=True)
 def pack_rows(words, places, packed, start, stop):  # type: ignore[no-untyped-def]
@@ -116,42 +114,64 @@ def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
 
 
 @njit(nogil=True, cache=True)
-def run_rows(q, shift, mask, places, table, width, packed, start, stop):  # type: ignore[no-untyped-def]
-    """Fills packed uint8 [N, bytes] for rows start to stop of q [N, words], four columns a word; see `stack_runs`."""
+def run_rows(q, shift, mask, places, flip, table, words, packed, start, stop):  # type: ignore[no-untyped-def]
+    """Fills packed [N, words] for rows start to stop of q [N, words], four or eight columns a word; see `stack_runs`.
+
+    words: a tuple as long as a run, whose length is known when this is compiled, like that of places.
+    """
+    width, size = len(words), packed.itemsize
     for n in range(start, stop):
-        for run in range(packed.shape[1] // (4 * width)):
+        source, target = q[n], packed[n]
+        for run in range(len(target) // width):
+            columns = source[run * len(places) * width : (run + 1) * len(places) * width]
+            out = target[run * width : (run + 1) * width]
             for i in range(width):
-                total, first = np.uint32(0), run * len(places) * width + i
+                total = np.uint64(0)
                 for k in range(len(places)):
-                    total += np.uint32(np.uint32(np.uint32(q[n, first + k * width] >> shift) & mask) * places[k])
-                for lane in range(4):
-                    byte = np.uint8(np.uint32(total >> np.uint32(8 * lane)) & np.uint32(255))
-                    packed[n, 4 * (run * width + i) + lane] = table[byte]
+                    total += (columns[i + k * width] >> shift & mask) * places[k]
+                total ^= flip
+                if len(table):
+                    found = np.uint64(0)
+                    for k in range(size):
+                        found |= np.uint64(table[total >> np.uint64(8 * k) & np.uint64(255)]) << np.uint64(8 * k)
+                    total = found
+                out[i] = total
 
 
 def stack_runs(
-    q: Tensor, places: tuple[int, ...], width: int, table: Tensor = EVERY, field: tuple[int, int] = (0, 255)
+    q: Tensor,
+    places: tuple[int, ...],
+    width: int,
+    *,
+    table: Tensor | None = None,
+    field: tuple[int, int] = (0, 255),
+    flip: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Makes one byte of columns that lie `width` apart: `table[sum of place * field of q]`.
+    """Makes one byte of columns that lie `width` apart: `table[flip ^ sum of place * field of q]`.
 
     Args:
-        q: uint8 [N, C], rows contiguous.
+        q: uint8 [N, C], columns contiguous.
         places: what the fields of the first, second, ... of such columns count; no sum may exceed 255.
         width: of a run, a multiple of 4.
-        table: uint8 [256].
+        table: uint8 [256], or none.
         field: where it begins in a code, and a mask of its bits.
+        flip: mask of bits that are inverted.
+        out: what is filled, if not new memory: uint8 [N, C / places], columns contiguous, such as a part of blocks.
 
     Returns:
         uint8 [N, C / places]: byte l of a run of places * width columns holds columns l, l + width, l + 2 * width, ...
     """
-    words, (shift, mask) = q.numpy().view(np.uint32), (np.uint32(number) for number in (field[0], field[1] * ONES))
-    packed = np.empty((len(q), q.shape[1] // len(places)), np.uint8)
-    arrays = words, shift, mask, tuple(map(np.uint32, places)), table.numpy(), width // 4, packed
-    over_rows(lambda a, b: run_rows(*arrays, a, b), len(q))
-    return torch.from_numpy(packed)
+    packed = torch.empty(len(q), q.shape[1] // len(places), dtype=torch.uint8) if out is None else out
+    word, ones = (np.uint32, 0x01010101) if width % 8 else (np.uint64, 0x0101010101010101)
+    rule = word(field[0]), word(field[1] * ones), tuple(map(word, places)), word(flip * ones)
+    entries = np.empty(0, np.uint8) if table is None else table.numpy()
+    run, arrays = tuple(range(width // word().itemsize)), [part.numpy().view(word) for part in (q, packed)]
+    over_rows(lambda a, b: run_rows(arrays[0], *rule, entries, run, arrays[1], a, b), len(q))
+    return packed
 
 
-def planes(q: Tensor, bits: int, width: int = 32, shift: int = 0) -> Tensor:
+def planes(q: Tensor, bits: int, width: int = 32, shift: int = 0, out: Tensor | None = None) -> Tensor:
     """Stacks runs of `width` columns in one another's higher bits.
 
     Args:
@@ -159,6 +179,7 @@ def planes(q: Tensor, bits: int, width: int = 32, shift: int = 0) -> Tensor:
         bits: of a field: 1, 2 or 4.
         width: of a run, a multiple of 4.
         shift: where a field begins in a code.
+        out: see `stack_runs`, if q is [N, C].
 
     Returns:
         uint8 [..., C * bits / 8]: byte l of a run of 8 / bits * width columns holds columns l, l + width, and so on,
@@ -166,7 +187,7 @@ def planes(q: Tensor, bits: int, width: int = 32, shift: int = 0) -> Tensor:
     """
     places = tuple(1 << place for place in range(0, 8, bits))
     rows = q.contiguous().view(-1, q.shape[-1])
-    packed = stack_runs(rows, places, width, field=(shift, (1 << bits) - 1))
+    packed = stack_runs(rows, places, width, field=(shift, (1 << bits) - 1), out=out)
     return packed.view(*q.shape[:-1], -1)
 
 

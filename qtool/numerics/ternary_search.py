@@ -2,7 +2,7 @@
 
 For a given d, weights beyond d / 2 get a level; for given levels, d is their weighted mean size. What gets a level is
 always the largest weights of the block, so trying every count of them, in order of size, is exact. The fast variant
-goes back and forth between the two conditions instead, from d = 0 and from the largest weight on.
+goes back and forth between the two conditions instead, from the mean size and from the largest weight on.
 
 Shape letters: N rows, C columns, S blocks.
 """
@@ -17,8 +17,11 @@ from torch import Tensor
 from qtool.numerics.parallel import over_rows
 from qtool.numerics.search import FAST
 
-TURNS = 7
-SIGN = np.int32(0x7FFFFFFF)
+TURNS = 4
+AHEAD = np.float32(1.6)
+"""Times the mean size the way up begins; it ends at 1.53 for a normal distribution, and at 2 for that of Laplace."""
+SIZE = np.int32(0x7FFFFFFF)
+"""Bits of a float32: all but its sign."""
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
@@ -34,17 +37,21 @@ def counted(v, weight, d):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def from_both_ends(v, weight):  # type: ignore[no-untyped-def]
-    """The better d of those that are reached from all weights, and from the largest alone, which is ggml's choice."""
-    largest, bits = np.int32(0), v.view(np.int32)
+def from_both_ends(v, weight, total):  # type: ignore[no-untyped-def]
+    """The better d of those that are reached from all weights, and from the largest alone, which is ggml's choice.
+
+    total: of the weight.
+    """
+    largest, mean, bits = np.int32(0), np.float32(0.0), v.view(np.int32)
     for j in range(len(v)):
-        largest = max(largest, bits[j] & SIGN)
+        largest = max(largest, bits[j] & SIZE)
+        mean += weight[j] * abs(v[j])
     top, bottom = counted(v, weight, np.int32(largest).view(np.float32))
     high = top / bottom
-    gain, low = top * high, np.float32(0.0)
+    gain, low = top * high, AHEAD * mean / total
     for _ in range(TURNS):
         top, bottom = counted(v, weight, low)
-        low = top / bottom
+        low = top / bottom if bottom > 0 else np.float32(0.0)
     return low if top * low >= gain else high
 
 
@@ -64,10 +71,13 @@ def exact(v, weight):  # type: ignore[no-untyped-def]
 def ternary_rows(x, weight, thorough, d, start, stop):  # type: ignore[no-untyped-def]
     """Fills d [N, S] for rows start to stop. x [N, C]; weight [C]."""
     width = x.shape[1] // d.shape[1]
+    total = np.zeros(d.shape[1], np.float32)
+    for j in range(x.shape[1]):
+        total[j // width] += weight[j]
     for n in range(start, stop):
         for s in range(d.shape[1]):
             v, w = x[n, s * width : (s + 1) * width], weight[s * width : (s + 1) * width]
-            d[n, s] = exact(v, w) if thorough else from_both_ends(v, w)
+            d[n, s] = exact(v, w) if thorough else from_both_ends(v, w, total[s])
 
 
 def ternary_scales(x: Tensor, weight: Tensor, width: int, thorough: bool) -> Tensor:
