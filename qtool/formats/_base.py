@@ -243,6 +243,12 @@ def alike(a: Format, b: Format) -> bool:
     return type(a) is type(b) and a.model_dump(exclude=choice) == b.model_dump(exclude=choice)
 
 
+def too_wide(fmt: Format, zeros: bool, holder: Format) -> str:
+    """Why a format cannot hold another one: it has too few codes for that one's range, or for its zero points."""
+    cause = f"the zero points of {fmt.label} do" if zeros else f"the range of {fmt.label} does"
+    return f"{cause} not fit {holder.label}"
+
+
 def expand(p: Tensor, columns: int) -> Tensor:
     """One entry per column: [N, G] -> [N, columns]."""
     return p.expand(-1, columns) if p.shape[1] == 1 else p.repeat_interleave(columns // p.shape[1], dim=1)

@@ -23,7 +23,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from qtool.errors import NumericsError
-from qtool.formats._base import Format, Params, Quantized, expand
+from qtool.formats._base import Format, Params, Quantized, expand, too_wide
 from qtool.formats._scaled import Scaled
 from qtool.formats.biased import Biased
 from qtool.formats.int import Int
@@ -267,7 +267,7 @@ class Classic(BlockFormat):
             return f"{self.label} needs groups that are a multiple of {self.columns} columns, not {fmt.group_columns}"
         zeros = isinstance(fmt, Int) and not fmt.symmetric
         if (len(fmt.levels()) - 1).bit_length() + (zeros and not self.offset) > self.bits:
-            return f"the {'zero points' if zeros else 'range'} of {fmt.label} do not fit {self.label}"
+            return too_wide(fmt, zeros, self)
         return None
 
     def hold(self, quantized: Quantized) -> Quantized | str:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qtool.formats._base import Format, Params, Quantized, alike, expand
+from qtool.formats._base import Format, Params, Quantized, alike, expand, too_wide
 from qtool.formats._ggml import BlockFormat, fp16
 from qtool.formats.int import Int
 from qtool.numerics import ggml_search, kquant
@@ -169,7 +169,7 @@ class KQuant(BlockFormat):
         if fmt.group_columns is not None and fmt.group_columns % self.group:
             return f"{self.label} needs groups that are a multiple of {self.group} columns, not {fmt.group_columns}"
         if fmt.bits + (not fmt.symmetric and not self.minima) > self.bits:
-            return f"the {'range' if fmt.symmetric else 'zero points'} of {fmt.label} do not fit {self.label}"
+            return too_wide(fmt, not fmt.symmetric, self)
         return None
 
     def hold(self, quantized: Quantized) -> Quantized | str:

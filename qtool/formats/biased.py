@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qtool.formats._base import Format, Params, Quantized, alike, expand
+from qtool.formats._base import Format, Params, Quantized, alike, expand, too_wide
 from qtool.formats.int import DTYPES, round_scales
 from qtool.numerics import search
 
@@ -92,7 +92,7 @@ class Biased(Format):
             return f"{self.label} holds no {fmt.label}"
         if theirs is not None and (mine is None or theirs % mine):
             return f"the groups of {fmt.label} do not consist of groups of {self.label}"
-        return f"the range of {fmt.label} does not fit {self.label}" if len(levels) > 1 << self.bits else None
+        return too_wide(fmt, False, self) if len(levels) > 1 << self.bits else None
 
     def hold(self, quantized: Quantized) -> Quantized | str:
         """See `Format.hold`. Scales that are not exact in `scale_dtype` are stored in a type in which they are."""

@@ -21,7 +21,7 @@ from typing_extensions import Self
 
 from qtool.errors import NumericsError
 from qtool.formats import _groups
-from qtool.formats._base import Format, Params, Quantized, alike, expand
+from qtool.formats._base import Format, Params, Quantized, alike, expand, too_wide
 from qtool.formats._groups import Group, Grouped, Scales
 from qtool.numerics import search
 
@@ -150,7 +150,7 @@ class Int(Grouped):
             return f"the groups of {fmt.label} do not consist of groups of {self.label}"
         zeros = (isinstance(fmt, Int) and not fmt.symmetric) or float(levels[0]) >= 0
         if len(levels) > 1 << (self.bits - (self.symmetric and zeros)):
-            return f"the {'zero points' if zeros else 'range'} of {fmt.label} do not fit {self.label}"
+            return too_wide(fmt, zeros, self)
         return None
 
     def hold(self, quantized: Quantized) -> Quantized | str:

@@ -184,7 +184,7 @@ def test_q4_1_holds_asymmetric_integers_if_the_minimum_is_exact():
     ("name", "source", "reason"),
     [
         ("q4_0", Int(bits=4, group=16), "q4_0 needs groups that are a multiple of 32 columns, not 16"),
-        ("q4_0", Int(bits=5, group=32), "the range of int5-g32 do not fit q4_0"),
+        ("q4_0", Int(bits=5, group=32), "the range of int5-g32 does not fit q4_0"),
         ("q4_0", Int(bits=4, group=32, symmetric=False), "the zero points of int4-g32-asym do not fit q4_0"),
         ("q4_0", registry.load("formats", "q4_1")(), "q4_0 holds no q4_1"),
     ],

@@ -76,11 +76,11 @@ REFUSED = {
     "coarser": (integer(4, 32), integer(4, 64), "the groups of int4-g32 do not consist of groups of int4-g64"),
     "channel": (integer(4, 32), integer(4, "channel"), "the groups of int4-g32 do not consist of groups of"),
     "odd": (integer(4, 48), integer(4, 32), "the groups of int4-g48 do not"),
-    "narrower": (integer(8, 32), integer(4, 32), "the range of int8-g32 do not fit int4-g32"),
+    "narrower": (integer(8, 32), integer(4, 32), "the range of int8-g32 does not fit int4-g32"),
     "zero-points": (integer(4, 32, False), integer(4, 32), "the zero points of int4-g32-asym do not fit int4-g32"),
     "minima": (Q4_1(), integer(4, 32, False), "int4-g32-asym holds no q4_1"),
     "minima-in-blocks": (Q4_1(), Q5_0(), "q5_0 holds no q4_1"),
-    "narrower-blocks": (Q5_0(), Q4_0(), "the range of q5_0 do not fit q4_0"),
+    "narrower-blocks": (Q5_0(), Q4_0(), "the range of q5_0 does not fit q4_0"),
     "floats": (FP(element="e2m1", group=32), integer(8, 32), "int8-g32 holds no fp4-g32"),
     "tensor": (integer(8, "tensor"), integer(4, "tensor"), "int4-tensor holds no int8-tensor"),
     "other-floats": (

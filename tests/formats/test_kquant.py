@@ -256,7 +256,7 @@ def test_groups_are_held_where_their_scales_are_multiples_of_one_step():
     ("name", "source", "reason"),
     [
         ("q4_k", Int(bits=4, group=16), "q4_k needs groups that are a multiple of 32 columns, not 16"),
-        ("q4_k", Int(bits=5, group=32), "the range of int5-g32 do not fit q4_k"),
+        ("q4_k", Int(bits=5, group=32), "the range of int5-g32 does not fit q4_k"),
         ("q6_k", Int(bits=6, group=32, symmetric=False), "the zero points of int6-g32-asym do not fit q6_k"),
         ("q6_k", load("q8_0"), "q6_k holds no q8_0"),
     ],
