@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,6 @@ def _check(config: dict[str, Any], family: Family, where: Path) -> None:
             raise CheckpointError(f"{where}: wrong {field}", wanted="an object", found=repr(told)[:40])
     rope_parameters(family.rope(config))
     family.rotary_dim(config)
-    if not isinstance(config["rms_norm_eps"], int | float):
-        raise CheckpointError(
-            f"{where}: wrong rms_norm_eps", wanted="a number", found=repr(config["rms_norm_eps"])[:40]
-        )
+    epsilon = config["rms_norm_eps"]
+    if not isinstance(epsilon, int | float) or not 0 <= epsilon < math.inf:
+        raise CheckpointError(f"{where}: wrong rms_norm_eps", wanted="a number from 0", found=repr(epsilon)[:40])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -171,6 +172,7 @@ DAMAGED_CONFIG: dict[str, tuple[dict[str, Any], str]] = {
     "indivisible": ({"head_dim": None, "hidden_size": 66}, "no multiple of 4"),
     "wrong-rope": ({"rope_scaling": "linear"}, "wrong rope_scaling"),
     "rope-without-factor": ({"rope_parameters": {"rope_type": "linear"}}, "impossible factor of the rotary embedding"),
+    "rope-theta-nan": ({"rope_parameters": {"rope_theta": math.nan}}, "impossible rope_theta of the rotary embedding"),
     "rope-theta-text": ({"rope_parameters": {"rope_theta": "1e4"}}, "impossible rope_theta of the rotary embedding"),
     "rope-type-list": ({"rope_parameters": {"rope_type": []}}, "impossible rope_type .*: wanted text, found"),
     "rope-nested": ({"rope_parameters": {"full_attention": 5}}, "wrong rope_parameters: wanted an object"),
@@ -181,7 +183,8 @@ DAMAGED_CONFIG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "window-text": ({"sliding_window": "all"}, "impossible sliding_window: wanted a positive integer, found 'all'"),
     "context-text": ({"max_position_embeddings": "long"}, "impossible max_position_embeddings"),
-    "eps-text": ({"rms_norm_eps": "tiny"}, "wrong rms_norm_eps: wanted a number, found 'tiny'"),
+    "eps-text": ({"rms_norm_eps": "tiny"}, "wrong rms_norm_eps: wanted a number from 0, found 'tiny'"),
+    "eps-infinite": ({"rms_norm_eps": math.inf}, "wrong rms_norm_eps: wanted a number from 0, found inf"),
     "other-blocks": ({"num_hidden_layers": 3}, "lacks 9 of the 30 tensors"),
 }
 

@@ -59,14 +59,16 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     numbers = {"rope_theta"} | REQUIRED.get(rope["rope_type"], set())
     numbers |= {field for field in NUMBERS if rope.get(field) is not None}
     for field in sorted(numbers):
-        if not isinstance(rope.get(field), int | float) or rope[field] <= 0:
+        if not isinstance(rope.get(field), int | float) or not 0 < rope[field] < math.inf:
             found = f"{rope.get(field)!r:.40}"
             raise CheckpointError(f"config.json: impossible {field} of the rotary embedding", wanted="> 0", found=found)
     return rope
 
 
 def _check_factors(values: Any, field: str) -> None:
-    if not isinstance(values, list) or not all(isinstance(value, int | float) and value > 0 for value in values):
+    if not isinstance(values, list) or not all(
+        isinstance(value, int | float) and 0 < value < math.inf for value in values
+    ):
         what = f"config.json: impossible {field} of the rotary embedding"
         raise CheckpointError(what, wanted="a list of numbers > 0", found=f"{values!r:.40}")
 
