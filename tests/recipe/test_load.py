@@ -339,6 +339,7 @@ MISTAKES = [
     (HEAD + "description: a\0b", "r.yaml:3: YAML does not allow the character '\\x00'"),
     (HEAD.encode() + b"description: \xff", "r.yaml:3: wanted UTF-8, found byte 0xff"),
     (HEAD + "x: " + "[" * 2000, f"r.yaml:3: wanted at most {DEEPEST} levels of nesting"),
+    (HEAD + f"layers: {'x' * 80}", f"r.yaml:3: layers: wanted a list, found '{'x' * 56}..."),
     (HEAD + "# " + "x" * LARGEST, "r.yaml: wanted at most 256 KiB of YAML, found more"),
 ]
 
