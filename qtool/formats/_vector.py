@@ -22,11 +22,14 @@ from qtool.formats._base import Params, expand
 from qtool.formats._ggml import CHUNK, BlockFormat, fp16
 from qtool.numerics.codebook import Codebook
 from qtool.numerics.ggml_codebook import Kind, ggml_codebook_scales
+from qtool.numerics.ggml_ternary import Ternary, ggml_ternary_scales
 from qtool.numerics.vector_search import EFFORT, Rule, vector_scales
 from qtool.numerics.vector_snap import snap_vectors
 
 BITS = torch.arange(8, dtype=torch.uint8)
 
+DOUBT = 1e-4
+"""Errors in parts of a block's energy that are closer than this are compared exactly."""
 FAST_CLOSE = 8
 """Entries near a vector that the fast search compares for its codes; the others find the nearest of all."""
 
@@ -49,7 +52,7 @@ class Vector(BlockFormat):
     Attributes:
         rule: how scales are stored.
         signs, span: see `Codebook`.
-        ggml: its own search, where it is repeated to compare with.
+        ggml: its own search, to compare with.
     """
 
     search: Literal["fast", "default", "thorough"] = "default"
@@ -58,7 +61,7 @@ class Vector(BlockFormat):
     rule: ClassVar[Rule]
     signs: ClassVar[Literal["none", "free", "even"]]
     span: ClassVar[int] = 8
-    ggml: ClassVar[Kind | None] = None
+    ggml: ClassVar[Kind | Ternary]
 
     @property
     def group_columns(self) -> int | None:
@@ -81,18 +84,30 @@ class Vector(BlockFormat):
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _fit(self, w: Tensor, importance: Tensor | None) -> Params:
-        effort = EFFORT[self.search][self.rule.delta > 0]
-        d, s, signs = vector_scales(w, importance, self.codebook(), self.columns, self.rule, effort)
-        found = self.stored(d, s) | ({"minus": (signs < 0).to(torch.uint8)} if self.rule.delta else {})
-        if self.ggml is None or self.search == "fast":
+        weight = self.weights(w, importance, self.columns)
+        weight = (weight.view(-1, self.columns) / weight.view(-1, self.columns).mean(1, keepdim=True)).flatten()
+        effort, book = EFFORT[self.search][self.rule.delta > 0], self.codebook()
+        d, s, signs, ours = vector_scales(w, weight, book, self.columns, self.rule, effort)
+        found = self.stored(d, s, signs < 0)
+        if self.search == "fast" or (importance is None and self.ggml.required):
             return found
         given = None if importance is None else self.alive(importance)
-        theirs = self.stored(*ggml_codebook_scales(w, given, self.codebook(), self.ggml))
-        return self.no_worse(found, theirs, w, importance)
+        if isinstance(self.ggml, Ternary):
+            *choice, theirs = ggml_ternary_scales(w, given, weight, book, self.rule, self.ggml)
+        else:
+            *choice, theirs = ggml_codebook_scales(w, given, weight, book, self.rule, self.ggml)
+        close = (ours + DOUBT > theirs).any(1)
+        if bool(close.any()):
+            ours_there = {name: p[close] for name, p in found.items()}
+            other = self.stored(*(part[close] for part in choice))
+            for name, p in self.no_worse(ours_there, other, w[close], importance).items():
+                found[name][close] = p
+        return found
 
-    def stored(self, d: Tensor, s: Tensor) -> Params:
+    def stored(self, d: Tensor, s: Tensor, minus: Tensor) -> Params:
         """Rounds d to fp16. Raises NumericsError: too large for it."""
-        return {"d": fp16(d, self.label), "s": s.to(torch.uint8)}
+        shifts = {"minus": minus.to(torch.uint8)} if self.rule.delta else {}
+        return {"d": fp16(d, self.label), "s": s.to(torch.uint8)} | shifts
 
     def snap(self, w: Tensor, params: Params, importance: Tensor | None = None) -> Tensor:
         """See `Format.snap`."""
@@ -116,7 +131,7 @@ class Vector(BlockFormat):
         d = fp16((wanted * steps).sum(-1) / steps.square().sum(-1), self.label)
         divisor = torch.where(d == 0, 1.0, d.float())[..., None]
         s = ((wanted / divisor - 1) / 2).round().clamp(0, self.rule.top)
-        return self.stored(d, s.flatten(1)) | {name: p for name, p in params.items() if name == "minus"}
+        return self.stored(d, s.flatten(1), params.get("minus", s))
 
     def entries(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """(entry of every vector, int32 [N, K / V]; signs, uint8 [N, K / 8], first column lowest, set where negative).

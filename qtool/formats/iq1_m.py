@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qtool.formats._base import Params
 from qtool.formats._vector import Vector, as_bytes, as_fp16, bytes_to_fields, fields_to_bytes
+from qtool.numerics.ggml_ternary import Ternary
 from qtool.numerics.vector_search import Rule
 
 
@@ -24,6 +25,7 @@ class IQ1_M(Vector):  # noqa: N801 - spelled as in ggml
     block_bytes: ClassVar[int] = 56
     rule: ClassVar[Rule] = Rule(group=16, unit=1.0, top=7, delta=0.125, segment=8, low=0.85, high=3.2)
     signs: ClassVar[Literal["none", "free", "even"]] = "none"
+    ggml: ClassVar[Ternary] = Ternary(least=1e-7, stretch=1.1125, refitted=True)
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:
         """See `BlockFormat.pack`."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qtool.formats._base import Params
 from qtool.formats._vector import Vector, as_bytes, as_fp16, bytes_to_fields, fields_to_bytes
+from qtool.numerics.ggml_codebook import Kind
 from qtool.numerics.vector_search import Rule
 
 
@@ -24,6 +25,7 @@ class IQ2_S(Vector):  # noqa: N801 - spelled as in ggml
     block_bytes: ClassVar[int] = 82
     rule: ClassVar[Rule] = Rule(group=16, unit=0.125, top=15, delta=0.0, segment=16, low=0.026, high=0.09)
     signs: ClassVar[Literal["none", "free", "even"]] = "free"
+    ggml: ClassVar[Kind] = Kind(reach=9, shells=1, least=1e-8, stretch=0.9875, flat=0.25)
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:
         """See `BlockFormat.pack`."""

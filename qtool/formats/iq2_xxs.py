@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qtool.formats._base import Params
 from qtool.formats._vector import Vector, as_bytes, as_fp16, bytes_to_fields, eighth_sign, fields_to_bytes
+from qtool.numerics.ggml_codebook import Kind
 from qtool.numerics.vector_search import Rule
 
 
@@ -24,6 +25,9 @@ class IQ2_XXS(Vector):  # noqa: N801 - spelled as in ggml
     block_bytes: ClassVar[int] = 66
     rule: ClassVar[Rule] = Rule(group=32, unit=0.125, top=15, delta=0.0, segment=32, low=0.028, high=0.085)
     signs: ClassVar[Literal["none", "free", "even"]] = "even"
+    ggml: ClassVar[Kind] = Kind(
+        reach=6, fitted=True, even=True, shells=2, again=True, least=1e-15, spread=1.0, required=True
+    )
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:
         """See `BlockFormat.pack`."""

@@ -26,7 +26,7 @@ class IQ3_S(Vector):  # noqa: N801 - spelled as in ggml
     rule: ClassVar[Rule] = Rule(group=32, unit=1.0, top=15, delta=0.0, segment=32, low=0.07, high=0.6)
     signs: ClassVar[Literal["none", "free", "even"]] = "free"
     span: ClassVar[int] = 4
-    ggml: ClassVar[Kind | None] = Kind(9, even=False, shells=3, again=True, least=0.0, stretch=1.033)
+    ggml: ClassVar[Kind] = Kind(reach=9, step=0.2, shells=3, again=True, least=0.0, stretch=1.033)
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:
         """See `BlockFormat.pack`."""

@@ -25,7 +25,7 @@ class IQ3_XXS(Vector):  # noqa: N801 - spelled as in ggml
     block_bytes: ClassVar[int] = 98
     rule: ClassVar[Rule] = Rule(group=32, unit=0.25, top=15, delta=0.0, segment=32, low=0.017, high=0.15)
     signs: ClassVar[Literal["none", "free", "even"]] = "even"
-    ggml: ClassVar[Kind | None] = Kind(15, even=True, shells=2, again=False, least=1e-8, stretch=1.0125)
+    ggml: ClassVar[Kind] = Kind(reach=15, step=0.2, even=True, shells=2, least=1e-8, stretch=1.0125)
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:
         """See `BlockFormat.pack`."""

@@ -48,6 +48,12 @@ class Kind(NamedTuple):
     flat: np.float32
 
 
+@njit(nogil=True, cache=True, error_model="numpy", forceinline=True)
+def as_byte(level):  # type: ignore[no-untyped-def]
+    """A code as ggml keeps it: 256 is added to those below 0, which a negative x leads to."""
+    return F32(np.uint8(np.int32(level)))
+
+
 @njit(nogil=True, cache=True, error_model="numpy")
 def positive_inverse(x, weight, levels, largest):  # type: ignore[no-untyped-def]
     """The inverse of the step among nine that leaves x [C] the least error."""
@@ -57,7 +63,7 @@ def positive_inverse(x, weight, levels, largest):  # type: ignore[no-untyped-def
         step = F32(1) / tried
         for c in range(len(x)):
             level = np.rint(tried * x[c])
-            miss = x[c] - step * (level if level < levels else levels)
+            miss = x[c] - step * (as_byte(level) if tenth == 0 else level if level < levels else levels)
             error += weight[c] * miss * miss
         if error < best:
             best, inverse = error, tried
@@ -66,7 +72,7 @@ def positive_inverse(x, weight, levels, largest):  # type: ignore[no-untyped-def
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def positive_step(x, weight, levels, codes):  # type: ignore[no-untyped-def]
-    """The step d of x [C] ~ d * codes, x >= 0; fills codes [C], integers in [0, levels]."""
+    """The step d of x [C] ~ d * codes; fills codes [C], integers up to levels. x >= 0, apart from IQ2_XXS."""
     largest, xl, ll = F32(0), F32(0), F32(0)
     for c in range(len(x)):
         largest = x[c] if x[c] > largest else largest
@@ -75,9 +81,10 @@ def positive_step(x, weight, levels, codes):  # type: ignore[no-untyped-def]
         return F32(0)
     inverse = positive_inverse(x, weight, levels, largest)
     for c in range(len(x)):
-        codes[c] = min(np.rint(inverse * x[c]), levels)
-        xl += weight[c] * x[c] * codes[c]
-        ll += weight[c] * codes[c] * codes[c]
+        level = min(np.rint(inverse * x[c]), levels)
+        xl += weight[c] * x[c] * level
+        ll += weight[c] * level * level
+        codes[c] = as_byte(level)
     for _ in range(5):
         changes = 0
         for c in range(len(x)):
@@ -86,7 +93,7 @@ def positive_step(x, weight, levels, codes):  # type: ignore[no-untyped-def]
             if level != codes[c]:
                 a, b = a + weight[c] * x[c] * level, b + weight[c] * level * level
                 if a * a * ll > xl * xl * b:
-                    codes[c], xl, ll = level, a, b
+                    codes[c], xl, ll = as_byte(level), a, b
                     changes += 1
         if changes == 0:
             break

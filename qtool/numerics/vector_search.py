@@ -27,7 +27,6 @@ from qtool.numerics.nearest import close_products
 from qtool.numerics.parallel import over_rows
 from qtool.numerics.search import FAST
 from qtool.numerics.sweep import half
-from qtool.numerics.table_search import column_weights
 
 
 class Rule(NamedTuple):
@@ -203,8 +202,8 @@ def settle(x, weight, a, d, rule, effort, lookup, s, signs, other):  # type: ign
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def vector_rows(x, weight, tables, rule, ratios, effort, d, s, signs, start, stop):  # type: ignore[no-untyped-def]
-    """Fills d [N, S], s [N, G] and signs [N, segments] for rows start to stop. x [N, C]; weight [C]."""
+def vector_rows(x, weight, tables, rule, ratios, effort, d, s, signs, errors, start, stop):  # type: ignore[no-untyped-def]
+    """Fills d, errors [N, S], s [N, G] and signs [N, segments] for rows start to stop. x [N, C]; weight [C]."""
     blocks = d.shape[1]
     groups, segments = s.shape[1] // blocks, signs.shape[1] // blocks
     columns = groups * rule.group
@@ -230,33 +229,39 @@ def vector_rows(x, weight, tables, rule, ratios, effort, d, s, signs, start, sto
                     least, d[n, b] = cost, found
                     s[n, b * groups : (b + 1) * groups] = tried
                     signs[n, b * segments : (b + 1) * segments] = tried_signs
+            energy = np.float32(0.0)
+            for j in range(a, a + columns):
+                energy += weight[j] * row[j] * row[j]
+            errors[n, b] = 1 + least / energy if energy > 0 else np.float32(0.0)
 
 
 def vector_scales(
-    x: Tensor, importance: Tensor | None, book: Codebook, block: int, rule: Rule, effort: Effort
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(d, s, signs of the shifts) of every super-block.
+    x: Tensor, weight: Tensor, book: Codebook, block: int, rule: Rule, effort: Effort
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(d, s, signs of the shifts, errors) of every super-block.
 
     Args:
         x: float32 [N, C].
-        importance: float32 [C] or None.
+        weight: float32 [C] > 0, of a squared error; about 1 on average, so that products do not overflow.
         book: what combinations of levels are allowed.
         block: columns of a super-block.
         rule: how scales are stored.
         effort: how much is tried.
 
     Returns:
-        (float32 [N, S] of values that fp16 holds, float32 [N, G] of integers, int8 [N, C / segment] of 1 and -1).
+        (float32 [N, S] of values that fp16 holds; float32 [N, G] of integers; int8 [N, C / segment] of 1 and -1; the
+        error of the codes that the search has seen, in parts of that of zeros, float32 [N, S]).
     """
-    weight, _ = column_weights(importance, x.shape[1], rule.group, block)
     rows, columns = x.shape
-    d, s = np.zeros((rows, columns // block), np.float32), np.zeros((rows, columns // rule.group), np.float32)
+    d, errors = np.zeros((2, rows, columns // block), np.float32)
+    s = np.zeros((rows, columns // rule.group), np.float32)
     signs = np.ones((rows, columns // rule.segment), np.int8)
     ratios = np.geomspace(rule.low, rule.high, effort.steps).astype(np.float32)
     arrays = (x.float().contiguous().cpu().numpy(), weight.numpy(), book.tables, rule, ratios, effort)
 
     def work(a: int, b: int) -> None:
-        vector_rows(*arrays, d, s, signs, a, b)
+        vector_rows(*arrays, d, s, signs, errors, a, b)
 
     over_rows(work, rows)
-    return torch.from_numpy(d).to(x.device), torch.from_numpy(s).to(x.device), torch.from_numpy(signs).to(x.device)
+    scale, steps, shifts, error = (torch.from_numpy(part).to(x.device) for part in (d, s, signs, errors))
+    return scale, steps, shifts, error
