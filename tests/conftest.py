@@ -122,6 +122,16 @@ CHAT_TEMPLATE = (
 )
 
 
+@pytest.fixture
+def use_threads() -> Iterator[Callable[[int], None]]:
+    """Says how many threads torch may use; after the test it is as many as before."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 def make_tokenizer() -> Any:
     """A byte-level BPE of 500 tokens, trained on prose that Python brings along."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

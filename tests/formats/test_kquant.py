@@ -145,16 +145,13 @@ def test_dead_inputs_disturb_nothing_and_get_sane_parameters(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_same_parameters_for_any_number_of_threads_and_for_blocks_alone(name):
+def test_same_parameters_for_any_number_of_threads_and_for_blocks_alone(name, use_threads):
     fmt = load(name)
     w, importance = awkward(seed=8)[:20], importance_of(512)
+    use_threads(1)
     whole = fmt.fit(w, importance)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        again = fmt.fit(w, importance)
-    finally:
-        torch.set_num_threads(threads)
+    use_threads(3)
+    again = fmt.fit(w, importance)
     alone = fmt.join([fmt.fit(w[:, :256], importance[:256]), fmt.fit(w[:, 256:], importance[256:])])
     assert all(torch.equal(whole[p], again[p]) and torch.equal(whole[p], alone[p]) for p in whole)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -150,16 +152,16 @@ def test_layers_that_read_the_same_input_share_one_factorization(monkeypatch: py
 
 
 @pytest.mark.parametrize("label", ["int4-g32", "q4_1"])
-def test_same_bytes_for_any_number_of_threads(label: str) -> None:
+def test_same_bytes_for_any_number_of_threads(label: str, use_threads: Callable[[int], None]) -> None:
     w, stats = problem(n=50)
     fmt: Format = parse_format(label)
-    threads = torch.get_num_threads()
     results = []
     for count in (1, 2, 3):
-        torch.set_num_threads(count)
+        use_threads(count)
         results.append(GPTQ().solve(w, stats, fmt).quantized)
-    torch.set_num_threads(threads)
-    assert all(torch.equal(results[0].codes, r.codes) for r in results[1:])
+    for other in results[1:]:
+        assert torch.equal(results[0].codes, other.codes)
+        assert all(torch.equal(p, other.params[name]) for name, p in results[0].params.items())
 
 
 def test_drift_is_made_up_for_in_what_is_approximated() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -106,11 +108,11 @@ def test_dead_columns_disturb_nothing(name: str) -> None:
     assert error < 0.6
 
 
-def test_threads_do_not_change_vectors() -> None:
+def test_threads_do_not_change_vectors(use_threads: Callable[[int], None]) -> None:
     w, stats = problem(n=13, k=256, tokens=512)
-    threads, results = torch.get_num_threads(), []
+    results = []
     for count in (1, 3):
-        torch.set_num_threads(count)
+        use_threads(count)
         results.append(GPTQ().solve(w, stats, load("iq3_xxs")).quantized)
-    torch.set_num_threads(threads)
     assert torch.equal(results[0].codes, results[1].codes)
+    assert all(torch.equal(p, results[1].params[name]) for name, p in results[0].params.items())

@@ -11,12 +11,10 @@ from qtool.numerics.parallel import over_rows, row_shares, shares, side_by_side
 
 
 @pytest.fixture(params=[1, 2, 3, 4])
-def threads(request):
+def threads(request, use_threads):
     """How many torch may use within the test."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    use_threads(request.param)
+    return request.param
 
 
 def test_results_keep_their_order(threads):
@@ -47,7 +45,7 @@ def test_rows_are_shared_out_once(threads):
         assert len(row_shares(rows)) == min(threads, rows)
 
 
-def test_a_failure_is_raised_and_what_waits_is_left_out():
+def test_a_failure_is_raised_and_what_waits_is_left_out(use_threads):
     begun = []
 
     def work(i):
@@ -55,12 +53,8 @@ def test_a_failure_is_raised_and_what_waits_is_left_out():
         if i == 0:
             raise ValueError("first")
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        with pytest.raises(ValueError, match="first"):
-            side_by_side(work, list(range(100)))
-        assert side_by_side(lambda i: i, [1, 2]) == [1, 2]
-    finally:
-        torch.set_num_threads(before)
+    use_threads(2)
+    with pytest.raises(ValueError, match="first"):
+        side_by_side(work, list(range(100)))
+    assert side_by_side(lambda i: i, [1, 2]) == [1, 2]
     assert len(begun) < 10
