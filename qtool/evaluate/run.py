@@ -60,33 +60,28 @@ def evaluate(
         runtime: "llama.cpp" runs the tested model's GGUF file in llama.cpp; the baseline is run here in any case.
 
     Raises:
-        UsageError: the text cannot be read, or is too short.
+        UsageError: the text cannot be read, or is too short; llama.cpp is to run something else than GGUF.
         CheckpointError: no tokenizer, or the two models do not share a vocabulary.
         NumericsError: a model's logits are not finite.
     """
-    if runtime == "llama.cpp" and not isinstance(quantized, GGUFCheckpoint):
-        raise UsageError("--runtime llama.cpp", wanted="a GGUF file", found=quantized.source)
+    file = gguf_file(quantized) if runtime == "llama.cpp" else None
     tokens = chunked(*encode(text, baseline or quantized), context, chunks)
     first = context // 2
     models = [m for m in (quantized, baseline) if m is not None]
     check_vocabulary(models, int(tokens.max()))
-    walked = [m for m in models if m is baseline or runtime == "qtool"]
-    blocks = sum(m.family.blocks(m.config) for m in walked)
-    steps = Steps(progress, blocks + len(tokens))
+    walked = models[1:] if file else models
+    steps = Steps(progress, sum(m.family.blocks(m.config) for m in walked) + len(tokens))
     sources = [walk(m, tokens, first, device, dtype, steps) for m in walked]
-    if runtime == "llama.cpp" and isinstance(quantized, GGUFCheckpoint):
-        sources.insert(0, llama_cpp(quantized, tokens, first))
-    scores = Scores()
-    for s in range(len(tokens)):
-        scores.add(sources[0](s), tokens[s, first + 1 :], *(source(s) for source in sources[1:]))
-        steps.step(f"chunk {s + 1}")
+    if file:
+        sources.insert(0, llama_cpp(file, tokens, first))
+    targets = tokens[:, first + 1 :]
     return Evaluation(
         text=text.name,
-        tokens=tokens[:, first + 1 :].numel(),
+        tokens=targets.numel(),
         context=context,
-        chunks=len(tokens),
+        chunks=len(targets),
         runtime=runtime,
-        **scores.summary(),
+        **score_chunks(sources, targets, steps),
     )
 
 
@@ -130,12 +125,37 @@ def walk(
     return lambda s: walker.logits(hidden, s, first)[:-1]
 
 
-def llama_cpp(model: GGUFCheckpoint, tokens: Tensor, first: int) -> Logits:
-    """The same by llama.cpp, which reads the GGUF file itself, and finds other parts of it beside the first."""
+def gguf_file(model: Checkpoint) -> Path:
+    """What llama.cpp opens; other parts it finds beside the first. Raises UsageError: the model is no GGUF file."""
+    if not isinstance(model, GGUFCheckpoint):
+        raise UsageError("--runtime llama.cpp", wanted="a GGUF file", found=model.source)
+    return model.parts[0]
+
+
+def llama_cpp(file: Path, tokens: Tensor, first: int) -> Logits:
+    """The same as `walk` by llama.cpp."""
     from qtool.evaluate.llamacpp import LlamaCpp
 
-    runtime = LlamaCpp(model.parts[0], tokens.shape[1])
+    runtime = LlamaCpp(file, tokens.shape[1])
     return lambda s: runtime.logits(tokens[s])[first:-1]
+
+
+def score_chunks(sources: Sequence[Logits], targets: Tensor, steps: Steps) -> dict[str, float]:
+    """The measured fields of an `Evaluation`, by name.
+
+    Args:
+        sources: the model under test, then the baseline if there is one.
+        targets: int64 [S, P], the tokens that follow the scored positions of each chunk.
+        steps: counts chunks.
+
+    Raises:
+        NumericsError: a model's logits are not finite.
+    """
+    scores = Scores()
+    for s, chunk in enumerate(targets):
+        scores.add(sources[0](s), chunk, *(source(s) for source in sources[1:]))
+        steps.step(f"chunk {s + 1}")
+    return scores.summary()
 
 
 def encode(text: Path, model: Checkpoint) -> tuple[list[int], int | None]:
