@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qtool.errors import HubError
+from qtool.errors import HubError, one_line
 
 
 def push_to_hub(
@@ -32,7 +32,6 @@ def push_to_hub(
         address = str(api.create_repo(repo, private=private, exist_ok=True))
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a model quantized by qtool")
     except failures as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         hint = f"nothing is lost: log in with `hf auth login`, then `hf upload {repo} {folder}`"
-        raise HubError(f"cannot upload to {repo}", found=reason, hint=hint) from error
+        raise HubError(f"cannot upload to {repo}", found=one_line(error), hint=hint) from error
     return address

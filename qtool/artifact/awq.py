@@ -29,7 +29,7 @@ from qtool.artifact._targets import kept_linears
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, TensorInfo
 from qtool.errors import CheckpointError
 from qtool.formats._base import Format, Quantized
-from qtool.formats.int import Int
+from qtool.formats.int import DTYPES, Int
 from qtool.numerics.bits import pack_words, unpack_words
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -176,7 +176,7 @@ class AWQCheckpoint(PackedCheckpoint):
             wanted = f"rows in eights, columns in groups of {group}"
             raise CheckpointError(f"{self.source}: {module}", wanted=wanted, found=f"{n} x {k} weights")
         scales = self._scale_dtype(module, "scales", found)
-        parts = infos(k // group, n, k, found["scales"].dtype)
+        parts = infos(k // group, n, k, DTYPES[scales])
         symmetric = found.get("qzeros") == parts["qzeros"] and bool((self._read(module, "qzeros") == EIGHTS).all())
         size = "channel" if self._group < 0 else group
         fmt = Int.model_validate({"bits": BITS, "group": size, "symmetric": symmetric, "scale_dtype": scales})

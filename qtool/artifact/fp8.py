@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from qtool.artifact._floats import from_bits, to_bits
-from qtool.artifact._packed import SCALE_DTYPES, Infos, PackedArtifact, PackedCheckpoint, Packing, write_packed
+from qtool.artifact._packed import Infos, PackedArtifact, PackedCheckpoint, Packing, write_packed
 from qtool.artifact._settings import Settings, quantization_config, read_settings
 from qtool.artifact._targets import kept_linears
 from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint, TensorInfo
 from qtool.formats._base import Format, Quantized
 from qtool.formats.fp import FP
+from qtool.formats.int import DTYPES
 
 BLOCK = 128
 E4M3, SCALE = torch.float8_e4m3fn, "weight_scale_inv"
@@ -116,7 +117,7 @@ class FP8Checkpoint(PackedCheckpoint):
     def _packing(self, module: str, n: int, k: int, found: Infos) -> Packing:
         """See `PackedCheckpoint._packing`."""
         scales = self._scale_dtype(module, SCALE, found)
-        dtype = next(dtype for dtype, name in SCALE_DTYPES.items() if name == scales)
+        dtype = DTYPES[scales]
         fmt = WEIGHTS.model_copy(update={"scale_dtype": scales})
         if k % BLOCK:
             return Packing((n, k), None, infos(n, k, dtype), f"its rows end inside of a block of {BLOCK} columns")

@@ -12,7 +12,7 @@ from qtool.artifact._settings import Settings
 from qtool.artifact.compressed_tensors._config import KINDS, input_format
 from qtool.artifact.compressed_tensors._kinds import Arguments, Kind
 from qtool.checkpoint._base import Layer
-from qtool.errors import CheckpointError
+from qtool.errors import CheckpointError, one_line
 
 UNREAD = ("transform_config", "sparsity_config")
 """What changes a model in ways that qtool does not follow."""
@@ -63,8 +63,7 @@ class Schemes:
             read = [Group.model_validate(group) for group in groups.values()]
             self._targets = [(_pattern(target), group) for group in read for target in group.targets]
         except (ValidationError, TypeError, ValueError, re.error) as error:
-            first = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{where}: wrong config_groups", found=first) from error
+            raise CheckpointError(f"{where}: wrong config_groups", found=one_line(error)) from error
         self.format = config.get("format")
 
     def find(self, module: str, scale_dtype: str) -> Scheme:

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from qtool.artifact._packed import SCALE_DTYPES, Infos, PackedCheckpoint, Packing
+from qtool.artifact._packed import Infos, PackedCheckpoint, Packing
 from qtool.artifact.gptq._config import Schemes
 from qtool.artifact.gptq._layout import WORD, decode_codes, decode_zeros, group_index, infos
 from qtool.checkpoint._base import Layer
 from qtool.errors import CheckpointError
 from qtool.formats._base import Quantized
-from qtool.formats.int import Int
+from qtool.formats.int import DTYPES, Int
 
 
 class GPTQCheckpoint(PackedCheckpoint):
@@ -37,8 +37,7 @@ class GPTQCheckpoint(PackedCheckpoint):
         size: int | str = group if 0 < group <= k else "channel"
         group = k if size == "channel" else group
         scales = self._scale_dtype(module, "scales", found)
-        dtype = next(dtype for dtype, name in SCALE_DTYPES.items() if name == scales)
-        parts = infos(bits, -(-k // group), n, k, dtype)
+        parts = infos(bits, -(-k // group), n, k, DTYPES[scales])
         reason = "the last group of a row is shorter than the others" if k % group else ""
         if "g_idx" not in found:
             if self._schemes.desc_act and group < k:

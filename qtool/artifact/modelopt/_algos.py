@@ -26,7 +26,7 @@ from qtool.checkpoint._base import Layer, TensorInfo
 from qtool.errors import PlanError
 from qtool.formats._base import Quantized
 from qtool.formats.fp import FP
-from qtool.formats.int import Int
+from qtool.formats.int import DTYPES, Int
 from qtool.formats.mxfp8 import MXFP8
 from qtool.formats.nvfp4 import NVFP4
 from qtool.numerics.bits import pack, unpack
@@ -285,4 +285,4 @@ def _scale_name(found: Infos) -> str:
 def _scale_dtype(layer: Layer) -> torch.dtype:
     fmt = layer.format
     assert isinstance(fmt, Int)
-    return next(dtype for dtype, name in SCALE_DTYPES.items() if name == fmt.scale_dtype)
+    return DTYPES[fmt.scale_dtype]
