@@ -16,7 +16,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from qtool.numerics.parallel import over_rows
+from qtool.numerics.parallel import over_rows, side_by_side
 from qtool.numerics.processor import has
 
 REACH = 24.0
@@ -28,7 +28,7 @@ ORDINARY = 64.0
 QUIET = 1e-6
 """Smallest root mean square that a channel is given, relative to the mean over channels."""
 
-PANEL = 192
+PANEL = 144
 """Smallest width of the strips in which the lower half is summed."""
 
 MOST_TOKENS = 1 << 17
@@ -41,12 +41,15 @@ def counts_fast() -> bool:
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def round_tokens(x, inverse, codes, far, start, stop):  # type: ignore[no-untyped-def]
-    """Rounds tokens x [T, K] times inverse [K] to codes int8 [T, K]; one beyond +-127 becomes zeros and is `far`."""
+def round_tokens(bits, inverse, codes, far, start, stop):  # type: ignore[no-untyped-def]
+    """Rounds tokens times inverse [K] to codes int8 [T, K]; one beyond +-127 becomes zeros and is `far`.
+
+    `bits` uint16 [T, K] are those of bfloat16: the upper half of float32's.
+    """
     for t in range(start, stop):
         near = True
-        for k in range(x.shape[1]):
-            y = x[t, k] * inverse[k]
+        for k in range(bits.shape[1]):
+            y = np.uint32(bits[t, k] << 16).view(np.float32) * inverse[k]
             near &= abs(y) <= np.float32(127)
             codes[t, k] = np.int8(np.rint(min(max(y, np.float32(-127)), np.float32(127))))
         far[t] = not near
@@ -90,30 +93,37 @@ class Gram:
 
     def add(self, x: Tensor) -> None:
         """Counts tokens, [T, K] of any float type."""
-        rounded = x.dtype == torch.bfloat16 and x.device.type == "cpu" and counts_fast()
-        x = x.float()
-        if rounded and len(x):
+        if len(x) and x.dtype == torch.bfloat16 and x.device.type == "cpu" and counts_fast():
             x = self._add_rounded(x)
-        for a, b in strips(len(self.lower)):
+        x = x.float()
+        for a, b in strips(len(self.lower)) if len(x) else []:
             self.lower[a:, a:b].addmm_(x[:, a:].T, x[:, a:b])
 
     def _add_rounded(self, x: Tensor) -> Tensor:
-        """Counts what can be rounded; returns the tokens that cannot, float32 [T', K]."""
+        """Counts what can be rounded; returns the tokens that cannot, bfloat16 [T', K]."""
         if not len(self.step):
-            squares = x.square()
+            squares = x.float().square_()
             energy = squares.sum(1)
             size = squares[energy <= ORDINARY * energy.median()].mean(0).sqrt()
             self.step = torch.maximum(size, QUIET * size.mean()).clamp_min(1e-30) * (REACH / 127)
         codes, far = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), dtype=torch.bool)
-        arrays = [t.numpy() for t in (x, 1 / self.step, codes, far)]
+        bits = x.contiguous().view(torch.int16).numpy().view(np.uint16)
+        arrays = [bits, *(t.numpy() for t in (1 / self.step, codes, far))]
         over_rows(lambda start, stop: round_tokens(*arrays, start, stop), len(x))
         if self.waiting + len(x) > MOST_TOKENS:
             self.total()
         if not self.waiting:
             self.products = torch.zeros(self.lower.shape, dtype=torch.int32)
         self.waiting += len(x)
-        for a, b in strips(len(self.lower)):
-            self.products[a:, a:b] += torch._int_mm(codes[:, a:].T, codes[:, a:b])
+
+        @torch.inference_mode()
+        def multiply(pair: set[tuple[int, int]]) -> None:
+            for a, b in pair:
+                self.products[a:, a:b] += torch._int_mm(codes[:, a:].T, codes[:, a:b])
+
+        long_first = strips(len(self.lower))
+        pairs = [set(pair) for pair in zip(long_first, reversed(long_first), strict=True)]
+        side_by_side(multiply, pairs[: -(-len(pairs) // 2)])  # a long strip and a short one are as much as any other pair
         return x[far]
 
     def total(self) -> Tensor:

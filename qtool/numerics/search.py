@@ -15,6 +15,7 @@ Shape letters: N rows, C columns, G groups of C / G columns each.
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ STEPS = 20
 FAST = {"nnan", "ninf", "nsz", "arcp", "contract", "reassoc"}
 
 
+@cache
 def clip_ratios(levels: int, steps: int = STEPS) -> np.ndarray:
     """Where the largest weight may land, relative to the end of the grid: from short of it to beyond it (clipped).
 
@@ -54,31 +56,36 @@ def spans(v, reach, center):  # type: ignore[no-untyped-def]
 @njit(nogil=True, cache=True, fastmath=FAST)
 def symmetric_rows(x, importance, reach, width, lowest, highest, ratios, scale, start, stop):  # type: ignore[no-untyped-def]
     """Fills scale [N, G] for rows start to stop. x [N, C]; importance, reach [C]."""
+    lowest, highest = np.float32(lowest), np.float32(highest)
     for n in range(start, stop):
         for g in range(x.shape[1] // width):
             v, weight = x[n, g * width : (g + 1) * width], importance[g * width : (g + 1) * width]
             low, high, near_low, near_high = spans(v, reach[g * width : (g + 1) * width], np.float32(0.0))
             far, near = max(high, -low), max(near_high, -near_low)
             best, best_scale = np.float32(-1.0), np.float32(0.0)
-            if near > 0:
-                for sign in (-1.0, 1.0):
-                    for i in range(len(ratios)):
-                        t = np.float32(i) / np.float32(len(ratios) - 1)
-                        end = highest + (-lowest - highest) * t
-                        inverse = np.float32(sign) * end * ratios[i] / (far + (near - far) * t)
-                        xl, ll = np.float32(0.0), np.float32(0.0)
-                        for j in range(width):
-                            level = min(max(np.rint(v[j] * inverse), lowest), highest)
-                            xl += weight[j] * v[j] * level
-                            ll += weight[j] * level * level
-                        if ll > 0 and xl * xl > best * ll:
-                            best, best_scale = xl * xl / ll, xl / ll
+            for i in range(len(ratios) if near > 0 else 0):
+                t = np.float32(i) / np.float32(len(ratios) - 1)
+                end = highest + (-lowest - highest) * t
+                inverse = end * ratios[i] / (far + (near - far) * t)
+                xl, ll, xl_minus, ll_minus = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
+                for j in range(width):
+                    nearest = np.rint(v[j] * inverse)
+                    level, minus = min(max(nearest, lowest), highest), min(max(nearest, -highest), -lowest)
+                    xl += weight[j] * v[j] * level
+                    ll += weight[j] * level * level
+                    xl_minus += weight[j] * v[j] * minus
+                    ll_minus += weight[j] * minus * minus
+                if ll > 0 and xl * xl > best * ll:
+                    best, best_scale = xl * xl / ll, xl / ll
+                if ll_minus > 0 and xl_minus * xl_minus > best * ll_minus:
+                    best, best_scale = xl_minus * xl_minus / ll_minus, -xl_minus / ll_minus
             scale[n, g] = best_scale
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
 def zero_point_rows(x, importance, reach, width, lowest, highest, ratios, scale, zero, start, stop):  # type: ignore[no-untyped-def]
     """Fills scale and integer-valued zero, [N, G], for rows start to stop. x [N, C]; importance, reach [C]."""
+    lowest, highest, half = np.float32(lowest), np.float32(highest), np.float32(0.5)
     for n in range(start, stop):
         for g in range(x.shape[1] // width):
             v, weight = x[n, g * width : (g + 1) * width], importance[g * width : (g + 1) * width]
@@ -90,10 +97,10 @@ def zero_point_rows(x, importance, reach, width, lowest, highest, ratios, scale,
                 for i in range(len(ratios)):
                     t = np.float32(i) / np.float32(len(ratios) - 1)
                     low, high = far_low + (near_low - far_low) * t, far_high + (near_high - far_high) * t
-                    inverse = np.float32(highest - lowest) * ratios[i] / (high - low)
-                    middle = (lowest + highest) / 2 - np.rint((low + high) / 2 * inverse)
+                    inverse = (highest - lowest) * ratios[i] / (high - low)
+                    middle = (lowest + highest) * half - np.rint((low + high) * half * inverse)
                     for shift in (-0.5, 0.5, -1.5, 1.5):
-                        z = min(max(np.rint(middle + shift), lowest), highest)
+                        z = min(max(np.rint(middle + np.float32(shift)), lowest), highest)
                         xl, ll = np.float32(0.0), np.float32(0.0)
                         for j in range(width):
                             level = min(max(np.rint(v[j] * inverse), lowest - z), highest - z)
@@ -107,6 +114,7 @@ def zero_point_rows(x, importance, reach, width, lowest, highest, ratios, scale,
 @njit(nogil=True, cache=True, fastmath=FAST)
 def offset_rows(x, importance, reach, width, highest, ratios, scale, offset, start, stop):  # type: ignore[no-untyped-def]
     """Fills scale and free offset, [N, G], for levels 0 to highest and rows start to stop; the rest as above."""
+    highest, half = np.float32(highest), np.float32(0.5)
     for n in range(start, stop):
         for g in range(x.shape[1] // width):
             v, weight = x[n, g * width : (g + 1) * width], importance[g * width : (g + 1) * width]
@@ -121,13 +129,13 @@ def offset_rows(x, importance, reach, width, highest, ratios, scale, offset, sta
                 for i in range(len(ratios)):
                     t = np.float32(i) / np.float32(len(ratios) - 1)
                     low, high = far_low + (near_low - far_low) * t, far_high + (near_high - far_high) * t
-                    inverse = np.float32(highest) * ratios[i] / (high - low)
-                    anchor = mean + (low + high) / 2 - np.float32(highest) / 2 / inverse
+                    inverse = highest * ratios[i] / (high - low)
+                    anchor = mean + (low + high) * half - highest * half / inverse
                     for shift in (0.0, -0.3, 0.3):
                         start_at = anchor + np.float32(shift) / inverse
                         lsum, ll, xl = np.float32(0.0), np.float32(0.0), np.float32(0.0)
                         for j in range(width):
-                            level = min(max(np.rint((v[j] - start_at) * inverse), 0.0), highest)
+                            level = min(max(np.rint((v[j] - start_at) * inverse), np.float32(0.0)), highest)
                             lsum += weight[j] * level
                             ll += weight[j] * level * level
                             xl += weight[j] * (v[j] - mean) * level
