@@ -53,6 +53,12 @@ def spans(v, reach, center):  # type: ignore[no-untyped-def]
     return low, high, near_low, near_high
 
 
+@njit(nogil=True, cache=True, inline="always")
+def magnitude(x):  # type: ignore[no-untyped-def]
+    """The bits of |x|, int32: they are ordered as the numbers are, and a maximum of integers is vectorized."""
+    return np.int32(np.float32(x).view(np.int32) & np.int32(0x7FFFFFFF))
+
+
 @njit(nogil=True, cache=True, fastmath=FAST)
 def symmetric_rows(x, importance, reach, width, lowest, highest, ratios, scale, start, stop):  # type: ignore[no-untyped-def]
     """Fills scale [N, G] for rows start to stop. x [N, C]; importance, reach [C]."""
@@ -60,8 +66,11 @@ def symmetric_rows(x, importance, reach, width, lowest, highest, ratios, scale, 
     for n in range(start, stop):
         for g in range(x.shape[1] // width):
             v, weight = x[n, g * width : (g + 1) * width], importance[g * width : (g + 1) * width]
-            low, high, near_low, near_high = spans(v, reach[g * width : (g + 1) * width], np.float32(0.0))
-            far, near = max(high, -low), max(near_high, -near_low)
+            far_bits, near_bits = np.int32(0), np.int32(0)
+            for j in range(width):
+                far_bits = max(far_bits, magnitude(v[j]))
+                near_bits = max(near_bits, magnitude(v[j] * reach[g * width + j]))
+            far, near = np.int32(far_bits).view(np.float32), np.int32(near_bits).view(np.float32)
             best, best_scale = np.float32(-1.0), np.float32(0.0)
             for i in range(len(ratios) if near > 0 else 0):
                 t = np.float32(i) / np.float32(len(ratios) - 1)
