@@ -12,6 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from qtool.errors import CheckpointError, one_line
+from qtool.numerics.attention import causal_attention
+
+ATTENTION = "qtool"
+"""What transformers calls `attention` below."""
 
 
 def build_on_meta(config: dict[str, Any], dtype: torch.dtype, attention: str | None = None) -> Any:
@@ -20,18 +24,21 @@ def build_on_meta(config: dict[str, Any], dtype: torch.dtype, attention: str | N
     Args:
         config: config.json.
         dtype: of the parameters.
-        attention: implementation of attention; None: the one that transformers prefers.
+        attention: implementation of attention; None: torch's, or ours where it is quicker.
 
     Raises:
         CheckpointError: transformers does not know or refuses the config.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+    from transformers.masking_utils import sdpa_mask
 
+    AttentionInterface.register(ATTENTION, attend)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     known = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
     try:
         with quiet(), torch.device("meta"):
             parsed = AutoConfig.for_model(**known)
-            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation=attention)
+            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation=attention or ATTENTION)
     except Exception as error:  # its own checks raise many kinds
         what = "config.json does not describe a model that transformers builds"
         raise CheckpointError(what, found=one_line(error)) from error
@@ -40,6 +47,27 @@ def build_on_meta(config: dict[str, Any], dtype: torch.dtype, attention: str | N
     if hasattr(body.embed_tokens, "scalar_embed_scale"):
         body.embed_tokens.embed_scale = torch.tensor(body.embed_tokens.scalar_embed_scale)
     return model
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention on torch's, but for whole sequences in bfloat16 on the CPU, where ours is quicker."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    causal = module.is_causal if is_causal is None else is_causal
+    whole = attention_mask is None and query.shape[2] == key.shape[2] > 1
+    if causal and whole and scaling and query.dtype == torch.bfloat16 and query.device.type == "cpu":
+        return causal_attention(query, key, value, scaling), None
+    given = {"scaling": scaling, "is_causal": is_causal, **others}
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **given)  # type: ignore[no-any-return]
 
 
 @contextmanager

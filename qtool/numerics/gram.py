@@ -121,9 +121,9 @@ class Gram:
             for a, b in pair:
                 self.products[a:, a:b] += torch._int_mm(codes[:, a:].T, codes[:, a:b])
 
-        long_first = strips(len(self.lower))
-        pairs = [set(pair) for pair in zip(long_first, reversed(long_first), strict=True)]
-        side_by_side(multiply, pairs[: -(-len(pairs) // 2)])  # a long strip and a short one are as much as any other pair
+        found = strips(len(self.lower))
+        pairs = [set(pair) for pair in zip(found, reversed(found), strict=True)]
+        side_by_side(multiply, pairs[: -(-len(pairs) // 2)])  # the longest with the shortest: all pairs take as long
         return x[far]
 
     def total(self) -> Tensor:
