@@ -24,7 +24,7 @@ def build_on_meta(config: dict[str, Any], dtype: torch.dtype, attention: str | N
     Args:
         config: config.json.
         dtype: of the parameters.
-        attention: implementation of attention; None: torch's, or ours where it is quicker.
+        attention: implementation of attention; None: the one that transformers prefers, see `attend`.
 
     Raises:
         CheckpointError: transformers does not know or refuses the config.
@@ -38,7 +38,9 @@ def build_on_meta(config: dict[str, Any], dtype: torch.dtype, attention: str | N
     try:
         with quiet(), torch.device("meta"):
             parsed = AutoConfig.for_model(**known)
-            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation=attention or ATTENTION)
+            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation=attention)
+            if model.config._attn_implementation == "sdpa":
+                model.set_attn_implementation(ATTENTION)
     except Exception as error:  # its own checks raise many kinds
         what = "config.json does not describe a model that transformers builds"
         raise CheckpointError(what, found=one_line(error)) from error
@@ -59,10 +61,13 @@ def attend(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention on torch's, but for whole sequences in bfloat16 on the CPU, where ours is quicker."""
+    """Stands in for transformers' attention by torch (sdpa): the same, but whole sequences in bfloat16 on the CPU.
+
+    There ours is quicker; see `causal_attention`. query is [S, H, T, D], key and value [S, A, T, D].
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    causal = module.is_causal if is_causal is None else is_causal
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     whole = attention_mask is None and query.shape[2] == key.shape[2] > 1
     if causal and whole and scaling and query.dtype == torch.bfloat16 and query.device.type == "cpu":
         return causal_attention(query, key, value, scaling), None

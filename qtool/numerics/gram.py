@@ -104,7 +104,8 @@ class Gram:
         if not len(self.step):
             squares = x.float().square_()
             energy = squares.sum(1)
-            size = squares[energy <= ORDINARY * energy.median()].mean(0).sqrt()
+            ordinary = (energy <= ORDINARY * energy.median()).float()
+            size = (ordinary @ squares / ordinary.sum()).sqrt()
             self.step = torch.maximum(size, QUIET * size.mean()).clamp_min(1e-30) * (REACH / 127)
         codes, far = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), dtype=torch.bool)
         bits = x.contiguous().view(torch.int16).numpy().view(np.uint16)

@@ -36,16 +36,17 @@ def inverse_factor(gram: Tensor, damp: float) -> tuple[Tensor, float]:
     Raises:
         NumericsError: not positive definite even with 100 times the damping.
     """
-    mean = gram.diagonal().mean()
+    damped, diagonal = gram.flip(0, 1).contiguous(), gram.diagonal().flip(0)
+    mean = diagonal.mean()
+    del gram  # if nobody else needs it: what is no longer held here is a large part of a run's memory
     for step in DAMPING_STEPS:
-        damped = gram.flip(0, 1).contiguous()
-        damped.diagonal().add_(damp * step * mean)
+        damped.diagonal().copy_(diagonal + damp * step * mean)
         lower, info = torch.linalg.cholesky_ex(damped)
-        del damped  # four matrices of this size at a time are enough
         if int(info) == 0:
             inverse = invert_lower(lower)
             del lower
             if all_finite(inverse):
+                del damped
                 return inverse.flip(0, 1).contiguous(), damp * step
     raise NumericsError(
         "the Gram matrix of calibration inputs cannot be factorized",

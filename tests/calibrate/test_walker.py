@@ -98,11 +98,13 @@ def test_bfloat16_walks_end_in_a_float32_product(tiny_checkpoint, monkeypatch):
     assert float((want.bfloat16().double() - want).abs().max()) > 1e-3
 
 
-def test_bfloat16_walks_follow_transformers(tiny_checkpoint):
-    folder = tiny_checkpoint("llama")
+def test_bfloat16_walks_are_as_close_as_transformers(folder):
     _, want = inputs_and_logits(load_reference(folder), TOKENS)
+    _, theirs = inputs_and_logits(load_reference(folder, torch.bfloat16), TOKENS)
     found = all_logits(Walker(HFCheckpoint(folder), CPU, torch.bfloat16), TOKENS)
-    assert float((found - want).std() / want.std()) < 0.03
+    # the median, because a token whose expert changes by rounding is far off
+    error, their_error = ((x - want).square().mean(-1).flatten().median().sqrt() for x in (found, theirs.float()))
+    assert 0 < error < 1.2 * their_error
 
 
 def assert_measured(stats, x):
