@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -99,17 +100,17 @@ def test_making_up_for_drift_brings_outputs_closer_to_the_original(recipe, tiny_
     tokens = torch.randint(0, 500, (4, 64), generator=torch.Generator().manual_seed(3))
     last = "model.layers.1.mlp.down_proj"
     original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    wanted, errors = inputs_of(original, [last], tokens)[last], []
-    for drift in (0, 1):
+    wanted, errors = inputs_of(original, [last], tokens)[last], [0.0, 0.0]
+    for seed, drift in product(range(3), (0, 1)):
         path = recipe(f"{{gptq: {{drift: {drift}}}}}")
-        out = tmp_path / str(drift)
-        quantize(QuantizeOptions(str(source), path, out, overrides=("calibration.samples=48",), dtype="fp32"))
+        out = tmp_path / f"{seed}-{drift}"
+        quantize(QuantizeOptions(str(source), path, out, ("calibration.samples=48",), seed=seed, dtype="fp32"))
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         quantized = Qtool().open(out)
         for name in quantized.layers:
             model.get_submodule(name).weight.data = quantized.tensor(f"{name}.weight")
-        errors.append(float((inputs_of(model, [last], tokens)[last] - wanted).square().sum()))
-    assert errors[1] < 0.96 * errors[0]
+        errors[drift] += float((inputs_of(model, [last], tokens)[last] - wanted).square().sum())
+    assert errors[1] < 0.98 * errors[0]  # 0.96 here, 0.94 to 1.0 for one seed alone
 
 
 def test_the_two_ways_of_propagation_differ(recipe, tiny_checkpoint, tmp_path):
