@@ -73,7 +73,7 @@ class ModelParams(ctypes.Structure):
 
 
 class Batch(ctypes.Structure):
-    """`llama_batch`; a null array means: positions count on, one sequence, logits of the last token only."""
+    """`llama_batch`; a null array means: positions count on, one sequence."""
 
     _fields_ = (
         ("n_tokens", ctypes.c_int32),
@@ -115,7 +115,6 @@ def library() -> ctypes.CDLL:
     for name in ("model_load_from_file", "init_from_model", "model_get_vocab", "get_memory"):
         getattr(lib, f"llama_{name}").restype = ctypes.c_void_p
     lib.llama_get_logits.restype = ctypes.POINTER(ctypes.c_float)
-    lib.llama_vocab_is_eog.restype = ctypes.c_bool
     lib.llama_model_default_params.restype = ModelParams
     lib.llama_context_default_params.restype = ContextParams
     lib.llama_log_set(_LOG, None)
@@ -137,7 +136,7 @@ class LlamaCpp:
 
     Args:
         path: a GGUF file.
-        n_ctx: most tokens of a prompt and its continuation.
+        n_ctx: most tokens that are run at once.
 
     Raises:
         CheckpointError: llama.cpp does not load the file; with its own words.
@@ -167,47 +166,19 @@ class LlamaCpp:
         self.vocab = ctypes.c_void_p(self.lib.llama_model_get_vocab(self.model))
         self.n_vocab = int(self.lib.llama_vocab_n_tokens(self.vocab))
 
-    def tokenize(self, text: str, add_special: bool = True) -> list[int]:
-        """Token ids of a text; special tokens spelled in it count as such, as in transformers."""
-        data = text.encode()
-        room = len(data) + 16
-        ids = (ctypes.c_int32 * room)()
-        flags = (ctypes.c_bool(add_special), ctypes.c_bool(True))
-        count = self.lib.llama_tokenize(self.vocab, data, len(data), ids, room, *flags)
-        return list(ids[:count])
-
     def logits(self, tokens: Tensor | list[int]) -> Tensor:
-        """float32 [T, V]: what follows each of T tokens from the start of a context."""
-        self._forget()
-        return self._decode([int(t) for t in tokens], every=True)
+        """float32 [T, V]: what follows each of T tokens from the start of a context.
 
-    def generate(self, prompt: list[int], n: int) -> list[int]:
-        """Up to n most likely tokens after a prompt; stops before a token that ends the text."""
-        self._forget()
-        answer: list[int] = []
-        pending = list(prompt)
-        for _ in range(n):
-            best = int(self._decode(pending, every=False)[-1].argmax())
-            if self.lib.llama_vocab_is_eog(self.vocab, best):
-                break
-            answer.append(best)
-            pending = [best]
-        return answer
-
-    def _forget(self) -> None:
-        self.used = 0
+        Raises:
+            UsageError: no tokens, or more than the context holds.
+        """
+        if not 0 < len(tokens) <= self.n_ctx:
+            raise UsageError("llama.cpp's context", wanted=f"1 to {self.n_ctx} tokens", found=len(tokens))
         self.lib.llama_memory_clear(self.memory, ctypes.c_bool(True))
-
-    def _decode(self, tokens: list[int], every: bool) -> Tensor:
-        """Appends tokens to the context; float32 [T or 1, V]."""
-        self.used += len(tokens)
-        if self.used > self.n_ctx or not tokens:
-            raise UsageError("llama.cpp's context", wanted=f"1 to {self.n_ctx} tokens", found=self.used)
-        ids = (ctypes.c_int32 * len(tokens))(*tokens)
-        wanted = (ctypes.c_int8 * len(tokens))(*([1] * len(tokens))) if every else None
-        status = self.lib.llama_decode(self.context, Batch(n_tokens=len(tokens), token=ids, logits=wanted))
+        ids = (ctypes.c_int32 * len(tokens))(*(int(token) for token in tokens))
+        every = (ctypes.c_int8 * len(tokens))(*([1] * len(tokens)))
+        status = self.lib.llama_decode(self.context, Batch(n_tokens=len(tokens), token=ids, logits=every))
         if status:
             raise QtoolError(f"llama_decode failed with status {status}", found=" / ".join(complaints) or None)
-        rows = len(tokens) if every else 1
         values: Any = self.lib.llama_get_logits(self.context)
-        return torch.from_numpy(np.ctypeslib.as_array(values, shape=(rows, self.n_vocab)).copy())
+        return torch.from_numpy(np.ctypeslib.as_array(values, shape=(len(tokens), self.n_vocab)).copy())

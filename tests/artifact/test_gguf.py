@@ -23,6 +23,7 @@ from qtool.errors import CheckpointError, PlanError, StorageError
 from qtool.evaluate.llamacpp import LlamaCpp
 from qtool.formats.int import Int
 from qtool.methods.rtn import RTN
+from tests.llamacpp import generate, tokenize
 
 TOKENS = [(7 * i * i + 3 * i) % 500 for i in range(40)]
 FORMATS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
@@ -358,5 +359,5 @@ def test_the_demo_file_is_rewritten_as_it_was(demo_gguf: Path, tmp_path: Path):
     }
     prompt = "<|im_start|>user\nWhat is 12345 plus 1?<|im_end|>\n<|im_start|>assistant\n"
     runtime, again = LlamaCpp(demo_gguf, 64), LlamaCpp(path, 64)
-    answer = again.generate(again.tokenize(prompt), 16)
-    assert len(answer) == 16 and answer == runtime.generate(runtime.tokenize(prompt), 16)
+    answer = generate(again, tokenize(again, prompt), 16)
+    assert len(answer) == 16 and answer == generate(runtime, tokenize(runtime, prompt), 16)

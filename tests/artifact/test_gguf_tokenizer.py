@@ -14,6 +14,7 @@ from qtool.errors import CheckpointError
 from qtool.evaluate.llamacpp import LlamaCpp
 from qtool.recipe.export import Export
 from tests.artifact.test_gguf import neutral, write
+from tests.llamacpp import tokenize
 from tests.tokenizers import TEXTS, byte_level, gemma_like, llama2_like, phi3_like, tokenizer_model
 
 
@@ -45,7 +46,7 @@ def test_byte_level_tokenization(name, gguf_file):
     path = gguf_file({"tokenizer.json": tokenizer.to_str()})
     runtime, again = LlamaCpp(path, 64), rebuilt(path)
     for text in TEXTS:
-        assert runtime.tokenize(text) == again.encode(text).ids == tokenizer.encode(text).ids, text
+        assert tokenize(runtime, text) == again.encode(text).ids == tokenizer.encode(text).ids, text
 
 
 SENTENCEPIECE = {
@@ -63,8 +64,8 @@ def test_sentencepiece_tokenization_from_tokenizer_json(kind, gguf_file):
     path = gguf_file({"tokenizer.json": make().to_str(), "tokenizer_config.json": json.dumps(settings)})
     runtime, again = LlamaCpp(path, 64), rebuilt(path)
     for text in filter(None, [*TEXTS, special, *special.split("<")]):
-        assert runtime.tokenize(text) == again.encode(text).ids == make().encode(text).ids, text
-        assert runtime.tokenize(text, add_special=False) == make().encode(text, add_special_tokens=False).ids, text
+        assert tokenize(runtime, text) == again.encode(text).ids == make().encode(text).ids, text
+        assert tokenize(runtime, text, add_special=False) == make().encode(text, add_special_tokens=False).ids, text
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_sentencepiece_tokenization_from_tokenizer_model(gguf_file):
     tokenizer = llama2_like()
     runtime = LlamaCpp(gguf_file({"tokenizer.model": tokenizer_model(tokenizer)}), 64)
     for text in filter(None, TEXTS):
-        assert runtime.tokenize(text) == tokenizer.encode(text).ids, text
+        assert tokenize(runtime, text) == tokenizer.encode(text).ids, text
 
 
 @pytest.mark.slow
@@ -96,7 +97,7 @@ def test_the_demo_models_tokenization(demo_gguf: Path):
     tokenizer = Tokenizer.from_file(str(model.files["tokenizer.json"]))
     runtime = LlamaCpp(demo_gguf, 32)
     for text in TEXTS:
-        assert runtime.tokenize(text) == tokenizer.encode(text).ids, text
+        assert tokenize(runtime, text) == tokenizer.encode(text).ids, text
 
 
 def metadata(tmp_path: Path, tokenizer: Tokenizer | dict, size=512, config=None, pre=None, **files):

@@ -11,6 +11,7 @@ from qtool.errors import MissingExtra, QtoolError, UsageError
 from qtool.evaluate import llamacpp
 from qtool.evaluate.llamacpp import LlamaCpp
 from tests.artifact.test_gguf import neutral
+from tests.llamacpp import generate
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def test_greedy_generation_is_that_of_transformers(model):
         torch.tensor([prompt]), attention_mask=torch.ones(1, 4), max_new_tokens=20, do_sample=False, pad_token_id=0
     )[0, 4:]
     ended = [i for i, token in enumerate(wanted.tolist()) if token == 2]
-    assert LlamaCpp(path, 32).generate(prompt, 20) == wanted[: ended[0] if ended else 20].tolist()
+    assert generate(LlamaCpp(path, 32), prompt, 20) == wanted[: ended[0] if ended else 20].tolist()
 
 
 def test_logits_do_not_depend_on_what_was_run_before(model):
