@@ -4,7 +4,7 @@ These are `quantize_row_iq2_xxs_impl` and its like for IQ2_XS, IQ2_S, IQ3_XXS an
 (https://github.com/ggml-org/llama.cpp). Each step of a sweep rounds a group of columns to odd numbers, a vector at a
 time; what is no entry of the codebook becomes the best of the entries in the nearest shells around it.
 
-Shape letters: N rows, K columns, S super-blocks of a row, G groups of a row, C columns of a group, V of a vector.
+Shape letters: N rows, K columns, S super-blocks of a row, G groups of a row, C columns of a group, M magnitudes.
 """
 
 from __future__ import annotations
@@ -216,14 +216,16 @@ def ggml_codebook_scales(
         rule: how it stores scales.
         kind: what ggml does for it.
 
+    Errors of IQ3_S are too small where a group is all zeros: ggml then writes what follows into the wrong places.
+
     Returns:
         (d, float32 [N, S], not yet in fp16; s, float32 [N, G] of integers; which shifts are down, [N, 0]; the error of
         ggml's own codes in parts of that of zeros, float32 [N, S], infinite where that is 0).
     """
     known = np.empty(0, np.float32) if importance is None else importance.float().contiguous().cpu().numpy()
-    arrays = x.float().contiguous().cpu().numpy(), known, weight.numpy(), book.magnitudes, book.width
+    arrays = x.float().contiguous().cpu().numpy(), known, weight.cpu().numpy(), book.magnitudes, book.width
     d, s, errors = (np.zeros((len(x), x.shape[1] // width), np.float32) for width in (SUPER, rule.group, SUPER))
     shells = shells_of(book, kind.shells)
     over_rows(lambda a, b: search_rows(*arrays, kind, rule, shells, d, s, errors, a, b), len(x))
     scale, steps, error = (torch.from_numpy(part).to(x.device) for part in (d, s, errors))
-    return scale, steps, torch.empty(len(x), 0, dtype=torch.uint8), error
+    return scale, steps, torch.empty(len(x), 0, dtype=torch.uint8, device=x.device), error

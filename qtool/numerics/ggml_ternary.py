@@ -25,6 +25,7 @@ from qtool.numerics.sweep import half
 from qtool.numerics.vector_search import Rule
 
 VECTOR = 8
+LOWEST = np.finfo(np.float32).min
 SHELLS = 3
 """Of entries around what is no entry."""
 
@@ -94,7 +95,7 @@ def best_split(sums, delta):  # type: ignore[no-untyped-def]
 
     The highest bit of a combination is of the first shift, and set where that is -delta.
     """
-    scale, first, second, chosen, best = F32(0), 0, 0, -1, F32(-3.4028235e38)
+    scale, first, second, chosen, best = F32(0), 0, 0, -1, F32(LOWEST)
     two = sums.shape[1] == 2
     for a in range(sums.shape[2]):
         for b in range(a, sums.shape[2]):
@@ -156,11 +157,11 @@ def products(x, weight, levels):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def search_rows(x, importance, weights, kind, rule, shells, d, s, minus, errors, start, stop):  # type: ignore[no-untyped-def]
-    """Fills d, errors [N, S], s [N, G] and minus [N, G H] for rows start to stop of x [N, K]."""
+    """Fills d, errors [N, S], s [N, G] and minus [N, G H] for rows start to stop; see `ggml_ternary_scales`."""
     per, group, shifts, delta = s.shape[1] // d.shape[1], rule.group, rule.group // rule.segment, F32(rule.delta)
     weight, levels, stepped = np.empty((3, SUPER), F32)
     sums, total = np.empty((2, shifts, group + 1), F32), np.empty(shells.most, F32)
-    memory, scale = (np.empty(group, np.int64), np.empty(group, np.int64), sums, total), np.empty(per, F32)
+    memory, scale = (np.empty(group, np.int64), np.empty(group, np.int32), sums, total), np.empty(per, F32)
     for n in range(start, stop):
         for b in range(d.shape[1]):
             here, steps = slice(b * SUPER, (b + 1) * SUPER), s[n, b * per : (b + 1) * per]
@@ -200,7 +201,7 @@ def ggml_ternary_scales(
         error of ggml's own codes in parts of that of zeros, float32 [N, S], infinite where that is 0).
     """
     known = np.empty(0, np.float32) if importance is None else importance.float().contiguous().cpu().numpy()
-    arrays = x.float().contiguous().cpu().numpy(), known, weight.numpy()
+    arrays = x.float().contiguous().cpu().numpy(), known, weight.cpu().numpy()
     d, s, errors = (np.zeros((len(x), x.shape[1] // width), np.float32) for width in (SUPER, rule.group, SUPER))
     minus, shells = np.zeros((len(x), x.shape[1] // rule.segment), np.uint8), shells_of(book, SHELLS)
     over_rows(lambda a, b: search_rows(*arrays, kind, rule, shells, d, s, minus, errors, a, b), len(x))

@@ -257,7 +257,7 @@ def vector_scales(
     s = np.zeros((rows, columns // rule.group), np.float32)
     signs = np.ones((rows, columns // rule.segment), np.int8)
     ratios = np.geomspace(rule.low, rule.high, effort.steps).astype(np.float32)
-    arrays = (x.float().contiguous().cpu().numpy(), weight.numpy(), book.tables, rule, ratios, effort)
+    arrays = (x.float().contiguous().cpu().numpy(), weight.cpu().numpy(), book.tables, rule, ratios, effort)
 
     def work(a: int, b: int) -> None:
         vector_rows(*arrays, d, s, signs, errors, a, b)
