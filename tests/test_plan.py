@@ -180,6 +180,11 @@ class TestSizes:
         assert made.predicted_bytes == weights * 34 // 32 + norms
         assert made.bits_per_weight == 8.5
 
+    def test_every_tensor_takes_whole_bytes(self):
+        made = plan({"match": "*.q_proj", "weights": "int3-tensor-asym"}, {"match": "*", "keep": True})
+        rest = 2 * 2 * (2 * 100 * 64 + 2 * (64 * 64 + 2 * 32 * 64 + 3 * 96 * 64)) // 2 + 5 * 64 * 2
+        assert made.predicted_bytes == rest + 2 * -(-(64 * 64 * 3 + 16 + 3) // 8)
+
     def test_of_a_real_model(self):
         made = plan({"match": "*", "weights": "int4-g64"}, model=SMOLLM2_135M)
         embedding, linear = 49152 * 576, 30 * (2 * 576 * 576 + 2 * 192 * 576 + 3 * 576 * 1536)

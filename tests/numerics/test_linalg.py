@@ -14,12 +14,13 @@ def gram(k: int) -> torch.Tensor:
     return x.T @ x
 
 
+@pytest.mark.parametrize("wanted", [0.01, 1.0])
 @pytest.mark.parametrize("k", [1, 3, 128, 129, 300])
-def test_upper_factor_of_the_inverse(k: int) -> None:
+def test_upper_factor_of_the_inverse(k: int, wanted: float) -> None:
     h = gram(k)
-    factor, damp = inverse_factor(h, 0.01)
-    damped = h.double() + 0.01 * h.double().diagonal().mean() * torch.eye(k)
-    assert damp == 0.01
+    factor, damp = inverse_factor(h, wanted)
+    damped = h.double() + wanted * h.double().diagonal().mean() * torch.eye(k)
+    assert damp == wanted
     assert torch.equal(factor, factor.triu())
     assert bool((factor.diagonal() > 0).all())
     torch.testing.assert_close(factor.double().T @ factor.double(), torch.linalg.inv(damped), rtol=1e-3, atol=1e-6)

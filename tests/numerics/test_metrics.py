@@ -32,6 +32,13 @@ def test_sqnr_is_signal_over_error(matrices):
     assert sqnr_db(w, w_hat) == pytest.approx(wanted, abs=1e-4)
 
 
+def test_energy_is_a_sum_of_squares(matrices):
+    w, _, x = matrices
+    assert energy(w) == pytest.approx(sum(v * v for v in w.flatten().tolist()), rel=1e-6)
+    outputs = sum(float(row @ r) ** 2 for row in x for r in w)
+    assert energy(w, x.T @ x) == pytest.approx(outputs, rel=1e-5)
+
+
 def test_a_scale_error_of_one_percent_is_40_db(matrices):
     w, _, _ = matrices
     assert sqnr_db(w, 1.01 * w) == pytest.approx(40, abs=1e-3)

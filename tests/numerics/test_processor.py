@@ -16,3 +16,5 @@ def test_the_type_to_compute_in(monkeypatch):
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
         assert compute_dtype(torch.device("cpu")) == dtype
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in earlier versions
+    assert compute_dtype(torch.device("cpu")) == torch.float32
