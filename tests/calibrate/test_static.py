@@ -69,6 +69,12 @@ def test_as_many_numbers_are_left_out_below_as_above(share):
         assert_close(found, wanted, rtol=5e-3, atol=5e-3)
 
 
+def test_no_end_lies_beyond_the_numbers():
+    x = torch.tensor([0.5002, 0.6, 0.7502])  # the first and the last inside of a bin
+    low, high = counted(x).inner(0.999)
+    assert (low, high) == (x[0], x[2])
+
+
 @pytest.mark.parametrize("factors", [(1, 30), (30, 1), (1e-3, 1)], ids=["grows", "shrinks", "leaps"])
 def test_parts_merge_to_the_whole(factors):
     a, b = random(50, 8) * factors[0], random(50, 8, seed=1) * factors[1]
