@@ -38,7 +38,7 @@ def command_lines(text):
 
 def parse(line):
     """Parses a command line without running it; Typer raises what is wrong. `qtool plan` alone only names a command."""
-    command, arguments = typer.main.get_command(app), shlex.split(re.split(r" [|>] ", line)[0])[1:]
+    command, arguments = typer.main.get_command(app), shlex.split(re.split(r" [|>] ", line)[0], comments=True)[1:]
     while arguments and hasattr(command, "commands") and not arguments[0].startswith("-"):
         command = command.commands[arguments.pop(0)]
     if hasattr(command, "commands"):  # options of a group act while they are parsed, so they are only looked up
