@@ -10,19 +10,13 @@ from torch import Tensor
 
 from qtool.numerics.bits import stack_runs
 
-COUNT = 15
-BITS = torch.tensor([*range(15, 8, -1), *range(8)], dtype=torch.uint8)
-PAIRS = torch.zeros(256, dtype=torch.uint8)
-PAIRS[: COUNT * COUNT] = (BITS[:, None] << 4 | BITS).flatten()
-"""Two level indices as one number, a + 15 b -> the byte that holds a in its low nibble and b in its high one."""
-
 
 def pack_halves(codes: Tensor, out: Tensor) -> None:
     """Fills out uint8 [N, C / 2] with column j in the low and column j + C / 2 in the high nibble of byte j.
 
     codes: level indices [N, C].
     """
-    stack_runs(codes, (1, COUNT), codes.shape[1] // 2, table=PAIRS, out=out)
+    stack_runs(codes, (1, 16), codes.shape[1] // 2, signed=True, out=out)
 
 
 def from_bit_patterns(bits: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ https://github.com/vllm-project/compressed-tensors
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import cache
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -31,6 +32,12 @@ LAST = 254
 TRIED = {"fast": (0, 1), "default": (-2, 1), "thorough": (-5, 2)}
 """Exponents that a search tries, relative to that of `floor`."""
 Rule = Literal["floor", "up", "even", "fast", "default", "thorough"]
+
+
+@cache
+def powers(point: int) -> Tensor:
+    """What stored exponents stand for, float32 [256], with infinity for NaN; see `SharedExponent.point`."""
+    return torch.ldexp(torch.ones(256, dtype=torch.float64), torch.arange(256) - (BIAS + point)).float()
 
 
 class SharedExponent(Scaled):
@@ -67,8 +74,8 @@ class SharedExponent(Scaled):
 
     def scale(self, params: Params) -> Tensor:
         """See `Scaled.scale`."""
-        exponent = params["exponent"].int() - (BIAS + self.point)
-        return torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent).float()
+        exponent = params["exponent"]
+        return powers(self.point).to(exponent.device)[exponent.long()]
 
     def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
         """See `Format.fit`."""
@@ -80,11 +87,10 @@ class SharedExponent(Scaled):
         """Exponents of least error, float32 [N, C] -> uint8 [N, G]; `smallest` for a group of zeros."""
         groups, fast = w.shape[1] // self.group_columns, self.search == "fast"
         ends = self.largest(w, groups).unsqueeze(-1) if fast else self.extents(w, importance, groups)
-        powers = torch.arange(LAST - self.point + 1)
-        scales = torch.ldexp(torch.ones(len(powers)), powers - BIAS)
-        around = ((ends.view(torch.int32) >> 23) - self.grid.exponent).clamp(0, len(powers) - 1).to(torch.uint8)
-        found = best_code(w, importance, around, scales, TRIED[self.search], self.grid)
-        return torch.where(ends[..., 0] > 0, found + self.point, self.smallest)
+        scales = powers(self.point)[self.point : LAST + 1]
+        around = ((ends.view(torch.int32) >> 23) - self.grid.exponent).clamp(0, len(scales) - 1).to(torch.uint8)
+        found = best_code(w, importance, around, scales, TRIED[self.search], self.grid) + self.point
+        return found.masked_fill_(ends[..., 0] == 0, self.smallest)
 
     def _wanted(self, w: Tensor) -> Tensor:
         """Powers of two by a rule, float32 [N, C] -> [N, G]; zero for a group of zeros."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qtool.formats._base import Params, expand
 from qtool.formats._ggml import BlockFormat, fp16
-from qtool.numerics.table_search import column_weights
+from qtool.numerics.table_search import block_weights
 from qtool.numerics.ternary_search import ternary_scales
 
 
@@ -49,7 +49,7 @@ class Ternary(BlockFormat):
         """See `Format.fit`."""
         if self.search == "ggml":
             return self.stored(self._absmax(w))
-        weight, _ = column_weights(importance, w.shape[1], self.columns, self.columns)
+        weight = block_weights(importance, w.shape[1], self.columns)
         found = self.stored(ternary_scales(w, weight, self.columns, self.search != "fast"))
         return found if self.search == "fast" else self.no_worse(found, self.stored(self._absmax(w)), w, importance)
 

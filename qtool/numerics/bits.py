@@ -114,7 +114,16 @@ def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
 
 
 @njit(nogil=True, cache=True)
-def run_rows(q, shift, mask, places, flip, table, words, packed, start, stop):  # type: ignore[no-untyped-def]
+def signed_nibbles(x):  # type: ignore[no-untyped-def]
+    """Numbers from -7 to 7, stored from 0 on in the sixteen nibbles of x, as signs and magnitudes."""
+    above = x + np.uint64(0x1111111111111111)  # has its highest bit where a number is not negative
+    minus = ~(above >> np.uint64(3)) & np.uint64(0x1111111111111111)
+    size = ((above & np.uint64(0x7777777777777777)) ^ minus * np.uint64(7)) + minus
+    return size | minus << np.uint64(3)
+
+
+@njit(nogil=True, cache=True)
+def run_rows(q, shift, mask, places, flip, signed, table, words, packed, start, stop):  # type: ignore[no-untyped-def]
     """Fills packed [N, words] for rows start to stop of q [N, words], four or eight columns a word; see `stack_runs`.
 
     words: a tuple as long as a run, whose length is known when this is compiled, like that of places.
@@ -129,7 +138,7 @@ def run_rows(q, shift, mask, places, flip, table, words, packed, start, stop):  
                 total = np.uint64(0)
                 for k in range(len(places)):
                     total += (columns[i + k * width] >> shift & mask) * places[k]
-                total ^= flip
+                total = signed_nibbles(total) if signed else total ^ flip
                 if len(table):
                     found = np.uint64(0)
                     for k in range(size):
@@ -146,6 +155,7 @@ def stack_runs(
     table: Tensor | None = None,
     field: tuple[int, int] = (0, 255),
     flip: int = 0,
+    signed: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """Makes one byte of columns that lie `width` apart: `table[flip ^ sum of place * field of q]`.
@@ -157,6 +167,7 @@ def stack_runs(
         table: uint8 [256], or none.
         field: where it begins in a code, and a mask of its bits.
         flip: mask of bits that are inverted.
+        signed: whether half bytes, numbers from -7 to 7 stored from 0 on, become a sign and a magnitude instead.
         out: what is filled, if not new memory: uint8 [N, C / places], columns contiguous, such as a part of blocks.
 
     Returns:
@@ -164,7 +175,7 @@ def stack_runs(
     """
     packed = torch.empty(len(q), q.shape[1] // len(places), dtype=torch.uint8) if out is None else out
     word, ones = (np.uint32, 0x01010101) if width % 8 else (np.uint64, 0x0101010101010101)
-    rule = word(field[0]), word(field[1] * ones), tuple(map(word, places)), word(flip * ones)
+    rule = word(field[0]), word(field[1] * ones), tuple(map(word, places)), word(flip * ones), signed
     entries = np.empty(0, np.uint8) if table is None else table.numpy()
     run, arrays = tuple(range(width // word().itemsize)), [part.numpy().view(word) for part in (q, packed)]
     over_rows(lambda a, b: run_rows(arrays[0], *rule, entries, run, arrays[1], a, b), len(q))

@@ -16,6 +16,7 @@ Shape letters: N rows, C columns, G groups of C / G columns, L levels, S scales 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -60,13 +61,21 @@ class Grid(NamedTuple):
 
     def levels(self) -> Tensor:
         """float32 [L], ascending."""
-        positive = [0.0]
-        while positive[-1] < self.highest:
-            power = max(int(np.frexp(positive[-1])[1]) - 1, self.smallest) if positive[-1] else self.smallest
-            positive.append(positive[-1] + 2.0 ** (power - self.mantissa))
-        return torch.tensor([-level for level in positive[:0:-1]] + positive)
+        positive = positive_levels(self)
+        return torch.tensor([-level for level in reversed(positive)] + [0.0, *positive])
 
 
+@cache
+def positive_levels(grid: Grid) -> tuple[float, ...]:
+    """Those above zero, ascending."""
+    levels = [2.0 ** (grid.smallest - grid.mantissa)]
+    while levels[-1] < grid.highest:
+        power = max(int(np.frexp(levels[-1])[1]) - 1, grid.smallest)
+        levels.append(levels[-1] + 2.0 ** (power - grid.mantissa))
+    return tuple(levels)
+
+
+@cache
 def minifloat(exponent: int, mantissa: int) -> Grid:
     """A float of 1 + exponent + mantissa bits with the usual bias 2^(exponent - 1) - 1.
 
@@ -217,7 +226,7 @@ def nearest(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     As in a saturating cast, ties go to the even multiple of the step, which has the even bit pattern where there is a
     mantissa, and what lies beyond the last level to that level.
     """
-    center = len(grid.levels()) // 2
+    center = len(positive_levels(grid))
     codes = np.empty(x.shape, np.uint8)
     arrays = x.contiguous().cpu().numpy(), scale.contiguous().cpu().numpy()
     over_rows(lambda a, b: round_rows(*arrays, *grid.numbers, np.int32(center), codes, a, b), len(codes))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qtool.numerics.minifloat import EXPONENT, Grid
 from qtool.numerics.parallel import over_rows
-from qtool.numerics.search import prepared
+from qtool.numerics.search import relative
 
 F32, I32 = np.float32, np.int32
 LANES = 64
@@ -111,8 +111,9 @@ def best_code(
         uint8 [N, G].
     """
     (n, groups, _), width = ends.shape, x.shape[1] // ends.shape[1]
-    weighed, weight, _ = prepared(x, importance, width)
-    weights = np.tile(weight.reshape(groups, width), (-(-LANES // groups), 1)).T.copy()
+    given = torch.ones(x.shape[1]) if importance is None else relative(importance.cpu(), groups)
+    weights = np.tile(given.numpy().reshape(groups, width), (-(-LANES // groups), 1)).T.copy()
+    weighed = x.float().contiguous().cpu().numpy().reshape(-1, width)
     found = np.empty(n * groups, np.uint8)
     smallest, mantissa, highest = grid.numbers
     rule = tried, smallest, ROUNDER * F32(2.0**-mantissa), highest

@@ -8,6 +8,7 @@ Shape letters: C columns of a group (a multiple of 4), G groups of a super-block
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 from numba import njit
@@ -24,6 +25,7 @@ STRETCH = np.array([*np.linspace(0.75, 1.1, 12), 1.25, 1.5, 2, 3], np.float32)
 counts may."""
 
 
+@cache
 def signed_trials(lowest: int, count: int) -> np.ndarray:
     """Table of a sweep for x ~ s * l: where the largest weight lands relative to the lowest level; float32 [2, T].
 
@@ -35,6 +37,7 @@ def signed_trials(lowest: int, count: int) -> np.ndarray:
     return np.stack([np.array(ratios), np.zeros(len(ratios))]).astype(np.float32)
 
 
+@cache
 def offset_trials(highest: int, count: int) -> np.ndarray:
     """Table of a sweep for x ~ s * l + o: length of the grid over the group's range, and its middle; float32 [2, T]."""
     ratios = clip_ratios(highest + 1, count // 4)

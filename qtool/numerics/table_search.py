@@ -242,13 +242,22 @@ def table_scales(
 def column_weights(importance: Tensor | None, columns: int, width: int, block: int) -> tuple[Tensor, Tensor]:
     """(weight of a column's squared error, reach), float32 [C] each.
 
-    Weights are importances plus a millionth of their block's mean, so that columns without any are still rounded
-    sensibly. Reach is below 1 for columns that count less than their group's average.
+    Weights are `block_weights`. Reach is below 1 for columns that count less than their group's average.
     """
+    weight = block_weights(importance, columns, block).view(-1, width)
     if importance is None:
-        return torch.ones(columns), torch.ones(columns)
-    blocks = importance.float().cpu().view(-1, block)
-    mean = blocks.mean(1, keepdim=True)
-    weight = torch.where(mean > 0, blocks / mean.clamp_min(1e-30) + 1e-6, 1.0).view(-1, width)
+        return weight.flatten(), weight.flatten()
     reach = (weight / weight.mean(1, keepdim=True)).clamp_max(1.0).pow(0.25)
     return weight.flatten(), reach.flatten()
+
+
+def block_weights(importance: Tensor | None, columns: int, block: int) -> Tensor:
+    """Importances, float32 [C], plus a millionth of their block's mean, over that mean.
+
+    So columns without any are still rounded sensibly.
+    """
+    if importance is None:
+        return torch.ones(columns)
+    blocks = importance.float().cpu().view(-1, block)
+    mean = blocks.mean(1, keepdim=True)
+    return torch.where(mean > 0, blocks / mean.clamp_min(1e-30) + 1e-6, 1.0).flatten()
