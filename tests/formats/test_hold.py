@@ -7,6 +7,7 @@ from qtool.formats._base import Quantized
 from qtool.formats.bfp import BFP
 from qtool.formats.fp import FP
 from qtool.formats.int import Int
+from qtool.formats.iq1_s import IQ1_S
 from qtool.formats.mxint8 import MXINT8
 from qtool.formats.q4_0 import Q4_0
 from qtool.formats.q4_1 import Q4_1
@@ -83,6 +84,7 @@ REFUSED = {
     "narrower-blocks": (Q5_0(), Q4_0(), "the range of q5_0 does not fit q4_0"),
     "floats": (FP(element="e2m1", group=32), integer(8, 32), "int8-g32 holds no fp4-g32"),
     "tensor": (integer(8, "tensor"), integer(4, "tensor"), "int4-tensor holds no int8-tensor"),
+    "token": (integer(4, "channel"), integer(8, "token"), "int8-token holds no int4-channel"),
     "other-floats": (
         FP(element="e4m3", group="channel"),
         FP(element="e4m3", group=32),
@@ -109,6 +111,21 @@ def test_what_only_the_numbers_tell():
     far = Quantized(torch.zeros(1, 32, dtype=torch.uint8), {"scale": torch.ones(1, 1)}, integer(2, 32, False))
     held = integer(8, 32, False).hold(far._replace(params={"scale": torch.ones(1, 1), "zero": torch.ones(1, 1)}))
     assert held.decode().unique().tolist() == [-3.0]
+
+
+def test_shifts_are_no_zero_points():
+    w = torch.randn(2, 256, generator=torch.Generator().manual_seed(3))
+    params = (source := IQ1_S(search="fast")).fit(w)
+    shifted = Quantized(source.snap(w, params), params, source)
+    assert integer(8, 32).hold(shifted) == "some offsets are no multiples of their scales"
+
+
+@pytest.mark.parametrize("target", [integer(5, 32), integer(6, 32, False)], ids=lambda fmt: fmt.label)
+@pytest.mark.parametrize("zero", [-100, 100])
+def test_zero_points_that_no_sound_file_has(target, zero):
+    params = {"scale": torch.ones(1, 1), "zero": torch.full((1, 1), zero, dtype=torch.int8)}
+    wild = Quantized(torch.full((1, 32), 7, dtype=torch.uint8), params, integer(4, 32, False))
+    assert target.hold(wild) == f"some zero points are out of the range of {target.label}"
 
 
 def test_powers_of_two_are_exact_in_a_block_with_a_minimum():

@@ -247,6 +247,7 @@ def test_golden_scales_of_nvfp4() -> None:
     assert params["scale"].view(torch.float8_e4m3fn).float().tolist() == [[448, 128]]
     searched = parse_format("nvfp4").fit(w)
     assert float(searched["tensor"]) == 2.0**-11  # the least power of two with which no scale is above 448
+    assert float(parse_format("nvfp4").given(2688 / 8).fit(w)["tensor"][0]) == 1 / 8
 
 
 def test_matrices_that_runtimes_merge_have_one_scale() -> None:
