@@ -3,7 +3,7 @@
 These are `iq2xs_init_impl`, `iq3xs_init_impl` and the `find_best_neighbour` functions of ggml-quants.c
 (https://github.com/ggml-org/llama.cpp), whose choices are repeated to the last bit; see `ggml_search`.
 
-Shape letters: E entries, V columns of a vector, M magnitudes, B batches of neighbours.
+Shape letters: E entries, V columns of a vector, M magnitudes.
 """
 
 from __future__ import annotations

@@ -140,6 +140,14 @@ def test_it_is_the_comparison_that_makes_it_so(name: str, monkeypatch: pytest.Mo
     assert (alone > theirs * 1.02).any()
 
 
+@pytest.mark.parametrize("name", BOOKS)
+def test_nor_a_block_that_counts_little_in_its_row(name: str) -> None:
+    w, importance = blocks(64)
+    importance[256:] *= 1e-8
+    ours, theirs = both(name, "default", w, importance)
+    assert (ours <= theirs * (1 + 1e-6)).all()
+
+
 @pytest.mark.parametrize(("name", "matrix"), with_and_without_matrix([(name,) for name in BOOKS]))
 def test_blocks_are_compared_exactly_wherever_it_matters(
     name: str, matrix: bool, monkeypatch: pytest.MonkeyPatch
