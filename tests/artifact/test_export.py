@@ -126,7 +126,7 @@ def test_quantized_in_a_way_that_nobody_here_reads(tiny_checkpoint, tmp_path):
         open_model(str(folder))
 
 
-@pytest.mark.parametrize("name", ["awq", "fp8", "gptq", "mlx", "modelopt"])
+@pytest.mark.parametrize("name", ["awq", "compressed-tensors", "fp8", "gptq", "mlx", "modelopt"])
 def test_a_model_without_codes_is_refused(name, tiny_checkpoint):
     with pytest.raises(PlanError, match="nothing of the model is quantized: the model as a whole"):
         registry.load("artifact", name)().check(quantize(tiny_checkpoint("llama"), None))

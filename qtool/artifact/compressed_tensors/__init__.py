@@ -25,9 +25,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from qtool.artifact._base import Artifact, Carry
+from qtool.artifact._base import Carry
 from qtool.artifact._integers import model_dtype
-from qtool.artifact._packed import Infos, write_packed
+from qtool.artifact._packed import Infos, PackedArtifact, write_packed
 from qtool.artifact._settings import quantization_config as quantization_config_of
 from qtool.artifact.compressed_tensors import _cache, _inputs
 from qtool.artifact.compressed_tensors._caveats import caveats
@@ -50,7 +50,7 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 """
 
 
-class CompressedTensors(Artifact):
+class CompressedTensors(PackedArtifact):
     """See the module."""
 
     fuses: ClassVar[bool] = True
@@ -58,10 +58,11 @@ class CompressedTensors(Artifact):
     library: ClassVar[str | None] = "transformers"
     usage: ClassVar[str] = USAGE
 
-    def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Carry:
-        """See `Artifact.can_carry`."""
-        reason = _refusal(module, layer) if layer else None
-        return Carry(reason is None, reason or "")
+    def _refusal(self, module: Module, layer: Layer) -> str | None:
+        """See `PackedArtifact._refusal`."""
+        if module.kind == "router":
+            return "routers stay unquantized in compressed-tensors: keep it"
+        return None if kind_of(layer) else refusal(layer)
 
     def caches(self, fmt: KVCache | None) -> Carry:
         """See `Artifact.caches`: FP8 with one scale per tensor, or per head."""
@@ -92,7 +93,7 @@ class CompressedTensors(Artifact):
             inputs = _inputs.encode(model.layers[module], module, dtype)
             return kind(module).encode(quantized, module, dtype) | inputs
 
-        config = model.config | {"quantization_config": quantization_config(model)} if model.layers else model.config
+        config = model.config | {"quantization_config": quantization_config(model)}
         return write_packed(self, model, out, card, config, parts, encoded, _cache.tensors(model, dtype))
 
     def open(self, path: Path) -> CompressedCheckpoint:
@@ -103,13 +104,3 @@ class CompressedTensors(Artifact):
     def recognizes(cls, path: Path) -> bool:
         """See `Artifact.recognizes`."""
         return (quantization_config_of(path) or {}).get("quant_method") == METHOD
-
-
-def _refusal(module: Module, layer: Layer) -> str | None:
-    """Why a layer cannot be held; None if it can."""
-    if module.kind == "embedding":
-        tied = " and is the output layer at the same time" if module.aliases else ""
-        return f"the token embedding stays unquantized in compressed-tensors{tied}: keep it"
-    if module.kind == "router":
-        return "routers stay unquantized in compressed-tensors: keep it"
-    return None if kind_of(layer) else refusal(layer)

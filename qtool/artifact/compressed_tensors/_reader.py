@@ -32,7 +32,7 @@ class CompressedCheckpoint(PackedCheckpoint):
 
     def _understand(self, how: Mapping[str, Any]) -> None:
         """See `PackedCheckpoint._understand`."""
-        if how and how.get("quant_method") != METHOD:
+        if how.get("quant_method") != METHOD:
             what = f"{self.source} is no {METHOD} artifact"
             raise CheckpointError(what, wanted=f"quant_method {METHOD!r} in config.json")
         self._schemes = Schemes(how, str(Path(self.source) / "config.json"))
