@@ -33,20 +33,18 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Holds an existing folder for this process.
+def lock(path: Path) -> Iterator[None]:
+    """Holds an existing folder or file for this process.
 
     Raises:
         StorageError: another process holds it.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StorageError(
-                f"another run is writing {folder}", hint="wait for it, or choose another output"
-            ) from None
+            raise StorageError(f"another run is writing {path}", hint="wait for it, or choose another output") from None
         yield
     finally:
         os.close(descriptor)
@@ -88,17 +86,19 @@ def new_file(path: Path) -> Iterator[Path]:
     An existing file of that name is replaced.
 
     Raises:
-        StorageError: the disk is full or not writable.
+        StorageError: the disk is full or not writable, or another process writes this very file.
     """
     partial = path.with_name(f".{path.name}.partial")
     with storage_errors(path):
-        try:
-            yield partial
-            _sync(partial)
-            partial.replace(path)
-            _sync(path.parent)
-        finally:
-            partial.unlink(missing_ok=True)
+        partial.touch()
+        with lock(partial):
+            try:
+                yield partial
+                _sync(partial)
+                partial.replace(path)
+                _sync(path.parent)
+            finally:
+                partial.unlink(missing_ok=True)
 
 
 def check_file(path: Path) -> None:

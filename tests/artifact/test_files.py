@@ -155,3 +155,12 @@ def test_new_file_is_whole_or_as_before(tmp_path):
             partial.write_text("3")
         assert reader.read() == "1"  # whoever reads meanwhile sees the old file, whole
     assert tree(tmp_path) == {"manifest.json": b"3"}
+
+
+def test_two_runs_never_write_one_file_at_once(tmp_path):
+    path = tmp_path / "stats"
+    with _files.new_file(path) as partial:
+        with pytest.raises(StorageError, match=r"another run is writing .*stats"), _files.new_file(path):
+            pass
+        partial.write_text("whole")
+    assert (path.read_text(), list(tmp_path.iterdir())) == ("whole", [path])
