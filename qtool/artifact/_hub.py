@@ -7,16 +7,13 @@ from pathlib import Path
 from qtool.errors import HubError, one_line
 
 
-def push_to_hub(
-    folder: Path, repo: str, token: str | None = None, private: bool = False, endpoint: str | None = None
-) -> str:
+def push_to_hub(folder: Path, repo: str, token: str | None = None, endpoint: str | None = None) -> str:
     """Creates the repository if it is missing, uploads the folder, and returns the repository's address.
 
     Args:
         folder: what to upload, all of it.
         repo: "owner/name".
         token: None: the one that `hf auth login` saved.
-        private: of a repository that is created.
         endpoint: address of the hub; None: the hub library's own.
 
     Raises:
@@ -29,7 +26,7 @@ def push_to_hub(
     failures: tuple[type[BaseException], ...] = (*HfHubHTTPError.__bases__, OSError, ValueError, RuntimeError)
     api = HfApi(endpoint=endpoint, token=token)
     try:
-        address = str(api.create_repo(repo, private=private, exist_ok=True))
+        address = str(api.create_repo(repo, exist_ok=True))
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a model quantized by qtool")
     except failures as error:
         hint = f"nothing is lost: log in with `hf auth login`, then `hf upload {repo} {folder}`"

@@ -103,11 +103,10 @@ def folder(tmp_path):
 
 
 def test_every_file_arrives_byte_by_byte(hub, folder, tree):
-    assert push_to_hub(folder, REPO, token="hf_secret", private=True, endpoint=hub.address) == f"{hub.address}/{REPO}"
+    assert push_to_hub(folder, REPO, token="hf_secret", endpoint=hub.address) == f"{hub.address}/{REPO}"
     assert hub.files == tree(folder)
     ((request, authorization),) = hub.created
     assert (request["organization"], request["name"]) == ("someone", "tiny-quantized")
-    assert request.get("private") is True or request.get("visibility") == "private"
     assert authorization == "Bearer hf_secret"
 
 
