@@ -53,11 +53,6 @@ class Stored(BaseModel):
     parameters: int
     bits: int
 
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits per number."""
-        return self.bits / self.parameters
-
 
 class Contents(BaseModel):
     """A model on disk.

@@ -188,7 +188,7 @@ def solve_unit(unit: Unit, job: Job, work: Work, source: Statistics, followed: b
     """
     if (finished := work.record(unit)) is not None:
         if followed:
-            source.visit(unit, lambda plans, _: {p.module.name: work.solved(p.module.name) for p in plans}, True, True)
+            source.visit(unit, work.solved, known=True, followed=True)
         return finished
     solved: dict[str, Quantized] = {}
     layers: dict[str, Layer] = {}
@@ -202,7 +202,7 @@ def solve_unit(unit: Unit, job: Job, work: Work, source: Statistics, followed: b
             entries.append(entry if usable is p or stats is None else entry.model_copy(update={"tokens": stats.tokens}))
         return {p.module.name: (solved[p.module.name], layers[p.module.name]) for p in plans}
 
-    source.visit(unit, solve_readers, False, followed)
+    source.visit(unit, solve_readers, known=False, followed=followed)
     cached = source.cached if unit.cache else None
     record = Record(layers=tuple(entries), cache=cache_entry(unit, cached[1]) if cached else None)
     work.save(unit, solved, layers, record, cached[0] if cached else None)

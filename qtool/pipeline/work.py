@@ -19,7 +19,9 @@ from qtool.formats._base import Quantized
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.prepare import Job
 from qtool.pipeline.solve import Unit, cache_format
+from qtool.plan import LayerPlan
 from qtool.report.model import CacheEntry, Entry, LayerEntry
+from qtool.stats import InputStats
 
 
 class Record(Entry):
@@ -52,10 +54,11 @@ class Work:
             return Record(layers=())
         return Record.model_validate(self.finished[unit.name]) if unit.name in self.finished else None
 
-    def solved(self, module: str) -> tuple[Quantized, Layer]:
-        """A module that an earlier run finished: its codes, and how it is quantized."""
+    def solved(self, plans: tuple[LayerPlan, ...], _: InputStats | None) -> dict[str, tuple[Quantized, Layer]]:
+        """What an earlier run found for modules: codes and layer by name, as `Statistics.visit` wants them."""
         assert self.earlier is not None
-        return self.earlier.quantized(module), self.earlier.layers[module]
+        names = [p.module.name for p in plans]
+        return {name: (self.earlier.quantized(name), self.earlier.layers[name]) for name in names}
 
     def save(
         self,

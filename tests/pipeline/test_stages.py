@@ -83,7 +83,7 @@ def test_inspect_adds_up_to_the_file(gguf_run):
     assert roles["up", "q4_0"] == (3, 3 * 64 * 128)
     assert roles["head", "q8_0"] == (1, 512 * 64)
     assert roles["embedding", "bf16"] == (1, 512 * 64)
-    assert {r.bits_per_weight for r in contents.roles if r.name in ("up", "down", "gate")} == {4.5}
+    assert {r.bits / r.parameters for r in contents.roles if r.name in ("up", "down", "gate")} == {4.5}
 
 
 def test_inspect_says_which_blocks_and_what_the_header_holds(tiny_checkpoint, tmp_path):
