@@ -51,6 +51,17 @@ def test_parts_are_merged() -> None:
     assert_close(drift[1].double(), x.T @ x, rtol=1e-5, atol=1e-3)
 
 
+def test_parts_are_merged_channel_by_channel() -> None:
+    parts = []
+    for rows in (X[:40], X[40:]):
+        parts.append(InputStats(200, frozenset({Stat.CHANNELS})))
+        parts[-1].add(rows)
+    parts[0].merge(parts[1])
+    assert parts[0].tokens == 90
+    assert_close(parts[0].importance.double(), X.double().square().mean(0), rtol=1e-5, atol=1e-5)
+    assert torch.equal(parts[0].low, X.amin(0)) and torch.equal(parts[0].high, X.amax(0))
+
+
 def test_without_comparison_there_is_no_drift() -> None:
     stats = InputStats(200, NEEDS)
     stats.add(X)

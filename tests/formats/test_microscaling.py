@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qtool.errors import NumericsError
-from qtool.formats._base import Format
+from qtool.formats._base import Format, Quantized
 from qtool.formats.bfp import BFP
 from qtool.formats.mxfp4 import MXFP4
 from qtool.formats.mxfp8 import MXFP8
@@ -248,6 +248,17 @@ def test_golden_scales_of_nvfp4() -> None:
     searched = parse_format("nvfp4").fit(w)
     assert float(searched["tensor"]) == 2.0**-11  # the least power of two with which no scale is above 448
     assert float(parse_format("nvfp4").given(2688 / 8).fit(w)["tensor"][0]) == 1 / 8
+
+
+@pytest.mark.parametrize("factors", [(1.0, 2.0), (1 / 3, 1 / 3)], ids=["two", "inexact"])
+def test_a_matrix_scale_that_gguf_cannot_hold(factors: tuple[float, float]) -> None:
+    fmt, w = NVFP4(), weights(2, 64)
+    params = fmt.fit(w)
+    quantized = Quantized(fmt.snap(w, params), params, fmt)
+    assert fmt.hold(quantized) is quantized
+    scaled = params | {"tensor": params["tensor"] * torch.tensor(factors, dtype=torch.float64)[:, None]}
+    reason = fmt.hold(quantized._replace(params=scaled))
+    assert isinstance(reason, str) and reason.startswith("its matrix scale is no single number that is exact")
 
 
 def test_matrices_that_runtimes_merge_have_one_scale() -> None:

@@ -126,6 +126,14 @@ def test_refit_keeps_the_protective_range() -> None:
     assert new["step"].tolist() == [[4, 16, 1]]
 
 
+@pytest.mark.parametrize("scales", ["minmax", "search"])
+def test_rows_too_small_for_fp16_take_its_smallest_number(scales: str) -> None:
+    fmt, w = QoQ(group=32, scales=scales), weights(16) * 1e-6
+    assert float(w.abs().max()) / 119 < 2.0**-25
+    assert fmt.fit(w)["row"].unique().tolist() == [2.0**-24, 1.0]  # one row is zeros
+    assert error(fmt, w) < 0.02 * float(w.double().square().sum())
+
+
 def test_zeros_sizes_names_and_what_is_too_large() -> None:
     fmt = QoQ()
     params = fmt.fit(torch.zeros(2, 256))
