@@ -1,9 +1,9 @@
-"""Bit packing against golden vectors (made by compressed-tensors 0.19) and against Python's big integers."""
+"""Bit packing against golden vectors (made by compressed-tensors 0.19), Python's big integers, and byte by byte."""
 
 import pytest
 import torch
 
-from qtool.numerics.bits import pack, pack_words, unpack, unpack_words
+from qtool.numerics.bits import pack, pack_words, stack_runs, unpack, unpack_words
 
 GOLDEN = [
     pytest.param(4, range(-8, 0), [0x76543210], id="int4-negative"),
@@ -64,3 +64,30 @@ def test_strided_input_is_packed_by_value():
 def test_one_column_of_words():
     words = pack_words(torch.arange(16, dtype=torch.uint8).reshape(2, 8), 4).repeat(1, 3)
     assert torch.equal(unpack_words(words[:, 1:2], 4, 8), torch.arange(16, dtype=torch.uint8).reshape(2, 8))
+
+
+@pytest.mark.parametrize("width", [4, 8, 16, 32])
+@pytest.mark.parametrize("places", [(1,), (1, 16), (81, 27, 9, 3, 1)], ids=len)
+def test_runs_are_stacked_byte_by_byte(places, width):
+    generator = torch.Generator().manual_seed(width)
+    q = torch.randint(0, 256, (7, 2 * width * len(places)), dtype=torch.uint8, generator=generator)
+    table = torch.randperm(256, generator=generator).to(torch.uint8)
+    field, flip = (3, 15 if len(places) == 2 else 1), 0b1010
+    blocks = torch.full((7, 2 * width + 3), 99, dtype=torch.uint8)
+    stack_runs(q, places, width, table=table, field=field, flip=flip, out=blocks[:, 3:])
+    for row, packed in zip(q.tolist(), blocks.tolist(), strict=True):
+        assert packed[:3] == [99] * 3
+        for i, byte in enumerate(packed[3:]):
+            first = i // width * width * len(places) + i % width
+            fields = [row[first + k * width] >> field[0] & field[1] for k in range(len(places))]
+            assert byte == table[sum(f * p for f, p in zip(fields, places, strict=True)) ^ flip]
+
+
+@pytest.mark.parametrize("width", [4, 8])
+def test_half_bytes_with_signs(width):
+    q = torch.arange(2 * width).to(torch.uint8).remainder(15).view(1, -1)
+    packed = stack_runs(q, (1, 16), width, signed=True)
+    for i, byte in enumerate(packed[0].tolist()):
+        for number, half in ((int(q[0, i]) - 7, byte & 15), (int(q[0, i + width]) - 7, byte >> 4)):
+            assert half & 7 == abs(number)
+            assert half >> 3 == (number < 0)
