@@ -40,8 +40,7 @@ def gptq(work: Path, calibration: str, evaluation: Path, peer: Path) -> dict[str
     model = models.off_grid(models.checkpoint(work / "demo"), work / "off-grid")
     tokens = write_tokens(model, calibration, work / "tokens.safetensors")
     ours, theirs = work / "qtool", work / "llm-compressor"
-    settings = {"calibration.samples": SAMPLES, "calibration.length": LENGTH, "calibration.data": calibration}
-    flags = [flag for key, value in settings.items() for flag in ("--set", f"{key}={value}")]
+    flags = mixes.calibrated_on(calibration, SAMPLES, LENGTH)
     quantize = [*QTOOL, "quantize", model, "--recipe", "w4a16-gptq-g64", "-o", ours, "--overwrite", *flags]
     cost = measure(quantize, work / "qtool.log")
     script = Path(__file__).with_name("peer_gptq.py")

@@ -8,7 +8,6 @@ the weighted squared error of the decoded weights, and counts channels as the im
 from __future__ import annotations
 
 import ctypes
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.mixes import calibrated_on, run
 from qtool import registry
 from qtool.artifact.gguf._imatrix import read_imatrix
 from qtool.checkpoint.open import open_checkpoint
@@ -64,9 +64,8 @@ def weights(qtool: list[str], model: Path, work: Path, calibration: str) -> Iter
     """(float32 [N, K], importance float32 [K]) of some matrices."""
     imatrix = work / "imatrix.gguf"
     if not imatrix.exists():
-        settings = ("calibration.samples=16", "calibration.length=512", f"calibration.data={calibration}")
-        flags = [flag for setting in settings for flag in ("--set", setting)]
-        subprocess.run([*qtool, "calibrate", model, "-r", "gguf-q4_0", "-o", imatrix, "--quiet", *flags], check=True)
+        flags = calibrated_on(calibration, samples=16, length=512)
+        run([*qtool, "calibrate", model, "-r", "gguf-q4_0", "-o", imatrix, *flags])
     entries = read_imatrix(imatrix).entries
     checkpoint = open_checkpoint(str(model))
     block = checkpoint.config["num_hidden_layers"] // 2

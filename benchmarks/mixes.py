@@ -50,8 +50,7 @@ def mixes(
     qtool: Sequence[str], model: Path, work: Path, calibration: str, texts: dict[str, Path], chunks: int
 ) -> Iterator[Row]:
     """Quantizes and evaluates every mix on every text."""
-    settings = (f"calibration.samples={SAMPLES}", f"calibration.length={LENGTH}", f"calibration.data={calibration}")
-    flags = [flag for setting in settings for flag in ("--set", setting)]
+    flags = calibrated_on(calibration, SAMPLES, LENGTH)
     matrix, recipe = work / "mixes.imatrix.gguf", work / "f32.yaml"
     run([*qtool, "calibrate", model, "-r", "gguf-q4_k_m", "-o", matrix, "--overwrite", *flags])
     recipe.write_text(KEEP)
@@ -69,6 +68,12 @@ def mixes(
         for name, text in texts.items():
             found = {method: divergence(qtool, file, model, text, chunks) for method, file in files.items()}
             yield Row(mix, files["ggml"].stat().st_size / 1e6, name, found["gptq"], found["rtn"], found["ggml"])
+
+
+def calibrated_on(data: str, samples: int, length: int) -> list[str]:
+    """Flags that set a recipe's calibration: a token source, sequences, and tokens of each."""
+    settings = {"data": data, "samples": samples, "length": length}
+    return [flag for key, value in settings.items() for flag in ("--set", f"calibration.{key}={value}")]
 
 
 def run(command: Sequence[str | Path]) -> None:

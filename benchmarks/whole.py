@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import measure
-from benchmarks.mixes import only, run
+from benchmarks.mixes import calibrated_on, only, run
 
 KEEP = 'recipe: 1\nname: f16\nlayers:\n  - {match: "*", keep: f16}\nexport: [{to: gguf}]\n'
 
@@ -31,8 +31,7 @@ def whole(qtool: Sequence[str], model: Path, work: Path, calibration: str) -> It
         calibration: what the matrix is measured on.
     """
     matrix, recipe = work / "whole.imatrix.gguf", work / "f16.yaml"
-    settings = ("calibration.samples=16", "calibration.length=512", f"calibration.data={calibration}")
-    flags = [flag for setting in settings for flag in ("--set", setting)]
+    flags = calibrated_on(calibration, samples=16, length=512)
     run([*qtool, "calibrate", model, "-r", "gguf-q4_k_m", "-o", matrix, "--overwrite", *flags])
     recipe.write_text(KEEP, encoding="utf-8")
     command = [*qtool, "quantize", model, "--quiet", "--overwrite"]
