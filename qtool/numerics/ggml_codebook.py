@@ -104,7 +104,7 @@ def group_scale(size, weight, root, width, kind, shells, levels, memory):  # typ
         gone, step_scale = 0, F32(1) / inverse
         for at in range(0, len(size), width):
             off = fill_closest(size, root, at, width, step_scale, F32(2), F32(1), base, begin, numbers, number, total)
-            gone |= np.int64(off) << at
+            gone |= int(off) << at
         fill_levels(number, 0, len(size), tried)
         xl, ll = products(size, weight, tried)
         if ll > 0 and xl * xl > best * ll:

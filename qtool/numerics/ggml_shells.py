@@ -90,7 +90,7 @@ def fill_closest(x, weight, at, width, scale, slope, start, base, begin, numbers
     least, found = np.float32(np.inf), np.uintp(0)
     for k in range(count):
         if total[k] < least:
-            least, found = total[k], k
+            least, found = total[k], np.uintp(k)
     for i in range(width):
         number[at + i] = numbers[first + np.uintp(i) * count + found]
     return True
