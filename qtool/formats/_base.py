@@ -25,6 +25,8 @@ from qtool.numerics.codebook import Codebook
 
 Params = dict[str, Tensor]
 """Fitted parameters by name, each [N, entries]; C / entries columns share one entry."""
+CHUNK = 1 << 21
+"""Weights that a search works on at once, so that its memory does not grow with the matrix."""
 
 
 class Quantized(NamedTuple):
@@ -247,6 +249,11 @@ def too_wide(fmt: Format, zeros: bool, holder: Format) -> str:
     """Why a format cannot hold another one: it has too few codes for that one's range, or for its zero points."""
     cause = f"the zero points of {fmt.label} do" if zeros else f"the range of {fmt.label} does"
     return f"{cause} not fit {holder.label}"
+
+
+def row_chunks(w: Tensor) -> tuple[Tensor, ...]:
+    """The rows of a matrix in parts of about `CHUNK` weights, sharing memory."""
+    return torch.split(w, max(1, CHUNK // w.shape[1]))
 
 
 def expand(p: Tensor, columns: int) -> Tensor:

@@ -40,8 +40,6 @@ from qtool.numerics.minifloat import largest
 FP16_MAX = 65504.0
 GATHER = 0x0102040810204080
 """A product with it has the lowest bits of eight bytes in its highest one."""
-CHUNK = 1 << 21
-"""Weights that a search works on at once, so that its memory does not grow with the matrix."""
 
 
 def fp16(values: Tensor, label: str) -> Tensor:

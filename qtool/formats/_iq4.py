@@ -11,8 +11,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from qtool.formats._base import Params
-from qtool.formats._ggml import CHUNK, BlockFormat, fp16
+from qtool.formats._base import Params, row_chunks
+from qtool.formats._ggml import BlockFormat, fp16
 from qtool.numerics.ggml_table import ggml_table_scales
 from qtool.numerics.table_search import EFFORT, half_steps, table_scales
 
@@ -46,9 +46,8 @@ class IQ4(BlockFormat):
 
     def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
         """See `Format.fit`."""
-        rows = max(1, CHUNK // w.shape[1])
-        found = [self._fit(w[i : i + rows], importance) for i in range(0, w.shape[0], rows)]
-        return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+        parts = [self._fit(part, importance) for part in row_chunks(w)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _fit(self, w: Tensor, importance: Tensor | None) -> Params:
         groups, effort = (32, self.columns // 32), EFFORT[self.search]

@@ -11,13 +11,10 @@ from torch import Tensor
 from typing_extensions import Self
 
 from qtool.errors import NumericsError
-from qtool.formats._base import Format, Params
+from qtool.formats._base import Format, Params, row_chunks
 from qtool.numerics import minifloat
 from qtool.numerics.minifloat import Grid
 from qtool.numerics.search import reach
-
-CHUNK = 1 << 21
-"""Weights that a search works on at once, so that its memory does not grow with the matrix."""
 
 
 class Scaled(Format):
@@ -79,5 +76,4 @@ class Scaled(Format):
 
     def in_chunks(self, fit: Callable[[Tensor], Tensor], w: Tensor) -> Tensor:
         """Applies `fit`, float32 [N, C] -> [N, G], to some rows at a time."""
-        step = max(1, CHUNK // w.shape[1])
-        return torch.cat([fit(w[start : start + step]) for start in range(0, len(w), step)])
+        return torch.cat([fit(part) for part in row_chunks(w)])

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from qtool.errors import NumericsError
-from qtool.formats._base import Params, expand
-from qtool.formats._ggml import CHUNK, BlockFormat, fp16
+from qtool.formats._base import Params, expand, row_chunks
+from qtool.formats._ggml import BlockFormat, fp16
 from qtool.numerics.codebook import Codebook
 from qtool.numerics.ggml_codebook import Kind, ggml_codebook_scales
 from qtool.numerics.ggml_ternary import Ternary, ggml_ternary_scales
@@ -79,8 +79,7 @@ class Vector(BlockFormat):
 
     def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
         """See `Format.fit`."""
-        rows = max(1, CHUNK // w.shape[1])
-        parts = [self._fit(w[i : i + rows], importance) for i in range(0, w.shape[0], rows)]
+        parts = [self._fit(part, importance) for part in row_chunks(w)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _fit(self, w: Tensor, importance: Tensor | None) -> Params:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qtool import registry
 from qtool.errors import CheckpointError, NumericsError
+from qtool.formats import _base
 from qtool.formats._ggml import BlockFormat
 from tests.reference.ggml import ggml_dequantize, ggml_quantize
 
@@ -238,6 +239,16 @@ def test_refit_moves_scales_where_they_are_wanted(name: str) -> None:
     assert all(torch.equal(same[p], params[p]) for p in params)
     moved, _ = fmt.affine(fmt.refit(params, scale * 1.05, offset * 1.05))
     assert torch.allclose(moved, scale * 1.05, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["iq4_xs", "iq2_xs", "mxfp4", "nvfp4"])
+def test_a_large_matrix_is_fitted_in_parts_that_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fmt, (w, importance) = load(name, "fast"), matrix(7)
+    whole = fmt.fit(w, importance)
+    monkeypatch.setattr(_base, "CHUNK", 2 * w.shape[1])
+    assert [len(part) for part in _base.row_chunks(w)] == [2, 2, 2, 1]
+    parts = fmt.fit(w, importance)
+    assert all(torch.equal(parts[p], whole[p]) for p in whole)
 
 
 @pytest.mark.parametrize("name", NAMES)
