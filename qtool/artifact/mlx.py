@@ -37,7 +37,7 @@ from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoin
 from qtool.checkpoint.safetensors_io import SafetensorsFile
 from qtool.errors import CheckpointError, PlanError
 from qtool.formats._base import Format, Quantized
-from qtool.formats._ggml import Classic
+from qtool.formats._classic import Classic
 from qtool.formats.biased import Biased
 from qtool.formats.int import DTYPES, Int
 from qtool.formats.mxfp4 import MXFP4

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from qtool.formats._ggml import Classic
+from qtool.formats._classic import Classic
 
 
 class Q8_0(Classic):  # noqa: N801 - spelled as in ggml
