@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qtool.formats._base import Format, Params, Quantized, expand, too_wide
-from qtool.formats._ggml import BlockFormat, fp16
+from qtool.formats._ggml import BlockFormat, as_fp16, fp16
 from qtool.formats._scaled import Scaled
 from qtool.formats.biased import Biased
 from qtool.formats.int import Int
@@ -134,10 +134,7 @@ class Classic(BlockFormat):
         n = packed.shape[0]
         blocks = packed.reshape(n, -1, self.block_bytes)
         names = ("d", "m") if self.offset else ("d",)
-        params = {
-            name: blocks[..., 2 * i : 2 * i + 2].contiguous().view(torch.float16).squeeze(-1)
-            for i, name in enumerate(names)
-        }
+        params = {name: as_fp16(blocks[..., 2 * i : 2 * i + 2]) for i, name in enumerate(names)}
         body = blocks[..., 2 * len(names) :]
         if self.bits == 8:
             return (body ^ 128).reshape(n, -1), params

@@ -35,6 +35,16 @@ def fp16(values: Tensor, label: str) -> Tensor:
     return rounded
 
 
+def as_bytes(d: Tensor) -> Tensor:
+    """fp16 [N, S] -> uint8 [N, S, 2]."""
+    return d.contiguous().view(torch.uint8).view(*d.shape, 2)
+
+
+def as_fp16(packed: Tensor) -> Tensor:
+    """The inverse of `as_bytes`."""
+    return packed.contiguous().view(torch.float16).squeeze(-1)
+
+
 class BlockFormat(Format):
     """A block type of GGUF. Subclasses say how the blocks of a row become bytes and back.
 

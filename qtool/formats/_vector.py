@@ -191,13 +191,3 @@ def bytes_to_fields(packed: Tensor, bits: int, count: int) -> Tensor:
     words = (packed.long() << 8 * torch.arange(packed.shape[-1])).sum(-1, keepdim=True)
     fields = words >> bits * torch.arange(count) & (1 << bits) - 1
     return fields.to(torch.uint8 if bits <= 8 else torch.int16)
-
-
-def as_bytes(d: Tensor) -> Tensor:
-    """fp16 [N, S] -> uint8 [N, S, 2]."""
-    return d.contiguous().view(torch.uint8).view(*d.shape, 2)
-
-
-def as_fp16(packed: Tensor) -> Tensor:
-    """The inverse of `as_bytes`."""
-    return packed.contiguous().view(torch.float16).squeeze(-1)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from qtool.formats._base import Params
-from qtool.formats._vector import Vector, as_bytes, as_fp16, bytes_to_fields, eighth_sign, fields_to_bytes
+from qtool.formats._ggml import as_bytes, as_fp16
+from qtool.formats._vector import Vector, bytes_to_fields, eighth_sign, fields_to_bytes
 from qtool.numerics.ggml_codebook import Kind
 from qtool.numerics.vector_search import Rule
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qtool.formats._base import Params
+from qtool.formats._ggml import as_bytes, as_fp16
 from qtool.formats._iq4 import IQ4
 from qtool.numerics.bits import from_planes, planes
 
@@ -34,11 +35,9 @@ class IQ4_NL(IQ4):  # noqa: N801 - spelled as in ggml
     def pack(self, codes: Tensor, params: Params) -> Tensor:
         """See `BlockFormat.pack`."""
         body = planes(codes.reshape(len(codes), -1, 32), 4, 16)
-        d = params["d"].contiguous().view(torch.uint8).view(*body.shape[:2], 2)
-        return torch.cat([d, body], dim=-1).flatten(1)
+        return torch.cat([as_bytes(params["d"]), body], dim=-1).flatten(1)
 
     def unpack(self, packed: Tensor) -> tuple[Tensor, Params]:
         """See `BlockFormat.unpack`."""
         blocks = packed.reshape(len(packed), -1, self.block_bytes)
-        d = blocks[..., :2].contiguous().view(torch.float16).squeeze(-1)
-        return from_planes(blocks[..., 2:], 4, 16).flatten(1), {"d": d}
+        return from_planes(blocks[..., 2:], 4, 16).flatten(1), {"d": as_fp16(blocks[..., :2])}

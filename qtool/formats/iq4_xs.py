@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qtool.formats._base import Params, expand
+from qtool.formats._ggml import as_bytes, as_fp16
 from qtool.formats._iq4 import IQ4
 from qtool.numerics.bits import from_planes, planes
 from qtool.numerics.kquant_refit import settle
@@ -62,7 +63,7 @@ class IQ4_XS(IQ4):  # noqa: N801 - spelled as in ggml
         n, blocks = len(codes), codes.shape[1] // 256
         multipliers = params["multipliers"].view(n, blocks, 8)
         parts = [
-            params["d"].contiguous().view(torch.uint8).view(n, blocks, 2),
+            as_bytes(params["d"]),
             (multipliers >> 4).view(n, blocks, 2, 4).bitwise_left_shift(HIGH_PLACES).sum(-1, dtype=torch.uint8),
             (multipliers & 15).view(n, blocks, 4, 2).bitwise_left_shift(LOW_PLACES).sum(-1, dtype=torch.uint8),
             planes(codes.reshape(n, blocks, 8, 32), 4, 16).flatten(2),
@@ -77,5 +78,5 @@ class IQ4_XS(IQ4):  # noqa: N801 - spelled as in ggml
         multipliers = (high[..., None] >> HIGH_PLACES & 3).flatten(2) << 4 | (
             low[..., None] >> LOW_PLACES & 15
         ).flatten(2)
-        params = {"d": d.contiguous().view(torch.float16).squeeze(-1), "multipliers": multipliers.flatten(1)}
+        params = {"d": as_fp16(d), "multipliers": multipliers.flatten(1)}
         return from_planes(body.reshape(n, -1, 8, 16), 4, 16).reshape(n, -1), params

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qtool.formats._base import Params
+from qtool.formats._ggml import as_fp16
 from qtool.formats._ternary import Ternary
 from qtool.numerics.bits import stack_runs
 
@@ -48,4 +49,4 @@ class TQ1_0(Ternary):  # noqa: N801 - spelled as in ggml
         for part, (*_, count) in zip(body, PARTS, strict=True):
             shifted = (part[..., None, :].short() * POWERS[:count]) & 255
             codes.append((shifted * 3 >> 8).to(torch.uint8).flatten(2))
-        return torch.cat(codes, dim=-1).flatten(1), {"d": d.contiguous().view(torch.float16).squeeze(-1)}
+        return torch.cat(codes, dim=-1).flatten(1), {"d": as_fp16(d)}

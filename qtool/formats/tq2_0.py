@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qtool.errors import CheckpointError
 from qtool.formats._base import Params
+from qtool.formats._ggml import as_fp16
 from qtool.formats._ternary import Ternary
 from qtool.numerics.bits import from_planes, planes
 
@@ -35,8 +36,7 @@ class TQ2_0(Ternary):  # noqa: N801 - spelled as in ggml
         """See `BlockFormat.unpack`. Raises CheckpointError: codes that are not ternary."""
         n = len(packed)
         blocks = packed.reshape(n, -1, self.block_bytes)
-        d = blocks[..., 64:].contiguous().view(torch.float16).squeeze(-1)
         codes = from_planes(blocks[..., :64], 2).reshape(n, -1)
         if bool((codes == 3).any()):
             raise CheckpointError("a TQ2_0 tensor holds codes that are not ternary", wanted="0, 1 or 2", found=3)
-        return codes, {"d": d}
+        return codes, {"d": as_fp16(blocks[..., 64:])}
