@@ -233,6 +233,12 @@ def test_no_tokenizer_and_a_damaged_one(tmp_path: Path):
         spelled = {"model": {"type": "BPE", "byte_fallback": True, "vocab": {"a": number}, "merges": []}}
         with pytest.raises(CheckpointError, match=r"impossible id of a token: wanted 0 to 16777215"):
             metadata(tmp_path, spelled)
+    unspelled = {
+        "model": {"type": "BPE", "byte_fallback": True, "vocab": {}},
+        "added_tokens": [{"content": 5, "id": 0}],
+    }
+    with pytest.raises(CheckpointError, match="damaged: found TypeError: a token is no text"):
+        metadata(tmp_path, unspelled)
     half = {"model": {"type": "BPE", "byte_fallback": True, "vocab": {"\ud800": 0}, "merges": []}}
     with pytest.raises(CheckpointError, match=r"damaged: found UnicodeEncodeError"):
         metadata(tmp_path, half)

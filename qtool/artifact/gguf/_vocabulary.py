@@ -54,10 +54,17 @@ class Vocabulary:
 
 
 def from_json(tokenizer: dict[str, Any]) -> Vocabulary:
-    """The tokens of a tokenizer.json with a BPE model; scored if it falls back to bytes."""
+    """The tokens of a tokenizer.json with a BPE model; scored if it falls back to bytes.
+
+    Raises:
+        CheckpointError: an impossible id.
+        TypeError, KeyError, AttributeError: it is spelled otherwise.
+    """
     model, added = tokenizer["model"], tokenizer.get("added_tokens", [])
     scored = bool(model.get("byte_fallback"))
     ids = dict(model["vocab"]) | {token["content"]: token["id"] for token in added}
+    if not all(isinstance(text, str) for text in ids):
+        raise TypeError("a token is no text")
     size = max(ids.values()) + 1
     if size > LIMIT or min(ids.values()) < 0:
         raise CheckpointError("tokenizer.json: impossible id of a token", wanted=f"0 to {LIMIT - 1}", found=size - 1)
