@@ -11,6 +11,7 @@ amax / (2^(b-1) - 1/2), which splits the error of the largest weight between bot
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Literal
 
@@ -192,7 +193,8 @@ def round_scales(values: Tensor, dtype: str, label: str) -> Tensor:
     """
     rounded = values.to(DTYPES[dtype])
     if not bool(rounded.isfinite().all()):
-        wanted, found = f"at most {torch.finfo(rounded.dtype).max:g}", f"{float(values.abs().max()):g}"
-        hint = None if dtype == "fp32" else "use scale_dtype: fp32"
-        raise NumericsError(f"{label} cannot store its scales in {dtype}", wanted=wanted, found=found, hint=hint)
+        wanted, largest = f"at most {torch.finfo(rounded.dtype).max:g}", float(values.abs().max())
+        hint = "use scale_dtype: fp32" if math.isfinite(largest) else None
+        what = f"{label} cannot store its scales in {dtype}"
+        raise NumericsError(what, wanted=wanted, found=f"{largest:g}", hint=hint)
     return rounded
