@@ -22,7 +22,8 @@ from qtool.artifact.gguf._imatrix import read_imatrix
 from qtool.checkpoint.open import open_checkpoint
 from qtool.evaluate.llamacpp import library
 from qtool.formats._ggml import BlockFormat
-from qtool.numerics.parallel import over_rows, row_shares, side_by_side
+from qtool.numerics.parallel import over_rows, side_by_side
+from qtool.pipeline.solve import rows_abreast
 
 REPEATS = 3
 MATRICES = {"mlp.down_proj": "ffn_down", "mlp.gate_proj": "ffn_gate"}
@@ -86,8 +87,7 @@ def line(fmt: BlockFormat, matrices: list[tuple[Tensor, Tensor]], theirs: list[t
             return fmt.pack(fmt.snap(w[slice(*part)], params, importance), params)
 
         def work(w: Tensor = w, rows: Callable[[tuple[int, int]], Tensor] = rows) -> Tensor:
-            shares = row_shares(len(w)) if fmt.by_rows else [(0, len(w))]  # as the pipeline does
-            return torch.cat(side_by_side(rows, shares))
+            return torch.cat(side_by_side(rows, rows_abreast(w, fmt, None)))  # as the pipeline does
 
         ours, best = timed(work)
         seconds, ggml_seconds = seconds + best, ggml_seconds + ggml_time

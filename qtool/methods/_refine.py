@@ -119,8 +119,7 @@ def normal_equations(
         start = g * width
         first = 0 if free_offset else start  # scale by scale is symmetric: the lower half is a copy
         seen = levels[:, start : start + width] @ gram[start : start + width, first:]
-        normal[:, g, g:groups] = per_group(seen[:, start - first :] * levels[:, start:])
-        normal[:, g:groups, g] = normal[:, g, g:groups]
+        normal[:, g, g:groups] = normal[:, g:groups, g] = per_group(seen[:, start - first :] * levels[:, start:])
         if free_offset:
             normal[:, g, groups:] = normal[:, groups:, g] = per_group(seen)
     if free_offset:

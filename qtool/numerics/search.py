@@ -27,6 +27,9 @@ from qtool.numerics.parallel import over_rows
 STEPS = 20
 """Clipping ratios tried per sign (symmetric) or per zero point (asymmetric)."""
 
+TINY = np.float32(1e-36)
+"""Largest range of a group that counts as zeros: the inverse of a step of less is infinite."""
+
 FAST = {"nnan", "ninf", "nsz", "arcp", "contract", "reassoc"}
 
 
@@ -72,7 +75,7 @@ def symmetric_rows(x, importance, reach, width, lowest, highest, ratios, scale, 
                 near_bits = max(near_bits, magnitude(v[j] * reach[g * width + j]))
             far, near = np.int32(far_bits).view(np.float32), np.int32(near_bits).view(np.float32)
             best, best_scale = np.float32(-1.0), np.float32(0.0)
-            for i in range(len(ratios) if near > 0 else 0):
+            for i in range(len(ratios) if near > TINY else 0):
                 t = np.float32(i) / np.float32(len(ratios) - 1)
                 end = highest + (-lowest - highest) * t
                 inverse = end * ratios[i] / (far + (near - far) * t)
@@ -102,7 +105,7 @@ def zero_point_rows(x, importance, reach, width, lowest, highest, ratios, scale,
             far_low, near_low = min(np.float32(0.0), far_low), min(np.float32(0.0), near_low)
             far_high, near_high = max(np.float32(0.0), far_high), max(np.float32(0.0), near_high)
             best, best_scale, best_zero = np.float32(-1.0), np.float32(0.0), np.float32(0.0)
-            if near_high > near_low:
+            if near_high - near_low > TINY:
                 for i in range(len(ratios)):
                     t = np.float32(i) / np.float32(len(ratios) - 1)
                     low, high = far_low + (near_low - far_low) * t, far_high + (near_high - far_high) * t
@@ -134,7 +137,7 @@ def offset_rows(x, importance, reach, width, highest, ratios, scale, offset, sta
             mean = mean / total if total > 0 else np.float32(0.0)
             far_low, far_high, near_low, near_high = spans(v, reach[g * width : (g + 1) * width], mean)
             best, best_scale, best_offset = np.float32(-1.0), np.float32(0.0), mean
-            if near_high > near_low and far_high > far_low and total > 0:
+            if near_high - near_low > TINY and far_high > far_low and total > 0:
                 for i in range(len(ratios)):
                     t = np.float32(i) / np.float32(len(ratios) - 1)
                     low, high = far_low + (near_low - far_low) * t, far_high + (near_high - far_high) * t

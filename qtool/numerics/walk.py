@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qtool.numerics.codebook import Codebook
 from qtool.numerics.parallel import over_rows
+from qtool.numerics.search import FAST
 from qtool.numerics.vector_walk import walk_vector_block
 
 BLOCK = 128
@@ -24,8 +25,6 @@ BLOCK = 128
 
 LANES = 256
 """Rows that are walked together: their part of a block stays in the cache."""
-
-FAST = {"nnan", "ninf", "nsz", "arcp", "contract", "reassoc"}
 
 
 @njit(nogil=True, cache=True, inline="always")

@@ -104,6 +104,15 @@ def test_near_spellings_are_suggested() -> None:
         parse_format("int4g128")
 
 
+@pytest.mark.parametrize("label", ["int4-g32", "int4-g32-asym", "int2-channel"])
+@pytest.mark.parametrize("size", [1e-45, 1e-42, 1e-39, 1e-37])
+def test_weights_next_to_nothing_decode_to_next_to_nothing(label: str, size: float) -> None:
+    w = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)) * size
+    fmt = parse_format(label)
+    params = fmt.fit(w, torch.rand(64))
+    assert float(fmt.decode(fmt.snap(w, params), params).abs().max()) <= 10 * size
+
+
 def test_zero_groups_get_a_harmless_scale() -> None:
     for fmt in (Int(bits=4, group=32), Int(bits=4, group=32, symmetric=False), Int(bits=8, group=32, scales="minmax")):
         w = torch.zeros(2, 64)

@@ -105,6 +105,14 @@ def test_every_round_lowers_the_objective(label: str) -> None:
     assert losses[1] < 0.97 * losses[0]
 
 
+@pytest.mark.parametrize("label", ["int4-g32", "int3-g32-asym", "q4_1"])
+def test_a_row_alone_is_solved_as_among_others(label: str) -> None:
+    w, stats = problem()
+    fmt, method = parse_format(label), GPTQ(rounds=2)
+    alone, among = (method.solve(rows, stats, fmt).quantized.decode() for rows in (w[:1], w))
+    torch.testing.assert_close(alone, among[:1])
+
+
 def test_dead_channels_are_rounded_and_disturb_nothing() -> None:
     w, stats = problem()
     assert stats.gram is not None
