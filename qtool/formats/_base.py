@@ -97,6 +97,11 @@ class Format(BaseModel):
         return self.group_rows == 1
 
     @property
+    def light(self) -> bool:
+        """True if codes take hardly longer to find than weights to read, so that few are not worth a second thread."""
+        return False
+
+    @property
     def needs_largest(self) -> bool:
         """True if parameters depend on the largest weight of the matrix, and of those that runtimes merge with it."""
         return False

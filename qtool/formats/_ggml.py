@@ -54,6 +54,7 @@ class BlockFormat(Format):
         block_bytes: bytes per block.
         matrix_scale: the parameter with one number for the matrix, which GGUF keeps in a tensor of its own, if any.
         fallback: the type that llama.cpp takes for rows which this one cannot divide.
+        cheap: whether a search that is not exact takes hardly longer than reading the weights; see `Format.light`.
         search: how hard parameters are searched for. "ggml" repeats ggml's encoder bit by bit and ignores importance;
             a subclass without such an encoder leaves it out of the choices.
     """
@@ -63,6 +64,7 @@ class BlockFormat(Format):
     block_bytes: ClassVar[int]
     matrix_scale: ClassVar[str | None] = None
     fallback: ClassVar[str | None] = "f16"
+    cheap: ClassVar[bool] = False
 
     search: Literal["ggml", "fast", "default", "thorough"] = "default"
 
@@ -84,6 +86,11 @@ class BlockFormat(Format):
     def block_columns(self) -> int | None:
         """See `Format.block_columns`."""
         return self.columns
+
+    @property
+    def light(self) -> bool:
+        """See `Format.light`."""
+        return self.cheap and self.search not in ("default", "thorough")
 
     def storage_bits(self, n: int, k: int) -> int:
         """See `Format.storage_bits`."""

@@ -22,6 +22,7 @@ class Ternary(BlockFormat):
 
     columns: ClassVar[int] = 256
     fallback: ClassVar[str | None] = "q4_0"
+    cheap: ClassVar[bool] = True
 
     @property
     def group_columns(self) -> int | None:

@@ -30,6 +30,7 @@ class MXFP4(MX, BlockFormat):
     columns: ClassVar[int] = 32
     block_bytes: ClassVar[int] = 17
     fallback: ClassVar[str | None] = None
+    cheap: ClassVar[bool] = True
 
     element: Literal["e2m1"] = "e2m1"
     search: Literal["ggml", "floor", "up", "even", "fast", "default", "thorough"] = "default"  # type: ignore[assignment]

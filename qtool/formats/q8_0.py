@@ -18,3 +18,4 @@ class Q8_0(Classic):  # noqa: N801 - spelled as in ggml
     block_bytes: ClassVar[int] = 34
     bits: ClassVar[int] = 8
     ggml_range: ClassVar[int] = 127
+    cheap: ClassVar[bool] = True

@@ -26,7 +26,7 @@ from qtool.stats import InputStats, Stat
 PART = 1 << 22
 """Numbers of a large matrix that are worked on at a time: 16 MiB in float32, and a few such temporaries."""
 SMALL = 1 << 20
-"""Numbers of a matrix up to which rounding it takes no longer than waking threads for its rows."""
+"""Numbers of a matrix up to which a light format takes no longer than waking threads for its rows."""
 TAKEN_OVER = "taken over"
 """What the report calls the method where a source's own codes are kept."""
 
@@ -184,7 +184,7 @@ def solve_rows(
 
 def rows_abreast(w: Tensor, fmt: Format, gram: Tensor | None) -> list[tuple[int, int]]:
     """(start, stop) of the rows that are solved side by side: float32 [rows, K], with the inputs' [K, K] or without."""
-    whole = not fmt.by_rows or (gram is None and w.numel() <= SMALL)
+    whole = not fmt.by_rows or (fmt.light and gram is None and w.numel() <= SMALL)
     return [(0, len(w))] if whole else row_shares(len(w), w.device)
 
 
