@@ -22,7 +22,7 @@ from qtool.artifact.gguf._imatrix import read_imatrix
 from qtool.checkpoint.open import open_checkpoint
 from qtool.evaluate.llamacpp import library
 from qtool.formats._ggml import BlockFormat
-from qtool.numerics.parallel import over_rows, side_by_side
+from qtool.numerics.threads.parallel import over_rows, side_by_side
 from qtool.pipeline.solve import rows_abreast
 
 REPEATS = 3

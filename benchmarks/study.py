@@ -23,7 +23,6 @@ from torch import Tensor
 
 from benchmarks import models, tensors
 from benchmarks.comparisons import FORMATS, METHODS, PAIRS, VARIANTS, Run, runs, tensor_formats
-from qtool.artifact._files import new_file
 from qtool.artifact._open import open_artifact
 from qtool.calibrate.tokens import load_tokens
 from qtool.calibrate.walker import Walker
@@ -40,6 +39,7 @@ from qtool.plan import LayerPlan
 from qtool.recipe.parse import parse_format
 from qtool.recipe.schema import Calibration
 from qtool.stats import InputStats, Stat
+from qtool.store.files import new_file
 
 CONTEXT = 512
 CALIBRATION = {"data": "builtin", "samples": 16, "length": 512}

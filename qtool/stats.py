@@ -12,8 +12,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from qtool.numerics.gram import Gram
 from qtool.numerics.histogram import Histogram
+from qtool.numerics.solving.gram import Gram
 
 
 class Stat(Enum):

@@ -27,6 +27,7 @@ ORDER = (
     "methods",
     "recipe",
     "checkpoint",
+    "store",
     "plan",
     "calibrate",
     "artifact",

@@ -15,9 +15,9 @@ import yaml
 
 import qtool
 from qtool.artifact._base import Artifact
-from qtool.artifact._files import storage_errors
 from qtool.checkpoint._base import QuantizedCheckpoint
 from qtool.errors import reading
+from qtool.store.files import storage_errors
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 QUALITY = (

@@ -26,7 +26,7 @@ from qtool.checkpoint.safetensors_io import SafetensorsFile
 from qtool.errors import CheckpointError
 from qtool.formats._base import Quantized
 from qtool.formats.mxfp4 import MXFP4
-from qtool.numerics.bits import unpack
+from qtool.numerics.grids.bits import unpack
 
 COLUMNS = 32
 

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from qtool.artifact._base import Artifact, Carry
 from qtool.artifact._card import write_card, write_side_files
-from qtool.artifact._manifest import checked
 from qtool.artifact._settings import SETTINGS, quantization_config
 from qtool.artifact._shards import write_shards
 from qtool.artifact._stacks import Stacks, join
@@ -29,6 +28,7 @@ from qtool.checkpoint.safetensors_io import SafetensorsFile
 from qtool.errors import CheckpointError
 from qtool.formats._base import Format, Quantized
 from qtool.formats.int import DTYPES
+from qtool.store.manifest import checked
 
 SCALE_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
 

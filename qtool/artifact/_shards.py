@@ -11,10 +11,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from qtool.artifact._files import storage_errors
 from qtool.checkpoint._base import TensorInfo
 from qtool.checkpoint.hf import INDEX, WEIGHTS
 from qtool.checkpoint.safetensors_io import SafetensorsWriter
+from qtool.store.files import storage_errors
 
 LIMIT = 5_000_000_000
 """Bytes of tensors in a shard, unless one set of tensors is larger."""

@@ -30,7 +30,7 @@ from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoin
 from qtool.errors import CheckpointError
 from qtool.formats._base import Format, Quantized
 from qtool.formats.int import DTYPES, Int
-from qtool.numerics.bits import pack_words, unpack_words
+from qtool.numerics.grids.bits import pack_words, unpack_words
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Output in each nibble of a word, lowest bits first."""

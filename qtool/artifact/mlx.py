@@ -42,7 +42,7 @@ from qtool.formats.biased import Biased
 from qtool.formats.int import DTYPES, Int
 from qtool.formats.mxfp4 import MXFP4
 from qtool.formats.mxfp8 import MXFP8
-from qtool.numerics.bits import pack_words, unpack_words
+from qtool.numerics.grids.bits import pack_words, unpack_words
 
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (128, 64, 32)
 KEY = SETTINGS[1]

@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 
 from qtool.artifact._base import Artifact, Carry
 from qtool.artifact._card import write_card, write_side_files
-from qtool.artifact._manifest import BLOCK, MANIFEST
-from qtool.artifact._neutral import NeutralCheckpoint, NeutralWriter
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
 from qtool.recipe.cache import KVCache
+from qtool.store.manifest import BLOCK, MANIFEST
+from qtool.store.neutral import NeutralCheckpoint, NeutralWriter
 
 OUTSIDE = "outside"
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from greenlet import getcurrent, greenlet
 
-from qtool.numerics.parallel import AHEAD, in_order, lanes
+from qtool.numerics.threads.parallel import AHEAD, in_order, lanes
 
 Stop = tuple[str, Any]
 """A place, and what a batch hands over there."""

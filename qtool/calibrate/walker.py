@@ -27,7 +27,7 @@ from qtool.calibrate.reference import Reference
 from qtool.calibrate.steps import InStep
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, modules
 from qtool.errors import CheckpointError
-from qtool.numerics.parallel import shares, side_by_side
+from qtool.numerics.threads.parallel import shares, side_by_side
 from qtool.stats import InputStats, Stat
 
 BATCH_TOKENS = 2048

@@ -20,8 +20,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from qtool.numerics.affine import decode_levels, round_to_levels
-from qtool.numerics.codebook import Codebook
+from qtool.numerics.codebooks.codebook import Codebook
+from qtool.numerics.grids.affine import decode_levels, round_to_levels
 
 Params = dict[str, Tensor]
 """Fitted parameters by name, each [N, entries]; C / entries columns share one entry."""

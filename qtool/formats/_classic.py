@@ -19,12 +19,13 @@ from qtool.formats._ggml import BlockFormat, as_fp16, fp16
 from qtool.formats._scaled import Scaled
 from qtool.formats.biased import Biased
 from qtool.formats.int import Int
-from qtool.numerics import block_search, ggml_search
-from qtool.numerics.bits import from_planes, planes, stack_runs
-from qtool.numerics.block_search import EFFORT, Grid
-from qtool.numerics.ggml_round import ends, round_blocks
-from qtool.numerics.ggml_search import WEIGHTED, Kind
-from qtool.numerics.minifloat import largest
+from qtool.numerics.ggml import search as ggml_search
+from qtool.numerics.ggml.round import ends, round_blocks
+from qtool.numerics.ggml.search import WEIGHTED, Kind
+from qtool.numerics.grids.bits import from_planes, planes, stack_runs
+from qtool.numerics.grids.minifloat import largest
+from qtool.numerics.scales import block_search
+from qtool.numerics.scales.block_search import EFFORT, Grid
 
 GATHER = 0x0102040810204080
 """A product with it has the lowest bits of eight bytes in its highest one."""

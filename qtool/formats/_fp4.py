@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qtool.numerics.bits import stack_runs
+from qtool.numerics.grids.bits import stack_runs
 
 
 def pack_halves(codes: Tensor, out: Tensor) -> None:

@@ -19,9 +19,9 @@ from typing_extensions import Self
 
 from qtool.errors import NumericsError
 from qtool.formats._base import Format, Params, expand
-from qtool.numerics.affine import rounding_errors
-from qtool.numerics.kquant import FLOOR
+from qtool.numerics.grids.affine import rounding_errors
 from qtool.numerics.metrics import block_errors
+from qtool.numerics.scales.kquant import FLOOR
 
 FP16_MAX = 65504.0
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from qtool.formats._base import Params, row_chunks
 from qtool.formats._ggml import BlockFormat, fp16
-from qtool.numerics.ggml_table import ggml_table_scales
-from qtool.numerics.table_search import EFFORT, half_steps, table_scales
+from qtool.numerics.ggml.table import ggml_table_scales
+from qtool.numerics.scales.table_search import EFFORT, half_steps, table_scales
 
 
 @cache

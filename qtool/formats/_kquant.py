@@ -4,7 +4,7 @@
     Q3_K, Q6_K:        w_hat = (d * sc) * q                  q and sc signed
 
 Layouts are those of ggml (https://github.com/ggml-org/llama.cpp, ggml/src/ggml-common.h). The search is described in
-`qtool.numerics.kquant`: it refines scales, minima and steps together.
+`qtool.numerics.scales.kquant`: it refines scales, minima and steps together.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from torch import Tensor
 from qtool.formats._base import Format, Params, Quantized, alike, expand, too_wide
 from qtool.formats._ggml import BlockFormat, fp16
 from qtool.formats.int import Int
-from qtool.numerics import ggml_search, kquant
-from qtool.numerics.ggml_groups import Sweep
-from qtool.numerics.ggml_search import Kind
-from qtool.numerics.kquant import EFFORT, Grid
-from qtool.numerics.kquant_refit import settle
-from qtool.numerics.sweep import STRETCH
+from qtool.numerics.ggml import search as ggml_search
+from qtool.numerics.ggml.groups import Sweep
+from qtool.numerics.ggml.search import Kind
+from qtool.numerics.scales import kquant
+from qtool.numerics.scales.kquant import EFFORT, Grid
+from qtool.numerics.scales.sweep import STRETCH
+from qtool.numerics.solving.kquant_refit import settle
 
 
 class KQuant(BlockFormat):
@@ -37,7 +38,7 @@ class KQuant(BlockFormat):
         bits: of a code.
         minima: True if groups have minima; without, codes and scales are signed.
         scale_bits: of sc and m.
-        ggml_spread, ggml_sweep, ggml_flat: see `qtool.numerics.ggml_search.Kind`.
+        ggml_spread, ggml_sweep, ggml_flat: see `qtool.numerics.ggml.search.Kind`.
     """
 
     columns: ClassVar[int] = 256

@@ -12,9 +12,9 @@ from typing_extensions import Self
 
 from qtool.errors import NumericsError
 from qtool.formats._base import Format, Params, row_chunks
-from qtool.numerics import minifloat
-from qtool.numerics.minifloat import Grid
-from qtool.numerics.search import reach
+from qtool.numerics.grids import minifloat
+from qtool.numerics.grids.minifloat import Grid
+from qtool.numerics.scales.search import reach
 
 
 class Scaled(Format):

@@ -22,9 +22,9 @@ from typing_extensions import Self
 
 from qtool.formats._base import Params
 from qtool.formats._scaled import Scaled
-from qtool.numerics import minifloat
-from qtool.numerics.minifloat import ceil_power, floor_power, nearest_power
-from qtool.numerics.scale_codes import best_code
+from qtool.numerics.grids import minifloat
+from qtool.numerics.grids.minifloat import ceil_power, floor_power, nearest_power
+from qtool.numerics.grids.scale_codes import best_code
 
 BIAS = 127
 LAST = 254

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from qtool.formats._base import Params, expand
 from qtool.formats._ggml import BlockFormat, fp16
-from qtool.numerics.table_search import block_weights
-from qtool.numerics.ternary_search import ternary_scales
+from qtool.numerics.scales.table_search import block_weights
+from qtool.numerics.scales.ternary_search import ternary_scales
 
 
 class Ternary(BlockFormat):

@@ -23,7 +23,7 @@ from typing_extensions import Self
 
 from qtool.formats._base import Params
 from qtool.formats._scaled import Scaled
-from qtool.numerics.scale_codes import best_code
+from qtool.numerics.grids.scale_codes import best_code
 
 E4M3_MAX = 448.0
 SMALLEST, LARGEST = 1, 0x7E

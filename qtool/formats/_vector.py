@@ -20,11 +20,11 @@ from torch import Tensor
 from qtool.errors import NumericsError
 from qtool.formats._base import Params, expand, row_chunks
 from qtool.formats._ggml import BlockFormat, fp16
-from qtool.numerics.codebook import Codebook
-from qtool.numerics.ggml_codebook import Kind, ggml_codebook_scales
-from qtool.numerics.ggml_ternary import Ternary, ggml_ternary_scales
-from qtool.numerics.vector_search import EFFORT, Rule, vector_scales
-from qtool.numerics.vector_snap import snap_vectors
+from qtool.numerics.codebooks.codebook import Codebook
+from qtool.numerics.codebooks.vector_search import EFFORT, Rule, vector_scales
+from qtool.numerics.codebooks.vector_snap import snap_vectors
+from qtool.numerics.ggml.codebook import Kind, ggml_codebook_scales
+from qtool.numerics.ggml.ternary import Ternary, ggml_ternary_scales
 
 BITS = torch.arange(8, dtype=torch.uint8)
 

@@ -14,7 +14,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from qtool.formats._shared_exponent import SharedExponent
-from qtool.numerics import minifloat
+from qtool.numerics.grids import minifloat
 
 SHORTHAND = re.compile(r"bfp([2-8])-g(\d+)")
 

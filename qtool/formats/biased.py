@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qtool.formats._base import Format, Params, Quantized, alike, expand, too_wide
 from qtool.formats.int import DTYPES, round_scales
-from qtool.numerics import search
+from qtool.numerics.scales import search
 
 SHORTHAND = re.compile(r"biased([2-8])-(?:g(\d+)|channel)")
 

@@ -28,8 +28,8 @@ from qtool.formats._base import Format, Params, expand
 from qtool.formats._groups import Group, Grouped, Scales
 from qtool.formats._scaled import Scaled
 from qtool.formats.int import DTYPES, round_scales
-from qtool.numerics import minifloat
-from qtool.numerics.minifloat import Grid, ceil_power, floor_power, nearest_power
+from qtool.numerics.grids import minifloat
+from qtool.numerics.grids.minifloat import Grid, ceil_power, floor_power, nearest_power
 
 USUAL = {3: "e2m0", 4: "e2m1", 5: "e2m2", 6: "e3m2", 7: "e3m3", 8: "e4m3"}
 """What a shorthand means that does not say it."""

@@ -24,7 +24,7 @@ from qtool.errors import NumericsError
 from qtool.formats import _groups
 from qtool.formats._base import Format, Params, Quantized, alike, expand, too_wide
 from qtool.formats._groups import Group, Grouped, Scales
-from qtool.numerics import search
+from qtool.numerics.scales import search
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHORTHAND = re.compile(rf"int(?P<bits>[2-8])-{_groups.PATTERN}(?P<asym>-asym)?")

@@ -15,8 +15,8 @@ from torch import Tensor
 from qtool.formats._base import Params
 from qtool.formats._ggml import as_bytes, as_fp16
 from qtool.formats._vector import Vector, bytes_to_fields, fields_to_bytes
-from qtool.numerics.ggml_codebook import Kind
-from qtool.numerics.vector_search import Rule
+from qtool.numerics.codebooks.vector_search import Rule
+from qtool.numerics.ggml.codebook import Kind
 
 
 class IQ3_S(Vector):  # noqa: N801 - spelled as in ggml

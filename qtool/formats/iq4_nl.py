@@ -13,7 +13,7 @@ from torch import Tensor
 from qtool.formats._base import Params
 from qtool.formats._ggml import as_bytes, as_fp16
 from qtool.formats._iq4 import IQ4
-from qtool.numerics.bits import from_planes, planes
+from qtool.numerics.grids.bits import from_planes, planes
 
 
 class IQ4_NL(IQ4):  # noqa: N801 - spelled as in ggml

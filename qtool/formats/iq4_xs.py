@@ -15,8 +15,8 @@ from torch import Tensor
 from qtool.formats._base import Params, expand
 from qtool.formats._ggml import as_bytes, as_fp16
 from qtool.formats._iq4 import IQ4
-from qtool.numerics.bits import from_planes, planes
-from qtool.numerics.kquant_refit import settle
+from qtool.numerics.grids.bits import from_planes, planes
+from qtool.numerics.solving.kquant_refit import settle
 
 LOW_PLACES = torch.tensor([0, 4], dtype=torch.uint8)
 HIGH_PLACES = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)

@@ -18,7 +18,7 @@ from qtool.formats._base import Params, expand
 from qtool.formats._fp4 import from_bit_patterns, pack_halves
 from qtool.formats._ggml import BlockFormat
 from qtool.formats._shared_exponent import MX
-from qtool.numerics.bits import from_planes
+from qtool.numerics.grids.bits import from_planes
 
 
 class MXFP4(MX, BlockFormat):

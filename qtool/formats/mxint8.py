@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from qtool.formats._shared_exponent import MX
-from qtool.numerics import minifloat
+from qtool.numerics.grids import minifloat
 
 
 class MXINT8(MX):

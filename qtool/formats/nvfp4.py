@@ -18,8 +18,8 @@ from qtool.formats._base import Params, Quantized
 from qtool.formats._fp4 import from_bit_patterns, pack_halves
 from qtool.formats._ggml import BlockFormat
 from qtool.formats._two_level import TwoLevel, local, nearest_bits
-from qtool.numerics import minifloat
-from qtool.numerics.bits import from_planes
+from qtool.numerics.grids import minifloat
+from qtool.numerics.grids.bits import from_planes
 
 
 class NVFP4(TwoLevel, BlockFormat):

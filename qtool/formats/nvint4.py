@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from qtool.formats._two_level import TwoLevel
-from qtool.numerics import minifloat
+from qtool.numerics.grids import minifloat
 
 
 class NVINT4(TwoLevel):

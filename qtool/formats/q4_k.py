@@ -12,8 +12,8 @@ from torch import Tensor
 
 from qtool.formats._base import Params
 from qtool.formats._kquant import KQuant, from_sixes, sixes
-from qtool.numerics.bits import from_planes, planes
-from qtool.numerics.ggml_groups import Sweep, sweep_of
+from qtool.numerics.ggml.groups import Sweep, sweep_of
+from qtool.numerics.grids.bits import from_planes, planes
 
 
 class Q4_K(KQuant):  # noqa: N801 - spelled as in ggml

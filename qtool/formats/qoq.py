@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qtool.errors import NumericsError
 from qtool.formats._base import Format, Params
-from qtool.numerics.progressive import largest_step, progressive
+from qtool.numerics.grids.progressive import largest_step, progressive
 
 PROTECTED = 119
 """The largest magnitude of w8 before it is rounded to steps."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from qtool.formats._base import Params
 from qtool.formats._ggml import as_fp16
 from qtool.formats._ternary import Ternary
-from qtool.numerics.bits import stack_runs
+from qtool.numerics.grids.bits import stack_runs
 
 PARTS = ((0, 160, 32, 5), (160, 240, 16, 5), (240, 256, 4, 4))
 """A block's three parts: the columns where they begin and end, how far apart those of a byte are, and how many."""

@@ -15,7 +15,7 @@ from qtool.errors import CheckpointError
 from qtool.formats._base import Params
 from qtool.formats._ggml import as_fp16
 from qtool.formats._ternary import Ternary
-from qtool.numerics.bits import from_planes, planes
+from qtool.numerics.grids.bits import from_planes, planes
 
 
 class TQ2_0(Ternary):  # noqa: N801 - spelled as in ggml

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from qtool.formats._base import Format, Params, Quantized, expand
-from qtool.numerics.vector_walk import descend_vectors
-from qtool.numerics.walk import descend
+from qtool.numerics.solving.vector_walk import descend_vectors
+from qtool.numerics.solving.walk import descend
 
 RIDGE = 1e-5
 """Damping of the normal equations relative to each diagonal entry: leaves alone what the data does not determine."""

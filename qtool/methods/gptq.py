@@ -30,9 +30,9 @@ from qtool.errors import NumericsError
 from qtool.formats._base import Format, Params, Quantized
 from qtool.methods._base import Method, Solution
 from qtool.methods._refine import refine
-from qtool.numerics.linalg import inverse_factor, ridge
-from qtool.numerics.parallel import shares, side_by_side
-from qtool.numerics.walk import BLOCK, walk
+from qtool.numerics.solving.linalg import inverse_factor, ridge
+from qtool.numerics.solving.walk import BLOCK, walk
+from qtool.numerics.threads.parallel import shares, side_by_side
 from qtool.stats import InputStats, Stat
 
 DRIFT_DAMP = 0.3

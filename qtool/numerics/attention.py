@@ -15,8 +15,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from qtool.numerics.parallel import over_rows
-from qtool.numerics.search import FAST
+from qtool.numerics.scales.search import FAST
+from qtool.numerics.threads.parallel import over_rows
 
 QUERIES = 64
 """Tokens whose scores are computed at a time: what lies beyond the last of them is not multiplied at all."""

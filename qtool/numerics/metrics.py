@@ -12,8 +12,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from qtool.numerics.gram import strips
-from qtool.numerics.parallel import over_rows
+from qtool.numerics.solving.gram import strips
+from qtool.numerics.threads.parallel import over_rows
 
 
 def all_finite(x: Tensor) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qtool.artifact._files import check_file, new_file
 from qtool.calibrate.hidden import Hidden
 from qtool.calibrate.store import write_stats
 from qtool.calibrate.tokens import load_tokens
@@ -18,6 +17,7 @@ from qtool.pipeline.measured import kind_of
 from qtool.pipeline.prepare import prepare
 from qtool.pipeline.summarize import model_name
 from qtool.stats import InputStats, Stat
+from qtool.store.files import check_file, new_file
 
 CHANNELS = frozenset({Stat.CHANNELS})
 

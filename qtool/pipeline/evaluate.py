@@ -8,7 +8,6 @@ from typing import Literal
 
 import torch
 
-from qtool.artifact._files import check_file, new_file
 from qtool.artifact._open import open_model
 from qtool.checkpoint._base import Checkpoint
 from qtool.errors import UsageError
@@ -18,6 +17,7 @@ from qtool.evaluate.run import Progress, evaluate
 from qtool.pipeline.events import Event, Listener, silent
 from qtool.pipeline.prepare import Job, device_of, dtype_of
 from qtool.recipe.schema import Eval
+from qtool.store.files import check_file, new_file
 
 EXACT = torch.float32
 """bfloat16 alone costs a divergence of 0.001 nats on the demo model, as much as good 8-bit weights do."""

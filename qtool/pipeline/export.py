@@ -7,7 +7,6 @@ from pathlib import Path
 
 from qtool import registry
 from qtool.artifact._base import Artifact
-from qtool.artifact._files import check_free, new_folder
 from qtool.artifact._open import open_artifact
 from qtool.errors import UsageError, nearest
 from qtool.pipeline.events import Event, Listener, silent
@@ -15,6 +14,7 @@ from qtool.pipeline.publish import publish
 from qtool.pipeline.stopwatch import Stopwatch
 from qtool.pipeline.summarize import model_name
 from qtool.report.model import ArtifactEntry
+from qtool.store.files import check_free, new_folder
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from qtool.artifact._base import Artifact
 from qtool.artifact._open import open_model
 from qtool.checkpoint._base import Checkpoint
 from qtool.errors import UsageError
-from qtool.numerics.processor import compute_dtype
+from qtool.numerics.threads.processor import compute_dtype
 from qtool.pipeline.requantize import second_generation
 from qtool.plan import Plan, make_plan
 from qtool.recipe.load import load_recipe

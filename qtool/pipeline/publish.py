@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from qtool.artifact._base import Artifact
-from qtool.artifact._files import sha256, write_sums
 from qtool.checkpoint._base import QuantizedCheckpoint
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.stopwatch import Stopwatch
 from qtool.pipeline.verify import verify
 from qtool.report.model import ArtifactEntry, FileEntry
+from qtool.store.files import sha256, write_sums
 
 
 def publish(

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qtool.artifact._card import HUB_ID
-from qtool.artifact._files import check_free, new_folder
 from qtool.calibrate.attention import AttentionErrors
 from qtool.calibrate.inputs import fit_static
 from qtool.checkpoint._base import Layer
@@ -29,6 +28,7 @@ from qtool.recipe.parse import parse_method
 from qtool.report.model import CacheEntry, LayerEntry, Report
 from qtool.report.render import read_report, write_report
 from qtool.stats import InputStats
+from qtool.store.files import check_free, new_folder
 
 BY_IMPORTANCE = "method={rtn: {importance: true}}"
 """What `--imatrix` sets; a `--set method=...` of the user's own comes later and wins."""

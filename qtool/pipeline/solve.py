@@ -16,7 +16,7 @@ from qtool.errors import NumericsError
 from qtool.formats._base import Format, Quantized
 from qtool.methods._base import Solution
 from qtool.numerics.metrics import all_finite, energy, ratio_db
-from qtool.numerics.parallel import row_shares, shares, side_by_side
+from qtool.numerics.threads.parallel import row_shares, shares, side_by_side
 from qtool.pipeline.requantize import is_finite, origin, stored_codes
 from qtool.plan import LayerPlan, Plan
 from qtool.recipe.cache import KVCache

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from qtool.artifact._files import sha256
 from qtool.artifact.gguf._imatrix import is_imatrix
 from qtool.calibrate.attention import AttentionErrors, attention_errors, few
 from qtool.calibrate.cache import MeteredCache, RoundedCache
@@ -27,6 +26,7 @@ from qtool.pipeline.solve import Unit, needs_of, units
 from qtool.plan import LayerPlan
 from qtool.recipe.schema import Calibration
 from qtool.stats import InputStats, Stat
+from qtool.store.files import sha256
 
 Solve = Callable[[tuple[LayerPlan, ...], InputStats | None], Mapping[str, tuple[Quantized, Layer]]]
 """Quantizes modules that read the same input, or knows them: by module name, codes and layer."""

@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from qtool import registry
-from qtool.artifact._files import lock, storage_errors
-from qtool.artifact._manifest import MANIFEST, Manifest
-from qtool.artifact._neutral import NeutralCheckpoint, NeutralWriter
 from qtool.checkpoint._base import CacheScales, Layer
 from qtool.errors import CheckpointError, StorageError
 from qtool.formats._base import Quantized
@@ -22,6 +19,9 @@ from qtool.pipeline.solve import Unit, cache_format
 from qtool.plan import LayerPlan
 from qtool.report.model import CacheEntry, Entry, LayerEntry
 from qtool.stats import InputStats
+from qtool.store.files import lock, storage_errors
+from qtool.store.manifest import MANIFEST, Manifest
+from qtool.store.neutral import NeutralCheckpoint, NeutralWriter
 
 
 class Record(Entry):

@@ -15,11 +15,11 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import ValidationError
 
-from qtool.artifact._files import new_file
 from qtool.errors import CheckpointError
 from qtool.report import summary
 from qtool.report.charts import charts
 from qtool.report.model import Report
+from qtool.store.files import new_file
 
 VERSION: int = Report.model_fields["version"].default
 

@@ -17,7 +17,7 @@ from qtool.errors import CheckpointError, PlanError
 from qtool.formats.int import Int
 from qtool.formats.mxfp4 import MXFP4
 from qtool.formats.mxfp8 import MXFP8
-from qtool.numerics.bits import pack
+from qtool.numerics.grids.bits import pack
 from qtool.recipe.schema import parse_format
 from tests.artifact.conftest import quantize
 

@@ -12,7 +12,6 @@ import torch
 
 from qtool import registry
 from qtool.artifact._base import Carry
-from qtool.artifact._neutral import NeutralCheckpoint, NeutralWriter
 from qtool.artifact.gguf import GGUF
 from qtool.artifact.gguf._writer import size_label, usual
 from qtool.checkpoint._base import Layer, Module, modules
@@ -23,6 +22,7 @@ from qtool.errors import CheckpointError, PlanError, StorageError
 from qtool.evaluate.llamacpp import LlamaCpp
 from qtool.formats.int import Int
 from qtool.methods.rtn import RTN
+from qtool.store.neutral import NeutralCheckpoint, NeutralWriter
 from tests.llamacpp import generate, tokenize
 
 TOKENS = [(7 * i * i + 3 * i) % 500 for i in range(40)]

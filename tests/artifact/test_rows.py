@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qtool.artifact._neutral import NeutralCheckpoint, NeutralWriter
 from qtool.artifact.compressed_tensors import CompressedTensors
 from qtool.checkpoint.safetensors_io import SafetensorsFile
 from qtool.formats.int import Int
+from qtool.store.neutral import NeutralCheckpoint, NeutralWriter
 from tests.artifact.conftest import quantize
 
 

@@ -10,7 +10,7 @@ from qtool.errors import NumericsError
 from qtool.formats.qoq import QoQ
 from qtool.methods.gptq import GPTQ
 from qtool.methods.rtn import RTN
-from qtool.numerics.progressive import largest_step
+from qtool.numerics.grids.progressive import largest_step
 from qtool.recipe.schema import parse_format
 from tests.methods.test_gptq import loss, problem
 

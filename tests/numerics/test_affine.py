@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qtool.numerics.affine import decode_levels, round_to_levels, rounding_errors
+from qtool.numerics.grids.affine import decode_levels, round_to_levels, rounding_errors
 from qtool.numerics.metrics import block_errors
 
 

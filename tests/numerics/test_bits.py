@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qtool.numerics.bits import pack, pack_words, stack_runs, unpack, unpack_words
+from qtool.numerics.grids.bits import pack, pack_words, stack_runs, unpack, unpack_words
 
 GOLDEN = [
     pytest.param(4, range(-8, 0), [0x76543210], id="int4-negative"),

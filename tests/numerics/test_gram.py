@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtool.numerics import gram
-from qtool.numerics.gram import Gram
+from qtool.numerics.solving import gram
+from qtool.numerics.solving.gram import Gram
 
 
 def tokens(count: int, k: int, seed: int = 0) -> Tensor:

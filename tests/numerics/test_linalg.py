@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qtool.errors import NumericsError
-from qtool.numerics.linalg import inverse_factor, invert_lower, ridge
+from qtool.numerics.solving.linalg import inverse_factor, invert_lower, ridge
 
 
 def gram(k: int) -> torch.Tensor:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtool.numerics import minifloat
-from qtool.numerics.minifloat import Grid, ceil_power, floor_power, nearest_power
+from qtool.numerics.grids import minifloat
+from qtool.numerics.grids.minifloat import Grid, ceil_power, floor_power, nearest_power
 
 FLOATS = [(e, m) for e in range(1, 8) for m in range(7) if 3 <= 1 + e + m <= 8]
 GRIDS = {f"e{e}m{m}": minifloat.minifloat(e, m) for e, m in FLOATS} | {

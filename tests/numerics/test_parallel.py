@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from qtool.numerics.parallel import over_rows, row_shares, shares, side_by_side
+from qtool.numerics.threads.parallel import over_rows, row_shares, shares, side_by_side
 
 
 @pytest.fixture(params=[1, 2, 3, 4])

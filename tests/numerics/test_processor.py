@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qtool.numerics.processor import compute_dtype
+from qtool.numerics.threads.processor import compute_dtype
 
 
 def test_the_type_to_compute_in(monkeypatch):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from qtool.numerics.minifloat import integer, minifloat
-from qtool.numerics.scale_codes import LANES, best_code
+from qtool.numerics.grids.minifloat import integer, minifloat
+from qtool.numerics.grids.scale_codes import LANES, best_code
 
 GRIDS = {"e2m1": minifloat(2, 1), "e3m2": minifloat(3, 2), "e4m3": minifloat(4, 3), "int4": integer(4)}
 

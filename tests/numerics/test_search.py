@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qtool.numerics import search
+from qtool.numerics.scales import search
 
 SHAPES = {
     "normal": lambda g: torch.randn(12, 32, generator=g),

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from qtool import registry
 from qtool.formats._base import Format
-from qtool.numerics.codebook import NEIGHBORS
-from qtool.numerics.sphere import search_span, searcher, trees
-from qtool.numerics.vector_snap import snap_vectors
-from qtool.numerics.vector_walk import descend_vectors
+from qtool.numerics.codebooks.codebook import NEIGHBORS
+from qtool.numerics.codebooks.sphere import search_span, searcher, trees
+from qtool.numerics.codebooks.vector_snap import snap_vectors
+from qtool.numerics.solving.vector_walk import descend_vectors
 from tests.reference.vectors import best_pair, best_span, cheapest, combinations
 
 NAMES = ("iq1_s", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qtool.formats._base import Format, Params, expand
-from qtool.numerics.codebook import Codebook
+from qtool.numerics.codebooks.codebook import Codebook
 
 
 def combinations(book: Codebook, parity: int | None) -> Tensor:

@@ -39,7 +39,7 @@ from qtool.formats.mxfp4 import MXFP4
 from qtool.formats.mxfp6 import MXFP6
 from qtool.formats.mxfp8 import MXFP8
 from qtool.formats.nvfp4 import NVFP4
-from qtool.numerics.bits import pack, unpack
+from qtool.numerics.grids.bits import pack, unpack
 
 E4M3 = torch.float8_e4m3fn
 BLOCK = 128

@@ -30,7 +30,7 @@ from qtool.artifact.compressed_tensors._kinds import (
 from qtool.checkpoint._base import TensorInfo
 from qtool.formats._base import Format, Quantized
 from qtool.formats.int import Int
-from qtool.numerics.bits import pack_words, unpack_words
+from qtool.numerics.grids.bits import pack_words, unpack_words
 
 
 def as_int(fmt: Format) -> Int | None:

@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 from qtool.artifact._base import Artifact, Carry
 from qtool.artifact._card import write_card
-from qtool.artifact._files import storage_errors
 from qtool.artifact.gguf._imatrix import about_importance
 from qtool.artifact.gguf._reader import QuantizedGGUF
 from qtool.artifact.gguf._tokenizer import tokenizer_metadata
@@ -21,6 +20,7 @@ from qtool.artifact.gguf._writer import Options, Writer, candidates
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
 from qtool.checkpoint.gguf_parts import first_parts
 from qtool.errors import CheckpointError
+from qtool.store.files import storage_errors
 
 
 class GGUF(Artifact):

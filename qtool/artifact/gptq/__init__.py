@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from qtool.artifact._base import naming
-from qtool.artifact._files import storage_errors
 from qtool.artifact._integers import as_integers, half_dtype, integers
 from qtool.artifact._packed import Infos, PackedArtifact, write_packed
 from qtool.artifact._settings import quantization_config
@@ -26,6 +25,7 @@ from qtool.artifact.gptq._layout import BITS, encode, infos
 from qtool.artifact.gptq._reader import GPTQCheckpoint
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
 from qtool.formats._base import Format, Quantized
+from qtool.store.files import storage_errors
 
 
 class GPTQ(PackedArtifact):

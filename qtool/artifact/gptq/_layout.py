@@ -19,7 +19,7 @@ from qtool.artifact._packed import Infos
 from qtool.checkpoint._base import TensorInfo
 from qtool.formats._base import Quantized
 from qtool.formats.int import Int
-from qtool.numerics.bits import pack_words, unpack_words
+from qtool.numerics.grids.bits import pack_words, unpack_words
 
 BITS = (2, 3, 4, 8)
 WORD = 32

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from qtool.artifact._base import Carry, naming
-from qtool.artifact._files import storage_errors
 from qtool.artifact._packed import PackedArtifact, write_packed
 from qtool.artifact.modelopt._algos import ALGOS, algo_of, fp8
 from qtool.artifact.modelopt._reader import CONFIG, ModelOptCheckpoint, told
@@ -23,6 +22,7 @@ from qtool.artifact.modelopt._writer import Writer, cache_scales, flat, settings
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
 from qtool.formats._base import alike
 from qtool.recipe.cache import KVCache
+from qtool.store.files import storage_errors
 
 
 class ModelOpt(PackedArtifact):

@@ -29,7 +29,7 @@ from qtool.formats.fp import FP
 from qtool.formats.int import DTYPES, Int
 from qtool.formats.mxfp8 import MXFP8
 from qtool.formats.nvfp4 import NVFP4
-from qtool.numerics.bits import pack, unpack
+from qtool.numerics.grids.bits import pack, unpack
 
 E4M3, SCALE = torch.float8_e4m3fn, "weight_scale"
 Read = Callable[..., Tensor]

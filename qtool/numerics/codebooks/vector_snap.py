@@ -1,0 +1,88 @@
+"""Rounds to a codebook: the allowed codes of least weighted squared error, exactly, or the best of some close ones.
+
+Shape letters: N rows, C columns.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from qtool.numerics.codebooks.codebook import Codebook
+from qtool.numerics.codebooks.nearest import close_entry, flip_cheapest, nearest, sizes, workspace
+from qtool.numerics.scales.search import FAST
+from qtool.numerics.scales.table_search import column_weights
+from qtool.numerics.threads.parallel import over_rows
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def close_codes(x, weight, a, scale, offset, lookup, entries, count, codes):  # type: ignore[no-untyped-def]
+    """Fills codes[a : a + span] with the best of `count` close entries; returns whether one sign still has to flip."""
+    middles, close, values, lanes, signed, even, size, pull = lookup
+    positive, base = abs(scale) if signed else scale, np.uint8(len(middles) + 1)
+    odd, width = sizes(x, weight, a, scale, offset, signed, even, size, pull), len(lanes)
+    for at in range(0, len(size), width):
+        entry = close_entry(
+            size, pull, weight, a, at, positive, middles, close, values, lanes, count, odd and len(size) == width
+        )
+        for j in range(a + at, a + at + width):
+            m = entries[entry, j - a - at]
+            minus = (x[j] - offset) * scale < 0
+            codes[j] = m if not signed else np.uint8(base - np.uint8(1) - m) if minus else np.uint8(base + m)
+    return odd
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def exact_rows(x, weight, scale, offset, tables, memory, codes, start, stop):  # type: ignore[no-untyped-def]
+    """Fills codes [N, C] for rows start to stop. x [N, C]; weight [C]; scale, offset [N, groups]."""
+    width, span = x.shape[1] // scale.shape[1], tables.span
+    target = np.empty(span, np.float32)
+    for n in range(start, stop):
+        for a in range(0, x.shape[1], span):
+            for j in range(span):
+                target[j] = x[n, a + j] - offset[n, a // width]
+            part = slice(a, a + span)
+            nearest(target, weight[part], scale[n, a // width], tables, memory, codes[n, part])
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def close_rows(x, weight, scale, offset, tables, count, memory, codes, start, stop):  # type: ignore[no-untyped-def]
+    """As `exact_rows`, by the best of `count` entries close by."""
+    width, size, pull = x.shape[1] // scale.shape[1], memory[0], memory[1]
+    lookup = (tables.middles, tables.close, tables.values, tables.lanes, tables.signed, tables.even, size, pull)
+    for n in range(start, stop):
+        row, found = x[n], codes[n]
+        for g in range(scale.shape[1]):
+            s, o = scale[n, g], offset[n, g]
+            for a in range(g * width, (g + 1) * width, tables.span):
+                if close_codes(row, weight, a, s, o, lookup, tables.entries, count, found):
+                    flip_cheapest(pull, tables, found[a : a + tables.span])
+
+
+def snap_vectors(
+    x: Tensor, importance: Tensor | None, params: tuple[Tensor, Tensor], book: Codebook, count: int
+) -> Tensor:
+    """The allowed codes of least weighted squared error, uint8 [N, C].
+
+    Args:
+        x: float32 [N, C].
+        importance: float32 [C] or None.
+        params: (scale, offset), float32 [N, groups] each.
+        book: what is allowed.
+        count: entries near a vector that are compared; 0 for the very nearest of all.
+    """
+    weight, _ = column_weights(importance, x.shape[1], book.span, x.shape[1])
+    codes = np.empty(x.shape, np.uint8)
+    arrays = [t.float().contiguous().cpu().numpy() for t in (x, weight, *params)]
+
+    def work(a: int, b: int) -> None:
+        memory = workspace(book.tables)
+        if count:
+            close_rows(*arrays, book.tables, count, memory, codes, a, b)
+        else:
+            exact_rows(*arrays, book.tables, memory, codes, a, b)
+
+    over_rows(work, len(codes))
+    return torch.from_numpy(codes).to(x.device)

@@ -1,0 +1,127 @@
+"""Scales that are stored as codes, such as small floats: the code with the least weighted squared error of a few.
+
+Groups lie side by side in vector registers, so that short ones leave no lane idle. For levels l that a group's x / s is
+rounded to, s^2 * sum_j importance_j l_j (2 x_j / s - l_j) is what its error falls short of that of zeros.
+
+Shape letters: N rows, C columns, G groups of a row, W columns of a group, E ends, P groups that are searched at once.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from qtool.numerics.grids.minifloat import EXPONENT, Grid
+from qtool.numerics.scales.search import relative
+from qtool.numerics.threads.parallel import over_rows
+
+F32, I32 = np.float32, np.int32
+LANES = 64
+"""Groups that are searched at once, if there are so many: what they need stays in the fastest cache."""
+ROUNDER = F32(1.5 * 2**23)
+"""A sum with it, times a step, is a multiple of the step, ties even: there float32 has no finer ones."""
+EXACT = {"nnan", "nsz", "contract"}
+"""Freedoms of the compiler that leave sums with `ROUNDER` as they are."""
+
+
+@njit(nogil=True, cache=True, fastmath=EXACT)
+def gains(x, weight, at, inverse, smallest, steps, highest, gain):  # type: ignore[no-untyped-def]
+    """Fills gain [P], in units of the squared scales whose inverses are given.
+
+    x [W, P or more], magnitudes; weight [W, .] from column `at` on. steps: `ROUNDER` times the step between 1 and 2.
+    """
+    gain[:] = F32(0)
+    for j in range(len(x)):
+        v, w = x[j, : len(gain)], weight[j, at : at + len(gain)]
+        for g in range(len(gain)):
+            size = v[g] * inverse[g]
+            clipped = min(size, highest)
+            rounder = I32(max(I32(F32(clipped).view(I32) & EXPONENT), smallest)).view(F32) * steps
+            level = (clipped + rounder) - rounder
+            gain[g] += w[g] * level * (size + size - level)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def try_codes(end, step, values, unit, code, inverse, square):  # type: ignore[no-untyped-def]
+    """Fills code [P] with those that lie `step` from some ends, and the inverses and squares of their scales."""
+    last = I32(len(values) - 1)
+    for g in range(len(code)):
+        code[g] = min(max(end[g] + step, I32(1)), last)
+        value = values[code[g]]
+        inverse[g] = F32(1) / value
+        ratio = value / unit[g]  # squares of small scales would be zero
+        square[g] = ratio * ratio
+
+
+@njit(nogil=True, cache=True)
+def keep_better(gain, square, code, best, chosen):  # type: ignore[no-untyped-def]
+    """Updates best and chosen [P] where a code gains more."""
+    for g in range(len(gain)):
+        more = gain[g] * square[g]
+        better = more > best[g]
+        best[g] = more if better else best[g]
+        chosen[g] = code[g] if better else chosen[g]
+
+
+@njit(nogil=True, cache=True)
+def code_rows(x, weight, ends, values, tried, smallest, steps, highest, found, start, stop):  # type: ignore[no-untyped-def]
+    """Fills found uint8 [N * G] for some groups: x [N * G, W], weight [W, rows * G], ends [N * G, E]."""
+    width, period, last = x.shape[1], weight.shape[1], len(values) - 1
+    side, numbers, codes = np.empty((width, LANES), F32), np.empty((5, LANES), F32), np.empty((3, LANES), I32)
+    first = start
+    while first < stop:
+        at = first % period
+        count = min(LANES, period - at, stop - first)
+        gain, best, inverse = numbers[0, :count], numbers[1, :count], numbers[2, :count]
+        square, unit, end = numbers[3, :count], numbers[4, :count], codes[0, :count]
+        code, chosen = codes[1, :count], codes[2, :count]
+        for g in range(count):
+            best[g], chosen[g] = F32(-1), I32(1)
+            unit[g] = values[min(max(ends[first + g, 0], 1), last)]
+            for j in range(width):
+                side[j, g] = abs(x[first + g, j])
+        for e in range(ends.shape[1] - 1, -1, -1):  # from the smaller end on
+            for g in range(count):
+                end[g] = I32(ends[first + g, e])
+            for step in range(tried[0], tried[1] + 1):
+                try_codes(end, I32(step), values, unit, code, inverse, square)
+                gains(side, weight, at, inverse, smallest, steps, highest, gain)
+                keep_better(gain, square, code, best, chosen)
+        for g in range(count):
+            found[first + g] = chosen[g]
+        first += count
+
+
+def best_code(
+    x: Tensor, importance: Tensor | None, ends: Tensor, values: Tensor, tried: tuple[int, int], grid: Grid
+) -> Tensor:
+    """The code of the scale with the least weighted squared error, of those around some.
+
+    Args:
+        x: float32 [N, C].
+        importance: float32 [C] or None.
+        ends: uint8 [N, G, 1 or 2], descending: codes to look around.
+        values: float32 [codes], scales, ascending; the first is never taken.
+        tried: the first and the last code that are tried, relative to each end.
+        grid: levels to round to.
+
+    Returns:
+        uint8 [N, G].
+    """
+    (n, groups, _), width = ends.shape, x.shape[1] // ends.shape[1]
+    given = torch.ones(x.shape[1]) if importance is None else relative(importance.cpu(), groups)
+    weights = np.tile(given.numpy().reshape(groups, width), (-(-LANES // groups), 1)).T.copy()
+    weighed = x.float().contiguous().cpu().numpy().reshape(-1, width)
+    found = np.empty(n * groups, np.uint8)
+    smallest, mantissa, highest = grid.numbers
+    rule = tried, smallest, ROUNDER * F32(2.0**-mantissa), highest
+    arrays = (
+        weighed.reshape(-1, width),
+        weights,
+        ends.reshape(n * groups, -1).contiguous().cpu().numpy(),
+        values.numpy(),
+    )
+    over_rows(lambda a, b: code_rows(*arrays, *rule, found, a * groups, b * groups), n)
+    return torch.from_numpy(found).view(n, groups).to(x.device)

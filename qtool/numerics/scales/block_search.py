@@ -1,0 +1,128 @@
+"""Error-minimizing scales, and minima, of blocks of 32 columns with one fp16 scale each: GGUF's classic types.
+
+    w_hat = d * l + m        levels l are consecutive integers; d and m fp16, m is 0 where a type has none
+
+Every block takes the better of a wide sweep over clipping ratios that is closed by least squares, and of somebody
+else's choice, such as ggml's; from there codes and parameters alternate.
+
+Shape letters: N rows, C columns, G blocks of a row, T trials of a sweep.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from qtool.numerics.scales.kquant import FLOOR, group_error, moments
+from qtool.numerics.scales.search import FAST, prepared
+from qtool.numerics.scales.sweep import F32, free_offset, free_scale, half, offset_trials, signed_trials
+from qtool.numerics.threads.parallel import over_rows
+
+WIDTH = 32
+
+
+class Grid(NamedTuple):
+    """One block type.
+
+    Attributes:
+        lowest, highest: first and last level.
+        minima: whether blocks have m.
+    """
+
+    lowest: np.float32
+    highest: np.float32
+    minima: bool
+
+
+class Effort(NamedTuple):
+    """How hard to search.
+
+    Attributes:
+        trials: of the sweep.
+        near: see `sweep.free_offset`.
+        rounds: alternations after the sweep.
+    """
+
+    trials: int
+    near: np.float32
+    rounds: int
+
+
+EFFORT = {"fast": Effort(32, F32(0.4), 0), "default": Effort(64, F32(0.75), 3), "thorough": Effort(160, F32(0.75), 10)}
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def closed_form(x, weight, scale, offset, grid):  # type: ignore[no-untyped-def]
+    """(scale, offset) by least squares for the codes that a present pair gives."""
+    w, wl, wll, wr, wrl = moments(x, weight, scale, offset, grid.lowest, grid.highest)
+    if not grid.minima:
+        return (scale + wrl / wll if wll > 0 else scale), F32(0)
+    spread = w * wll - wl * wl
+    if spread <= F32(1e-6) * w * wll:
+        return scale, offset
+    return scale + (w * wrl - wl * wr) / spread, offset + (wll * wr - wl * wrl) / spread
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def swept(x, weight, reach, near, grid, table, sums):  # type: ignore[no-untyped-def]
+    """(scale, offset) of our own sweep."""
+    if grid.minima:
+        found = free_offset(x, weight, reach, near, F32(np.inf), table, grid.highest, sums)
+        return found[0], found[1]
+    return free_scale(x, weight, reach, near, table, grid.lowest, grid.highest, sums)[0], F32(0)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def search_rows(x, weight, reach, grid, effort, table, other, scale, offset, start, stop):  # type: ignore[no-untyped-def]
+    """Fills scale, offset [N, G] for rows start to stop. x [N, C], weight and reach [C], table [2, T].
+
+    other: somebody else's scale and offset, or empty ones.
+    """
+    sums = np.empty((4, table.shape[1]), F32)
+    for n in range(start, stop):
+        for g in range(x.shape[1] // WIDTH):
+            part = slice(g * WIDTH, (g + 1) * WIDTH)
+            xg, wg = x[n, part], weight[part]
+            s, o = swept(xg, wg, reach[part], effort.near, grid, table, sums)
+            scale[n, g], offset[n, g] = half(s), half(o)
+            least = group_error(xg, wg, scale[n, g], offset[n, g], grid.lowest, grid.highest)
+            for attempt in range(0 if len(other[0]) else 1, effort.rounds + 1):
+                if attempt == 0:
+                    s, o = other[0][n, g], other[1][n, g]
+                else:
+                    s, o = closed_form(xg, wg, scale[n, g], offset[n, g], grid)
+                s, o = half(s), half(o)
+                found = group_error(xg, wg, s, o, grid.lowest, grid.highest)
+                if found < least:
+                    least, scale[n, g], offset[n, g] = found, s, o
+                elif attempt > 0:
+                    break
+
+
+def search(
+    x: Tensor, importance: Tensor | None, grid: Grid, effort: Effort, other: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Parameters of all blocks.
+
+    Args:
+        x: float32 [N, C].
+        importance: float32 [C] or None.
+        grid: the block type.
+        effort: how hard to search.
+        other: somebody else's result, from which the search goes on where it is the better start.
+
+    Returns:
+        (d, m), float32 [N, G], on the device of x.
+    """
+    values, weight, reach = prepared(x, importance, WIDTH)
+    weight = np.maximum(weight, np.float32(FLOOR))
+    found = [np.zeros((x.shape[0], x.shape[1] // WIDTH), np.float32) for _ in range(2)]
+    starts = tuple(p.contiguous().cpu().numpy() for p in other or (torch.empty(0, 0),) * 2)
+    trials, end = (offset_trials, grid.highest) if grid.minima else (signed_trials, grid.lowest)
+    table = trials(int(end), effort.trials)
+    over_rows(lambda a, b: search_rows(values, weight, reach, grid, effort, table, starts, *found, a, b), len(values))
+    return torch.from_numpy(found[0]).to(x.device), torch.from_numpy(found[1]).to(x.device)

@@ -1,0 +1,91 @@
+"""Factorizations that the solvers need.
+
+Shape letters: K input features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qtool.errors import NumericsError
+from qtool.numerics.metrics import all_finite
+from qtool.numerics.threads.parallel import shares, side_by_side
+
+DAMPING_STEPS = (1.0, 10.0, 100.0)
+"""Factors on the wanted damping, tried in turn until the matrix factorizes."""
+
+LEAF, SPLIT = 128, 512
+"""Rows up to which a triangular matrix is solved for, and from which on its halves are inverted side by side."""
+
+
+def inverse_factor(gram: Tensor, damp: float) -> tuple[Tensor, float]:
+    """Upper Cholesky factor of the inverse of a damped Gram matrix: U with U^T U = (H + damp * mean(diag H) * I)^-1.
+
+    It comes from one factorization of H read backwards and one triangular inverse, without forming the inverse: with J
+    the reversal of rows and columns, J H J = L L^T gives H^-1 = (J L^-1 J)^T (J L^-1 J), and J L^-1 J is upper
+    triangular.
+
+    Args:
+        gram: float32 [K, K], symmetric, positive semidefinite.
+        damp: relative to the mean of the diagonal.
+
+    Returns:
+        (U, float32 [K, K]; the relative damping that was used, larger than `damp` if the matrix did not factorize).
+
+    Raises:
+        NumericsError: not positive definite even with 100 times the damping.
+    """
+    damped, diagonal = gram.flip(0, 1).contiguous(), gram.diagonal().flip(0)
+    mean = diagonal.mean()
+    del gram  # if nobody else needs it: what is no longer held here is a large part of a run's memory
+    for step in DAMPING_STEPS:
+        damped.diagonal().copy_(diagonal + damp * step * mean)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0:
+            inverse = invert_lower(lower)
+            del lower
+            if all_finite(inverse):
+                del damped
+                return inverse.flip(0, 1).contiguous(), damp * step
+    raise NumericsError(
+        "the Gram matrix of calibration inputs cannot be factorized",
+        wanted="a positive definite matrix",
+        found=f"none with damping up to {damp * DAMPING_STEPS[-1]:g}",
+    )
+
+
+def ridge(cross: Tensor, gram: Tensor, damp: float) -> Tensor:
+    """Ridge regression: A with A (H + damp * mean(diag H) * I) = C, the map from inputs to what they explain.
+
+    Args:
+        cross: C, float32 [K, K].
+        gram: H, float32 [K, K], symmetric, positive semidefinite.
+        damp: relative to the mean of the diagonal.
+
+    Returns:
+        A, float32 [K, K]; zeros if the matrix cannot be factorized.
+    """
+    damped = gram.clone()
+    damped.diagonal().add_(damp * damped.diagonal().mean())
+    lower, info = torch.linalg.cholesky_ex(damped)
+    if int(info) != 0:
+        return torch.zeros_like(cross)
+    solved: Tensor = torch.cholesky_solve(cross.T, lower).T
+    return solved
+
+
+def invert_lower(lower: Tensor) -> Tensor:
+    """Inverse of a lower triangular matrix [K, K], by halves, so that nearly all work is matrix products."""
+    k = len(lower)
+    if k <= LEAF:
+        identity = torch.eye(k, dtype=lower.dtype, device=lower.device)
+        solved: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+        return solved
+    half = k // 2
+    halves = [lower[:half, :half], lower[half:, half:]]
+    first, last = side_by_side(invert_lower, halves, shares(2, lower.device) if k > SPLIT else (1, 1))
+    inverse = torch.zeros_like(lower)
+    inverse[:half, :half], inverse[half:, half:] = first, last
+    torch.mm(last, lower[half:, :half] @ first, out=inverse[half:, :half]).neg_()
+    return inverse

@@ -1,0 +1,232 @@
+"""The neutral checkpoint's files: packed codes and parameters in safetensors, a manifest that says what they mean.
+
+docs/neutral-checkpoint.md is the specification. The writer is made for work folders, block by block; the reader reads
+those together with the source model, or a folder that stands alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qtool.checkpoint._base import CacheScales, Checkpoint, Layer, QuantizedCheckpoint, TensorInfo, finite, verify
+from qtool.checkpoint.config import read_config
+from qtool.checkpoint.hf import SIDE_FILES
+from qtool.checkpoint.safetensors_io import SafetensorsFile, SafetensorsWriter
+from qtool.errors import CheckpointError, StorageError
+from qtool.formats._base import Quantized
+from qtool.numerics.grids.bits import unpack
+from qtool.recipe.cache import KVCache, dump_cache
+from qtool.store.files import new_file, sha256
+from qtool.store.manifest import MANIFEST, BlockEntry, LayerEntry, Manifest, cache_of, checked, code_bits, packed
+
+KEEP = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+class NeutralWriter:
+    """Writes a work folder, one block at a time; each block is whole or absent, whatever happens to the process.
+
+    Args:
+        folder: created if missing. Blocks that the same run wrote before are kept.
+        run: JSON data that identifies the run: fingerprints of recipe, source, calibration, program version.
+        keep: module -> "source", or the type that its kept weight is cast to: "f32", "f16", "bf16".
+        cache: format of the KV cache.
+
+    Raises:
+        StorageError: the folder belongs to another run, or cannot be written.
+        CheckpointError: its manifest is damaged.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        run: Mapping[str, Any],
+        keep: Mapping[str, str] | None = None,
+        cache: KVCache | None = None,
+    ) -> None:
+        self.folder = folder
+        casts = {module: dtype for module, dtype in (keep or {}).items() if dtype != "source"}
+        self.manifest = Manifest.model_validate({"run": json.loads(json.dumps(run)), "keep": casts, "blocks": {}})
+        if cache:
+            self.manifest = self.manifest.model_copy(update={"kv_cache": dump_cache(cache)})
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / MANIFEST).exists():
+            found = Manifest.load(folder)
+            if (found.run, found.keep) != (self.manifest.run, self.manifest.keep):
+                hint = "run it with the recipe and model it was begun with, or remove it"
+                raise StorageError(f"{folder} was begun by another run", hint=hint)
+            self.manifest = found
+        else:
+            self.manifest.save(folder)
+
+    def finished(self) -> dict[str, Any]:
+        """Records of the blocks that are whole on disk, by key. Damaged blocks are forgotten."""
+        whole = {key: entry for key, entry in self.manifest.blocks.items() if self._whole(key, entry)}
+        self.manifest = self.manifest.model_copy(update={"blocks": whole})
+        return {key: entry.record for key, entry in whole.items()}
+
+    def write_block(
+        self,
+        key: str,
+        matrices: Mapping[str, Quantized],
+        record: Any = None,
+        kept: Sequence[str] = (),
+        source: Checkpoint | None = None,
+        layers: Mapping[str, Layer] | None = None,
+        cache: CacheScales | None = None,
+    ) -> None:
+        """Writes one block and enters it in the manifest.
+
+        Args:
+            key: file stem: "block-3".
+            matrices: codes and parameters by module.
+            record: JSON data that `finished` gives back.
+            kept: tensors of `source` to store along, as they are.
+            source: where they are read from, one at a time.
+            layers: how inputs are rounded, by module; None: nowhere.
+            cache: scales of keys and values, where the cache's format has some for all tokens.
+
+        Raises:
+            StorageError: the disk is full or not writable.
+        """
+        tensors = {f"{m}.weight.{name}": t for m, q in matrices.items() for name, t in packed(q).items()}
+        infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+        if source is not None:
+            infos |= {name: source.info(name) for name in kept}
+        with new_file(self._path(key)) as partial:
+            with SafetensorsWriter(partial, infos, {"qtool": "neutral"}) as writer:
+                for name, tensor in tensors.items():
+                    writer.add(name, tensor)
+                if source is not None:
+                    for name in kept:
+                        writer.add(name, source.tensor(name))
+            nbytes, digest = partial.stat().st_size, sha256(partial)
+        entries = {
+            module: LayerEntry.of(q, layers[module] if layers else Layer(q.format)) for module, q in matrices.items()
+        }
+        told = json.loads(json.dumps(record))
+        block = BlockEntry(nbytes=nbytes, sha256=digest, layers=entries, record=told, cache=cache)
+        self.manifest = self.manifest.model_copy(update={"blocks": self.manifest.blocks | {key: block}})
+        self.manifest.save(self.folder)
+
+    def _whole(self, key: str, entry: BlockEntry) -> bool:
+        path = self._path(key)
+        return path.is_file() and path.stat().st_size == entry.nbytes and sha256(path) == entry.sha256
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"
+
+
+class NeutralCheckpoint(QuantizedCheckpoint):
+    """Reads a neutral checkpoint.
+
+    Args:
+        folder: where it is.
+        source: gives every tensor that the folder does not hold, the configuration and the side files. None: the
+            folder has all of them.
+
+    Raises:
+        CheckpointError: something is missing or damaged.
+    """
+
+    def __init__(self, folder: Path, source: Checkpoint | None = None) -> None:
+        self._origin = source
+        self._manifest = Manifest.load(folder)
+        if source is None:
+            self.source = str(folder)
+            self.config, self.family = read_config(folder / "config.json")
+            self.files = {name: folder / name for name in SIDE_FILES if (folder / name).is_file()}
+        else:
+            self.source, self.config, self.family, self.files = (
+                source.source,
+                source.config,
+                source.family,
+                source.files,
+            )
+        self.layers: dict[str, Layer] = {}
+        self._shapes: dict[str, tuple[int, int]] = {}
+        self._stored: dict[str, SafetensorsFile] = {}
+        for key, block in self._manifest.blocks.items():
+            file = SafetensorsFile(folder / f"{key}.safetensors")
+            self._stored.update(dict.fromkeys(file.entries, file))
+            for module, entry in block.layers.items():
+                self.layers[module] = entry.layer(module)
+                self._shapes[module] = entry.shape
+        self.cache = cache_of(self._manifest, *self.family.heads(self.config)[1:])
+        self._names = source.names() if source else self._own_names()
+        verify(self)
+
+    def _own_names(self) -> list[str]:
+        prefixes = {f"{module}.weight." for module in self.layers}
+        kept = {name for name in self._stored if name.rpartition(".")[0] + "." not in prefixes}
+        held = kept | {f"{module}.weight" for module in self.layers}
+        order = [name for name in self.family.shapes(self.config) if name in held]
+        return order + sorted(held.difference(order))
+
+    def names(self) -> list[str]:
+        """See `Checkpoint.names`."""
+        return self._names
+
+    def info(self, name: str) -> TensorInfo:
+        """See `Checkpoint.info`. A cast that the manifest declares is already made."""
+        module = name.removesuffix(".weight")
+        if module in self.layers:
+            return TensorInfo(self._shapes[module], torch.float32)
+        info = self._origin.info(name) if self._origin else self._file(name).info(name)
+        return TensorInfo(info.shape, self._cast(name) or info.dtype)
+
+    def tensor(self, name: str) -> Tensor:
+        """See `Checkpoint.tensor`. Raises NumericsError: a declared cast overflows."""
+        module = name.removesuffix(".weight")
+        if module in self.layers:
+            return self.quantized(module).decode()
+        tensor = self._origin.tensor(name) if self._origin else self._file(name).read(name)
+        dtype = self._cast(name)
+        return tensor if dtype in (None, tensor.dtype) else finite(tensor.to(dtype), name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """See `Checkpoint.rows`."""
+        module = name.removesuffix(".weight")
+        if module in self.layers:
+            return self._quantized_rows(module, start, stop).decode()
+        if self._cast(name):
+            return super().rows(name, start, stop)
+        return self._origin.rows(name, start, stop) if self._origin else self._file(name).read(name, start, stop)
+
+    def quantized(self, module: str) -> Quantized:
+        """See `QuantizedCheckpoint.quantized`."""
+        return self._quantized_rows(module, 0, self._shapes[module][0])
+
+    def _quantized_rows(self, module: str, start: int, stop: int) -> Quantized:
+        """Codes and parameters of some rows."""
+        layer, (n, k) = self.layers[module], self._shapes[module]
+        prefix = f"{module}.weight."
+        file = self._file(prefix + "codes")
+        bits = code_bits(layer.format)
+        expected = TensorInfo((n, (k * bits + 7) // 8), torch.uint8)
+        if file.info(prefix + "codes") != expected:
+            raise CheckpointError(f"{file.path}: codes of {module}", wanted=expected, found=file.info(prefix + "codes"))
+        codes = unpack(file.read(prefix + "codes", start, stop), bits, k)
+        names = [name.removeprefix(prefix) for name in file.entries if name.startswith(prefix)]
+        params = {name: file.read(prefix + name, start, stop) for name in names if name != "codes"}
+        return checked(Quantized(codes, params, layer.format), module, file.path)
+
+    def fingerprint(self) -> str:
+        """See `Checkpoint.fingerprint`: of the manifest, which has the hashes of the blocks, and of the source."""
+        text = self._manifest.model_dump_json() + (self._origin.fingerprint() if self._origin else "")
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _file(self, name: str) -> SafetensorsFile:
+        if name not in self._stored:
+            raise CheckpointError(f"{self.source} holds no tensor {name!r}")
+        return self._stored[name]
+
+    def _cast(self, name: str) -> torch.dtype | None:
+        keep = self._manifest.keep.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        return KEEP[keep] if keep else None

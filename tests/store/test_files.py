@@ -1,0 +1,166 @@
+"""Outputs are whole or absent, and nothing that qtool did not write is ever replaced."""
+
+import hashlib
+import subprocess
+import sys
+
+import pytest
+
+from qtool.errors import StorageError
+from qtool.store import files
+
+KILLED = """
+import pathlib, sys, time
+from qtool.store.files import new_folder
+with new_folder(pathlib.Path(sys.argv[1])) as partial:
+    (partial / "weights").write_bytes(bytes(1000))
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+def write(out, text="weights", overwrite=False):
+    with files.new_folder(out, overwrite) as partial:
+        (partial / "a.bin").write_text(text)
+        (partial / "sub").mkdir()
+        (partial / "sub" / "b.txt").write_text("more")
+
+
+def tree(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_folder_appears_whole_with_sums_that_sha256sum_accepts(tmp_path):
+    out = tmp_path / "deep" / "out"
+    write(out)
+    assert set(tree(out)) == {"a.bin", "sub/b.txt", "SHA256SUMS"}
+    assert files.read_sums(out)["a.bin"] == hashlib.sha256(b"weights").hexdigest()
+    check = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
+    subprocess.run(check, cwd=out, check=True)
+    (out / "a.bin").write_text("weightz")
+    assert subprocess.run(check, cwd=out, check=False).returncode == 1
+    assert [p.name for p in out.parent.iterdir()] == ["out"]
+
+
+def test_an_exception_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), files.new_folder(tmp_path / "out") as partial:
+        (partial / "a.bin").write_text("half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_empty_folder_is_taken(tmp_path):
+    write(tmp_path)
+    assert (tmp_path / "a.bin").read_text() == "weights"
+
+
+def test_earlier_output_is_replaced_only_when_asked(tmp_path):
+    out = tmp_path / "out"
+    write(out, "old")
+    with pytest.raises(StorageError, match=r"holds an earlier output: found .*out; pass --overwrite"):
+        write(out, "new")
+    assert (out / "a.bin").read_text() == "old"
+    write(out, "new", overwrite=True)
+    assert (out / "a.bin").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("stranger", ["notes.txt", "sub/notes.txt"])
+def test_a_foreign_file_is_never_replaced(tmp_path, stranger):
+    out = tmp_path / "out"
+    write(out)
+    (out / stranger).write_text("mine")
+    before = tree(out)
+    with pytest.raises(StorageError, match=rf"holds something else: found .*{stranger}; choose another folder"):
+        write(out, "new", overwrite=True)
+    assert tree(out) == before
+
+
+def test_sums_that_qtool_did_not_write_prove_nothing(tmp_path):
+    (tmp_path / "data").write_text("mine")
+    (tmp_path / "SHA256SUMS").write_text(hashlib.sha256(b"mine").hexdigest() + "  data\n")
+    with pytest.raises(StorageError, match="holds something else"):
+        write(tmp_path, overwrite=True)
+
+
+def test_a_file_in_the_way(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(StorageError, match="wanted a new folder, found the file"):
+        write(tmp_path / "out", overwrite=True)
+    with pytest.raises(StorageError, match="cannot write"):
+        write(tmp_path / "out" / "below")
+
+
+def test_what_appears_during_the_run_is_not_replaced(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(StorageError, match="holds something else"), files.new_folder(out) as partial:
+        (partial / "a.bin").write_text("new")
+        out.mkdir()
+        (out / "notes.txt").write_text("mine")
+    assert tree(out) == {"notes.txt": b"mine"}
+
+
+def test_full_disk_is_one_clear_line(tmp_path):
+    with (
+        pytest.raises(StorageError, match="No space left on device; free some space and run the same command again"),
+        files.new_folder(tmp_path / "out") as partial,
+    ):
+        (partial / "a.bin").write_text("half")
+        with open("/dev/full", "wb") as file:
+            file.write(bytes(10))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_of_killed_runs_are_removed_and_live_runs_are_not(tmp_path):
+    out = tmp_path / "out"
+    runs = []
+    for _ in range(2):
+        runs.append(subprocess.Popen([sys.executable, "-c", KILLED, str(out)], stdout=subprocess.PIPE, text=True))
+        assert runs[-1].stdout.readline() == "writing\n"
+    assert len(list(tmp_path.iterdir())) == 2
+    runs[0].kill()
+    runs[0].wait()
+    (tmp_path / ".out2.12345678.partial").mkdir()  # of another output
+    write(out)
+    assert len(list(tmp_path.glob(".out.*"))) == 1
+    runs[1].kill()
+    runs[1].wait()
+    write(out, overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out2.12345678.partial", "out"]
+    for run in runs:
+        run.stdout.close()
+
+
+def test_lock_excludes_a_second_run(tmp_path):
+    with (
+        files.lock(tmp_path),
+        pytest.raises(StorageError, match=f"another run is writing {tmp_path}"),
+        files.lock(tmp_path),
+    ):
+        pass
+    with files.lock(tmp_path):
+        pass
+
+
+def test_new_file_is_whole_or_as_before(tmp_path):
+    path = tmp_path / "manifest.json"
+    with files.new_file(path) as partial:
+        partial.write_text("1")
+    with pytest.raises(KeyboardInterrupt), files.new_file(path) as partial:
+        partial.write_text("2")
+        raise KeyboardInterrupt
+    assert tree(tmp_path) == {"manifest.json": b"1"}
+    with path.open() as reader:
+        with files.new_file(path) as partial:
+            partial.write_text("3")
+        assert reader.read() == "1"  # whoever reads meanwhile sees the old file, whole
+    assert tree(tmp_path) == {"manifest.json": b"3"}
+
+
+def test_two_runs_never_write_one_file_at_once(tmp_path):
+    path = tmp_path / "stats"
+    with files.new_file(path) as partial:
+        with pytest.raises(StorageError, match=r"another run is writing .*stats"), files.new_file(path):
+            pass
+        partial.write_text("whole")
+    assert (path.read_text(), list(tmp_path.iterdir())) == ("whole", [path])
