@@ -142,6 +142,7 @@ def solve(
             "activations": plan.activations.label if plan.activations else None,
             "weight_error_db": ratio_db(sums.signal, sums.error),
             "output_error_db": None if gram is None else ratio_db(sums.output, sums.output_error),
+            "target_error_db": ratio_db(sums.output, sums.target_error) if sums.aimed_elsewhere else None,
             "tokens": stats.tokens if stats else 0,
             "fallback": "; ".join(filter(None, fallbacks)) or None,
             "seconds": seconds,
@@ -220,23 +221,33 @@ def kept(plan: LayerPlan) -> LayerEntry:
 
 @dataclass
 class Sums:
-    """Squares of a matrix, of its error, and of the outputs of both; grown part by part."""
+    """Squares of a matrix, of its error, and of the outputs of both; grown part by part.
+
+    Attributes:
+        signal, error: of W and W - W_hat.
+        output, output_error: of their outputs.
+        target_error: of the outputs of T - W_hat, where the method aimed at T, which is W unless it says otherwise.
+    """
 
     signal: float = 0.0
     error: float = 0.0
     output: float = 0.0
     output_error: float = 0.0
+    target_error: float = 0.0
 
     @classmethod
     def of(cls, w: Tensor, w_hat: Tensor, gram: Tensor | None, target: Tensor | None = None) -> Sums:
-        """Those of some rows, [rows, K]; outputs are known from the Gram matrix of the inputs, [K, K].
-
-        The error of outputs is that against the method's target.
-        """
+        """Those of some rows, [rows, K]; outputs are known from the Gram matrix of the inputs, [K, K]."""
         if gram is None:
             return cls(energy(w), energy(w - w_hat))
-        target = w if target is None else target
-        return cls(energy(w), energy(w - w_hat), energy(target, gram), energy(target - w_hat, gram))
+        error = energy(w - w_hat, gram)
+        aimed = error if target is None or target is w else energy(target - w_hat, gram)
+        return cls(energy(w), energy(w - w_hat), energy(w, gram), error, aimed)
+
+    @property
+    def aimed_elsewhere(self) -> bool:
+        """True if the method aimed at another matrix than W."""
+        return self.target_error != self.output_error
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))

@@ -21,7 +21,10 @@ class LayerEntry(Entry):
         format, method, activations: labels; None where kept.
         bits_per_weight, nbytes: of the stored matrix, parameters included.
         weight_error_db: 10 log10(|W|^2 / |W - W_hat|^2), dB; infinite where exact; None where kept.
-        output_error_db: the same of the layer's output on the calibration tokens; None where nothing was measured.
+        output_error_db: 10 log10(|X W^T|^2 / |X (W - W_hat)^T|^2), dB, with the inputs X of calibration as they arrive
+            behind quantized layers; None where nothing was measured.
+        target_error_db: the same with X (T - W_hat)^T below, where the method aimed at T, which makes up for what
+            layers before did to X; None where it aimed at W itself. Methods are compared by `output_error_db`.
         tokens: how many calibrated it; 0 without data.
         fallback: what was done instead of what the recipe asked, and why.
         seconds: solving it and measuring its error.
@@ -43,6 +46,7 @@ class LayerEntry(Entry):
     fallback: str | None
     seconds: float
     expert: int | None = None
+    target_error_db: float | None = None
 
 
 class CacheEntry(Entry):
@@ -92,7 +96,8 @@ class Report(Entry):
     """Everything a run did.
 
     Attributes:
-        version: of this model; grows when a field changes its meaning.
+        version: of this model; grows when a field changes its meaning. In version 1 `output_error_db` was measured
+            against the method's target, where that was not the original.
         qtool: program version.
         recipe_name, recipe: the recipe's name and its full content after `extends` and `--set`.
         source, source_fingerprint, source_bytes, parameters: the model that went in.
@@ -103,7 +108,7 @@ class Report(Entry):
         environment: versions of python and packages, cpu, threads, device.
     """
 
-    version: int = 1
+    version: int = 2
     qtool: str
     recipe_name: str
     recipe: dict[str, object]

@@ -22,6 +22,7 @@ from qtool.pipeline.evaluate import EvaluateOptions
 from qtool.pipeline.evaluate import run as evaluate
 from qtool.pipeline.quantize import QuantizeOptions
 from qtool.pipeline.quantize import run as quantize
+from qtool.pipeline.solve import Sums
 from qtool.recipe.load import load_recipe
 
 CALIBRATED = """
@@ -35,6 +36,8 @@ export: [{to: qtool}]
 
 ORDER = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2, "down_proj": 3, "lm_head": 4}
 """When a layer's input is read, within its block."""
+FIRST = {(0, role) for role in "qkv"}
+"""Block and role of layers that nothing quantized comes before."""
 
 
 @pytest.fixture
@@ -80,9 +83,9 @@ def reference_errors(source, quantized, entries, tokens, propagate):
     return errors
 
 
-@pytest.mark.parametrize("propagate", ["quantized", "float"])
-def test_output_errors_are_those_of_plain_forward_passes(propagate, recipe, tiny_checkpoint, tmp_path):
-    source, path = tiny_checkpoint("qwen3"), recipe("{gptq: {drift: 0}}", propagate)
+@pytest.mark.parametrize(("propagate", "drift"), [("quantized", 0), ("float", 0), ("quantized", 1)])
+def test_output_errors_are_those_of_plain_forward_passes(propagate, drift, recipe, tiny_checkpoint, tmp_path):
+    source, path = tiny_checkpoint("qwen3"), recipe(f"{{gptq: {{drift: {drift}}}}}", propagate)
     report = quantize(QuantizeOptions(str(source), path, tmp_path / "out", dtype="fp32"))
     quantized = Qtool().open(tmp_path / "out")
     tokens = load_tokens(load_recipe(path).calibration, open_checkpoint(str(source)))
@@ -92,6 +95,23 @@ def test_output_errors_are_those_of_plain_forward_passes(propagate, recipe, tiny
     assert {e.name: e.output_error_db for e in entries} == pytest.approx(wanted, abs=2e-3)
     assert {e.tokens for e in entries} == {3 * 48}
     assert report.calibration["tokens"] == 3 * 48
+    aimed = [e for e in entries if e.target_error_db is not None]
+    drifting = {e.name for e in entries if e.role not in ("down", "head") and (e.block, e.role) not in FIRST}
+    assert {e.name for e in aimed} == (drifting if drift else set())
+    assert all(e.target_error_db > e.output_error_db for e in aimed)  # a method gets closest to what it aims at
+
+
+def test_the_error_to_a_target_is_that_of_the_outputs():
+    generator = torch.Generator().manual_seed(2)
+    x, w, w_hat, target = (torch.randn(n, 8, generator=generator) for n in (40, 6, 6, 6))
+    half = Sums.of(w[:2], w_hat[:2], x.T @ x, target[:2])
+    sums = half + Sums.of(w[2:], w_hat[2:], x.T @ x)
+    outputs = torch.tensor([[float((row * inputs).sum()) for inputs in x] for row in w_hat])
+    assert sums.output == pytest.approx(float((w @ x.T).square().sum()), rel=1e-5)
+    assert sums.output_error == pytest.approx(float((w @ x.T - outputs).square().sum()), rel=1e-4)
+    aim = torch.cat([target[:2], w[2:]])
+    assert sums.target_error == pytest.approx(float((aim @ x.T - outputs).square().sum()), rel=1e-4)
+    assert sums.aimed_elsewhere
 
 
 def test_making_up_for_drift_brings_outputs_closer_to_the_original(recipe, tiny_checkpoint, tmp_path):

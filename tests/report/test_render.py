@@ -92,14 +92,14 @@ def test_json_is_standard_json(report, tmp_path):
         raise AssertionError(constant)
 
     content = json.loads(path.read_text(), parse_constant=refuse)
-    assert content["version"] == 1
+    assert content["version"] == 2
     assert content["layers"][0]["weight_error_db"] == "Infinity"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c | {"version": 2}, "has another version: wanted at most 1, found 2; read it with a newer qtool"),
+        (lambda c: c | {"version": 3}, "has another version: wanted at most 2, found 3; read it with a newer qtool"),
         (lambda c: c | {"more": 1}, "is damaged at more"),
         (lambda c: c | {"parameters": 0}, "is damaged at parameters"),
         (lambda c: c | {"stages": [{"name": "plan"}]}, r"is damaged at stages\.0\.seconds"),
