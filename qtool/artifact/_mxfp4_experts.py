@@ -20,7 +20,7 @@ from qtool.artifact._floats import from_bits
 from qtool.artifact._packed import Infos, PackedCheckpoint, Packing
 from qtool.artifact._settings import quantization_config
 from qtool.checkpoint._base import Layer, TensorInfo
-from qtool.checkpoint.families._base import Slice
+from qtool.checkpoint.families._parts import Slice
 from qtool.checkpoint.hf import locate
 from qtool.checkpoint.safetensors_io import SafetensorsFile
 from qtool.errors import CheckpointError

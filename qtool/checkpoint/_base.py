@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qtool.checkpoint.families._base import Family, stacked
+from qtool.checkpoint.families._base import Family
+from qtool.checkpoint.families._parts import stacked
 from qtool.errors import CheckpointError, NumericsError
 from qtool.formats._base import Format, Quantized
 from qtool.recipe.cache import KVCache

@@ -18,7 +18,8 @@ from torch import Tensor
 from qtool import registry
 from qtool.checkpoint._base import Checkpoint, TensorInfo, modules, verify
 from qtool.checkpoint.config import FAMILIES, complete
-from qtool.checkpoint.families._base import GGUF_FIELDS, Family, stacked
+from qtool.checkpoint.families._base import GGUF_FIELDS, Family
+from qtool.checkpoint.families._parts import stacked
 from qtool.checkpoint.families._rope import ROPE_TENSORS, rope_config
 from qtool.checkpoint.gguf_io import GGUFFile
 from qtool.checkpoint.gguf_parts import open_gguf

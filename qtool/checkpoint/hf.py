@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qtool.checkpoint._base import Checkpoint, TensorInfo, verify
 from qtool.checkpoint.config import read_config, read_json
-from qtool.checkpoint.families._base import Slice
+from qtool.checkpoint.families._parts import Slice
 from qtool.checkpoint.safetensors_io import SafetensorsFile, read_bytes
 from qtool.errors import CheckpointError, reading
 

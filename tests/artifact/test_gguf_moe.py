@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as Kind
 from qtool import registry
 from qtool.artifact.gguf import GGUF
 from qtool.checkpoint._base import modules
-from qtool.checkpoint.families._base import stacked
+from qtool.checkpoint.families._parts import stacked
 from qtool.checkpoint.gguf import GGUFCheckpoint
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError, PlanError

@@ -18,7 +18,7 @@ from qtool.artifact.compressed_tensors._floats import FP8, MX, MX4, MX6, MX8, NV
 from qtool.artifact.compressed_tensors._integers import Packed, Plain, as_int
 from qtool.artifact.compressed_tensors._kinds import FP8_INPUTS, INT8_INPUTS
 from qtool.checkpoint._base import Checkpoint, Layer
-from qtool.checkpoint.families._base import stacked
+from qtool.checkpoint.families._parts import stacked
 from qtool.formats._base import alike
 from qtool.formats.int import Int
 

@@ -17,7 +17,7 @@ from qtool import registry
 from qtool.artifact.gguf._container import ALIGNMENT, Container, Value
 from qtool.artifact.gguf._tokenizer import model_name, tokenizer_metadata
 from qtool.checkpoint._base import QuantizedCheckpoint, modules
-from qtool.checkpoint.families._base import stacked
+from qtool.checkpoint.families._parts import stacked
 from qtool.checkpoint.gguf import scale_name
 from qtool.checkpoint.gguf_parts import COUNT, NUMBER, TENSORS, part_path
 from qtool.errors import PlanError

@@ -8,15 +8,15 @@ Shape letters: H attention heads, G key/value heads, D head dimension, E hidden 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from qtool.checkpoint.families._edges import Edge
 from qtool.checkpoint.families._gguf import name_map
+from qtool.checkpoint.families._parts import ATTENTION, GATED_MLP, Linear, Slice, pairs, stacked
 from qtool.checkpoint.families._rope import LLAMA3_TENSOR, llama3_factors, rope_metadata
 from qtool.errors import CheckpointError
 
@@ -24,67 +24,6 @@ Value = int | float | bool | str
 """A GGUF metadata value: int is stored as UINT32, float as FLOAT32."""
 
 
-@dataclass(frozen=True)
-class Linear:
-    """One linear layer of a decoder block.
-
-    Attributes:
-        path: below the block: "self_attn.q_proj".
-        role: q, k, v, o, gate, up, down; qkv and gate_up where a checkpoint stores them as one matrix.
-        reads: the input it shares with others of the block: attn_in, attn_out, mlp_in, mlp_mid.
-        fused: the set that runtimes merge: "qkv", "gate_up"; None if never.
-        expert: its index in a mixture of experts; None: every token goes through it.
-        kind: "router" if it decides where tokens go: such a layer is kept unless a rule names it.
-    """
-
-    path: str
-    role: str
-    reads: str
-    fused: str | None = None
-    expert: int | None = None
-    kind: str = "linear"
-
-
-EXPERT = re.compile(r"\.experts\.(\d+)(?=\.)")
-
-
-def stacked(name: str) -> tuple[str, int | None]:
-    """("mlp.experts.gate_proj.weight", 3) of "mlp.experts.3.gate_proj.weight"; of other names (name, None)."""
-    found = EXPERT.search(name)
-    return (name, None) if found is None else (EXPERT.sub(".experts", name, count=1), int(found[1]))
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Where a matrix or vector is, if a checkpoint stores it as part of a larger tensor.
-
-    Attributes:
-        tensor: name of the stored one.
-        shape: of the stored one.
-        index: into its first extent; None: it has no such extent.
-        first, step: of rows, in what the index leaves.
-        transposed: whether that is [K, rows] instead of [rows, K].
-    """
-
-    tensor: str
-    shape: tuple[int, ...]
-    index: int | None = None
-    first: int = 0
-    step: int = 1
-    transposed: bool = False
-
-
-ATTENTION = (
-    Linear("self_attn.q_proj", "q", "attn_in", "qkv"),
-    Linear("self_attn.k_proj", "k", "attn_in", "qkv"),
-    Linear("self_attn.v_proj", "v", "attn_in", "qkv"),
-    Linear("self_attn.o_proj", "o", "attn_out"),
-)
-GATED_MLP = (
-    Linear("mlp.gate_proj", "gate", "mlp_in", "gate_up"),
-    Linear("mlp.up_proj", "up", "mlp_in", "gate_up"),
-    Linear("mlp.down_proj", "down", "mlp_mid"),
-)
 GGUF_FIELDS = {
     "vocab_size": "vocab_size",
     "context_length": "max_position_embeddings",
@@ -105,7 +44,10 @@ class Family:
         architecture: the model class in transformers, as config.json's `architectures` names it.
         defaults: what transformers assumes where config.json says nothing.
         linears: the linear layers of a plain decoder block, in the order of computation.
-        norms: the norms of every block, below it, and the config-like name of their length.
+        norms: the norms of every block, below it, and the input that each feeds, as `Linear.reads` names it; "head" for
+            one over heads of q or k, "stream" for one whose output is added to the hidden states.
+        norm_offset: what norms add to their weight before they multiply.
+        gated_product: whether down reads act(gate) * up.
         block_prefix: name prefix of block i, with "{i}".
         embedding, norm, head: module names around the blocks.
         gguf_arch: `general.architecture` of its GGUF files.
@@ -123,7 +65,9 @@ class Family:
     architecture: ClassVar[str]
     defaults: ClassVar[dict[str, Any]] = {}
     linears: ClassVar[tuple[Linear, ...]] = ATTENTION + GATED_MLP
-    norms: ClassVar[dict[str, str]] = {"input_layernorm": "hidden", "post_attention_layernorm": "hidden"}
+    norms: ClassVar[dict[str, str]] = {"input_layernorm": "attn_in", "post_attention_layernorm": "mlp_in"}
+    norm_offset: ClassVar[float] = 0.0
+    gated_product: ClassVar[bool] = True
     block_prefix: ClassVar[str] = "model.layers.{i}."
     embedding: ClassVar[str] = "model.embed_tokens"
     norm: ClassVar[str] = "model.norm"
@@ -198,8 +142,7 @@ class Family:
             shapes[f"{linear.path}.weight"] = (n, k)
             if self.has_bias(config, linear.role):
                 shapes[f"{linear.path}.bias"] = (n,)
-        lengths = {"hidden": hidden, "head": dim}
-        return shapes | {f"{norm}.weight": (lengths[length],) for norm, length in self.norms.items()}
+        return shapes | {f"{norm}.weight": (dim if feeds == "head" else hidden,) for norm, feeds in self.norms.items()}
 
     def linear_shape(self, config: dict[str, Any], linear: Linear) -> tuple[int, int]:
         """(N, K) of a linear layer."""
@@ -209,6 +152,35 @@ class Family:
         rows |= {"gate": wide, "up": wide, "down": hidden}
         columns = {"attn_in": hidden, "attn_out": heads * dim, "mlp_in": hidden, "mlp_mid": wide}
         return rows[linear.role], columns[linear.reads]
+
+    def edges(self, config: dict[str, Any], i: int | None) -> tuple[Edge, ...]:
+        """What ties the tensors of block i, or those before and behind all blocks (None), in the order of computation.
+
+        The stream is left out if something else than norms of weight one can lie between its writers and readers.
+        """
+        hidden, plain = int(config["hidden_size"]), "stream" not in self.norms.values()
+        if i is None:
+            ends = Edge("stream", (self.embedding,), (self.head,), hidden, dim=hidden)
+            return Edge("norm", (self.norm,), (self.head,), hidden, offset=self.norm_offset), *[ends] * plain
+        linears = self.block_linears(config, i)
+        prefix = self.block_prefix.format(i=i)
+        edges, readers = [], tuple(prefix + x.path for x in linears if x.behind in self.norms.values())
+        for norm, feeds in self.norms.items():
+            if found := tuple(prefix + x.path for x in linears if x.behind == feeds):
+                edges.append(Edge("norm", (prefix + norm,), found, hidden, offset=self.norm_offset))
+        for source, reader in pairs(linears):
+            n, (heads, kv_heads, dim) = self.linear_shape(config, source)[0], self.heads(config)
+            tied = (prefix + source.path,), (prefix + reader.path,)
+            if reader.role == "o":
+                width = kv_heads * dim
+                edges.append(Edge("heads", *tied, width, n - width, heads // kv_heads, dim))
+            elif self.gated_product:
+                width = self.linear_shape(config, reader)[1]
+                edges.append(Edge("product", *tied, width, n - width))
+        if plain:
+            writers = tuple(prefix + x.path for x in linears if x.role in ("o", "down"))
+            edges.append(Edge("stream", writers, readers, hidden, dim=hidden))
+        return tuple(edges)
 
     def slices(self, config: dict[str, Any], stored: Collection[str]) -> dict[str, Slice]:
         """Tensors of the model that a checkpoint with these tensors stores otherwise than under their own names."""
@@ -279,5 +251,5 @@ class Family:
         return torch.arange(count * dim).view(count, 2, dim // 2).transpose(1, 2).reshape(-1)
 
     def gguf_offset(self, name: str) -> float:
-        """What GGUF adds to every value of a tensor."""
-        return 0.0
+        """What GGUF adds to every value of a tensor: its norms multiply with the weight alone."""
+        return self.norm_offset if name.endswith("norm.weight") else 0.0

@@ -23,10 +23,13 @@ class Gemma(Family):
         largest: number of blocks of the model whose scores are divided by sqrt(E / H) instead of sqrt(D), likewise.
     """
 
-    norms: ClassVar[dict[str, str]] = Family.norms | {
-        "pre_feedforward_layernorm": "hidden",
-        "post_feedforward_layernorm": "hidden",
+    norms: ClassVar[dict[str, str]] = {
+        "input_layernorm": "attn_in",
+        "post_attention_layernorm": "stream",
+        "pre_feedforward_layernorm": "mlp_in",
+        "post_feedforward_layernorm": "stream",
     }
+    norm_offset = 1.0
     counts = ("sliding_window",)
     activation = ("hidden_activation", "gelu_pytorch_tanh")
     period: ClassVar[int]
@@ -39,10 +42,6 @@ class Gemma(Family):
     def logit_softcap(self, config: dict[str, Any]) -> float | None:
         """See `Family.logit_softcap`."""
         return config["final_logit_softcapping"] or None
-
-    def gguf_offset(self, name: str) -> float:
-        """See `Family.gguf_offset`: one for norms."""
-        return 1.0 if name.endswith("norm.weight") else 0.0
 
     def scores_scale(self, config: dict[str, Any]) -> int:
         """The number whose square root llama.cpp divides attention scores by."""

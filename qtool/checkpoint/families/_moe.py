@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, ClassVar
 
-from qtool.checkpoint.families._base import ATTENTION, Family, Linear, Slice, Value
+from qtool.checkpoint.families._base import Family, Value
+from qtool.checkpoint.families._parts import ATTENTION, Linear, Slice
 from qtool.errors import CheckpointError
 
 

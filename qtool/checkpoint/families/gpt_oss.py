@@ -42,6 +42,7 @@ class GPTOSS(MixtureOfExperts):
     experts_field = "num_local_experts"
     wide_field = "intermediate_size"
     interleaved = True
+    gated_product = False  # up is clamped, and one is added to it
     separate_experts = False
     gguf_arch = "gpt-oss"
 

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from qtool.checkpoint.families._base import Family, Linear, Value
+from qtool.checkpoint.families._base import Family, Value
 from qtool.checkpoint.families._gguf import check_fixed, positive
+from qtool.checkpoint.families._parts import Linear
 from qtool.checkpoint.families._rope import longrope_factors
 from qtool.errors import CheckpointError
 

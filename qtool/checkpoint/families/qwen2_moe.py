@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, ClassVar
 
-from qtool.checkpoint.families._base import Linear, Value
+from qtool.checkpoint.families._base import Value
 from qtool.checkpoint.families._moe import MixtureOfExperts
+from qtool.checkpoint.families._parts import Linear
 
 SHARED = (
     Linear("mlp.shared_expert.gate_proj", "gate", "mlp_in", "mlp.shared_expert.gate_up"),

@@ -1,0 +1,48 @@
+"""The graph of a model: which tensors a rewrite has to change together so that the model computes the same.
+
+Shape letters: C channels of an edge, H attention heads, G key/value heads, D head dimension, E hidden size,
+F intermediate size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["norm", "heads", "product", "stream"]
+
+
+@dataclass(frozen=True)
+class Edge:
+    """C channels that some modules write and others read.
+
+    What may be done along it depends on what lies between:
+
+    - norm: the output of a norm, E channels. A factor for each goes from the norm's weight to columns of the readers.
+    - heads: rows of v, G heads of D channels, to columns of o, which reads every head `repeat` times. Attention takes
+      means of values, so a factor for each channel goes through, and a matrix of one's own for each head.
+    - product: rows of up, F channels, to columns of down; they are multiplied with those of gate on the way. A factor
+      for each channel goes through, and another order if gate's rows take it too.
+    - stream: the hidden states, E channels. What writes them (the rows of all layers that add to them, the columns of
+      the embedding) and what reads them, each behind a norm that only looks at their length. One orthogonal matrix goes
+      through all stream edges of a model together, once the weights of these norms are one.
+
+    Attributes:
+        kind: see above.
+        source: modules that write the channels: "model.layers.0.input_layernorm".
+        readers: linear layers whose columns read them. A tied output layer is named like one of its own.
+        width: C.
+        first: the row of the source that writes the first one; others lie before it where matrices are stored as one.
+        repeat: how many columns of a reader, head by head, read the same channel.
+        dim: channels that an orthogonal matrix may mix: D for heads, all for a stream; 1 for the others.
+        offset: what a norm adds to its weight before it multiplies.
+    """
+
+    kind: Kind
+    source: tuple[str, ...]
+    readers: tuple[str, ...]
+    width: int
+    first: int = 0
+    repeat: int = 1
+    dim: int = 1
+    offset: float = 0.0
