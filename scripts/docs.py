@@ -19,6 +19,7 @@ import typer
 from qtool import errors, registry
 from qtool.checkpoint._base import Layer, Module
 from qtool.cli.app import app
+from qtool.cli.options import filled
 from qtool.recipe.json_schema import json_schema
 from qtool.recipe.load import list_recipes
 from qtool.recipe.parse import parse_format
@@ -65,7 +66,7 @@ def commands() -> str:
             return
         usage = " ".join((context.command_path, *command.collect_usage_pieces(context)))
         records = [record for p in command.get_params(context) if (record := p.get_help_record(context))]
-        rows = [(f"`{flags}`", " ".join(text.split())) for flags, text in records if "--help" not in flags]
+        rows = [(f"`{flags}`", " ".join(filled(text).split())) for flags, text in records if "--help" not in flags]
         text = inspect.cleandoc(command.help or "")
         parts.append(f"## {context.command_path}\n\n    {usage}\n\n{text}\n\n" + table(("", ""), rows))
 

@@ -138,12 +138,16 @@ def test_help_is_quick_and_imports_nothing_heavy():
     program = (
         "import sys, time\nfrom qtool.cli.app import main\nsys.argv = ['qtool', '--help']\n"
         "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
-        "print(sorted({'torch', 'transformers', 'numba', 'numpy', 'pydantic'} & set(sys.modules)), time.process_time())"
+        "heavy = {'torch', 'transformers', 'numba', 'numpy', 'pydantic', 'importlib.metadata', 'rich.progress'}\n"
+        "print(sorted(heavy & set(sys.modules)), time.process_time())"
     )
-    result = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    heavy, seconds = result.stdout.splitlines()[-1].rsplit(" ", 1)
-    assert heavy == "[]"
-    assert float(seconds) < 1.0  # of processor time, whatever else the machine is doing
+    seconds = []
+    for _ in range(3):
+        result = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+        heavy, took = result.stdout.splitlines()[-1].rsplit(" ", 1)
+        assert heavy == "[]"
+        seconds.append(float(took))
+    assert min(seconds) < 0.3  # of processor time; 0.16 on an idle machine
 
 
 def test_the_import_rule_sees_a_planted_upward_import():

@@ -11,8 +11,9 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from typer.core import TyperCommand
+from typer.core import TyperArgument, TyperCommand, TyperOption
 
+from qtool.cli.options import filled
 from qtool.errors import QtoolError, cannot_write
 
 INTERRUPTED = 130
@@ -22,6 +23,13 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 class Command(TyperCommand):
     """A command whose failures end here. Pass it as `cls` to `app.command`; its function has a `debug` parameter."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Writes the help, with the names that registries hold; see `TyperCommand.format_help`."""
+        for parameter in self.params:
+            if isinstance(parameter, TyperArgument | TyperOption) and parameter.help:
+                parameter.help = filled(parameter.help)
+        super().format_help(ctx, formatter)
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the command; see `TyperCommand.invoke`."""

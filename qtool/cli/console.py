@@ -7,16 +7,18 @@ import sys
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from qtool.errors import UsageError
 from qtool.pipeline.events import Event
 from qtool.pipeline.memory import resident_bytes
 from qtool.report.units import duration, size
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 LINE_INTERVAL = 10.0
 """Seconds between two progress lines of a stage when stderr is no terminal."""
@@ -44,6 +46,8 @@ class Console:
         if sys.stderr is None:
             self.quiet = True
         elif self.stderr.is_terminal and not self.quiet:
+            from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
             self.bars = Progress(
                 SpinnerColumn(finished_text="[green]✓"),
                 TextColumn("{task.description}"),

@@ -9,10 +9,16 @@ import typer
 
 from qtool import registry
 
-FORMATS, METHODS, ARTIFACTS = (", ".join(registry.names(room)) for room in ("formats", "methods", "artifact"))
-
 OUTPUT = "Output"
 COMPUTE = "Compute"
+
+
+def filled(text: str) -> str:
+    """A help text with the names of a room's entries for "{room}"; they are looked up only where help is shown."""
+    for room in ("formats", "methods", "artifact"):
+        if f"{{{room}}}" in text:
+            text = text.replace(f"{{{room}}}", ", ".join(registry.names(room)))
+    return text
 
 
 def _size(text: str) -> int:
@@ -32,7 +38,7 @@ Model = Annotated[
     ),
 ]
 ArtifactPath = Annotated[
-    str, typer.Argument(metavar="ARTIFACT", help=f"A quantized model: {ARTIFACTS}.", show_default=False)
+    str, typer.Argument(metavar="ARTIFACT", help="A quantized model: {artifact}.", show_default=False)
 ]
 Recipe = Annotated[
     str,
@@ -41,7 +47,7 @@ Recipe = Annotated[
         "-r",
         metavar="RECIPE",
         help="A recipe file, or the name of one that ships with qtool (`qtool recipes list`). "
-        f"Formats: {FORMATS}. Methods: {METHODS}. Artifacts: {ARTIFACTS}.",
+        "Formats: {formats}. Methods: {methods}. Artifacts: {artifact}.",
         show_default=False,
     ),
 ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from qtool import registry
 from qtool.formats._base import Format, Quantized
 from qtool.stats import InputStats, Stat
 
@@ -56,4 +57,4 @@ class Method(BaseModel):
     @classmethod
     def name(cls) -> str:
         """The name that recipes use."""
-        return cls.__name__.lower()
+        return registry.name_of("methods", cls)

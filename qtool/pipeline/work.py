@@ -155,8 +155,8 @@ def identity(job: Job, calibration: str | None) -> dict[str, Any]:
 
 
 def code_digest() -> str:
-    """Of qtool's own source, so that a run never goes on with blocks that other code made."""
+    """Of the source of qtool and its plugins, so that a run never goes on with blocks that other code made."""
     digest = hashlib.sha256()
-    for path in sorted(registry.ROOT.rglob("*.py")):
+    for path in registry.sources():
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

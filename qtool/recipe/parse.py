@@ -69,4 +69,4 @@ def dump_format(fmt: Format) -> Any:
 
 def spelled_out(fmt: Format) -> dict[str, Any]:
     """A format as a mapping with every field."""
-    return {"type": type(fmt).__module__.rpartition(".")[2], **fmt.model_dump(mode="json")}
+    return {"type": registry.name_of("formats", type(fmt)), **fmt.model_dump(mode="json")}

@@ -1,0 +1,217 @@
+"""The package that docs/extending.md shows, installed as its readers would, and packages of careless authors."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch.testing import assert_close
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qtool import registry
+from qtool.artifact._open import open_artifact, open_model
+from qtool.calibrate.walker import Walker
+from qtool.errors import QtoolError
+from qtool.formats.int import Int
+from qtool.methods.rtn import RTN
+from qtool.pipeline.work import code_digest
+from qtool.report.model import Report
+from qtool.stats import InputStats
+from tests.conftest import make_tokenizer
+
+ROOT = Path(__file__).parents[1]
+FILE = re.compile(r"^```\w+\n# (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+GROUP = re.compile(r'^\[project\.entry-points\."(.+)"\]\n((?:\w.*\n)+)', re.MULTILINE)
+
+
+def install(folder: Path, name: str, files: dict[str, str], entry_points: str) -> Path:
+    """Lays a distribution out as an installer does."""
+    for path, text in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+    about = folder / f"{name}-1.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(entry_points)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def extra(tmp_path_factory):
+    """A site folder with the package of the page, and the recipe beside it."""
+    files = dict(FILE.findall((ROOT / "docs" / "extending.md").read_text(encoding="utf-8")))
+    groups = GROUP.findall(files.pop("pyproject.toml"))
+    assert {group for group, _ in groups} == {registry.group(room) for room in registry.ROOMS}
+    points = "".join(f"[{group}]\n{lines.replace(chr(34), '')}\n" for group, lines in groups)
+    return install(tmp_path_factory.mktemp("site"), "extra", files, points)
+
+
+def qtool(site, *arguments):
+    """Runs the program with another folder of packages."""
+    program = [sys.executable, "-m", "qtool", *map(str, arguments)]
+    paths = os.pathsep.join(map(str, (site, ROOT)))
+    return subprocess.run(program, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths})
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Puts folders of packages on the path of this process."""
+
+    def install_at(*sites: Path) -> None:
+        for site in sites:
+            monkeypatch.syspath_prepend(site)
+        registry._offered.cache_clear()
+
+    yield install_at
+    monkeypatch.undo()
+    registry._offered.cache_clear()
+    for name in [name for name in sys.modules if name.split(".")[0] in ("extra", "careless")]:
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny model of the page's family."""
+    fields = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 32}
+    fields |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1, "attention_out_bias": True}
+    folder = tmp_path_factory.mktemp("model")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        found = AutoModelForCausalLM.from_config(AutoConfig.for_model("seed_oss", **fields, bos_token_id=1))
+        for parameter in found.parameters():
+            if parameter.ndim == 1:
+                torch.nn.init.normal_(parameter, 1, 0.1)
+    found.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_page_s_package_runs_to_verified_artifacts(extra, model, tmp_path, installed):
+    out = tmp_path / "out"
+    result = qtool(extra, "quantize", model, "-r", extra / "quartet.yaml", "-o", out, "--json")
+    assert result.returncode == 0, result.stderr
+    report = Report.model_validate(json.loads(result.stdout))
+    assert [(a.kind, a.verified) for a in report.artifacts] == [("qtool", True), ("loose", True)]
+    assert {(e.format, e.method) for e in report.layers if e.role == "down"} == {("quartet", "descent")}
+    assert {(e.format, e.method) for e in report.layers if e.role == "up"} == {("quartet", "rtn")}
+    installed(extra)
+    levels = registry.load("formats", "quartet")().levels()
+    with safe_open(out / "loose" / "model.layers.1.mlp.down_proj.weight.safetensors", "pt") as leaf:
+        codes, scale = leaf.get_tensor("codes"), leaf.get_tensor("scale").float().repeat_interleave(32, dim=1)
+    wanted = torch.stack([levels[row.long()] for row in codes]) * scale
+    for kind in ("qtool", "loose"):
+        assert torch.equal(open_artifact(str(out / kind)).quantized("model.layers.1.mlp.down_proj").decode(), wanted)
+    (tmp_path / "text").write_text("Four unevenly spaced levels are good for bell-shaped weights. " * 9)
+    arguments = ("--baseline", model, "--text", tmp_path / "text", "--context", "64", "--json")
+    measured = json.loads(qtool(extra, "eval", out / "loose", *arguments).stdout)
+    assert 0.01 < measured["kld_mean"] < 2
+    again = qtool(extra, "export", out / "loose", "--to", "qtool", "-o", tmp_path / "again")
+    assert again.returncode == 0, again.stderr
+
+
+def test_the_page_s_family_computes_what_transformers_computes(extra, model, installed):
+    installed(extra)
+    ids = torch.arange(3, 35)[None]
+    checkpoint = open_model(str(model))
+    with torch.inference_mode():
+        wanted = AutoModelForCausalLM.from_pretrained(model)(ids).logits
+    walker = Walker(checkpoint, torch.device("cpu"), torch.float32)
+    hidden = walker.embed(ids)
+    for i in range(len(walker.blocks)):
+        walker.advance(walker.load_block(i), i, hidden)
+    assert_close(walker.logits(hidden, 0), wanted[0], rtol=1e-4, atol=1e-4 * float(wanted.std()))
+
+
+def test_no_code_of_the_page_s_method_can_be_bettered(extra, installed):
+    installed(extra)
+    method, fmt = registry.load("methods", "descent")(sweeps=30), Int(bits=3, group=32)
+    generator = torch.Generator().manual_seed(0)
+    w, mix = torch.randn(6, 32, generator=generator), torch.randn(32, 32, generator=generator)
+    x = torch.randn(100, 32, generator=generator) @ mix
+    stats = InputStats(32, method.needs)
+    stats.add(x)
+    found = method.solve(w, stats, fmt).quantized
+    rounded = RTN().solve(w, None, fmt).quantized
+
+    def error(codes: torch.Tensor) -> torch.Tensor:
+        return ((w - fmt.decode(codes, found.params)) @ x.T).square().sum(1)
+
+    assert (error(found.codes) < 0.5 * error(rounded.codes)).all()
+    for column in range(32):
+        for step in (-1, 1):
+            other = found.codes.clone()
+            other[:, column] = (other[:, column].int() + step).clamp(0, 7).to(torch.uint8)
+            assert (error(other) >= error(found.codes) * (1 - 1e-5)).all()
+
+
+def test_the_page_s_package_is_in_help_and_schema(extra):
+    text = " ".join(qtool(extra, "quantize", "--help").stdout.replace("│", " ").split())
+    assert "quartet" in text.split("Formats:")[1].split("Methods:")[0]
+    assert "descent" in text.split("Methods:")[1].split("Artifacts:")[0]
+    schema = json.loads(qtool(extra, "recipes", "schema").stdout)
+    assert "quartet" in json.dumps(schema["$defs"]["Format"])
+    assert schema["$defs"]["Method"]["anyOf"][0]["enum"] == ["descent", *registry.names("methods")]
+
+
+def test_listing_imports_nothing(tmp_path, installed):
+    site = install(tmp_path, "careless", {"careless.py": "raise SystemError"}, "[qtool.formats]\nodd = careless:Odd\n")
+    installed(site)
+    assert "odd" in registry.names("formats")
+    assert "careless" not in sys.modules
+
+
+CARELESS = {
+    "cannot be imported": (
+        "import nothing_of_this_name",
+        r"odd.*careless 1\.0 cannot be imported: found ModuleNotFound",
+    ),
+    "no such class": ("x = 1", r"cannot be imported: found AttributeError"),
+    "no format": (
+        "class Odd: pass",
+        r"is wrong: wanted a subclass of the one in qtool\.formats\._base, found careless:Odd",
+    ),
+    "no class": ("Odd = 3", r"is wrong: wanted a subclass"),
+    "another name": (
+        "from qtool.formats.int import Int as Odd",
+        r"is wrong: wanted a class that is spelled like the name, .*, found Int; mend or uninstall it",
+    ),
+    "unfinished": (
+        "from qtool.formats._base import Format\nclass Odd(Format): pass",
+        r"is wrong: wanted definitions of affine, fit, group_columns, label, levels, refit, storage_bits",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CARELESS)
+def test_a_broken_package_is_named_in_one_line(case, tmp_path, installed):
+    source, message = CARELESS[case]
+    installed(install(tmp_path, "careless", {"careless.py": source}, "[qtool.formats]\nodd = careless:Odd\n"))
+    with pytest.raises(QtoolError, match=message) as caught:
+        registry.load("formats", "odd")
+    assert "\n" not in str(caught.value)
+
+
+def test_two_packages_with_one_name_are_named(tmp_path, installed):
+    points = "[qtool.formats]\nq4_k = careless:Q4_K\n"
+    installed(install(tmp_path / "a", "first", {}, points), install(tmp_path / "b", "second", {}, points))
+    with pytest.raises(
+        QtoolError, match=r"'q4_k' comes from several packages: found first 1.0 and qtool and second 1.0"
+    ):
+        registry.load("formats", "q4_k")
+    assert registry.load("formats", "q5_k")
+
+
+def test_a_run_is_another_one_when_a_package_changes(extra, tmp_path, installed):
+    before = code_digest()
+    installed(install(tmp_path, "careless", {"careless.py": "x = 1"}, "[qtool.formats]\nodd = careless:Odd\n"))
+    with_it = code_digest()
+    (tmp_path / "careless.py").write_text("x = 2")
+    assert len({before, with_it, code_digest()}) == 3
