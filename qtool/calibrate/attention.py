@@ -11,12 +11,13 @@ Shape letters: S samples, A heads of keys and values, H heads of queries, T toke
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qtool.calibrate.cache import RoundedCache
+from qtool.calibrate.foreign import Handed, KVStore, misfit
 from qtool.calibrate.hidden import Hidden
 from qtool.calibrate.walker import Walker
 from qtool.numerics.metrics import energy, ratio_db
@@ -31,13 +32,6 @@ class AttentionErrors:
 
     scores_db: float
     outputs_db: float
-
-
-class KVStore(Protocol):
-    """What attention asks of a cache."""
-
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """See `RoundedCache`."""
 
 
 class Weighing:
@@ -99,11 +93,15 @@ def attended(walker: Walker, block: nn.Module, i: int, hidden: Hidden, store: KV
         seen.append(inputs[0])
         raise Left
 
+    handed = Handed(store) if store else None
     hook = walker.linear(block, projection).register_forward_pre_hook(leave, prepend=True)
     try:
-        walker.output(block, i, hidden, slice(None), store)
+        walker.output(block, i, hidden, slice(None), handed)
     except Left:
-        pass
+        if handed:
+            handed.check(block)
     finally:
         hook.remove()
+    if not seen:
+        raise misfit(block, f"did not run {projection.name}")
     return seen[0].flatten(0, -2).float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtool.calibrate.foreign import ATTENDED, misfit
 from qtool.errors import CheckpointError, one_line
 from qtool.numerics.attention import causal_attention
 
@@ -41,9 +43,12 @@ def build_on_meta(config: dict[str, Any], dtype: torch.dtype, attention: str | N
             model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation=attention)
             if model.config._attn_implementation == "sdpa":
                 model.set_attn_implementation(ATTENTION)
+                attention = ATTENTION
     except Exception as error:  # its own checks raise many kinds
         what = "config.json does not describe a model that transformers builds"
         raise CheckpointError(what, found=one_line(error)) from error
+    if attention and model.config._attn_implementation != attention:
+        raise misfit(model, f"uses attention {model.config._attn_implementation} instead of {attention}")
     body = model.model
     body.rotary_emb = type(body.rotary_emb)(config=parsed)
     if hasattr(body.embed_tokens, "scalar_embed_scale"):
@@ -67,6 +72,7 @@ def attend(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    ATTENDED.get([]).append(module)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     whole = attention_mask is None and query.shape[2] == key.shape[2] > 1
     if causal and whole and scaling and query.dtype == torch.bfloat16 and query.device.type == "cpu":
@@ -90,14 +96,25 @@ def quiet() -> Iterator[None]:
 
 
 class Recorder(nn.Module):
-    """Stands in for a decoder block: keeps the keyword arguments of the call, returns the hidden states."""
+    """Stands in for a decoder block: keeps the arguments of the call, returns the hidden states.
+
+    Args:
+        block: whose signature says what arguments are called.
+    """
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self.arguments: dict[str, Any] = {}
+        self.kind, self.calls = type(block), list[dict[str, Any]]()
         self.attention_type = getattr(block, "attention_type", None)  # early releases of transformers 5 ask for it
 
-    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
+    def forward(self, hidden: Tensor, *others: Any, **arguments: Any) -> Tensor:
         """Takes the place of a block's forward; hidden is [1, T, H]."""
-        self.arguments = arguments
+        _self, _hidden, *names = inspect.signature(self.kind.forward).parameters
+        self.calls.append(dict(zip(names, others, strict=False)) | arguments)
         return hidden
+
+    def recorded(self) -> dict[str, Any]:
+        """The arguments by name. Raises QtoolError: the model did not call the block just once."""
+        if len(self.calls) != 1:
+            raise misfit(self, f"in place of {self.kind.__name__} was called {len(self.calls)} times instead of once")
+        return self.calls[0]

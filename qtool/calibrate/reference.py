@@ -12,6 +12,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from qtool.calibrate.foreign import misfit
 from qtool.calibrate.hidden import Hidden
 from qtool.checkpoint._base import Module
 
@@ -57,7 +58,9 @@ class Reference:
     def begin(self, i: int, readers: Iterable[Module]) -> None:
         """Loads block i, to look at the inputs of some linear layers."""
         self.block, self.index = self.walker.load_block(i), i
+        self.wanted: set[str] = set()
         for m in readers:
+            self.wanted.add(m.reads)
             self.walker.linear(self.block, m).register_forward_pre_hook(
                 lambda _, inputs, reads=m.reads: SEEN.get().__setitem__(reads, inputs[0].flatten(0, -2))
             )
@@ -75,7 +78,10 @@ class Reference:
             return seen, None
         assert self.block is not None
         SEEN.set(seen)
-        return seen, self.walker.output(self.block, self.index, self.hidden, part)
+        output = self.walker.output(self.block, self.index, self.hidden, part)
+        if missing := self.wanted - seen.keys():
+            raise misfit(self.block, f"did not run what reads {', '.join(sorted(missing))}")
+        return seen, output
 
     def advance(self, part: slice, output: Tensor) -> None:
         """Replaces the hidden states of some samples by the block's output."""

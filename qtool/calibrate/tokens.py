@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qtool.calibrate.documents import documents
+from qtool.calibrate.foreign import CACHE_NAMES, assign, cache_argument, misfit
 from qtool.calibrate.meta import build_on_meta
 from qtool.calibrate.tokenizer import load_tokenizer, token_ids
 from qtool.checkpoint._base import Checkpoint, finite
@@ -94,10 +95,10 @@ def sampled(checkpoint: Checkpoint, tokenizer: Any, samples: int, length: int, g
         NumericsError: the model's logits are not finite.
     """
     model = build_on_meta(checkpoint.config, torch.float32, checkpoint.family.attention)
-    tied = {"lm_head.weight": model.model.embed_tokens.weight} if checkpoint.tied else {}
-    state = {n: checkpoint.tensor(n).float() for n, _ in model.named_parameters() if n not in tied}
-    model.load_state_dict(state, strict=False, assign=True)
-    model.tie_weights()
+    tied = {"lm_head.weight": f"{checkpoint.family.embedding}.weight"} if checkpoint.tied else {}
+    names = {name: tied.get(name, name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    read = {name: checkpoint.tensor(name).float() for name in dict.fromkeys(names.values())}
+    assign(model, {name: read[source] for name, source in names.items()})
     known = min(len(tokenizer), model.config.vocab_size)
     first = torch.randint(known, (samples, 1), generator=generator)
     begin = beginning(tokenizer)
@@ -109,10 +110,15 @@ def sampled(checkpoint: Checkpoint, tokenizer: Any, samples: int, length: int, g
 
 def sample_from(model: torch.nn.Module, tokens: Tensor, length: int) -> Tensor:
     """Continues token sequences at temperature 1 until they have `length` tokens: int64 [S, any] -> [S, length]."""
+    name = cache_argument(type(model))
+    if name is None:
+        raise misfit(model, f"takes no cache by any of the names {', '.join(CACHE_NAMES)}")
     cache, fresh = None, tokens
     while tokens.shape[1] < length:
-        output = model(input_ids=fresh, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        fresh = torch.multinomial(finite(output.logits[:, -1], "logits").softmax(-1), 1)
+        output = model(input_ids=fresh, use_cache=True, **{name: cache})
+        cache = output[name]
+        if (kept := cache.get_seq_length()) != tokens.shape[1]:
+            raise misfit(model, f"keeps {kept} tokens in its cache instead of {tokens.shape[1]}")
+        fresh = torch.multinomial(finite(output["logits"][:, -1], "logits").softmax(-1), 1)
         tokens = torch.cat([tokens, fresh], dim=1)
     return tokens

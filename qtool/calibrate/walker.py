@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from qtool.calibrate.cache import MeteredCache, rounded_cache
 from qtool.calibrate.experts import split_experts
+from qtool.calibrate.foreign import Calls, KVStore, assign, check_tokens, run_block
 from qtool.calibrate.hidden import MEMORY_LIMIT, Hidden
 from qtool.calibrate.inputs import rounded
-from qtool.calibrate.meta import Recorder, build_on_meta
+from qtool.calibrate.meta import ATTENTION, Recorder, build_on_meta
 from qtool.calibrate.meter import EXPECTED, Meter
 from qtool.calibrate.reference import Reference
 from qtool.calibrate.steps import InStep
@@ -57,6 +58,7 @@ class Walker:
         self.layers = checkpoint.layers if isinstance(checkpoint, QuantizedCheckpoint) else {}
         self.family = checkpoint.family
         self.model = build_on_meta(checkpoint.config, dtype, self.family.attention)
+        self.attends = self.model.config._attn_implementation == ATTENTION
         self.blocks = list(self.model.model.layers)
         self.norm = self.model.model.norm
         self.modules: dict[int, list[Module]] = {i: [] for i in range(len(self.blocks))}
@@ -97,7 +99,7 @@ class Walker:
         prefix = self.family.block_prefix.format(i=i)
         names = self.family.block_shapes(self.checkpoint.config, i)
         state = {self.family.submodule(name): self.tensor(prefix + name) for name in names}
-        block.load_state_dict(state, assign=True)
+        assign(block, state)
         return block.eval().requires_grad_(False)
 
     def tensor(self, name: str) -> Tensor:
@@ -182,39 +184,54 @@ class Walker:
                 first = Stat.VALUES in needs[r]  # a scale that holds for all tokens is chosen by inputs as they are
                 hooks.enter_context(self.linear(block, m).register_forward_pre_hook(meter.hook(r, flow), prepend=first))
             for reads in flow:
-                yield reads, meter.take(reads)
-        yield from ((reads, meter.take(reads)) for reads in readers if reads not in flow.passed)
+                yield reads, self.complete(meter.take(reads), block, readers[reads], hidden)
+        for reads in (reads for reads in readers if reads not in flow.passed):
+            yield reads, self.complete(meter.take(reads), block, readers[reads], hidden)
+
+    @staticmethod
+    def complete(stats: InputStats, block: nn.Module, module: Module, hidden: Hidden) -> InputStats:
+        """The same statistics. Raises QtoolError: the block left tokens out, though only experts may be passed by."""
+        if module.expert is None:
+            check_tokens(block, module.name, stats.tokens, hidden.samples * hidden.length)
+        return stats
 
     @torch.inference_mode()
     def advance(self, block: nn.Module, i: int, hidden: Hidden) -> None:
         """Runs block i and replaces its inputs by its outputs; linear layers see inputs as the checkpoint declares."""
         self.block_arguments(hidden.length)  # recorded before threads ask for them
-        with self.quantized_inputs(block, i):
+        parts = self.parts(hidden)
+        with self.quantized_inputs(block, i, times=len(parts)):
             cache = rounded_cache(self.checkpoint, i)
 
             @torch.inference_mode()
             def run(part: slice) -> None:
                 hidden[part] = self.output(block, i, hidden, part, cache)
 
-            side_by_side(run, parts := self.parts(hidden), self.shares(parts))
+            side_by_side(run, parts, self.shares(parts))
 
     @contextmanager
-    def quantized_inputs(self, block: nn.Module, i: int, layers: Mapping[str, Layer] | None = None) -> Iterator[None]:
+    def quantized_inputs(
+        self, block: nn.Module, i: int, layers: Mapping[str, Layer] | None = None, times: int | None = None
+    ) -> Iterator[None]:
         """Within the context, linear layers of the block see inputs rounded as a runtime rounds them.
 
         Args:
             block: from `load_block(i)`.
             i: its index.
             layers: by module name; may change on the way. None: what the checkpoint declares.
+            times: how often the block is run; None: at least once.
+
+        Raises:
+            QtoolError: on leaving, if a layer that reads every token did not come by.
         """
         layers = self.layers if layers is None else layers
+        hooked, calls = [m for m in self.modules[i] if m.name in layers and layers[m.name].activations], Calls()
         with ExitStack() as hooks:
-            for m in self.modules[i]:
-                if m.name in layers and layers[m.name].activations:
-                    linear = self.linear(block, m)
-                    rounds = linear.register_forward_pre_hook(lambda _, x, name=m.name: rounded(x[0], layers[name]))
-                    hooks.enter_context(rounds)
+            for m in hooked:
+                rounds = calls.counted(m.name, lambda _, x, name=m.name: rounded(x[0], layers[name]))
+                hooks.enter_context(self.linear(block, m).register_forward_pre_hook(rounds))
             yield
+        calls.check(block, [m.name for m in hooked if m.expert is None], times)
 
     def parts(self, hidden: Hidden) -> list[slice]:
         """Samples that are run together."""
@@ -225,12 +242,10 @@ class Walker:
         """Threads to run some batches on; see `numerics.parallel.shares`."""
         return shares(min(len(parts), ABREAST), self.device)
 
-    def output(self, block: nn.Module, i: int, hidden: Hidden, part: slice, cache: object = None) -> Tensor:
+    def output(self, block: nn.Module, i: int, hidden: Hidden, part: slice, cache: KVStore | None = None) -> Tensor:
         """Block i's output for some samples, [s, T, H]; keys and values go through `cache`."""
-        arguments = self.block_arguments(hidden.length)[i] | {"past_key_values": cache}
-        output = block(hidden[part].to(self.device), **arguments)
-        first: Tensor = output[0] if isinstance(output, tuple) else output
-        return first
+        arguments = self.block_arguments(hidden.length)[i]
+        return run_block(block, hidden[part].to(self.device), arguments, cache, self.attends)
 
     def block_arguments(self, length: int) -> list[dict[str, Any]]:
         """What the model's own forward passes to each block beside hidden states, for samples of `length` tokens."""
@@ -242,7 +257,7 @@ class Walker:
             x = torch.zeros(1, length, body.config.hidden_size, dtype=self.dtype, device=self.device)
             with torch.inference_mode():
                 body(inputs_embeds=x, use_cache=False)
-            self.arguments[length] = [r.arguments for r in recorders]
+            self.arguments[length] = [recorder.recorded() for recorder in recorders]
         return self.arguments[length]
 
     @torch.inference_mode()
@@ -257,7 +272,7 @@ class Walker:
     def load_norm(self) -> nn.Module:
         """The final norm with its weights."""
         norm: nn.Module = copy.deepcopy(self.norm)
-        norm.load_state_dict({"weight": self.tensor(f"{self.family.norm}.weight")}, assign=True)
+        assign(norm, {"weight": self.tensor(f"{self.family.norm}.weight")})
         return norm
 
     @torch.inference_mode()

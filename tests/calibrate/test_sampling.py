@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from qtool.calibrate.tokenizer import load_tokenizer
 from qtool.calibrate.tokens import load_tokens, sample_from, sampled
 from qtool.checkpoint.hf import HFCheckpoint
-from qtool.errors import NumericsError
+from qtool.errors import NumericsError, QtoolError
 from qtool.recipe.schema import Calibration, Source
 from tests.calibrate.conftest import load_reference
 from tests.evaluate.test_run import add_bos
@@ -54,28 +54,42 @@ def test_the_cache_gives_the_probabilities_of_full_passes(name, tiny_checkpoint,
     model = load_reference(sliding if name == "mistral-sliding" else tiny_checkpoint(name))
     seen, fed = [], []
 
-    def recording(input_ids, past_key_values, use_cache):
-        output = model(input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache)
+    def record(_, __, given, output):
         seen.append(output.logits[:, -1].log_softmax(-1))
-        fed.append(input_ids.shape[1])
-        return output
+        fed.append(given["input_ids"].shape[1])
 
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        tokens = sample_from(recording, torch.tensor([[7, 8], [9, 400]]), LENGTH)
+        with model.register_forward_hook(record, with_kwargs=True):
+            tokens = sample_from(model, torch.tensor([[7, 8], [9, 400]]), LENGTH)
         want = model(tokens, use_cache=False).logits.log_softmax(-1)
     assert fed == [2] + [1] * (LENGTH - 3)
     assert_close(torch.stack(seen, 1), want[:, 1:-1], rtol=1e-4, atol=1e-4)
 
 
+class Forgetful(torch.nn.Module):
+    """Gives the same logits for every token, and counts what it has seen."""
+
+    def __init__(self, logits, counts=1):
+        super().__init__()
+        self.logits, self.counts, self.seen = logits, counts, 0
+
+    def forward(self, input_ids, past_key_values, use_cache):
+        self.seen += self.counts * input_ids.shape[1]
+        kept = SimpleNamespace(get_seq_length=lambda: self.seen)
+        return {"logits": self.logits.expand(*input_ids.shape, 3), "past_key_values": kept}
+
+
+def test_a_cache_that_is_not_filled_is_noticed():
+    with pytest.raises(QtoolError, match="Forgetful keeps 0 tokens in its cache instead of 1"):
+        sample_from(Forgetful(torch.zeros(3), counts=0), torch.zeros(1, 1, dtype=torch.int64), 3)
+
+
 def test_tokens_are_drawn_as_often_as_they_are_likely():
     probabilities = torch.tensor([0.1, 0.6, 0.3])
-    model = lambda input_ids, **_: SimpleNamespace(  # noqa: E731
-        logits=probabilities.log().expand(*input_ids.shape, 3), past_key_values=None
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        tokens = sample_from(model, torch.zeros(2000, 1, dtype=torch.int64), 11)
+        tokens = sample_from(Forgetful(probabilities.log()), torch.zeros(2000, 1, dtype=torch.int64), 11)
     shares = tokens[:, 1:].flatten().bincount(minlength=3) / 20_000
     assert_close(shares, probabilities, rtol=0, atol=4 * (0.25 / 20_000) ** 0.5)
 
