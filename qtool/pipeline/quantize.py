@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from qtool.artifact._card import HUB_ID
 from qtool.calibrate.attention import AttentionErrors
 from qtool.calibrate.inputs import fit_static
 from qtool.checkpoint._base import Layer
-from qtool.errors import NumericsError, UsageError
+from qtool.errors import NumericsError, StorageError, UsageError
 from qtool.evaluate.gates import check_gates
 from qtool.formats._base import Quantized
 from qtool.pipeline import evaluate
+from qtool.pipeline.content import read_content
 from qtool.pipeline.events import Event, Listener, silent
 from qtool.pipeline.prepare import Job, prepare
 from qtool.pipeline.publish import publish
-from qtool.pipeline.solve import Unit, kept, mean_db, refuse_non_finite, solve, units
+from qtool.pipeline.solve import Unit, kept, mean_db, solve, units
 from qtool.pipeline.statistics import Statistics, statistics_for
 from qtool.pipeline.stopwatch import Stopwatch
 from qtool.pipeline.summarize import make_report, model_card
 from qtool.pipeline.upload import upload
-from qtool.pipeline.work import Record, Work, begun, identity, open_work, remove_work
+from qtool.pipeline.work import Record, Work, begun, identity, open_work, remove_work, result_identity
 from qtool.plan import LayerPlan
 from qtool.recipe.parse import parse_method
 from qtool.report.model import CacheEntry, LayerEntry, Report
 from qtool.report.render import read_report, write_report
 from qtool.stats import InputStats
-from qtool.store.files import check_free, new_folder
+from qtool.store.files import check_free, damaged_file, new_folder
 
 BY_IMPORTANCE = "method={rtn: {importance: true}}"
 """What `--imatrix` sets; a `--set method=...` of the user's own comes later and wins."""
@@ -91,14 +94,10 @@ def run(options: QuantizeOptions, listener: Listener = silent) -> Report:
         listener(Event("plan", 1, 1, warning, warning=True))
     with watch.stage("calibrate"):
         source = statistics_for(job, options.stats or options.imatrix, listener)
-    run_identity = identity(job, source.digest)
-    continued = begun(place, run_identity)
-    if continued and (out / "report.json").is_file() and not options.overwrite:
-        report = read_report(out / "report.json")  # an earlier run was ended before it could tidy up
-    else:
+    run_identity = identity(job, source.digest, read_content(job.checkpoint))
+    report = finished(out, job, run_identity) if begun(place, run_identity) and not options.overwrite else None
+    if report is None:  # else an earlier run was ended before it could tidy up
         check_free(out, options.overwrite)
-        if not continued:
-            refuse_non_finite(job.checkpoint)
         with open_work(place, job, run_identity, listener) as work:
             report = produce(job, work, source, options, watch, listener)
     if not options.keep:
@@ -146,7 +145,26 @@ def produce(
     with new_folder(options.out.absolute(), options.overwrite) as folder:
         artifacts = publish(job.artifacts, model, folder, card, options.verify, watch, listener)
         report = make_report(job, entries, caches, artifacts, watch.entries, evaluations, source.about)
+        report = report.model_copy(update={"run": result_identity(job, work.run)})
         write_report(report, folder)
+    return report
+
+
+def finished(out: Path, job: Job, run: Mapping[str, Any]) -> Report | None:
+    """The report of a result that this very run wrote; None if another one did, or there is none.
+
+    Raises:
+        CheckpointError: its report cannot be read.
+        StorageError: it is this run's, but no longer whole.
+    """
+    if not (out / "report.json").is_file():
+        return None
+    report = read_report(out / "report.json")
+    if report.run != result_identity(job, run):
+        return None
+    if damage := damaged_file(out):
+        hint = "pass --overwrite to write it again"
+        raise StorageError(f"{out} holds the result of this run, but {damage} is missing or was changed", hint=hint)
     return report
 
 

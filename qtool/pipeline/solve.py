@@ -11,13 +11,13 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from qtool.checkpoint._base import Checkpoint, finite
+from qtool.checkpoint._base import Checkpoint
 from qtool.errors import NumericsError
 from qtool.formats._base import Format, Quantized
 from qtool.methods._base import Solution
 from qtool.numerics.metrics import all_finite, energy, ratio_db
 from qtool.numerics.threads.parallel import row_shares, shares, side_by_side
-from qtool.pipeline.requantize import is_finite, origin, stored_codes
+from qtool.pipeline.requantize import origin
 from qtool.plan import LayerPlan, Plan
 from qtool.recipe.cache import KVCache
 from qtool.report.model import LayerEntry
@@ -268,21 +268,6 @@ def refuse_infinite(w_hat: Tensor, plan: LayerPlan) -> None:
             f"{plan.method.name()} made {plan.module.name} infinite or NaN in {plan.format.label}",
             hint="choose another method or format for it",
         )
-
-
-def refuse_non_finite(checkpoint: Checkpoint) -> None:
-    """Reads every tensor once.
-
-    Raises:
-        NumericsError: one holds NaN or infinity.
-    """
-    for name in checkpoint.names():
-        codes = stored_codes(checkpoint, name.removesuffix(".weight"))
-        if codes and is_finite(codes):
-            continue
-        for start, stop in row_parts(checkpoint.info(name).shape):
-            if not all_finite(checkpoint.rows(name, start, stop)):
-                finite(checkpoint.tensor(name), name)
 
 
 def mean_db(entries: Sequence[LayerEntry]) -> float | None:

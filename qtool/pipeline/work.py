@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,14 +39,17 @@ class Work:
         folder: exists.
         job: the run.
         run: what identifies it, see `identity`.
+        listener: told about units that an earlier run finished and that are damaged now.
     """
 
-    def __init__(self, folder: Path, job: Job, run: Mapping[str, Any]) -> None:
-        self.folder, self.source = folder, job.checkpoint
+    def __init__(self, folder: Path, job: Job, run: Mapping[str, Any], listener: Listener) -> None:
+        self.folder, self.source, self.run = folder, job.checkpoint, run
         layers = job.plan.layers
         keep = {p.module.name: p.keep for p in layers if p.format is None}
         self.writer = NeutralWriter(folder, run, keep, cache_format(job.plan))
         self.finished: dict[str, Any] = self.writer.finished()
+        for key, damage in self.writer.damaged.items():
+            listener(Event("quantize", 0, 0, f"{key} in {folder} is done again: {damage}", warning=True))
         self.earlier = self.model() if self.finished else None
 
     def record(self, unit: Unit) -> Record | None:
@@ -88,7 +92,7 @@ def open_work(folder: Path, job: Job, run: Mapping[str, Any], listener: Listener
         folder.mkdir(parents=True, exist_ok=True)
     with lock(folder):
         discard_other(folder, run, listener)
-        yield Work(folder, job, run)
+        yield Work(folder, job, run, listener)
 
 
 def begun(folder: Path, run: Mapping[str, Any]) -> bool:
@@ -99,7 +103,7 @@ def begun(folder: Path, run: Mapping[str, Any]) -> bool:
 def _run_of(folder: Path) -> dict[str, Any]:
     """What identifies the run that began a work folder."""
     try:
-        return Manifest.load(folder).run
+        return Manifest.salvage(folder)[0].run
     except CheckpointError as error:
         hint = f"remove {folder}, or choose another output"
         raise StorageError(f"the work folder is damaged: {error}", hint=hint) from error
@@ -138,20 +142,28 @@ def discard_other(folder: Path, run: Mapping[str, Any], listener: Listener) -> N
             path.unlink()
 
 
-def identity(job: Job, calibration: str | None) -> dict[str, Any]:
+def identity(job: Job, calibration: str | None, content: str) -> dict[str, Any]:
     """What two runs must share for one to continue the other.
 
     Args:
         job: the run.
         calibration: digest of the tokens or statistics; None without data.
+        content: checksum of the source, see `read_content`.
     """
     run = {
         "version": code_digest(),
         "model": job.plan.source_fingerprint,
+        "content": content,
         "recipe": job.plan.fingerprint(),
         "device": str(job.device),
     }
     return run if calibration is None else {**run, "calibration": calibration, "dtype": str(job.dtype)}
+
+
+def result_identity(job: Job, run: Mapping[str, Any]) -> str:
+    """Hash of what two runs must share for the result of one to be that of the other: artifacts and evaluation too."""
+    content = [dict(run), job.plan.recipe.model_dump(mode="json")]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def code_digest() -> str:

@@ -104,6 +104,7 @@ class Report(Entry):
         calibration: token source, samples, length and token count; empty without data.
         other_bytes: tensors that are no module (norms, biases), as stored.
         limited_blocks: blocks that were quantized in a smoke run; None for a whole run.
+        run: hash of what identifies the run: model, recipe, calibration, program.
         kv_cache: of each decoder block; empty if the cache is left alone, or no tokens were run.
         environment: versions of python and packages, cpu, threads, device.
     """
@@ -126,3 +127,4 @@ class Report(Entry):
     environment: dict[str, str]
     other_bytes: int = 0
     kv_cache: tuple[CacheEntry, ...] = ()
+    run: str = ""

@@ -164,6 +164,22 @@ def read_sums(folder: Path) -> dict[str, str]:
     return {name: digest for digest, _, name in rows}
 
 
+def damaged_file(folder: Path) -> str | None:
+    """A file that SHA256SUMS names and that is missing or has other content; SHA256SUMS itself if qtool wrote none.
+
+    Raises:
+        StorageError: the system refuses to read one.
+    """
+    sums = read_sums(folder)
+    with storage_errors(folder):
+        wrong = (name for name, digest in sums.items() if not _has(folder / name, digest))
+        return next(wrong, None) if sums else SUMS
+
+
+def _has(path: Path, digest: str) -> bool:
+    return path.is_file() and sha256(path) == digest
+
+
 def _foreign(out: Path) -> str | None:
     """A file in `out` that no run of qtool wrote."""
     sums = read_sums(out)

@@ -5,6 +5,7 @@ docs/neutral-checkpoint.md is the specification.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -71,13 +72,24 @@ class LayerEntry(Entry):
 
 
 class BlockEntry(Entry):
-    """A file of the folder, `<key>.safetensors`: its modules, the writer's `record`, scales of its keys and values."""
+    """A file of the folder, `<key>.safetensors`: its modules, the writer's `record`, scales of its keys and values.
+
+    Attributes:
+        seal: hash of all else in the entry, by which a run that continues knows that it is as it was written; None
+            where the folder stands alone.
+    """
 
     nbytes: int
     sha256: str
     layers: dict[str, LayerEntry]
     record: Any = None
     cache: Annotated[tuple[tuple[Stored, ...], tuple[Stored, ...]] | None, BeforeValidator(_listed)] = None
+    seal: str | None = None
+
+    def sealed(self, key: str) -> BlockEntry:
+        """The entry with its seal."""
+        content = json.dumps([key, self.model_dump(exclude={"seal"})], sort_keys=True)
+        return self.model_copy(update={"seal": hashlib.sha256(content.encode()).hexdigest()})
 
 
 class Manifest(Entry):
@@ -99,15 +111,46 @@ class Manifest(Entry):
 
     def save(self, folder: Path) -> None:
         """Writes manifest.json, whole or not at all. Raises StorageError."""
+        content = self.model_dump()
+        for block in content["blocks"].values():
+            if block["seal"] is None:
+                del block["seal"]
         with new_file(folder / MANIFEST) as partial:
-            partial.write_text(json.dumps(self.model_dump()) + "\n", encoding="utf-8")
+            partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
         """Reads manifest.json. Raises CheckpointError: damaged, or of a newer version."""
-        path = folder / MANIFEST
+        return cls._of(read_json(folder / MANIFEST), folder / MANIFEST)
+
+    @classmethod
+    def salvage(cls, folder: Path) -> tuple[Manifest, dict[str, str]]:
+        """Reads manifest.json of a work folder, of which nothing is believed that has no valid seal.
+
+        Returns:
+            What it holds without the blocks whose entries are not as they were written; what is wrong with these.
+
+        Raises:
+            CheckpointError: damaged elsewhere, or of a newer version.
+        """
+        path, damaged = folder / MANIFEST, {}
+        content = read_json(path)
+        blocks = content.get("blocks")
+        for key, block in list(blocks.items()) if isinstance(blocks, dict) else []:
+            try:
+                entry = BlockEntry.model_validate(block)
+                if entry == entry.sealed(key):
+                    continue
+            except ValidationError:
+                pass
+            damaged[key] = f"its entry in {MANIFEST} is damaged"
+            del content["blocks"][key]
+        return cls._of(content, path), damaged
+
+    @classmethod
+    def _of(cls, content: dict[str, Any], path: Path) -> Manifest:
         try:
-            manifest = cls.model_validate(read_json(path))
+            manifest = cls.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))

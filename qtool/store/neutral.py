@@ -38,6 +38,9 @@ class NeutralWriter:
         keep: module -> "source", or the type that its kept weight is cast to: "f32", "f16", "bf16".
         cache: format of the KV cache.
 
+    Attributes:
+        damaged: blocks of an earlier process that are not as it wrote them, and what is wrong with each.
+
     Raises:
         StorageError: the folder belongs to another run, or cannot be written.
         CheckpointError: its manifest is damaged.
@@ -51,24 +54,29 @@ class NeutralWriter:
         cache: KVCache | None = None,
     ) -> None:
         self.folder = folder
+        self.damaged: dict[str, str] = {}
         casts = {module: dtype for module, dtype in (keep or {}).items() if dtype != "source"}
         self.manifest = Manifest.model_validate({"run": json.loads(json.dumps(run)), "keep": casts, "blocks": {}})
         if cache:
             self.manifest = self.manifest.model_copy(update={"kv_cache": dump_cache(cache)})
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / MANIFEST).exists():
-            found = Manifest.load(folder)
-            if (found.run, found.keep) != (self.manifest.run, self.manifest.keep):
+            found, self.damaged = Manifest.salvage(folder)
+            if found.run != self.manifest.run:
                 hint = "run it with the recipe and model it was begun with, or remove it"
                 raise StorageError(f"{folder} was begun by another run", hint=hint)
-            self.manifest = found
+            self.manifest = self.manifest.model_copy(update={"blocks": found.blocks})
         else:
             self.manifest.save(folder)
 
     def finished(self) -> dict[str, Any]:
-        """Records of the blocks that are whole on disk, by key. Damaged blocks are forgotten."""
+        """Records of the blocks that are whole on disk, by key. Damaged blocks are forgotten, see `damaged`."""
         whole = {key: entry for key, entry in self.manifest.blocks.items() if self._whole(key, entry)}
+        for key in self.manifest.blocks.keys() - whole.keys():
+            self.damaged[key] = f"{self._path(key).name} is missing or damaged"
         self.manifest = self.manifest.model_copy(update={"blocks": whole})
+        if self.damaged:
+            self.manifest.save(self.folder)
         return {key: entry.record for key, entry in whole.items()}
 
     def write_block(
@@ -112,6 +120,8 @@ class NeutralWriter:
         }
         told = json.loads(json.dumps(record))
         block = BlockEntry(nbytes=nbytes, sha256=digest, layers=entries, record=told, cache=cache)
+        if record is not None:
+            block = block.sealed(key)
         self.manifest = self.manifest.model_copy(update={"blocks": self.manifest.blocks | {key: block}})
         self.manifest.save(self.folder)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 
 from qtool.artifact._open import open_artifact
@@ -122,9 +121,3 @@ def save_llama(folder: Path, hidden: int, dtype: torch.dtype, blocks: int = 2) -
         AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def tree():
-    """Content of every file below a folder, by relative name."""
-    return lambda folder: {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
