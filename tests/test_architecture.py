@@ -35,6 +35,7 @@ ORDER = (
     "evaluate",
     "report",
     "pipeline",
+    "api",
     "cli",
     "__main__",
 )

@@ -9,13 +9,14 @@ from qtool.calibrate.hidden import Hidden
 from qtool.calibrate.store import write_stats
 from qtool.calibrate.tokens import load_tokens
 from qtool.calibrate.walker import Walker
-from qtool.checkpoint._base import modules
+from qtool.checkpoint._base import Checkpoint, modules
 from qtool.errors import StorageError
 from qtool.pipeline.events import Event, Listener, silent
 from qtool.pipeline.importance import write_importance
 from qtool.pipeline.measured import kind_of
 from qtool.pipeline.prepare import prepare
 from qtool.pipeline.summarize import model_name
+from qtool.recipe.schema import Recipe
 from qtool.stats import InputStats, Stat
 from qtool.store.files import check_file, new_file
 
@@ -33,8 +34,8 @@ class CalibrateOptions:
         overwrite: replace an earlier file.
     """
 
-    model: str
-    recipe: str
+    model: str | Checkpoint
+    recipe: str | Recipe
     out: Path
     overrides: tuple[str, ...] = ()
     device: str = "auto"

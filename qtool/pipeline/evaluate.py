@@ -37,8 +37,8 @@ class EvaluateOptions:
         out: JSON file to write.
     """
 
-    artifact: str
-    baseline: str | None
+    artifact: str | Checkpoint
+    baseline: str | Checkpoint | None
     text: Path
     context: int = 512
     chunks: int | None = None
@@ -61,8 +61,8 @@ def run(options: EvaluateOptions, listener: Listener = silent) -> Evaluation:
         check_file(options.out)
     device = device_of(options.device)
     evaluation = evaluate(
-        open_model(options.artifact),
-        None if options.baseline is None else open_model(options.baseline),
+        opened(options.artifact),
+        None if options.baseline is None else opened(options.baseline),
         options.text,
         context=options.context,
         chunks=options.chunks,
@@ -75,6 +75,11 @@ def run(options: EvaluateOptions, listener: Listener = silent) -> Evaluation:
         with new_file(options.out) as partial:
             partial.write_text(evaluation.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return evaluation
+
+
+def opened(model: str | Checkpoint) -> Checkpoint:
+    """A model; it may be open already."""
+    return model if isinstance(model, Checkpoint) else open_model(model)
 
 
 def check(asked: Eval | None) -> None:

@@ -33,8 +33,8 @@ class Job:
 
 
 def prepare(
-    model: str,
-    recipe: str,
+    model: str | Checkpoint,
+    recipe: str | Recipe,
     overrides: Sequence[str] = (),
     seed: int | None = None,
     limit: int | None = None,
@@ -45,8 +45,8 @@ def prepare(
     """Opens a model and plans a recipe for it.
 
     Args:
-        model: folder, hub id or GGUF file; a quantized one as well.
-        recipe: path or name.
+        model: folder, hub id or GGUF file; a quantized one as well; or an open one.
+        recipe: path or name, or a checked one.
         overrides: `key=value` for fields of the recipe.
         seed: replaces the calibration's seed.
         limit: quantize this many decoder blocks and nothing else.
@@ -60,9 +60,12 @@ def prepare(
     place = device_of(device)
     if seed is not None:
         overrides = (*overrides, f"calibration.seed={seed}")
-    parsed = load_recipe(recipe, overrides)
+    if isinstance(recipe, Recipe) and overrides:
+        parsed = load_recipe(recipe.model_dump(mode="json", exclude_none=True), overrides)
+    else:
+        parsed = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     parsed = with_gguf_options(parsed, {key: value for key, value in (gguf or {}).items() if value is not None})
-    checkpoint = open_model(model)
+    checkpoint = model if isinstance(model, Checkpoint) else open_model(model)
     artifacts = {export.to: registry.load("artifact", export.to)(**export.options) for export in parsed.export}
     plan = make_plan(parsed, checkpoint, artifacts, limit)
     layers = {p.module.name: p.layer for p in plan.layers if p.layer}

@@ -11,7 +11,7 @@ from typing import Any
 from qtool.artifact._card import HUB_ID
 from qtool.calibrate.attention import AttentionErrors
 from qtool.calibrate.inputs import fit_static
-from qtool.checkpoint._base import Layer
+from qtool.checkpoint._base import Checkpoint, Layer
 from qtool.errors import NumericsError, StorageError, UsageError
 from qtool.evaluate.gates import check_gates
 from qtool.formats._base import Quantized
@@ -28,6 +28,7 @@ from qtool.pipeline.upload import upload
 from qtool.pipeline.work import Record, Work, begun, identity, open_work, remove_work, result_identity
 from qtool.plan import LayerPlan
 from qtool.recipe.parse import parse_method
+from qtool.recipe.schema import Recipe
 from qtool.report.model import CacheEntry, LayerEntry, Report
 from qtool.report.render import read_report, write_report
 from qtool.stats import InputStats
@@ -54,8 +55,8 @@ class QuantizeOptions:
         push_to: hub repository to upload to.
     """
 
-    model: str
-    recipe: str
+    model: str | Checkpoint
+    recipe: str | Recipe
     out: Path
     overrides: tuple[str, ...] = ()
     device: str = "auto"

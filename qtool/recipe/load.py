@@ -12,13 +12,14 @@ Importing this module imports no torch, so that recipes are listed quickly.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtool.errors import RecipeError, nearest
+from qtool.errors import RecipeError, nearest, one_line
 from qtool.recipe.nodes import BROKEN, Node, Reader
 from qtool.recipe.problems import Keys, explain, show
 
@@ -78,11 +79,12 @@ def find_recipe(name: str, folder: Path | None = None) -> Path:
     raise RecipeError([f"no file and no shipped recipe is called {show(name)}; {hint}"], "recipe not found")
 
 
-def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name: str | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """Reads and checks a recipe.
 
     Args:
-        name: path, or name of a recipe that ships.
+        name: path, or name of a recipe that ships; or what such a file says, in which paths count from the working
+            folder.
         overrides: `key=value` each: a dotted path with list indices, as in `calibration.samples=32` or
             `layers.0.weights=int4-g64`, and a value in YAML.
 
@@ -94,7 +96,11 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     from qtool.recipe.schema import Recipe
 
     reader = Reader()
-    tree = _read(find_recipe(name), reader, ())
+    if isinstance(name, str):
+        tree = _read(find_recipe(name), reader, ())
+    else:
+        tree = _follow(reader.parse(_spelled(name), lambda _: "recipe"), Path(), reader, ())
+        name = str(name.get("name", "without a name"))
     for text in overrides:
         _override(tree, text, reader)
     plain = tree.plain()
@@ -120,7 +126,22 @@ def _by_line(problem: str) -> tuple[str, int]:
 
 def _read(path: Path, reader: Reader, chain: tuple[Path, ...]) -> Node:
     """The tree of a file with everything that it extends. `chain` holds the files that led here."""
-    tree = reader.read(path)
+    return _follow(reader.read(path), path, reader, chain)
+
+
+def _spelled(content: Mapping[str, Any]) -> str:
+    """A recipe's content as YAML. Raises RecipeError: not such plain values as a file holds."""
+    import yaml
+
+    try:
+        text: str = yaml.safe_dump(json.loads(json.dumps(content, default=str)), sort_keys=False)
+    except (TypeError, ValueError) as error:
+        raise RecipeError([f"wanted what a file could say, found {one_line(error)}"], "recipe") from error
+    return text
+
+
+def _follow(tree: Node, path: Path, reader: Reader, chain: tuple[Path, ...]) -> Node:
+    """The tree of what stands in a file with everything that it extends."""
     extends = tree.value.pop("extends", None) if isinstance(tree.value, dict) else None
     if extends is None:
         return tree

@@ -1,0 +1,311 @@
+"""qtool as a library: what the commands do, as functions that return what the commands print.
+
+Nothing is printed: progress goes to a listener, which is called with a `qtool.pipeline.events.Event` for each step and
+for each warning. Whatever goes wrong is a `qtool.QtoolError` of one line, with the command's exit code as `exit_code`.
+
+Shape letters: T tokens, N rows (output features), K columns (input features).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from qtool.artifact import _open
+from qtool.checkpoint._base import Checkpoint, finite
+from qtool.errors import NumericsError, QtoolError, UsageError
+from qtool.evaluate.gates import check_gates
+from qtool.evaluate.result import Evaluation
+from qtool.formats._base import Format, Quantized
+from qtool.methods._base import Method
+from qtool.numerics.metrics import all_finite
+from qtool.pipeline import calibrate as calibrating
+from qtool.pipeline import evaluate as evaluating
+from qtool.pipeline import export as exporting
+from qtool.pipeline import quantize as quantizing
+from qtool.pipeline.events import Listener, silent
+from qtool.pipeline.prepare import prepare
+from qtool.plan import Plan
+from qtool.recipe.load import load_recipe as _load_recipe
+from qtool.recipe.parse import parse_format, parse_method
+from qtool.recipe.schema import Recipe
+from qtool.report.model import ArtifactEntry, Report
+from qtool.stats import InputStats
+
+__all__ = [
+    "QtoolError",
+    "calibrate",
+    "evaluate",
+    "export",
+    "load_recipe",
+    "open_model",
+    "plan",
+    "quantize",
+    "quantize_matrix",
+]
+
+Model = str | Path | Checkpoint
+"""A local folder, a hub id, a GGUF file, an artifact; or what `open_model` made of one."""
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "bf16", "fp32"]
+
+
+def load_recipe(recipe: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Recipe:
+    """Reads and checks a recipe.
+
+    Args:
+        recipe: a path, the name of a recipe that ships, or the content of one as a mapping.
+        overrides: `key=value` each, as in "calibration.samples=32".
+
+    Raises:
+        RecipeError: everything that is wrong with it, at once.
+    """
+    return _load_recipe(str(recipe) if isinstance(recipe, Path) else recipe, tuple(overrides))
+
+
+def open_model(model: str | Path) -> Checkpoint:
+    """Opens a checkpoint or a quantized artifact: names, shapes, and tensors one at a time. Only headers are read.
+
+    Raises:
+        CheckpointError: it is damaged, of an unknown kind, or cannot be found.
+        HubError: the hub refused or cannot be reached.
+    """
+    return _open.open_model(str(model))
+
+
+def plan(
+    model: Model, recipe: str | Path | Recipe, *, overrides: Iterable[str] = (), limit_layers: int | None = None
+) -> Plan:
+    """What a recipe would do to a model, layer by layer, with predicted sizes. No weight is read.
+
+    Args:
+        model: to what.
+        recipe: path or name, or what `load_recipe` gave.
+        overrides: see `load_recipe`.
+        limit_layers: quantize only so many decoder blocks.
+
+    Raises:
+        RecipeError, CheckpointError, PlanError, UsageError: with every mismatch at once.
+    """
+    return prepare(_source(model), _recipe(recipe), tuple(overrides), limit=limit_layers).plan
+
+
+def calibrate(
+    model: Model,
+    recipe: str | Path | Recipe,
+    out: str | Path,
+    *,
+    overrides: Iterable[str] = (),
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    overwrite: bool = False,
+    listener: Listener = silent,
+) -> calibrating.Measured:
+    """Measures the inputs of a model's layers once, into a file that `quantize` takes as `stats`.
+
+    Args:
+        model: what to measure.
+        recipe: of which only the calibration matters.
+        out: file; an importance matrix of llama.cpp if its name ends in .gguf.
+        overrides: see `load_recipe`.
+        device: where to compute.
+        dtype: in which type to run the model.
+        overwrite: replace an earlier file.
+        listener: is told about progress and warnings.
+    """
+    options = calibrating.CalibrateOptions(
+        _source(model), _recipe(recipe), Path(out), tuple(overrides), device, dtype, overwrite=overwrite
+    )
+    return calibrating.run(options, listener)
+
+
+def quantize(
+    model: Model,
+    recipe: str | Path | Recipe,
+    out: str | Path,
+    *,
+    overrides: Iterable[str] = (),
+    limit_layers: int | None = None,
+    stats: str | Path | None = None,
+    imatrix: str | Path | None = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    overwrite: bool = False,
+    verify: bool = True,
+    listener: Listener = silent,
+) -> Report:
+    """Quantizes a model, writes the artifacts and a report; called again, it continues what was interrupted.
+
+    Args:
+        model: what to quantize.
+        recipe: how; path or name, or what `load_recipe` gave.
+        out: folder of the result; `<out>.work` is used on the way.
+        overrides: see `load_recipe`.
+        limit_layers: quantize only so many decoder blocks.
+        stats: what `calibrate` measured.
+        imatrix: an importance matrix of llama.cpp to round with.
+        device: where to compute.
+        dtype: in which type to run the model.
+        overwrite: replace an earlier result.
+        verify: read artifacts back and compare.
+        listener: is told about progress and warnings.
+
+    Raises:
+        GateError: the recipe has gates and one is missed; the result and its report are in `out` all the same.
+        QtoolError: of every other kind.
+    """
+    options = quantizing.QuantizeOptions(
+        _source(model),
+        _recipe(recipe),
+        Path(out),
+        overrides=tuple(overrides),
+        limit=limit_layers,
+        stats=None if stats is None else Path(stats),
+        imatrix=None if imatrix is None else Path(imatrix),
+        device=device,
+        dtype=dtype,
+        overwrite=overwrite,
+        verify=verify,
+    )
+    report = quantizing.run(options, listener)
+    quantizing.conclude(report, options, listener)
+    return report
+
+
+def export(
+    artifact: str | Path,
+    to: str,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    verify: bool = True,
+    listener: Listener = silent,
+) -> ArtifactEntry:
+    """Writes an artifact's codes in another layout: exactly, or not at all.
+
+    Args:
+        artifact: a quantized model.
+        to: name of the layout, as in "gguf".
+        out: folder of the result.
+        overwrite: replace an earlier result.
+        verify: read the result back and compare.
+        listener: is told about progress and warnings.
+
+    Raises:
+        PlanError: the layout cannot hold these codes, with every reason.
+        QtoolError: of other kinds.
+    """
+    return exporting.run(exporting.ExportOptions(str(artifact), to, Path(out), overwrite, verify), listener)
+
+
+def evaluate(
+    artifact: Model,
+    text: str | Path,
+    *,
+    baseline: Model | None = None,
+    context: int = 512,
+    chunks: int | None = None,
+    runtime: Literal["qtool", "llama.cpp"] = "qtool",
+    gates: Mapping[str, float] | None = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    listener: Listener = silent,
+) -> Evaluation:
+    """Perplexity of a model on a text, and its divergence from a baseline, by llama-perplexity's protocol.
+
+    Args:
+        artifact: the model under test.
+        text: UTF-8 file.
+        baseline: the unquantized model.
+        context: tokens per chunk; the second half is scored.
+        chunks: how many to score at most.
+        runtime: what runs the artifact; llama.cpp reads GGUF only.
+        gates: limits by name, as in {"kld": 0.05}.
+        device: where to compute.
+        dtype: in which type to run the models; "auto" is float32.
+        listener: is told about progress.
+
+    Raises:
+        GateError: a limit is missed.
+        QtoolError: of other kinds.
+    """
+    options = evaluating.EvaluateOptions(
+        _source(artifact),
+        None if baseline is None else _source(baseline),
+        Path(text),
+        context,
+        chunks,
+        runtime,
+        dict(gates or {}),
+        device,
+        dtype,
+    )
+    found = evaluating.run(options, listener)
+    check_gates(found, options.gates)
+    return found
+
+
+def quantize_matrix(
+    w: Tensor,
+    format: str | Mapping[str, Any] | Format,
+    method: str | Mapping[str, Any] | Method = "rtn",
+    *,
+    inputs: Tensor | None = None,
+) -> Quantized:
+    """Quantizes one matrix, without a model or a file.
+
+    Args:
+        w: [N, K] of any float type, finite.
+        format: as recipes spell it: "q4_k", {"type": "int", "bits": 4, "group": 32}.
+        method: as recipes spell it: "gptq", {"gptq": {"damp": 0.05}}.
+        inputs: what the layer reads, [..., K]; for methods that measure.
+
+    Returns:
+        Codes and parameters; `decode()` gives the float32 [N, K] that a runtime sees.
+
+    Raises:
+        UsageError: no such format or method; or shapes, or inputs, that do not fit.
+        NumericsError: the matrix or the inputs are not finite, or the result is not.
+    """
+    try:
+        fmt, how = parse_format(format), parse_method(method)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if w.ndim != 2 or not w.is_floating_point():
+        raise UsageError("the matrix", wanted="float [N, K]", found=f"{w.dtype} {list(w.shape)}")
+    if problem := fmt.misfit(w.shape[1]):
+        raise UsageError(f"{fmt.label}: {problem}")
+    if how.needs and inputs is None:
+        raise UsageError(f"method {how.name()} measures inputs", wanted="inputs=...", found="none")
+    w = finite(w.detach().float(), "w")
+    stats = None if inputs is None or not how.needs else _measure(inputs, how, w)
+    chosen = fmt.given(float(w.abs().max())) if fmt.needs_largest else fmt
+    if stats:
+        how.prepare(stats, chosen)
+    codes, params, _ = how.solve(w, stats, chosen).quantized
+    found = Quantized(codes, params, fmt)
+    if not all_finite(found.decode()):
+        raise NumericsError(f"{how.name()} made the matrix infinite or NaN in {fmt.label}")
+    return found
+
+
+def _measure(inputs: Tensor, method: Method, w: Tensor) -> InputStats:
+    """What a method needs to know of inputs [..., K]."""
+    k = w.shape[1]
+    if inputs.shape[-1] != k or not inputs.numel():
+        raise UsageError("inputs", wanted=f"[..., {k}], as the matrix has columns", found=list(inputs.shape))
+    stats = InputStats(k, method.needs, w.device)
+    stats.add(finite(inputs.detach().reshape(-1, k).to(w.device, torch.float32), "inputs"))
+    return stats
+
+
+def _source(model: Model) -> str | Checkpoint:
+    return model if isinstance(model, Checkpoint) else str(model)
+
+
+def _recipe(recipe: str | Path | Recipe) -> str | Recipe:
+    return str(recipe) if isinstance(recipe, Path) else recipe
