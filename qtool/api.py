@@ -2,8 +2,6 @@
 
 Nothing is printed: progress goes to a listener, which is called with a `qtool.pipeline.events.Event` for each step and
 for each warning. Whatever goes wrong is a `qtool.QtoolError` of one line, with the command's exit code as `exit_code`.
-
-Shape letters: T tokens, N rows (output features), K columns (input features).
 """
 
 from __future__ import annotations
@@ -12,29 +10,22 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
 from qtool.artifact import _open
-from qtool.checkpoint._base import Checkpoint, finite
-from qtool.errors import NumericsError, QtoolError, UsageError
+from qtool.checkpoint._base import Checkpoint
+from qtool.errors import QtoolError
 from qtool.evaluate.gates import check_gates
 from qtool.evaluate.result import Evaluation
-from qtool.formats._base import Format, Quantized
-from qtool.methods._base import Method
-from qtool.numerics.metrics import all_finite
 from qtool.pipeline import calibrate as calibrating
 from qtool.pipeline import evaluate as evaluating
 from qtool.pipeline import export as exporting
 from qtool.pipeline import quantize as quantizing
 from qtool.pipeline.events import Listener, silent
+from qtool.pipeline.matrix import quantize_matrix
 from qtool.pipeline.prepare import prepare
 from qtool.plan import Plan
 from qtool.recipe.load import load_recipe as _load_recipe
-from qtool.recipe.parse import parse_format, parse_method
 from qtool.recipe.schema import Recipe
 from qtool.report.model import ArtifactEntry, Report
-from qtool.stats import InputStats
 
 __all__ = [
     "QtoolError",
@@ -247,60 +238,6 @@ def evaluate(
     found = evaluating.run(options, listener)
     check_gates(found, options.gates)
     return found
-
-
-def quantize_matrix(
-    w: Tensor,
-    format: str | Mapping[str, Any] | Format,
-    method: str | Mapping[str, Any] | Method = "rtn",
-    *,
-    inputs: Tensor | None = None,
-) -> Quantized:
-    """Quantizes one matrix, without a model or a file.
-
-    Args:
-        w: [N, K] of any float type, finite.
-        format: as recipes spell it: "q4_k", {"type": "int", "bits": 4, "group": 32}.
-        method: as recipes spell it: "gptq", {"gptq": {"damp": 0.05}}.
-        inputs: what the layer reads, [..., K]; for methods that measure.
-
-    Returns:
-        Codes and parameters; `decode()` gives the float32 [N, K] that a runtime sees.
-
-    Raises:
-        UsageError: no such format or method; or shapes, or inputs, that do not fit.
-        NumericsError: the matrix or the inputs are not finite, or the result is not.
-    """
-    try:
-        fmt, how = parse_format(format), parse_method(method)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    if w.ndim != 2 or not w.is_floating_point():
-        raise UsageError("the matrix", wanted="float [N, K]", found=f"{w.dtype} {list(w.shape)}")
-    if problem := fmt.misfit(w.shape[1]):
-        raise UsageError(f"{fmt.label}: {problem}")
-    if how.needs and inputs is None:
-        raise UsageError(f"method {how.name()} measures inputs", wanted="inputs=...", found="none")
-    w = finite(w.detach().float(), "w")
-    stats = None if inputs is None or not how.needs else _measure(inputs, how, w)
-    chosen = fmt.given(float(w.abs().max())) if fmt.needs_largest else fmt
-    if stats:
-        how.prepare(stats, chosen)
-    codes, params, _ = how.solve(w, stats, chosen).quantized
-    found = Quantized(codes, params, fmt)
-    if not all_finite(found.decode()):
-        raise NumericsError(f"{how.name()} made the matrix infinite or NaN in {fmt.label}")
-    return found
-
-
-def _measure(inputs: Tensor, method: Method, w: Tensor) -> InputStats:
-    """What a method needs to know of inputs [..., K]."""
-    k = w.shape[1]
-    if inputs.shape[-1] != k or not inputs.numel():
-        raise UsageError("inputs", wanted=f"[..., {k}], as the matrix has columns", found=list(inputs.shape))
-    stats = InputStats(k, method.needs, w.device)
-    stats.add(finite(inputs.detach().reshape(-1, k).to(w.device, torch.float32), "inputs"))
-    return stats
 
 
 def _source(model: Model) -> str | Checkpoint:
