@@ -23,6 +23,7 @@ ORDER = (
     "tested",
     "registry",
     "numerics",
+    "ops",
     "formats",
     "stats",
     "methods",

@@ -15,8 +15,9 @@ from qtool.checkpoint.families._base import Family
 from qtool.errors import QtoolError
 from qtool.formats._base import Format
 from qtool.methods._base import Method
+from qtool.ops._base import InputOp
 
-BASES = {"artifact": Artifact, "checkpoint/families": Family, "formats": Format, "methods": Method}
+BASES = {"artifact": Artifact, "checkpoint/families": Family, "formats": Format, "methods": Method, "ops": InputOp}
 ENTRIES = [(room, name) for room in BASES for name in registry.names(room)]
 
 

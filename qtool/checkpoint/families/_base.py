@@ -48,6 +48,7 @@ class Family:
             one over heads of q or k, "stream" for one whose output is added to the hidden states.
         norm_offset: what norms add to their weight before they multiply.
         gated_product: whether down reads act(gate) * up.
+        sinks: whether attention gives part of its weight to nothing, so that a token's weights do not add up to one.
         block_prefix: name prefix of block i, with "{i}".
         embedding, norm, head: module names around the blocks.
         gguf_arch: `general.architecture` of its GGUF files.
@@ -68,6 +69,7 @@ class Family:
     norms: ClassVar[dict[str, str]] = {"input_layernorm": "attn_in", "post_attention_layernorm": "mlp_in"}
     norm_offset: ClassVar[float] = 0.0
     gated_product: ClassVar[bool] = True
+    sinks: ClassVar[bool] = False
     block_prefix: ClassVar[str] = "model.layers.{i}."
     embedding: ClassVar[str] = "model.embed_tokens"
     norm: ClassVar[str] = "model.norm"
@@ -160,23 +162,23 @@ class Family:
         """
         hidden, plain = int(config["hidden_size"]), "stream" not in self.norms.values()
         if i is None:
-            ends = Edge("stream", (self.embedding,), (self.head,), hidden, dim=hidden)
-            return Edge("norm", (self.norm,), (self.head,), hidden, offset=self.norm_offset), *[ends] * plain
+            stream = Edge("stream", (self.embedding,), (self.head,), hidden, dim=hidden)
+            return Edge("norm", (self.norm,), (self.head,), hidden, offset=self.norm_offset), *[stream] * plain
         linears = self.block_linears(config, i)
         prefix = self.block_prefix.format(i=i)
         edges, readers = [], tuple(prefix + x.path for x in linears if x.behind in self.norms.values())
         for norm, feeds in self.norms.items():
             if found := tuple(prefix + x.path for x in linears if x.behind == feeds):
                 edges.append(Edge("norm", (prefix + norm,), found, hidden, offset=self.norm_offset))
-        for source, reader in pairs(linears):
+        for source, reader, gate in pairs(linears):
             n, (heads, kv_heads, dim) = self.linear_shape(config, source)[0], self.heads(config)
-            tied = (prefix + source.path,), (prefix + reader.path,)
+            ends = (prefix + source.path,), (prefix + reader.path,)
             if reader.role == "o":
-                width = kv_heads * dim
-                edges.append(Edge("heads", *tied, width, n - width, heads // kv_heads, dim))
+                width, shifts = kv_heads * dim, not self.sinks
+                edges.append(Edge("heads", *ends, width, n - width, heads // kv_heads, dim, shifts=shifts))
             elif self.gated_product:
                 width = self.linear_shape(config, reader)[1]
-                edges.append(Edge("product", *tied, width, n - width))
+                edges.append(Edge("product", *ends, width, n - width, beside=(prefix + gate.path,)))
         if plain:
             writers = tuple(prefix + x.path for x in linears if x.role in ("o", "down"))
             edges.append(Edge("stream", writers, readers, hidden, dim=hidden))

@@ -19,8 +19,8 @@ class Edge:
     What may be done along it depends on what lies between:
 
     - norm: the output of a norm, E channels. A factor for each goes from the norm's weight to columns of the readers.
-    - heads: rows of v, G heads of D channels, to columns of o, which reads every head `repeat` times. Attention takes
-      means of values, so a factor for each channel goes through, and a matrix of one's own for each head.
+    - heads: rows of v, G heads of D channels, to columns of o, which reads every head `repeat` times. Attention adds up
+      values, so a factor for each channel goes through, and a matrix of its own for each head.
     - product: rows of up, F channels, to columns of down; they are multiplied with those of gate on the way. A factor
       for each channel goes through, and another order if gate's rows take it too.
     - stream: the hidden states, E channels. What writes them (the rows of all layers that add to them, the columns of
@@ -36,6 +36,8 @@ class Edge:
         repeat: how many columns of a reader, head by head, read the same channel.
         dim: channels that an orthogonal matrix may mix: D for heads, all for a stream; 1 for the others.
         offset: what a norm adds to its weight before it multiplies.
+        beside: modules whose first C rows must be in the same order: gate's.
+        shifts: whether what is subtracted from all values of a channel arrives at the readers as it is.
     """
 
     kind: Kind
@@ -46,3 +48,10 @@ class Edge:
     repeat: int = 1
     dim: int = 1
     offset: float = 0.0
+    beside: tuple[str, ...] = ()
+    shifts: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of no other edge of the model: "product model.layers.0.mlp.up_proj"."""
+        return f"{self.kind} {self.source[0]}"

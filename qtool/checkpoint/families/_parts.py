@@ -33,13 +33,19 @@ class Linear:
         return "mlp_in" if self.expert is not None and self.role != "down" else self.reads
 
 
-def pairs(linears: Iterable[Linear]) -> Iterator[tuple[Linear, Linear]]:
-    """(v, o) and (up, down), of each expert, with the matrix that is stored together with others in its place."""
+def pairs(linears: Iterable[Linear]) -> Iterator[tuple[Linear, Linear, Linear]]:
+    """(v, o, v) and, of each expert, (up, down, gate): what writes, what reads, and what the rows of the first go with.
+
+    A matrix that is stored together with others stands for each of them.
+    """
     places = {(x.path.rpartition(".")[0], x.role): x for x in linears}
     for (place, role), reader in places.items():
-        for writer in {"o": ("v", "qkv"), "down": ("up", "gate_up")}.get(role, ()):
-            if source := places.get((place, writer)):
-                yield source, reader
+        if role == "o":
+            v = places.get((place, "v")) or places[place, "qkv"]
+            yield v, reader, v
+        elif role == "down":
+            both = places.get((place, "gate_up"))
+            yield both or places[place, "up"], reader, both or places[place, "gate"]
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ class GPTOSS(MixtureOfExperts):
     wide_field = "intermediate_size"
     interleaved = True
     gated_product = False  # up is clamped, and one is added to it
+    sinks = True
     separate_experts = False
     gguf_arch = "gpt-oss"
 

@@ -1,0 +1,115 @@
+"""Every operation on an input is made up for by the weight, whatever it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from qtool import registry
+from qtool.errors import CheckpointError
+from qtool.ops._base import InputOp
+from qtool.ops.hadamard import Hadamard
+from qtool.ops.orthogonal import Orthogonal
+from qtool.ops.permutation import Permutation
+from qtool.ops.scale import Scale
+from qtool.ops.shift import Shift
+
+HEADS, DIM, REPEAT = 3, 4, 2
+C = HEADS * DIM
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+ORDER = torch.tensor([2, 0, 1, 3, 7, 6, 5, 4, 8, 10, 9, 11])
+SIGNS = torch.tensor([1, -1, -1, 1, 1, 1, -1, 1, -1, 1, 1, 1], dtype=torch.int8)
+OPS: dict[str, InputOp] = {
+    "scale": Scale(randn(C).exp()),
+    "permutation": Permutation(ORDER),
+    "hadamard": Hadamard(DIM, SIGNS),
+    "orthogonal": Orthogonal(torch.linalg.qr(randn(HEADS, DIM, DIM)).Q),
+    "shift": Shift(randn(C)),
+}
+FIRST = randn(1, C)[0]
+"""An input; what becomes of its first numbers is written out below."""
+EXPECTED = {
+    "scale": FIRST[0] / OPS["scale"].data()[1]["factors"][0],
+    "permutation": FIRST[2],
+    "hadamard": (FIRST[0] - FIRST[1] - FIRST[2] + FIRST[3]) / 2,
+    "orthogonal": sum(FIRST[i] * OPS["orthogonal"].data()[1]["matrices"][0, i, 0] for i in range(DIM)),
+    "shift": FIRST[0] - OPS["shift"].data()[1]["amounts"][0],
+}
+
+
+def test_all_are_tested() -> None:
+    assert sorted(OPS) == registry.names("ops")
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_the_weight_makes_up_for_it(name: str) -> None:
+    op, x, w, b = OPS[name], randn(2, 5, C), randn(7, C), randn(7)
+    found = op.apply(x) @ op.fold(w).T + b + op.bias(w)
+    torch.testing.assert_close(found, x @ w.T + b, rtol=0, atol=1e-12)
+    assert not torch.allclose(op.apply(x), x)
+    torch.testing.assert_close(op.apply(FIRST)[0], torch.as_tensor(EXPECTED[name]), rtol=0, atol=1e-12)
+    assert op.adds == bool(op.bias(w).any())
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_rows_that_write_the_input(name: str) -> None:
+    op, x, w, b = OPS[name], randn(5, 6), randn(C, 6), randn(C)
+    torch.testing.assert_close(x @ op.mix(w.T) + op.apply(b), op.apply(x @ w.T + b), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_lengths(name: str) -> None:
+    op, x = OPS[name], randn(5, C)
+    assert op.orthogonal == torch.allclose(op.apply(x).norm(dim=1), x.norm(dim=1))
+    assert (op.width, op.run) == (C, 1 if name in ("scale", "shift") else DIM)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_spread_over_heads_that_are_read_several_times(name: str) -> None:
+    op, x = OPS[name], randn(5, C)
+
+    def repeated(x: Tensor) -> Tensor:
+        return x.view(5, HEADS, DIM).repeat_interleave(REPEAT, 1).reshape(5, -1)
+
+    torch.testing.assert_close(op.spread(REPEAT, DIM).apply(repeated(x)), repeated(op.apply(x)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_its_data_are_all_there_is(name: str) -> None:
+    op = OPS[name]
+    plain, tensors = op.data()
+    again = type(op).load(plain, {key: tensor.clone() for key, tensor in tensors.items()})
+    assert again == op
+    assert hash(again) == hash(op)
+    first = next(iter(tensors))
+    other = tensors[first].flip(0)
+    assert type(op).load(plain, tensors | {first: other}) != op
+    with pytest.raises(CheckpointError, match=f"an input's {name} is damaged"):
+        type(op).load(plain, {})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Scale(torch.tensor([1.0, 0.0])),
+        lambda: Scale(torch.tensor([1.0, torch.inf])),
+        lambda: Permutation(torch.tensor([0, 2])),
+        lambda: Permutation(torch.tensor([1, 1])),
+        lambda: Hadamard(3, SIGNS),
+        lambda: Hadamard(8, SIGNS),
+        lambda: Hadamard(4, SIGNS * 2),
+        lambda: Orthogonal(torch.ones(1, 2, 2)),
+        lambda: Orthogonal(torch.eye(2)),
+        lambda: Orthogonal(torch.eye(2)[None] * 1.01),
+        lambda: Shift(torch.tensor([torch.nan])),
+    ],
+)
+def test_nonsense_is_refused(make) -> None:
+    with pytest.raises(ValueError, match=r"are|has|is known"):
+        make()
