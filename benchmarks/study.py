@@ -77,7 +77,7 @@ class Rounded(QuantizedCheckpoint):
         """See `Checkpoint.fingerprint`."""
         return self.origin.fingerprint()
 
-    def quantized(self, module: str) -> Any:
+    def matrix(self, module: str) -> Any:
         """Only decoded matrices are kept."""
         raise NotImplementedError(module)
 

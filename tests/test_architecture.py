@@ -26,6 +26,7 @@ ORDER = (
     "ops",
     "formats",
     "stats",
+    "residuals",
     "methods",
     "recipe",
     "checkpoint",

@@ -108,7 +108,7 @@ def test_the_page_s_package_runs_to_verified_artifacts(extra, model, tmp_path, i
         codes, scale = leaf.get_tensor("codes"), leaf.get_tensor("scale").float().repeat_interleave(32, dim=1)
     wanted = torch.stack([levels[row.long()] for row in codes]) * scale
     for kind in ("qtool", "loose"):
-        assert torch.equal(open_artifact(str(out / kind)).quantized("model.layers.1.mlp.down_proj").decode(), wanted)
+        assert torch.equal(open_artifact(str(out / kind)).matrix("model.layers.1.mlp.down_proj").decode(), wanted)
     (tmp_path / "text").write_text("Four unevenly spaced levels are good for bell-shaped weights. " * 9)
     arguments = ("--baseline", model, "--text", tmp_path / "text", "--context", "64", "--json")
     measured = json.loads(qtool(extra, "eval", out / "loose", *arguments).stdout)

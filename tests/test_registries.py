@@ -16,8 +16,16 @@ from qtool.errors import QtoolError
 from qtool.formats._base import Format
 from qtool.methods._base import Method
 from qtool.ops._base import InputOp
+from qtool.residuals._base import Residual
 
-BASES = {"artifact": Artifact, "checkpoint/families": Family, "formats": Format, "methods": Method, "ops": InputOp}
+BASES = {
+    "artifact": Artifact,
+    "checkpoint/families": Family,
+    "formats": Format,
+    "methods": Method,
+    "ops": InputOp,
+    "residuals": Residual,
+}
 ENTRIES = [(room, name) for room in BASES for name in registry.names(room)]
 
 
@@ -58,11 +66,11 @@ def test_unknown_name_suggests_a_near_one(room):
         registry.load(room, known + "x")
 
 
-@pytest.mark.parametrize("name", registry.names("methods"))
-def test_method_is_named_as_registered_and_runs_on_defaults(name):
-    method = registry.load("methods", name)
-    assert method.name() == name
-    assert method() == method()
+@pytest.mark.parametrize(("room", "name"), [e for e in ENTRIES if e[0] in ("methods", "residuals")])
+def test_what_recipes_name_is_named_as_registered_and_runs_on_defaults(room, name):
+    thing = registry.load(room, name)
+    assert thing.name() == name
+    assert thing() == thing()
 
 
 @pytest.mark.parametrize("name", registry.names("artifact"))

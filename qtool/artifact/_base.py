@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, modules
 from qtool.errors import PlanError
 from qtool.recipe.cache import KVCache
+from qtool.residuals._base import Residual
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,26 @@ class Artifact(ABC):
     library: ClassVar[str | None] = None
     usage: ClassVar[str] = ""
 
-    @abstractmethod
     def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Carry:
-        """Known before anything is computed, from the format alone. `layer` None: kept, and cast as `keep` says."""
+        """Known before anything is computed, from the layer's description alone.
+
+        Args:
+            module: which one.
+            layer: how it is quantized; None: kept.
+            keep: type that it is cast to then; "source": none.
+        """
+        for residual in layer.residuals if layer else ():
+            if not self.corrects(module, residual):
+                return Carry(False, f"it has no place for {residual.label} beside the codes; qtool has")
+        return self.holds(module, layer, keep)
+
+    def corrects(self, module: Module, residual: Residual) -> bool:
+        """Whether it can hold a correction beside a module's codes. Few can: nothing is carried unless said here."""
+        return False
+
+    @abstractmethod
+    def holds(self, module: Module, layer: Layer | None, keep: str) -> Carry:
+        """See `can_carry`: whether it can hold the formats of weight and input."""
 
     def knows(self, model: Checkpoint) -> Carry:
         """Whether it can hold a model of this family, with this tokenizer, whatever the formats of its layers.
@@ -83,7 +101,7 @@ class Artifact(ABC):
             PlanError: every reason why not, with the layers that it holds for.
         """
         reasons: dict[str, list[str]] = defaultdict(list)
-        sets: dict[str, set[tuple[str, str]]] = defaultdict(set)
+        sets: dict[str, set[tuple[str, ...]]] = defaultdict(set)
         for module in modules(model):
             layer = model.layers.get(module.name)
             if layer and layer.unmeasured:
@@ -141,11 +159,12 @@ def naming(caveats: Mapping[str, Collection[Layer]]) -> list[str]:
     return [text.format(named) for text, named in labels.items() if named]
 
 
-def _labels(layer: Layer | None) -> tuple[str, str]:
-    """What is stored of a layer's formats; options that only matter for choosing codes are left out."""
+def _labels(layer: Layer | None) -> tuple[str, ...]:
+    """What is stored of a layer; options that only matter for choosing codes are left out."""
     if layer is None:
-        return "", ""
-    return layer.format.label, layer.activations.label if layer.activations else ""
+        return ()
+    inputs = layer.activations.label if layer.activations else ""
+    return (layer.format.label, inputs, *(residual.label for residual in layer.residuals))
 
 
 def _more(names: list[str]) -> str:

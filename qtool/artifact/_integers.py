@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def as_integers(quantized: Quantized, module: str, dtype: torch.dtype) -> Quanti
     held = quantized if fmt is quantized.format else fmt.hold(quantized)
     if isinstance(held, str):
         raise PlanError([f"{module}: {held}"], f"integers cannot hold {quantized.format.label} exactly")
-    return held._replace(params=held.params | {"scale": exact(held.params["scale"], module, dtype)})
+    return replace(held, params=held.params | {"scale": exact(held.params["scale"], module, dtype)})
 
 
 def exact(scale: Tensor, module: str, dtype: torch.dtype) -> Tensor:

@@ -28,6 +28,7 @@ from qtool.checkpoint.safetensors_io import SafetensorsFile
 from qtool.errors import CheckpointError
 from qtool.formats._base import Format, Quantized
 from qtool.formats.int import DTYPES
+from qtool.residuals._base import Matrix
 from qtool.store.manifest import checked
 
 SCALE_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
@@ -66,8 +67,8 @@ class PackedArtifact(Artifact):
     def _refusal(self, module: Module, layer: Layer) -> str | None:
         """Why a layer cannot be held; None if it can."""
 
-    def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Carry:
-        """See `Artifact.can_carry`."""
+    def holds(self, module: Module, layer: Layer | None, keep: str) -> Carry:
+        """See `Artifact.holds`."""
         if layer is None:
             return Carry(True)
         if module.kind == "embedding" and not self.packs_embeddings:
@@ -185,12 +186,12 @@ class PackedCheckpoint(HFCheckpoint, QuantizedCheckpoint):
         found = self._unpack(module, self._packings[module], start, stop)
         return self._checked(module, found).decode() if isinstance(found, Quantized) else found
 
-    def quantized(self, module: str) -> Quantized:
-        """See `QuantizedCheckpoint.quantized`."""
+    def matrix(self, module: str) -> Matrix:
+        """See `QuantizedCheckpoint.matrix`."""
         packing = self._packings[module]
         found = self._unpack(module, packing, 0, packing.shape[0])
         assert isinstance(found, Quantized)
-        return self._checked(module, found)
+        return Matrix(self._checked(module, found))
 
     def fingerprint(self) -> str:
         """See `Checkpoint.fingerprint`."""
@@ -256,7 +257,7 @@ def write_packed(
         module = name.removesuffix(".weight")
         if module not in model.layers:
             return {name: model.tensor(name)}
-        parts = encode(module, model.quantized(module))
+        parts = encode(module, model.matrix(module).alone)
         return {f"{module}.{part}": tensor for part, tensor in parts.items()}
 
     files = write_shards(out, *join(pieces, read, stacks or {}))

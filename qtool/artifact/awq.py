@@ -123,7 +123,7 @@ def infos(groups: int, n: int, k: int, dtype: torch.dtype) -> Infos:
 
 def encode(quantized: Quantized) -> dict[str, Tensor]:
     """The tensors of a matrix."""
-    codes, params, fmt = quantized
+    codes, params, fmt = quantized.codes, quantized.params, quantized.format
     assert isinstance(fmt, Int)
     zero = params.get("zero", torch.zeros_like(params["scale"])).to(torch.int16) - fmt.lowest
     return {

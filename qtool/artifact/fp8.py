@@ -90,7 +90,7 @@ def infos(n: int, k: int, dtype: torch.dtype) -> Infos:
 
 def encode(quantized: Quantized) -> dict[str, Tensor]:
     """The tensors of a matrix. Every row has the scales of its block."""
-    codes, params, fmt = quantized
+    codes, params, fmt = quantized.codes, quantized.params, quantized.format
     assert isinstance(fmt, FP)
     return {"weight": to_bits(codes, fmt).view(E4M3), SCALE: params["scale"][::BLOCK].float()}
 

@@ -172,7 +172,7 @@ def infos(target: Target, n: int, k: int) -> Infos:
 
 def encode(quantized: Quantized) -> dict[str, Tensor]:
     """The tensors of a matrix in one of the formats that MLX has."""
-    codes, params, fmt = quantized
+    codes, params, fmt = quantized.codes, quantized.params, quantized.format
     if isinstance(fmt, Biased):
         words = pack_words(codes, fmt.bits).view(torch.uint32)
         return {"weight": words, "scales": params["scale"], "biases": params["offset"]}

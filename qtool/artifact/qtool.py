@@ -15,6 +15,7 @@ from qtool.artifact._base import Artifact, Carry
 from qtool.artifact._card import write_card, write_side_files
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
 from qtool.recipe.cache import KVCache
+from qtool.residuals._base import Residual
 from qtool.store.manifest import BLOCK, MANIFEST
 from qtool.store.neutral import NeutralCheckpoint, NeutralWriter
 
@@ -28,9 +29,13 @@ class Qtool(Artifact):
     runtimes: ClassVar[tuple[str, ...]] = ("qtool",)
     usage: ClassVar[str] = "`qtool export FOLDER --to NAME -o OUT` turns it into what other runtimes read."
 
-    def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Carry:
-        """See `Artifact.can_carry`: everything."""
+    def holds(self, module: Module, layer: Layer | None, keep: str) -> Carry:
+        """See `Artifact.holds`: everything."""
         return Carry(True)
+
+    def corrects(self, module: Module, residual: Residual) -> bool:
+        """See `Artifact.corrects`: every residual."""
+        return True
 
     def knows(self, model: Checkpoint) -> Carry:
         """See `Artifact.knows`: every family."""
@@ -48,7 +53,7 @@ class Qtool(Artifact):
         scales = {f"{BLOCK}{i}": pair for i, pair in cache.statics.items()} if cache else {}
         for key, names in groups.items():
             modules = [name.removesuffix(".weight") for name in names]
-            matrices = {module: model.quantized(module) for module in modules if module in model.layers}
+            matrices = {module: model.matrix(module) for module in modules if module in model.layers}
             kept = [name for name in names if name.removesuffix(".weight") not in model.layers]
             writer.write_block(key, matrices, kept=kept, source=model, layers=model.layers, cache=scales.get(key))
         files = [out / MANIFEST, *(out / f"{key}.safetensors" for key in groups)]

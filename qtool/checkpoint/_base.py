@@ -20,8 +20,9 @@ from torch import Tensor
 from qtool.checkpoint.families._base import Family
 from qtool.checkpoint.families._parts import stacked
 from qtool.errors import CheckpointError, NumericsError
-from qtool.formats._base import Format, Quantized
+from qtool.formats._base import Format
 from qtool.recipe.cache import KVCache
+from qtool.residuals._base import Matrix, Residual
 
 
 @dataclass(frozen=True)
@@ -111,16 +112,19 @@ class Layer:
         format: representation of its weight.
         activations: representation of its input; None: left alone.
         static: what its input is rounded with; None: that is chosen per token at run time, or not known yet.
+        residuals: what corrects its weight, beside the codes, in order.
     """
 
     format: Format
     activations: Format | None = None
     static: Static | None = None
+    residuals: tuple[Residual, ...] = ()
 
     @property
     def label(self) -> str:
-        """What becomes of it in a word or two: "nvfp4", "int8-channel with int8-token inputs"."""
-        return self.format.label + (f" with {self.activations.label} inputs" if self.activations else "")
+        """What becomes of it in a word or two: "nvfp4", "int8-channel with int8-token inputs", "q3_k + low_rank"."""
+        weight = " + ".join((self.format.label, *(residual.label for residual in self.residuals)))
+        return weight + (f" with {self.activations.label} inputs" if self.activations else "")
 
     @property
     def unmeasured(self) -> bool:
@@ -162,8 +166,8 @@ class QuantizedCheckpoint(Checkpoint):
         return {}
 
     @abstractmethod
-    def quantized(self, module: str) -> Quantized:
-        """Codes and parameters of one module of `layers`."""
+    def matrix(self, module: str) -> Matrix:
+        """Codes, parameters and corrections of one module of `layers`."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ G groups of a slice (C / group_columns, or 1), L levels.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -29,12 +30,14 @@ CHUNK = 1 << 21
 """Weights that a search works on at once, so that its memory does not grow with the matrix."""
 
 
-class Quantized(NamedTuple):
-    """One matrix in quantized form.
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """Codes of one matrix.
 
-    codes: uint8 [N, K], indices into `format.levels()`.
-    params: what `format.fit` returned for all K columns.
-    format: how the two are read.
+    Attributes:
+        codes: uint8 [N, K], indices into `format.levels()`.
+        params: what `format.fit` returned for all K columns.
+        format: how the two are read.
     """
 
     codes: Tensor

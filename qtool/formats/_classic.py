@@ -160,7 +160,7 @@ class Classic(BlockFormat):
 
     def hold(self, quantized: Quantized) -> Quantized | str:
         """See `Format.hold`. An integer zero point becomes part of the codes, or of the minimum."""
-        codes, params, fmt = quantized
+        codes, params, fmt = quantized.codes, quantized.params, quantized.format
         reason = self.may_hold(fmt) or self.misfit(codes.shape[1])
         if reason or isinstance(fmt, type(self)):
             return reason or quantized

@@ -175,7 +175,7 @@ class KQuant(BlockFormat):
 
     def hold(self, quantized: Quantized) -> Quantized | str:
         """See `Format.hold`. It takes scales that are small multiples of a step, as those of whole super-blocks are."""
-        codes, params, fmt = quantized
+        codes, params, fmt = quantized.codes, quantized.params, quantized.format
         reason = self.may_hold(fmt) or self.misfit(codes.shape[1])
         if reason or alike(self, fmt):
             return reason or quantized

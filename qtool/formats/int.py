@@ -156,7 +156,7 @@ class Int(Grouped):
 
     def hold(self, quantized: Quantized) -> Quantized | str:
         """See `Format.hold`. Scales that are not exact in `scale_dtype` are stored in a type in which they are."""
-        codes, params, fmt = quantized
+        codes, params, fmt = quantized.codes, quantized.params, quantized.format
         n, k = codes.shape
         reason = self.may_hold(fmt) or self.misfit(k)
         if reason or alike(self, fmt):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from qtool.checkpoint._base import Checkpoint, finite
 from qtool.numerics.checksum import Checksum
 from qtool.numerics.metrics import all_finite
-from qtool.pipeline.requantize import is_finite, stored_codes
+from qtool.pipeline.requantize import is_finite, stored_matrix
 from qtool.pipeline.solve import row_parts
 
 
@@ -22,12 +22,13 @@ def read_content(checkpoint: Checkpoint) -> str:
     """
     checksum = Checksum()
     for name in checkpoint.names():
-        codes = stored_codes(checkpoint, name.removesuffix(".weight"))
-        if codes:
-            checksum.add(f"{name} {codes.format.label}", codes.codes)
-            for key, parameter in sorted(codes.params.items()):
+        stored = stored_matrix(checkpoint, name.removesuffix(".weight"))
+        if stored:
+            quantized = stored.quantized
+            checksum.add(f"{name} {quantized.format.label}", quantized.codes)
+            for key, parameter in sorted(quantized.params.items()):
                 checksum.add(f"{name} {key}", parameter)
-            if is_finite(codes):
+            if is_finite(stored):
                 continue
         for start, stop in row_parts(checkpoint.info(name).shape):
             rows = checkpoint.rows(name, start, stop)

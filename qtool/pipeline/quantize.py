@@ -14,7 +14,6 @@ from qtool.calibrate.inputs import fit_static
 from qtool.checkpoint._base import Checkpoint, Layer
 from qtool.errors import NumericsError, StorageError, UsageError
 from qtool.evaluate.gates import check_gates
-from qtool.formats._base import Quantized
 from qtool.pipeline import evaluate
 from qtool.pipeline.content import read_content
 from qtool.pipeline.events import Event, Listener, silent
@@ -31,6 +30,7 @@ from qtool.recipe.parse import parse_method
 from qtool.recipe.schema import Recipe
 from qtool.report.model import CacheEntry, LayerEntry, Report
 from qtool.report.render import read_report, write_report
+from qtool.residuals._base import Matrix
 from qtool.stats import InputStats
 from qtool.store.files import check_free, damaged_file, new_folder
 
@@ -209,11 +209,11 @@ def solve_unit(unit: Unit, job: Job, work: Work, source: Statistics, followed: b
         if followed:
             source.visit(unit, work.solved, known=True, followed=True)
         return finished
-    solved: dict[str, Quantized] = {}
+    solved: dict[str, Matrix] = {}
     layers: dict[str, Layer] = {}
     entries: list[LayerEntry] = []
 
-    def solve_readers(plans: tuple[LayerPlan, ...], stats: InputStats | None) -> dict[str, tuple[Quantized, Layer]]:
+    def solve_readers(plans: tuple[LayerPlan, ...], stats: InputStats | None) -> dict[str, tuple[Matrix, Layer]]:
         for p in plans:
             layers[p.module.name] = with_static(p, stats)
             usable = with_enough_data(p, stats, job.plan.recipe.calibration.min_tokens)

@@ -7,6 +7,7 @@ Whatever else is wanted of such a model is a second generation: what was rounded
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint
 from qtool.formats._base import Format, Quantized
 from qtool.plan import Plan
+from qtool.residuals._base import Matrix
 
 ADVICE = "both errors add up, so start from the original weights if there are any"
 
@@ -22,40 +24,46 @@ class Origin(NamedTuple):
     """How a source has a matrix.
 
     Attributes:
-        codes: as it is stored; None if as plain numbers.
+        stored: codes and what corrects them; None if it has plain numbers.
         held: the same values in the wanted format; None if they have to be rounded to it.
         remark: what the report says then; None where nothing is lost.
     """
 
-    codes: Quantized | None
+    stored: Matrix | None
     held: Quantized | None
     remark: str | None
 
 
-def stored_codes(checkpoint: Checkpoint, module: str) -> Quantized | None:
-    """Codes that a source has of a module; None if it has plain numbers."""
+def stored_matrix(checkpoint: Checkpoint, module: str) -> Matrix | None:
+    """What a source has of a module that is quantized; None if it has plain numbers."""
     if isinstance(checkpoint, QuantizedCheckpoint) and module in checkpoint.layers:
-        return checkpoint.quantized(module)
+        return checkpoint.matrix(module)
     return None
 
 
 def origin(checkpoint: Checkpoint, module: str, wanted: Format) -> Origin:
     """Looks whether a matrix is quantized already, and whether a format has the very same values."""
-    codes = stored_codes(checkpoint, module)
-    if codes is None:
+    stored = stored_matrix(checkpoint, module)
+    if stored is None:
         why = checkpoint.decoded.get(module) if isinstance(checkpoint, QuantizedCheckpoint) else None
         return Origin(None, None, why and f"rounded a second time: {why}")
-    held = wanted.hold(codes)
+    held = corrected(stored.residuals) or wanted.hold(stored.quantized)
     if isinstance(held, str):
-        return Origin(codes, None, f"rounded a second time: {held}")
-    return Origin(codes, held, None)
+        return Origin(stored, None, f"rounded a second time: {held}")
+    return Origin(stored, held, None)
 
 
-def is_finite(quantized: Quantized) -> bool:
-    """Whether every weight that a matrix can decode to is finite."""
+def corrected(residuals: Sequence[object]) -> str | None:
+    """Why codes alone do not say what a matrix is, which has these residuals; None if they do."""
+    return "its codes are not all of it, there are corrections" if residuals else None
+
+
+def is_finite(matrix: Matrix) -> bool:
+    """Whether every weight that a matrix can decode to is finite, as far as that is known without decoding it."""
+    quantized = matrix.quantized
     scale, offset = quantized.format.affine(quantized.params)
     largest = quantized.format.levels().abs().max().to(scale.device)
-    return bool(torch.isfinite(scale.abs() * largest + offset.abs()).all())
+    return not matrix.residuals and bool(torch.isfinite(scale.abs() * largest + offset.abs()).all())
 
 
 def second_generation(plan: Plan, checkpoint: Checkpoint) -> list[str]:
@@ -67,7 +75,8 @@ def second_generation(plan: Plan, checkpoint: Checkpoint) -> list[str]:
         name = p.module.name
         if name in checkpoint.layers:
             given = checkpoint.layers[name].format
-            before, why = given.label, p.format.may_hold(given) if p.format else None
+            before = given.label
+            why = corrected(checkpoint.layers[name].residuals) or (p.format.may_hold(given) if p.format else None)
         elif name in checkpoint.decoded:
             before = why = checkpoint.decoded[name]
         else:

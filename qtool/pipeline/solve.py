@@ -21,6 +21,7 @@ from qtool.pipeline.requantize import origin
 from qtool.plan import LayerPlan, Plan
 from qtool.recipe.cache import KVCache
 from qtool.report.model import LayerEntry
+from qtool.residuals._base import Matrix
 from qtool.stats import InputStats, Stat
 
 PART = 1 << 22
@@ -98,7 +99,7 @@ def solve(
     stats: InputStats | None,
     device: torch.device,
     merged: Sequence[str] = (),
-) -> tuple[Quantized, LayerEntry]:
+) -> tuple[Matrix, LayerEntry]:
     """Quantizes one module; a large matrix in parts, if nothing ties its rows together.
 
     Args:
@@ -149,7 +150,7 @@ def solve(
         }
     )
     joined = {name: torch.cat([part[name] for part in params]) for name in params[0]}
-    return Quantized(codes, joined, held.format if held else plan.format), entry
+    return Matrix(Quantized(codes, joined, held.format if held else plan.format)), entry
 
 
 def solve_rows(

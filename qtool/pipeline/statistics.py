@@ -18,18 +18,18 @@ from qtool.calibrate.tokens import load_tokens
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import CacheScales, Layer, Module
 from qtool.errors import CheckpointError, PlanError
-from qtool.formats._base import Quantized
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.importance import read_importance
 from qtool.pipeline.prepare import Job
 from qtool.pipeline.solve import Unit, needs_of, units
 from qtool.plan import LayerPlan
 from qtool.recipe.schema import Calibration
+from qtool.residuals._base import Matrix
 from qtool.stats import InputStats, Stat
 from qtool.store.files import sha256
 
-Solve = Callable[[tuple[LayerPlan, ...], InputStats | None], Mapping[str, tuple[Quantized, Layer]]]
-"""Quantizes modules that read the same input, or knows them: by module name, codes and layer."""
+Solve = Callable[[tuple[LayerPlan, ...], InputStats | None], Mapping[str, tuple[Matrix, Layer]]]
+"""Quantizes modules that read the same input, or knows them: by module name, matrix and layer."""
 
 
 class Statistics(ABC):
@@ -109,8 +109,8 @@ class Walked(Statistics):
         def settle(plans: tuple[LayerPlan, ...], stats: InputStats | None) -> None:
             solved = solve(plans, stats)
             for p in plans if self.quantized else ():
-                quantized, layers[p.module.name] = solved[p.module.name]
-                self.walker.set_weight(block, p.module, quantized.decode())
+                matrix, layers[p.module.name] = solved[p.module.name]
+                self.walker.set_weight(block, p.module, matrix.decode())
 
         for reads in (reads for reads in inputs if reads not in needs):
             settle(inputs[reads], None)

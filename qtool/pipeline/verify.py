@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from torch import Tensor
 
 from qtool.checkpoint._base import QuantizedCheckpoint
 from qtool.errors import VerifyError
-from qtool.formats._base import Quantized, alike
+from qtool.formats._base import alike
 from qtool.pipeline.events import Event, Listener
-from qtool.pipeline.requantize import stored_codes
+from qtool.pipeline.requantize import stored_matrix
 from qtool.pipeline.solve import row_parts
+from qtool.residuals._base import Matrix
 
 
 def verify(stage: str, written: QuantizedCheckpoint, model: QuantizedCheckpoint, listener: Listener) -> None:
@@ -52,25 +56,31 @@ def compare(name: str, written: QuantizedCheckpoint, model: QuantizedCheckpoint)
             wanted=inputs(model, module),
             found=inputs(written, module),
         )
-    codes = stored_codes(written, module)  # first, since unpacking them takes twice their memory for a moment
-    source = stored_codes(model, module)
-    if codes and source and same(codes, source):
+    stored = stored_matrix(written, module)  # first, since unpacking codes takes twice their memory for a moment
+    source = stored_matrix(model, module)
+    if stored and source and same(stored, source):
         return
     for start, stop in row_parts(model.info(name).shape):
         wanted = source.rows(start, stop).decode() if source else model.rows(name, start, stop).float()
-        found = codes.rows(start, stop).decode() if codes else written.rows(name, start, stop).float()
+        found = stored.rows(start, stop).decode() if stored else written.rows(name, start, stop).float()
         if not torch.equal(wanted, found):
             raise VerifyError(f"{written.source}: {name} read back differs", found=difference(wanted, found))
 
 
-def same(a: Quantized, b: Quantized) -> bool:
+def same(a: Matrix, b: Matrix) -> bool:
     """True if all that decoding reads is equal, which is quicker to see than that its results are."""
     return (
-        alike(a.format, b.format)
-        and a.params.keys() == b.params.keys()
-        and torch.equal(a.codes, b.codes)
-        and all(p.dtype == b.params[name].dtype and torch.equal(p, b.params[name]) for name, p in a.params.items())
+        alike(a.quantized.format, b.quantized.format)
+        and torch.equal(a.quantized.codes, b.quantized.codes)
+        and same_tensors(a.quantized.params, b.quantized.params)
+        and [c.residual for c in a.residuals] == [c.residual for c in b.residuals]
+        and all(same_tensors(c.tensors, d.tensors) for c, d in zip(a.residuals, b.residuals, strict=True))
     )
+
+
+def same_tensors(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    """True if names, types and numbers are equal."""
+    return a.keys() == b.keys() and all(t.dtype == b[name].dtype and torch.equal(t, b[name]) for name, t in a.items())
 
 
 def inputs(model: QuantizedCheckpoint, module: str) -> str:

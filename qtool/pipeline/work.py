@@ -13,12 +13,12 @@ from typing import Any
 from qtool import registry
 from qtool.checkpoint._base import CacheScales, Layer
 from qtool.errors import CheckpointError, StorageError
-from qtool.formats._base import Quantized
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.prepare import Job
 from qtool.pipeline.solve import Unit, cache_format
 from qtool.plan import LayerPlan
 from qtool.report.model import CacheEntry, Entry, LayerEntry
+from qtool.residuals._base import Matrix
 from qtool.stats import InputStats
 from qtool.store.files import lock, storage_errors
 from qtool.store.manifest import MANIFEST, Manifest
@@ -58,16 +58,16 @@ class Work:
             return Record(layers=())
         return Record.model_validate(self.finished[unit.name]) if unit.name in self.finished else None
 
-    def solved(self, plans: tuple[LayerPlan, ...], _: InputStats | None) -> dict[str, tuple[Quantized, Layer]]:
-        """What an earlier run found for modules: codes and layer by name, as `Statistics.visit` wants them."""
+    def solved(self, plans: tuple[LayerPlan, ...], _: InputStats | None) -> dict[str, tuple[Matrix, Layer]]:
+        """What an earlier run found for modules: matrix and layer by name, as `Statistics.visit` wants them."""
         assert self.earlier is not None
         names = [p.module.name for p in plans]
-        return {name: (self.earlier.quantized(name), self.earlier.layers[name]) for name in names}
+        return {name: (self.earlier.matrix(name), self.earlier.layers[name]) for name in names}
 
     def save(
         self,
         unit: Unit,
-        solved: Mapping[str, Quantized],
+        solved: Mapping[str, Matrix],
         layers: Mapping[str, Layer],
         record: Record,
         cache: CacheScales | None,

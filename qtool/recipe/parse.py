@@ -1,4 +1,4 @@
-"""Formats and methods as recipes spell them."""
+"""Formats, methods and residuals as recipes spell them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from qtool.errors import nearest
 from qtool.formats._base import Format
 from qtool.methods._base import Method
 from qtool.recipe.problems import Mistakes, checked, mistake, show
+from qtool.residuals._base import Residual
 
 
 def parse_format(value: Any) -> Format:
@@ -50,16 +51,33 @@ def parse_method(value: Any) -> Method:
     """`gptq`, or `{gptq: {damp: 0.01}}`."""
     if isinstance(value, Method):
         return value
+    return cast(Method, _named(value, "method", "methods", "a name such as rtn, or {gptq: {damp: 0.01}}"))
+
+
+def parse_residual(value: Any) -> Residual:
+    """`low_rank`, or `{low_rank: {rank: 64}}`."""
+    if isinstance(value, Residual):
+        return value
+    return cast(Residual, _named(value, "residual", "residuals", "a name such as low_rank, or {low_rank: {rank: 64}}"))
+
+
+def _named(value: Any, what: str, room: str, wanted: str) -> Any:
+    """A registered thing by its name, or by a mapping from its name to its options."""
     options = {value: {}} if isinstance(value, str) else value
     if not isinstance(options, Mapping) or len(options) != 1:
-        raise mistake("no method", wanted="a name such as rtn, or {gptq: {damp: 0.01}}", found=show(value))
+        raise mistake(f"no {what}", wanted=wanted, found=show(value))
     ((name, fields),) = options.items()
-    if name not in registry.names("methods"):
-        raise mistake(f"no method is called {show(name)}", hint=nearest(str(name), registry.names("methods")))
+    if name not in registry.names(room):
+        raise mistake(f"no {what} is called {show(name)}", hint=nearest(str(name), registry.names(room)))
     try:
-        return cast(Method, checked(registry.load("methods", name), {} if fields is None else fields))
+        return checked(registry.load(room, name), {} if fields is None else fields)
     except Mistakes as error:
         raise Mistakes([((name, *path), text) for path, text in error.found]) from None
+
+
+def dump_named(thing: Method | Residual) -> dict[str, Any]:
+    """What `parse_method` and `parse_residual` read back as equal ones: the name, with every option."""
+    return {thing.name(): thing.model_dump(mode="json")}
 
 
 def dump_format(fmt: Format) -> Any:

@@ -21,7 +21,7 @@ from qtool.recipe.cache import KVCache, dump_cache, either
 from qtool.recipe.export import Export
 from qtool.recipe.gates import Gates
 from qtool.recipe.match import compile_pattern
-from qtool.recipe.parse import dump_format, parse_format, parse_method
+from qtool.recipe.parse import dump_format, dump_named, parse_format, parse_method
 from qtool.recipe.problems import Keys, mistake, show
 from qtool.recipe.scope import Blocks, When
 from qtool.recipe.strict import Strict
@@ -33,10 +33,6 @@ def _parse_fallback(value: Any) -> Any:
 
 def _dump_fallback(value: Any) -> Any:
     return dump_format(value) if isinstance(value, Format) else value
-
-
-def _dump_method(method: Method) -> Any:
-    return {method.name(): method.model_dump(mode="json")}
 
 
 def _check_weights(fmt: Format) -> Format:
@@ -82,7 +78,7 @@ WeightsField = Annotated[
 InputsField = Annotated[
     Format, BeforeValidator(parse_format), AfterValidator(_check_inputs), PlainSerializer(dump_format)
 ]
-MethodField = Annotated[Method, BeforeValidator(parse_method), PlainSerializer(_dump_method)]
+MethodField = Annotated[Method, BeforeValidator(parse_method), PlainSerializer(dump_named)]
 CacheField = Annotated[
     KVCache, BeforeValidator(either, json_schema_input_type=Format | KVCache), PlainSerializer(dump_cache)
 ]

@@ -20,10 +20,13 @@ from qtool.errors import CheckpointError, NumericsError
 from qtool.formats._base import Format, Quantized
 from qtool.numerics.grids.bits import pack
 from qtool.recipe.cache import parse_cache
-from qtool.recipe.parse import dump_format, parse_format
+from qtool.recipe.parse import dump_format, dump_named, parse_format, parse_residual
+from qtool.residuals._base import Correction, Matrix
 from qtool.store.files import new_file
 
 MANIFEST = "manifest.json"
+WEIGHT = "weight."
+"""What names of a matrix's codes and parameters begin with, below its module."""
 BLOCK = "block-"
 """What keys of decoder blocks begin with."""
 Stored = tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], Annotated[int, Field(ge=-128, le=127)]]
@@ -45,19 +48,33 @@ class Entry(BaseModel):
 
 
 class LayerEntry(Entry):
-    """A quantized module: its formats as recipes spell them, (N, K), and scale and zero point of static inputs."""
+    """A quantized module.
+
+    Attributes:
+        format, activations: of weight and input, as recipes spell them.
+        shape: (N, K).
+        static: scale and zero point of inputs that have one for all tokens.
+        residuals: what corrects the weight, in order, as recipes spell them.
+    """
 
     format: str | dict[str, Any]
     activations: str | dict[str, Any] | None
     shape: tuple[int, int]
     static: Stored | None = None
+    residuals: tuple[dict[str, Any], ...] = ()
 
     @classmethod
-    def of(cls, q: Quantized, layer: Layer) -> LayerEntry:
+    def of(cls, matrix: Matrix, layer: Layer) -> LayerEntry:
         """The entry of a matrix."""
         inputs = None if layer.activations is None else dump_format(layer.activations)
-        shape = (q.codes.shape[0], q.codes.shape[1])
-        return cls(format=dump_format(q.format), activations=inputs, shape=shape, static=layer.static)
+        n, k = matrix.quantized.codes.shape
+        return cls(
+            format=dump_format(matrix.quantized.format),
+            activations=inputs,
+            shape=(n, k),
+            static=layer.static,
+            residuals=tuple(dump_named(correction.residual) for correction in matrix.residuals),
+        )
 
     def layer(self, module: str) -> Layer:
         """As checkpoints describe it. Raises CheckpointError: no such format."""
@@ -66,7 +83,10 @@ class LayerEntry(Entry):
             static = None if self.static is None else Static(*self.static)
             if (static is None) == (inputs is not None and inputs.static):
                 raise ValueError("inputs with one scale for all tokens, and no others, have `static`")
-            return Layer(parse_format(self.format), inputs, static)
+            residuals = tuple(parse_residual(told) for told in self.residuals)
+            if reason := next(filter(None, (residual.misfit(*self.shape) for residual in residuals)), None):
+                raise ValueError(reason)
+            return Layer(parse_format(self.format), inputs, static, residuals)
         except ValueError as error:
             raise CheckpointError(f"{MANIFEST}: format of {module}: {error}") from error
 
@@ -96,14 +116,14 @@ class Manifest(Entry):
     """What manifest.json holds.
 
     Attributes:
-        version: of this layout.
+        version: of this layout. Version 1 had no residuals.
         run: what identifies the run that made it: fingerprints, versions.
         keep: module -> type that its kept weight is cast to: "f32", "f16", "bf16".
         blocks: by key, in the order of writing.
         kv_cache: format of the KV cache; None: left alone.
     """
 
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
     run: dict[str, Any]
     keep: dict[str, Literal["f32", "f16", "bf16"]]
     blocks: dict[str, BlockEntry]
@@ -155,7 +175,9 @@ class Manifest(Entry):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise CheckpointError(f"{path} is no manifest of a neutral checkpoint: {where}: {first['msg']}") from error
-        for key in manifest.blocks:
+        for key, block in manifest.blocks.items():
+            if manifest.version == 1 and any(entry.residuals for entry in block.layers.values()):
+                raise CheckpointError(f"{path}: residuals in {key}", wanted="version 2", found="version 1")
             if not KEY.fullmatch(key):
                 wanted = "block-I, or letters, digits, _.-"
                 raise CheckpointError(f"{path}: impossible block name", wanted=wanted, found=repr(key))
@@ -197,9 +219,19 @@ def code_bits(fmt: Format) -> int:
     return max(1, (len(fmt.levels()) - 1).bit_length())
 
 
-def packed(q: Quantized) -> dict[str, Tensor]:
-    """The tensors that hold a matrix, by name below "<module>.weight."."""
-    return {"codes": pack(q.codes, code_bits(q.format)), **q.params}
+def packed(matrix: Matrix) -> dict[str, Tensor]:
+    """The tensors that hold a matrix, by name below its module."""
+    q = matrix.quantized
+    tensors = {"codes": pack(q.codes, code_bits(q.format)), **q.params}
+    found = {f"{WEIGHT}{name}": tensor for name, tensor in tensors.items()}
+    for i, correction in enumerate(matrix.residuals):
+        found |= {f"{residual_prefix(i)}{name}": tensor for name, tensor in correction.tensors.items()}
+    return found
+
+
+def residual_prefix(i: int) -> str:
+    """What names of a residual's tensors begin with, below the module."""
+    return f"residual.{i}."
 
 
 def checked(q: Quantized, module: str, path: Path) -> Quantized:
@@ -222,3 +254,21 @@ def checked(q: Quantized, module: str, path: Path) -> Quantized:
     if int(q.codes.max()) >= len(q.format.levels()):
         raise CheckpointError(f"{path}: codes of {module}", wanted=f"below {len(q.format.levels())}", found="larger")
     return q
+
+
+def checked_correction(correction: Correction, n: int, k: int, module: str, path: Path) -> Correction:
+    """Returns a correction of a matrix of n rows and k columns that was read with the shapes that it must have.
+
+    Raises:
+        CheckpointError: its tensors contradict each other.
+        NumericsError: they are not finite.
+    """
+    name = correction.residual.name()
+    for part, tensor in correction.tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise NumericsError(f"{part} of {name} of {module} is not finite", found=f"NaN or infinity in {path}")
+    try:
+        correction.residual.check(correction.tensors, n, k)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {name} of {module}: {error}") from error
+    return correction

@@ -23,8 +23,21 @@ from qtool.errors import CheckpointError, StorageError
 from qtool.formats._base import Quantized
 from qtool.numerics.grids.bits import unpack
 from qtool.recipe.cache import KVCache, dump_cache
+from qtool.residuals._base import Correction, Matrix
 from qtool.store.files import new_file, sha256
-from qtool.store.manifest import MANIFEST, BlockEntry, LayerEntry, Manifest, cache_of, checked, code_bits, packed
+from qtool.store.manifest import (
+    MANIFEST,
+    WEIGHT,
+    BlockEntry,
+    LayerEntry,
+    Manifest,
+    cache_of,
+    checked,
+    checked_correction,
+    code_bits,
+    packed,
+    residual_prefix,
+)
 
 KEEP = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -82,7 +95,7 @@ class NeutralWriter:
     def write_block(
         self,
         key: str,
-        matrices: Mapping[str, Quantized],
+        matrices: Mapping[str, Matrix],
         record: Any = None,
         kept: Sequence[str] = (),
         source: Checkpoint | None = None,
@@ -93,7 +106,7 @@ class NeutralWriter:
 
         Args:
             key: file stem: "block-3".
-            matrices: codes and parameters by module.
+            matrices: codes, parameters and corrections by module.
             record: JSON data that `finished` gives back.
             kept: tensors of `source` to store along, as they are.
             source: where they are read from, one at a time.
@@ -103,7 +116,7 @@ class NeutralWriter:
         Raises:
             StorageError: the disk is full or not writable.
         """
-        tensors = {f"{m}.weight.{name}": t for m, q in matrices.items() for name, t in packed(q).items()}
+        tensors = {f"{m}.{name}": t for m, matrix in matrices.items() for name, t in packed(matrix).items()}
         infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
         if source is not None:
             infos |= {name: source.info(name) for name in kept}
@@ -116,7 +129,8 @@ class NeutralWriter:
                         writer.add(name, source.tensor(name))
             nbytes, digest = partial.stat().st_size, sha256(partial)
         entries = {
-            module: LayerEntry.of(q, layers[module] if layers else Layer(q.format)) for module, q in matrices.items()
+            m: LayerEntry.of(matrix, layers[m] if layers else Layer(matrix.quantized.format))
+            for m, matrix in matrices.items()
         }
         told = json.loads(json.dumps(record))
         block = BlockEntry(nbytes=nbytes, sha256=digest, layers=entries, record=told, cache=cache)
@@ -173,7 +187,9 @@ class NeutralCheckpoint(QuantizedCheckpoint):
         verify(self)
 
     def _own_names(self) -> list[str]:
-        prefixes = {f"{module}.weight." for module in self.layers}
+        prefixes = {f"{module}.{WEIGHT}" for module in self.layers}
+        for module, layer in self.layers.items():
+            prefixes |= {f"{module}.{residual_prefix(i)}" for i in range(len(layer.residuals))}
         kept = {name for name in self._stored if name.rpartition(".")[0] + "." not in prefixes}
         held = kept | {f"{module}.weight" for module in self.layers}
         order = [name for name in self.family.shapes(self.config) if name in held]
@@ -195,7 +211,7 @@ class NeutralCheckpoint(QuantizedCheckpoint):
         """See `Checkpoint.tensor`. Raises NumericsError: a declared cast overflows."""
         module = name.removesuffix(".weight")
         if module in self.layers:
-            return self.quantized(module).decode()
+            return self.matrix(module).decode()
         tensor = self._origin.tensor(name) if self._origin else self._file(name).read(name)
         dtype = self._cast(name)
         return tensor if dtype in (None, tensor.dtype) else finite(tensor.to(dtype), name)
@@ -204,19 +220,38 @@ class NeutralCheckpoint(QuantizedCheckpoint):
         """See `Checkpoint.rows`."""
         module = name.removesuffix(".weight")
         if module in self.layers:
-            return self._quantized_rows(module, start, stop).decode()
+            return self._matrix(module, start, stop).decode()
         if self._cast(name):
             return super().rows(name, start, stop)
         return self._origin.rows(name, start, stop) if self._origin else self._file(name).read(name, start, stop)
 
-    def quantized(self, module: str) -> Quantized:
-        """See `QuantizedCheckpoint.quantized`."""
-        return self._quantized_rows(module, 0, self._shapes[module][0])
+    def matrix(self, module: str) -> Matrix:
+        """See `QuantizedCheckpoint.matrix`."""
+        return self._matrix(module, 0, self._shapes[module][0])
+
+    def _matrix(self, module: str, start: int, stop: int) -> Matrix:
+        """Some rows of a matrix."""
+        residuals = self.layers[module].residuals
+        corrections = tuple(self._correction(module, i, start, stop) for i in range(len(residuals)))
+        return Matrix(self._quantized_rows(module, start, stop), corrections)
+
+    def _correction(self, module: str, i: int, start: int, stop: int) -> Correction:
+        """The i-th correction of some rows."""
+        residual, (n, k) = self.layers[module].residuals[i], self._shapes[module]
+        tensors = {}
+        for part, (shape, dtype) in residual.infos(n, k).items():
+            name = f"{module}.{residual_prefix(i)}{part}"
+            file, wanted = self._file(name), TensorInfo(shape, dtype)
+            if (found := file.info(name)) != wanted:
+                raise CheckpointError(f"{file.path}: {name}", wanted=wanted, found=found)
+            tensors[part] = file.read(name)
+        correction = checked_correction(Correction(residual, tensors), n, k, module, Path(self.source))
+        return correction if (start, stop) == (0, n) else correction.rows(start, stop)
 
     def _quantized_rows(self, module: str, start: int, stop: int) -> Quantized:
         """Codes and parameters of some rows."""
         layer, (n, k) = self.layers[module], self._shapes[module]
-        prefix = f"{module}.weight."
+        prefix = f"{module}.{WEIGHT}"
         file = self._file(prefix + "codes")
         bits = code_bits(layer.format)
         expected = TensorInfo((n, (k * bits + 7) // 8), torch.uint8)

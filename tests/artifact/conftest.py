@@ -13,6 +13,7 @@ from qtool.checkpoint._base import Checkpoint, Layer, QuantizedCheckpoint, modul
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.formats._base import Quantized
 from qtool.methods.rtn import RTN
+from qtool.residuals._base import Matrix
 from tests.conftest import make_tokenizer
 
 
@@ -36,10 +37,10 @@ class InMemory(QuantizedCheckpoint):
 
     def tensor(self, name):
         module = name.removesuffix(".weight")
-        return self.quantized(module).decode() if module in self.layers else self.origin.tensor(name)
+        return self.matrix(module).decode() if module in self.layers else self.origin.tensor(name)
 
-    def quantized(self, module):
-        return self.matrices[module]
+    def matrix(self, module):
+        return Matrix(self.matrices[module])
 
     def fingerprint(self):
         return "in memory"
@@ -67,7 +68,7 @@ def assert_same_model(found: QuantizedCheckpoint, wanted: QuantizedCheckpoint) -
     for name in wanted.names():
         module = name.removesuffix(".weight")
         if module in wanted.layers:
-            a, b = found.quantized(module), wanted.quantized(module)
+            a, b = found.matrix(module).quantized, wanted.matrix(module).quantized
             assert torch.equal(a.codes, b.codes)
             assert a.params.keys() == b.params.keys()
             assert all(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import compressed_tensors
@@ -134,7 +135,7 @@ def test_comes_back(scheme, wide, tmp_path):
     assert found.decoded == {}
     for module, layer in model.layers.items():
         assert found.layers[module].activations == layer.activations
-        a, b = found.quantized(module), model.quantized(module)
+        a, b = found.matrix(module).quantized, model.matrix(module).quantized
         assert torch.equal(a.codes, b.codes)
         assert torch.equal(a.decode(), b.decode())
         for start, stop in ((0, 1), (3, 50), (60, 64)):
@@ -160,7 +161,7 @@ def test_formats_whose_levels_are_integers_are_stored_as_integers(label, wide, t
     wanted = Int(bits=fmt.code_bits, group=fmt.group_columns)
     for module in model.layers:
         assert found.layers[module].format.label == wanted.label
-        assert torch.equal(found.quantized(module).decode(), model.quantized(module).decode())
+        assert torch.equal(found.matrix(module).decode(), model.matrix(module).decode())
 
 
 def test_several_layouts_in_one_model(wide_bf16, tmp_path):
@@ -318,7 +319,7 @@ def test_reads_what_the_library_writes(preset, wide, tmp_path):
     assert len(found.layers) == 14
     for module in found.layers:
         weight = state[f"{module}.weight"]
-        assert torch.equal(found.quantized(module).decode().to(weight.dtype), weight), module
+        assert torch.equal(found.matrix(module).decode().to(weight.dtype), weight), module
 
 
 REFUSED = {
@@ -357,7 +358,7 @@ def test_inputs_that_do_not_go_with_weights_are_refused(wide, tmp_path):
 def test_a_matrix_scale_whose_reciprocal_is_not_exact(tiny_checkpoint, tmp_path):
     model = quantize(tiny_checkpoint("llama"), NVFP4())
     for name, q in model.matrices.items():
-        model.matrices[name] = q._replace(params=q.params | {"tensor": q.params["tensor"] * (1 + 2**-30)})
+        model.matrices[name] = replace(q, params=q.params | {"tensor": q.params["tensor"] * (1 + 2**-30)})
     with pytest.raises(
         PlanError, match="q_proj: the scale of the whole matrix is not the reciprocal of a float32 number"
     ):
@@ -407,7 +408,7 @@ def test_damaged_artifacts(weights, damage, message, tiny_checkpoint, tmp_path):
     write(quantize(tiny_checkpoint("llama"), parse_format(weights)), tmp_path)
     damage(tmp_path)
     if message is None:  # each group says its own layout
-        CompressedTensors().open(tmp_path).quantized(UP)
+        CompressedTensors().open(tmp_path).matrix(UP)
         return
     with pytest.raises(CheckpointError, match=message):
-        CompressedTensors().open(tmp_path).quantized(UP)
+        CompressedTensors().open(tmp_path).matrix(UP)

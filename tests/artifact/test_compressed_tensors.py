@@ -46,7 +46,7 @@ def dense(model, folder):
     twin = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     state = twin.state_dict()
     for module in model.layers:
-        state[f"{module}.weight"].copy_(model.quantized(module).decode())
+        state[f"{module}.weight"].copy_(model.matrix(module).decode())
     return twin
 
 
@@ -268,7 +268,7 @@ def test_reads_what_the_library_writes(preset, fmt, tiny_checkpoint, tmp_path):
     assert {layer.activations for layer in found.layers.values()} == {TOKEN8 if preset == "W8A8" else None}
     state = decompressed(dense_model)
     for module in found.layers:
-        assert torch.equal(found.quantized(module).decode().bfloat16(), state[f"{module}.weight"])
+        assert torch.equal(found.matrix(module).decode().bfloat16(), state[f"{module}.weight"])
 
 
 def test_scales_that_the_model_type_cannot_hold(tiny_checkpoint, tmp_path):
@@ -400,7 +400,7 @@ def test_damaged_artifacts(damage, message, tiny_checkpoint, tmp_path):
     write(quantize(tiny_checkpoint("llama"), Int(bits=4, group=32)), tmp_path)
     damage(tmp_path)
     with pytest.raises(CheckpointError, match=message):
-        CompressedTensors().open(tmp_path).quantized(UP)
+        CompressedTensors().open(tmp_path).matrix(UP)
 
 
 def test_inputs_with_calibrated_scales_are_read_but_not_exported(tiny_checkpoint, tmp_path):
@@ -445,11 +445,11 @@ def test_int8_tensors_that_hold_fewer_bits(tiny_checkpoint, tmp_path):
     write(quantize(tiny_checkpoint("llama"), Int(bits=8, group="channel"), TOKEN8), tmp_path)
     change_group(num_bits=4)(tmp_path)
     with pytest.raises(CheckpointError, match=r"codes of .*up_proj: wanted below 16, found larger"):
-        CompressedTensors().open(tmp_path).quantized(UP)
+        CompressedTensors().open(tmp_path).matrix(UP)
     change_tensors(lambda t: t.update({f"{UP}.weight": t[f"{UP}.weight"] // 16}))(tmp_path)
     values = load_file(tmp_path / "model.safetensors")
     expected = values[f"{UP}.weight"].float() * values[f"{UP}.weight_scale"].float()
-    assert torch.equal(CompressedTensors().open(tmp_path).quantized(UP).decode(), expected)
+    assert torch.equal(CompressedTensors().open(tmp_path).matrix(UP).decode(), expected)
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
@@ -466,8 +466,8 @@ def test_groups_in_activation_order(symmetric, tiny_checkpoint, tmp_path):
     found = CompressedTensors().open(tmp_path)
     assert found.decoded == {UP: "its groups are in activation order (weight_g_idx)"}
     assert UP not in found.layers
-    scale, offset = (p[:, shuffled] for p in fmt.affine(model.quantized(UP).params))
-    expected = (model.quantized(UP).codes.double() - 8) * scale.double() + offset.double()
+    scale, offset = (p[:, shuffled] for p in fmt.affine(model.matrix(UP).quantized.params))
+    expected = (model.matrix(UP).quantized.codes.double() - 8) * scale.double() + offset.double()
     assert torch.equal(found.tensor(f"{UP}.weight"), expected.float())
     assert torch.equal(found.rows(f"{UP}.weight", 3, 9), expected.float()[3:9])
     assert torch.equal(found.tensor(f"{GATE}.weight"), model.tensor(f"{GATE}.weight"))
@@ -485,7 +485,8 @@ def spread(fields, bits):
 def test_odd_widths_of_old_versions(bits, tiny_checkpoint, tmp_path):
     model = quantize(tiny_checkpoint("llama"), Int(bits=bits, group=32, symmetric=False))
     write(model, tmp_path)
-    codes, params, fmt = model.quantized(UP)
+    q = model.matrix(UP).quantized
+    codes, params, fmt = q.codes, q.params, q.format
     zero = (params["zero"].int() - fmt.lowest).to(torch.uint8)
     tensors = {
         f"{UP}.weight_packed": spread(codes, bits),

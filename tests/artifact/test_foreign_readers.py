@@ -36,7 +36,7 @@ def parts(tensors: dict[str, torch.Tensor], module: str) -> dict[str, torch.Tens
 def assert_decoded(model: InMemory, found: dict[str, torch.Tensor], rtol: float = 0) -> None:
     assert found.keys() == model.layers.keys()
     for module, weight in found.items():
-        torch.testing.assert_close(weight.float(), model.quantized(module).decode(), rtol=rtol, atol=0)
+        torch.testing.assert_close(weight.float(), model.matrix(module).decode(), rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -22,6 +22,7 @@ from qtool.errors import CheckpointError, PlanError, StorageError
 from qtool.evaluate.llamacpp import LlamaCpp
 from qtool.formats.int import Int
 from qtool.methods.rtn import RTN
+from qtool.residuals._base import Matrix
 from qtool.store.neutral import NeutralCheckpoint, NeutralWriter
 from tests.llamacpp import generate, tokenize
 
@@ -35,7 +36,7 @@ def neutral(folder: Path, work: Path, choose=lambda module: None, keep="f32"):
     chosen = {module.name: choose(module) for module in modules(source)}
     writer = NeutralWriter(work, {}, keep={name: keep for name, fmt in chosen.items() if fmt is None})
     layers = {
-        name: RTN().solve(source.tensor(f"{name}.weight").float(), None, fmt).quantized
+        name: Matrix(RTN().solve(source.tensor(f"{name}.weight").float(), None, fmt).quantized)
         for name, fmt in chosen.items()
         if fmt
     }
@@ -172,8 +173,8 @@ def test_quantized_models_read_back_and_run(name, model_name, tiny_checkpoint, t
     written = GGUF().open(path.parent)
     assert written.layers == model.layers
     for module in model.layers:
-        codes, params, _ = written.quantized(module)
-        wanted = model.quantized(module)
+        codes, params = written.matrix(module).quantized.codes, written.matrix(module).quantized.params
+        wanted = model.matrix(module).quantized
         assert torch.equal(codes, wanted.codes)
         assert all(torch.equal(params[p], wanted.params[p]) for p in wanted.params)
     tensors = {n: written.tensor(n).float() for n in written.names()}

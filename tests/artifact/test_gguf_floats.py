@@ -35,7 +35,7 @@ def test_models_read_back_and_run(fmt, model_name, tiny_checkpoint, tmp_path: Pa
     written = GGUF().open(path.parent)
     assert written.layers.keys() == model.layers.keys()
     for module in model.layers:
-        found, wanted = written.quantized(module), model.quantized(module)
+        found, wanted = written.matrix(module).quantized, model.matrix(module).quantized
         assert torch.equal(found.codes, wanted.codes)
         assert {n: p.tolist() for n, p in found.params.items()} == {n: p.tolist() for n, p in wanted.params.items()}
         assert torch.equal(written.rows(f"{module}.weight", 3, 9), model.rows(f"{module}.weight", 3, 9))
@@ -51,7 +51,7 @@ def test_the_number_of_each_matrix_is_a_tensor_of_its_own(tiny_checkpoint, tmp_p
     stored = {t.name: t for t in gguf.GGUFReader(write(model, tmp_path / "out")).tensors}
     for module, name in (("model.layers.1.mlp.down_proj", "blk.1.ffn_down"), ("lm_head", "output")):
         scale, weight = stored[f"{name}.scale"], stored[f"{name}.weight"]
-        params = model.quantized(module).params
+        params = model.matrix(module).quantized.params
         assert (scale.tensor_type.name, scale.shape.tolist()) == ("F32", [1])
         assert scale.data.tolist() == params["tensor"][0].tolist() and scale.data[0] != 1
         decoded = torch.from_numpy(gguf.dequantize(weight.data, weight.tensor_type)) * float(scale.data[0])
@@ -80,8 +80,8 @@ def test_other_numbers_beside_a_weight(tiny_checkpoint, tmp_path: Path, monkeypa
         patch.setattr(_writer, "scale_name", lambda weight: scale_name(weight, "input_scale"))
         path = write(model, tmp_path / "out")
     name = "model.layers.0.self_attn.q_proj"
-    wanted = model.quantized(name)
-    assert GGUF().open(path).quantized(name).params["tensor"].unique().tolist() == [1.0]
+    wanted = model.matrix(name).quantized
+    assert GGUF().open(path).matrix(name).quantized.params["tensor"].unique().tolist() == [1.0]
     assert torch.equal(
         GGUFCheckpoint(path).tensor(f"{name}.weight") * wanted.params["tensor"][0].float(), wanted.decode()
     )

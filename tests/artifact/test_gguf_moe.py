@@ -86,8 +86,8 @@ def test_quantized_models_read_back_and_run(name, fmt, tiny_checkpoint, tmp_path
     written = GGUF().open(path)
     assert written.layers == model.layers
     for module in model.layers:
-        codes, params, _ = written.quantized(module)
-        wanted = model.quantized(module)
+        codes, params = written.matrix(module).quantized.codes, written.matrix(module).quantized.params
+        wanted = model.matrix(module).quantized
         assert torch.equal(codes, wanted.codes)
         assert all(torch.equal(params[p], wanted.params[p]) for p in wanted.params)
     for name in model.names():

@@ -264,7 +264,7 @@ def test_damaged_files(damage, message, tiny_checkpoint, tmp_path):
     write(quantize(tiny_checkpoint("llama"), SYM4), tmp_path)
     damage(tmp_path)
     with pytest.raises(CheckpointError, match=message):
-        GPTQ().open(tmp_path).quantized("model.layers.0.self_attn.q_proj")
+        GPTQ().open(tmp_path).matrix("model.layers.0.self_attn.q_proj")
 
 
 def test_only_its_own_folders_are_recognized(tiny_checkpoint, tmp_path):

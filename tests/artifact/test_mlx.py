@@ -340,7 +340,7 @@ def test_scales_that_are_not_finite(part, value, tiny_checkpoint, tmp_path):
     write(quantize(tiny_checkpoint("llama"), Biased(bits=4, group=32)), tmp_path)
     edit(tmp_path, lambda t: t[f"{UP}.{part}"][5].fill_(value))
     with pytest.raises(NumericsError, match=f"{UP}.weight is not finite: found NaN or infinite scales in "):
-        MLX().open(tmp_path).quantized(UP)
+        MLX().open(tmp_path).matrix(UP)
 
 
 def test_an_exponent_that_means_nan(tiny_checkpoint, tmp_path):
@@ -354,4 +354,4 @@ def test_numbers_that_are_none(tiny_checkpoint, tmp_path):
     write(quantize(tiny_checkpoint("llama"), MXFP8()), tmp_path)
     edit(tmp_path, lambda t: t[f"{UP}.weight"].view(torch.int32).fill_(-1))
     with pytest.raises(CheckpointError, match=f"codes of {UP}: wanted below 253, found larger"):
-        MLX().open(tmp_path).quantized(UP)
+        MLX().open(tmp_path).matrix(UP)

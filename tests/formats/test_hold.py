@@ -1,5 +1,7 @@
 """Moving matrices from one format to another: the same values, or a reason."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -107,9 +109,9 @@ def test_what_only_the_numbers_tell():
     assert Q4_1().hold(given) == "some zero points times their scales are not exact in fp16"
     assert Q5_1().hold(given) == "some zero points times their scales are not exact in fp16"
     params = given.params | {"scale": given.params["scale"].float() * 2.0**-30}
-    assert Q5_0().hold(given._replace(params=params)) == "some scales are not exact in fp16"
+    assert Q5_0().hold(replace(given, params=params)) == "some scales are not exact in fp16"
     far = Quantized(torch.zeros(1, 32, dtype=torch.uint8), {"scale": torch.ones(1, 1)}, integer(2, 32, False))
-    held = integer(8, 32, False).hold(far._replace(params={"scale": torch.ones(1, 1), "zero": torch.ones(1, 1)}))
+    held = integer(8, 32, False).hold(replace(far, params={"scale": torch.ones(1, 1), "zero": torch.ones(1, 1)}))
     assert held.decode().unique().tolist() == [-3.0]
 
 
@@ -131,5 +133,5 @@ def test_zero_points_that_no_sound_file_has(target, zero):
 def test_powers_of_two_are_exact_in_a_block_with_a_minimum():
     given = matrix(integer(4, 32, False))
     scale = torch.exp2(given.params["scale"].float().log2().round()).bfloat16()
-    given = given._replace(params={"scale": scale, "zero": given.params["zero"]})
+    given = replace(given, params={"scale": scale, "zero": given.params["zero"]})
     assert torch.equal(Q4_1().hold(given).decode(), given.decode())

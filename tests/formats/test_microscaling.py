@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import gguf
 import pytest
 import torch
@@ -257,7 +259,7 @@ def test_a_matrix_scale_that_gguf_cannot_hold(factors: tuple[float, float]) -> N
     quantized = Quantized(fmt.snap(w, params), params, fmt)
     assert fmt.hold(quantized) is quantized
     scaled = params | {"tensor": params["tensor"] * torch.tensor(factors, dtype=torch.float64)[:, None]}
-    reason = fmt.hold(quantized._replace(params=scaled))
+    reason = fmt.hold(replace(quantized, params=scaled))
     assert isinstance(reason, str) and reason.startswith("its matrix scale is no single number that is exact")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -92,7 +93,7 @@ def test_output_error_is_below_rounding(label: str) -> None:
     solved = GPTQ().solve(w, stats, fmt).quantized
     gain = 10 * torch.tensor(loss(w, rounded, stats) / loss(w, solved, stats)).log10()
     assert gain >= MARGIN_DB.get(label, 3.4)
-    scaled = solved._replace(params={n: p * 1.01 if n in ("scale", "d") else p for n, p in solved.params.items()})
+    scaled = replace(solved, params={n: p * 1.01 if n in ("scale", "d") else p for n, p in solved.params.items()})
     assert loss(w, scaled, stats) > loss(w, solved, stats)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_output_error_is_below_rounding(name: str) -> None:
     again = fmt.unpack(fmt.pack(solved.codes, solved.params))
     assert torch.equal(fmt.decode(*again), solved.decode())
     for factor in (0.95, 1.05):  # the last descent moves the best scale of coarse codes by one or two per cent
-        scaled = solved._replace(params=solved.params | {"d": solved.params["d"] * factor})
+        scaled = replace(solved, params=solved.params | {"d": solved.params["d"] * factor})
         assert loss(w, scaled, stats) > loss(w, solved, stats)
 
 

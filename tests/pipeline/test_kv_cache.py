@@ -41,7 +41,7 @@ def quantized(folder, found):
     """transformers' model with decoded weights."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for name in found.layers:
-        model.get_submodule(name).weight.data = found.quantized(name).decode()
+        model.get_submodule(name).weight.data = found.matrix(name).decode()
     return model
 
 

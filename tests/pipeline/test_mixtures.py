@@ -76,7 +76,7 @@ def test_experts_that_few_tokens_reach_are_rounded_without_data(recipe, tiny_che
         else:
             assert (entry.method, entry.fallback) == ("gptq", None)
             assert entry.output_error_db > entry.weight_error_db
-        assert torch.equal(found.quantized(entry.name).codes, rounded) == starved
+        assert torch.equal(found.matrix(entry.name).quantized.codes, rounded) == starved
     assert 3 <= few <= 4 * 3
     assert {e.tokens for e in report.layers if e.expert is None and e.format} == {3 * 48}
     assert "## Tokens per expert" in (tmp_path / "out" / "report.md").read_text()

@@ -216,15 +216,15 @@ def test_a_tampered_artifact_does_not_pass(tiny_checkpoint, recipes, tmp_path, m
 
 
 def test_tampered_codes_do_not_pass(tiny_checkpoint, recipes, tmp_path, monkeypatch):
-    honest = QuantizedGGUF.quantized
+    honest = QuantizedGGUF.matrix
 
     def changed(self, module):
-        quantized = honest(self, module)
+        matrix = honest(self, module)
         if module == "model.layers.1.mlp.up_proj":
-            quantized.codes[-1, -1] ^= 1
-        return quantized
+            matrix.quantized.codes[-1, -1] ^= 1
+        return matrix
 
-    monkeypatch.setattr(QuantizedGGUF, "quantized", changed)
+    monkeypatch.setattr(QuantizedGGUF, "matrix", changed)
     options = QuantizeOptions(str(tiny_checkpoint("llama")), recipes["gguf"], tmp_path / "out")
     with pytest.raises(
         VerifyError, match=r"up_proj\.weight read back differs: found 1 of 8192 numbers, by up to 0\.\d+"

@@ -32,8 +32,8 @@ def test_one_scale_over_a_fused_set(name: str, method: str, tiny_checkpoint, tmp
     key, top = (
         ("scale", 448.0) if "fp" in name and "nv" not in name else ("tensor", 448.0 * (7 if "int" in name else 6))
     )
-    found = {m: model.quantized(m).params[key].unique().tolist() for m in model.layers}
-    assert {model.quantized(m).params[key].shape[1] for m in model.layers} == {1}
+    found = {m: model.matrix(m).quantized.params[key].unique().tolist() for m in model.layers}
+    assert {model.matrix(m).quantized.params[key].shape[1] for m in model.layers} == {1}
     sets = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
     for block in range(2):
         for names in (*sets, ("mlp.down_proj",), ("self_attn.o_proj",)):

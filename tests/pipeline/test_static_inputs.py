@@ -71,7 +71,7 @@ def largest_inputs(folder, layers, weights, tokens, rounded=int8):
         module = model.get_submodule(name)
         module.register_forward_pre_hook(hook(name))
         if weights:
-            module.weight.data = weights.quantized(name).decode()
+            module.weight.data = weights.matrix(name).decode()
     with torch.no_grad():
         logits = model(tokens).logits
     return found, logits

@@ -79,13 +79,13 @@ def test_layout_on_disk(tiny_checkpoint, tmp_path):
     with safe_open(tmp_path / "block-1.safetensors", "pt") as file:
         assert set(file.keys()) >= {f"{module}.weight.{part}" for part in ("codes", "scale", "zero")}
         codes = file.get_tensor(f"{module}.weight.codes")
-        assert torch.equal(file.get_tensor(f"{module}.weight.scale"), model.quantized(module).params["scale"])
-    expected = model.quantized(module).codes
+        assert torch.equal(file.get_tensor(f"{module}.weight.scale"), model.matrix(module).quantized.params["scale"])
+    expected = model.matrix(module).quantized.codes
     assert codes.shape == (64, 48)
     for row, packed in zip(expected.tolist(), codes.tolist(), strict=True):
         assert int.from_bytes(bytes(packed), "little") == sum(code << (3 * i) for i, code in enumerate(row))
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["version"] == 1
+    assert manifest["version"] == 2
     assert manifest["blocks"]["block-1"]["layers"][module]["shape"] == [64, 128]
 
 
@@ -100,7 +100,7 @@ def test_same_bytes_again(tiny_checkpoint, tmp_path, tree):
 def blocks_of(model):
     for i in range(2):
         prefix = f"model.layers.{i}."
-        yield f"block-{i}", {m: model.quantized(m) for m in model.layers if m.startswith(prefix)}
+        yield f"block-{i}", {m: model.matrix(m) for m in model.layers if m.startswith(prefix)}
 
 
 def test_work_folder_with_its_source(tiny_checkpoint, tmp_path):
@@ -167,7 +167,8 @@ for i in range(100000):
         w = torch.randn(256, 256, generator=torch.Generator().manual_seed(i))
         params = fmt.fit(w)
         from qtool.formats._base import Quantized
-        writer.write_block(f"block-{i}", {f"m{i}": Quantized(fmt.snap(w, params), params, fmt)})
+        from qtool.residuals._base import Matrix
+        writer.write_block(f"block-{i}", {f"m{i}": Matrix(Quantized(fmt.snap(w, params), params, fmt))})
         print(i, flush=True)
     if i == 30:
         break
@@ -198,7 +199,7 @@ def edit(folder, change):
 
 MODULE = "model.layers.0.mlp.up_proj"
 LIES = {
-    "newer version": (lambda m: m.update(version=2), "no manifest of a neutral checkpoint: version"),
+    "newer version": (lambda m: m.update(version=3), "no manifest of a neutral checkpoint: version"),
     "unknown key": (lambda m: m.update(extra=1), "no manifest of a neutral checkpoint: extra"),
     "block without number": (
         lambda m: m["blocks"].update({"block-x": m["blocks"].pop("block-0")}),
@@ -250,7 +251,7 @@ def test_lies_in_the_manifest(change, message, tiny_checkpoint, tmp_path):
     Qtool().write(quantize(tiny_checkpoint("llama"), Int(bits=4, group=32)), tmp_path, {})
     edit(tmp_path, change)
     with pytest.raises(CheckpointError, match=message):
-        Qtool().open(tmp_path).quantized(MODULE)
+        Qtool().open(tmp_path).matrix(MODULE)
 
 
 def test_missing_file(tiny_checkpoint, tmp_path):

@@ -99,7 +99,7 @@ class FP8(Kind):
 
     def encode(self, quantized: Quantized, module: str, dtype: torch.dtype) -> dict[str, Tensor]:
         """See `Kind.encode`."""
-        codes, params, fmt = quantized
+        codes, params, fmt = quantized.codes, quantized.params, quantized.format
         assert isinstance(fmt, FP)
         scale = exact(params["scale"], module, dtype)
         scale = scale[0] if fmt.group == "tensor" else scale[:: fmt.rows].contiguous()
@@ -232,7 +232,7 @@ class NV4(Kind):
 
     def encode(self, quantized: Quantized, module: str, dtype: torch.dtype) -> dict[str, Tensor]:
         """See `Kind.encode`."""
-        codes, params, fmt = quantized
+        codes, params, fmt = quantized.codes, quantized.params, quantized.format
         assert isinstance(fmt, NVFP4)
         scales = {SCALE: params["scale"].view(E4M3), GLOBAL: multiplier(params["tensor"][0], module)}
         return {"weight_packed": pack(to_bits(codes, fmt), 4), **scales}

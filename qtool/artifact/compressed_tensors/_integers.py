@@ -91,7 +91,8 @@ class Packed(Kind):
 
     def encode(self, quantized: Quantized, module: str, dtype: torch.dtype) -> dict[str, Tensor]:
         """See `Kind.encode`."""
-        codes, params, fmt = as_integers(quantized, module, dtype)
+        held = as_integers(quantized, module, dtype)
+        codes, params, fmt = held.codes, held.params, held.format
         assert isinstance(fmt, Int)
         stored = {"weight_packed": pack_words(codes, fmt.bits), SCALE: params["scale"]}
         stored["weight_shape"] = torch.tensor(codes.shape)
@@ -142,7 +143,8 @@ class Plain(Kind):
 
     def encode(self, quantized: Quantized, module: str, dtype: torch.dtype) -> dict[str, Tensor]:
         """See `Kind.encode`."""
-        codes, params, fmt = as_integers(quantized, module, dtype)
+        held = as_integers(quantized, module, dtype)
+        codes, params, fmt = held.codes, held.params, held.format
         assert isinstance(fmt, Int)
         weight = (codes.to(torch.int16) + fmt.lowest).to(torch.int8)
         return {"weight": weight, SCALE: params["scale"][0] if fmt.group == "tensor" else params["scale"]}

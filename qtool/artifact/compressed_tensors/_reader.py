@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -98,5 +99,5 @@ class CompressedCheckpoint(PackedCheckpoint):
         if packing.layer:
             return quantized
         order = self._read(module, INDEX).long().argsort(stable=True)
-        together = quantized._replace(codes=quantized.codes[:, order])
+        together = replace(quantized, codes=quantized.codes[:, order])
         return self._checked(module, together).decode()[:, order.argsort()]

@@ -41,8 +41,8 @@ class GGUF(Artifact):
     ) -> None:
         self.options = Options(pre_tokenizer, split_max_size, file_type)
 
-    def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Carry:
-        """See `Artifact.can_carry`."""
+    def holds(self, module: Module, layer: Layer | None, keep: str) -> Carry:
+        """See `Artifact.holds`."""
         if layer is None:
             return Carry(True)
         if layer.activations is not None:

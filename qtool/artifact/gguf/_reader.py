@@ -9,6 +9,7 @@ from qtool.checkpoint._base import Layer, QuantizedCheckpoint
 from qtool.checkpoint.gguf import GGUFCheckpoint
 from qtool.checkpoint.safetensors_io import read_bytes
 from qtool.formats._base import Quantized
+from qtool.residuals._base import Matrix
 
 
 class QuantizedGGUF(GGUFCheckpoint, QuantizedCheckpoint):
@@ -29,8 +30,8 @@ class QuantizedGGUF(GGUFCheckpoint, QuantizedCheckpoint):
         }
         self.layers = {module: Layer(block) for module, block in self._formats.items()}
 
-    def quantized(self, module: str) -> Quantized:
-        """See `QuantizedCheckpoint.quantized`."""
+    def matrix(self, module: str) -> Matrix:
+        """See `QuantizedCheckpoint.matrix`."""
         name = f"{module}.weight"
         stored, order = self._file.find(*self._stored(name)), self._order(name)
         packed = read_bytes(stored.path, stored.offset, stored.nbytes, name).view(stored.shape[0], -1)
@@ -39,4 +40,4 @@ class QuantizedGGUF(GGUFCheckpoint, QuantizedCheckpoint):
         scale = self._scale(name)
         if scale is not None and block.matrix_scale:
             params[block.matrix_scale] *= scale
-        return Quantized(codes, params, block)
+        return Matrix(Quantized(codes, params, block))

@@ -77,7 +77,7 @@ def common_block(model: QuantizedCheckpoint, modules: Sequence[str]) -> BlockFor
             return fmt
         reasons = []
         for block in candidates(fmt):
-            results = ((module, block.hold(model.quantized(module))) for module in modules)
+            results = ((module, block.hold(model.matrix(module).alone)) for module in modules)
             refused = next((f"{m}: {block.label}: {r}" for m, r in results if not isinstance(r, Quantized)), None)
             if refused is None:
                 return block
@@ -199,10 +199,10 @@ class Writer:
         return len(self.members[there]) * max(bits, default=0) // 8
 
     def _quantized(self, modules: Sequence[str]) -> tuple[int, Iterator[Tensor]]:
-        first = held(self.model.quantized(modules[0]), modules[0]) if len(modules) == 1 else None
+        first = held(self.model.matrix(modules[0]).alone, modules[0]) if len(modules) == 1 else None
         block = first.format if first else common_block(self.model, modules)
         assert isinstance(block, BlockFormat)
-        matrices = [first] if first else (block.hold(self.model.quantized(module)) for module in modules)
+        matrices = [first] if first else (block.hold(self.model.matrix(module).alone) for module in modules)
         return block.ggml_type, (part for q in matrices for part in self._packed(q, block, self._order(modules[0])))
 
     def _has_scale(self, name: str) -> bool:
@@ -214,7 +214,7 @@ class Writer:
         """The bytes of a matrix, some rows at a time."""
         if not isinstance(quantized, Quantized):
             raise PlanError([f"{block.label}: {quantized}"], "GGUF cannot hold the matrices of all experts exactly")
-        codes, params, _ = quantized
+        codes, params = quantized.codes, quantized.params
         if block.matrix_scale:
             self.scales.append(float(params[block.matrix_scale][0]))
         step = max(1, PART // codes.shape[1])

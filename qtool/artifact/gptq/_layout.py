@@ -42,7 +42,7 @@ def group_index(k: int, group: int) -> Tensor:
 
 def encode(quantized: Quantized, less: int) -> dict[str, Tensor]:
     """The tensors of a matrix; zero points are stored minus `less`."""
-    codes, params, fmt = quantized
+    codes, params, fmt = quantized.codes, quantized.params, quantized.format
     assert isinstance(fmt, Int)
     scale, k = params["scale"], codes.shape[1]
     zero = params.get("zero", torch.zeros_like(scale)).to(torch.int16) - fmt.lowest - less

@@ -225,7 +225,7 @@ class NVFP4Weights(Algo):
 
     def encode(self, quantized: Quantized) -> dict[str, Tensor]:
         """See `Algo.encode`. Raises PlanError: the scale of the matrix is not exact in float32."""
-        codes, params, fmt = quantized
+        codes, params, fmt = quantized.codes, quantized.params, quantized.format
         assert isinstance(fmt, NVFP4)
         whole = params["tensor"][0, 0]
         if whole.float().double() != whole:
