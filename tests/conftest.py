@@ -248,9 +248,3 @@ def demo_checkpoint(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -
         shutil.copy(path, folder / name)
     yield folder
     shutil.rmtree(folder)
-
-
-@pytest.fixture
-def tree() -> Callable[[Path], dict[str, bytes]]:
-    """Content of every file below a folder, by relative name."""
-    return lambda folder: {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
