@@ -6,6 +6,7 @@ Shape letters: N rows (output features), K columns (input features).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,8 +58,7 @@ def quantize_matrix(
     chosen = fmt.given(float(w.abs().max())) if fmt.needs_largest else fmt
     if stats:
         how.prepare(stats, chosen)
-    codes, params, _ = how.solve(w, stats, chosen).quantized
-    found = Quantized(codes, params, fmt)
+    found = replace(how.solve(w, stats, chosen).quantized, format=fmt)
     if not all_finite(found.decode()):
         raise NumericsError(f"{how.name()} made the matrix infinite or NaN in {fmt.label}")
     return found
