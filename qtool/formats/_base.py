@@ -148,6 +148,10 @@ class Format(BaseModel):
         """This format, for matrices whose largest magnitude is known."""
         return self
 
+    def on_the_way(self) -> Format:
+        """This format as a walk fits its blocks, where later columns make up for errors."""
+        return self
+
     def at_run_time(self) -> Format:
         """This format as runtimes fit it to inputs on the fly, without a search."""
         return self

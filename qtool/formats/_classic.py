@@ -81,7 +81,7 @@ class Classic(BlockFormat):
             return self.stored(*self.ggml_scales(w))
         lowest = np.float32(self.lowest)
         grid, effort = Grid(lowest, lowest + np.float32((1 << self.bits) - 1), self.offset), EFFORT[self.search]
-        if self.search == "fast" and not self.offset:  # ggml's search alone would take a third of the time that it has
+        if self._alone or (self.search == "fast" and not self.offset):  # ggml's takes a third of the time of `fast`
             return self.stored(*block_search.search(w, importance, grid, effort))
         theirs = self.ggml_choice(w, importance)
         found = self.stored(*block_search.search(w, importance, grid, effort, theirs))

@@ -52,7 +52,9 @@ class Ternary(BlockFormat):
             return self.stored(self._absmax(w))
         weight = block_weights(importance, w.shape[1], self.columns)
         found = self.stored(ternary_scales(w, weight, self.columns, self.search != "fast"))
-        return found if self.search == "fast" else self.no_worse(found, self.stored(self._absmax(w)), w, importance)
+        if self._alone or self.search == "fast":
+            return found
+        return self.no_worse(found, self.stored(self._absmax(w)), w, importance)
 
     def snap(self, w: Tensor, params: Params, importance: Tensor | None = None) -> Tensor:
         """See `Format.snap`. ggml rounds against scales not yet in fp16; so do we, where `params` are its own."""

@@ -86,7 +86,7 @@ class Vector(BlockFormat):
         weight, effort, book = self.evened(w, importance), EFFORT[self.search][self.rule.delta > 0], self.codebook()
         d, s, signs, ours = vector_scales(w, weight, book, self.columns, self.rule, effort)
         found = self.stored(d, s, signs < 0)
-        if self.search == "fast" or (importance is None and self.ggml.required):
+        if self._alone or self.search == "fast" or (importance is None and self.ggml.required):
             return found
         given = None if importance is None else self.alive(importance)
         if isinstance(self.ggml, Ternary):

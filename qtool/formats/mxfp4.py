@@ -38,7 +38,7 @@ class MXFP4(MX, BlockFormat):
     def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
         """See `Format.fit`."""
         found = super().fit(w, importance)
-        if self.search not in ("default", "thorough"):
+        if self._alone or self.search not in ("default", "thorough"):
             return found
         return self.no_worse(found, self._store(self.in_chunks(self._ggml_choice, w)), w, importance)
 

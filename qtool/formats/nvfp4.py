@@ -42,7 +42,7 @@ class NVFP4(TwoLevel, BlockFormat):
     def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
         """See `Format.fit`. ggml's choice is d for t = 1: what covers the largest weight of a group."""
         found = super().fit(w, importance)
-        if self.search in ("minmax", "fast"):
+        if self._alone or self.search in ("minmax", "fast"):
             return found
         wanted = local(nearest_bits(self.largest(w, w.shape[1] // self.group_columns) / self.grid.highest))
         theirs = nearest_bits(wanted / found["tensor"])

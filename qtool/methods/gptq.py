@@ -139,7 +139,7 @@ class GPTQ(Method):
         vectors = (fmt.codebook(), order)
         codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
         if self.fit == "before" or block == k:
-            params = fmt.fit(w, weight)
+            params = fmt.on_the_way().fit(w, weight)
             scale, offset = fmt.affine(params)
             codes[:, order] = walk(
                 w[:, order],
@@ -151,12 +151,13 @@ class GPTQ(Method):
             )
             return codes, params
         fitted: dict[int, Params] = {}
+        fitting = fmt.on_the_way()
 
         def fit_block(a: int, b: int, current: Tensor) -> tuple[Tensor, Tensor]:
             place = order[a:b] - order[a:b].min()
             natural = place.argsort()
             columns = current.T[natural].T  # several times quicker than current[:, natural], of which columns are rows
-            fitted[int(order[a]) // block] = params = fmt.fit(columns, weight[order[a:b][natural]])
+            fitted[int(order[a]) // block] = params = fitting.fit(columns, weight[order[a:b][natural]])
             scale, offset = fmt.affine(params)
             return by_column(scale, place, block), by_column(offset, place, block)
 

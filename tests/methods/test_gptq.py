@@ -65,7 +65,7 @@ def test_a_group_is_fitted_when_the_walk_reaches_it(label: str) -> None:
     order, factor, _ = method._factor(stats, 32)
     weight = torch.empty(64)
     weight[order] = factor.diagonal().square().reciprocal()
-    expected = gptq_by_group(w, stats.gram, 0.01, order.tolist(), fmt, weight)
+    expected = gptq_by_group(w, stats.gram, 0.01, order.tolist(), fmt.on_the_way(), weight)
     assert ((q.decode() - expected).abs() > 1e-4).float().mean() <= 0.02
     assert torch.allclose(q.decode().double().norm(), expected.norm(), rtol=2e-3)
 

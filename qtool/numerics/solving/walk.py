@@ -1,6 +1,6 @@
-"""The column walk of GPTQ and the coordinate descent after it, as compiled kernels over rows.
+"""The column walk of GPTQ, as a compiled kernel over rows.
 
-Both minimize tr(D H D^T), D = W - W_hat, one row at a time, for a grid `w_hat = scale * level + offset` whose
+It minimizes tr(D H D^T), D = W - W_hat, one row at a time, for a grid `w_hat = scale * level + offset` whose
 (scale, offset) are fixed per row and group of columns. Rows are independent, so every thread takes some.
 
 Shape letters: N rows, K columns, B columns of a block, G groups, L levels.
@@ -16,96 +16,71 @@ from numba import njit
 from torch import Tensor
 
 from qtool.numerics.codebooks.codebook import Codebook
+from qtool.numerics.grids.scale_codes import EXACT
 from qtool.numerics.scales.search import FAST
 from qtool.numerics.solving.vector_walk import walk_vector_block
 from qtool.numerics.threads.parallel import over_rows
 
 BLOCK = 128
-"""Columns whose errors are fed forward inside the kernel; what lies to the right is updated once per block."""
+"""Columns behind which all that lies to the right is updated; up to there, each block updates the next ones."""
 
 LANES = 256
 """Rows that are walked together: their part of a block stays in the cache."""
 
 
-@njit(nogil=True, cache=True, inline="always")
-def nearest(x, levels, lowest, uniform):  # type: ignore[no-untyped-def]
-    """Index of the level nearest to x; consecutive integers are rounded, other tables bisected."""
-    last = len(levels) - 1
-    if uniform:
-        return int(min(max(np.rint(x), lowest), lowest + last) - lowest)
-    below, above = 0, last
-    while below < above:
-        middle = (below + above) // 2
-        if x > (levels[middle] + levels[middle + 1]) * np.float32(0.5):
-            below = middle + 1
-        else:
-            above = middle
-    return below
-
-
 @njit(nogil=True, cache=True, fastmath=FAST)
-def walk_rows(w, factor, scale, offset, levels, uniform, codes, error, start, stop):  # type: ignore[no-untyped-def]
+def nearest(x, middles, code):  # type: ignore[no-untyped-def]
+    """Fills code, int32 [n], with the indices of the levels nearest to x [n], by bisection without branches.
+
+    middles: between neighbouring levels, ascending, filled up with infinity to a power of two less one.
+    """
+    step = (len(middles) + 1) // 2
+    code[:] = 0
+    while step > 0:
+        for n in range(len(x)):
+            code[n] += step if x[n] > middles[code[n] + step - 1] else 0
+        step //= 2
+
+
+@njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
+def walk_rows(w, factor, scale, offset, levels, middles, codes, error, start, stop):  # type: ignore[no-untyped-def]
     """Walks the B columns of a block for rows start to stop.
 
     Columns lie in memory one after the other, because they wait for each other while rows go side by side: w [B, N] is
     overwritten; factor [B, B] is the block of the inverse factor U; scale, offset [B, N]; codes uint8 [B, N] and error
-    [B, N] are filled, error being D_j / U_jj.
+    [B, N] are filled, error being D_j / U_jj. middles: see `nearest`; none if levels are consecutive integers.
     """
     lowest, highest = levels[0], levels[0] + np.float32(len(levels) - 1)
+    found, quotient = np.empty(LANES, np.int32), np.empty(LANES, np.float32)
     for first in range(start, stop, LANES):
         rows = slice(first, min(first + LANES, stop))
         for j in range(len(w)):
             x, s, o, e, code = w[j, rows], scale[j, rows], offset[j, rows], error[j, rows], codes[j, rows]
-            diagonal = factor[j, j]
-            if uniform:
+            inverse = np.float32(1.0) / factor[j, j]
+            if len(middles) == 0:
                 for n in range(len(x)):
                     level = min(max(np.rint((x[n] - o[n]) / s[n]), lowest), highest) if s[n] != 0 else lowest
                     code[n] = np.uint8(level - lowest)
-                    e[n] = (x[n] - (s[n] * level + o[n])) / diagonal
+                    e[n] = (x[n] - (s[n] * level + o[n])) * inverse
             else:
                 for n in range(len(x)):
-                    c = nearest((x[n] - o[n]) / s[n], levels, lowest, uniform) if s[n] != 0 else 0
-                    code[n] = c
-                    e[n] = (x[n] - (s[n] * levels[c] + o[n])) / diagonal
+                    quotient[n] = (x[n] - o[n]) / s[n] if s[n] != 0 else levels[0]
+                nearest(quotient[: len(x)], middles, found[: len(x)])
+                for n in range(len(x)):
+                    code[n] = np.uint8(found[n])
+                    e[n] = (x[n] - (s[n] * levels[found[n]] + o[n])) * inverse
             for i in range(j + 1, len(w)):
                 u, later = factor[j, i], w[i, rows]
                 for n in range(len(x)):
                     later[n] -= e[n] * u
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
-def descend_rows(gram, scale, levels, uniform, codes, pull, sweeps, start, stop):  # type: ignore[no-untyped-def]
-    """Coordinate descent on the codes of rows start to stop: each in turn moves to the best level given all others.
-
-    gram [K, K]; scale [N, G], for K / G columns each; codes uint8 [N, K] and pull [N, K] are kept up to date in
-    place. Every change lowers the objective; a row is done when a sweep changes nothing.
-    """
-    k = codes.shape[1]
-    width = k // scale.shape[1]
-    lowest = levels[0]
-    for n in range(start, stop):
-        for _ in range(sweeps):
-            changes = 0
-            for j in range(k):
-                s, curvature = scale[n, j // width], gram[j, j]
-                if s == 0 or curvature <= 0:
-                    continue
-                level = levels[codes[n, j]]
-                code = nearest(level + pull[n, j] / (curvature * s), levels, lowest, uniform)
-                step = s * (levels[code] - level)
-                if step * (np.float32(2.0) * pull[n, j] - step * curvature) <= 0:
-                    continue
-                codes[n, j] = code
-                changes += 1
-                for i in range(k):
-                    pull[n, i] -= step * gram[j, i]
-            if changes == 0:
-                break
-
-
-def is_uniform(levels: Tensor) -> bool:
-    """True for consecutive integers."""
-    return bool((levels.diff() == 1).all()) and float(levels[0]).is_integer()
+def middles_of(levels: Tensor) -> Tensor:
+    """Between neighbouring levels, filled up for `nearest`; none between consecutive integers, which are rounded."""
+    if bool((levels.diff() == 1).all()) and float(levels[0]).is_integer():
+        return levels.new_empty(0)
+    between = (levels[1:] + levels[:-1]) * 0.5
+    return torch.nn.functional.pad(between, (0, (1 << len(between).bit_length()) - 1 - len(between)), value=torch.inf)
 
 
 def walk(
@@ -132,37 +107,31 @@ def walk(
     """
     rest = w.T.contiguous()
     codes = torch.empty(rest.shape, dtype=torch.uint8, device=w.device)
-    uniform = is_uniform(levels)
-    for a in range(0, len(rest), block):
-        b = min(a + block, len(rest))
-        scale, offset = parameters(a, b, rest[a:b].T)
-        if vectors and (book := vectors[0]):
-            current, here = rest[a:b].T.contiguous(), factor[a:b, a:b]
-            found, error = walk_vector_block(current, here, scale.T, offset.T, levels, book, vectors[1][a:b])
-            found, error = found.T, error.T
-        else:
-            found, error = _walk_block(rest[a:b], factor[a:b, a:b], scale, offset, levels, uniform)
-        codes[a:b] = found
-        rest[b:].addmm_(factor[a:b, b:].T, error, alpha=-1)
+    middles = middles_of(levels)
+    errors = rest.new_empty(max(block, BLOCK // block * block), rest.shape[1])
+    for first in range(0, len(rest), len(errors)):
+        last = min(first + len(errors), len(rest))
+        for a in range(first, last, block):
+            b = min(a + block, last)
+            scale, offset = parameters(a, b, rest[a:b].T)
+            here = factor[a:b, a:b]
+            if vectors and (book := vectors[0]):
+                current = rest[a:b].T.contiguous()
+                found, error = walk_vector_block(current, here, scale.T, offset.T, levels, book, vectors[1][a:b])
+                found, error = found.T, error.T
+            else:
+                found, error = _walk_block(rest[a:b], here, scale, offset, levels, middles)
+            codes[a:b], errors[a - first : b - first] = found, error
+            rest[b:last].addmm_(factor[a:b, b:last].T, error, alpha=-1)
+        rest[last:].addmm_(factor[first:last, last:].T, errors[: last - first], alpha=-1)
     return codes.T
 
 
 def _walk_block(
-    w: Tensor, factor: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool
+    w: Tensor, factor: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, middles: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(codes, errors), [B, N] each, of one block; see `walk_rows`."""
     codes, error = np.empty(w.shape, np.uint8), np.empty(w.shape, np.float32)
-    arrays = [t.contiguous().cpu().numpy() for t in (w, factor, scale, offset, levels)]
-    over_rows(lambda a, b: walk_rows(*arrays, uniform, codes, error, a, b), codes.shape[1])
+    arrays = [t.contiguous().cpu().numpy() for t in (w, factor, scale, offset, levels, middles)]
+    over_rows(lambda a, b: walk_rows(*arrays, codes, error, a, b), codes.shape[1])
     return torch.from_numpy(codes).to(w.device), torch.from_numpy(error).to(w.device)
-
-
-def descend(
-    gram: Tensor, scale: Tensor, levels: Tensor, codes: Tensor, pull: Tensor, sweeps: int
-) -> tuple[Tensor, Tensor]:
-    """Improves codes, uint8 [N, K], by coordinate descent; see `descend_rows`. Returns new codes and their pull."""
-    better, gradient = (t.cpu().numpy().copy() for t in (codes, pull))
-    arrays = [t.contiguous().cpu().numpy() for t in (gram, scale, levels)]
-    uniform = is_uniform(levels)
-    over_rows(lambda a, b: descend_rows(*arrays, uniform, better, gradient, sweeps, a, b), len(better))
-    return torch.from_numpy(better).to(codes.device), torch.from_numpy(gradient).to(pull.device)

@@ -1,0 +1,118 @@
+"""Coordinate descent on codes: each in turn moves to the best level given all others.
+
+It minimizes tr(D H D^T), D = W - W_hat, one row at a time, for a grid `w_hat = scale * level + offset` whose
+(scale, offset) are fixed per row and group of columns. Most columns stay as they are, so `LANES` of them are looked at
+together, and only what wants to move is moved.
+
+Shape letters: N rows, K columns, G groups, L levels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from qtool.numerics.scales.search import FAST, TINY
+from qtool.numerics.threads.parallel import over_rows
+
+LANES = 32
+"""Columns that are looked at together; divides nothing, the last ones are fewer."""
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def nearest_move(t, code, levels):  # type: ignore[no-untyped-def]
+    """The code of the level nearest to levels[code] + t, for levels that ascend."""
+    x, here = levels[code] + t, code
+    while here + 1 < len(levels) and x > (levels[here] + levels[here + 1]) * np.float32(0.5):
+        here += 1
+    while here > 0 and x < (levels[here] + levels[here - 1]) * np.float32(0.5):
+        here -= 1
+    return here
+
+
+@njit(nogil=True, cache=True, fastmath={"nnan", "nsz", "contract"}, error_model="numpy")
+def first_move(wish, code, up, down, start, stop):  # type: ignore[no-untyped-def]
+    """The first column from `start` on whose wish lies beyond half of the way to a neighbouring level, or `stop`."""
+    some = False
+    for j in range(start, stop):
+        some |= (wish[j] > up[code[j]]) | (wish[j] < down[code[j]])
+    if some:
+        for j in range(start, stop):
+            if wish[j] > up[code[j]] or wish[j] < down[code[j]]:
+                return j
+    return stop
+
+
+@njit(nogil=True, cache=True, fastmath={"nnan", "nsz", "contract"}, error_model="numpy")
+def fill_wishes(pull, inverse, wish, start, stop):  # type: ignore[no-untyped-def]
+    """How far, in levels, each column would move."""
+    for j in range(start, stop):
+        wish[j] = pull[j] * inverse[j]
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def subtract(row, step, pull):  # type: ignore[no-untyped-def]
+    """pull [K] -= step * row [K]."""
+    for i in range(len(pull)):
+        pull[i] -= step * row[i]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def descend_rows(gram, curvature, scale, levels, codes, pull, sweeps, start, stop):  # type: ignore[no-untyped-def]
+    """Moves the codes of rows start to stop.
+
+    gram [K, K], curvature [K] its diagonal; scale [N, G], for K / G columns each; codes uint8 [N, K] and pull [N, K]
+    are kept up to date in place. Every change lowers the objective; a row is done when a sweep changes nothing.
+    """
+    k = codes.shape[1]
+    width = k // scale.shape[1]
+    inverse, wish = np.empty(k, np.float32), np.empty(k, np.float32)
+    up, down = np.full(len(levels), np.float32(np.inf)), np.full(len(levels), np.float32(-np.inf))
+    for c in range(len(levels) - 1):
+        up[c] = (levels[c + 1] - levels[c]) * np.float32(0.5)
+        down[c + 1] = -up[c]
+    for n in range(start, stop):
+        for g in range(scale.shape[1]):
+            for j in range(g * width, (g + 1) * width):
+                slope = curvature[j] * scale[n, g]
+                inverse[j] = np.float32(1) / slope if curvature[j] > 0 and abs(slope) > TINY else np.float32(0)
+        for _ in range(sweeps):
+            changes = 0
+            for a in range(0, k, LANES):
+                b, j = min(a + LANES, k), a
+                while j < b:
+                    fill_wishes(pull[n], inverse, wish, j, b)
+                    j = first_move(wish, codes[n], up, down, j, b)
+                    if j < b:
+                        code = nearest_move(wish[j], codes[n, j], levels)
+                        step = scale[n, j // width] * (levels[code] - levels[codes[n, j]])
+                        codes[n, j] = code
+                        subtract(gram[j], step, pull[n])
+                        changes += 1
+                        j += 1
+            if changes == 0:
+                break
+
+
+def descend(
+    gram: Tensor, scale: Tensor, levels: Tensor, codes: Tensor, pull: Tensor, sweeps: int
+) -> tuple[Tensor, Tensor]:
+    """Improves codes by coordinate descent.
+
+    Args:
+        gram: H, float32 [K, K].
+        scale: float32 [N, G].
+        levels: float32 [L], ascending.
+        codes: uint8 [N, K].
+        pull: float32 [N, K], (W - W_hat) H.
+        sweeps: most passes over a row.
+
+    Returns:
+        New codes and their pull.
+    """
+    better, gradient = (t.cpu().numpy().copy() for t in (codes, pull))
+    arrays = [t.contiguous().cpu().numpy() for t in (gram, gram.diagonal(), scale, levels)]
+    over_rows(lambda a, b: descend_rows(*arrays, better, gradient, sweeps, a, b), len(better))
+    return torch.from_numpy(better).to(codes.device), torch.from_numpy(gradient).to(pull.device)
