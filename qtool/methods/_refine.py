@@ -41,7 +41,8 @@ def refine(w: Tensor, gram: Tensor, q: Quantized, rounds: int, sweeps: int) -> Q
     size = max(1, STRIP // w.shape[1])
     parts = []
     for a in range(0, len(w), size):
-        codes, params, _ = q.rows(a, a + size)
+        part = q.rows(a, a + size)
+        codes, params = part.codes, part.params
         pull = (w[a : a + size] - q.format.decode(codes, params)) @ gram
         for _ in range(rounds):
             if q.format.group_rows == 1:  # what rows share no single row can decide
