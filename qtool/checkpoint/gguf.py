@@ -25,7 +25,7 @@ from qtool.checkpoint.gguf_io import GGUFFile
 from qtool.checkpoint.gguf_parts import open_gguf
 from qtool.checkpoint.gguf_tokenizer import save_tokenizer
 from qtool.checkpoint.hf import samples
-from qtool.checkpoint.safetensors_io import read_bytes
+from qtool.checkpoint.raw_bytes import read_bytes
 from qtool.errors import CheckpointError
 
 SPECIAL = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qtool.checkpoint.safetensors_io import checked_stop, read_bytes
+from qtool.checkpoint.raw_bytes import checked_stop, read_bytes
 from qtool.errors import CheckpointError, reading
 
 HEADER_LIMIT = 2**29

@@ -14,7 +14,8 @@ from torch import Tensor
 from qtool.checkpoint._base import Checkpoint, TensorInfo, verify
 from qtool.checkpoint.config import read_config, read_json
 from qtool.checkpoint.families._parts import Slice
-from qtool.checkpoint.safetensors_io import SafetensorsFile, read_bytes
+from qtool.checkpoint.raw_bytes import read_bytes
+from qtool.checkpoint.safetensors_io import SafetensorsFile
 from qtool.errors import CheckpointError, reading
 
 SIDE_FILES = (

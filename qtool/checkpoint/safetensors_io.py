@@ -1,7 +1,9 @@
 """Safetensors files: read one tensor, or some of its rows, at a time; write one tensor at a time.
 
-The library maps files into memory and writes from memory, so a process grows with the model; plain reads and writes do
-not. A header is believed only after every claim in it was checked.
+The safetensors package reads. It maps files into memory, so its maps are given up as soon as a few megabytes were read
+through them: a process does not grow with the model. It writes from memory, all tensors at once; here they come one
+after the other, so the writer is ours. A header is believed only after every claim in it was checked, by the package,
+which says nothing of where bytes lie, and before it here.
 Format: https://github.com/huggingface/safetensors#format (u64 header length, JSON header, tensors without gaps).
 """
 
@@ -17,13 +19,17 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qtool.checkpoint._base import TensorInfo
-from qtool.errors import CheckpointError, cannot_write, reading
+from qtool.checkpoint.raw_bytes import checked_stop, memory
+from qtool.errors import CheckpointError, cannot_write, one_line, reading
 
 HEADER_LIMIT = 100_000_000
 """Bytes; the limit of the reference implementation."""
+MAPPED = 1 << 23
+"""Bytes that are read before a map is given up. What was read through it counts as the process's memory until then."""
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -78,6 +84,7 @@ class SafetensorsFile:
         header = _parse_header(raw, path)
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         self.entries = _checked_entries(header, 8 + length, size, path)
+        self._map, self._read = self._opened(), 0
 
     def info(self, name: str) -> TensorInfo:
         """Shape and type. Raises CheckpointError: no such tensor."""
@@ -104,38 +111,42 @@ class SafetensorsFile:
         row_bytes = info.nbytes // max(info.shape[0], 1) if info.shape else info.nbytes
         rows = info.shape[0] if info.shape else 1
         stop = checked_stop(start, stop, rows, f"{self.path}: tensor {name!r}")
-        data = read_bytes(self.path, offset + start * row_bytes, (stop - start) * row_bytes, name)
-        return data.view(info.dtype).view((stop - start, *info.shape[1:]) if info.shape else ())
+        self._refuse_short(name, offset + start * row_bytes, offset + stop * row_bytes)
+        found = torch.empty((stop - start, *info.shape[1:]) if info.shape else (), dtype=info.dtype)
+        step = max(1, MAPPED // max(row_bytes, 1))
+        for first in range(start, stop if row_bytes else start, step):
+            last = min(first + step, stop)
+            mapped = self._mapped(name, first, last, index) if info.shape else self._mapped(name)
+            (found[first - start : last - start] if info.shape else found).copy_(mapped)
+            del mapped  # or the map could not go
+            self._read += (last - first) * row_bytes
+            if self._read >= MAPPED:
+                self._map, self._read = None, 0
+        return found
 
+    def _mapped(self, name: str, start: int = 0, stop: int | None = None, index: int | None = None) -> Tensor:
+        """A tensor or rows of it, as they lie in the file; see `read`."""
+        if self._map is None:
+            self._map = self._opened()
+        part = slice(start, stop) if index is None else (index, slice(start, stop))
+        found: Tensor = self._map.get_tensor(name) if stop is None else self._map.get_slice(name)[part]
+        return found
 
-def checked_stop(start: int, stop: int | None, rows: int, what: str) -> int:
-    """The row behind the last that is asked for. Raises CheckpointError: `what` has no such rows."""
-    stop = rows if stop is None else stop
-    if not 0 <= start <= stop <= rows:
-        raise CheckpointError(f"{what} has {rows} rows", found=f"{start} to {stop}")
-    return stop
+    def _opened(self) -> Any:
+        """The file as the package has it. Raises CheckpointError: it sees something wrong with it."""
+        try:
+            with reading(self.path):
+                return safe_open(self.path, framework="pt")
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.path} is no safetensors file: {one_line(error)}") from error
 
-
-def read_bytes(path: Path, offset: int, count: int, what: str) -> Tensor:
-    """Reads a stretch of a file into new memory, uint8 [count].
-
-    Raises:
-        CheckpointError: the file is gone or too short; the message names `what` was to be read.
-    """
-    data = torch.empty(count, dtype=torch.uint8)
-    view, done = _memory(data), 0
-    with reading(path), path.open("rb", buffering=0) as file:
-        file.seek(offset)
-        while done < count and (got := file.readinto(view[done:])):
-            done += got
-    if done < count:
-        raise CheckpointError(f"{path} ends inside {what!r}", wanted=f"{count} bytes", found=done)
-    return data
-
-
-def _memory(data: Tensor) -> memoryview:
-    """The bytes of a uint8 tensor, not copied."""
-    return memoryview(data.numpy())  # type: ignore[arg-type] # numpy says so from Python 3.12 on only
+    def _refuse_short(self, name: str, start: int, stop: int) -> None:
+        """Raises CheckpointError: bytes from start to stop are no longer there, and a map of them would be fatal."""
+        with reading(self.path):
+            size = self.path.stat().st_size
+        if size < stop:
+            found = max(0, size - start)
+            raise CheckpointError(f"{self.path} ends inside {name!r}", wanted=f"{stop - start} bytes", found=found)
 
 
 def _header_bytes(file: BinaryIO, count: int, path: Path) -> bytes:
@@ -241,7 +252,7 @@ class SafetensorsWriter:
             raise ValueError(f"{name} was announced as {info}, found {tensor.dtype} {tuple(tensor.shape)}")
         data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
         skip = start * info.nbytes // max(info.shape[0], 1) if info.shape else 0
-        self._write(self._start + self._offsets[name] + skip, _memory(data))
+        self._write(self._start + self._offsets[name] + skip, memory(data))
         self._missing[name] -= data.numel()
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from qtool.artifact.gguf._writer import size_label, usual
 from qtool.checkpoint._base import Layer, Module, modules
 from qtool.checkpoint.gguf_io import GGUFFile
 from qtool.checkpoint.hf import HFCheckpoint
-from qtool.checkpoint.safetensors_io import read_bytes
+from qtool.checkpoint.raw_bytes import read_bytes
 from qtool.errors import CheckpointError, PlanError, StorageError
 from qtool.evaluate.llamacpp import LlamaCpp
 from qtool.formats.int import Int

@@ -7,7 +7,7 @@ from pathlib import Path
 from qtool.artifact.gguf._writer import block_types
 from qtool.checkpoint._base import Layer, QuantizedCheckpoint
 from qtool.checkpoint.gguf import GGUFCheckpoint
-from qtool.checkpoint.safetensors_io import read_bytes
+from qtool.checkpoint.raw_bytes import read_bytes
 from qtool.formats._base import Quantized
 from qtool.residuals._base import Matrix
 
