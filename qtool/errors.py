@@ -12,7 +12,7 @@
     |- MissingExtra    10  an optional package is needed
     |- HubError        11  the model hub refused or cannot be reached
 
-A run that the user interrupts exits with 130.
+A run that the user interrupts exits with 130; one that SIGHUP or SIGTERM ends with 129 or 143.
 """
 
 from __future__ import annotations
@@ -152,3 +152,12 @@ def one_line(error: BaseException) -> str:
 def printable(text: str) -> str:
     """Text of a file, with escapes for what would move a terminal's cursor."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def is_utf8(text: str) -> bool:
+    """False for a path whose bytes are in another encoding, which no JSON and no report can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

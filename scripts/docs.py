@@ -19,6 +19,7 @@ import typer
 from qtool import errors, registry
 from qtool.checkpoint._base import Layer, Module
 from qtool.cli.app import app
+from qtool.cli.boundary import ENDING, INTERRUPTED
 from qtool.cli.options import filled
 from qtool.recipe.json_schema import json_schema
 from qtool.recipe.load import list_recipes
@@ -50,7 +51,8 @@ def exit_codes() -> str:
     for kind in tree:
         tree.extend(kind.__subclasses__())
     own = {k.exit_code: (k.__name__, inspect.cleandoc(k.__doc__ or "")) for k in tree if "exit_code" in vars(k)}
-    own |= {0: ("", "Done."), 130: ("", "Interrupted.")}
+    own |= {0: ("", "Done."), INTERRUPTED: ("", "Interrupted.")}
+    own |= {128 + number: ("", f"Ended by {number.name}.") for number in ENDING}
     own[1] = (own[1][0], "Anything else that went wrong.")
     return table(("code", "error", "meaning"), [(str(code), *own[code]) for code in sorted(own)])
 

@@ -18,6 +18,7 @@ from qtool.artifact._base import Artifact
 from qtool.checkpoint._base import QuantizedCheckpoint
 from qtool.errors import reading
 from qtool.store.files import storage_errors
+from qtool.store.markdown import code_span, escape_markdown, fence
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 QUALITY = (
@@ -73,8 +74,8 @@ def card_text(artifact: Artifact, model: QuantizedCheckpoint, card: dict[str, An
     title = base.rstrip("/").rpartition("/")[2] or base
     paragraphs = [
         "---\n" + yaml.safe_dump(_metadata(kind, artifact, model, base)) + "---",
-        f"# {title}, quantized",
-        f"`{base}` in {kind}, made by qtool {qtool.__version__}. Read by: {', '.join(artifact.runtimes)}.",
+        f"# {escape_markdown(title)}, quantized",
+        f"{code_span(base)} in {kind}, made by qtool {qtool.__version__}. Read by: {', '.join(artifact.runtimes)}.",
         artifact.usage.strip(),
         "\n".join(f"- Note: {caveat}." for caveat in artifact.caveats(model, model.layers)),
         _formats(model, card),
@@ -119,7 +120,10 @@ def _quality(evaluations: list[dict[str, Any]]) -> str:
         values = [(evaluation.get(field), shown) for _, field, shown in columns]
         # Infinity arrives as a word, for JSON has no number for it.
         lines.append(
-            [str(value or "") if value in (None, "Infinity") else shown.format(value) for value, shown in values]
+            [
+                escape_markdown(value or "" if value in (None, "Infinity") else shown.format(value))
+                for value, shown in values
+            ]
         )
     return "## Quality\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -128,4 +132,4 @@ def _recipe(card: dict[str, Any]) -> str:
     if "recipe" not in card:
         return ""
     text = yaml.safe_dump(card["recipe"], sort_keys=False).strip()
-    return f"## Recipe {card.get('recipe_name', '')}".rstrip() + f"\n\n```yaml\n{text}\n```"
+    return f"## Recipe {escape_markdown(card.get('recipe_name', ''))}".rstrip() + f"\n\n{fence(text, 'yaml')}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from qtool import registry
 from qtool.artifact._base import Artifact
 from qtool.artifact._mxfp4_experts import MXFP4Experts
 from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint
-from qtool.checkpoint.open import find_model, open_checkpoint
+from qtool.checkpoint.open import find_model, local, open_checkpoint
 from qtool.errors import CheckpointError, reading
 
 
@@ -53,9 +54,9 @@ def open_model(source: str) -> Checkpoint:
 
 def identify(source: str) -> tuple[str, Checkpoint]:
     """Name of a model's layout, "checkpoint" if it is a plain one, and the model; see `open_model`."""
-    path = Path(source).expanduser()
+    path = local(source)
     with reading(path):
-        path = path if path.exists() else find_model(source)
+        path = path if os.path.exists(path) else find_model(source)
     found = find_artifact(path)
     model = found[1](path) if found else open_checkpoint(str(path))
     model.source = source

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -233,7 +234,7 @@ def _locate_shards(folder: Path) -> dict[str, SafetensorsFile]:
             raise CheckpointError(
                 f"{index} names a file elsewhere", wanted="*.safetensors beside it", found=shard[:100]
             )
-        if not (folder / shard).is_file():
+        if not os.path.isfile(folder / shard):
             raise CheckpointError(f"{folder} lacks the file {shard} that its index names", hint="download it again")
         shards[shard] = SafetensorsFile(folder / shard)
         if twice := stored.keys() & shards[shard].entries.keys():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from errno import ENOSPC
 from pathlib import Path
@@ -51,16 +52,24 @@ def find_model(
     endpoint: str | None = None,
 ) -> Path:
     """The folder or .gguf file that a model is in, downloaded if need be; see `open_checkpoint`."""
-    path = Path(source).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+    path = local(source)
+    if os.path.isdir(path) or (os.path.isfile(path) and path.suffix == ".gguf"):
         return path
-    if path.exists() or not HUB_ID.fullmatch(source):
+    if os.path.exists(path) or not HUB_ID.fullmatch(source):
         raise CheckpointError(
             f"{source} is no checkpoint",
             wanted="a folder with config.json and safetensors, a .gguf file, or a hub id",
-            found="another kind of file" if path.exists() else "no such file or folder",
+            found="another kind of file" if os.path.exists(path) else "no such file or folder",
         )
     return _download(source, token, offline, cache, endpoint)
+
+
+def local(source: str) -> Path:
+    """The path that a user means. Raises CheckpointError: it begins with the home of somebody who has none."""
+    try:
+        return Path(source).expanduser()
+    except RuntimeError as error:
+        raise CheckpointError(f"{source} is no checkpoint", found=str(error)) from error
 
 
 def _download(source: str, token: str | None, offline: bool, cache: Path | None, endpoint: str | None) -> Path:

@@ -18,7 +18,7 @@ import typer
 
 from qtool import __version__, errors
 from qtool.cli import calibrate, evaluate, export, inspect, plan, quantize, recipes
-from qtool.cli.boundary import INTERRUPTED, Command
+from qtool.cli.boundary import ENDING, INTERRUPTED, Command, prepare_process
 
 M_ARENA_MAX = -8
 """What glibc's malloc.h calls the number of heaps."""
@@ -28,6 +28,7 @@ def exit_codes() -> str:
     """The codes and what they mean, as a Markdown list, from the tree in the docstring of `qtool.errors`."""
     tree = re.findall(r"(\w+) +(\d+)  (.+)", errors.__doc__ or "")
     meanings = ["0 done", *(f"{code} {meaning}" for _, code, meaning in tree), f"{INTERRUPTED} interrupted"]
+    meanings += [f"{128 + number} ended by {number.name}" for number in ENDING]
     return "Exit codes:\n\n" + "\n".join(f"* {line}" for line in meanings)
 
 
@@ -80,4 +81,5 @@ def main() -> None:
     with suppress(AttributeError, OSError, TypeError):  # glibc has the call, other C libraries do not
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
     atexit.register(gc.freeze)
+    prepare_process()
     app(prog_name="qtool")

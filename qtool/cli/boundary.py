@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import traceback
-from typing import Any
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO
 
 import typer
 from rich.console import Console
@@ -14,11 +19,55 @@ from rich.markup import escape
 from typer.core import TyperArgument, TyperCommand, TyperOption
 
 from qtool.cli.options import filled
-from qtool.errors import QtoolError, cannot_write
+from qtool.errors import QtoolError, UsageError, cannot_write, is_utf8
 
-INTERRUPTED = 130
+INTERRUPTED = 128 + signal.SIGINT
+ENDING = (signal.SIGHUP, signal.SIGTERM)
+"""Signals that end a run as an interruption by the user does."""
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """What only writing can fail with."""
+
+
+class Ended(KeyboardInterrupt):
+    """A signal of `ENDING` came; it goes the way of an interruption, so all that was begun is tidied up."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.signal = signal.Signals(number)
+
+
+class Steady:
+    """A text stream whose reader may go away: what nobody reads is dropped, for no run should end of it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes a text, or does not."""
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Writes what waits, or does not."""
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def prepare_process() -> None:
+    """Has signals end commands in an orderly way, and keeps a broken stderr from ending them at all."""
+    for number in ENDING:
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores hangups, and is to be obeyed
+            signal.signal(number, _end)
+    if sys.stderr is not None:
+        sys.stderr = Steady(sys.stderr)
+
+
+def _end(number: int, _: FrameType | None) -> None:
+    raise Ended(number)
 
 
 class Command(TyperCommand):
@@ -34,6 +83,7 @@ class Command(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         """Runs the command; see `TyperCommand.invoke`."""
         try:
+            refuse_other_encodings(ctx.params)
             result = super().invoke(ctx)
             if sys.stdout is not None:
                 sys.stdout.flush()
@@ -57,12 +107,22 @@ def verdict(error: BaseException) -> tuple[int, str]:
         error = cannot_write("the output", error)
     if isinstance(error, QtoolError):
         return error.exit_code, str(error)
+    if isinstance(error, Ended):
+        return 128 + error.signal, f"ended by {error.signal.name}; run the same command again to continue"
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "interrupted; run the same command again to continue"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, for CUDA
         return 1, "out of memory; lower calibration.samples or calibration.length, or use --device cpu"
     first_line = (str(error).strip().splitlines() or ["no message"])[0]
     return 1, f"unexpected {type(error).__name__}: {first_line}; run again with --debug for the traceback"
+
+
+def refuse_other_encodings(given: Mapping[str, Any]) -> None:
+    """Refuses arguments that are not UTF-8, which no file that is written can name. Raises UsageError."""
+    for name, value in given.items():
+        for part in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(part, str | Path) and not is_utf8(str(part)):
+                raise UsageError(name.replace("_", " "), wanted="UTF-8", found=ascii(str(part)))
 
 
 def _complain(line: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qtool.calibrate.hidden import Hidden
@@ -19,6 +20,7 @@ from qtool.pipeline.summarize import model_name
 from qtool.recipe.schema import Recipe
 from qtool.stats import InputStats, Stat
 from qtool.store.files import check_file, new_file
+from qtool.store.names import output_path
 
 CHANNELS = frozenset({Stat.CHANNELS})
 
@@ -59,9 +61,10 @@ def run(options: CalibrateOptions, listener: Listener = silent) -> Measured:
     Raises:
         QtoolError: of most kinds; see `prepare` and `load_tokens`.
     """
-    if options.out.exists() and kind_of(options.out) is None:
+    options = replace(options, out=output_path(options.out, options.model))
+    if os.path.exists(options.out) and kind_of(options.out) is None:
         raise StorageError(f"{options.out} holds something else", hint="choose another name")
-    if options.out.exists() and not options.overwrite:
+    if os.path.exists(options.out) and not options.overwrite:
         raise StorageError(f"{options.out} exists", hint="pass --overwrite to replace it, or choose another name")
     check_file(options.out)
     o = options

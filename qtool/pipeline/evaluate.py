@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -18,6 +19,7 @@ from qtool.pipeline.events import Event, Listener, silent
 from qtool.pipeline.prepare import Job, device_of, dtype_of
 from qtool.recipe.schema import Eval
 from qtool.store.files import check_file, new_file
+from qtool.store.names import output_path
 
 EXACT = torch.float32
 """bfloat16 alone costs a divergence of 0.001 nats on the demo model, as much as good 8-bit weights do."""
@@ -57,8 +59,9 @@ def run(options: EvaluateOptions, listener: Listener = silent) -> Evaluation:
     """
     validate_gates(options.gates, compared=options.baseline is not None)
     check_text(options.text)
-    if options.out:
-        check_file(options.out)
+    out = options.out and output_path(options.out, options.artifact, options.baseline or options.artifact, options.text)
+    if out:
+        check_file(out)
     device = device_of(options.device)
     evaluation = evaluate(
         opened(options.artifact),
@@ -71,8 +74,8 @@ def run(options: EvaluateOptions, listener: Listener = silent) -> Evaluation:
         progress=tell(listener),
         runtime=options.runtime,
     )
-    if options.out:
-        with new_file(options.out) as partial:
+    if out:
+        with new_file(out) as partial:
             partial.write_text(evaluation.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return evaluation
 
@@ -105,7 +108,7 @@ def as_asked(job: Job, model: Checkpoint, asked: Eval, listener: Listener) -> Ev
 
 def check_text(text: Path) -> None:
     """Refuses a text that is not there. Raises UsageError."""
-    if not text.is_file():
+    if not os.path.isfile(text):
         raise UsageError("the evaluation text", wanted="a UTF-8 file", found=f"no file {text}")
 
 

@@ -15,6 +15,7 @@ from qtool.pipeline.stopwatch import Stopwatch
 from qtool.pipeline.summarize import model_name
 from qtool.report.model import ArtifactEntry
 from qtool.store.files import check_free, new_folder
+from qtool.store.names import output_path
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ def run(options: ExportOptions, listener: Listener = silent) -> ArtifactEntry:
     layouts = registry.names("artifact")
     if options.to not in layouts:
         raise UsageError(f"--to: no layout is called {options.to!r}", hint=nearest(options.to, layouts))
-    check_free(options.out, options.overwrite)
+    out = output_path(options.out, options.source)
+    check_free(out, options.overwrite)
     given = {"pre_tokenizer": options.pre_tokenizer, "split_max_size": options.split_max_size}
     given = {key: value for key, value in given.items() if value is not None}
     if given and options.to != "gguf":
@@ -62,6 +64,6 @@ def run(options: ExportOptions, listener: Listener = silent) -> ArtifactEntry:
     for caveat in artifact.caveats(model, model.layers):
         listener(Event("export", 0, 1, f"{options.to}: {caveat}", warning=True))
     card = {"base_model": model_name(model.source)}
-    with new_folder(options.out, options.overwrite) as folder:
+    with new_folder(out, options.overwrite) as folder:
         (entry,) = publish({options.to: artifact}, model, folder, card, options.verify, Stopwatch(), listener)
     return entry

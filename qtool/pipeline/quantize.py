@@ -33,6 +33,7 @@ from qtool.report.render import read_report, write_report
 from qtool.residuals._base import Matrix
 from qtool.stats import InputStats
 from qtool.store.files import check_free, damaged_file, new_folder
+from qtool.store.names import output_path
 
 BY_IMPORTANCE = "method={rtn: {importance: true}}"
 """What `--imatrix` sets; a `--set method=...` of the user's own comes later and wins."""
@@ -79,8 +80,9 @@ def run(options: QuantizeOptions, listener: Listener = silent) -> Report:
     Raises:
         QtoolError: of every kind.
     """
+    options = replace(options, out=output_path(options.out, options.model))
     check(options)
-    out = options.out.absolute()
+    out = options.out
     place = out.with_name(f"{out.name}.work")
     if not os.path.exists(place):  # nor where the system refuses to look, as Path.exists does not say everywhere
         check_free(out, options.overwrite)
@@ -111,7 +113,7 @@ def check(options: QuantizeOptions) -> None:
     if options.stats and options.imatrix:
         raise UsageError("--stats and --imatrix exclude each other")
     for flag, file in (("--stats", options.stats), ("--imatrix", options.imatrix)):
-        if file and not file.is_file():
+        if file and not os.path.isfile(file):
             raise UsageError(flag, wanted="a file of `qtool calibrate` or llama-imatrix", found=f"no file {file}")
     if options.push_to and not HUB_ID.fullmatch(options.push_to):
         raise UsageError("--push-to-hub", wanted="OWNER/NAME of a repository", found=repr(options.push_to))
@@ -129,7 +131,7 @@ def conclude(report: Report, options: QuantizeOptions, listener: Listener = sile
     for evaluation in report.evaluations:
         check_gates(evaluation, gates)
     if options.push_to:
-        upload(options.out.absolute(), options.push_to, listener)
+        upload(output_path(options.out), options.push_to, listener)
 
 
 def produce(
@@ -143,7 +145,7 @@ def produce(
         with watch.stage("evaluate"):
             evaluations.append(evaluate.as_asked(job, model, job.plan.recipe.eval, listener))
     card = model_card(job, entries, evaluations, source.about)
-    with new_folder(options.out.absolute(), options.overwrite) as folder:
+    with new_folder(options.out, options.overwrite) as folder:
         artifacts = publish(job.artifacts, model, folder, card, options.verify, watch, listener)
         report = make_report(job, entries, caches, artifacts, watch.entries, evaluations, source.about)
         report = report.model_copy(update={"run": result_identity(job, work.run)})

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 OWN = frozenset({"recipe", "name", "description", "extends"})
 """Keys that a recipe never inherits."""
 INDEX = re.compile("[0-9]{1,6}")
+DEEPEST = 32
+"""Recipes that may extend each other in a row."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,11 @@ def _base(extends: Node, path: Path, reader: Reader, chain: tuple[Path, ...]) ->
         found = find_recipe(extends.value, path.parent)
     except RecipeError as error:
         reader.report(extends.where, ("extends",), error.problems[0])
+        return broken
+    if len(chain) >= DEEPEST:
+        reader.report(
+            extends.where, ("extends",), f"wanted at most {DEEPEST} recipes that extend each other, found more"
+        )
         return broken
     if found.resolve() in chain:
         circle = " -> ".join(p.name for p in (*chain, found))

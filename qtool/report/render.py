@@ -20,6 +20,7 @@ from qtool.report import summary
 from qtool.report.charts import charts
 from qtool.report.model import Report
 from qtool.store.files import new_file
+from qtool.store.markdown import code_span, escape_markdown, fence
 
 VERSION: int = Report.model_fields["version"].default
 
@@ -102,22 +103,3 @@ def environment_for(autoescape: bool) -> Environment:
     )
     environment.filters |= {"md": escape_markdown, "code": code_span, "fence": fence}
     return environment
-
-
-def escape_markdown(text: object) -> str:
-    """Text that Markdown shows as it is, also in a table cell."""
-    return re.sub(r"([\\`*_\[\]<>|&~#])", r"\\\1", " ".join(str(text).split()))
-
-
-def code_span(text: object) -> str:
-    """Inline code, also in a table cell: a fence longer than any run of backticks inside."""
-    line = " ".join(str(text).split()).replace("|", "\\|")
-    ticks = "`" * (max(map(len, re.findall(r"`+", line)), default=0) + 1)
-    pad = " " if "`" in line else ""
-    return f"{ticks}{pad}{line}{pad}{ticks}"
-
-
-def fence(text: str, language: str) -> str:
-    """A code block that its content cannot close."""
-    ticks = "`" * max(3, max(map(len, re.findall(r"`+", text)), default=0) + 1)
-    return f"{ticks}{language}\n{text.rstrip()}\n{ticks}"

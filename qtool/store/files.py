@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qtool.errors import StorageError, cannot_write
+from qtool.store.exchange import recover, replace_folder
 
 SUMS = "SHA256SUMS"
 SIGNATURE = "# written by qtool; check with: sha256sum --check SHA256SUMS\n"
@@ -74,7 +75,8 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
                 partial.chmod(0o777 & ~_umask())
                 _sync_tree(partial)
                 check_free(out, overwrite)
-                _give_name(partial, out)
+                replace_folder(partial, out)
+                _sync(out.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -107,7 +109,7 @@ def check_file(path: Path) -> None:
     Raises:
         StorageError: a folder has that name, or the system refuses to write there.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise StorageError("the output is occupied", wanted="a file", found=f"the folder {path}", hint="choose another")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,10 +119,13 @@ def check_file(path: Path) -> None:
 def check_free(out: Path, overwrite: bool = False) -> None:
     """Makes sure that an output folder can be written; to be called before work that would be lost.
 
+    What a killed run had set aside there is brought back first.
+
     Raises:
         StorageError: `out` holds something that may not be replaced, or the system refuses to look.
     """
     with storage_errors(out):
+        recover(out)
         if not out.exists() and not out.is_symlink():
             return
         if not out.is_dir():
@@ -183,7 +188,9 @@ def _has(path: Path, digest: str) -> bool:
 def _foreign(out: Path) -> str | None:
     """A file in `out` that no run of qtool wrote."""
     sums = read_sums(out)
-    return next((name for name in _files(out) if not sums or name not in {*sums, SUMS}), None)
+    if not sums:  # whatever is there; it may be a whole disk
+        return min(path.name for path in out.iterdir())
+    return next((name for name in _files(out) if name not in {*sums, SUMS}), None)
 
 
 def _files(folder: Path) -> list[str]:
@@ -197,18 +204,6 @@ def _remove_leftovers(out: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
         except StorageError:
             continue  # a run that is still alive
-
-
-def _give_name(partial: Path, out: Path) -> None:
-    """Renames; what `out` held until now disappears last."""
-    if out.exists() and any(out.iterdir()):
-        old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".partial"))
-        out.replace(old)
-        partial.replace(out)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        partial.replace(out)
-    _sync(out.parent)
 
 
 def _sync_tree(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The model card: metadata that the hub accepts, and numbers as they were measured."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -100,3 +101,19 @@ def test_a_side_file_that_vanished(model, tmp_path):
     model.files = model.files | {"tokenizer.json": tmp_path / "gone.json"}
     with pytest.raises(CheckpointError, match=r"gone\.json cannot be read: No such file"):
         Qtool().write(model, tmp_path, {})
+
+
+def test_names_are_shown_and_never_markup(model):
+    """The folder, the recipe and the text may be called anything; nothing of it becomes HTML or ends a code block."""
+    hostile = "/m/<img src=x onerror=alert(1)> `<b>` [a](http://e.example) | x"
+    card = {
+        "base_model": hostile,
+        "recipe_name": hostile,
+        "recipe": {"name": "```\n<script>"},
+        "quality": [{"text": hostile, "ppl": 3.0}],
+    }
+    text = card_text(Qtool(), model, card).partition("---\n")[2].partition("---\n")[2]
+    outside = re.sub(r"(?ms)^(`{3,})yaml\n.*?^\1$", "", text)
+    assert outside != text and "<script>" not in outside
+    spans = re.sub(r"(?<![`\\])(`+)(?!`)(.*?)(?<!`)\1(?!`)", "", outside)
+    assert "onerror" in spans and "<" not in re.sub(r"\\<", "", spans)

@@ -120,7 +120,7 @@ def test_from_quantized_model_to_gate(model, recipe, tmp_path):
         (["plan", "{model}", "-r", "nowhere"], 3, "no file and no shipped recipe is called 'nowhere'"),
         (["plan", "{model}", "-r", "{recipe}", "--set", "layers.1.weights=int4-g128"], 4, "not divisible by 128"),
         (["plan", "{tmp}", "-r", "{recipe}"], 5, "holds no config.json"),
-        (["quantize", "{model}", "-r", "{recipe}", "-o", "{model}"], 7, "the output folder holds something else"),
+        (["quantize", "{model}", "-r", "{recipe}", "-o", "{model}"], 7, "holds what the result is made from"),
         (["export", "{model}", "--to", "ggfu", "-o", "{tmp}/out"], 2, "did you mean 'gguf'?"),
         (["quantize", "{model}", "-r", "{recipe}", "-o", "{tmp}/o", "--limit-layers", "9"], 2, "1 to 2 decoder blocks"),
     ],

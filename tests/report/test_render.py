@@ -8,7 +8,8 @@ import yaml
 
 from qtool.errors import CheckpointError, StorageError
 from qtool.report.model import CacheEntry
-from qtool.report.render import code_span, escape_markdown, fence, html, markdown, read_report, write_report
+from qtool.report.render import html, markdown, read_report, write_report
+from qtool.store.markdown import code_span, escape_markdown, fence
 
 HOSTILE = "<script>alert('1')</script> | `x` [a](http://e.example) \" & </svg> {{ 7 * 7 }}\n# head"
 CACHED = CacheEntry(block=3, keys="int4-channel", values="int4-token", scores_error_db=21.26, outputs_error_db=17.54)

@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 
@@ -164,3 +165,57 @@ def test_two_runs_never_write_one_file_at_once(tmp_path):
             pass
         partial.write_text("whole")
     assert (path.read_text(), list(tmp_path.iterdir())) == ("whole", [path])
+
+
+def aside(out):
+    return out.with_name(f".{out.name}.superseded.partial")
+
+
+def older(out):
+    with files.new_folder(out) as partial:
+        (partial / "old.txt").write_text("old")
+
+
+REPLACED = """
+import os, sys
+from pathlib import Path
+from qtool.store import exchange, files
+out, moment, swaps = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "swaps"
+if not swaps:
+    exchange.exchange = lambda a, b: False
+count = 0
+def hook(event, values):
+    global count
+    if event in ("os.rename", "qtool.exchange", "os.rmdir", "os.remove") and str(out.parent) in str(values[0]):
+        count += 1
+        if count == moment:
+            os._exit(9)
+sys.addaudithook(hook)
+with files.new_folder(out, overwrite=True) as partial:
+    (partial / "new.txt").write_text("new")
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("swaps", ["swaps", "steps"])
+def test_an_older_output_is_there_or_found_again_whenever_its_successor_is_killed(swaps, tmp_path):
+    old, new = {"old.txt", "SHA256SUMS"}, {"new.txt", "SHA256SUMS"}
+    seen = []
+    for moment in range(1, 20):
+        out = tmp_path / str(moment) / "out"
+        older(out)
+        code = subprocess.run([sys.executable, "-c", REPLACED, out, str(moment), swaps], check=False).returncode
+        seen.append((set(tree(out)) if out.exists() else None, aside(out).exists()))
+        assert seen[-1] in [(old, False), (new, False), (None, True), (new, True)]
+        with suppress(StorageError):  # "holds an earlier output": what any next run does first
+            files.check_free(out)
+        assert set(tree(out)) in (old, new)
+        assert not aside(out).exists()
+        with files.new_folder(out, overwrite=True) as partial:
+            (partial / "third.txt").write_text("third")
+        assert [p.name for p in out.parent.iterdir()] == ["out"]
+        if code == 0:
+            break
+    assert code == 0
+    assert ((None, True) in seen) == (swaps == "steps")
+    assert (old, False) in seen and (new, False) in seen
