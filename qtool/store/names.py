@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from qtool.checkpoint._base import Checkpoint
 from qtool.errors import StorageError, UsageError, is_utf8
 from qtool.store.exchange import ASIDE
 
@@ -14,12 +15,12 @@ AROUND = len(".") + len(ASIDE)
 """Characters that the longest temporary name has more than that of the output."""
 
 
-def output_path(out: Path, *sources: str | Path) -> Path:
+def output_path(out: Path, *sources: str | Path | Checkpoint) -> Path:
     """The absolute path of an output, to be called before any work.
 
     Args:
         out: as the user gave it.
-        sources: what the result is made from: paths, or names that are none.
+        sources: what the result is made from: paths, names that are none, or what was opened by one.
 
     Raises:
         UsageError: it has no name, or one that is not UTF-8.
@@ -47,9 +48,9 @@ def output_path(out: Path, *sources: str | Path) -> Path:
     return out
 
 
-def _resolved(source: str | Path) -> Path | None:
+def _resolved(source: str | Path | Checkpoint) -> Path | None:
     """Of a file or folder; None if there is none of that name."""
     try:
-        return Path(source).expanduser().resolve(strict=True)
+        return Path(source.source if isinstance(source, Checkpoint) else source).expanduser().resolve(strict=True)
     except (OSError, RuntimeError, ValueError):
         return None
