@@ -38,7 +38,8 @@ from qtool.pipeline.solve import informed
 from qtool.plan import LayerPlan
 from qtool.recipe.parse import parse_format
 from qtool.recipe.schema import Calibration
-from qtool.stats import InputStats, Stat
+from qtool.stats._base import InputStats
+from qtool.stats.values import Values
 from qtool.store.files import new_file
 
 CONTEXT = 512
@@ -118,7 +119,7 @@ class Bench:
         found: dict[str, InputStats] = {}
         hidden = walker.embed(load_tokens(Calibration.model_validate(CALIBRATION), self.checkpoint))
         for i in range(len(walker.blocks)):
-            found |= walker.collect(walker.load_block(i), i, hidden, frozenset({Stat.VALUES}))
+            found |= walker.collect(walker.load_block(i), i, hidden, frozenset({Values}))
         return found
 
     def matrices(self, weights: str, method: str) -> dict[str, Tensor]:

@@ -23,7 +23,8 @@ from qtool.recipe.findings import Findings
 from qtool.recipe.parse import parse_method
 from qtool.recipe.schema import Recipe
 from qtool.recipe.scope import Facts
-from qtool.stats import Stat
+from qtool.stats._base import Statistic
+from qtool.stats.values import Values
 
 DTYPE_BITS = {"f32": 32, "f16": 16, "bf16": 16}
 
@@ -84,10 +85,10 @@ class LayerPlan:
     bits: int
 
     @property
-    def needs(self) -> frozenset[Stat]:
+    def needs(self) -> frozenset[type[Statistic]]:
         """What has to be measured on its input: for its method, and for a scale that holds for all tokens."""
         static = self.activations and self.activations.static
-        return (self.method.needs if self.method else frozenset()) | ({Stat.VALUES} if static else set())
+        return (self.method.needs if self.method else frozenset()) | ({Values} if static else set())
 
     @property
     def layer(self) -> Layer | None:

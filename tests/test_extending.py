@@ -23,7 +23,7 @@ from qtool.formats.int import Int
 from qtool.methods.rtn import RTN
 from qtool.pipeline.work import code_digest
 from qtool.report.model import Report
-from qtool.stats import InputStats
+from qtool.stats._base import InputStats
 from tests.conftest import make_tokenizer
 
 ROOT = Path(__file__).parents[1]

@@ -17,7 +17,9 @@ from qtool.methods.rtn import RTN
 from qtool.pipeline.quantize import QuantizeOptions
 from qtool.pipeline.quantize import run as quantize
 from qtool.recipe.schema import parse_format
-from qtool.stats import InputStats, Stat
+from qtool.stats._base import InputStats
+from qtool.stats.channels import Channels
+from qtool.stats.gram import Gram
 from tests.artifact.test_generation import TOLERANCES, generates
 
 pytestmark = [
@@ -38,7 +40,7 @@ def layer() -> tuple[Tensor, Tensor]:
 
 def measured(x: Tensor) -> InputStats:
     """Statistics of inputs, on their device."""
-    stats = InputStats(x.shape[1], frozenset({Stat.GRAM, Stat.CHANNELS}), x.device)
+    stats = InputStats(x.shape[1], frozenset({Gram, Channels}), x.device)
     stats.add(x)
     return stats
 
@@ -50,7 +52,7 @@ def test_rounding_is_as_good(label: str) -> None:
     want = RTN(importance=True).solve(w, measured(x), fmt).quantized.decode()
     found = RTN(importance=True).solve(w.cuda(), measured(x.cuda()), fmt).quantized.decode()
     assert found.device.type == "cuda"
-    importance = measured(x).importance
+    importance = measured(x)[Channels].importance
     errors = [float(((q.cpu() - w).square() * importance).sum()) for q in (found, want)]
     assert errors[0] == pytest.approx(errors[1], rel=0.01)  # sums in another order tip a choice between two scales
 

@@ -17,6 +17,7 @@ from qtool.formats._base import Format
 from qtool.methods._base import Method
 from qtool.ops._base import InputOp
 from qtool.residuals._base import Residual
+from qtool.stats._base import Statistic
 
 BASES = {
     "artifact": Artifact,
@@ -25,6 +26,7 @@ BASES = {
     "methods": Method,
     "ops": InputOp,
     "residuals": Residual,
+    "stats": Statistic,
 }
 ENTRIES = [(room, name) for room in BASES for name in registry.names(room)]
 

@@ -1,4 +1,4 @@
-"""Statistics of inputs against plain sums."""
+"""Statistics of inputs against plain sums, and what holds for each: parts merge to the whole, states load."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from qtool.stats import InputStats, Stat
+from qtool import registry
+from qtool.stats._base import Batch, InputStats
+from qtool.stats.channels import Channels
+from qtool.stats.drift import Drift
+from qtool.stats.gram import Gram
 
-NEEDS = frozenset({Stat.GRAM, Stat.CHANNELS, Stat.DRIFT})
+NEEDS = frozenset({Gram, Channels, Drift})
 GENERATOR = torch.Generator().manual_seed(0)
 X, X_0 = torch.randn(2, 90, 200, generator=GENERATOR) + 0.5
 
@@ -17,12 +21,11 @@ def assert_equal(stats: InputStats, compared: int) -> None:
     """All tokens are counted, the first ones compared."""
     x, x_0 = X.double(), X_0.double()
     assert stats.tokens == len(X)
-    assert stats.gram is not None and stats.drift is not None
-    assert_close(stats.gram.double(), x.T @ x, rtol=1e-5, atol=1e-3)
-    assert_close(stats.drift[0].double(), (x_0 - x)[:compared].T @ x[:compared], rtol=1e-4, atol=1e-3)
-    assert_close(stats.drift[1].double(), x[:compared].T @ x[:compared], rtol=1e-5, atol=1e-3)
-    assert_close(stats.importance.double(), x.square().mean(0), rtol=1e-5, atol=1e-5)
-    assert torch.equal(stats.absmax, X.abs().amax(0))
+    assert_close(stats[Gram].matrix.double(), x.T @ x, rtol=1e-5, atol=1e-3)
+    assert_close(stats[Drift].pair[0].double(), (x_0 - x)[:compared].T @ x[:compared], rtol=1e-4, atol=1e-3)
+    assert_close(stats[Drift].pair[1].double(), x[:compared].T @ x[:compared], rtol=1e-5, atol=1e-3)
+    assert_close(stats[Channels].importance.double(), x.square().mean(0), rtol=1e-5, atol=1e-5)
+    assert torch.equal(stats[Channels].absmax, X.abs().amax(0))
 
 
 @pytest.mark.parametrize("compared", [30, 60, 90])
@@ -30,7 +33,7 @@ def test_batches_are_compared_and_then_counted(compared: int) -> None:
     stats = InputStats(200, NEEDS)
     for start in range(0, 90, 30):
         part = slice(start, start + 30)
-        stats.compare(X[part], X_0[part]) if start < compared else stats.add(X[part])
+        stats.add(X[part], X_0[part] if start < compared else None)
     assert_equal(stats, compared)
 
 
@@ -38,12 +41,10 @@ def test_parts_are_merged() -> None:
     parts = []
     for begin, compared, end in ((0, 40, 50), (50, 60, 90)):
         stats = InputStats(200, NEEDS)
-        stats.compare(X[begin:compared], X_0[begin:compared])
-        stats.add(X[compared:end])
+        stats.add(X[begin:end], X_0[begin:compared])  # compared as far as there is something to compare with
         parts.append(stats)
     parts[0].merge(parts[1])
-    gram, drift = parts[0].gram, parts[0].drift
-    assert gram is not None and drift is not None
+    gram, drift = parts[0][Gram].matrix, parts[0][Drift].pair
     seen = torch.cat([torch.arange(40), torch.arange(50, 60)])
     x, x_0 = X[seen].double(), X_0[seen].double()
     assert_close(gram.double(), X.double().T @ X.double(), rtol=1e-5, atol=1e-3)
@@ -54,15 +55,103 @@ def test_parts_are_merged() -> None:
 def test_parts_are_merged_channel_by_channel() -> None:
     parts = []
     for rows in (X[:40], X[40:]):
-        parts.append(InputStats(200, frozenset({Stat.CHANNELS})))
+        parts.append(InputStats(200, frozenset({Channels})))
         parts[-1].add(rows)
     parts[0].merge(parts[1])
     assert parts[0].tokens == 90
-    assert_close(parts[0].importance.double(), X.double().square().mean(0), rtol=1e-5, atol=1e-5)
-    assert torch.equal(parts[0].low, X.amin(0)) and torch.equal(parts[0].high, X.amax(0))
+    assert_close(parts[0][Channels].importance.double(), X.double().square().mean(0), rtol=1e-5, atol=1e-5)
+    assert torch.equal(parts[0][Channels].low, X.amin(0)) and torch.equal(parts[0][Channels].high, X.amax(0))
 
 
 def test_without_comparison_there_is_no_drift() -> None:
     stats = InputStats(200, NEEDS)
     stats.add(X)
-    assert stats.drift is None
+    assert stats[Drift].pair is None
+
+
+KINDS = [registry.load("stats", name) for name in registry.names("stats")]
+
+
+def measured(kind: type, x: torch.Tensor, x_0: torch.Tensor | None = None) -> InputStats:
+    stats = InputStats(x.shape[1], frozenset({kind}))
+    for part in range(0, len(x), 20):
+        stats.add(x[part : part + 20], None if x_0 is None else x_0[part : part + 20] if part < len(x_0) else None)
+    return stats
+
+
+def assert_same(found: InputStats, want: InputStats) -> None:
+    assert found.tokens == want.tokens
+    for a, b in zip(found, want, strict=True):
+        assert type(a) is type(b)
+        assert a.state().keys() == b.state().keys()
+        for name, tensor in b.state().items():
+            assert_close(
+                a.state()[name], tensor, rtol=1e-5, atol=1e-6 * float(tensor.abs().max()), msg=f"{a.name()} {name}"
+            )
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name())
+@pytest.mark.parametrize("cuts", [(40,), (20, 60), (0, 90)], ids=str)
+def test_parts_merge_to_what_one_pass_measures(kind: type, cuts: tuple[int, ...]) -> None:
+    x = X.clone()
+    x[60:] *= 5  # so that parts have other ranges
+    compared = X_0[:40]
+    merged = InputStats(200, frozenset({kind}))
+    for a, b in zip((0, *cuts), (*cuts, 90), strict=True):
+        merged.merge(measured(kind, x[a:b], compared[a:b] if a < 40 else None))
+    assert_same(merged, measured(kind, x, compared))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name())
+def test_a_state_is_loaded_and_merged_further(kind: type) -> None:
+    first, rest = measured(kind, X[:40], X_0[:40]), measured(kind, X[40:])
+    loaded = InputStats(200, first.needs)
+    for statistic in first:
+        loaded[type(statistic)].load({name: tensor.clone() for name, tensor in statistic.state().items()})
+    loaded.tokens = first.tokens
+    assert_same(loaded, first)
+    loaded.merge(rest)
+    assert_same(loaded, measured(kind, X, X_0[:40]))
+
+
+WRONG = {
+    "gram": {"matrix": torch.eye(200).tril() + torch.tril(torch.ones(200, 200), -1)},
+    "drift": {"cross": torch.zeros(200, 200)},
+    "channels": {"sum_squares": -torch.ones(200), "low": torch.zeros(200), "high": torch.ones(200)},
+    "values": {
+        "counts": torch.ones(1, 8192).double(),
+        "reach": torch.ones(1),
+        "low": -torch.ones(1),
+        "high": torch.ones(1) * 3,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name())
+def test_what_cannot_have_been_measured_is_not_loaded(kind: type) -> None:
+    state = measured(kind, X, X_0)[kind].state()
+    changed = [{name: tensor[..., :-1] for name, tensor in state.items()}, state | {"more": torch.zeros(1)}]
+    infinite = {name: tensor.clone() for name, tensor in state.items()}
+    next(iter(infinite.values())).flatten()[3] = torch.inf
+    for each in (*changed, infinite, WRONG[kind.name()]):
+        with pytest.raises(ValueError, match=r"^wanted .*, found "):
+            InputStats(200, frozenset({kind}))[kind].load(each)
+
+
+def test_what_a_statistic_uses_is_measured_and_told_later() -> None:
+    assert [type(s) for s in InputStats(8, frozenset({Drift, Channels}))] == [Channels, Drift, Gram]
+    assert [type(s) for s in InputStats(8, NEEDS)] == [Channels, Drift, Gram]
+
+
+def test_weights_of_tokens_are_cut_where_the_reference_ends() -> None:
+    seen = []
+
+    class Watch(Channels):
+        def add(self, batch: Batch) -> None:
+            seen.append((batch.x, batch.reference, batch.weights))
+
+    weights = torch.rand(90, 2)
+    InputStats(200, frozenset({Watch})).add(X, X_0[:30], {"q": weights})
+    (x, x_0, w), (rest, nothing, others) = seen
+    assert torch.equal(x, X[:30]) and torch.equal(x_0, X_0[:30]) and torch.equal(w["q"], weights[:30])
+    assert torch.equal(rest, X[30:]) and nothing is None and torch.equal(others["q"], weights[30:])

@@ -6,8 +6,8 @@ part of the difference (https://arxiv.org/abs/2504.02692).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
-from contextvars import ContextVar
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -38,10 +38,6 @@ SHARE = 0.25
 percent lower on SmolLM2-135M (0.084 instead of 0.090), for up to half the time of all forward passes."""
 
 
-SEEN: ContextVar[dict[str, Tensor]] = ContextVar("seen")
-"""Takes what is looked at in the batch that runs."""
-
-
 class Reference:
     """Hidden states of the first samples in the unquantized model; advanced block by block beside the quantized ones.
 
@@ -54,19 +50,14 @@ class Reference:
         self.walker = walker
         self.hidden = walker.embed(tokens[: -int(-len(tokens) * SHARE // 1)])
         self.block: nn.Module | None = None
+        self.readers: tuple[Module, ...] = ()
 
     def begin(self, i: int, readers: Iterable[Module]) -> None:
         """Loads block i, to look at the inputs of some linear layers."""
-        self.block, self.index = self.walker.load_block(i), i
-        self.wanted: set[str] = set()
-        for m in readers:
-            self.wanted.add(m.reads)
-            self.walker.linear(self.block, m).register_forward_pre_hook(
-                lambda _, inputs, reads=m.reads: SEEN.get().__setitem__(reads, inputs[0].flatten(0, -2))
-            )
+        self.block, self.index, self.readers = self.walker.load_block(i), i, tuple(readers)
 
     def run(self, part: slice) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Runs the block on those of some samples that it has.
+        """Runs the block on those of some samples that it has; several parts may run side by side.
 
         Returns:
             (the inputs it was begun to look at, by `Module.reads`, [tokens, K]; the block's output, to be given to
@@ -77,12 +68,24 @@ class Reference:
         if part.start >= part.stop:
             return seen, None
         assert self.block is not None
-        SEEN.set(seen)
-        output = self.walker.output(self.block, self.index, self.hidden, part)
-        if missing := self.wanted - seen.keys():
-            raise misfit(self.block, f"did not run what reads {', '.join(sorted(missing))}")
+        block = twin(self.block)  # whose hooks see this part only
+        for m in self.readers:
+            self.walker.linear(block, m).register_forward_pre_hook(
+                lambda _, inputs, reads=m.reads: seen.__setitem__(reads, inputs[0].flatten(0, -2))
+            )
+        output = self.walker.output(block, self.index, self.hidden, part)
+        if missing := {m.reads for m in self.readers} - seen.keys():
+            raise misfit(block, f"did not run what reads {', '.join(sorted(missing))}")
         return seen, output
 
     def advance(self, part: slice, output: Tensor) -> None:
         """Replaces the hidden states of some samples by the block's output."""
         self.hidden[slice(part.start, part.start + len(output))] = output
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """A module with the same parameters, and submodules and hooks of its own."""
+    same = copy.copy(module)
+    same._modules = {name: child and twin(child) for name, child in module._modules.items()}
+    same._forward_pre_hooks = module._forward_pre_hooks.copy()
+    return same

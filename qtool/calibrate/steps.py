@@ -41,7 +41,8 @@ class InStep:
         run: takes one batch through, and calls `wait` at places not `passed` yet; several at a time.
         batches: what to take through, as slices of a common store.
         places: where batches may wait, in the order they come by; a batch may come by some of them only.
-        arrive: called with a place and what a batch hands over there, batch by batch in order, by whoever iterates.
+        arrive: called with a place, what a batch hands over there, and the batch, in the order of batches, by whoever
+            iterates.
         shares: see `numerics.parallel.shares`; 1 thread is that of whoever iterates.
         suspend: waiting batches keep what they have computed. False: they let go of it and start anew, which takes
             less memory, more time, and gives the same results, as long as `run` has no effects before the last place.
@@ -52,7 +53,7 @@ class InStep:
         run: Callable[[slice], None],
         batches: Sequence[slice],
         places: Sequence[str],
-        arrive: Callable[[str, Any], None],
+        arrive: Callable[[str, Any, slice], None],
         shares: tuple[int, int] = (1, 1),
         suspend: bool = True,
     ) -> None:
@@ -83,7 +84,7 @@ class InStep:
                 for i, stop in zip(which, list(stops) if self.suspend else stops, strict=True):
                     if stop is not None:
                         at[i], seen = stop
-                        self.arrive(at[i], seen)
+                        self.arrive(at[i], seen, self.batches[i])
                 return at
 
             at = advance(range(len(goes)))

@@ -21,7 +21,8 @@ import torch
 from qtool.checkpoint._base import TensorInfo
 from qtool.checkpoint.safetensors_io import SafetensorsFile, SafetensorsWriter
 from qtool.errors import CheckpointError
-from qtool.stats import InputStats, Stat
+from qtool.stats._base import InputStats
+from qtool.stats.channels import Channels
 
 VERSION = "1"
 VECTORS = ("sum_squares", "low", "high")
@@ -41,7 +42,7 @@ def write_stats(path: Path, stats: Mapping[str, InputStats], about: Mapping[str,
     """
     tensors: dict[str, torch.Tensor] = {}
     for reads, s in stats.items():
-        tensors |= {f"{reads}.{n}": getattr(s, n).float().cpu() for n in VECTORS}
+        tensors |= {f"{reads}.{n}": t.float().cpu() for n, t in s[Channels].state().items()}
         tensors[f"{reads}.tokens"] = torch.tensor([s.tokens])
     infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
     metadata = {"qtool.statistics": VERSION, "about": json.dumps(about, sort_keys=True)}
@@ -96,8 +97,9 @@ def _read_input(file: SafetensorsFile, name: str) -> InputStats:
     possible = (sums >= 0) & (low <= high) & sums.isfinite() & low.isfinite() & high.isfinite()
     if not possible.all() or int(tokens) < 1:
         raise CheckpointError(f"{file.path}: statistics of {reads} hold impossible numbers")
-    stats = InputStats(len(sums), frozenset({Stat.CHANNELS}))
-    stats.sum_squares, stats.low, stats.high, stats.tokens = sums, low, high, int(tokens)
+    stats = InputStats(len(sums), frozenset({Channels}))
+    stats[Channels].load(dict(zip(VECTORS, vectors, strict=True)))
+    stats.tokens = int(tokens)
     return stats
 
 

@@ -23,13 +23,13 @@ from qtool.calibrate.foreign import Calls, KVStore, assign, check_tokens, run_bl
 from qtool.calibrate.hidden import MEMORY_LIMIT, Hidden
 from qtool.calibrate.inputs import rounded
 from qtool.calibrate.meta import ATTENTION, Recorder, build_on_meta
-from qtool.calibrate.meter import EXPECTED, Meter
+from qtool.calibrate.meter import Meter
 from qtool.calibrate.reference import Reference
 from qtool.calibrate.steps import InStep
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, modules
 from qtool.errors import CheckpointError
 from qtool.numerics.threads.parallel import shares, side_by_side
-from qtool.stats import InputStats, Stat
+from qtool.stats._base import InputStats, Statistic
 
 BATCH_TOKENS = 2048
 """Tokens per forward pass: enough to keep matrix products busy, few enough that a block's intermediates stay small."""
@@ -119,7 +119,9 @@ class Walker:
         return self.family.submodule(module.name.removeprefix(self.family.block_prefix.format(i=module.block)))
 
     @torch.inference_mode()
-    def collect(self, block: nn.Module, i: int, hidden: Hidden, needs: frozenset[Stat]) -> dict[str, InputStats]:
+    def collect(
+        self, block: nn.Module, i: int, hidden: Hidden, needs: frozenset[type[Statistic]]
+    ) -> dict[str, InputStats]:
         """Runs block i once over all tokens, measures the inputs of its linear layers, and replaces `hidden`.
 
         Args:
@@ -140,9 +142,10 @@ class Walker:
         block: nn.Module,
         i: int,
         hidden: Hidden,
-        needs: Mapping[str, frozenset[Stat]],
+        needs: Mapping[str, frozenset[type[Statistic]]],
         reference: Reference | None = None,
         cache: MeteredCache | None = None,
+        token_weights: Mapping[str, Tensor] | None = None,
     ) -> Iterator[tuple[str, InputStats]]:
         """Runs block i once over all tokens, and stops before each wanted input is read.
 
@@ -156,23 +159,23 @@ class Walker:
             needs: what to measure, by `Module.reads`, for inputs to stop at.
             reference: the unquantized model in front of block i, to compare with where drift is needed; is advanced.
             cache: measures keys and values.
+            token_weights: of modules that read all tokens, by name, float32 [S, T, B]; see `Batch.weights`.
 
         Yields:
             (`Module.reads`, statistics), in the order of the forward pass; of an input that no token reaches, last.
         """
-        readers = {m.reads: m for m in reversed(self.modules[i]) if m.reads in needs}
-        readers = dict(reversed(readers.items()))
+        readers = dict(reversed({m.reads: m for m in reversed(self.modules[i]) if m.reads in needs}.items()))
         meter = Meter({reads: m.shape[1] for reads, m in readers.items()}, needs, self.device)
 
         def run(part: slice) -> None:
             expected, ahead = reference.run(part) if reference else ({}, None)
-            EXPECTED.set(expected)
+            meter.expect(part, expected, {name: w[part].flatten(0, 1) for name, w in (token_weights or {}).items()})
             hidden[part] = self.output(block, i, hidden, part, cache)
             if reference and ahead is not None:
                 reference.advance(part, ahead)
 
         if reference:
-            reference.begin(i, [m for reads, m in readers.items() if Stat.DRIFT in needs[reads]])
+            reference.begin(i, [m for reads, m in readers.items() if any(s.compares for s in needs[reads])])
         width = 3 * hidden.width + max((m.shape[1] for m in readers.values()), default=0)
         suspend = hidden.samples * hidden.length * width * self.dtype.itemsize <= MEMORY_LIMIT
         self.block_arguments(hidden.length)  # recorded before threads ask for them
@@ -181,8 +184,8 @@ class Walker:
         flow = InStep(run, parts, list(readers), meter.count, threads, suspend)
         with ExitStack() as hooks:
             for r, m in readers.items():
-                first = Stat.VALUES in needs[r]  # a scale that holds for all tokens is chosen by inputs as they are
-                hooks.enter_context(self.linear(block, m).register_forward_pre_hook(meter.hook(r, flow), prepend=first))
+                first, hook = any(s.unrounded for s in needs[r]), meter.hook(r, flow)
+                hooks.enter_context(self.linear(block, m).register_forward_pre_hook(hook, prepend=first))
             for reads in flow:
                 yield reads, self.complete(meter.take(reads), block, readers[reads], hidden)
         for reads in (reads for reads in readers if reads not in flow.passed):
@@ -261,7 +264,7 @@ class Walker:
         return self.arguments[length]
 
     @torch.inference_mode()
-    def collect_head(self, hidden: Hidden, needs: frozenset[Stat]) -> InputStats:
+    def collect_head(self, hidden: Hidden, needs: frozenset[type[Statistic]]) -> InputStats:
         """Measures what the output layer reads: the normed hidden states behind the last block."""
         norm = self.load_norm()
         stats = InputStats(hidden.values.shape[-1], needs, self.device)

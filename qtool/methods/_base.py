@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qtool import registry
 from qtool.formats._base import Format, Quantized
-from qtool.stats import InputStats, Stat
+from qtool.stats._base import InputStats, Statistic
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Method(BaseModel):
 
     @property
     @abstractmethod
-    def needs(self) -> frozenset[Stat]:
+    def needs(self) -> frozenset[type[Statistic]]:
         """What calibration has to measure; empty: the method runs without data."""
 
     def prepare(self, stats: InputStats, fmt: Format) -> None:

@@ -33,7 +33,9 @@ from qtool.methods._refine import refine
 from qtool.numerics.solving.linalg import inverse_factor, ridge
 from qtool.numerics.solving.walk import BLOCK, walk
 from qtool.numerics.threads.parallel import shares, side_by_side
-from qtool.stats import InputStats, Stat
+from qtool.stats._base import InputStats, Statistic
+from qtool.stats.drift import Drift
+from qtool.stats.gram import Gram
 
 DRIFT_DAMP = 0.3
 """Ridge of the regression of drift on inputs, relative to the mean of the Gram matrix's diagonal."""
@@ -61,9 +63,9 @@ class GPTQ(Method):
     rounds: int = Field(1, ge=0, le=20)
 
     @property
-    def needs(self) -> frozenset[Stat]:
+    def needs(self) -> frozenset[type[Statistic]]:
         """The Gram matrix, and how far inputs are from those of the unquantized model."""
-        return frozenset({Stat.GRAM, Stat.DRIFT} if self.drift else {Stat.GRAM})
+        return frozenset({Gram, Drift} if self.drift else {Gram})
 
     def prepare(self, stats: InputStats, fmt: Format) -> None:
         """See `Method.prepare`."""
@@ -72,13 +74,12 @@ class GPTQ(Method):
             with suppress(NumericsError):  # `solve` meets it again, and falls back
                 self._factor(stats, *self._widths(fmt))
 
-        assert stats.gram is not None
-        pieces = [factor, lambda: self._back(stats)] if self.drift and stats.drift else [factor]
-        side_by_side(lambda piece: piece(), pieces, shares(len(pieces), stats.gram.device))
+        pieces = [factor, lambda: self._back(stats)] if self._drift(stats) else [factor]
+        side_by_side(lambda piece: piece(), pieces, shares(len(pieces), stats[Gram].matrix.device))
 
     def solve(self, w: Tensor, stats: InputStats | None, fmt: Format) -> Solution:
         """See `Method.solve`."""
-        assert stats is not None and stats.gram is not None  # the caller measured what `needs` asked for
+        assert stats is not None  # the caller measured what `needs` asked for
         try:
             order, factor, used = self._factor(stats, *self._widths(fmt))
         except NumericsError as error:
@@ -88,7 +89,7 @@ class GPTQ(Method):
         target = self._target(w, stats)
         quantized = Quantized(*self._walk(target, order, factor, fmt), fmt)
         if self.rounds:
-            gram = stats.gram.clone()
+            gram = stats[Gram].matrix.clone()
             gram.diagonal().add_(used * gram.diagonal().mean())
             quantized = refine(target, gram, quantized, self.rounds, SWEEPS)
         return Solution(quantized, fallback, target)
@@ -98,12 +99,18 @@ class GPTQ(Method):
         back = self._back(stats)
         return w if back is None else torch.addmm(w, w, back, alpha=self.drift)
 
+    def _drift(self, stats: InputStats) -> tuple[Tensor, Tensor] | None:
+        """What was measured of the inputs' drift, if it is to be made up for; see `Drift.pair`."""
+        found = stats.get(Drift) if self.drift else None
+        return found.pair if found else None
+
     def _back(self, stats: InputStats) -> Tensor | None:
         """What inputs tell about their drift: the matrix A, float32 [K, K], once per input."""
-        if not self.drift or stats.drift is None:
+        pair = self._drift(stats)
+        if pair is None:
             return None
         if "drift" not in stats.cache:
-            stats.cache["drift"] = ridge(*stats.drift, DRIFT_DAMP)
+            stats.cache["drift"] = ridge(*pair, DRIFT_DAMP)
         return stats.cache["drift"]  # type: ignore[return-value]
 
     def _widths(self, fmt: Format) -> tuple[int, ...]:
@@ -114,15 +121,15 @@ class GPTQ(Method):
 
     def _factor(self, stats: InputStats, *widths: int) -> tuple[Tensor, Tensor, float]:
         """(column order [K], inverse factor U of the Gram matrix in that order, damping used), once per input."""
-        assert stats.gram is not None
+        gram = stats[Gram].matrix
         key = (self.damp, self.order, widths)
         if key not in stats.cache:
-            diagonal = stats.gram.diagonal()
+            diagonal = gram.diagonal()
             order = torch.arange(len(diagonal), device=diagonal.device)
             if self.order == "activation":
                 order = activation_order(diagonal, widths)
             try:
-                stats.cache[key] = order, *inverse_factor(stats.gram[order][:, order], self.damp)
+                stats.cache[key] = order, *inverse_factor(gram[order][:, order], self.damp)
             except NumericsError as error:  # kept, so that no other layer or share of rows tries again
                 stats.cache[key] = error
         found = stats.cache[key]

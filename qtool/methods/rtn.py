@@ -11,7 +11,8 @@ from torch import Tensor
 
 from qtool.formats._base import Format, Quantized
 from qtool.methods._base import Method, Solution
-from qtool.stats import InputStats, Stat
+from qtool.stats._base import InputStats, Statistic
+from qtool.stats.channels import Channels
 
 
 class RTN(Method):
@@ -20,12 +21,12 @@ class RTN(Method):
     importance: bool = False
 
     @property
-    def needs(self) -> frozenset[Stat]:
+    def needs(self) -> frozenset[type[Statistic]]:
         """Channel sums for a weighted fit, else nothing."""
-        return frozenset({Stat.CHANNELS}) if self.importance else frozenset()
+        return frozenset({Channels}) if self.importance else frozenset()
 
     def solve(self, w: Tensor, stats: InputStats | None, fmt: Format) -> Solution:
         """See `Method.solve`."""
-        importance = stats.importance if stats and self.importance else None
+        importance = stats[Channels].importance if stats and self.importance else None
         params = fmt.fit(w, importance)
         return Solution(Quantized(fmt.snap(w, params, importance), params, fmt))

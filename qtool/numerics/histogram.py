@@ -50,8 +50,9 @@ class Histogram:
         """Adds what another one counted, with as many rows and bins."""
         if not other.counts.any():
             return
-        self._cover(other.reach)
-        other._cover(self.reach)
+        for mine, theirs in ((self, other), (other, self)):  # a row without numbers takes the other's bins as they are
+            mine.reach = torch.where(mine.reach == 0, theirs.reach, mine.reach)
+            mine._cover(theirs.reach)
         self.counts += other.counts
         self.low, self.high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
 

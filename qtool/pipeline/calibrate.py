@@ -18,11 +18,12 @@ from qtool.pipeline.measured import kind_of
 from qtool.pipeline.prepare import prepare
 from qtool.pipeline.summarize import model_name
 from qtool.recipe.schema import Recipe
-from qtool.stats import InputStats, Stat
+from qtool.stats._base import InputStats
+from qtool.stats.channels import Channels
 from qtool.store.files import check_file, new_file
 from qtool.store.names import output_path
 
-CHANNELS = frozenset({Stat.CHANNELS})
+CHANNELS = frozenset({Channels})
 
 
 @dataclass(frozen=True)

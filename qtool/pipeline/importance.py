@@ -12,9 +12,10 @@ from qtool.artifact.gguf._imatrix import Entry, ImportanceMatrix, read_imatrix, 
 from qtool.checkpoint._base import Checkpoint, Module, modules
 from qtool.errors import CheckpointError
 from qtool.recipe.schema import Calibration
-from qtool.stats import InputStats, Stat
+from qtool.stats._base import InputStats
+from qtool.stats.channels import Channels
 
-CHANNELS = frozenset({Stat.CHANNELS})
+CHANNELS = frozenset({Channels})
 
 
 def write_importance(
@@ -36,7 +37,7 @@ def write_importance(
     for name, members in _readers(checkpoint).items():
         found = [stats.get(module.reads) or InputStats(module.shape[1], CHANNELS) for module in members]
         if any(s.tokens for s in found):
-            sums = torch.stack([s.sum_squares.float().cpu() for s in found])
+            sums = torch.stack([s[Channels].sum_squares.float().cpu() for s in found])
             entries[name] = Entry(sums, torch.tensor([float(s.tokens) for s in found]))
     data = calibration.data
     datasets = (data,) if isinstance(data, str) else tuple(source.data for source in data)
@@ -88,5 +89,6 @@ def _split(entry: Entry, members: list[Module], what: str) -> Iterator[tuple[str
     for module, sums, tokens in zip(members, entry.sums.view(count, k), entry.counts.expand(count), strict=True):
         if tokens > 0:
             stats = InputStats(k, CHANNELS)
-            stats.sum_squares, stats.tokens = sums, max(1, round(float(tokens)))
+            stats[Channels].sums = sums
+            stats.tokens = max(1, round(float(tokens)))
             yield module.reads, stats

@@ -18,7 +18,7 @@ from qtool.formats._base import Format, Quantized
 from qtool.methods._base import Method
 from qtool.numerics.metrics import all_finite
 from qtool.recipe.parse import parse_format, parse_method
-from qtool.stats import InputStats
+from qtool.stats._base import InputStats
 
 
 def quantize_matrix(

@@ -10,6 +10,7 @@ from qtool.artifact.gguf._imatrix import IMATRIX, is_imatrix, read_imatrix
 from qtool.calibrate.store import is_stats, read_stats
 from qtool.checkpoint.gguf_io import GGUFFile
 from qtool.errors import reading
+from qtool.stats.channels import Channels
 
 STATISTICS, IMPORTANCE = "statistics", "importance matrix"
 
@@ -86,10 +87,10 @@ def _statistics(path: Path) -> Measurements:
     inputs = tuple(
         Input(
             name=reads,
-            channels=len(s.sum_squares),
+            channels=s.k,
             tokens=s.tokens,
-            rms=float(s.importance.double().mean().sqrt()),
-            largest=float(s.absmax.max()),
+            rms=float(s[Channels].importance.double().mean().sqrt()),
+            largest=float(s[Channels].absmax.max()),
         )
         for reads, s in stats.items()
     )

@@ -31,7 +31,8 @@ from qtool.recipe.schema import Recipe
 from qtool.report.model import CacheEntry, LayerEntry, Report
 from qtool.report.render import read_report, write_report
 from qtool.residuals._base import Matrix
-from qtool.stats import InputStats
+from qtool.stats._base import InputStats
+from qtool.stats.values import Values
 from qtool.store.files import check_free, damaged_file, new_folder
 from qtool.store.names import output_path
 
@@ -253,10 +254,10 @@ def with_static(plan: LayerPlan, stats: InputStats | None) -> Layer:
     assert layer is not None
     if not layer.activations or not layer.activations.static:
         return layer
-    if stats is None or stats.values is None or not stats.tokens:
+    if stats is None or Values not in stats or not stats.tokens:
         hint = "measure it on more tokens (calibration: samples, experts: all), or let inputs be scaled token by token"
         raise NumericsError(f"no calibration token reached {plan.module.name}, so its inputs have no scale", hint=hint)
-    (static,) = fit_static(stats.values, layer.activations)
+    (static,) = fit_static(stats[Values].histogram, layer.activations)
     return replace(layer, static=static)
 
 

@@ -22,7 +22,9 @@ from qtool.plan import LayerPlan, Plan
 from qtool.recipe.cache import KVCache
 from qtool.report.model import LayerEntry
 from qtool.residuals._base import Matrix
-from qtool.stats import InputStats, Stat
+from qtool.stats._base import InputStats, Statistic
+from qtool.stats.gram import gram_of
+from qtool.stats.values import Values
 
 PART = 1 << 22
 """Numbers of a large matrix that are worked on at a time: 16 MiB in float32, and a few such temporaries."""
@@ -54,9 +56,9 @@ class Unit:
         return tuple(p for p in self.layers if p.format)
 
     @property
-    def needs(self) -> frozenset[Stat]:
+    def needs(self) -> frozenset[type[Statistic]]:
         """Everything that has to be measured for it."""
-        cached = {Stat.VALUES} if self.cache and self.cache.static else set()
+        cached = {Values} if self.cache and self.cache.static else set()
         return needs_of(self.layers) | cached
 
     def inputs(self) -> dict[str, tuple[LayerPlan, ...]]:
@@ -72,9 +74,9 @@ class Unit:
         return tuple(names) if plan.module.fused else (plan.module.name,)
 
 
-def needs_of(plans: Iterable[LayerPlan]) -> frozenset[Stat]:
+def needs_of(plans: Iterable[LayerPlan]) -> frozenset[type[Statistic]]:
     """Everything that has to be measured for some modules."""
-    return frozenset[Stat]().union(*(p.needs for p in plans))
+    return frozenset[type[Statistic]]().union(*(p.needs for p in plans))
 
 
 def units(plan: Plan) -> Iterator[Unit]:
@@ -118,7 +120,7 @@ def solve(
     missing = stats is None and plan.method.needs
     unmeasured = "chosen without data: nothing was measured on its inputs" if missing else None
     stats = stats if plan.method.needs else None
-    gram = stats.gram if stats else None
+    gram = gram_of(stats)
     weight = f"{plan.module.name}.weight"
     source, held, remark = origin(checkpoint, plan.module.name, plan.format)
     divisible = held is not None or (fmt.by_rows and gram is None)
@@ -168,7 +170,7 @@ def solve_rows(
     Raises:
         NumericsError: the result is not finite.
     """
-    method, gram = plan.method, stats.gram if stats else None
+    method, gram = plan.method, gram_of(stats)
     assert method is not None
 
     def solve_part(part: tuple[int, int]) -> tuple[Solution, Sums]:

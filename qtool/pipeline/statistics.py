@@ -25,7 +25,10 @@ from qtool.pipeline.solve import Unit, needs_of, units
 from qtool.plan import LayerPlan
 from qtool.recipe.schema import Calibration
 from qtool.residuals._base import Matrix
-from qtool.stats import InputStats, Stat
+from qtool.stats._base import InputStats, Statistic
+from qtool.stats.drift import Drift
+from qtool.stats.gram import Gram
+from qtool.stats.values import Values
 from qtool.store.files import sha256
 
 Solve = Callable[[tuple[LayerPlan, ...], InputStats | None], Mapping[str, tuple[Matrix, Layer]]]
@@ -127,7 +130,7 @@ class Walked(Statistics):
                 self.cached = scales, attention_errors(self.walker, block, unit.block, read, rounded)
 
 
-def comparable(plans: tuple[LayerPlan, ...]) -> frozenset[Stat]:
+def comparable(plans: tuple[LayerPlan, ...]) -> frozenset[type[Statistic]]:
     """What to measure on an input.
 
     Drift is left out where tokens go to other experts than in the unquantized model, and in front of down, whose input
@@ -135,7 +138,7 @@ def comparable(plans: tuple[LayerPlan, ...]) -> frozenset[Stat]:
     """
     needs = needs_of(plans)
     drifts = all(p.module.role != "down" and p.module.expert is None for p in plans)
-    return needs if drifts else needs - {Stat.DRIFT}
+    return needs if drifts else needs - {Drift}
 
 
 def statistics_for(job: Job, stored: Path | None, listener: Listener) -> Statistics:
@@ -165,7 +168,7 @@ def statistics_for(job: Job, stored: Path | None, listener: Listener) -> Statist
     listener(Event("calibrate", 0, 1, str(calibration.data)))
     tokens = load_tokens(calibration, job.checkpoint)
     walker = Walker(job.checkpoint, job.device, job.dtype, calibration.experts == "all")
-    compare = any(Stat.DRIFT in unit.needs for unit in units(job.plan))
+    compare = any(Drift in unit.needs for unit in units(job.plan))
     source = Walked(walker, tokens, calibration, compare)
     listener(Event("calibrate", 1, 1, f"{tokens.numel()} tokens"))
     return source
@@ -183,12 +186,12 @@ def read(path: Path, job: Job) -> Stored:
         CheckpointError: damaged, or measured on another model.
         PlanError: a method needs more than they hold.
     """
-    greedy = {p.method.name() for p in job.plan.layers if p.method and Stat.GRAM in p.method.needs}
+    greedy = {p.method.name() for p in job.plan.layers if p.method and Gram in p.method.needs}
     if greedy:
         lack = f"{', '.join(sorted(greedy))} needs Gram matrices, which such a file does not hold"
         hint = "run without it, or round with it: --set 'method={rtn: {importance: true}}'"
         raise PlanError([f"{lack}; {hint}"], f"statistics in {path}")
-    if any(Stat.VALUES in unit.needs for unit in units(job.plan)):
+    if any(Values in unit.needs for unit in units(job.plan)):
         line = "static scales of inputs need to know how these are distributed, which such a file does not hold"
         raise PlanError([f"{line}; run without it"], f"statistics in {path}")
     if is_imatrix(path):
@@ -204,7 +207,7 @@ def read(path: Path, job: Job) -> Stored:
     for module in readers(job):
         if module.expert is not None and module.reads not in stats:
             continue  # no calibration token reached it
-        found = len(stats[module.reads].sum_squares) if module.reads in stats else 0
+        found = stats[module.reads].k if module.reads in stats else 0
         if found != module.shape[1]:
             what = f"the statistics in {path} do not fit {module.name}"
             raise CheckpointError(what, wanted=f"{module.shape[1]} inputs", found=found)

@@ -19,7 +19,7 @@ from qtool.pipeline.solve import Unit, cache_format
 from qtool.plan import LayerPlan
 from qtool.report.model import CacheEntry, Entry, LayerEntry
 from qtool.residuals._base import Matrix
-from qtool.stats import InputStats
+from qtool.stats._base import InputStats
 from qtool.store.files import lock, storage_errors
 from qtool.store.manifest import MANIFEST, Manifest
 from qtool.store.neutral import NeutralCheckpoint, NeutralWriter

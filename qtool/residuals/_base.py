@@ -21,7 +21,7 @@ from torch import Tensor
 from qtool import registry
 from qtool.errors import PlanError
 from qtool.formats._base import Quantized
-from qtool.stats import Stat
+from qtool.stats._base import Statistic
 
 Tensors = Mapping[str, Tensor]
 """What a residual stores of one matrix, by name."""
@@ -50,7 +50,7 @@ class Residual(BaseModel):
         return " ".join((self.name(), *(f"{key} {value}" for key, value in given.items())))
 
     @property
-    def needs(self) -> frozenset[Stat]:
+    def needs(self) -> frozenset[type[Statistic]]:
         """What calibration has to measure on the layer's input; empty: nothing."""
         return frozenset()
 

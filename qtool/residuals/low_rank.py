@@ -18,7 +18,8 @@ from torch import Tensor
 
 from qtool.formats.int import DTYPES
 from qtool.residuals._base import Infos, Residual, Tensors
-from qtool.stats import Stat
+from qtool.stats._base import Statistic
+from qtool.stats.gram import Gram
 
 DAMP = 1e-4
 """Added to the eigenvalues of the Gram matrix, relative to their mean, so that its root has an inverse."""
@@ -38,9 +39,9 @@ class LowRank(Residual):
     dtype: Literal["bf16", "fp16", "fp32"] = "fp16"
 
     @property
-    def needs(self) -> frozenset[Stat]:
+    def needs(self) -> frozenset[type[Statistic]]:
         """The Gram matrix, to whiten with."""
-        return frozenset({Stat.GRAM}) if self.whiten else frozenset()
+        return frozenset({Gram}) if self.whiten else frozenset()
 
     def infos(self, n: int, k: int) -> Infos:
         """See `Residual.infos`."""

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from qtool.formats.int import DTYPES
 from qtool.residuals._base import Infos, Residual, Tensors
-from qtool.stats import Stat
+from qtool.stats._base import Statistic
+from qtool.stats.gram import Gram
 
 
 class Sparse(Residual):
@@ -35,9 +36,9 @@ class Sparse(Residual):
     dtype: Literal["bf16", "fp16", "fp32"] = "fp16"
 
     @property
-    def needs(self) -> frozenset[Stat]:
+    def needs(self) -> frozenset[type[Statistic]]:
         """Sizes of inputs, to weigh errors with."""
-        return frozenset({Stat.GRAM}) if self.sensitive else frozenset()
+        return frozenset({Gram}) if self.sensitive else frozenset()
 
     def entries(self, n: int, k: int) -> int:
         """Of a matrix."""

@@ -11,14 +11,15 @@ from torch.testing import assert_close
 from qtool.calibrate import walker as walker_module
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint.hf import HFCheckpoint
-from qtool.stats import Stat
+from qtool.stats.channels import Channels
+from qtool.stats.gram import Gram
 from tests.calibrate.conftest import load_reference
 from tests.calibrate.test_walker import all_logits
 from tests.conftest import MIXTURES
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(512, (3, 40), generator=torch.Generator().manual_seed(1))
-ALL = frozenset({Stat.GRAM, Stat.CHANNELS})
+ALL = frozenset({Gram, Channels})
 
 
 @pytest.fixture(params=MIXTURES)
@@ -87,8 +88,8 @@ def test_an_expert_is_measured_on_its_tokens(all_experts, name, folder, monkeypa
             assert found.tokens == len(x) > 0
             gram = torch.stack([(x * column[:, None]).sum(0) for column in x.T])
             scale = float(x.square().mean()) * len(x)
-            assert_close(found.gram.double(), gram, rtol=1e-3, atol=1e-4 * scale)
-            assert_close(found.sum_squares.double(), x.square().sum(0), rtol=1e-3, atol=1e-5 * scale)
+            assert_close(found[Gram].matrix.double(), gram, rtol=1e-3, atol=1e-4 * scale)
+            assert_close(found[Channels].sum_squares.double(), x.square().sum(0), rtol=1e-3, atol=1e-5 * scale)
             count += 1
     assert count == 2 * 3 * walker.family.experts(walker.checkpoint.config)
 
@@ -118,7 +119,7 @@ def test_an_expert_without_tokens(tiny_checkpoint):
     tokens = {m.expert: stats[m.reads].tokens for m in walker.modules[0] if m.expert is not None}
     assert tokens[2] == 0
     assert min(count for e, count in tokens.items() if e != 2) > 0
-    assert not stats["model.layers.0.mlp.experts.2.in"].gram.any()
+    assert not stats["model.layers.0.mlp.experts.2.in"][Gram].matrix.any()
 
 
 def test_replaced_weights_are_what_a_block_multiplies_with(name, folder):

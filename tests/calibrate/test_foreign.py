@@ -20,7 +20,7 @@ from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import QtoolError
 from qtool.recipe.cache import parse_cache
 from qtool.recipe.load import load_recipe
-from qtool.stats import Stat
+from qtool.stats.channels import Channels
 from tests.conftest import TINY
 
 TOKENS = torch.randint(512, (3, 16), generator=torch.Generator().manual_seed(1))
@@ -97,7 +97,7 @@ def without_mlp(forward):
 def test_a_block_that_leaves_layers_out(llama, tmp_path):
     block = wrapped(llama.load_block(0), without_mlp)
     with pytest.raises(QtoolError, match=told("LlamaDecoderLayer showed model.layers.0.mlp.gate_proj 0 tokens")):
-        llama.collect(block, 0, llama.embed(TOKENS), frozenset({Stat.CHANNELS}))
+        llama.collect(block, 0, llama.embed(TOKENS), frozenset({Channels}))
     reference = Reference(llama, TOKENS)
     reference.begin(0, [m for m in llama.modules[0] if m.role in ("q", "gate")])
     wrapped(reference.block, without_mlp)

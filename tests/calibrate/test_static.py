@@ -15,7 +15,9 @@ from qtool.formats.fp import FP
 from qtool.formats.int import Int
 from qtool.numerics.histogram import BINS, Histogram
 from qtool.recipe.schema import parse_format
-from qtool.stats import InputStats, Stat
+from qtool.stats._base import InputStats
+from qtool.stats.channels import Channels
+from qtool.stats.values import Values
 
 
 def random(*shape, seed=0):
@@ -88,14 +90,14 @@ def test_parts_merge_to_the_whole(factors):
 
 def test_it_is_measured_where_asked_for():
     x = random(20, 8)
-    stats = InputStats(8, frozenset({Stat.VALUES}))
+    stats = InputStats(8, frozenset({Values}))
     stats.add(x[:7].bfloat16())
-    other = InputStats(8, frozenset({Stat.VALUES}))
+    other = InputStats(8, frozenset({Values}))
     other.add(x[7:])
     stats.merge(other)
-    assert stats.values.high == float(torch.cat([x[:7].bfloat16().float(), x[7:]]).max())
-    assert float(stats.values.counts.sum()) == 160
-    assert InputStats(8, frozenset({Stat.CHANNELS})).values is None
+    assert stats[Values].histogram.high == float(torch.cat([x[:7].bfloat16().float(), x[7:]]).max())
+    assert float(stats[Values].histogram.counts.sum()) == 160
+    assert Values not in InputStats(8, frozenset({Channels}))
 
 
 def by_loop(x, fmt, static):

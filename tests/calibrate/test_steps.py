@@ -25,7 +25,14 @@ def walk(suspend, threads):
         log[-1].add(f"{batch.start} done")
 
     batches = [slice(i, i + 1) for i in WAYS]
-    flow = InStep(run, batches, "abcd", lambda place, seen: arrived.append((seen, place)), (threads, 1), suspend)
+    flow = InStep(
+        run,
+        batches,
+        "abcd",
+        lambda place, seen, batch: arrived.append((seen, place, batch.start)),
+        (threads, 1),
+        suspend,
+    )
     for place in flow:
         arrived.append(place)
         log.append(set())
@@ -43,7 +50,8 @@ def test_all_that_come_by_a_place_wait_for_each_other(suspend, threads):
         {"1 at d"},
         {"0 done", "1 done", "2 done"},
     ]
-    assert arrived == [(0, "a"), (1, "a"), (2, "d"), "a", (0, "b"), (1, "c"), "b", (0, "d"), "c", (1, "d"), "d"]
+    at = [(0, "a"), (1, "a"), (2, "d"), "a", (0, "b"), (1, "c"), "b", (0, "d"), "c", (1, "d"), "d"]
+    assert arrived == [(*each, each[0]) if isinstance(each, tuple) else each for each in at]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -58,7 +66,7 @@ def test_a_failure_in_a_batch_is_raised_to_whoever_iterates(threads):
         flow.wait("a")
         raise ValueError("in the batch")
 
-    flow = InStep(run, [slice(0, 1), slice(1, 2)], ["a"], lambda place, seen: None, (threads, 1))
+    flow = InStep(run, [slice(0, 1), slice(1, 2)], ["a"], lambda *_: None, (threads, 1))
     with pytest.raises(ValueError, match="in the batch"):
         list(flow)
 
@@ -69,5 +77,5 @@ def test_batches_run_side_by_side():
     def run(_batch):
         both.wait()
 
-    flow = InStep(run, [slice(0, 1), slice(1, 2)], [], lambda place, seen: None, (2, 1))
+    flow = InStep(run, [slice(0, 1), slice(1, 2)], [], lambda *_: None, (2, 1))
     assert list(flow) == []

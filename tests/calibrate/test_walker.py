@@ -16,13 +16,15 @@ from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import Module
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError
-from qtool.stats import Stat
+from qtool.stats.channels import Channels
+from qtool.stats.drift import Drift
+from qtool.stats.gram import Gram
 from tests.calibrate.conftest import load_reference
 from tests.conftest import TINY
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(512, (3, 40), generator=torch.Generator().manual_seed(1))
-ALL = frozenset({Stat.GRAM, Stat.CHANNELS})
+ALL = frozenset({Gram, Channels})
 
 
 @pytest.fixture(params=[*TINY, "mistral-sliding"])
@@ -112,10 +114,10 @@ def assert_measured(stats, x):
     size = float(x.abs().max())
     assert stats.tokens == len(x) == TOKENS.numel()
     gram = torch.stack([(x * column[:, None]).sum(0) for column in x.T])
-    assert_close(stats.gram.double(), gram, rtol=1e-4, atol=1e-4 * len(x) * float(x.square().mean()))
-    assert_close(stats.sum_squares.double(), x.square().sum(0), rtol=1e-4, atol=1e-6)
-    assert_close(stats.low.double(), x.min(0).values, rtol=1e-4, atol=1e-5 * size)
-    assert_close(stats.high.double(), x.max(0).values, rtol=1e-4, atol=1e-5 * size)
+    assert_close(stats[Gram].matrix.double(), gram, rtol=1e-4, atol=1e-4 * len(x) * float(x.square().mean()))
+    assert_close(stats[Channels].sum_squares.double(), x.square().sum(0), rtol=1e-4, atol=1e-6)
+    assert_close(stats[Channels].low.double(), x.min(0).values, rtol=1e-4, atol=1e-5 * size)
+    assert_close(stats[Channels].high.double(), x.max(0).values, rtol=1e-4, atol=1e-5 * size)
 
 
 def test_statistics_are_those_of_hooks_on_transformers(folder, monkeypatch):
@@ -134,11 +136,11 @@ def test_statistics_are_those_of_hooks_on_transformers(folder, monkeypatch):
 
 
 def test_only_what_is_needed_is_measured(llama):
-    compact = llama.collect(llama.load_block(0), 0, llama.embed(TOKENS), frozenset({Stat.CHANNELS}))
+    compact = llama.collect(llama.load_block(0), 0, llama.embed(TOKENS), frozenset({Channels}))
     whole = llama.collect(llama.load_block(0), 0, llama.embed(TOKENS), ALL)
     for reads, stats in compact.items():
-        assert stats.gram is None
-        assert_close(stats.sum_squares, whole[reads].sum_squares, rtol=1e-5, atol=1e-5)
+        assert Gram not in stats
+        assert_close(stats[Channels].sum_squares, whole[reads][Channels].sum_squares, rtol=1e-5, atol=1e-5)
 
 
 def test_collecting_runs_the_block_once_and_cleans_up(llama):
@@ -168,12 +170,12 @@ def test_drift_is_measured_against_the_unquantized_model(limit, tiny_checkpoint,
     first = TOKENS.shape[1]
     for i in range(2):
         block = walker.load_block(i)
-        wanted = dict.fromkeys((m.reads for m in walker.modules[i]), frozenset({Stat.GRAM, Stat.DRIFT}))
+        wanted = dict.fromkeys((m.reads for m in walker.modules[i]), frozenset({Gram, Drift}))
         for reads, stats in walker.steps(block, i, hidden, wanted, reference):
             here = [m for m in walker.modules[i] if m.reads == reads]
             seen, _ = inputs_and_logits(model, TOKENS)
             x, x_0 = seen[here[0].name][:first], original[here[0].name][:first]
-            drift, gram = stats.drift
+            drift, gram = stats[Drift].pair
             size = float(x.square().mean()) * first
             assert_close(drift.double(), (x_0 - x).T @ x, rtol=1e-3, atol=1e-4 * size)
             assert_close(gram.double(), x.T @ x, rtol=1e-3, atol=1e-4 * size)

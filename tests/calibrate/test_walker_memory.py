@@ -12,7 +12,7 @@ from qtool.calibrate import walker as walker_module
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError
-from qtool.stats import Stat
+from qtool.stats.channels import Channels
 from tests.calibrate.conftest import load_reference
 from tests.calibrate.test_walker import CPU, TOKENS
 
@@ -73,7 +73,7 @@ def test_one_block_is_in_memory_at_a_time(tiny_checkpoint):
     walker = Walker(checkpoint, CPU, torch.float32)
     hidden = walker.embed(TOKENS)
     for i in range(3):
-        walker.collect(walker.load_block(i), i, hidden, frozenset({Stat.CHANNELS}))
+        walker.collect(walker.load_block(i), i, hidden, frozenset({Channels}))
     sizes = [4 * math.prod(checkpoint.info(n).shape) for n in checkpoint.names() if "layers.0." in n]
     carried = hidden.values.nbytes + sum(t.nbytes for a in walker.arguments[40] for t in tensors_in(a))
     assert checkpoint.peak - before > sum(sizes)

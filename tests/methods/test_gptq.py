@@ -14,7 +14,10 @@ from qtool.formats.int import Int
 from qtool.methods.gptq import DRIFT_DAMP, GPTQ
 from qtool.methods.rtn import RTN
 from qtool.recipe.schema import parse_format
-from qtool.stats import InputStats, Stat
+from qtool.stats._base import InputStats
+from qtool.stats.channels import Channels
+from qtool.stats.drift import Drift
+from qtool.stats.gram import Gram
 from tests.reference.gptq import gptq, gptq_by_group
 
 FORMATS = ["int2-g32", "int3-g64", "int4-g32", "int4-g64-asym", "int8-channel", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
@@ -25,32 +28,29 @@ def problem(n: int = 24, k: int = 64, tokens: int = 256, seed: int = 0) -> tuple
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(k, k, generator=generator) / k**0.5 + torch.eye(k) * 0.5
     x = torch.randn(tokens, k, generator=generator) @ mix * torch.rand(k, generator=generator).mul(3).exp()
-    stats = InputStats(k, frozenset({Stat.GRAM}))
+    stats = InputStats(k, frozenset({Gram, Channels}))
     stats.add(x)
     return torch.randn(n, k, generator=generator) * 0.05, stats
 
 
 def loss(w: Tensor, q: Quantized, stats: InputStats) -> float:
     d = (w - q.decode()).double()
-    assert stats.gram is not None
-    return float(((d @ stats.gram.double()) * d).sum())
+    return float(((d @ stats[Gram].matrix.double()) * d).sum())
 
 
 def by_activation(stats: InputStats) -> list[int]:
-    assert stats.gram is not None
-    return stats.gram.diagonal().argsort(descending=True, stable=True).tolist()  # type: ignore[no-any-return]
+    return stats[Gram].matrix.diagonal().argsort(descending=True, stable=True).tolist()  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("order", ["none", "activation"])
 @pytest.mark.parametrize("label", FORMATS)
 def test_codes_equal_the_plain_loop(label: str, order: str) -> None:
     w, stats = problem()
-    assert stats.gram is not None
     fmt = parse_format(label)
     method = GPTQ(fit="before", rounds=0, order=order, damp=0.01)
     q = method.solve(w, stats, fmt).quantized
     columns = by_activation(stats) if order == "activation" else list(range(64))
-    expected = gptq(w, stats.gram, 0.01, columns, fmt, q.params)
+    expected = gptq(w, stats[Gram].matrix, 0.01, columns, fmt, q.params)
     wrong = (q.codes != expected).any(dim=1).sum().item()
     assert wrong <= 1  # float32 against float64: a weight between two levels may tip over, and its row with it
 
@@ -58,25 +58,23 @@ def test_codes_equal_the_plain_loop(label: str, order: str) -> None:
 @pytest.mark.parametrize("label", ["int4-g32", "int3-g32-asym", "q4_1"])
 def test_a_group_is_fitted_when_the_walk_reaches_it(label: str) -> None:
     w, stats = problem()
-    assert stats.gram is not None
     fmt = parse_format(label)
     method = GPTQ(fit="walk", rounds=0, damp=0.01)
     q = method.solve(w, stats, fmt).quantized
     order, factor, _ = method._factor(stats, 32)
     weight = torch.empty(64)
     weight[order] = factor.diagonal().square().reciprocal()
-    expected = gptq_by_group(w, stats.gram, 0.01, order.tolist(), fmt.on_the_way(), weight)
+    expected = gptq_by_group(w, stats[Gram].matrix, 0.01, order.tolist(), fmt.on_the_way(), weight)
     assert ((q.decode() - expected).abs() > 1e-4).float().mean() <= 0.02
     assert torch.allclose(q.decode().double().norm(), expected.norm(), rtol=2e-3)
 
 
 def test_walk_order_takes_whole_groups_the_largest_first() -> None:
     _, stats = problem()
-    assert stats.gram is not None
     order, *_ = GPTQ(fit="walk")._factor(stats, 32)
     groups = (order // 32).tolist()
     assert groups in ([0] * 32 + [1] * 32, [1] * 32 + [0] * 32)
-    diagonal = stats.gram.diagonal()[order]
+    diagonal = stats[Gram].matrix.diagonal()[order]
     assert bool((diagonal[:31] >= diagonal[1:32]).all())
     assert diagonal[:32].sum() >= diagonal[32:].sum()
 
@@ -116,9 +114,8 @@ def test_a_row_alone_is_solved_as_among_others(label: str) -> None:
 
 def test_dead_channels_are_rounded_and_disturb_nothing() -> None:
     w, stats = problem()
-    assert stats.gram is not None
-    stats.gram[5] = stats.gram[:, 5] = 0
-    stats.gram[40] = stats.gram[:, 40] = 0
+    stats[Gram].matrix[5] = stats[Gram].matrix[:, 5] = 0
+    stats[Gram].matrix[40] = stats[Gram].matrix[:, 40] = 0
     fmt = Int(bits=4, group=32)
     q = GPTQ().solve(w, stats, fmt).quantized
     assert bool(q.decode().isfinite().all())
@@ -136,11 +133,10 @@ def test_a_singular_gram_matrix_gets_damped() -> None:
 
 def test_stronger_damping_and_fallback_are_reported() -> None:
     w, stats = problem()
-    assert stats.gram is not None
-    stats.gram -= 0.05 * stats.gram.diagonal().mean() * torch.eye(64)  # no longer positive semidefinite
+    stats[Gram].matrix -= 0.05 * stats[Gram].matrix.diagonal().mean() * torch.eye(64)  # no longer positive semidefinite
     solution = GPTQ(damp=0.01).solve(w, stats, Int(bits=4, group=32))
     assert solution.fallback and solution.fallback.startswith("damping raised from 0.01 to")
-    stats.gram -= 1e3 * stats.gram.diagonal().mean() * torch.eye(64)
+    stats[Gram].matrix -= 1e3 * stats[Gram].matrix.diagonal().mean() * torch.eye(64)
     stats.cache.clear()
     solution = GPTQ(damp=0.01).solve(w, stats, Int(bits=4, group=32))
     assert solution.fallback and solution.fallback.startswith("rounded to nearest: the Gram matrix")
@@ -179,15 +175,15 @@ def test_drift_is_made_up_for_in_what_is_approximated() -> None:
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(512, 64, generator=generator)
     x_0 = x + 0.3 * x @ torch.randn(64, 64, generator=generator) / 8 + 0.01 * torch.randn(512, 64, generator=generator)
-    drifted = InputStats(64, frozenset({Stat.GRAM, Stat.DRIFT}))
-    drifted.compare(x, x_0)
+    drifted = InputStats(64, frozenset({Gram, Drift}))
+    drifted.add(x, x_0)
     h = x.double().T @ x.double()
     damped = h + DRIFT_DAMP * h.diagonal().mean() * torch.eye(64)
     back = ((x_0 - x).double().T @ x.double()) @ torch.linalg.inv(damped)
     target = (w.double() + 0.5 * w.double() @ back).float()
     fmt = parse_format("int4-g32")
     found = GPTQ(drift=0.5).solve(w, drifted, fmt)
-    plain = InputStats(64, frozenset({Stat.GRAM}))
+    plain = InputStats(64, frozenset({Gram}))
     plain.add(x)
     want = GPTQ(drift=0).solve(target, plain, fmt)
     assert (found.quantized.codes != want.quantized.codes).float().mean() < 0.002  # ties of rounding

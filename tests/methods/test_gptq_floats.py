@@ -9,6 +9,7 @@ from qtool.formats._base import Format
 from qtool.methods.gptq import GPTQ
 from qtool.methods.rtn import RTN
 from qtool.recipe.schema import parse_format
+from qtool.stats.gram import Gram
 from tests.methods.test_gptq import by_activation, loss, problem
 from tests.reference.gptq import gptq
 
@@ -39,11 +40,10 @@ def known(label: str, w: torch.Tensor) -> Format:
 @pytest.mark.parametrize("label", [label for label in GAIN_DB if label != "fp8-block"])
 def test_codes_equal_the_plain_loop(label: str, order: str) -> None:
     w, stats = problem()
-    assert stats.gram is not None
     fmt = known(label, w)
     q = GPTQ(fit="before", rounds=0, order=order, damp=0.01).solve(w, stats, fmt).quantized
     columns = by_activation(stats) if order == "activation" else list(range(64))
-    expected = gptq(w, stats.gram, 0.01, columns, fmt, q.params)
+    expected = gptq(w, stats[Gram].matrix, 0.01, columns, fmt, q.params)
     wrong = (q.codes != expected).sum().item()
     assert wrong <= 0.004 * w.numel()  # float32 against float64: a weight that lies between two levels may tip over
 

@@ -8,6 +8,7 @@ import torch
 from qtool.methods.gptq import GPTQ
 from qtool.methods.rtn import RTN
 from qtool.recipe.schema import parse_format
+from qtool.stats.gram import Gram
 from tests.methods.test_gptq import by_activation, loss, problem
 from tests.reference.gptq import gptq, gptq_by_group
 
@@ -17,23 +18,21 @@ NAMES = ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
 @pytest.mark.parametrize("name", ["q2_k", "q6_k"])
 def test_codes_equal_the_plain_loop(name: str) -> None:
     w, stats = problem(n=8, k=256, tokens=512)
-    assert stats.gram is not None
     fmt = parse_format(name)
     q = GPTQ(fit="before", rounds=0, damp=0.01).solve(w, stats, fmt).quantized
-    expected = gptq(w, stats.gram, 0.01, by_activation(stats), fmt, q.params)
+    expected = gptq(w, stats[Gram].matrix, 0.01, by_activation(stats), fmt, q.params)
     assert (q.codes != expected).float().mean() <= 0.004  # float32 against float64: weights between two levels
 
 
 def test_a_super_block_is_fitted_when_the_walk_reaches_it() -> None:
     w, stats = problem(n=8, k=512, tokens=1024)
-    assert stats.gram is not None
     fmt = parse_format("q4_k")
     method = GPTQ(fit="walk", rounds=0, damp=0.01)
     q = method.solve(w, stats, fmt).quantized
     order, factor, _ = method._factor(stats, 256)
     weight = torch.empty(512)
     weight[order] = factor.diagonal().square().reciprocal()
-    expected = gptq_by_group(w, stats.gram, 0.01, order.tolist(), fmt.on_the_way(), weight)
+    expected = gptq_by_group(w, stats[Gram].matrix, 0.01, order.tolist(), fmt.on_the_way(), weight)
     assert ((q.decode() - expected).abs() > 1e-4).float().mean() <= 0.03
     assert torch.allclose(q.decode().double().norm(), expected.norm(), rtol=2e-3)
 

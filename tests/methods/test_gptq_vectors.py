@@ -12,7 +12,8 @@ from qtool import registry
 from qtool.formats._ggml import BlockFormat
 from qtool.methods.gptq import GPTQ, activation_order
 from qtool.methods.rtn import RTN
-from qtool.stats import InputStats
+from qtool.stats._base import InputStats
+from qtool.stats.gram import Gram
 from tests.methods.test_gptq import loss, problem
 from tests.reference.vectors import gptq_vectors
 
@@ -57,7 +58,6 @@ def test_output_error_is_below_rounding(name: str) -> None:
 @pytest.mark.parametrize("name", ["iq1_m", "iq2_xxs", "iq2_xs", "iq3_xxs", "iq3_s"])
 def test_codes_equal_the_plain_loop(name: str, order: str) -> None:
     w, stats = problem(n=3, k=256, tokens=1024)
-    assert stats.gram is not None
     fmt = load(name)
     book = fmt.codebook()
     assert book is not None
@@ -65,8 +65,8 @@ def test_codes_equal_the_plain_loop(name: str, order: str) -> None:
     q = method.solve(w, stats, fmt).quantized
     columns = torch.arange(256)
     if order == "activation":
-        columns = activation_order(stats.gram.diagonal(), (book.width, book.span))
-    expected = gptq_vectors(w, stats.gram, 0.01, columns.tolist(), fmt, q.params)
+        columns = activation_order(stats[Gram].matrix.diagonal(), (book.width, book.span))
+    expected = gptq_vectors(w, stats[Gram].matrix, 0.01, columns.tolist(), fmt, q.params)
     # float32 against float64: a vector that lies between two entries may tip over, and others after it follow
     assert (q.codes != expected).float().mean() <= 0.02
 
@@ -95,11 +95,10 @@ def test_every_round_lowers_the_objective(name: str) -> None:
 @pytest.mark.parametrize("name", ["iq4_xs", "tq1_0", "iq1_s", "iq2_xs", "iq3_xxs"])
 def test_dead_columns_disturb_nothing(name: str) -> None:
     w, stats = problem(n=16, k=512, tokens=2048)
-    assert stats.gram is not None
-    gram = stats.gram.clone()
+    gram = stats[Gram].matrix.clone()
     gram[:, 200:300] = gram[200:300] = 0  # across the border of two blocks
     dead = InputStats(512, stats.needs)
-    dead.gram, dead.tokens, dead.sum_squares = gram, stats.tokens, gram.diagonal().clone()
+    dead[Gram].matrix, dead.tokens = gram, stats.tokens
     fmt = load(name)
     rounded = RTN(importance=True).solve(w, dead, fmt).quantized
     solved = GPTQ().solve(w, dead, fmt).quantized

@@ -20,7 +20,8 @@ from qtool.pipeline.quantize import QuantizeOptions
 from qtool.pipeline.quantize import run as quantize
 from qtool.recipe.load import load_recipe
 from qtool.recipe.schema import Calibration
-from qtool.stats import InputStats, Stat
+from qtool.stats._base import InputStats
+from qtool.stats.channels import Channels
 
 RECIPE = """
 recipe: 1
@@ -195,9 +196,7 @@ def test_experts_that_no_token_reached(tiny_checkpoint, tmp_path):
     checkpoint = open_checkpoint(str(tiny_checkpoint("mixtral")))
     measured = {}
     for expert, value in ((0, 2.0), (2, 3.0)):
-        measured[f"model.layers.0.block_sparse_moe.experts.{expert}.in"] = stats = InputStats(
-            64, frozenset({Stat.CHANNELS})
-        )
+        measured[f"model.layers.0.block_sparse_moe.experts.{expert}.in"] = stats = InputStats(64, frozenset({Channels}))
         stats.add(torch.full((5, 64), value))
     write_importance(tmp_path / "m.gguf", measured, checkpoint, Calibration(samples=1, length=16))
     entries = read_imatrix(tmp_path / "m.gguf").entries
@@ -206,7 +205,7 @@ def test_experts_that_no_token_reached(tiny_checkpoint, tmp_path):
     assert entry.counts.tolist() == [5, 0, 5, 0]
     assert entry.sums.tolist() == [[20.0] * 64, [0.0] * 64, [45.0] * 64, [0.0] * 64]
     found, _ = read_importance(tmp_path / "m.gguf", checkpoint)
-    assert {reads: s.importance.tolist() for reads, s in found.items()} == {
+    assert {reads: s[Channels].importance.tolist() for reads, s in found.items()} == {
         "model.layers.0.block_sparse_moe.experts.0.in": [4.0] * 64,
         "model.layers.0.block_sparse_moe.experts.2.in": [9.0] * 64,
     }

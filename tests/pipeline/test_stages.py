@@ -28,7 +28,8 @@ from qtool.pipeline.prepare import prepare
 from qtool.pipeline.quantize import QuantizeOptions
 from qtool.pipeline.quantize import run as quantize
 from qtool.pipeline.upload import upload
-from qtool.stats import InputStats, Stat
+from qtool.stats._base import InputStats
+from qtool.stats.channels import Channels
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,7 @@ def test_inspect_reads_plain_checkpoints(tiny_checkpoint):
 
 def test_inspect_shows_what_calibration_measured(tmp_path):
     x = torch.randn(30, 12, generator=torch.Generator().manual_seed(1))
-    stats = InputStats(12, frozenset({Stat.CHANNELS}))
+    stats = InputStats(12, frozenset({Channels}))
     stats.add(x)
     write_stats(
         tmp_path / "stats", {"head_in": stats}, {"model": "m", "fingerprint": "f", "calibration": {"samples": 3}}

@@ -24,6 +24,7 @@ from qtool.pipeline.quantize import QuantizeOptions
 from qtool.pipeline.quantize import run as quantize
 from qtool.pipeline.solve import Sums
 from qtool.recipe.load import load_recipe
+from qtool.stats.channels import Channels
 
 CALIBRATED = """
 recipe: 1
@@ -200,7 +201,8 @@ def test_statistics_that_do_not_fit_the_layers_are_refused(change, recipe, tiny_
     stats, about = read_stats(file)
     wrong = stats.pop("model.layers.1.mlp_mid")
     if change == "fewer channels":
-        wrong.sum_squares, wrong.low, wrong.high = wrong.sum_squares[1:], wrong.low[1:], wrong.high[1:]
+        c = wrong[Channels]
+        c.sums, c.low, c.high = c.sums[1:], c.low[1:], c.high[1:]
         stats["model.layers.1.mlp_mid"] = wrong
     write_stats(file, stats, about)
     found = {"fewer channels": 127, "an input is missing": 0}[change]

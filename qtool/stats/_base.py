@@ -1,0 +1,187 @@
+"""What a statistic is: something that calibration measures on the input of linear layers, batch by batch.
+
+Layers that read the same input share one `InputStats`, so its Gram matrix is accumulated once and factorized once.
+
+Shape letters, here and in every statistic: T tokens, K input features, B groups of a module's outputs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar, cast
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some tokens, as layers read them.
+
+    Attributes:
+        x: inputs, [T, K] of any float type.
+        reference: the same tokens as the unquantized model reads them, [T, K]; None where they are not compared.
+        weights: how much each token counts, by the name of a module that reads the input: float32 [T, B] for B groups
+            of its outputs; modules that are not named weigh all tokens alike.
+    """
+
+    x: Tensor
+    reference: Tensor | None = None
+    weights: Mapping[str, Tensor] | None = None
+
+    def parts(self) -> Iterator[Batch]:
+        """The tokens that have a reference, then those beyond it."""
+        compared = 0 if self.reference is None else len(self.reference)
+        if compared in (0, len(self.x)):
+            yield self if compared else Batch(self.x, None, self.weights)
+            return
+        for part, reference in ((slice(compared), self.reference), (slice(compared, None), None)):
+            weights = None if self.weights is None else {name: w[part] for name, w in self.weights.items()}
+            yield Batch(self.x[part], reference, weights)
+
+
+class Statistic(ABC):
+    """One thing that is measured on an input; grown batch by batch.
+
+    Args:
+        k: K.
+        device: where inputs are.
+
+    Attributes:
+        others: the statistics of the same input, this one among them.
+    """
+
+    uses: ClassVar[frozenset[type[Statistic]]] = frozenset()
+    """Statistics of the same input that this one is computed from. They are measured too, and are told of a batch after
+    this one was."""
+    sequential: ClassVar[bool] = True
+    """Whether methods want it behind the quantized layers before. If not, it serves them as well when it was measured
+    on the original model."""
+    compares: ClassVar[bool] = False
+    """Whether it is about the difference from the unquantized model, so that on that model there is none."""
+    unrounded: ClassVar[bool] = False
+    """Whether it is about inputs as they are before a runtime rounds them."""
+
+    others: InputStats
+
+    @abstractmethod
+    def __init__(self, k: int, device: torch.device | str = "cpu") -> None: ...
+
+    @classmethod
+    def name(cls) -> str:
+        """What files call it."""
+        return cls.__name__.lower()
+
+    @abstractmethod
+    def add(self, batch: Batch) -> None:
+        """Counts a batch, whose tokens are either all compared with a reference or none of them."""
+
+    @abstractmethod
+    def merge(self, other: Self) -> None:
+        """Adds what another part of the calibration tokens measured, which is not used any longer."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """Everything that was measured, as tensors by name."""
+
+    @abstractmethod
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what `state` gave, instead of what was measured so far.
+
+        Raises:
+            ValueError: that cannot have been measured on this input; says what is wanted.
+        """
+
+
+S = TypeVar("S", bound=Statistic)
+
+
+class InputStats:
+    """Statistics of one input, grown batch by batch.
+
+    Args:
+        k: K.
+        needs: which statistics.
+        device: where inputs are.
+
+    Attributes:
+        tokens: T so far.
+        cache: what methods derived from the finished statistics, kept for the next layer that reads this input.
+    """
+
+    def __init__(self, k: int, needs: frozenset[type[Statistic]], device: torch.device | str = "cpu") -> None:
+        self.k, self.needs, self.tokens = k, needs, 0
+        self.cache: dict[object, object] = {}
+        self._found: dict[type[Statistic], Statistic] = {kind: kind(k, device) for kind in in_order(needs)}
+        for statistic in self._found.values():
+            statistic.others = self
+
+    def __contains__(self, kind: type[Statistic]) -> bool:
+        return kind in self._found
+
+    def __iter__(self) -> Iterator[Statistic]:
+        return iter(self._found.values())
+
+    def __getitem__(self, kind: type[S]) -> S:
+        return cast(S, self._found[kind])
+
+    def get(self, kind: type[S]) -> S | None:
+        """A statistic; None if it was not measured."""
+        return cast("S | None", self._found.get(kind))
+
+    def add(self, x: Tensor, reference: Tensor | None = None, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Counts a batch of inputs.
+
+        Args:
+            x: [T, K] of any float type.
+            reference: the first of these tokens as the unquantized model reads them, [T', K]; batches that have some
+                come before those that have none.
+            weights: see `Batch`.
+        """
+        for part in Batch(x, reference, weights).parts():
+            for statistic in self._found.values():
+                statistic.add(part)
+            self.tokens += len(part.x)
+
+    def merge(self, other: InputStats) -> None:
+        """Adds what another part of the calibration tokens measured, which is not used any longer."""
+        for kind, statistic in self._found.items():
+            statistic.merge(other[kind])
+        self.tokens += other.tokens
+
+
+def in_order(needs: frozenset[type[Statistic]]) -> list[type[Statistic]]:
+    """Statistics, and those that they use, each before those that it uses."""
+    order: list[type[Statistic]] = []
+
+    def put(kind: type[Statistic]) -> None:
+        if kind in order:
+            order.remove(kind)
+        order.append(kind)
+        for used in sorted(kind.uses, key=lambda k: k.name()):
+            put(used)
+
+    for kind in sorted(needs, key=lambda k: k.name()):
+        put(kind)
+    return order
+
+
+def expect(state: Mapping[str, Tensor], like: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    """Compares a state with what it has to look like, (type, shape) by name.
+
+    Raises:
+        ValueError: it looks otherwise, or holds NaN or infinity.
+    """
+    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+    if found != dict(like):
+        raise ValueError(f"wanted {spell(like)}, found {spell(found)}")
+    if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
+        raise ValueError("wanted finite numbers, found others")
+
+
+def spell(like: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> str:
+    """Types and shapes in words: "low float32 [64], high float32 [64]"."""
+    return ", ".join(f"{name} {str(dtype)[6:]} {list(shape)}" for name, (dtype, shape) in like.items()) or "nothing"
