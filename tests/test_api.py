@@ -13,7 +13,6 @@ import torch
 import qtool
 from qtool import api
 from qtool.errors import GateError, NumericsError, PlanError, RecipeError, UsageError
-from qtool.formats._base import Quantized
 from qtool.formats.int import Int
 from qtool.methods.rtn import RTN
 
@@ -49,7 +48,7 @@ def test_the_page_runs_as_it_stands(beside, capsys):
     )
     decibels = {m: float(d) for m, d in re.findall(r"^q4_k .*(rtn|gptq).* (\d+\.\d) dB$", printed.out, re.MULTILINE)}
     assert decibels["gptq"] > decibels["rtn"] + 2
-    assert torch.equal(space["weight"], Quantized(space["codes"], space["params"], space["fmt"]).decode())
+    assert torch.equal(space["weight"], space["stored"].decode())
     assert qtool.plan("SmolLM2-135M", mixed).bits_per_weight == pytest.approx(float(lines[-1]))
 
 
