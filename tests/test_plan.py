@@ -11,8 +11,9 @@ import torch
 from qtool import registry
 from qtool.checkpoint._base import Layer, Module, modules
 from qtool.errors import PlanError, UsageError
+from qtool.plan import layers as decided
 from qtool.plan import make_plan
-from qtool.recipe.fallback import choose
+from qtool.plan.fallback import choose
 from qtool.recipe.load import load_recipe
 from qtool.recipe.schema import Recipe, parse_format, parse_method
 from tests.recipe.shapes import SMOLLM2_135M, TINY, Shapes
@@ -548,5 +549,5 @@ class TestFingerprint:
         assert plan(REST, limit=1).fingerprint() != made.fingerprint()
         assert replace(made, warnings=("x",)).fingerprint() == made.fingerprint()
         before = made.fingerprint()
-        monkeypatch.setattr("qtool.plan.__version__", "9.9")
+        monkeypatch.setattr(decided, "__version__", "9.9")
         assert made.fingerprint() != before

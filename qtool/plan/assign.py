@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from qtool.errors import nearest
-from qtool.recipe.findings import Findings
+from qtool.plan.findings import Findings
 from qtool.recipe.match import EVERY_LINEAR, Named, matches
 from qtool.recipe.scope import Facts, chosen
 

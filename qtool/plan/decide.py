@@ -1,0 +1,81 @@
+"""What every layer of a model gets, by the rules of a recipe; whether an artifact can carry that is asked elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qtool.checkpoint._base import Checkpoint, Module
+from qtool.plan.assign import assign
+from qtool.plan.fallback import choose
+from qtool.plan.findings import Findings
+from qtool.plan.layers import LayerPlan
+from qtool.recipe.parse import parse_method
+from qtool.recipe.schema import Recipe
+from qtool.recipe.scope import Facts
+
+DTYPE_BITS = {"f32": 32, "f16": 16, "bf16": 16}
+
+
+def decide(
+    found: Sequence[Module], recipe: Recipe, checkpoint: Checkpoint, findings: Findings
+) -> tuple[tuple[LayerPlan, ...], list[str]]:
+    """Decides every layer.
+
+    Args:
+        found: all modules of the model.
+        recipe: what to do.
+        checkpoint: to what; only names and shapes are looked at.
+        findings: gets what is wrong with the rules.
+
+    Returns:
+        One entry per module, and warnings about rules that decide nothing.
+    """
+    decisions, warnings = assign(found, facts(recipe, checkpoint), findings)
+    layers = tuple(decide_module(m, decisions.get(m.name, -1), recipe, checkpoint, findings) for m in found)
+    if recipe.method and any(p.format for p in layers) and all(p.method is not recipe.method for p in layers):
+        findings.add(-1, "method: no layer uses it, because the rules name their own; remove it, or theirs")
+    return layers, warnings
+
+
+def facts(recipe: Recipe, checkpoint: Checkpoint) -> Facts:
+    """What the conditions of rules are held against."""
+    family, config = checkpoint.family, checkpoint.config
+    heads, kv_heads, _ = family.heads(config)
+    methods = [recipe.method, *(rule.method for rule in recipe.layers)]
+    return Facts(
+        blocks=family.blocks(config),
+        gqa=heads // kv_heads,
+        experts=family.experts(config),
+        tied=checkpoint.tied,
+        calibrated=any(method.needs for method in methods if method),
+    )
+
+
+def decide_module(module: Module, index: int, recipe: Recipe, checkpoint: Checkpoint, findings: Findings) -> LayerPlan:
+    """Applies a rule (-1: none) to a module."""
+    rule = recipe.layers[index] if index >= 0 else None
+    if rule is None or rule.weights is None:
+        keep = rule.keep if rule and isinstance(rule.keep, str) else "source"
+        return LayerPlan(module, None, None, None, keep, None, index, _kept_bits(module, keep, checkpoint))
+    method = rule.method or (recipe.method if module.kind == "linear" else None) or parse_method("rtn")
+    if module.kind == "embedding":
+        if method.needs:
+            text = f"{method.name()} measures inputs, an embedding only looks rows up; give it a rule with method: rtn"
+            findings.add(index, text, module.name)
+        if rule.activations:
+            text = "an embedding has no inputs to round; give it a rule without activations:"
+            findings.add(index, text, module.name)
+    choice = choose(rule.weights, rule.fallback or recipe.fallback, module.shape[1])
+    if choice.problem:
+        findings.add(index, choice.problem, module.name)
+    if choice.format is None:
+        bits = _kept_bits(module, choice.keep, checkpoint)
+        return LayerPlan(module, None, None, None, choice.keep, choice.fallback, index, bits)
+    bits = choice.format.storage_bits(*module.shape)
+    return LayerPlan(module, choice.format, method, rule.activations, "source", choice.fallback, index, bits)
+
+
+def _kept_bits(module: Module, keep: str, checkpoint: Checkpoint) -> int:
+    """Bits of a matrix in its own type, or in the one that it is cast to."""
+    n, k = module.shape
+    return checkpoint.info(f"{module.name}.weight").nbytes * 8 if keep == "source" else n * k * DTYPE_BITS[keep]

@@ -1,0 +1,141 @@
+"""What was decided for every layer of a model, and what that comes to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from qtool import __version__
+from qtool.checkpoint._base import Layer, Module
+from qtool.formats._base import Format
+from qtool.methods._base import Method
+from qtool.recipe.schema import Recipe
+from qtool.stats._base import Statistic
+from qtool.stats.values import Values
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What happens to one module.
+
+    Attributes:
+        module: which one.
+        format: representation of its weight; None: kept.
+        method: how codes are chosen; None: kept.
+        activations: representation of its input at run time; None: left alone.
+        keep: "source", or the dtype a kept tensor is cast to: "f32", "f16", "bf16".
+        fallback: why `format` is not the one that the rule named; None if it is.
+        rule: index into `recipe.layers` of the rule that decided, -1 for the default (embeddings nobody named).
+        bits: size of the stored matrix, parameters included.
+    """
+
+    module: Module
+    format: Format | None
+    method: Method | None
+    activations: Format | None
+    keep: str
+    fallback: str | None
+    rule: int
+    bits: int
+
+    @property
+    def needs(self) -> frozenset[type[Statistic]]:
+        """What has to be measured on its input: for its method, and for a scale that holds for all tokens."""
+        static = self.activations and self.activations.static
+        return (self.method.needs if self.method else frozenset()) | ({Values} if static else set())
+
+    @property
+    def layer(self) -> Layer | None:
+        """As checkpoints describe it; None if kept."""
+        return Layer(self.format, self.activations) if self.format else None
+
+    @property
+    def label(self) -> str:
+        """What becomes of it in a word or two: "int8-channel with int8-token inputs", "kept", "kept as f16"."""
+        if self.layer is None:
+            return "kept" if self.keep == "source" else f"kept as {self.keep}"
+        return self.layer.label
+
+
+@dataclass(frozen=True)
+class Share:
+    """All layers of one role that are treated alike.
+
+    Attributes:
+        role, label, fallback: as in the plan of each.
+        method: its name; None: kept.
+        layers: how many.
+        weights, bits: of all of them together.
+    """
+
+    role: str
+    label: str
+    method: str | None
+    fallback: str | None
+    layers: int
+    weights: int
+    bits: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole run, decided.
+
+    Attributes:
+        recipe: as validated.
+        layers: one entry per module, in the model's order, so block by block.
+        artifacts: names of the artifacts to write, in recipe order.
+        other_bytes: tensors that are no module (norms, biases), copied bit for bit.
+        warnings: what the user should know and nobody has to fix.
+        source_fingerprint: of the checkpoint.
+        limited_blocks: blocks that a smoke run quantizes; None for a whole run.
+    """
+
+    recipe: Recipe
+    layers: tuple[LayerPlan, ...]
+    artifacts: tuple[str, ...]
+    other_bytes: int
+    warnings: tuple[str, ...]
+    source_fingerprint: str = ""
+    limited_blocks: int | None = None
+
+    @property
+    def predicted_bytes(self) -> int:
+        """Bytes of all tensors when stored."""
+        return sum(-(-p.bits // 8) for p in self.layers) + self.other_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean over all matrices, kept ones and parameters included."""
+        return sum(p.bits for p in self.layers) / sum(math.prod(p.module.shape) for p in self.layers)
+
+    def summary(self) -> tuple[Share, ...]:
+        """The layers by role and treatment, in the model's order."""
+        alike: dict[tuple[str, str, str | None, str | None], list[LayerPlan]] = {}
+        for p in self.layers:
+            method = p.method.name() if p.method else None
+            alike.setdefault((p.module.role, p.label, method, p.fallback), []).append(p)
+        return tuple(
+            Share(*key, len(layers), sum(math.prod(p.module.shape) for p in layers), sum(p.bits for p in layers))
+            for key, layers in alike.items()
+        )
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of everything that decides the codes: program version, model, calibration settings, layers.
+
+        Names, artifacts and evaluation are left out: they only use the result. So is the content of a calibration
+        file, which the recipe merely names.
+        """
+        layers = [[p.module.name, *map(_exact, (p.format, p.method, p.activations)), p.keep] for p in self.layers]
+        calibration = self.recipe.calibration.model_dump(mode="json")
+        content = [__version__, self.source_fingerprint, calibration, layers, _exact(self.recipe.kv_cache)]
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _exact(thing: BaseModel | None) -> Any:
+    return thing and [type(thing).__name__, thing.model_dump(mode="json")]

@@ -1,0 +1,57 @@
+"""recipe x checkpoint -> what will be done to every layer, checked and counted before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from qtool.checkpoint._base import Checkpoint, modules
+from qtool.errors import PlanError, UsageError
+from qtool.plan.check import Carrier, check
+from qtool.plan.decide import decide
+from qtool.plan.findings import Findings
+from qtool.plan.layers import LayerPlan, Plan
+from qtool.recipe.schema import Recipe
+
+
+def make_plan(
+    recipe: Recipe, checkpoint: Checkpoint, carriers: Mapping[str, Carrier], limit_layers: int | None = None
+) -> Plan:
+    """Decides every layer.
+
+    Args:
+        recipe: what to do.
+        checkpoint: to what; only names and shapes are looked at.
+        carriers: the artifact behind each name of `recipe.export`.
+        limit_layers: quantize only that many decoder blocks and keep all the rest as it is.
+
+    Raises:
+        PlanError: every mismatch of recipe, model and artifacts, all at once.
+        UsageError: the model does not have so many blocks.
+    """
+    found, findings = tuple(modules(checkpoint)), Findings(recipe.layers)
+    layers, warnings = decide(found, recipe, checkpoint, findings)
+    artifacts = tuple(export.to for export in recipe.export)
+    check(layers, recipe.kv_cache, checkpoint, {name: carriers[name] for name in artifacts}, findings)
+    if lines := findings.lines():
+        raise PlanError(lines, f"recipe {recipe.name} does not fit {checkpoint.source}")
+    if limit_layers is not None:
+        layers, warning = _limit(layers, limit_layers, checkpoint)
+        warnings.append(warning)
+    matrices = {f"{m.name}.weight" for m in found}
+    other = sum(checkpoint.info(name).nbytes for name in checkpoint.names() if name not in matrices)
+    return Plan(recipe, layers, artifacts, other, tuple(warnings), checkpoint.fingerprint(), limit_layers)
+
+
+def _limit(layers: Sequence[LayerPlan], limit: int, checkpoint: Checkpoint) -> tuple[tuple[LayerPlan, ...], str]:
+    """The layers of a smoke run, and what is to be said about it."""
+    blocks = checkpoint.family.blocks(checkpoint.config)
+    if not 1 <= limit <= blocks:
+        raise UsageError("--limit-layers", wanted=f"1 to {blocks} decoder blocks", found=limit)
+
+    def untouched(p: LayerPlan) -> LayerPlan:
+        bits = checkpoint.info(f"{p.module.name}.weight").nbytes * 8
+        return replace(p, format=None, method=None, activations=None, keep="source", fallback=None, bits=bits)
+
+    limited = tuple(p if p.module.block in range(limit) else untouched(p) for p in layers)
+    return limited, f"smoke run: only the first {limit} of {blocks} decoder blocks are quantized, the rest is untouched"
