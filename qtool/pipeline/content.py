@@ -6,7 +6,7 @@ from qtool.checkpoint._base import Checkpoint, finite
 from qtool.numerics.checksum import Checksum
 from qtool.numerics.metrics import all_finite
 from qtool.pipeline.requantize import is_finite, stored_matrix
-from qtool.pipeline.solve import row_parts
+from qtool.pipeline.rows import row_parts
 
 
 def read_content(checkpoint: Checkpoint) -> str:

@@ -16,13 +16,15 @@ from qtool.errors import NumericsError, StorageError, UsageError
 from qtool.evaluate.gates import check_gates
 from qtool.pipeline import evaluate
 from qtool.pipeline.content import read_content
+from qtool.pipeline.entries import kept_entry, mean_db
 from qtool.pipeline.events import Event, Listener, silent
 from qtool.pipeline.prepare import Job, prepare
 from qtool.pipeline.publish import publish
-from qtool.pipeline.solve import Unit, kept, mean_db, solve, units
+from qtool.pipeline.solve import solve
 from qtool.pipeline.statistics import Statistics, statistics_for
 from qtool.pipeline.stopwatch import Stopwatch
 from qtool.pipeline.summarize import make_report, model_card
+from qtool.pipeline.units import Unit, steps
 from qtool.pipeline.upload import upload
 from qtool.pipeline.work import Record, Work, begun, identity, open_work, remove_work, result_identity
 from qtool.plan import LayerPlan
@@ -177,25 +179,18 @@ def solve_all(
 ) -> tuple[tuple[LayerEntry, ...], tuple[CacheEntry, ...]]:
     """Goes through the plan unit by unit; what an earlier run finished is only walked through."""
     caches: list[CacheEntry] = []
-    entries = {p.module.name: kept(p) for p in job.plan.layers if p.format is None}
-    steps = steps_of(job)
+    entries = {p.module.name: kept_entry(p) for p in job.plan.layers if p.format is None}
+    todo = steps(job.plan)
     earlier = f"{len(work.finished)} finished earlier" if work.finished else ""
-    listener(Event("quantize", 0, len(steps), earlier))
-    for done, unit in enumerate(steps, 1):
-        followed = any(later.needs and later.name not in work.finished for later in steps[done:])
+    listener(Event("quantize", 0, len(todo), earlier))
+    for done, unit in enumerate(todo, 1):
+        followed = any(later.needs and later.name not in work.finished for later in todo[done:])
         record = solve_unit(unit, job, work, source, followed)
         entries |= {entry.name: entry for entry in record.layers}
         caches += [record.cache] if record.cache else []
         error = mean_db(record.layers)
-        listener(Event("quantize", done, len(steps), unit.name, {} if error is None else {"error_db": error}))
+        listener(Event("quantize", done, len(todo), unit.name, {} if error is None else {"error_db": error}))
     return tuple(entries[p.module.name] for p in job.plan.layers), tuple(caches)
-
-
-def steps_of(job: Job) -> list[Unit]:
-    """The units that a run goes through: those with something to quantize, and blocks that inputs flow through."""
-    steps = [unit for unit in units(job.plan) if unit.quantized or unit.block is not None]
-    last = max((i for i, unit in enumerate(steps) if unit.quantized or unit.cache), default=-1)
-    return steps[: last + 1]
 
 
 def solve_unit(unit: Unit, job: Job, work: Work, source: Statistics, followed: bool) -> Record:

@@ -25,12 +25,12 @@ class Origin(NamedTuple):
 
     Attributes:
         stored: codes and what corrects them; None if it has plain numbers.
-        held: the same values in the wanted format; None if they have to be rounded to it.
+        same: the same values in the wanted format; None if they have to be rounded to it.
         remark: what the report says then; None where nothing is lost.
     """
 
     stored: Matrix | None
-    held: Quantized | None
+    same: Quantized | None
     remark: str | None
 
 
@@ -47,10 +47,10 @@ def origin(checkpoint: Checkpoint, module: str, wanted: Format) -> Origin:
     if stored is None:
         why = checkpoint.decoded.get(module) if isinstance(checkpoint, QuantizedCheckpoint) else None
         return Origin(None, None, why and f"rounded a second time: {why}")
-    held = corrected(stored.residuals) or wanted.hold(stored.quantized)
-    if isinstance(held, str):
-        return Origin(stored, None, f"rounded a second time: {held}")
-    return Origin(stored, held, None)
+    same = corrected(stored.residuals) or wanted.hold(stored.quantized)
+    if isinstance(same, str):
+        return Origin(stored, None, f"rounded a second time: {same}")
+    return Origin(stored, same, None)
 
 
 def corrected(residuals: Sequence[object]) -> str | None:

@@ -21,7 +21,7 @@ from qtool.errors import CheckpointError, PlanError
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.importance import read_importance
 from qtool.pipeline.prepare import Job
-from qtool.pipeline.solve import Unit, needs_of, units
+from qtool.pipeline.units import Unit, needs_of, units
 from qtool.plan import LayerPlan
 from qtool.recipe.schema import Calibration
 from qtool.residuals._base import Matrix

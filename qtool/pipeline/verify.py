@@ -12,7 +12,7 @@ from qtool.errors import VerifyError
 from qtool.formats._base import alike
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.requantize import stored_matrix
-from qtool.pipeline.solve import row_parts
+from qtool.pipeline.rows import row_parts
 from qtool.residuals._base import Matrix
 
 

@@ -15,7 +15,7 @@ from qtool.checkpoint._base import CacheScales, Layer
 from qtool.errors import CheckpointError, StorageError
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.prepare import Job
-from qtool.pipeline.solve import Unit, cache_format
+from qtool.pipeline.units import Unit, cache_format
 from qtool.plan import LayerPlan
 from qtool.report.model import CacheEntry, Entry, LayerEntry
 from qtool.residuals._base import Matrix

@@ -237,7 +237,7 @@ def test_the_parts_of_large_matrices_make_no_difference(
     rows, tiny_checkpoint, recipes, gguf_run, tmp_path, monkeypatch
 ):
     source, _, report, _ = gguf_run
-    monkeypatch.setattr("qtool.pipeline.solve.PART", rows * 64)
+    monkeypatch.setattr("qtool.pipeline.rows.PART", rows * 64)
     parts = run(QuantizeOptions(str(source), recipes["gguf"], tmp_path / "out"))
     assert [a.files for a in parts.artifacts] == [a.files for a in report.artifacts]
     errors = [[e.weight_error_db for e in r.layers if e.format] for r in (parts, report)]

@@ -18,11 +18,11 @@ from qtool.checkpoint.open import open_checkpoint
 from qtool.errors import CheckpointError, PlanError, StorageError
 from qtool.pipeline.calibrate import CalibrateOptions
 from qtool.pipeline.calibrate import run as calibrate
+from qtool.pipeline.entries import Sums
 from qtool.pipeline.evaluate import EvaluateOptions
 from qtool.pipeline.evaluate import run as evaluate
 from qtool.pipeline.quantize import QuantizeOptions
 from qtool.pipeline.quantize import run as quantize
-from qtool.pipeline.solve import Sums
 from qtool.recipe.load import load_recipe
 from qtool.stats.channels import Channels
 
