@@ -13,7 +13,7 @@ from typing import Any, Literal
 from qtool.artifact import _open
 from qtool.checkpoint._base import Checkpoint
 from qtool.errors import QtoolError
-from qtool.evaluate.gates import check_gates
+from qtool.evaluate.gates import refuse_missed
 from qtool.evaluate.result import Evaluation
 from qtool.pipeline import calibrate as calibrating
 from qtool.pipeline import evaluate as evaluating
@@ -236,7 +236,7 @@ def evaluate(
         dtype,
     )
     found = evaluating.run(options, listener)
-    check_gates(found, options.gates)
+    refuse_missed(found.gates)
     return found
 
 

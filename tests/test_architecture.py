@@ -139,19 +139,21 @@ def test_methods_name_no_format(path):
 
 
 def test_help_is_quick_and_imports_nothing_heavy():
-    program = (
+    """0.16 seconds of processor time on an idle machine, of which Typer and Rich take two thirds."""
+    ours = (
         "import sys, time\nfrom qtool.cli.app import main\nsys.argv = ['qtool', '--help']\n"
         "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
         "heavy = {'torch', 'transformers', 'numba', 'numpy', 'pydantic', 'importlib.metadata', 'rich.progress'}\n"
-        "print(sorted(heavy & set(sys.modules)), time.process_time())"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\nprint(time.process_time())"
     )
-    seconds = []
-    for _ in range(3):
+    theirs = "import time, typer, typer.rich_utils, rich.markdown\nprint(time.process_time())"
+
+    def seconds(program):
         result = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-        heavy, took = result.stdout.splitlines()[-1].rsplit(" ", 1)
-        assert heavy == "[]"
-        seconds.append(float(took))
-    assert min(seconds) < 0.3  # of processor time; 0.16 on an idle machine
+        return float(result.stdout.splitlines()[-1])
+
+    taken = [(seconds(ours), seconds(theirs)) for _ in range(3)]
+    assert min(us for us, _ in taken) < 2.5 * min(them for _, them in taken)  # other work slows both down alike
 
 
 def test_the_import_rule_sees_a_planted_upward_import():

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from qtool.cli import options
 from qtool.cli.console import Console, document, result, table
+from qtool.report.meaning import meaning
+from qtool.report.units import verdicts
+
+if TYPE_CHECKING:
+    from qtool.evaluate.result import Evaluation
 
 Text = Annotated[Path, typer.Option("--text", metavar="FILE", help="UTF-8 text to score.", show_default=False)]
 Baseline = Annotated[
@@ -59,7 +64,7 @@ def command(
     Example: `qtool eval ./SmolLM2-135M-w4 --baseline ./SmolLM2-135M --text prose.txt --gate kld=0.05`
     """
     with Console(quiet, verbose) as console:
-        from qtool.evaluate.gates import check_gates, parse_gates
+        from qtool.evaluate.gates import parse_gates, refuse_missed
         from qtool.pipeline import evaluate as stage
 
         gates = parse_gates(gate or ())
@@ -78,10 +83,16 @@ def command(
             ),
             console,
         )
-    values = found.model_dump(mode="json")
     if json:
-        document(values)
+        document(found.model_dump(mode="json"))
     else:
-        shown = {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in values.items() if v is not None}
-        result(table(["measure", "value"], [[k, v] for k, v in shown.items()]))
-    check_gates(found, gates)
+        result(shown(found))
+    refuse_missed(found.gates)
+
+
+def shown(found: Evaluation) -> str:
+    """The verdict if there are gates, what the divergence means, then every number."""
+    values = found.model_dump(mode="json", exclude={"gates"}, exclude_none=True)
+    rows = [[k, f"{v:.6g}" if isinstance(v, float) else str(v)] for k, v in values.items()]
+    words = [] if found.kld_mean is None else [meaning(found.kld_mean)]
+    return "\n".join([*verdicts([found]), *words, table(["measure", "value"], rows)])

@@ -50,12 +50,16 @@ def show(plan: Plan) -> str:
         ]
         for s in plan.summary()
     ]
+    quantized = [s for s in plan.summary() if s.method]
+    bits, weights = sum(s.bits for s in quantized), sum(s.weights for s in quantized)
+    rounded = f"{bits / weights:.3f} of quantized matrices, " if quantized else ""
     header = ["role", "layers", "format", "method", "bits", "size", "fallback" if any(r[-1] for r in rows) else ""]
     return "\n".join(
         [
             table(header, rows, frozenset({1, 4, 5})),
             f"other tensors: {size(plan.other_bytes)}",
-            f"predicted size: {size(plan.predicted_bytes)}, {plan.bits_per_weight:.3f} bits per weight",
+            f"predicted size: {size(plan.predicted_bytes)}",
+            f"bits per weight: {rounded}{plan.bits_per_weight:.3f} of all matrices",
             f"artifacts: {', '.join(plan.artifacts)}",
         ]
     )

@@ -9,7 +9,8 @@ import typer
 
 from qtool.cli import options
 from qtool.cli.console import Console, document, result, table
-from qtool.report.units import duration, size
+from qtool.report.meaning import meaning
+from qtool.report.units import duration, size, verdicts
 
 if TYPE_CHECKING:
     from qtool.pipeline.quantize import QuantizeOptions
@@ -98,12 +99,17 @@ def summary(report: Report, out: Path) -> str:
     quantized = [e for e in report.layers if e.format]
     bits = sum(e.nbytes for e in quantized) * 8 / max(1, sum(e.shape[0] * e.shape[1] for e in quantized))
     lines = [table(["artifact", "size", "of source", "", "folder"], rows, frozenset({1, 2}))]
-    lines.append(f"{len(quantized)} of {len(report.layers)} matrices quantized, {bits:.2f} bits per weight")
+    whole = 8 * (sum(e.nbytes for e in report.layers) + report.other_bytes) / report.parameters
+    lines.append(f"{len(quantized)} of {len(report.layers)} matrices quantized")
+    lines.append(f"bits per weight: {bits:.2f} of quantized matrices, {whole:.2f} of the whole model")
     errors = [(e.weight_error_db, e.name) for e in quantized if e.weight_error_db is not None]
     if errors:
         worst, name = min(errors)
         lines.append(f"largest weight error {worst:.1f} dB in {name}")
-    lines += [f"{e.text}: {quality(e.model_dump())}" for e in report.evaluations]
+    for e in report.evaluations:
+        lines.append(f"{e.text}: {quality(e.model_dump())}")
+        lines += [] if e.kld_mean is None else [f"  {meaning(e.kld_mean)}"]
+    lines += verdicts(report.evaluations)
     seconds = sum(s.seconds for s in report.stages)
     peak = max((s.peak_bytes for s in report.stages), default=0)
     lines.append(f"{duration(seconds)}, {size(peak)} peak memory; report: {out / 'report.html'}")

@@ -60,15 +60,18 @@ class Scores:
         result = {"ppl": ppl, "ppl_error": ppl * standard_error(nll)}
         if "kld" not in self.columns:
             return result
-        kld, dp = self.column("kld"), self.column("dp")
+        kld, dp, base_nll = self.column("kld"), self.column("dp"), self.column("base_nll")
+        base_ppl = float(base_nll.mean().exp())
         shares = torch.tensor([0.5, 0.9, 0.95, 0.99, 0.999, 1.0], dtype=torch.float64)
         names = ("kld_median", "kld_p90", "kld_p95", "kld_p99", "kld_p999", "kld_max")
         return result | {
-            "base_ppl": float(self.column("base_nll").mean().exp()),
+            "base_ppl": base_ppl,
             "kld_mean": float(kld.mean()),
             "kld_error": standard_error(kld),
             **dict(zip(names, quantiles(kld, shares).tolist(), strict=True)),
+            "ppl_ratio_error": ppl / base_ppl * standard_error(nll - base_nll),
             "top1": float(self.column("same").mean()),
+            "top1_error": standard_error(self.column("same")),
             "dp_mean": float(dp.mean()),
             "rms_dp": float(dp.square().mean().sqrt()),
         }

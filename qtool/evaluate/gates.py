@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from qtool.errors import GateError, UsageError, nearest
-from qtool.evaluate.result import Evaluation
+from qtool.evaluate.result import Evaluation, Gate
 from qtool.recipe.gates import AT_LEAST, GATES
+
+ERRORS = {"ppl": "ppl_error", "ppl_ratio": "ppl_ratio_error", "kld": "kld_error", "top1": "top1_error"}
+"""Gate name -> attribute with the standard error of what it limits."""
+NORMAL = 1.96
+"""Standard errors on each side of a mean that 95 % of a normal distribution lie within."""
 
 
 def parse_gates(texts: Iterable[str]) -> dict[str, float]:
@@ -46,20 +51,31 @@ def validate_gates(gates: Mapping[str, float], compared: bool) -> None:
             raise UsageError(f"gate {name} compares with a baseline and none is given", hint="add --baseline MODEL")
 
 
-def check_gates(evaluation: Evaluation, gates: Mapping[str, float]) -> None:
-    """Holds an evaluation against limits.
-
-    Raises:
-        UsageError: see `validate_gates`.
-        GateError: names every gate that is missed, with its limit and what was measured.
-    """
+def judge(evaluation: Evaluation, gates: Mapping[str, float]) -> tuple[Gate, ...]:
+    """Holds an evaluation against limits; NaN misses every gate. Raises UsageError: see `validate_gates`."""
     validate_gates(gates, evaluation.base_ppl is not None)
-    missed = []
-    for name, limit in gates.items():
-        found = getattr(evaluation, GATES[name])
-        good = found >= limit if name in AT_LEAST else found <= limit  # NaN misses every gate
-        if not good:
-            bound = "at least" if name in AT_LEAST else "at most"
-            missed.append(f"{name} wanted {bound} {limit:g}, found {found:.6g}")
+    return tuple(_gate(evaluation, name, limit) for name, limit in gates.items())
+
+
+def _gate(evaluation: Evaluation, name: str, limit: float) -> Gate:
+    value, at_least = getattr(evaluation, GATES[name]), name in AT_LEAST
+    error = getattr(evaluation, ERRORS[name]) if name in ERRORS else None
+    low, high = (None, None) if error is None else (value - NORMAL * error, value + NORMAL * error)
+    passed = value >= limit if at_least else value <= limit
+    return Gate(name=name, limit=limit, at_least=at_least, value=value, low=low, high=high, passed=passed)
+
+
+def refuse_missed(gates: Sequence[Gate]) -> None:
+    """Raises GateError: names every gate that is missed, with its limit and what was measured."""
+    missed = [
+        f"{gate.name} wanted {'at least' if gate.at_least else 'at most'} {gate.limit:g}, found {gate.value:.6g}"
+        for gate in gates
+        if not gate.passed
+    ]
     if missed:
         raise GateError(f"quality misses {len(missed)} of {len(gates)} gates: " + "; ".join(missed))
+
+
+def check_gates(evaluation: Evaluation, gates: Mapping[str, float]) -> None:
+    """Holds an evaluation against limits. Raises UsageError, GateError: see `judge`, `refuse_missed`."""
+    refuse_missed(judge(evaluation, gates))

@@ -5,6 +5,29 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict
 
 
+class Gate(BaseModel):
+    """A limit, and what was found.
+
+    Attributes:
+        name: of the gate.
+        limit: as asked.
+        at_least: True if less than the limit misses it; else more does.
+        value: what was measured.
+        low, high: the 95 % confidence interval of the mean, by the standard error; None where there is none.
+        passed: whether the value keeps the limit.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+    name: str
+    limit: float
+    at_least: bool
+    value: float
+    low: float | None
+    high: float | None
+    passed: bool
+
+
 class Evaluation(BaseModel):
     """Quality on a text, by llama-perplexity's protocol, alone and against the unquantized model.
 
@@ -22,6 +45,12 @@ class Evaluation(BaseModel):
         kld_median, kld_p90, kld_p95, kld_p99, kld_p999, kld_max: its distribution over positions.
         top1: share of positions where both models find the same token most likely.
         dp_mean, rms_dp: mean and root mean square of the change of the correct token's probability, in [-1, 1].
+        ppl_ratio_error, top1_error: standard errors of the perplexity ratio, of paired differences, and of `top1`.
+        artifact, baseline: fingerprints of the two models; the first is None where a run measured its own codes before
+            it wrote them.
+        text_sha256: of the text's bytes.
+        qtool: program version.
+        gates: limits that it was held against.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
@@ -45,6 +74,13 @@ class Evaluation(BaseModel):
     top1: float | None = None
     dp_mean: float | None = None
     rms_dp: float | None = None
+    ppl_ratio_error: float | None = None
+    top1_error: float | None = None
+    artifact: str | None = None
+    baseline: str | None = None
+    text_sha256: str | None = None
+    qtool: str | None = None
+    gates: tuple[Gate, ...] = ()
 
     @property
     def ppl_ratio(self) -> float | None:

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from qtool import __version__
 from qtool.calibrate.tokenizer import load_tokenizer, token_ids
 from qtool.calibrate.tokens import beginning
 from qtool.calibrate.walker import Walker
@@ -26,6 +27,7 @@ from qtool.checkpoint.gguf import GGUFCheckpoint
 from qtool.errors import CheckpointError, UsageError
 from qtool.evaluate.divergence import Scores
 from qtool.evaluate.result import Evaluation
+from qtool.store.files import sha256
 
 Progress = Callable[[int, int, str], None]
 """Told (steps done, steps in all, what was just finished)."""
@@ -75,13 +77,18 @@ def evaluate(
     if file:
         sources.insert(0, llama_cpp(file, tokens, first))
     targets = tokens[:, first + 1 :]
+    measured: dict[str, Any] = score_chunks(sources, targets, steps)
     return Evaluation(
         text=text.name,
         tokens=targets.numel(),
         context=context,
         chunks=len(targets),
         runtime=runtime,
-        **score_chunks(sources, targets, steps),
+        artifact=quantized.fingerprint(),
+        baseline=baseline.fingerprint() if baseline else None,
+        text_sha256=sha256(text),
+        qtool=__version__,
+        **measured,
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from qtool.artifact._open import open_model
 from qtool.checkpoint._base import Checkpoint
 from qtool.errors import UsageError
-from qtool.evaluate.gates import validate_gates
+from qtool.evaluate.gates import judge, validate_gates
 from qtool.evaluate.result import Evaluation
 from qtool.evaluate.run import Progress, evaluate
 from qtool.pipeline.events import Event, Listener, silent
@@ -33,7 +33,7 @@ class EvaluateOptions:
         artifact: the model under test: an artifact, or any checkpoint.
         baseline: the model to compare with; None: perplexity only.
         text, context, chunks, runtime: see `qtool.evaluate.run.evaluate`.
-        gates: limits by name; only checked for sense here, the caller holds the result against them.
+        gates: limits by name; the result says how it stands to them, and the caller refuses what misses one.
         device: "auto", "cpu" or "cuda".
         dtype: of forward passes; "auto" is float32.
         out: JSON file to write.
@@ -74,6 +74,7 @@ def run(options: EvaluateOptions, listener: Listener = silent) -> Evaluation:
         progress=tell(listener),
         runtime=options.runtime,
     )
+    evaluation = evaluation.model_copy(update={"gates": judge(evaluation, options.gates)})
     if out:
         with new_file(out) as partial:
             partial.write_text(evaluation.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -94,7 +95,7 @@ def check(asked: Eval | None) -> None:
 
 def as_asked(job: Job, model: Checkpoint, asked: Eval, listener: Listener) -> Evaluation:
     """The evaluation that a recipe asks for: of its result, against the source."""
-    return evaluate(
+    evaluation = evaluate(
         model,
         job.checkpoint,
         Path(asked.text),
@@ -104,6 +105,7 @@ def as_asked(job: Job, model: Checkpoint, asked: Eval, listener: Listener) -> Ev
         dtype=EXACT,
         progress=tell(listener),
     )
+    return evaluation.model_copy(update={"artifact": None, "gates": judge(evaluation, asked.gates)})
 
 
 def check_text(text: Path) -> None:

@@ -13,7 +13,7 @@ from qtool.calibrate.attention import AttentionErrors
 from qtool.calibrate.inputs import fit_static
 from qtool.checkpoint._base import Checkpoint, Layer
 from qtool.errors import NumericsError, StorageError, UsageError
-from qtool.evaluate.gates import check_gates
+from qtool.evaluate.gates import refuse_missed
 from qtool.pipeline import evaluate
 from qtool.pipeline.content import read_content
 from qtool.pipeline.entries import kept_entry, mean_db
@@ -129,10 +129,8 @@ def conclude(report: Report, options: QuantizeOptions, listener: Listener = sile
         GateError: a gate is missed; nothing is uploaded.
         HubError: see `upload`.
     """
-    asked = report.recipe.get("eval")
-    gates = asked["gates"] if isinstance(asked, dict) else {}
     for evaluation in report.evaluations:
-        check_gates(evaluation, gates)
+        refuse_missed(evaluation.gates)
     if options.push_to:
         upload(output_path(options.out), options.push_to, listener)
 

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import ValidationError
 
 from qtool.errors import CheckpointError
-from qtool.report import summary
+from qtool.report import meaning, quality, summary, units
 from qtool.report.charts import charts
 from qtool.report.model import Report
 from qtool.store.files import new_file
@@ -86,6 +86,9 @@ def context(report: Report) -> dict[str, Any]:
     return {
         "report": report,
         "s": summary,
+        "q": quality,
+        "u": units,
+        "m": meaning,
         "title": f"{report.recipe_name}: {Path(report.source).name}",
         "recipe": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100),
     }

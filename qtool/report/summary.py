@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
 
 from qtool.evaluate.result import Evaluation
+from qtool.report.meaning import meaning
 from qtool.report.model import LayerEntry, Report
 from qtool.report.units import duration, size
 
@@ -177,7 +178,7 @@ def verdict(report: Report) -> str:
         smoke = f"Smoke run of {report.limited_blocks} decoder block{'s' * (report.limited_blocks != 1)}: "
     line = (
         f"{smoke}{size(report.source_bytes)} became {size(after)} ({percent(after / report.source_bytes)}), "
-        f"{bits_per_weight(report):.2f} bits per weight."
+        f"{bits_per_weight(report):.2f} bits per weight of the whole model."
     )
     e = main_evaluation(report)
     if e is None:
@@ -192,12 +193,12 @@ def cards(report: Report) -> list[tuple[str, str, str]]:
     after = model_bytes(report)
     found = [
         ("size", size(after), f"{percent(after / report.source_bytes)} of {size(report.source_bytes)}"),
-        ("bits per weight", f"{bits_per_weight(report):.2f}", f"{report.parameters:,} parameters"),
+        ("bits per weight", f"{bits_per_weight(report):.2f}", f"of the whole model, {report.parameters:,} parameters"),
     ]
     e = main_evaluation(report)
     if e is not None:
-        if e.kld_mean is not None and e.kld_p99 is not None:
-            found.append(("KL divergence", number(e.kld_mean), f"nats per token; 99 % below {number(e.kld_p99)}"))
+        if e.kld_mean is not None:
+            found.append(("KL divergence", number(e.kld_mean), f"nats per token; {meaning(e.kld_mean)}"))
         remark = f"± {e.ppl_error:.2g}" if e.base_ppl is None else f"± {e.ppl_error:.2g}; baseline {e.base_ppl:.4g}"
         found.append(("perplexity", f"{e.ppl:.4g}", remark))
         if e.top1 is not None:
@@ -232,40 +233,3 @@ def decibels(db: float | None) -> str:
     if db is None:
         return "-"
     return "exact" if db == math.inf else f"{db:.1f}"
-
-
-def evaluation_rows(report: Report) -> list[tuple[str, list[str]]]:
-    """(measure, its value in each evaluation); measures that no evaluation has are left out."""
-    measures: list[tuple[str, Callable[[Evaluation], str | None]]] = [
-        ("text", lambda e: e.text),
-        ("run by", lambda e: e.runtime),
-        ("scored tokens", lambda e: f"{e.tokens:,}"),
-        ("chunks", lambda e: f"{e.chunks:,} of {e.context:,} tokens"),
-        ("perplexity", lambda e: f"{e.ppl:.4f} ± {e.ppl_error:.2g}"),
-        ("perplexity of the baseline", lambda e: None if e.base_ppl is None else f"{e.base_ppl:.4f}"),
-        ("perplexity ratio", lambda e: None if e.ppl_ratio is None else f"{e.ppl_ratio:.4f}"),
-        ("KL divergence, mean (nats)", with_error),
-        ("KL divergence, median", lambda e: optional(e.kld_median)),
-        ("KL divergence, 90 %", lambda e: optional(e.kld_p90)),
-        ("KL divergence, 95 %", lambda e: optional(e.kld_p95)),
-        ("KL divergence, 99 %", lambda e: optional(e.kld_p99)),
-        ("KL divergence, 99.9 %", lambda e: optional(e.kld_p999)),
-        ("KL divergence, largest", lambda e: optional(e.kld_max)),
-        ("same most likely token", lambda e: None if e.top1 is None else percent(e.top1)),
-        ("Δp of the right token, mean", lambda e: None if e.dp_mean is None else f"{100 * e.dp_mean:+.2f} %"),
-        ("Δp of the right token, RMS", lambda e: None if e.rms_dp is None else f"{100 * e.rms_dp:.2f} %"),
-    ]
-    rows = [(label, [value(e) for e in report.evaluations]) for label, value in measures]
-    return [(label, [v or "-" for v in values]) for label, values in rows if any(values)]
-
-
-def with_error(e: Evaluation) -> str | None:
-    """Mean KL divergence and its standard error."""
-    if e.kld_mean is None:
-        return None
-    return number(e.kld_mean) + ("" if e.kld_error is None else f" ± {e.kld_error:.2g}")
-
-
-def optional(x: float | None) -> str | None:
-    """A number, or nothing."""
-    return None if x is None else number(x)

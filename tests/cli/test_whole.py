@@ -54,7 +54,8 @@ def test_plan_shows_formats_and_sizes(model, recipe):
         "down            2  q8_0    rtn      8.500  17.4 kB\n"
         "head            1  kept    -       16.000  65.5 kB\n"
         "other tensors: 640 B\n"
-        "predicted size: 210.0 kB, 12.029 bits per weight\n"
+        "predicted size: 210.0 kB\n"
+        "bits per weight: 8.500 of quantized matrices, 12.029 of all matrices\n"
         "artifacts: gguf\n"
     )
 
@@ -85,9 +86,10 @@ def test_quantize_prints_its_result_on_stdout_and_progress_on_stderr(model, reci
     nbytes = sum(p.stat().st_size for p in out.iterdir() if p.suffix == ".gguf" or p.name == "README.md")
     assert lines[0].split() == ["artifact", "size", "of", "source", "folder"]
     assert lines[1].split() == ["gguf", f"{nbytes / 1e3:.1f}", "kB", f"{nbytes / 279168:.0%}", "verified", str(out)]
-    assert lines[2] == "14 of 16 matrices quantized, 8.50 bits per weight"
-    assert re.fullmatch(r"largest weight error 4\d\.\d dB in model\.layers\.\d\.\S+", lines[3])
-    assert lines[4].endswith(f"report: {out / 'report.html'}")
+    assert lines[2] == "14 of 16 matrices quantized"
+    assert lines[3] == "bits per weight: 8.50 of quantized matrices, 12.04 of the whole model"
+    assert re.fullmatch(r"largest weight error 4\d\.\d dB in model\.layers\.\d\.\S+", lines[4])
+    assert lines[5].endswith(f"report: {out / 'report.html'}")
     assert "quantize 2/2 block-1" in result.stderr
     assert result.stderr.count("quantize") == 2
 

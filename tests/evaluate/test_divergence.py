@@ -69,7 +69,12 @@ def test_every_statistic_equals_a_plain_loop(data, row_elements, monkeypatch):
             "kld_p99": np.quantile(kld, 0.99),
             "kld_p999": np.quantile(kld, 0.999),
             "kld_max": kld.max(),
+            "ppl_ratio_error": ppl
+            / math.exp(want["base_nll"].mean())
+            * (nll - want["base_nll"]).std()
+            / math.sqrt(n - 1),
             "top1": want["same"].mean(),
+            "top1_error": math.sqrt(want["same"].mean() * (1 - want["same"].mean()) / (n - 1)),
             "dp_mean": want["dp"].mean(),
             "rms_dp": math.sqrt((want["dp"] ** 2).mean()),
         },

@@ -3,8 +3,9 @@ import math
 import pytest
 
 from qtool.errors import GateError, UsageError
-from qtool.evaluate.gates import GATES, check_gates, parse_gates, validate_gates
+from qtool.evaluate.gates import GATES, check_gates, judge, parse_gates, validate_gates
 from qtool.evaluate.result import Evaluation
+from qtool.report.units import verdicts
 
 FOUND = Evaluation(
     text="t.txt", tokens=510, context=512, chunks=2, runtime="qtool", ppl=20.4, ppl_error=0.5, base_ppl=20.0,
@@ -69,6 +70,22 @@ def test_each_missed_gate_is_named_and_no_other():
     assert str(caught.value) == (
         "quality misses 2 of 3 gates: kld wanted at most 0.01, found 0.04; top1 wanted at least 0.95, found 0.91"
     )
+
+
+def test_intervals_are_those_of_the_mean():
+    found = FOUND.model_copy(update={"top1_error": 0.02})
+    kld, median, top1 = judge(found, {"kld": 0.0405, "kld_median": 0.01, "top1": 0.9})
+    assert (kld.value, kld.limit, kld.passed, kld.at_least) == (0.04, 0.0405, True, False)
+    assert (kld.low, kld.high) == pytest.approx((0.04 - 1.96 * 0.001, 0.04 + 1.96 * 0.001))
+    assert (median.low, median.high, median.passed) == (None, None, False)
+    assert (top1.low, top1.high) == pytest.approx((0.91 - 1.96 * 0.02, 0.91 + 1.96 * 0.02))
+    assert top1.at_least
+    assert top1.passed
+    assert verdicts([FOUND.model_copy(update={"gates": (kld, median, top1)})]) == [
+        "PASS kld 0.04 (95 % between 0.03804 and 0.04196), at most 0.0405",
+        "FAIL kld_median 0.02, at most 0.01",
+        "PASS top1 0.91 (95 % between 0.8708 and 0.9492), at least 0.9",
+    ]
 
 
 def test_a_measurement_that_is_no_number_misses():

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from qtool.errors import CheckpointError, StorageError
+from qtool.evaluate.gates import judge
 from qtool.report.model import CacheEntry
 from qtool.report.render import html, markdown, read_report, write_report
 from qtool.store.markdown import code_span, escape_markdown, fence
@@ -60,6 +61,22 @@ def hostile(report):
             "stages": (report.stages[0].model_copy(update={"name": HOSTILE}),),
         }
     )  # fmt: skip
+
+
+def test_gates_come_first_on_both_pages(report):
+    first = report.evaluations[0]
+    gated = first.model_copy(update={"text": HOSTILE, "gates": judge(first, {"kld": 0.05, "top1": 0.95})})
+    report = report.model_copy(update={"evaluations": (gated,)})
+    page = html(report)
+    Page(page)
+    assert 'class="gates fail"' in page
+    assert page.index("FAIL") < page.index("269.1 MB became")
+    assert "<b>PASS</b> kld 0.04127 (95 % between 0.04027 and 0.04227), at most 0.05" in page
+    assert "<b>FAIL</b> top1 0.9031, at least 0.95" in page
+    text = markdown(report)
+    assert text.index("**FAIL**") < text.index("269.1 MB became")
+    assert "| top1 | FAIL | 0.9031 | at least 0.95 |" in text
+    assert HOSTILE not in page
 
 
 def test_three_files_that_repeat_to_the_byte(report, tmp_path):

@@ -2,7 +2,9 @@ import math
 
 import pytest
 
-from qtool.report import summary
+from qtool.evaluate.gates import judge
+from qtool.report import quality, summary
+from qtool.report.meaning import ANCHORS, meaning
 
 
 def test_totals_by_hand(report):
@@ -70,7 +72,7 @@ def test_notices_come_in_order_and_fallbacks_once_per_reason(report):
 
 def test_the_verdict(report):
     assert summary.verdict(report) == (
-        "269.1 MB became 114.9 MB (42.7 %), 6.83 bits per weight. "
+        "269.1 MB became 114.9 MB (42.7 %), 6.83 bits per weight of the whole model. "
         "KL divergence 0.0413 nats per token, perplexity +2.2 % on evaluation.txt."
     )
     smoke = report.model_copy(update={"limited_blocks": 4})
@@ -78,7 +80,7 @@ def test_the_verdict(report):
     single = report.model_copy(update={"limited_blocks": 1})
     assert summary.verdict(single) == "Smoke run of 1 decoder block: " + summary.verdict(report)
     unmeasured = report.model_copy(update={"evaluations": ()})
-    assert summary.verdict(unmeasured).endswith("6.83 bits per weight. Quality was not measured.")
+    assert summary.verdict(unmeasured).endswith("6.83 bits per weight of the whole model. Quality was not measured.")
     alone = report.evaluations[0].model_copy(update={"base_ppl": None, "kld_mean": None})
     assert summary.verdict(report.model_copy(update={"evaluations": (alone,)})).endswith(
         "Perplexity 21.37 on evaluation.txt."
@@ -93,13 +95,45 @@ def test_the_verdict_quotes_the_evaluation_with_a_baseline(report):
 
 
 def test_every_measured_value_has_a_row(report):
-    rows = dict(summary.evaluation_rows(report))
+    rows = dict(quality.evaluation_rows(report))
     assert rows["KL divergence, mean (nats)"] == ["0.0413 ± 0.00051", "0.0415 ± 0.00051"]
     assert rows["perplexity ratio"] == ["1.0221", "1.0221"]
     assert rows["same most likely token"] == ["90.3 %", "90.3 %"]
     assert rows["Δp of the right token, mean"] == ["-0.21 %", "-0.21 %"]
     assert rows["KL divergence, 99.9 %"] == ["1.27", "1.27"]
     assert len(rows) == 17
+    exact = report.evaluations[0].model_copy(update={"ppl_ratio_error": 0.00123, "top1_error": 0.0045})
+    rows = dict(quality.evaluation_rows(report.model_copy(update={"evaluations": (exact,)})))
+    assert rows["perplexity ratio"] == ["1.0221 ± 0.0012"]
+    assert rows["same most likely token"] == ["90.3 % ± 0.45"]
+
+
+def judged(report, **limits):
+    """The report with these gates on its first evaluation."""
+    first = report.evaluations[0]
+    first = first.model_copy(update={"gates": judge(first, limits)})
+    return report.model_copy(update={"evaluations": (first, *report.evaluations[1:])})
+
+
+def test_one_missed_gate_fails_the_whole(report):
+    assert quality.outcome(report) is None
+    assert quality.outcome(judged(report, kld=0.05)) == "PASS"
+    assert quality.outcome(judged(report, kld=0.05, top1=0.95)) == "FAIL"
+    assert [(text, gate.name) for text, gate in quality.gates(judged(report, kld=1, top1=0))] == [
+        ("evaluation.txt", "kld"),
+        ("evaluation.txt", "top1"),
+    ]
+
+
+def test_divergences_in_words(report):
+    assert meaning(0.0) == "practically the original (less than Q8_0 of Llama 3 8B)"
+    assert meaning(0.0413) == "noticeable where answers are long or exact (between Q4_K_M and Q3_K_M of Llama 3 8B)"
+    assert meaning(0.02) == "the usual price of four bits (between Q5_K_M and Q4_K_M of Llama 3 8B)"
+    assert meaning(math.inf) == meaning(3.0) == "another model than the original (more than Q2_K of Llama 3 8B)"
+    rows = quality.anchor_rows(report)
+    assert [row.kld for row in rows] == sorted(row.kld for row in rows)
+    assert [row.kld for row in rows if row.own] == [0.04127, 0.0415]
+    assert len(rows) == len(ANCHORS) + 2
 
 
 @pytest.mark.parametrize(
