@@ -24,6 +24,7 @@ from qtool.calibrate.hidden import MEMORY_LIMIT, Hidden
 from qtool.calibrate.inputs import rounded
 from qtool.calibrate.meta import ATTENTION, Recorder, build_on_meta
 from qtool.calibrate.meter import Meter
+from qtool.calibrate.operated import Following, Operated, put_behind
 from qtool.calibrate.reference import Reference
 from qtool.calibrate.steps import InStep
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, modules
@@ -56,7 +57,7 @@ class Walker:
     ) -> None:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         self.layers = checkpoint.layers if isinstance(checkpoint, QuantizedCheckpoint) else {}
-        self.family = checkpoint.family
+        self.family, self.input_ops = checkpoint.family, checkpoint.input_ops
         self.model = build_on_meta(checkpoint.config, dtype, self.family.attention)
         self.attends = self.model.config._attn_implementation == ATTENTION
         self.blocks = list(self.model.model.layers)
@@ -100,6 +101,7 @@ class Walker:
         names = self.family.block_shapes(self.checkpoint.config, i)
         state = {self.family.submodule(name): self.tensor(prefix + name) for name in names}
         assign(block, state)
+        put_behind(block, {self.path(m): self.input_ops.get(m.name, ()) for m in self.modules[i]})
         return block.eval().requires_grad_(False)
 
     def tensor(self, name: str) -> Tensor:
@@ -111,8 +113,9 @@ class Walker:
         self.linear(block, module).weight.data = w.to(self.device, self.dtype)
 
     def linear(self, block: nn.Module, module: Module) -> nn.Module:
-        """The submodule of a loaded block."""
-        return block.get_submodule(self.path(module))
+        """The submodule of a loaded block; behind the operations on its input, if it has some."""
+        found = block.get_submodule(self.path(module))
+        return found.linear if isinstance(found, Operated) else found
 
     def path(self, module: Module) -> str:
         """Name of a module below its block, in transformers' class."""
@@ -273,10 +276,10 @@ class Walker:
         return stats
 
     def load_norm(self) -> nn.Module:
-        """The final norm with its weights."""
+        """The final norm with its weights, and what is done to its output before it is read."""
         norm: nn.Module = copy.deepcopy(self.norm)
         assign(norm, {"weight": self.tensor(f"{self.family.norm}.weight")})
-        return norm
+        return Following(norm, self.input_ops.get(self.family.head, ()))
 
     @torch.inference_mode()
     def logits(self, hidden: Hidden, sample: int, start: int = 0) -> Tensor:

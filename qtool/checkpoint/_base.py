@@ -21,6 +21,7 @@ from qtool.checkpoint.families._base import Family
 from qtool.checkpoint.families._parts import stacked
 from qtool.errors import CheckpointError, NumericsError
 from qtool.formats._base import Format
+from qtool.ops._base import InputOp
 from qtool.recipe.cache import KVCache
 from qtool.residuals._base import Matrix, Residual
 
@@ -83,6 +84,11 @@ class Checkpoint(ABC):
         return name in self.names()
 
     @property
+    def input_ops(self) -> Mapping[str, tuple[InputOp, ...]]:
+        """What a runtime has to do to the input of modules, in order, because their weights are made for the result."""
+        return {}
+
+    @property
     def tied(self) -> bool:
         """True if the output layer uses the token embedding's matrix."""
         return "lm_head.weight" not in self.names()
@@ -113,12 +119,14 @@ class Layer:
         activations: representation of its input; None: left alone.
         static: what its input is rounded with; None: that is chosen per token at run time, or not known yet.
         residuals: what corrects its weight, beside the codes, in order.
+        input_ops: what is done to its input before that is rounded, in order.
     """
 
     format: Format
     activations: Format | None = None
     static: Static | None = None
     residuals: tuple[Residual, ...] = ()
+    input_ops: tuple[InputOp, ...] = ()
 
     @property
     def label(self) -> str:
@@ -156,6 +164,11 @@ class QuantizedCheckpoint(Checkpoint):
     layers: Mapping[str, Layer]
     cache: Cache | None = None
     """How the KV cache is rounded; None: not at all."""
+
+    @property
+    def input_ops(self) -> Mapping[str, tuple[InputOp, ...]]:
+        """See `Checkpoint.input_ops`."""
+        return {module: layer.input_ops for module, layer in self.layers.items() if layer.input_ops}
 
     @property
     def decoded(self) -> Mapping[str, str]:

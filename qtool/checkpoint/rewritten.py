@@ -1,7 +1,8 @@
 """A model that computes the same with other tensors, rewritten one at a time while they are read.
 
-Edits compose in order. Factors of norms are kept exact on the way and rounded once, at the end, when what the rounding
-took away is given to the readers' columns, so that a norm in bfloat16 costs nothing.
+Edits compose in order; operations that stay on inputs come behind all that are folded away, whenever they were named.
+Factors of norms are kept exact on the way and rounded once, at the end, when what the rounding took away is given to
+the readers' columns, so that a norm in bfloat16 costs nothing.
 
 Shape letters: N rows, K columns, C channels of an edge.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -49,9 +50,6 @@ class Rewritten(Checkpoint):
         dtype: the type of all tensors that are rewritten; None: their own, but for those of `wide`. Computed in float64
             if it is that, in float32 otherwise.
 
-    Attributes:
-        input_ops: what stays in front of layers, by module, in the order of computation.
-
     Raises:
         CheckpointError: the model has no such edge, or it does not allow such a rewrite.
     """
@@ -66,7 +64,7 @@ class Rewritten(Checkpoint):
         self.origin, self.edits, self._wide, self._dtype = checkpoint, tuple(edits), frozenset(wide), dtype
         self.source, self.config, self.family = checkpoint.source, checkpoint.config, checkpoint.family
         self.files, self.notes = checkpoint.files, checkpoint.notes
-        self.input_ops: dict[str, tuple[InputOp, ...]] = {}
+        self._online: dict[str, list[InputOp]] = defaultdict(list)
         self._names = list(checkpoint.names())
         self._steps: dict[str, list[Step]] = defaultdict(list)
         self._edges = model_edges(checkpoint)
@@ -77,6 +75,9 @@ class Rewritten(Checkpoint):
         for edge in self._edges.values():
             if edge.kind == "norm" and edge.name in self._gains:
                 self._settle(edge)
+        for module, ops in self._online.items():
+            for op in ops:
+                self._columns(module, op)
 
     def names(self) -> list[str]:
         """See `Checkpoint.names`. A tied output layer that is rewritten otherwise than the embedding has a name."""
@@ -106,6 +107,12 @@ class Rewritten(Checkpoint):
             self._last = last = name, self.tensor(name)
         return last[1][start:stop].clone()
 
+    @property
+    def input_ops(self) -> Mapping[str, tuple[InputOp, ...]]:
+        """See `Checkpoint.input_ops`."""
+        own = {module: (*self.origin.input_ops.get(module, ()), *ops) for module, ops in self._online.items()}
+        return {**self.origin.input_ops, **own}
+
     def fingerprint(self) -> str:
         """See `Checkpoint.fingerprint`: of the model as it is, and of all edits."""
         return hashlib.sha256(f"{self.origin.fingerprint()} {digest(self.edits)}".encode()).hexdigest()
@@ -124,12 +131,13 @@ class Rewritten(Checkpoint):
 
     def _add(self, edit: Edit) -> None:
         edge, op = self._edges.get(edit.edge), edit.op
+        if edit.edge and self.origin.input_ops:
+            raise CheckpointError(f"{self.source} has operations on inputs: nothing can be folded into its layers")
         if edit.edge == STREAM and op:
             self._turn_stream(op)
         elif not edit.edge and op:
             for module in edit.modules:
-                self._columns(module, op)
-                self.input_ops[module] = (*self.input_ops.get(module, ()), op)
+                self._online[module].append(op)
         elif edge and edge.kind == "norm":
             self._rescale(edge, op)
         elif edge and edge.kind != STREAM and op:
