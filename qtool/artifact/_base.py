@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, modules
 from qtool.errors import PlanError
+from qtool.ops._base import InputOp
 from qtool.recipe.cache import KVCache
 from qtool.residuals._base import Residual
 
@@ -53,10 +54,17 @@ class Artifact(ABC):
         for residual in layer.residuals if layer else ():
             if not self.corrects(module, residual):
                 return Carry(False, f"it has no place for {residual.label} beside the codes; qtool has")
+        for op in layer.input_ops if layer else ():
+            if not self.operates(module, op):
+                return Carry(False, f"its runtimes cannot be told to do {op.label} to inputs; qtool can")
         return self.holds(module, layer, keep)
 
     def corrects(self, module: Module, residual: Residual) -> bool:
         """Whether it can hold a correction beside a module's codes. Few can: nothing is carried unless said here."""
+        return False
+
+    def operates(self, module: Module, op: InputOp) -> bool:
+        """Whether its runtimes can be told to do an operation on a module's input. Few can: none unless said here."""
         return False
 
     @abstractmethod
@@ -164,7 +172,8 @@ def _labels(layer: Layer | None) -> tuple[str, ...]:
     if layer is None:
         return ()
     inputs = layer.activations.label if layer.activations else ""
-    return (layer.format.label, inputs, *(residual.label for residual in layer.residuals))
+    beside = (*(residual.label for residual in layer.residuals), *(op.label for op in layer.input_ops))
+    return (layer.format.label, inputs, *beside)
 
 
 def _more(names: list[str]) -> str:

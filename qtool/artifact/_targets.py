@@ -59,3 +59,10 @@ def _path(module: Module, parts: list[Module]) -> str:
 
 def _last(name: str) -> str:
     return name.rpartition(".")[2]
+
+
+def target_pattern(target: str) -> re.Pattern[str] | None:
+    """What a target of compressed-tensors matches from its beginning on; None: it is the class of all linear layers."""
+    if target == "Linear":
+        return None
+    return re.compile(target[3:] if target.startswith("re:") else re.escape(target) + r"\Z")

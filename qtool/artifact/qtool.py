@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from qtool.artifact._base import Artifact, Carry
 from qtool.artifact._card import write_card, write_side_files
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
+from qtool.ops._base import InputOp
 from qtool.recipe.cache import KVCache
 from qtool.residuals._base import Residual
 from qtool.store.manifest import BLOCK, MANIFEST
@@ -35,6 +36,10 @@ class Qtool(Artifact):
 
     def corrects(self, module: Module, residual: Residual) -> bool:
         """See `Artifact.corrects`: every residual."""
+        return True
+
+    def operates(self, module: Module, op: InputOp) -> bool:
+        """See `Artifact.operates`: every operation."""
         return True
 
     def knows(self, model: Checkpoint) -> Carry:

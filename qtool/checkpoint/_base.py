@@ -130,9 +130,10 @@ class Layer:
 
     @property
     def label(self) -> str:
-        """What becomes of it in a word or two: "nvfp4", "int8-channel with int8-token inputs", "q3_k + low_rank"."""
+        """What becomes of it in a few words: "q3_k + low_rank", "mxfp4 with mxfp4 inputs behind hadamard-32"."""
         weight = " + ".join((self.format.label, *(residual.label for residual in self.residuals)))
-        return weight + (f" with {self.activations.label} inputs" if self.activations else "")
+        behind = f" behind {', '.join(op.label for op in self.input_ops)}" if self.input_ops else ""
+        return weight + (f" with {self.activations.label} inputs" if self.activations else "") + behind
 
     @property
     def unmeasured(self) -> bool:

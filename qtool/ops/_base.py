@@ -38,6 +38,11 @@ class InputOp(ABC):
         return cls.__module__.rpartition(".")[2]
 
     @property
+    def label(self) -> str:
+        """What plans and reports call it."""
+        return self.name()
+
+    @property
     @abstractmethod
     def width(self) -> int:
         """C."""

@@ -34,6 +34,11 @@ class Hadamard(InputOp):
             raise ValueError(f"signs are 1 or -1, one for each channel of runs of {self.block}")
 
     @property
+    def label(self) -> str:
+        """See `InputOp.label`: "hadamard-32"."""
+        return f"hadamard-{self.block}"
+
+    @property
     def width(self) -> int:
         """See `InputOp.width`."""
         return len(self.signs)

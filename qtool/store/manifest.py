@@ -23,6 +23,7 @@ from qtool.recipe.cache import parse_cache
 from qtool.recipe.parse import dump_format, dump_named, parse_format, parse_residual
 from qtool.residuals._base import Correction, Matrix
 from qtool.store.files import new_file
+from qtool.store.inputs import dump_ops
 
 MANIFEST = "manifest.json"
 WEIGHT = "weight."
@@ -55,6 +56,7 @@ class LayerEntry(Entry):
         shape: (N, K).
         static: scale and zero point of inputs that have one for all tokens.
         residuals: what corrects the weight, in order, as recipes spell them.
+        input_ops: what is done to the input, in order, as {name: plain fields}.
     """
 
     format: str | dict[str, Any]
@@ -62,6 +64,7 @@ class LayerEntry(Entry):
     shape: tuple[int, int]
     static: Stored | None = None
     residuals: tuple[dict[str, Any], ...] = ()
+    input_ops: tuple[dict[str, Any], ...] = ()
 
     @classmethod
     def of(cls, matrix: Matrix, layer: Layer) -> LayerEntry:
@@ -74,10 +77,11 @@ class LayerEntry(Entry):
             shape=(n, k),
             static=layer.static,
             residuals=tuple(dump_named(correction.residual) for correction in matrix.residuals),
+            input_ops=dump_ops(layer.input_ops),
         )
 
     def layer(self, module: str) -> Layer:
-        """As checkpoints describe it. Raises CheckpointError: no such format."""
+        """As checkpoints describe it, without operations on its input. Raises CheckpointError: no such format."""
         try:
             inputs = None if self.activations is None else parse_format(self.activations)
             static = None if self.static is None else Static(*self.static)
@@ -116,7 +120,7 @@ class Manifest(Entry):
     """What manifest.json holds.
 
     Attributes:
-        version: of this layout. Version 1 had no residuals.
+        version: of this layout. Version 1 had no residuals and no operations on inputs.
         run: what identifies the run that made it: fingerprints, versions.
         keep: module -> type that its kept weight is cast to: "f32", "f16", "bf16".
         blocks: by key, in the order of writing.
@@ -176,8 +180,9 @@ class Manifest(Entry):
             where = ".".join(map(str, first["loc"]))
             raise CheckpointError(f"{path} is no manifest of a neutral checkpoint: {where}: {first['msg']}") from error
         for key, block in manifest.blocks.items():
-            if manifest.version == 1 and any(entry.residuals for entry in block.layers.values()):
-                raise CheckpointError(f"{path}: residuals in {key}", wanted="version 2", found="version 1")
+            for what in ("residuals", "input_ops") if manifest.version == 1 else ():
+                if any(getattr(entry, what) for entry in block.layers.values()):
+                    raise CheckpointError(f"{path}: {what} in {key}", wanted="version 2", found="version 1")
             if not KEY.fullmatch(key):
                 wanted = "block-I, or letters, digits, _.-"
                 raise CheckpointError(f"{path}: impossible block name", wanted=wanted, found=repr(key))

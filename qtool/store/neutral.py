@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from qtool.numerics.grids.bits import unpack
 from qtool.recipe.cache import KVCache, dump_cache
 from qtool.residuals._base import Correction, Matrix
 from qtool.store.files import new_file, sha256
+from qtool.store.inputs import op_prefix, op_tensors, read_ops
 from qtool.store.manifest import (
     MANIFEST,
     WEIGHT,
@@ -110,13 +112,15 @@ class NeutralWriter:
             record: JSON data that `finished` gives back.
             kept: tensors of `source` to store along, as they are.
             source: where they are read from, one at a time.
-            layers: how inputs are rounded, by module; None: nowhere.
+            layers: what is done to inputs and how they are rounded, by module; None: nothing.
             cache: scales of keys and values, where the cache's format has some for all tokens.
 
         Raises:
             StorageError: the disk is full or not writable.
         """
         tensors = {f"{m}.{name}": t for m, matrix in matrices.items() for name, t in packed(matrix).items()}
+        layers = layers or {m: Layer(matrix.quantized.format) for m, matrix in matrices.items()}
+        tensors |= {f"{m}.{name}": t for m in matrices for name, t in op_tensors(layers[m].input_ops).items()}
         infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
         if source is not None:
             infos |= {name: source.info(name) for name in kept}
@@ -128,10 +132,7 @@ class NeutralWriter:
                     for name in kept:
                         writer.add(name, source.tensor(name))
             nbytes, digest = partial.stat().st_size, sha256(partial)
-        entries = {
-            m: LayerEntry.of(matrix, layers[m] if layers else Layer(matrix.quantized.format))
-            for m, matrix in matrices.items()
-        }
+        entries = {m: LayerEntry.of(matrix, layers[m]) for m, matrix in matrices.items()}
         told = json.loads(json.dumps(record))
         block = BlockEntry(nbytes=nbytes, sha256=digest, layers=entries, record=told, cache=cache)
         if record is not None:
@@ -180,7 +181,8 @@ class NeutralCheckpoint(QuantizedCheckpoint):
             file = SafetensorsFile(folder / f"{key}.safetensors")
             self._stored.update(dict.fromkeys(file.entries, file))
             for module, entry in block.layers.items():
-                self.layers[module] = entry.layer(module)
+                ops = read_ops(entry.input_ops, file, module, entry.shape[1])
+                self.layers[module] = replace(entry.layer(module), input_ops=ops)
                 self._shapes[module] = entry.shape
         self.cache = cache_of(self._manifest, *self.family.heads(self.config)[1:])
         self._names = source.names() if source else self._own_names()
@@ -190,6 +192,7 @@ class NeutralCheckpoint(QuantizedCheckpoint):
         prefixes = {f"{module}.{WEIGHT}" for module in self.layers}
         for module, layer in self.layers.items():
             prefixes |= {f"{module}.{residual_prefix(i)}" for i in range(len(layer.residuals))}
+            prefixes |= {f"{module}.{op_prefix(i)}" for i in range(len(layer.input_ops))}
         kept = {name for name in self._stored if name.rpartition(".")[0] + "." not in prefixes}
         held = kept | {f"{module}.weight" for module in self.layers}
         order = [name for name in self.family.shapes(self.config) if name in held]

@@ -5,7 +5,7 @@ int8 (`int-quantized`); FP8 weights per tensor, row or 128 x 128 block with inpu
 (`naive-quantized`); MXFP4, MXFP6 (E2M3), MXFP8 and NVFP4 in layouts of their own. Weights of 4 bits may have inputs in
 INT8 or FP8. Formats whose levels are integers, with whatever scales (MXINT8, NVINT4, block floats), are stored as
 integers. Codes and scales are stored as they are, so nothing is lost. Inputs in INT8, FP8 and NVFP4, and KV caches in
-FP8, may have calibrated scales.
+FP8, may have calibrated scales. Hadamard matrices that inputs are multiplied with are in `transform_config`.
 
 transformers decodes with compressed-tensors: packed widths of 3, 5, 6 and 7 bits need version 0.18 of it, blocks of FP8
 0.19, MXFP4 0.16, MXFP6 0.20, everything else 0.15. What a runtime cannot read, or computes otherwise, is said by the
@@ -29,13 +29,14 @@ from qtool.artifact._base import Carry
 from qtool.artifact._integers import model_dtype
 from qtool.artifact._packed import Infos, PackedArtifact, write_packed
 from qtool.artifact._settings import quantization_config as quantization_config_of
-from qtool.artifact.compressed_tensors import _cache, _inputs
+from qtool.artifact.compressed_tensors import _cache, _inputs, _transforms
 from qtool.artifact.compressed_tensors._caveats import caveats
 from qtool.artifact.compressed_tensors._config import METHOD, kind_of, quantization_config, refusal
 from qtool.artifact.compressed_tensors._kinds import Kind
 from qtool.artifact.compressed_tensors._reader import CompressedCheckpoint
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
 from qtool.formats._base import Format, Quantized
+from qtool.ops._base import InputOp
 from qtool.recipe.cache import KVCache
 
 USAGE = """
@@ -62,7 +63,13 @@ class CompressedTensors(PackedArtifact):
         """See `PackedArtifact._refusal`."""
         if module.kind == "router":
             return "routers stay unquantized in compressed-tensors: keep it"
+        if len(layer.input_ops) > 1:
+            return "inputs behind more than one operation; the qtool artifact has them"
         return None if kind_of(layer) else refusal(layer)
+
+    def operates(self, module: Module, op: InputOp) -> bool:
+        """See `Artifact.operates`: Hadamard matrices without signs, of a power of two."""
+        return _transforms.carries(module, op)
 
     def caches(self, fmt: KVCache | None) -> Carry:
         """See `Artifact.caches`: FP8 with one scale per tensor, or per head."""

@@ -50,6 +50,12 @@ def caveats(model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
             "transformers decodes {} to bfloat16: load the model with dtype=torch.bfloat16": {
                 layer for layer in decoded if model_dtype(model) != torch.bfloat16
             },
+            "transformers leaves out the Hadamard matrices in front of {}, and computes something else": {
+                layer for layer in found if layer.input_ops
+            },
+            "vLLM does the Hadamard matrices in front of {} on one GPU, in layers without a bias": {
+                layer for layer in found if layer.input_ops
+            },
             "vLLM does not know {}; transformers does, with compressed-tensors 0.20": {
                 layer for layer in found if isinstance(kind_of(layer), MX6)
             },

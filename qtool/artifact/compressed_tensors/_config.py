@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from qtool.artifact._targets import kept_linears, patterns
-from qtool.artifact.compressed_tensors import _cache
+from qtool.artifact.compressed_tensors import _cache, _transforms
 from qtool.artifact.compressed_tensors._floats import EXPONENT, FP8, LOCAL, MX4, MX6, MX8, NV4, NaiveFP8
 from qtool.artifact.compressed_tensors._integers import Packed, Plain
 from qtool.artifact.compressed_tensors._kinds import (
@@ -105,6 +105,7 @@ def quantization_config(model: QuantizedCheckpoint) -> dict[str, Any]:
         "config_groups": groups,
         "ignore": kept_linears(model),
     }
+    config |= _transforms.settings(model)
     if asymmetric and len(schemes) == 1:
         # transformers (5.23, compressed-tensors 0.20) makes room for unpacked zero points where the file has packed
         # ones, unless it decodes while it loads; then it decodes everything by the first group. vLLM ignores the key.

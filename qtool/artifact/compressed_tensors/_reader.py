@@ -17,6 +17,7 @@ from qtool.artifact.compressed_tensors._config import METHOD
 from qtool.artifact.compressed_tensors._integers import with_gaps
 from qtool.artifact.compressed_tensors._kinds import SCALE
 from qtool.artifact.compressed_tensors._schemes import Scheme, Schemes
+from qtool.artifact.compressed_tensors._transforms import Transforms
 from qtool.checkpoint._base import TensorInfo
 from qtool.checkpoint.safetensors_io import SafetensorsFile
 from qtool.errors import CheckpointError
@@ -31,12 +32,17 @@ class CompressedCheckpoint(PackedCheckpoint):
 
     mark: ClassVar[str] = SCALE
 
+    def __init__(self, folder: Path, source: str | None = None) -> None:
+        super().__init__(folder, source)
+        self._transforms.check(self)
+
     def _understand(self, how: Mapping[str, Any]) -> None:
         """See `PackedCheckpoint._understand`."""
         if how.get("quant_method") != METHOD:
             what = f"{self.source} is no {METHOD} artifact"
             raise CheckpointError(what, wanted=f"quant_method {METHOD!r} in config.json")
         self._schemes = Schemes(how, str(Path(self.source) / "config.json"))
+        self._transforms = Transforms(how, str(Path(self.source) / "config.json"))
         self._found: dict[str, Scheme] = {}
         for name in self._located:
             module, _, part = name.rpartition(".")
@@ -59,6 +65,7 @@ class CompressedCheckpoint(PackedCheckpoint):
         scheme = self._schemes.find(module, SCALE_DTYPES.get(found[SCALE].dtype, "bf16"))
         kind = scheme.kind
         layer = _inputs.decode(scheme.layer, found, partial(self._read, module), f"{self.source}: {module}")
+        layer = replace(layer, input_ops=self._transforms.ops(module, k))
         self._found[module] = scheme._replace(layer=layer)
         if reason := layer.format.misfit(k):
             raise CheckpointError(f"{self.source}: {module}: {reason}")

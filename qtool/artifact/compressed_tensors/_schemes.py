@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from qtool.artifact._settings import Settings
+from qtool.artifact._targets import target_pattern
 from qtool.artifact.compressed_tensors._config import KINDS, input_format
 from qtool.artifact.compressed_tensors._kinds import Arguments, Kind
 from qtool.checkpoint._base import Layer
 from qtool.errors import CheckpointError, one_line
 
-UNREAD = ("transform_config", "sparsity_config")
+UNREAD = ("sparsity_config",)
 """What changes a model in ways that qtool does not follow."""
 
 
@@ -61,7 +62,7 @@ class Schemes:
         try:
             groups = dict(config.get("config_groups") or {})
             read = [Group.model_validate(group) for group in groups.values()]
-            self._targets = [(_pattern(target), group) for group in read for target in group.targets]
+            self._targets = [(target_pattern(target), group) for group in read for target in group.targets]
         except (ValidationError, TypeError, ValueError, re.error) as error:
             raise CheckpointError(f"{where}: wrong config_groups", found=one_line(error)) from error
         self.format = config.get("format")
@@ -100,10 +101,3 @@ class Schemes:
             wanted = "inputs that qtool knows, scaled at run time"
             raise CheckpointError(f"{self.where}: {module}", wanted=wanted, found=inputs)
         return Scheme(kind, Layer(fmt, activations), "")
-
-
-def _pattern(target: str) -> re.Pattern[str] | None:
-    """None for the class of all linear layers."""
-    if target == "Linear":
-        return None
-    return re.compile(target[3:] if target.startswith("re:") else re.escape(target) + r"\Z")
