@@ -29,6 +29,7 @@ from qtool.calibrate.reference import Reference
 from qtool.calibrate.steps import InStep
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, modules
 from qtool.errors import CheckpointError
+from qtool.numerics.product import float32_product
 from qtool.numerics.threads.parallel import shares, side_by_side
 from qtool.stats._base import InputStats, Statistic
 
@@ -294,10 +295,6 @@ class Walker:
         x: Tensor = norm(hidden[sample : sample + 1][0, start:].to(self.device))
         if layer := self.layers.get(self.family.head):
             x = rounded(x, layer)
-        x = x.float()
-        logits = x.new_empty(len(x), len(weight))
-        step = max(1, TABLE_VALUES // weight.shape[1])
-        for a in range(0, len(weight), step):
-            torch.mm(x, weight[a : a + step].float().T, out=logits[:, a : a + step])
+        logits = float32_product(x, weight, TABLE_VALUES)
         cap = self.family.logit_softcap(self.checkpoint.config)
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
