@@ -19,9 +19,9 @@ from torch import Tensor
 from typing_extensions import Self
 
 from qtool.errors import NumericsError
-from qtool.formats._base import Format, Params, expand
-from qtool.numerics.grids.affine import rounding_errors
-from qtool.numerics.metrics import block_errors
+from qtool.formats._base import Format, Params
+from qtool.formats._compare import better_of
+from qtool.numerics.checks import importances
 from qtool.numerics.scales.kquant import FLOOR
 
 FP16_MAX = 65504.0
@@ -116,18 +116,7 @@ class BlockFormat(Format):
         """
         width = columns or self.columns
         weight = self.weights(w, importance, width)
-        ours, theirs = (self._errors(w, params, weight, importance, width) for params in (found, other))
-        worse = theirs < ours
-        chosen = {name: p for name, p in found.items() if p is not other[name]}
-        return found | {name: torch.where(expand(worse, p.shape[1]), other[name], p) for name, p in chosen.items()}
-
-    def _errors(self, w: Tensor, params: Params, weight: Tensor, importance: Tensor | None, columns: int) -> Tensor:
-        """float64 [N, C / columns], of w [N, C] in these parameters; weight [C] of a squared error."""
-        blocks, levels = w.shape[1] // columns, self.levels()
-        ends = float(levels[0]), float(levels[-1])
-        if ends[1] - ends[0] == len(levels) - 1 and self.codebook() is None and w.device.type == "cpu":
-            return rounding_errors(w, *self.affine(params), ends, weight, blocks)
-        return block_errors(w, self.decode(self.snap(w, params, importance), params), weight, blocks)
+        return better_of(self, w, found, other, weight, w.shape[1] // width, importance)
 
     def weights(self, w: Tensor, importance: Tensor | None, columns: int) -> Tensor:
         """Of squared errors of w [N, C], float32 [C]: channels without importance count a little (`FLOOR`)."""
@@ -137,7 +126,7 @@ class BlockFormat(Format):
 
     def alive(self, importance: Tensor, columns: int | None = None) -> Tensor:
         """Importances of channels, float32 [C]; those of a block (or so many columns) without any are all alike."""
-        per_block = importance.float().view(-1, columns or self.columns)
+        per_block = importances(importance, importance.numel()).view(-1, columns or self.columns)
         return torch.where(per_block.sum(1, keepdim=True) > 0, per_block, 1.0).flatten()
 
     @abstractmethod

@@ -12,9 +12,13 @@ from typing_extensions import Self
 
 from qtool.errors import NumericsError
 from qtool.formats._base import Format, Params, row_chunks
+from qtool.numerics.checks import refuse_large
 from qtool.numerics.grids import minifloat
 from qtool.numerics.grids.minifloat import Grid
-from qtool.numerics.scales.search import reach
+from qtool.numerics.scales.search import reach, relative
+
+LARGEST = 2.0**126
+"""The largest weight whose scale is searched: what a larger scale makes of it, up to three times as much, is finite."""
 
 
 class Scaled(Format):
@@ -67,12 +71,15 @@ class Scaled(Format):
         """Magnitudes that a search lets the grid end at, float32 [N, G, 1 or 2].
 
         With importance there is a second one, of what counts: a large weight on a dead input shall not set the step of
-        its group.
+        its group. Raises NumericsError: not finite, or too large to be searched.
         """
         found = self.largest(w, groups).unsqueeze(-1)
+        if len(found) and float(found.max()) > LARGEST:
+            refuse_large(float(found.max()), LARGEST)
         if importance is None:
             return found
-        return torch.cat([found, minifloat.largest(w, groups, reach(importance, groups)).unsqueeze(-1)], dim=-1)
+        factor = reach(relative(importance, w.shape[1], groups)).to(w.device)
+        return torch.cat([found, minifloat.largest(w, groups, factor).unsqueeze(-1)], dim=-1)
 
     def in_chunks(self, fit: Callable[[Tensor], Tensor], w: Tensor) -> Tensor:
         """Applies `fit`, float32 [N, C] -> [N, G], to some rows at a time."""

@@ -85,8 +85,8 @@ class SharedExponent(Scaled):
 
     def _searched(self, w: Tensor, importance: Tensor | None) -> Tensor:
         """Exponents of least error, float32 [N, C] -> uint8 [N, G]; `smallest` for a group of zeros."""
-        groups, fast = w.shape[1] // self.group_columns, self.search == "fast"
-        ends = self.largest(w, groups).unsqueeze(-1) if fast else self.extents(w, importance, groups)
+        groups = w.shape[1] // self.group_columns
+        ends = self.extents(w, None if self.search == "fast" else importance, groups)
         scales = powers(self.point)[self.point : LAST + 1]
         around = ((ends.view(torch.int32) >> 23) - self.grid.exponent).clamp(0, len(scales) - 1).to(torch.uint8)
         found = best_code(w, importance, around, scales, TRIED[self.search], self.grid) + self.point

@@ -14,8 +14,10 @@ from pydantic import Field
 from torch import Tensor
 
 from qtool.formats._base import Format, Params, Quantized, alike, expand, too_wide
+from qtool.formats._compare import better_of
 from qtool.formats.int import DTYPES, round_scales
 from qtool.numerics.scales import search
+from qtool.numerics.scales.search import relative
 
 SHORTHAND = re.compile(r"biased([2-8])-(?:g(\d+)|channel)")
 
@@ -68,10 +70,12 @@ class Biased(Format):
     def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
         """See `Format.fit`."""
         width, highest = self.group_columns or w.shape[1], (1 << self.bits) - 1
-        if self.scales == "search":
-            return self._store(*search.free_offset(w, importance, width, highest))
         low, high = w.reshape(len(w), -1, width).aminmax(dim=-1)
-        return self._store((high - low) / highest, low)
+        covering = self._store((high - low) / highest, low)
+        if self.scales == "minmax":
+            return covering
+        found, groups = self._store(*search.free_offset(w, importance, width, highest)), w.shape[1] // width
+        return better_of(self, w, covering, found, relative(importance, w.shape[1], groups), groups)
 
     def _store(self, scale: Tensor, offset: Tensor) -> Params:
         pairs = {"scale": scale, "offset": offset}

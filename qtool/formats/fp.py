@@ -24,12 +24,14 @@ from torch import Tensor
 from typing_extensions import Self
 
 from qtool.formats import _groups
-from qtool.formats._base import Format, Params, expand
+from qtool.formats._base import Format, Params
+from qtool.formats._compare import better_of
 from qtool.formats._groups import Group, Grouped, Scales
 from qtool.formats._scaled import Scaled
 from qtool.formats.int import DTYPES, round_scales
 from qtool.numerics.grids import minifloat
 from qtool.numerics.grids.minifloat import Grid, ceil_power, floor_power, nearest_power
+from qtool.numerics.scales.search import relative
 
 USUAL = {3: "e2m0", 4: "e2m1", 5: "e2m2", 6: "e3m2", 7: "e3m3", 8: "e4m3"}
 """What a shorthand means that does not say it."""
@@ -127,12 +129,15 @@ class FP(Grouped, Scaled):
         """See `Format.fit`."""
         rows, width = self.group_rows or len(w), self.group_columns or w.shape[1]
         groups = w.shape[1] // width
+        covering = self._store(self._covering(self._largest_of_blocks(w, rows, groups) / self.grid.highest))
         if self.scales == "minmax":
-            full = self._largest_of_blocks(w, rows, groups) / self.grid.highest
-            return self._store(_groups.untile(self._covering(full), rows, len(w)))
+            return {"scale": _groups.untile(covering["scale"], rows, len(w))}
         tiles, importance = _groups.tile(w, importance, rows, width)
-        wanted = self.in_chunks(lambda part: self._wanted(part, importance, groups), tiles)
-        return self._store(_groups.untile(wanted, rows, len(w)))
+        found = self._store(self.in_chunks(lambda part: self._wanted(part, importance, groups), tiles))
+        compared = 1 if self.constraint == "ratio" else groups
+        weight = relative(importance, tiles.shape[1], compared)
+        chosen = better_of(self, tiles, covering, found, weight, compared)
+        return {"scale": _groups.untile(chosen["scale"], rows, len(w))}
 
     def _largest_of_blocks(self, w: Tensor, rows: int, groups: int) -> Tensor:
         """Largest magnitudes, float32 [N, C] -> [T, G], T rows of blocks; or what is known of the whole matrix."""
@@ -149,19 +154,13 @@ class FP(Grouped, Scaled):
             tries = ends[..., None] * SWEEP.to(w.device)
             return minifloat.best_scale(w, importance, tries.flatten(2), self.grid, free=True)
         phases = PHASES if self.constraint == "ratio" else [1.0]
-        found, errors = [], []
+        best: Params = {}
+        weight = relative(importance, w.shape[1], 1)
         for phase in phases:
             tries = floor_power(ends / phase)[..., None] * OCTAVES.to(w.device) * phase
-            found.append(minifloat.best_scale(w, importance, tries.flatten(2), self.grid, free=False))
-            errors.append(self._error(w, importance, found[-1]))
-        best = torch.stack(errors).argmin(0)
-        return torch.stack(found)[best, torch.arange(len(w), device=w.device)]
-
-    def _error(self, w: Tensor, importance: Tensor | None, scale: Tensor) -> Tensor:
-        """Weighted squared error of each row, float32 [N]."""
-        levels = self.levels().to(w.device)[minifloat.nearest(w, scale, self.grid).long()]
-        error = (levels * expand(scale, w.shape[1]) - w).square_()
-        return (error if importance is None else error * importance).sum(1)
+            found = {"scale": minifloat.best_scale(w, importance, tries.flatten(2), self.grid, free=False)}
+            best = better_of(self, w, best, found, weight, 1) if best else found
+        return best["scale"]
 
     def _covering(self, full: Tensor) -> Tensor:
         """The least scales under the constraint that cover every weight; `full` just does without it, [N, G]."""

@@ -23,8 +23,11 @@ from typing_extensions import Self
 from qtool.errors import NumericsError
 from qtool.formats import _groups
 from qtool.formats._base import Format, Params, Quantized, alike, expand, too_wide
+from qtool.formats._compare import better_of
 from qtool.formats._groups import Group, Grouped, Scales
+from qtool.numerics.grids.minifloat import largest
 from qtool.numerics.scales import search
+from qtool.numerics.scales.search import relative
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHORTHAND = re.compile(rf"int(?P<bits>[2-8])-{_groups.PATTERN}(?P<asym>-asym)?")
@@ -95,17 +98,25 @@ class Int(Grouped):
         return {name: _groups.untile(p, rows, len(w)) for name, p in fitted.items()}
 
     def _fit_groups(self, w: Tensor, importance: Tensor | None, width: int) -> Params:
-        highest = -self.lowest - 1
+        covering = self._covering(w, width)
         if self.scales == "minmax":
-            groups = w.reshape(w.shape[0], -1, width)
-            low, high = groups.amin(2).clamp_max(0), groups.amax(2).clamp_min(0)
-            if self.symmetric:
-                return self._store(torch.maximum(-low, high) / (highest + 0.5))
-            scale = (high - low) / (highest - self.lowest)
-            return self._store(scale, self.lowest - low / torch.where(scale == 0, 1.0, scale))
+            return covering
         if self.symmetric:
-            return self._store(search.symmetric(w, importance, width, self.lowest, highest))
-        return self._store(*search.zero_point(w, importance, width, self.lowest, highest))
+            found = self._store(search.symmetric(w, importance, width, self.lowest, -self.lowest - 1))
+        else:
+            found = self._store(*search.zero_point(w, importance, width, self.lowest, -self.lowest - 1))
+        groups = w.shape[1] // width
+        return better_of(self, w, covering, found, relative(importance, w.shape[1], groups), groups)
+
+    def _covering(self, w: Tensor, width: int) -> Params:
+        """What just covers every weight of groups of some columns."""
+        highest = -self.lowest - 1
+        if self.symmetric:
+            return self._store(largest(w, w.shape[1] // width) / (highest + 0.5))
+        low, high = w.view(len(w), -1, width).aminmax(dim=2)
+        low, high = low.clamp_max(0), high.clamp_min(0)
+        scale = (high - low) / (highest - self.lowest)
+        return self._store(scale, self.lowest - low / torch.where(scale == 0, 1.0, scale))
 
     def _store(self, scale: Tensor, zero: Tensor | None = None) -> Params:
         """Rounds to the stored types; a group of zeros gets scale 1, because runtimes dislike dividing by 0."""

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from qtool.errors import NumericsError
 from qtool.formats._base import Format, Params
+from qtool.formats._compare import better_of
 from qtool.numerics.grids.progressive import largest_step, progressive
+from qtool.numerics.scales.search import relative
 
 PROTECTED = 119
 """The largest magnitude of w8 before it is rounded to steps."""
@@ -76,14 +78,16 @@ class QoQ(Format):
         if not bool(s0.isfinite().all()):
             raise NumericsError(f"{self.label} stores the scales of rows in fp16: its weights are too large, or NaN")
         w8, groups = w / s0.float(), w.shape[1] // self.group
-        if self.scales == "search":
-            step, zero = progressive(w8, importance, groups, TIGHTEST)
-            return {"row": s0, "step": step, "zero": zero}
         low, high = w8.view(len(w), groups, -1).aminmax(dim=-1)
         low, high = low.clamp_max(0), high.clamp_min(0)
         steps = ((high - low) / 15).round().clamp_min(1)
         zero = (-low / steps).round().clamp(0, 15).to(torch.uint8)
-        return {"row": s0, "step": torch.minimum(steps.int(), largest_step(zero)).to(torch.uint8), "zero": zero}
+        covering = {"row": s0, "step": torch.minimum(steps.int(), largest_step(zero)).to(torch.uint8), "zero": zero}
+        if self.scales == "minmax":
+            return covering
+        step, zero = progressive(w8, importance, groups, TIGHTEST)
+        found = {"row": s0, "step": step, "zero": zero}
+        return better_of(self, w, covering, found, relative(importance, w.shape[1], groups), groups)
 
     def affine(self, params: Params) -> tuple[Tensor, Tensor]:
         """See `Format.affine`; exact, since s0, s1 and z have 11, 5 and 4 bits."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qtool.numerics.grids.affine import decode_levels, round_to_levels, rounding_errors
+from qtool.numerics.grids.affine import decode_levels, round_to_levels
 from qtool.numerics.metrics import block_errors
 
 
@@ -44,7 +44,6 @@ def test_errors_of_blocks_are_sums_of_squares(blocks: int) -> None:
     scale[2], scale[5, 3] = 0.0, 0.0
     decoded = decode_levels(round_to_levels(w, scale, offset, -4, 3), torch.arange(-4.0, 4.0), scale, offset)
     wanted = ((decoded.double() - w.double()).square() * weight).view(17, blocks, -1).sum(-1)
-    torch.testing.assert_close(rounding_errors(w, scale, offset, (-4.0, 3.0), weight, blocks), wanted)
     torch.testing.assert_close(block_errors(w, decoded, weight, blocks), wanted)
     plain = (decoded.double() - w.double()).square().view(17, blocks, -1).sum(-1)
     torch.testing.assert_close(block_errors(w, decoded, None, blocks), plain)

@@ -22,6 +22,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from qtool.numerics.checks import searchable
 from qtool.numerics.codebooks.codebook import NEIGHBORS, Codebook
 from qtool.numerics.codebooks.nearest import close_products
 from qtool.numerics.scales.search import FAST
@@ -257,7 +258,7 @@ def vector_scales(
     s = np.zeros((rows, columns // rule.group), np.float32)
     signs = np.ones((rows, columns // rule.segment), np.int8)
     ratios = np.geomspace(rule.low, rule.high, effort.steps).astype(np.float32)
-    arrays = (x.float().contiguous().cpu().numpy(), weight.cpu().numpy(), book.tables, rule, ratios, effort)
+    arrays = (searchable(x), weight.cpu().numpy(), book.tables, rule, ratios, effort)
 
     def work(a: int, b: int) -> None:
         vector_rows(*arrays, d, s, signs, errors, a, b)

@@ -16,6 +16,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from qtool.numerics.checks import searchable
 from qtool.numerics.codebooks.codebook import Codebook
 from qtool.numerics.codebooks.vector_search import Rule
 from qtool.numerics.ggml.search import positive_step
@@ -63,7 +64,7 @@ def fill_numbers(size, inverse, last, number):  # type: ignore[no-untyped-def]
     """Fills number [C]: the odd numbers nearest to size [C] are 2 * number + 1."""
     for j in range(len(size)):
         level = np.rint(F32(0.5) * (inverse * size[j] - F32(1)))
-        number[j] = np.int32(min(max(level, F32(0)), last))
+        number[j] = max(np.int32(min(max(level, F32(0)), last)), np.int32(0))  # NaN is negative
 
 
 @njit(nogil=True, cache=True, error_model="numpy", forceinline=True)
@@ -223,7 +224,7 @@ def ggml_codebook_scales(
         ggml's own codes in parts of that of zeros, float32 [N, S], infinite where that is 0).
     """
     known = np.empty(0, np.float32) if importance is None else importance.float().contiguous().cpu().numpy()
-    arrays = x.float().contiguous().cpu().numpy(), known, weight.cpu().numpy(), book.magnitudes, book.width
+    arrays = searchable(x), known, weight.cpu().numpy(), book.magnitudes, book.width
     d, s, errors = (np.zeros((len(x), x.shape[1] // width), np.float32) for width in (SUPER, rule.group, SUPER))
     shells = shells_of(book, kind.shells)
     over_rows(lambda a, b: search_rows(*arrays, kind, rule, shells, d, s, errors, a, b), len(x))

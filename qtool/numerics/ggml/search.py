@@ -16,6 +16,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from qtool.numerics.checks import searchable
 from qtool.numerics.ggml.groups import EPSILON, F32, Sweep, polished_scales, shifted_scales, signed_scales, sweep_of
 from qtool.numerics.threads.parallel import over_rows
 
@@ -216,7 +217,7 @@ def ggml_scales(x: Tensor, importance: Tensor | None, kind: Kind, block: int) ->
         (d, dmin, a, b), float32: steps [N, S], not yet in fp16, and integers [N, G]; without super-blocks d and dmin
         are scales and minima [N, G], and a and b empty. What a type does not have is undefined.
     """
-    values, groups = x.float().contiguous().cpu().numpy(), x.shape[1] // kind.width
+    values, groups = searchable(x), x.shape[1] // kind.width
     steps = x.shape[1] // block if kind.top else groups
     found = [np.zeros((len(x), count), np.float32) for count in (steps, steps, groups, groups)]
     given = np.empty(0, np.float32)

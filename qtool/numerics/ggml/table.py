@@ -7,6 +7,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from qtool.numerics.checks import searchable
 from qtool.numerics.ggml.groups import EPSILON, F32
 from qtool.numerics.threads.parallel import over_rows
 
@@ -51,7 +52,7 @@ def sweep_row(x, weight, table, low, scale, work):  # type: ignore[no-untyped-de
             for g in range(len(scale)):
                 at = (inverse[g] * x[c, g] - low) * F32(2)
                 at = at if at > 0 else F32(0)
-                level = table[np.int32(at if at < last else last)]
+                level = table[max(np.int32(at if at < last else last), np.int32(0))]
                 xl[g] += weight[c, g] * level * x[c, g]
                 ll[g] += weight[c, g] * level * level
         for g in range(len(scale)):
@@ -99,7 +100,7 @@ def ggml_table_scales(
         (d, float32 [N, S], not yet in fp16; multipliers, float32 [N, G] of integers).
     """
     known = np.empty(0, np.float32) if importance is None else importance.float().contiguous().cpu().numpy()
-    values = x.float().contiguous().cpu().numpy()
+    values = searchable(x)
     m = np.zeros((len(x), x.shape[1] // 32), np.float32)
     d = np.zeros((len(x), m.shape[1] // groups), np.float32)
     ends = np.float32(low), np.float32(limit)

@@ -17,6 +17,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from qtool.numerics.checks import searchable
 from qtool.numerics.codebooks.codebook import Codebook
 from qtool.numerics.codebooks.vector_search import Rule
 from qtool.numerics.ggml.codebook import F32, SUPER, fill_steps, relative_error, weigh
@@ -201,7 +202,7 @@ def ggml_ternary_scales(
         error of ggml's own codes in parts of that of zeros, float32 [N, S], infinite where that is 0).
     """
     known = np.empty(0, np.float32) if importance is None else importance.float().contiguous().cpu().numpy()
-    arrays = x.float().contiguous().cpu().numpy(), known, weight.cpu().numpy()
+    arrays = searchable(x), known, weight.cpu().numpy()
     d, s, errors = (np.zeros((len(x), x.shape[1] // width), np.float32) for width in (SUPER, rule.group, SUPER))
     minus, shells = np.zeros((len(x), x.shape[1] // rule.segment), np.uint8), shells_of(book, SHELLS)
     over_rows(lambda a, b: search_rows(*arrays, kind, rule, shells, d, s, minus, errors, a, b), len(x))

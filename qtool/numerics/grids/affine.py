@@ -2,7 +2,7 @@
 
 The arithmetic is that of separate float32 operations, so results are those of torch, bit by bit.
 
-Shape letters: N rows, C columns, G groups of C / G columns, S blocks of C / S columns, L levels.
+Shape letters: N rows, C columns, G groups of C / G columns, L levels.
 """
 
 from __future__ import annotations
@@ -41,25 +41,6 @@ def decode_rows(codes, levels, scale, offset, w, start, stop):  # type: ignore[n
                 out[j] = levels[code[j]] * s + o
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
-def error_rows(w, scale, offset, ends, weight, errors, start, stop):  # type: ignore[no-untyped-def]
-    """Fills errors [N, S] for rows start to stop; only the order of sums is free."""
-    groups, width = scale.shape[1] // errors.shape[1], w.shape[1] // scale.shape[1]
-    lowest, highest = ends
-    for n in range(start, stop):
-        for b in range(errors.shape[1]):
-            total = 0.0
-            for g in range(b * groups, (b + 1) * groups):
-                x, importance = w[n, g * width : (g + 1) * width], weight[g * width : (g + 1) * width]
-                s, o = scale[n, g], offset[n, g]
-                divisor, zero = (s, o) if s != 0 else (np.float32(np.inf), np.float32(0))
-                for j in range(width):
-                    level = min(max(np.rint((x[j] - zero) / divisor), lowest), highest)
-                    error = np.float64(level * s + o) - np.float64(x[j])
-                    total += np.float64(importance[j]) * error * error
-            errors[n, b] = total
-
-
 def round_to_levels(w: Tensor, scale: Tensor, offset: Tensor, lowest: float, highest: float) -> Tensor:
     """Nearest codes, for levels that are consecutive integers; ties go to the even level.
 
@@ -82,32 +63,14 @@ def round_to_levels(w: Tensor, scale: Tensor, offset: Tensor, lowest: float, hig
 
 
 def decode_levels(codes: Tensor, levels: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """`levels[codes] * scale + offset`: uint8 [N, C], float32 [L], [N, G] and [N, G] -> float32 [N, C]."""
+    """`levels[codes] * scale + offset`: uint8 [N, C], float32 [L], [N, G] and [N, G] -> float32 [N, C].
+
+    Codes that stand for no level decode to NaN.
+    """
     assert len(scale) == len(codes) and codes.shape[1] % scale.shape[1] == 0
     w = np.empty(codes.shape, np.float32)
-    arrays = [t.contiguous().numpy() for t in (codes, levels, scale, offset)]
+    table = torch.full((256,), torch.nan)  # whatever the codes are, nothing outside of it is read
+    table[: len(levels)] = levels
+    arrays = [t.contiguous().numpy() for t in (codes, table, scale, offset)]
     over_rows(lambda a, b: decode_rows(*arrays, w, a, b), len(w))
     return torch.from_numpy(w)
-
-
-def rounding_errors(
-    w: Tensor, scale: Tensor, offset: Tensor, ends: tuple[float, float], weight: Tensor, blocks: int
-) -> Tensor:
-    """`block_errors` of what `round_to_levels` and `decode_levels` make of w, without making it.
-
-    Args:
-        w: float32 [N, C].
-        scale: float32 [N, G].
-        offset: float32 [N, G].
-        ends: first and last level, consecutive integers.
-        weight: float32 [C], of a squared error.
-        blocks: S, each of whole groups.
-
-    Returns:
-        float64 [N, S].
-    """
-    errors = np.empty((len(w), blocks))
-    values, s, o, importance = (t.contiguous().numpy() for t in (w, scale, offset, weight))
-    limits = np.float32(ends[0]), np.float32(ends[1])
-    over_rows(lambda a, b: error_rows(values, s, o, limits, importance, errors, a, b), len(w))
-    return torch.from_numpy(errors)

@@ -29,6 +29,8 @@ from qtool.numerics.threads.parallel import over_rows
 
 EXPONENT, SIZE = np.int32(0x7F800000), np.int32(0x7FFFFFFF)
 """Bits of a float32: of its exponent, and all but its sign."""
+PART = 4096
+"""Numbers whose products are summed in float32."""
 
 
 class Grid(NamedTuple):
@@ -147,7 +149,7 @@ def round_rows(x, scale, smallest, mantissa, highest, center, codes, start, stop
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def products(v, weight, inverse, smallest, mantissa, highest):  # type: ignore[no-untyped-def]
+def part_products(v, weight, inverse, smallest, mantissa, highest):  # type: ignore[no-untyped-def]
     """Sums of weight x level and of weight level^2 of a group, in units of a scale whose inverse is given."""
     xl, ll = np.float32(0.0), np.float32(0.0)
     for j in range(len(v)):
@@ -162,6 +164,18 @@ def products(v, weight, inverse, smallest, mantissa, highest):  # type: ignore[n
     return xl, ll
 
 
+@njit(nogil=True, cache=True)
+def products(v, weight, inverse, smallest, mantissa, highest):  # type: ignore[no-untyped-def]
+    """As `part_products`, in float64 beyond a length at which sums in float32 would tell too little."""
+    xl, ll = 0.0, 0.0
+    for a in range(0, len(v), PART):
+        x, w = v[a : a + PART], weight[a : a + PART]
+        more_xl, more_ll = part_products(x, w, inverse, smallest, mantissa, highest)
+        xl += more_xl
+        ll += more_ll
+    return xl, ll
+
+
 @njit(nogil=True, cache=True, fastmath=FAST)
 def score_rows(x, importance, tries, free, smallest, mantissa, highest, scale, start, stop):  # type: ignore[no-untyped-def]
     """Fills scale [N, G] with the best of tries [N, G, S] for rows start to stop. x [N, C]; importance [C].
@@ -172,7 +186,7 @@ def score_rows(x, importance, tries, free, smallest, mantissa, highest, scale, s
     for n in range(start, stop):
         for g in range(scale.shape[1]):
             v, weight = x[n, g * width : (g + 1) * width], importance[g * width : (g + 1) * width]
-            best, scale[n, g] = np.float32(-1.0), tries[n, g, 0]
+            best, scale[n, g] = -1.0, tries[n, g, 0]
             for i in range(tries.shape[2]):
                 s = tries[n, g, i]
                 repeated = s == 0
@@ -182,8 +196,8 @@ def score_rows(x, importance, tries, free, smallest, mantissa, highest, scale, s
                     continue
                 xl, ll = products(v, weight, np.float32(1.0) / s, smallest, mantissa, highest)
                 ratio = s / max(tries[n, g, 0], np.float32(1e-37))  # squares of small weights would be zero
-                moved = xl / ll if free and ll > 0 else np.float32(1.0)
-                gain = ratio * ratio * moved * (np.float32(2.0) * xl - moved * ll)
+                moved = xl / ll if free and ll > 0 else 1.0
+                gain = ratio * ratio * moved * (2.0 * xl - moved * ll)
                 if gain > best:
                     best, scale[n, g] = gain, s * moved if free else s
 

@@ -13,6 +13,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from qtool.numerics.grids.compare import ROUNDINGS, TIE, exact_cast_error
 from qtool.numerics.grids.minifloat import EXPONENT, Grid
 from qtool.numerics.scales.search import relative
 from qtool.numerics.threads.parallel import over_rows
@@ -56,29 +57,49 @@ def try_codes(end, step, values, unit, code, inverse, square):  # type: ignore[n
 
 
 @njit(nogil=True, cache=True)
-def keep_better(gain, square, code, best, chosen):  # type: ignore[no-untyped-def]
-    """Updates best and chosen [P] where a code gains more."""
+def keep_better(gain, square, code, best, second, chosen):  # type: ignore[no-untyped-def]
+    """Updates best and chosen [P] where a code gains more, and second [P], what the best of all others gains."""
     for g in range(len(gain)):
         more = gain[g] * square[g]
         better = more > best[g]
+        other = best[g] if better else more if code[g] != chosen[g] else second[g]
+        second[g] = max(second[g], other)
         best[g] = more if better else best[g]
         chosen[g] = code[g] if better else chosen[g]
 
 
 @njit(nogil=True, cache=True)
-def code_rows(x, weight, ends, values, tried, smallest, steps, highest, found, start, stop):  # type: ignore[no-untyped-def]
-    """Fills found uint8 [N * G] for some groups: x [N * G, W], weight [W, rows * G], ends [N * G, E]."""
+def exact_code(x, weight, ends, values, tried, smallest, mantissa, highest):  # type: ignore[no-untyped-def]
+    """The code with the least error for a group [W] of those tried around its ends [E]; the first one in a tie."""
+    least, found = np.inf, I32(1)
+    for e in range(len(ends) - 1, -1, -1):
+        for step in range(tried[0], tried[1] + 1):
+            code = min(max(I32(ends[e]) + I32(step), I32(1)), I32(len(values) - 1))
+            error = exact_cast_error(x, weight, values[code], smallest, mantissa, highest)
+            if error < least * (1 - TIE):
+                least, found = error, code
+    return found
+
+
+@njit(nogil=True, cache=True)
+def code_rows(x, weight, ends, values, powers, tried, numbers, steps, found, start, stop):  # type: ignore[no-untyped-def]
+    """Fills found uint8 [N * G] for some groups: x [N * G, W], weight [W, rows * G], ends [N * G, E].
+
+    Codes whose gains differ by no more than sums in float32 may be off are compared exactly. Where values are powers of
+    two, equal gains are no doubt: their sums are the same operations on multiples.
+    """
+    (smallest, mantissa, highest), doubt = numbers, F32(2**-22) * F32(x.shape[1] + ROUNDINGS)
     width, period, last = x.shape[1], weight.shape[1], len(values) - 1
-    side, numbers, codes = np.empty((width, LANES), F32), np.empty((5, LANES), F32), np.empty((3, LANES), I32)
+    side, floats, codes = np.empty((width, LANES), F32), np.empty((6, LANES), F32), np.empty((3, LANES), I32)
     first = start
     while first < stop:
         at = first % period
         count = min(LANES, period - at, stop - first)
-        gain, best, inverse = numbers[0, :count], numbers[1, :count], numbers[2, :count]
-        square, unit, end = numbers[3, :count], numbers[4, :count], codes[0, :count]
+        gain, best, second, inverse = floats[0, :count], floats[1, :count], floats[2, :count], floats[3, :count]
+        square, unit, end = floats[4, :count], floats[5, :count], codes[0, :count]
         code, chosen = codes[1, :count], codes[2, :count]
         for g in range(count):
-            best[g], chosen[g] = F32(-1), I32(1)
+            best[g], second[g], chosen[g] = F32(-1), F32(-1), I32(0)
             unit[g] = values[min(max(ends[first + g, 0], 1), last)]
             for j in range(width):
                 side[j, g] = abs(x[first + g, j])
@@ -88,9 +109,12 @@ def code_rows(x, weight, ends, values, tried, smallest, steps, highest, found, s
             for step in range(tried[0], tried[1] + 1):
                 try_codes(end, I32(step), values, unit, code, inverse, square)
                 gains(side, weight, at, inverse, smallest, steps, highest, gain)
-                keep_better(gain, square, code, best, chosen)
+                keep_better(gain, square, code, best, second, chosen)
         for g in range(count):
-            found[first + g] = chosen[g]
+            n, gap = first + g, best[g] - second[g]
+            if gap <= doubt * best[g] and not (powers and gap == 0):
+                chosen[g] = exact_code(x[n], weight[:, at + g], ends[n], values, tried, smallest, mantissa, highest)
+            found[n] = max(chosen[g], I32(1))
         first += count
 
 
@@ -111,12 +135,12 @@ def best_code(
         uint8 [N, G].
     """
     (n, groups, _), width = ends.shape, x.shape[1] // ends.shape[1]
-    given = torch.ones(x.shape[1]) if importance is None else relative(importance.cpu(), groups)
-    weights = np.tile(given.numpy().reshape(groups, width), (-(-LANES // groups), 1)).T.copy()
+    weight = relative(importance, x.shape[1], groups).cpu()
+    weights = np.tile(weight.numpy().reshape(groups, width), (-(-LANES // groups), 1)).T.copy()
     weighed = x.float().contiguous().cpu().numpy().reshape(-1, width)
     found = np.empty(n * groups, np.uint8)
-    smallest, mantissa, highest = grid.numbers
-    rule = tried, smallest, ROUNDER * F32(2.0**-mantissa), highest
+    powers = bool((values[1:-1].frexp().mantissa == 0.5).all())
+    rule = powers, tried, grid.numbers, ROUNDER * F32(2.0**-grid.mantissa)
     arrays = (
         weighed.reshape(-1, width),
         weights,

@@ -22,6 +22,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from qtool.numerics.checks import importances, searchable
 from qtool.numerics.threads.parallel import over_rows
 
 STEPS = 20
@@ -159,26 +160,26 @@ def offset_rows(x, importance, reach, width, highest, ratios, scale, offset, sta
 
 
 def prepared(x: Tensor, importance: Tensor | None, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """float32 arrays on the CPU: x [N, C], importance [C], reach [C]; see `relative` and `reach`."""
-    given = torch.ones(x.shape[1]) if importance is None else importance.cpu()
-    groups = x.shape[1] // width
-    return x.float().contiguous().cpu().numpy(), relative(given, groups).numpy(), reach(given, groups).numpy()
+    """float32 arrays on the CPU: x [N, C], importance [C], reach [C]; see `checks`, `relative` and `reach`."""
+    columns, groups = x.shape[1], x.shape[1] // width
+    weight = relative(importance, columns, groups).cpu()
+    return searchable(x), weight.numpy(), reach(weight).numpy()
 
 
-def relative(importance: Tensor, groups: int) -> Tensor:
+def relative(importance: Tensor | None, columns: int, groups: int) -> Tensor:
     """Importances over their group's mean, float32 [C]. Those of a group that are all zero count as all alike."""
-    weight = importance.float().view(groups, -1)
+    weight = importances(importance, columns).view(groups, -1)
     mean = weight.mean(1, keepdim=True)
-    return torch.where(mean > 0, weight / mean.clamp_min(1e-30), 1.0).flatten()
+    return torch.where(mean > 0, weight / torch.where(mean > 0, mean, 1.0), 1.0).flatten()
 
 
-def reach(importance: Tensor, groups: int) -> Tensor:
+def reach(weight: Tensor) -> Tensor:
     """Shrinks columns that hardly count, float32 [C], factors up to 1.
 
     A sweep goes on to a range that covers only what is left, so that a large weight on a dead input does not set the
-    step of its group.
+    step of its group. weight: see `relative`.
     """
-    return relative(importance, groups).clamp_max(1.0).pow(0.25)
+    return weight.clamp_max(1.0).pow(0.25)
 
 
 def symmetric(x: Tensor, importance: Tensor | None, width: int, lowest: int, highest: int) -> Tensor:

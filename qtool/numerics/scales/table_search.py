@@ -21,6 +21,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from qtool.numerics.checks import importances, searchable
 from qtool.numerics.scales.search import FAST
 from qtool.numerics.scales.sweep import half
 from qtool.numerics.threads.parallel import over_rows
@@ -51,7 +52,7 @@ EFFORT = {"fast": Effort(9, 24, 1, 1, 0), "default": Effort(20, 64, 2, 2, 1), "t
 def look_up(x, table, low):  # type: ignore[no-untyped-def]
     """The level nearest to x. `table` [entries] holds it for every half step from `low` on."""
     at = min(max((x - low) * np.float32(2.0), np.float32(0.0)), np.float32(len(table) - 1))
-    return table[np.int32(at)]
+    return table[max(np.int32(at), np.int32(0))]  # NaN, of scales that are infinite, becomes a negative integer
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
@@ -232,7 +233,7 @@ def table_scales(
     width, columns = groups[0], groups[0] * groups[1]
     weight, reach = column_weights(importance, x.shape[1], width, columns)
     d, m = (np.zeros((len(x), x.shape[1] // extent), np.float32) for extent in (columns, width))
-    arrays = (x.float().contiguous().cpu().numpy(), weight.numpy(), reach.numpy(), half_steps(levels))
+    arrays = (searchable(x), weight.numpy(), reach.numpy(), half_steps(levels))
     ends = tuple(np.float32(value) for value in (levels[0], levels[-1], limit))
     starts = tuple(p.cpu().numpy() for p in other or (torch.empty(0, 0),) * 2)
     over_rows(lambda a, b: table_rows(*arrays, *ends, tuple(effort), starts, d, m, a, b), len(x))
@@ -258,6 +259,6 @@ def block_weights(importance: Tensor | None, columns: int, block: int) -> Tensor
     """
     if importance is None:
         return torch.ones(columns)
-    blocks = importance.float().cpu().view(-1, block)
+    blocks = importances(importance, columns).cpu().view(-1, block)
     mean = blocks.mean(1, keepdim=True)
-    return torch.where(mean > 0, blocks / mean.clamp_min(1e-30) + 1e-6, 1.0).flatten()
+    return torch.where(mean > 0, blocks / torch.where(mean > 0, mean, 1.0) + 1e-6, 1.0).flatten()

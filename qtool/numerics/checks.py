@@ -1,0 +1,66 @@
+"""What searches take: weights whose squares do not overflow, and importances that can be compared.
+
+Shape letters: N rows, C columns.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from qtool.errors import NumericsError
+from qtool.numerics.threads.parallel import over_rows
+
+LARGEST = 2.0**48
+"""The largest weight that is searched: its square, weighted and summed over a row, stays below the end of float32."""
+USUAL = 40
+"""Exponents of importances that are left as they are, above zero and below."""
+MOST = np.float32(LARGEST).view(np.int32)
+SIZE = np.int32(0x7FFFFFFF)
+"""Bits of a float32: all but its sign. Taken as integers, they sort as the numbers do, NaN and infinity last."""
+
+
+@njit(nogil=True, cache=True)
+def largest_bits(bits, found, start, stop):  # type: ignore[no-untyped-def]
+    """Fills found [N], the largest of the bits of sizes in each row of int32 [N, C], for rows start to stop."""
+    for n in range(start, stop):
+        most = np.int32(0)
+        for j in range(bits.shape[1]):
+            most = max(most, bits[n, j] & SIZE)
+        found[n] = most
+
+
+def searchable(w: Tensor) -> np.ndarray:
+    """float32 [N, C] on the CPU, rows in order. Raises NumericsError: NaN, or larger than `LARGEST`."""
+    values = w.float().contiguous().cpu().numpy()
+    found = np.zeros(len(values), np.int32)
+    over_rows(lambda a, b: largest_bits(values.view(np.int32), found, a, b), len(values))
+    if len(found) and found.max() > MOST:
+        refuse_large(float(found.max().view(np.float32)), LARGEST)
+    return values
+
+
+def refuse_large(largest: float, limit: float) -> None:
+    """Raises NumericsError: no scale is searched for weights beyond a limit."""
+    what = "weights are out of the range in which scales are searched"
+    raise NumericsError(what, wanted=f"at most {limit:g} in size", found=f"{largest:g}")
+
+
+def importances(importance: Tensor | None, columns: int) -> Tensor:
+    """How much columns count, float32 [C]; ones where nothing is known.
+
+    Very large or small ones are multiplied by a power of two, which no comparison notices, so that no sum overflows.
+
+    Raises:
+        NumericsError: one is negative, infinite or NaN.
+    """
+    if importance is None:
+        return torch.ones(columns)
+    given = importance.double()
+    if not bool(((given >= 0) & (given < torch.inf)).all()):
+        odd = given[~((given >= 0) & (given < torch.inf))][0]
+        raise NumericsError("importances of inputs", wanted="finite numbers from 0 on", found=f"{float(odd):g}")
+    exponent = int(torch.frexp(given.max()).exponent)
+    return (given if abs(exponent) < USUAL else given * 2.0**-exponent).float()
