@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -118,10 +119,11 @@ def solve_rows(plan: LayerPlan, fmt: Format, w: Tensor, stats: InputStats | None
         refuse_infinite(w_hat, plan)
         return solution, Sums.of(rows, w_hat, gram, solution.target)
 
-    if stats:
-        method.prepare(stats, fmt)
-    parts = rows_abreast(w, fmt, gram)
-    return side_by_side(solve_part, parts, shares(len(parts), w.device))
+    with naming(plan.module.name):
+        if stats:
+            method.prepare(stats, fmt)
+        parts = rows_abreast(w, fmt, gram)
+        return side_by_side(solve_part, parts, shares(len(parts), w.device))
 
 
 def rows_abreast(w: Tensor, fmt: Format, gram: Tensor | None) -> list[tuple[int, int]]:
@@ -136,6 +138,17 @@ def informed(fmt: Format, checkpoint: Checkpoint, modules: Sequence[str]) -> For
         return fmt
     parts = ((f"{m}.weight", *part) for m in modules for part in row_parts(checkpoint.info(f"{m}.weight").shape))
     return fmt.given(max(float(checkpoint.rows(*part).abs().max()) for part in parts))
+
+
+@contextmanager
+def naming(module: str) -> Iterator[None]:
+    """Lets a NumericsError say of which module it is."""
+    try:
+        yield
+    except NumericsError as error:
+        if module in str(error):
+            raise
+        raise NumericsError(f"{module}: {error}") from error
 
 
 def refuse_infinite(w_hat: Tensor, plan: LayerPlan) -> None:

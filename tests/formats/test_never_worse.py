@@ -11,9 +11,10 @@ from torch import Tensor
 
 from qtool import registry
 from qtool.formats import _vector
-from qtool.formats._base import Params
+from qtool.formats._base import Format, Params
 from qtool.formats._ggml import BlockFormat
 from qtool.formats._vector import Vector
+from qtool.recipe.schema import parse_format
 from tests.reference.ggml import ggml_dequantize, ggml_quantize
 
 SEARCHED = ("q4_0", "q5_0", "q4_1", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs")
@@ -194,3 +195,91 @@ def test_what_ggml_encodes_with_a_matrix_only_is_not_compared_without(
     fmt.fit(w)
     with pytest.raises(AssertionError):
         fmt.fit(w, importance)
+
+
+PLAIN_RULES = {
+    "int4-g128": {"scales": "minmax"},
+    "int8-channel": {"scales": "minmax"},
+    "int8-tensor": {"scales": "minmax"},
+    "int2-g32": {"scales": "minmax"},
+    "int4-b4x32": {"scales": "minmax"},
+    "int4-g64-asym": {"scales": "minmax"},
+    "int8-channel-asym": {"scales": "minmax"},
+    "biased4-g64": {"scales": "minmax"},
+    "biased8-channel": {"scales": "minmax"},
+    "qoq-g128": {"scales": "minmax"},
+    "fp8-channel": {"scales": "minmax"},
+    "fp8-tensor": {"scales": "minmax"},
+    "fp8-block": {"scales": "minmax"},
+    "fp8-e5m2-channel": {"scales": "minmax"},
+    "fp6-e2m3-g32": {"scales": "minmax"},
+    "fp4-g16": {"scales": "minmax"},
+    "mxfp8": {"search": "floor"},
+    "mxfp8-fast": {"search": "up"},
+    "mxfp8-thorough": {"search": "even"},
+    "mxfp6": {"search": "up"},
+    "mxint8": {"search": "floor"},
+    "mxint8-fast": {"search": "even"},
+    "mxfp4": {"search": "up"},
+    "mxfp4-fast": {"search": "floor"},
+    "bfp8-g16": {"search": "up"},
+    "bfp4-g16": {"search": "floor"},
+}
+"""Formats that search, and what makes a rule without a search of them."""
+
+
+def hard_rows() -> Tensor:
+    """Constant ones, powers of two, empty, tiny and large ones, one outlier, and ordinary ones."""
+    g = torch.Generator().manual_seed(17)
+    w = torch.randn(64, K, generator=g) * 0.03
+    w[:8] = torch.logspace(-2, 2, 8)[:, None]
+    w[8:12] = torch.randint(-3, 4, (4, K), generator=g) * 0.5
+    w[12], w[13:16], w[16:20] = 0, w[13:16] * 1e-35, w[16:20] * 1e5
+    w[20:24, 7] = 3.0
+    w[24:28, 1:] = 0
+    return w
+
+
+@pytest.mark.parametrize("matrix", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("label", PLAIN_RULES)
+def test_no_scale_is_worse_than_without_a_search(label: str, matrix: bool) -> None:
+    fmt, w = parse_format(label), hard_rows()
+    importance = torch.randn(K, generator=torch.Generator().manual_seed(18)).exp() if matrix else None
+    weight = torch.ones(K) if importance is None else importance
+    width, rows = fmt.group_columns or K, fmt.group_rows or len(w)
+
+    def found(choice: Format) -> np.ndarray:
+        params = choice.fit(w, importance)
+        square = (choice.decode(choice.snap(w, params, importance), params).double() - w.double()).square() * weight
+        return square.view(len(w) // rows if rows < len(w) else 1, -1, K // width, width).sum((1, 3)).numpy()
+
+    ours, plain = found(fmt), found(fmt.model_copy(update=PLAIN_RULES[label]))
+    assert (ours <= plain * (1 + 1e-8)).all()
+    if "tensor" not in label and "mxfp8" not in label:  # where there is little to be found
+        assert (ours[plain > 0] / plain[plain > 0]).mean() < 0.99
+
+
+@pytest.mark.parametrize("label", ["fp8-channel", "fp4-g16", "int4-g128", "biased4-g64", "qoq-g128"])
+def test_a_tie_goes_to_the_rule_without_a_search(label: str) -> None:
+    """A row of one number is exact in many ways."""
+    fmt = parse_format(label)
+    w = torch.full((3, 128), 0.75)
+    plain = fmt.model_copy(update={"scales": "minmax"}).fit(w)
+    exact = torch.equal(fmt.decode(fmt.snap(w, plain), plain), w)
+    for name, p in fmt.fit(w).items():
+        assert torch.equal(p, plain[name]) or not exact
+
+
+@pytest.mark.parametrize("label", ["nvfp4-fast", "nvfp4", "nvint4"])
+def test_no_scale_of_two_levels_is_worse_than_that_which_covers(label: str) -> None:
+    fmt, w = parse_format(label), hard_rows()
+    params = fmt.fit(w)
+    covering = (w.view(len(w), -1, 16).abs().amax(-1) / fmt.levels()[-1] / params["tensor"]).float()
+    bits = covering.clamp(2.0**-9, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+
+    def found(p: Params) -> np.ndarray:
+        square = (fmt.decode(fmt.snap(w, p), p).double() - w.double()).square()
+        return square.view(len(w), -1, 16).sum(-1).numpy()
+
+    ours, plain = found(params), found(params | {"scale": bits})
+    assert (ours <= plain * (1 + 1e-8)).all() and ours.sum() < plain.sum()
