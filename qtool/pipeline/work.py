@@ -10,9 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qtool import registry
 from qtool.checkpoint._base import CacheScales, Layer
 from qtool.errors import CheckpointError, StorageError
+from qtool.numerics.threads.processor import processor
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.prepare import Job
 from qtool.pipeline.units import Unit, cache_format
@@ -134,12 +137,18 @@ def discard_other(folder: Path, run: Mapping[str, Any], listener: Listener) -> N
     if not known or begun(folder, run):
         return
     found = _run_of(folder)
-    differing = ", ".join(key for key in run if found.get(key) != run[key])
+    differing = ", ".join(_difference(key, found.get(key), run[key]) for key in run if found.get(key) != run[key])
     listener(Event("quantize", 0, 0, f"{folder} was begun with another {differing}: starting anew", warning=True))
     with storage_errors(folder):
         (folder / MANIFEST).unlink()
         for path in folder.iterdir():
             path.unlink()
+
+
+def _difference(key: str, there: object, here: object) -> str:
+    """What a warning calls it; digests tell nobody anything."""
+    told = key in ("processor", "threads", "device", "dtype") and there is not None
+    return f"{key} ({there}, now {here})" if told else key
 
 
 def identity(job: Job, calibration: str | None, content: str) -> dict[str, Any]:
@@ -156,8 +165,11 @@ def identity(job: Job, calibration: str | None, content: str) -> dict[str, Any]:
         "content": content,
         "recipe": job.plan.fingerprint(),
         "device": str(job.device),
+        "processor": processor(),
     }
-    return run if calibration is None else {**run, "calibration": calibration, "dtype": str(job.dtype)}
+    if calibration is None:
+        return run  # what rounds data-free treats rows alone, whatever the number of threads
+    return {**run, "calibration": calibration, "dtype": str(job.dtype), "threads": torch.get_num_threads()}
 
 
 def result_identity(job: Job, run: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The exact comparison of two choices against sums of what is decoded, where they differ much, little, and not at all."""
+"""The exact comparison of two choices against sums of what is decoded, where they differ much, little or not at all."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from qtool.errors import StorageError
+from qtool.pipeline import work
 from qtool.pipeline.quantize import QuantizeOptions, run
 
 DATA_FREE = """
@@ -196,3 +197,33 @@ def test_another_calibration_text_is_another_run(make, tmp_path):
     run(options, events.append)
     said = [e.message for e in events if e.warning and "begun" in e.message]
     assert said == [f"{options.out}.work was begun with another calibration: starting anew"]
+
+
+@pytest.mark.parametrize("what", ["processor", "threads"])
+def test_another_processor_or_number_of_threads_is_another_run(what, make, tmp_path, monkeypatch, use_threads):
+    data = tmp_path / "data.txt"
+    data.write_text("Whoever is careless with the truth in small matters. " * 200)
+    options = make(FAR.replace("DATA", str(data)))
+    use_threads(1)
+    killed(options, 1)
+    if what == "threads":
+        use_threads(2)
+        wanted = "threads (1, now 2)"
+    else:
+        here = work.processor()
+        monkeypatch.setattr(work, "processor", lambda: "znver3, torch AVX2, 1f0c27a9")
+        wanted = f"processor ({here}, now znver3, torch AVX2, 1f0c27a9)"
+    events = []
+    run(options, events.append)
+    said = [e.message for e in events if e.warning and "begun" in e.message]
+    assert said == [f"{options.out}.work was begun with another {wanted}: starting anew"]
+
+
+def test_without_data_any_number_of_threads_goes_on(make, use_threads):
+    options = make()
+    use_threads(1)
+    killed(options, 1)
+    use_threads(2)
+    events = []
+    run(options, events.append)
+    assert not [e.message for e in events if e.warning and "begun" in e.message]

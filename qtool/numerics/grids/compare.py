@@ -69,12 +69,12 @@ def step_rows(w, first, second, ends, weight, better, start, stop):  # type: ign
             better[n, b] = c < a
             if abs(c - a) > doubt * (a + c):
                 continue
-            a, c = 0.0, 0.0
+            before, after = 0.0, 0.0
             for g in range(b * per, (b + 1) * per):
                 x, m = w[n, g * width : (g + 1) * width], weight[g * width : (g + 1) * width]
-                a += exact_step_error(x, m, s[n, g], o[n, g], lowest, highest)
-                c += exact_step_error(x, m, t[n, g], p[n, g], lowest, highest)
-            better[n, b] = c < a * (1 - TIE)
+                before += exact_step_error(x, m, s[n, g], o[n, g], lowest, highest)
+                after += exact_step_error(x, m, t[n, g], p[n, g], lowest, highest)
+            better[n, b] = after < before * (1 - TIE)
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=ROUGH)
@@ -121,12 +121,12 @@ def cast_rows(w, s, t, smallest, mantissa, highest, weight, better, start, stop)
             better[n, b] = c < a
             if abs(c - a) > doubt * (a + c):
                 continue
-            a, c = 0.0, 0.0
+            before, after = 0.0, 0.0
             for g in range(b * per, (b + 1) * per):
                 x, m = w[n, g * width : (g + 1) * width], weight[g * width : (g + 1) * width]
-                a += exact_cast_error(x, m, s[n, g], smallest, mantissa, highest)
-                c += exact_cast_error(x, m, t[n, g], smallest, mantissa, highest)
-            better[n, b] = c < a * (1 - TIE)
+                before += exact_cast_error(x, m, s[n, g], smallest, mantissa, highest)
+                after += exact_cast_error(x, m, t[n, g], smallest, mantissa, highest)
+            better[n, b] = after < before * (1 - TIE)
 
 
 def better_steps(

@@ -173,7 +173,7 @@ def products(v, weight, inverse, smallest, mantissa, highest):  # type: ignore[n
         more_xl, more_ll = part_products(x, w, inverse, smallest, mantissa, highest)
         xl += more_xl
         ll += more_ll
-    return xl, ll
+    return np.float32(xl), np.float32(ll)
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
@@ -186,7 +186,7 @@ def score_rows(x, importance, tries, free, smallest, mantissa, highest, scale, s
     for n in range(start, stop):
         for g in range(scale.shape[1]):
             v, weight = x[n, g * width : (g + 1) * width], importance[g * width : (g + 1) * width]
-            best, scale[n, g] = -1.0, tries[n, g, 0]
+            best, scale[n, g] = np.float32(-1.0), tries[n, g, 0]
             for i in range(tries.shape[2]):
                 s = tries[n, g, i]
                 repeated = s == 0
@@ -196,8 +196,8 @@ def score_rows(x, importance, tries, free, smallest, mantissa, highest, scale, s
                     continue
                 xl, ll = products(v, weight, np.float32(1.0) / s, smallest, mantissa, highest)
                 ratio = s / max(tries[n, g, 0], np.float32(1e-37))  # squares of small weights would be zero
-                moved = xl / ll if free and ll > 0 else 1.0
-                gain = ratio * ratio * moved * (2.0 * xl - moved * ll)
+                moved = xl / ll if free and ll > 0 else np.float32(1.0)
+                gain = ratio * ratio * moved * (np.float32(2.0) * xl - moved * ll)
                 if gain > best:
                     best, scale[n, g] = gain, s * moved if free else s
 
