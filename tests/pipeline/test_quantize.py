@@ -181,6 +181,16 @@ def test_nan_is_named_before_anything_is_written(tiny_checkpoint, recipes, tmp_p
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
 
+def test_weights_that_no_scale_holds_are_named(tiny_checkpoint, recipes, tmp_path):
+    source = shutil.copytree(tiny_checkpoint("llama"), tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = 1e7
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    named = r"^model\.layers\.1\.mlp\.up_proj: q4_0 stores scales in fp16: wanted at most 65504, found \S+$"
+    with pytest.raises(NumericsError, match=named):
+        run(QuantizeOptions(str(source), recipes["gguf"], tmp_path / "out"))
+
+
 def test_an_occupied_output_is_left_alone(tiny_checkpoint, recipes, tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(StorageError, match=r"holds something else.*letter\.txt"):
