@@ -27,7 +27,7 @@ from qtool.calibrate.meter import Meter
 from qtool.calibrate.operated import Following, Operated, put_behind
 from qtool.calibrate.reference import Reference
 from qtool.calibrate.steps import InStep
-from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, modules
+from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, finite, modules
 from qtool.errors import CheckpointError
 from qtool.numerics.product import float32_product
 from qtool.numerics.threads.parallel import shares, side_by_side
@@ -35,7 +35,6 @@ from qtool.stats._base import InputStats, Statistic
 
 BATCH_TOKENS = 2048
 """Tokens per forward pass: enough to keep matrix products busy, few enough that a block's intermediates stay small."""
-
 ABREAST = 8
 """Most batches that are run side by side; each takes memory for a block's intermediates."""
 
@@ -250,9 +249,10 @@ class Walker:
         return shares(min(len(parts), ABREAST), self.device)
 
     def output(self, block: nn.Module, i: int, hidden: Hidden, part: slice, cache: KVStore | None = None) -> Tensor:
-        """Block i's output for some samples, [s, T, H]; keys and values go through `cache`."""
-        arguments = self.block_arguments(hidden.length)[i]
-        return run_block(block, hidden[part].to(self.device), arguments, cache, self.attends)
+        """Block i's output for some samples, [s, T, H]; keys and values go through `cache`. Raises NumericsError."""
+        x, arguments = hidden[part].to(self.device), self.block_arguments(hidden.length)[i]
+        where = f"of hidden states behind block {i} of {self.checkpoint.source}"
+        return finite(run_block(block, x, arguments, cache, self.attends), where)
 
     def block_arguments(self, length: int) -> list[dict[str, Any]]:
         """What the model's own forward passes to each block beside hidden states, for samples of `length` tokens."""

@@ -21,6 +21,7 @@ from qtool.checkpoint.families._base import Family
 from qtool.checkpoint.families._parts import stacked
 from qtool.errors import CheckpointError, NumericsError
 from qtool.formats._base import Format
+from qtool.numerics.metrics import all_finite
 from qtool.ops._base import InputOp
 from qtool.recipe.cache import KVCache
 from qtool.residuals._base import Matrix, Residual
@@ -279,9 +280,9 @@ def finite(tensor: Tensor, name: str) -> Tensor:
     Raises:
         NumericsError: it holds NaN or Inf.
     """
-    good = torch.isfinite(tensor)
-    if good.all():
+    if all_finite(tensor):
         return tensor
+    good = torch.isfinite(tensor)
     first = int(good.reshape(-1).to(torch.uint8).argmin())
     index = [int(i) for i in torch.unravel_index(torch.tensor(first), tensor.shape)]
     value = float(tensor.reshape(-1)[first])

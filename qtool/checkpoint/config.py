@@ -10,6 +10,7 @@ from typing import Any
 from qtool import registry
 from qtool.checkpoint.families._base import Family
 from qtool.checkpoint.families._rope import rope_parameters
+from qtool.checkpoint.links import own_file
 from qtool.errors import CheckpointError, reading
 
 FAMILIES = "checkpoint/families"
@@ -57,7 +58,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], Family]:
     Raises:
         CheckpointError: missing, damaged, or of a family that qtool does not know.
     """
-    if not path.exists():
+    if not own_file(path):
         raise CheckpointError(f"{path.parent} holds no config.json", hint="a checkpoint folder comes with one")
     return complete(read_json(path), path)
 

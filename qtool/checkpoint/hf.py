@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from qtool.checkpoint._base import Checkpoint, TensorInfo, verify
 from qtool.checkpoint.config import read_config, read_json
 from qtool.checkpoint.families._parts import Slice
+from qtool.checkpoint.links import own_file
 from qtool.checkpoint.raw_bytes import read_bytes
 from qtool.checkpoint.safetensors_io import SafetensorsFile
 from qtool.errors import CheckpointError, reading
@@ -58,7 +58,7 @@ class HFCheckpoint(Checkpoint):
     def __init__(self, folder: Path, source: str | None = None) -> None:
         self.source = source or str(folder)
         self.config, self.family = read_config(folder / "config.json")
-        self.files = {name: folder / name for name in SIDE_FILES if (folder / name).is_file()}
+        self.files = {name: folder / name for name in SIDE_FILES if own_file(folder / name)}
         stored = self._weights(folder)
         ignored = {name for name in stored if name.endswith(".rotary_emb.inv_freq")}  # a constant that old files keep
         self._drop_tied_copy(stored, ignored)
@@ -194,20 +194,24 @@ def samples(nbytes: int) -> Iterator[tuple[int, int]]:
 
 
 def _equal(a: SafetensorsFile, a_name: str, b: SafetensorsFile, b_name: str) -> bool:
-    """Compares in slices, since output matrices are large."""
-    if a.info(a_name) != b.info(b_name):
+    """Compares in slices, since output matrices are large; as values, since a copy may have another type.
+
+    One that was rounded to its type is equal as well: it says nothing that the other does not.
+    """
+    if a.info(a_name).shape != b.info(b_name).shape:
         return False
     rows = a.info(a_name).shape[0]
-    slices = ((start, min(start + 4096, rows)) for start in range(0, rows, 4096))
-    return all(torch.equal(a.read(a_name, *s), b.read(b_name, *s)) for s in slices)
+    slices = [(start, min(start + 4096, rows)) for start in range(0, rows, 4096)]
+    types = {a.info(a_name).dtype, b.info(b_name).dtype}
+    return any(all(torch.equal(a.read(a_name, *s).to(t), b.read(b_name, *s).to(t)) for s in slices) for t in types)
 
 
 def locate(folder: Path) -> dict[str, SafetensorsFile]:
     """Tensor name -> file, from the one file or the index of many."""
-    if (folder / WEIGHTS).exists():
+    if own_file(folder / WEIGHTS):
         file = SafetensorsFile(folder / WEIGHTS)
         return dict.fromkeys(file.entries, file)
-    if (folder / INDEX).exists():
+    if own_file(folder / INDEX):
         return _locate_shards(folder)
     if any(folder.glob("*.safetensors")):
         raise CheckpointError(f"{folder} holds safetensors files, but neither {WEIGHTS} nor {INDEX}")
@@ -234,7 +238,7 @@ def _locate_shards(folder: Path) -> dict[str, SafetensorsFile]:
             raise CheckpointError(
                 f"{index} names a file elsewhere", wanted="*.safetensors beside it", found=shard[:100]
             )
-        if not os.path.isfile(folder / shard):
+        if not own_file(folder / shard):
             raise CheckpointError(f"{folder} lacks the file {shard} that its index names", hint="download it again")
         shards[shard] = SafetensorsFile(folder / shard)
         if twice := stored.keys() & shards[shard].entries.keys():

@@ -22,7 +22,7 @@ from qtool import __version__
 from qtool.calibrate.tokenizer import load_tokenizer, token_ids
 from qtool.calibrate.tokens import beginning
 from qtool.calibrate.walker import Walker
-from qtool.checkpoint._base import Checkpoint
+from qtool.checkpoint._base import Checkpoint, finite
 from qtool.checkpoint.gguf import GGUFCheckpoint
 from qtool.errors import CheckpointError, UsageError
 from qtool.evaluate.divergence import Scores
@@ -129,7 +129,7 @@ def walk(
     for i in range(len(walker.blocks)):
         walker.advance(walker.load_block(i), i, hidden)
         steps.step(f"{model.source}: block {i}")
-    return lambda s: walker.logits(hidden, s, first)[:-1]
+    return lambda s: finite(walker.logits(hidden, s, first)[:-1], f"logits of {model.source}, chunk {s + 1}")
 
 
 def gguf_file(model: Checkpoint) -> Path:

@@ -34,5 +34,5 @@ def read_content(checkpoint: Checkpoint) -> str:
             rows = checkpoint.rows(name, start, stop)
             checksum.add(name, rows)
             if not all_finite(rows):
-                finite(checkpoint.tensor(name), name)
+                finite(checkpoint.tensor(name), name)  # says where in the whole
     return checksum.hexdigest()

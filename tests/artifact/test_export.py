@@ -17,7 +17,10 @@ from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError, PlanError
 from qtool.formats.int import Int
 from qtool.formats.q4_1 import Q4_1
+from qtool.pipeline.export import ExportOptions
+from qtool.pipeline.export import run as export
 from qtool.recipe.schema import parse_format
+from qtool.store.files import new_folder
 from tests.artifact.conftest import assert_same_model, quantize
 
 EXACT = [
@@ -130,3 +133,24 @@ def test_quantized_in_a_way_that_nobody_here_reads(tiny_checkpoint, tmp_path):
 def test_a_model_without_codes_is_refused(name, tiny_checkpoint):
     with pytest.raises(PlanError, match="nothing of the model is quantized: the model as a whole"):
         registry.load("artifact", name)().check(quantize(tiny_checkpoint("llama"), None))
+
+
+def test_a_source_that_differs_from_its_sums_is_refused(tiny_checkpoint, tmp_path):
+    """Exactly the files that are read count; a model card may be written on."""
+    folder = tmp_path / "first"
+    with new_folder(folder) as partial:
+        Qtool().write(quantize(tiny_checkpoint("llama"), Int(bits=4, group=32)), partial, {})
+    with (folder / "README.md").open("a") as card:
+        card.write("Thanks.")
+    export(ExportOptions(str(folder), "gguf", tmp_path / "second"))
+    path = folder / "block-1.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match=r"block-1\.safetensors is not as it was written: SHA256SUMS has another"):
+        export(ExportOptions(str(folder), "gguf", tmp_path / "third"))
+    assert not (tmp_path / "third").exists()
+    (gguf,) = (tmp_path / "second").glob("*.gguf")
+    content = gguf.read_bytes()
+    gguf.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match=r"\.gguf is not as it was written"):
+        export(ExportOptions(str(gguf), "qtool", tmp_path / "third"))

@@ -74,7 +74,7 @@ def test_the_window_of_attention_matters_here(sliding, tmp_path):
     narrow = all_logits(walker, TOKENS)
     config = json.loads((sliding / "config.json").read_text()) | {"sliding_window": None}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").symlink_to(sliding / "model.safetensors")
+    (tmp_path / "model.safetensors").hardlink_to(sliding / "model.safetensors")
     wide = all_logits(Walker(HFCheckpoint(tmp_path), CPU, torch.float32), TOKENS)
     assert_close(narrow[:, :8], wide[:, :8], rtol=1e-4, atol=1e-4)
     assert (narrow - wide)[:, 8:].std() > 0.05 * wide.std()

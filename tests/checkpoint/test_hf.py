@@ -116,6 +116,48 @@ def test_equal_copy_of_a_tied_matrix_is_dropped(copy: Find) -> None:
     assert HFCheckpoint(folder).names() == before
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_a_copy_of_another_type_is_equal_if_its_numbers_are(dtype: torch.dtype, copy: Find) -> None:
+    folder = copy("llama-tied")
+    edit_tensors(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].to(dtype)}))
+    assert "lm_head.weight" not in HFCheckpoint(folder).names()
+    edit_tensors(folder, lambda t: t["lm_head.weight"].view(-1)[-1:].mul_(1.01))
+    with pytest.raises(CheckpointError, match="stored matrices differ"):
+        HFCheckpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_links_lead_nowhere_but_into_the_hub_cache(name: str, copy: Find, tmp_path: Path) -> None:
+    folder = copy("llama")
+    elsewhere = tmp_path / "elsewhere"
+    (folder / name).rename(elsewhere)
+    (folder / name).symlink_to(elsewhere)
+    with pytest.raises(CheckpointError, match=f"{name} is a link out of its folder: found .*elsewhere; copy"):
+        HFCheckpoint(folder)
+    cache = tmp_path / "models--me--tiny"
+    (cache / "blobs").mkdir(parents=True)
+    (cache / "snapshots").mkdir()
+    folder = folder.rename(cache / "snapshots" / "0123abc")
+    elsewhere.rename(cache / "blobs" / "4567def")
+    (folder / name).unlink()
+    (folder / name).symlink_to("../../blobs/4567def")
+    assert HFCheckpoint(folder).names()
+    inside = folder / "inside"
+    (cache / "blobs" / "4567def").rename(inside)
+    (folder / name).unlink()
+    (folder / name).symlink_to("inside")
+    assert HFCheckpoint(folder).names()
+
+
+@pytest.mark.parametrize("shard", ["x" * 300 + ".safetensors", "a\0b.safetensors"])
+def test_shards_that_nothing_can_be_called(shard: str, copy: Find) -> None:
+    folder = copy("llama")
+    (folder / "model.safetensors").unlink()
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": shard}}))
+    with pytest.raises(CheckpointError, match="that its index names"):
+        HFCheckpoint(folder)
+
+
 def test_differing_copy_of_a_tied_matrix(copy: Find) -> None:
     folder = copy("llama-tied")
     edit_tensors(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] * 1.01}))

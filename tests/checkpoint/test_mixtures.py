@@ -245,7 +245,7 @@ def test_config_that_does_not_fit(field, value, message, tiny_checkpoint, tmp_pa
     config = json.loads((folder / "config.json").read_text())
     config.pop("num_local_experts" if field == "num_experts" else "", None)
     (tmp_path / "config.json").write_text(json.dumps(config | {field: value}))
-    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    (tmp_path / "model.safetensors").hardlink_to(folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=message):
         hf.HFCheckpoint(tmp_path)
 
@@ -256,5 +256,5 @@ def test_both_spellings_of_the_number_of_experts(tiny_checkpoint, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["num_experts"] = config.pop("num_local_experts")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    (tmp_path / "model.safetensors").hardlink_to(folder / "model.safetensors")
     assert HFCheckpoint(tmp_path).config == HFCheckpoint(folder).config

@@ -126,7 +126,7 @@ class EightBitInputs(QuantizedCheckpoint):
         layer = Layer(Int(bits=8, group="channel"), Int(bits=8, group="token", scales="minmax", scale_dtype="fp32"))
         self.layers = {f"model.layers.{i}.mlp.down_proj": layer for i in range(2)}
 
-    names = info = tensor = fingerprint = quantized = None
+    names = info = tensor = fingerprint = matrix = None
 
 
 def test_quantized_activations_are_simulated(tiny_checkpoint, text):

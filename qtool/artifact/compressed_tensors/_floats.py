@@ -12,6 +12,7 @@ nvfp4-pack-quantized   weight_packed as above, weight_scale float8_e4m3 [N, K / 
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +33,7 @@ from qtool.artifact.compressed_tensors._kinds import (
     spelled,
 )
 from qtool.checkpoint._base import TensorInfo
+from qtool.errors import NumericsError
 from qtool.formats._base import Format, Quantized, alike
 from qtool.formats._scaled import Scaled
 from qtool.formats.fp import FP
@@ -241,5 +243,8 @@ class NV4(Kind):
         """See `Kind.decode`."""
         assert isinstance(fmt, NVFP4)
         codes = from_bits(unpack(read("weight_packed", start, stop), 4, k), fmt)
-        whole = (1.0 / read(GLOBAL).double()).view(1, 1).repeat(stop - start, 1)
+        factor = read(GLOBAL)
+        if not 0 < float(factor) < math.inf:
+            raise NumericsError(f"{GLOBAL} of a matrix", wanted="a positive number", found=float(factor))
+        whole = (1.0 / factor.double()).view(1, 1).repeat(stop - start, 1)
         return Quantized(codes, {"scale": read(SCALE, start, stop).view(torch.uint8), "tensor": whole}, fmt)

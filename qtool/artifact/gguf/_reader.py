@@ -8,6 +8,7 @@ from qtool.artifact.gguf._writer import block_types
 from qtool.checkpoint._base import Layer, QuantizedCheckpoint
 from qtool.checkpoint.gguf import GGUFCheckpoint
 from qtool.checkpoint.raw_bytes import read_bytes
+from qtool.errors import NumericsError
 from qtool.formats._base import Quantized
 from qtool.residuals._base import Matrix
 
@@ -40,4 +41,6 @@ class QuantizedGGUF(GGUFCheckpoint, QuantizedCheckpoint):
         scale = self._scale(name)
         if scale is not None and block.matrix_scale:
             params[block.matrix_scale] *= scale
+        if not all(bool(part.isfinite().all()) for part in block.affine(params)):
+            raise NumericsError(f"tensor {name} is not finite", found=f"NaN or infinite scales in {stored.path}")
         return Matrix(Quantized(codes, params, block))
