@@ -3,32 +3,46 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from qtool.calibrate.chat import ChatTemplate, pair_of, turns_of
+from qtool.checkpoint.config import read_text
 from qtool.errors import CheckpointError, HubError, MissingExtra, one_line
 
 PIECE = 1 << 20
 """Characters of a text file that count as one document; large files are read piece by piece."""
 
-FIELDS = ("messages", "conversations", "text", "content", "prompt")
-"""Where rows of a dataset keep their text, tried in this order."""
+LINE = 1 << 26
+"""Bytes of a row, at most."""
+ARRAY = 1 << 28
+"""Bytes of a .json file, which is read whole."""
 
-ROLES = {"human": "user", "gpt": "assistant"}
-"""Who speaks in rows of ShareGPT's kind, in the words of chat templates."""
+CHATS, PLAIN = ("messages", "conversations", "conversation", "text"), ("content", "prompt")
+"""Where rows of a dataset keep their text, tried in this order; what is asked and answered apart comes between."""
+
+PATIENCE = 1000
+"""Rows without text that are passed by before the first that has some."""
+
+Texts = Generator[str, None, None]
+
+Tell = Callable[[str], None]
+"""Takes a remark for the user."""
 
 
-def documents(source: str, tokenizer: Any, chat_template: bool) -> Iterator[str]:
+def documents(source: str, tokenizer: Any, chat_template: bool, tell: Tell = lambda _: None) -> Texts:
     """The documents of one token source of a recipe, except `self`.
 
     Args:
-        source: builtin, a path that ends in .txt, .jsonl or .parquet, or hf:repo[:config[:split]].
+        source: builtin, a path that ends in .txt, .json, .jsonl or .parquet, or hf:repo[:config[:split]].
         tokenizer: lays out chat messages, if asked to.
         chat_template: use the tokenizer's chat template for rows that hold messages.
+        tell: told at the end how many rows had no text, and what was wrong with the first.
 
     Raises:
-        CheckpointError: a missing or damaged file, or rows without text.
+        CheckpointError: a missing or damaged file, or one without any text.
         MissingExtra: .parquet or hf: without the packages of the extra `data`.
         HubError: the dataset cannot be fetched.
     """
@@ -36,25 +50,28 @@ def documents(source: str, tokenizer: Any, chat_template: bool) -> Iterator[str]
         return _builtin()
     template = tokenizer if chat_template else None
     if source.startswith("hf:"):
-        return _texts(_hub_rows(source), source, template)
+        return _texts(_hub_rows(source), source, template, tell)
     path = Path(source)
     if not path.is_file():
-        raise CheckpointError(f"there is no calibration file {source}", hint="give a .txt, .jsonl or .parquet file")
+        hint = "give a .txt, .json, .jsonl or .parquet file"
+        raise CheckpointError(f"there is no calibration file {source}", hint=hint)
+    if path.suffix == ".json":
+        return _texts(_json_array(path), source, template, tell)
     if path.suffix == ".jsonl":
-        return _texts(_json_rows(path), source, template)
+        return _texts(_json_rows(path), source, template, tell)
     if path.suffix == ".parquet":
-        return _texts(_parquet_rows(path), source, template)
+        return _texts(_parquet_rows(path), source, template, tell)
     return _pieces(path)
 
 
-def _builtin() -> Iterator[str]:
+def _builtin() -> Texts:
     """Prose that comes with every Python: the language reference's topics, in alphabetical order."""
     from pydoc_data.topics import topics
 
     return (topics[name] for name in sorted(topics))
 
 
-def _pieces(path: Path) -> Iterator[str]:
+def _pieces(path: Path) -> Texts:
     """A text file in pieces of PIECE characters."""
     try:
         with path.open(encoding="utf-8") as file:
@@ -70,11 +87,28 @@ def _json_rows(path: Path) -> Iterator[Any]:
     """One JSON value per line."""
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(LINE + 1), b""), 1):
+                if len(line) > LINE:
+                    raise CheckpointError(f"{path}:{number} is too long", wanted=f"at most {LINE} bytes a row")
                 if line.strip():
                     yield _parsed(line, f"{path}:{number}")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _json_array(path: Path) -> Iterator[Any]:
+    """The values of a JSON array, which may be the only one in an object; or one value a line, under the wrong name."""
+    text = read_text(path, ARRAY)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
+            return _json_rows(path)
+        raise CheckpointError(f"{path} is not JSON", found=one_line(error)) from error
+    arrays = [part for part in value.values() if isinstance(part, list)] if isinstance(value, dict) else []
+    if isinstance(value, dict) and not any(field in value for field in (*CHATS, *PLAIN)) and len(arrays) == 1:
+        value = arrays[0]
+    return iter(value if isinstance(value, list) else [value])
 
 
 def _parsed(line: bytes, where: str) -> Any:
@@ -111,37 +145,49 @@ def _hub_rows(source: str) -> Iterator[Any]:
         raise HubError(f"dataset {repo} cannot be read", found=one_line(error)) from error
 
 
-def _texts(rows: Iterator[Any], source: str, template: Any) -> Iterator[str]:
-    """The text of every row: a string, or the first known field of a mapping; messages are laid out or joined.
+def _texts(rows: Iterator[Any], source: str, template: Any, tell: Tell) -> Texts:
+    """The text of every row that has some; messages are laid out or joined.
 
     Args:
-        rows: strings or mappings.
+        rows: strings, mappings, or lists of messages.
         source: for error messages.
         template: the tokenizer whose chat template lays messages out; None: join them.
+        tell: see `documents`.
     """
-    for number, row in enumerate(rows, 1):
-        fields = [row[f] for f in FIELDS if row.get(f) is not None] if isinstance(row, dict) else [row]
-        value = next(filter(None, fields), fields[0] if fields else None)
-        where = f"row {number} of {source}"
-        text = _conversation(value, where, template) if isinstance(value, list) else value
-        if not isinstance(text, str):
-            found = ", ".join(map(str, row))[:100] if isinstance(row, dict) else type(row).__name__
-            raise CheckpointError(f"{where} has no text", wanted=f"one of {', '.join(FIELDS)}", found=found)
-        yield text.encode("utf-8", "replace").decode()  # JSON can spell halves of characters
-
-
-def _conversation(messages: list[Any], where: str, template: Any) -> str:
-    """One text of messages, {role, content} or {from, value} each."""
-    turns = []
-    for message in messages:
-        said = message if isinstance(message, dict) else {}
-        role, content = said.get("role", said.get("from")), said.get("content", said.get("value"))
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise CheckpointError(f"a message of {where}", wanted="text as role and content", found=str(message)[:100])
-        turns.append({"role": ROLES.get(role, role), "content": content})
-    if template is None:
-        return "\n\n".join(turn["content"] for turn in turns)
+    given, wrong = 0, list[CheckpointError]()
     try:
-        return str(template.apply_chat_template(turns, tokenize=False))
-    except Exception as error:  # templates are programs that come with the model
-        raise CheckpointError(f"the chat template cannot lay out {where}", found=one_line(error)) from error
+        with ExitStack() as stack:
+            chat = stack.enter_context(ChatTemplate(template)) if template else None
+            for number, row in enumerate(rows, 1):
+                try:
+                    text = _text(row, f"row {number} of {source}", chat)
+                except CheckpointError as error:
+                    wrong.append(error)
+                    if not given and len(wrong) >= PATIENCE:
+                        break
+                    continue
+                given += 1
+                yield text.encode("utf-8", "replace").decode()  # JSON can spell halves of characters
+        if wrong and not given:
+            raise wrong[0]
+    finally:
+        if wrong and given:
+            rows_of = f"{len(wrong)} of {given + len(wrong)} rows of {source}"
+            tell(f"{rows_of} have no text and are left out; the first: {wrong[0]}")
+
+
+def _text(row: Any, where: str, chat: ChatTemplate | None) -> str:
+    """The text of a row. Raises CheckpointError: it has none."""
+    value = row
+    if isinstance(row, dict):
+        parts = (*(row.get(f) for f in CHATS), pair_of(row, where), *(row.get(f) for f in PLAIN))
+        told = [value for value in parts if value is not None]
+        value = next(filter(None, told), told[0] if told else None)
+    if isinstance(value, list):
+        turns = turns_of(value, where)
+        return chat.lay_out(turns, where) if chat else "\n\n".join(filter(None, (turn["content"] for turn in turns)))
+    if not isinstance(value, str):
+        found = ", ".join(map(str, row))[:100] if isinstance(row, dict) else type(row).__name__
+        wanted = f"{', '.join(CHATS + PLAIN)}, or what is asked and answered"
+        raise CheckpointError(f"{where} has no text", wanted=wanted, found=found)
+    return value

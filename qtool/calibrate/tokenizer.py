@@ -2,42 +2,116 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from qtool.calibrate.child import Child
 from qtool.checkpoint._base import Checkpoint
 from qtool.checkpoint.config import read_json
-from qtool.errors import CheckpointError, MissingExtra, one_line
+from qtool.errors import CheckpointError, MissingExtra, QtoolError, one_line
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """What holds a vocabulary; one of them is enough."""
+
+SECONDS = 60.0
+"""To read a tokenizer and a few words with it; the largest take one."""
+
+WORDS = (
+    "",
+    " ",
+    "Hello, world! It's 12345 o'clock;\r\n\tdef f(x):\n        return x ** 2  # ½ £ ² é ß",
+    "你好世界 Привет мир שלום नमस्ते ٣٤٥ 🙂🙃👩‍👩‍👧 \u0000\u0007\ufffd\U0010ffff" + "a" * 1000 + " " * 100,
+)
+"""What a tokenizer is tried with."""
+
+TRIAL = """
+import json
+
+def read(path):
+    if path.endswith(".json"):
+        from tokenizers import Tokenizer
+        tokenizer = Tokenizer.from_file(path)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer, lambda text: tokenizer.encode(text).ids
+    from sentencepiece import SentencePieceProcessor
+    tokenizer = SentencePieceProcessor(model_file=path)
+    return tokenizer, tokenizer.encode
+
+def attempt(do, *given):
+    try:
+        return do(*given), ""
+    except BaseException as error:
+        return None, " ".join(str(error).split())[:200] or type(error).__name__
+
+for line in sys.stdin:
+    read_one, said = attempt(read, sys.argv[1])
+    for text in json.loads(line) if read_one else ():
+        ids, _ = attempt(read_one[1], text)
+        attempt(read_one[0].decode, ids or [])
+    print(json.dumps(said), flush=True)
+"""
+"""Answers with what is wrong with the file; what is wrong with a text is only told when it is asked for."""
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """transformers' tokenizer of a checkpoint, from its own files; nothing is downloaded and no code of it is run.
 
-    A tokenizer.json says everything, so it is taken as it is. For other files AutoTokenizer has to find the class that
-    reads them, which takes a second of imports.
+    A tokenizer.json says everything, so it is taken as it is, except that it never cuts or pads texts. For other files
+    AutoTokenizer has to find the class that reads them, which takes a second of imports. Native code reads the files in
+    a process of its own first, since some of them abort it.
 
     Raises:
         CheckpointError: it has none, or one that transformers cannot read.
         MissingExtra: there is SentencePiece's file only, and the packages that read it are missing.
     """
-    folder = next((checkpoint.files[name].parent for name in FILES if name in checkpoint.files), None)
-    if folder is None:
+    name = next((name for name in FILES if name in checkpoint.files), None)
+    if name is None:
         raise CheckpointError(f"{checkpoint.source} has no tokenizer", wanted=f"one of {', '.join(FILES)}")
+    path = checkpoint.files[name]
     settings = checkpoint.files.get("tokenizer_config.json")
-    if "tokenizer.json" not in checkpoint.files and "tokenizer.model" in checkpoint.files:
+    if name == "tokenizer.model":
         require_sentencepiece()
-    try:
-        if "tokenizer.json" in checkpoint.files and not (settings and "auto_map" in read_json(settings)):
-            return _from_json(folder)
-        from transformers import AutoTokenizer
+    what = f"the tokenizer of {checkpoint.source} cannot be read"
+    own = settings is not None and "auto_map" in read_json(settings)
+    if name != "vocab.json":
+        found = path.stat()
+        try_tokenizer(path, what, (found.st_size, found.st_mtime_ns))
+    with native(what):
+        tokenizer = _from_json(path.parent) if name == "tokenizer.json" and not own else _from_any(path.parent)
+        if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+            backend.no_truncation()
+            backend.no_padding()
+    return tokenizer
 
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises bare ones on damaged files
-        raise CheckpointError(f"the tokenizer of {checkpoint.source} cannot be read", found=one_line(error)) from error
+
+@cache
+def try_tokenizer(path: Path, what: str, _stamp: tuple[int, int]) -> None:
+    """Reads a tokenizer in another process, once for each state of the file.
+
+    Raises:
+        CheckpointError: that process says that it cannot be read, ends, or hangs.
+    """
+    with Child(TRIAL, what, str(path)) as child:
+        child.send(WORDS)
+        import_module("transformers")  # takes as long
+        if said := child.answer(SECONDS):
+            raise CheckpointError(what, found=said)
+
+
+@contextmanager
+def native(what: str) -> Iterator[None]:
+    """Turns whatever a tokenizer raises, panics of Rust included, which are no `Exception`, into a CheckpointError."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, QtoolError):
+        raise
+    except BaseException as error:
+        raise CheckpointError(what, found=one_line(error)) from error
 
 
 def require_sentencepiece() -> None:
@@ -55,6 +129,12 @@ def _from_json(folder: Path) -> Any:
     return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
 
 
+def _from_any(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
 def token_ids(tokenizer: Any, text: str, special: bool = False) -> list[int]:
     """Ids of a text of any length; special tokens that are spelled out in it count as such.
 
@@ -62,9 +142,19 @@ def token_ids(tokenizer: Any, text: str, special: bool = False) -> list[int]:
         tokenizer: from `load_tokenizer`.
         text: what to tokenize.
         special: put special tokens around it, where the tokenizer does so.
+
+    Raises:
+        CheckpointError: the tokenizer cannot do it.
     """
+    return batch_ids(tokenizer, [text], special)[0]
+
+
+def batch_ids(tokenizer: Any, texts: list[str], special: bool = False) -> list[list[int]]:
+    """Ids of each of some texts, several of which are tokenized at a time; see `token_ids`."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return list(tokenizer(text, add_special_tokens=special)["input_ids"])
-    (encoding,) = backend.encode_batch_fast([text], add_special_tokens=special)  # without positions, twice as fast
-    return list(encoding.ids)
+    with native("the tokenizer cannot read a text"):
+        if backend is None:
+            options = {"add_special_tokens": special, "truncation": False, "padding": False, "verbose": False}
+            return [list(tokenizer(text, **options)["input_ids"]) for text in texts]
+        found = backend.encode_batch_fast(texts, add_special_tokens=special)  # without positions, twice as fast
+        return [list(encoding.ids) for encoding in found]

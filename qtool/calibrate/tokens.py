@@ -5,28 +5,39 @@ Shape letters: S samples, T tokens per sample.
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from qtool.calibrate.documents import documents
+from qtool.calibrate.documents import Tell, documents
 from qtool.calibrate.foreign import CACHE_NAMES, assign, cache_argument, misfit
 from qtool.calibrate.meta import build_on_meta
-from qtool.calibrate.tokenizer import load_tokenizer, token_ids
+from qtool.calibrate.tokenizer import batch_ids, load_tokenizer, token_ids
 from qtool.checkpoint._base import Checkpoint, finite
 from qtool.errors import CheckpointError
 from qtool.recipe.schema import Calibration, Source
 
 CHOICE = 8
 """How many samples' worth of text is read for each one that is used, if the source has that much."""
+BATCH = 1 << 22
+"""Characters that are tokenized at a time, as documents side by side; their ids take 100 times that memory."""
 
 
-def load_tokens(calibration: Calibration, checkpoint: Checkpoint) -> Tensor:
+def load_tokens(calibration: Calibration, checkpoint: Checkpoint, tell: Tell = lambda _: None) -> Tensor:
     """The tokens that a recipe asks for, the same ones for the same seed: int64 [S, T].
 
     Text is tokenized as one stream and cut into windows of T, of which the seed chooses some. Where the tokenizer
     begins a text with a special token, each sample begins with it.
+
+    Args:
+        calibration: what is asked for.
+        checkpoint: whose tokenizer is used.
+        tell: told what is left out.
 
     Raises:
         CheckpointError: no tokenizer, no such file, or too little text in it.
@@ -41,7 +52,7 @@ def load_tokens(calibration: Calibration, checkpoint: Checkpoint) -> Tensor:
         if source.data == "self" and samples:
             parts.append(sampled(checkpoint, tokenizer, samples, calibration.length, generator))
         elif samples:
-            parts.append(windows(source.data, tokenizer, samples, calibration, generator))
+            parts.append(windows(source.data, tokenizer, samples, calibration, generator, tell))
     return torch.cat(parts)
 
 
@@ -56,14 +67,22 @@ def shares(mixture: tuple[Source, ...], samples: int) -> list[int]:
     return counts
 
 
-def windows(source: str, tokenizer: Any, samples: int, calibration: Calibration, generator: torch.Generator) -> Tensor:
+def windows(
+    source: str, tokenizer: Any, samples: int, calibration: Calibration, generator: torch.Generator, tell: Tell
+) -> Tensor:
     """Windows of a source's text, int64 [samples, T]; see `load_tokens`."""
     length = calibration.length
-    stream: list[int] = []
-    for text in documents(source, tokenizer, calibration.chat_template):
-        stream += token_ids(tokenizer, text)
-        if len(stream) >= CHOICE * samples * length:
-            break
+    enough, stream, blank = CHOICE * samples * length, array("i"), True
+    with closing(documents(source, tokenizer, calibration.chat_template, tell)) as texts:
+        while len(stream) < enough and (batch := some(texts, enough - len(stream))):
+            blank = blank and not any(map(str.strip, batch))
+            for ids in batch_ids(tokenizer, batch):
+                if len(stream) < enough:
+                    stream.extend(ids)
+    if blank and len(stream):
+        raise CheckpointError(
+            f"calibration data {source} is only white space", hint="give text of the kind it will see"
+        )
     found = len(stream) // length
     if found < samples:
         raise CheckpointError(
@@ -73,11 +92,22 @@ def windows(source: str, tokenizer: Any, samples: int, calibration: Calibration,
             hint="give more text, or lower calibration.samples or calibration.length",
         )
     chosen = torch.randperm(found, generator=generator)[:samples]
-    tokens = torch.tensor(stream[: found * length]).view(found, length)[chosen]
+    tokens = torch.from_numpy(np.array(stream[: found * length], np.int64)).view(found, length)[chosen]
     begin = beginning(tokenizer)
     if begin is not None:
         tokens[:, 0] = begin
     return tokens
+
+
+def some(texts: Iterator[str], most: int) -> list[str]:
+    """The next of some texts, until they have `most` characters or what a batch may have: at least one, if there is."""
+    batch, characters = list[str](), 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= min(most, BATCH):
+            break
+    return batch
 
 
 def beginning(tokenizer: Any) -> int | None:

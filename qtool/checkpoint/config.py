@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from qtool import registry
@@ -20,18 +21,38 @@ COUNTS = (
 )
 LIMIT = 2**24
 """No count of a model is larger; a file that claims more is damaged and would exhaust the memory."""
+TEXT = 1 << 28
+"""Bytes of a text file of a model: the largest tokenizers take 40 MB."""
+CONFIG = 1 << 24
+"""Bytes of config.json, which is a few thousand."""
 BLOCK_LIMIT = 10_000
 EXPERT_LIMIT = 2**18
 """Of all blocks together."""
 
 
-def read_text(path: Path) -> str:
-    """Reads a text. Raises CheckpointError: no such file, or it is not UTF-8."""
+def check_file(path: Path, limit: int = TEXT) -> None:
+    """Raises CheckpointError: no such file, a device or the like, or more bytes than `limit`."""
+    with reading(path):
+        found = path.stat()
+    if not S_ISREG(found.st_mode):
+        raise CheckpointError(f"{path} is no regular file", hint="give a copy of its content")
+    if found.st_size > limit:
+        raise CheckpointError(
+            f"{path} is too large", wanted=f"at most {limit >> 20} MiB", found=f"{found.st_size} bytes"
+        )
+
+
+def read_text(path: Path, limit: int = TEXT) -> str:
+    """Reads a text. Raises CheckpointError: see `check_file`; or it is not UTF-8."""
+    check_file(path, limit)
     try:
-        with reading(path):
-            return path.read_text(encoding="utf-8")
+        with reading(path), path.open(encoding="utf-8") as file:
+            text = file.read(limit + 1)
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} is damaged", wanted="UTF-8 text", found=f"byte {error.start} is none") from error
+    if len(text) > limit:  # files of the system are longer than they say
+        raise CheckpointError(f"{path} is too large", wanted=f"at most {limit >> 20} MiB", found="more")
+    return text
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -60,6 +81,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], Family]:
     """
     if not own_file(path):
         raise CheckpointError(f"{path.parent} holds no config.json", hint="a checkpoint folder comes with one")
+    check_file(path, CONFIG)
     return complete(read_json(path), path)
 
 

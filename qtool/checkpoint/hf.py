@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qtool.checkpoint._base import Checkpoint, TensorInfo, verify
-from qtool.checkpoint.config import read_config, read_json
+from qtool.checkpoint.config import check_file, read_config, read_json
 from qtool.checkpoint.families._parts import Slice
 from qtool.checkpoint.links import own_file
 from qtool.checkpoint.raw_bytes import read_bytes
@@ -59,6 +59,8 @@ class HFCheckpoint(Checkpoint):
         self.source = source or str(folder)
         self.config, self.family = read_config(folder / "config.json")
         self.files = {name: folder / name for name in SIDE_FILES if own_file(folder / name)}
+        for path in self.files.values():
+            check_file(path)
         stored = self._weights(folder)
         ignored = {name for name in stored if name.endswith(".rotary_emb.inv_freq")}  # a constant that old files keep
         self._drop_tied_copy(stored, ignored)

@@ -16,10 +16,13 @@ def own_file(path: Path) -> bool:
     """Whether there is a file of that name in its folder.
 
     Raises:
-        CheckpointError: it is a link that leads out of the folder, and not within a hub cache either.
+        CheckpointError: it is a device or the like, or a link that leads out of the folder, and not within a hub cache
+            either.
     """
-    if not os.path.isfile(path):  # nor if the name is impossible
+    if not os.path.exists(path):  # nor if the name is impossible
         return False
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path} is no regular file", hint="give a copy of its content")
     if path.is_symlink():
         with reading(path):
             real, folder = path.resolve(), path.parent.resolve()

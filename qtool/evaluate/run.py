@@ -15,11 +15,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qtool import __version__
-from qtool.calibrate.tokenizer import load_tokenizer, token_ids
+from qtool.calibrate.long_text import file_ids
+from qtool.calibrate.tokenizer import load_tokenizer
 from qtool.calibrate.tokens import beginning
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import Checkpoint, finite
@@ -67,7 +69,7 @@ def evaluate(
         NumericsError: a model's logits are not finite.
     """
     file = gguf_file(quantized) if runtime == "llama.cpp" else None
-    tokens = chunked(*encode(text, baseline or quantized), context, chunks)
+    tokens = chunked(*encode(text, baseline or quantized, chunks and chunks * context), context, chunks)
     first = context // 2
     models = [m for m in (quantized, baseline) if m is not None]
     check_vocabulary(models, int(tokens.max()))
@@ -165,24 +167,31 @@ def score_chunks(sources: Sequence[Logits], targets: Tensor, steps: Steps) -> di
     return scores.summary()
 
 
-def encode(text: Path, model: Checkpoint) -> tuple[list[int], int | None]:
-    """Token ids of a whole file, and BOS if the tokenizer begins texts with it.
+def encode(text: Path, model: Checkpoint, most: int | None = None) -> tuple[Sequence[int], int | None]:
+    """Token ids of a file, and BOS if the tokenizer begins texts with it.
 
     Special tokens that are spelled out in the text count as such.
 
+    Args:
+        text: UTF-8.
+        model: whose tokenizer is used.
+        most: ids that are needed, at least; the file is read no further. None: all of them.
+
     Raises:
-        UsageError: the file cannot be read.
+        UsageError: the file cannot be read, or holds only white space.
         CheckpointError: the model has no tokenizer.
     """
+    tokenizer = load_tokenizer(model)
     try:
-        content = text.read_text(encoding="utf-8")
+        ids, blank = file_ids(text, tokenizer, most)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"the evaluation text {text}", wanted="a readable UTF-8 file", found=error) from error
-    tokenizer = load_tokenizer(model)
-    return token_ids(tokenizer, content, special=True), beginning(tokenizer)
+    if blank and len(ids):
+        raise UsageError(f"the evaluation text {text}", wanted="words", found="only white space")
+    return ids, beginning(tokenizer)
 
 
-def chunked(ids: list[int], bos: int | None, context: int, chunks: int | None) -> Tensor:
+def chunked(ids: Sequence[int], bos: int | None, context: int, chunks: int | None) -> Tensor:
     """Cuts a tokenized text into int64 [S, context].
 
     Raises:
@@ -199,7 +208,7 @@ def chunked(ids: list[int], bos: int | None, context: int, chunks: int | None) -
             found=len(ids),
             hint="give a longer text or a smaller context",
         )
-    tokens = torch.tensor(ids[: count * context]).view(count, context)
+    tokens = torch.from_numpy(np.array(ids[: count * context], np.int64)).view(count, context)
     if bos is not None:
         tokens[:, 0] = bos
     return tokens

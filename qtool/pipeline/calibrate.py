@@ -12,7 +12,7 @@ from qtool.calibrate.tokens import load_tokens
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import Checkpoint, modules
 from qtool.errors import StorageError
-from qtool.pipeline.events import Event, Listener, silent
+from qtool.pipeline.events import Event, Listener, remarks, silent
 from qtool.pipeline.importance import write_importance
 from qtool.pipeline.measured import kind_of
 from qtool.pipeline.prepare import prepare
@@ -72,7 +72,7 @@ def run(options: CalibrateOptions, listener: Listener = silent) -> Measured:
     job = prepare(o.model, o.recipe, o.overrides, o.seed, device=o.device, dtype=o.dtype)
     calibration = job.plan.recipe.calibration
     walker = Walker(job.checkpoint, job.device, job.dtype, calibration.experts == "all")
-    tokens = load_tokens(calibration, job.checkpoint)
+    tokens = load_tokens(calibration, job.checkpoint, remarks(listener, "calibrate"))
     stats = measure(walker, walker.embed(tokens), listener)
     about = {
         "model": model_name(job.checkpoint.source),

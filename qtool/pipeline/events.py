@@ -31,3 +31,8 @@ Listener = Callable[[Event], None]
 
 def silent(event: Event) -> None:
     """A listener that ignores everything."""
+
+
+def remarks(listener: Listener, stage: str) -> Callable[[str], None]:
+    """What takes warnings of a stage as text."""
+    return lambda text: listener(Event(stage, 1, 1, text, warning=True))

@@ -18,7 +18,7 @@ from qtool.calibrate.tokens import load_tokens
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import CacheScales, Layer, Module
 from qtool.errors import CheckpointError, PlanError
-from qtool.pipeline.events import Event, Listener
+from qtool.pipeline.events import Event, Listener, remarks
 from qtool.pipeline.importance import read_importance
 from qtool.pipeline.prepare import Job
 from qtool.pipeline.units import Unit, needs_of, units
@@ -166,7 +166,7 @@ def statistics_for(job: Job, stored: Path | None, listener: Listener) -> Statist
         return found
     calibration = job.plan.recipe.calibration
     listener(Event("calibrate", 0, 1, str(calibration.data)))
-    tokens = load_tokens(calibration, job.checkpoint)
+    tokens = load_tokens(calibration, job.checkpoint, remarks(listener, "calibrate"))
     walker = Walker(job.checkpoint, job.device, job.dtype, calibration.experts == "all")
     compare = any(Drift in unit.needs for unit in units(job.plan))
     source = Walked(walker, tokens, calibration, compare)

@@ -19,7 +19,7 @@ from qtool.artifact._open import open_artifact
 from qtool.checkpoint.open import open_checkpoint
 from qtool.evaluate.run import chunked, encode, evaluate
 from qtool.pipeline.quantize import QuantizeOptions, run
-from tests.artifact.conftest import save_llama
+from tests.artifact.conftest import save_llama, skip_if_cache_is_ignored
 
 CONTEXT, CHUNKS = 64, 3
 RECIPE = {"recipe": 1, "name": "divergence", "calibration": {"samples": 4, "length": 32}}
@@ -104,6 +104,8 @@ def divergence(found: PreTrainedModel, source: PreTrainedModel, tokens: Tensor) 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_divergence(name: str, source: Path, text: Path, tmp_path: Path) -> None:
+    if LAYOUTS[name][3] is not None:
+        skip_if_cache_is_ignored()
     out = written(name, source, tmp_path / "out")
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert config["format"] == LAYOUTS[name][0]

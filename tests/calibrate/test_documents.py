@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer
 
+from qtool.calibrate import chat, child
 from qtool.calibrate import documents as module
 from qtool.calibrate.documents import documents
 from qtool.errors import CheckpointError, HubError, MissingExtra
@@ -63,7 +64,7 @@ def test_files_that_are_not_there_or_not_files(tmp_path):
     for name in ("none.txt", "folder.jsonl", "none.parquet"):
         with pytest.raises(CheckpointError) as caught:
             texts(tmp_path / name)
-        hint = "give a .txt, .jsonl or .parquet file"
+        hint = "give a .txt, .json, .jsonl or .parquet file"
         assert str(caught.value) == f"there is no calibration file {tmp_path / name}; {hint}"
 
 
@@ -137,16 +138,140 @@ def test_broken_lines_are_named(line, tmp_path):
     ids=lambda value: str(value)[:30],
 )
 def test_rows_without_text(row, found, tmp_path):
-    path = write_lines(tmp_path / "a.jsonl", {"text": "fine"}, row)
+    path = write_lines(tmp_path / "a.jsonl", row, {"text": "fine"}, row, {"text": "too"})
+    wanted = "messages, conversations, conversation, text, content, prompt, or what is asked and answered"
+    wrong = f"row 1 of {path} has no text: wanted {wanted}, found {found}"
+    told = []
+    assert list(documents(str(path), None, False, told.append)) == ["fine", "too"]
+    assert told == [f"2 of 4 rows of {path} have no text and are left out; the first: {wrong}"]
     with pytest.raises(CheckpointError) as caught:
+        texts(write_lines(path, row, row))
+    assert str(caught.value) == wrong
+
+
+def test_patience_ends(hub):
+    hub.rows = map(lambda i: {"id": i}, itertools.count())  # noqa: C417 (a generator would be closed)
+    with pytest.raises(CheckpointError, match=r"^row 1 of hf:some/set has no text"):
+        texts("hf:some/set")
+    assert next(hub.rows) == {"id": module.PATIENCE}
+
+
+def test_rows_that_do_not_fit_are_told_of_when_nobody_reads_on(hub):
+    hub.rows, told = [{"id": 1}, {"text": "one"}, {"text": "two"}], []
+    found = documents("hf:some/set", None, False, told.append)
+    assert next(found) == "one"
+    found.close()
+    assert [text.partition(" of hf:")[0] for text in told] == ["1 of 2 rows"]
+
+
+PARTS = [{"type": "text", "text": "Why"}, {"type": "image", "url": "a.png"}, {"type": "text", "text": "?"}]
+CALL = [{"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}]
+ASKED = [
+    ({"messages": [{"role": "user", "content": PARTS}, CHAT[1]]}, "Why?\n\nBecause.", LAID_OUT),
+    (
+        {"messages": [CHAT[0], {"role": "assistant", "content": None, "tool_calls": CALL}, CHAT[1]]},
+        "Why?\n\nBecause.",
+        LAID_OUT.replace("Because.", "<|im_end|>\n<|im_start|>assistant\nBecause.", 1),
+    ),
+    ({"instruction": "Why?", "input": "", "output": "Because."}, "Why?\n\nBecause.", LAID_OUT),
+    (
+        {"instruction": "Why?", "context": "Sky.", "response": "Because.", "category": "qa"},
+        "Why?\n\nSky.\n\nBecause.",
+        LAID_OUT.replace("Why?", "Why?\n\nSky."),
+    ),
+    ({"prompt": "Why?", "completion": "Because."}, "Why?\n\nBecause.", LAID_OUT),
+    ({"prompt": CHAT[:1], "completion": CHAT[1:]}, "Why?\n\nBecause.", LAID_OUT),
+    ({"question": "Why?", "answer": "Because."}, "Why?\n\nBecause.", LAID_OUT),
+    ({"instruction": "Why?", "output": "Because.", "text": "Both."}, "Both.", "Both."),
+    ({"id": 1, "conversation": SHAREGPT}, "Why?\n\nBecause.", LAID_OUT),
+    ({"prompt": "Alone"}, "Alone", "Alone"),
+]
+
+
+@pytest.mark.parametrize(("row", "joined", "laid_out"), ASKED, ids=lambda value: str(value)[:40])
+def test_chats_as_people_keep_them(row, joined, laid_out, tmp_path, tokenizer):
+    path = write_lines(tmp_path / "a.jsonl", row)
+    assert texts(path) == [joined]
+    assert texts(path, tokenizer, chat_template=True) == [laid_out]
+
+
+def test_templates_see_calls_of_tools(tmp_path, tokenizer):
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.tool_calls[0].function.name }}{% endfor %}"
+    path = write_lines(tmp_path / "a.jsonl", {"messages": [{"role": "assistant", "content": None, "tool_calls": CALL}]})
+    assert texts(path, tokenizer, chat_template=True) == ["<|im_start|>look"]
+
+
+@pytest.mark.parametrize(
+    ("spelled", "found"),
+    [
+        ('[{"text": "one"}, "two"]', ["one", "two"]),
+        ('{"version": 1, "data": [{"text": "one"}]}', ["one"]),
+        ('{"text": "one", "tags": ["a"]}', ["one"]),
+        ('{"text": "one"}\n{"text": "two"}\n', ["one", "two"]),
+        ('{"messages": ' + json.dumps(CHAT) + "}", ["Why?\n\nBecause."]),
+    ],
+)
+def test_json_files(spelled, found, tmp_path):
+    (tmp_path / "a.json").write_text(spelled)
+    assert texts(tmp_path / "a.json") == found
+
+
+@pytest.mark.parametrize("content", [b"[1, ", b"\xff", b"[" * 100_000, b""], ids=lambda b: str(b[:4]))
+def test_broken_json_files(content, tmp_path):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"a\.json is (not JSON: found [^\n]+|damaged: wanted UTF-8 text[^\n]+)$"):
+        texts(tmp_path / "a.json")
+
+
+def test_limits_of_files_of_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "LINE", 24)
+    monkeypatch.setattr(module, "ARRAY", 1 << 20)
+    path = write_lines(tmp_path / "a.jsonl", {"text": "a" * 9}, {"text": "a" * 90})
+    with pytest.raises(CheckpointError, match=r"a\.jsonl:2 is too long: wanted at most 24 bytes a row"):
         texts(path)
-    wanted = "wanted one of messages, conversations, text, content, prompt"
-    assert str(caught.value) == f"row 2 of {path} has no text: {wanted}, found {found}"
+    (tmp_path / "a.json").write_text('["' + "a" * (1 << 20) + '"]')
+    with pytest.raises(CheckpointError, match=r"a\.json is too large: wanted at most 1 MiB, found 1048580 bytes"):
+        texts(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("template", "found"),
+    [
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "wanted an end within 1 seconds",
+        ),
+        ("{{ (messages | length) ** (9 ** 9) }}", "wanted an end within 1 seconds"),
+        ("{{ 'a' * 10 ** 12 }}", "found"),
+        ("{% for i in range(9) %}{{ 'a' * 100000 }}{% endfor %}", "wanted at most 100000 bytes, found more"),
+        ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "found access to attribute"),
+    ],
+)
+def test_chat_templates_that_mean_harm(template, found, tmp_path, tokenizer, monkeypatch):
+    fine = tokenizer.chat_template
+    tokenizer.chat_template = "{% if messages | length > 2 %}" + template + "{% else %}" + fine + "{% endif %}"
+    monkeypatch.setattr(chat, "SECONDS", 1.0)
+    monkeypatch.setattr(child, "LONGEST", 100_000)
+    path = write_lines(tmp_path / "a.jsonl", {"messages": CHAT}, {"messages": CHAT * 2}, {"messages": CHAT})
+    told = []
+    assert list(documents(str(path), tokenizer, True, told.append)) == [LAID_OUT, LAID_OUT]
+    (remark,) = told
+    assert remark.startswith(
+        f"1 of 3 rows of {path} have no text and are left out; the first: the chat template cannot"
+    )
+    assert found in remark
 
 
 @pytest.mark.parametrize(
     "message",
-    ["Why?", {"role": "user"}, {"content": "Why?"}, {"role": "user", "content": None}, {"role": 1, "content": "a"}],
+    [
+        "Why?",
+        {"role": "user"},
+        {"content": "Why?"},
+        {"role": "user", "content": None},
+        {"role": 1, "content": "a"},
+        {"role": "user", "content": [{"type": "image"}]},
+    ],
     ids=str,
 )
 def test_messages_without_text(message, tmp_path):
