@@ -117,6 +117,32 @@ def test_the_page_s_package_runs_to_verified_artifacts(extra, model, tmp_path, i
     assert again.returncode == 0, again.stderr
 
 
+@pytest.mark.slow
+def test_the_page_s_residual_runs_to_a_verified_artifact(extra, model, tmp_path):
+    out = tmp_path / "out"
+    result = qtool(extra, "quantize", model, "-r", extra / "columns.yaml", "-o", out, "--json")
+    assert result.returncode == 0, result.stderr
+    report = Report.model_validate(json.loads(result.stdout))
+    assert [(a.kind, a.verified) for a in report.artifacts] == [("qtool", True)]
+    up = next(e for e in report.layers if e.role == "up")
+    assert (up.format, up.method, up.shape) == ("quartet + columns count 3 + low_rank rank 2", "rtn", (128, 64))
+    assert up.nbytes == (128 * 64 * 5 // 2 // 8) + (3 * 4 + 128 * 3 * 2) + 2 * (128 + 64) * 2
+    with safe_open(out / "block-1.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    arguments = ("-r", extra / "columns.yaml", "-o", tmp_path / "plain", "--json", "--set", "layers.0.residuals=[]")
+    plain = Report.model_validate(json.loads(qtool(extra, "quantize", model, *arguments).stdout))
+    name = "model.layers.1.mlp.up_proj"
+    assert tensors[f"{name}.residual.0.index"].shape == (3,)
+    assert tensors[f"{name}.residual.1.left"].shape == (128, 2)
+    pairs = [(a, b) for a, b in zip(report.layers, plain.layers, strict=True) if a.format]
+    assert len(pairs) == 14
+    assert all(a.weight_error_db > b.weight_error_db + 0.3 and a.nbytes > b.nbytes for a, b in pairs)
+    (tmp_path / "text").write_text("Four unevenly spaced levels are good for bell-shaped weights. " * 9)
+    arguments = ("--baseline", model, "--text", tmp_path / "text", "--context", "64", "--json")
+    kld = [json.loads(qtool(extra, "eval", path, *arguments).stdout)["kld_mean"] for path in (out, tmp_path / "plain")]
+    assert 0.0005 < kld[0] < 0.8 * kld[1]
+
+
 def test_the_page_s_family_computes_what_transformers_computes(extra, model, installed):
     installed(extra)
     ids = torch.arange(3, 35)[None]

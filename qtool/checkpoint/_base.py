@@ -132,9 +132,17 @@ class Layer:
     @property
     def label(self) -> str:
         """What becomes of it in a few words: "q3_k + low_rank", "mxfp4 with mxfp4 inputs behind hadamard-32"."""
-        weight = " + ".join((self.format.label, *(residual.label for residual in self.residuals)))
         behind = f" behind {', '.join(op.label for op in self.input_ops)}" if self.input_ops else ""
-        return weight + (f" with {self.activations.label} inputs" if self.activations else "") + behind
+        return self.weight_label + (f" with {self.activations.label} inputs" if self.activations else "") + behind
+
+    @property
+    def weight_label(self) -> str:
+        """The weight's format, and what corrects it: "q3_k + low_rank"."""
+        return " + ".join((self.format.label, *(residual.label for residual in self.residuals)))
+
+    def storage_bits(self, n: int, k: int) -> int:
+        """Bits that a matrix of n rows and k columns takes, with parameters and corrections."""
+        return self.format.storage_bits(n, k) + sum(residual.storage_bits(n, k) for residual in self.residuals)
 
     @property
     def unmeasured(self) -> bool:

@@ -92,9 +92,9 @@ def solved_entry(
         remarks: what was done otherwise than asked, and why.
         seconds: solving it took.
     """
-    assert plan.format is not None
+    assert plan.layer is not None
     found = {
-        "format": plan.format.label,
+        "format": plan.layer.weight_label,
         "method": method,
         "activations": plan.activations.label if plan.activations else None,
         "tokens": stats.tokens if stats else 0,

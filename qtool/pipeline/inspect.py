@@ -132,7 +132,7 @@ def stored(model: Checkpoint, name: str, module: Module | None) -> Stored:
     kind, inputs, bits = str(info.dtype).removeprefix("torch."), None, info.nbytes * 8
     layer = model.layers.get(module.name) if module and isinstance(model, QuantizedCheckpoint) else None
     if layer:
-        kind, bits = layer.format.label, layer.format.storage_bits(info.shape[0], info.shape[1])
+        kind, bits = layer.weight_label, layer.storage_bits(info.shape[0], info.shape[1])
         inputs = layer.activations.label if layer.activations else None
     return Stored(
         name=name,

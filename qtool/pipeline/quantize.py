@@ -213,7 +213,8 @@ def solve_unit(unit: Unit, job: Job, work: Work, source: Statistics, followed: b
         for p in plans:
             layers[p.module.name] = with_static(p, stats)
             usable = with_enough_data(p, stats, job.plan.recipe.calibration.min_tokens)
-            solved[p.module.name], entry = solve(usable, job.checkpoint, stats, job.device, unit.merged(p))
+            seen = stats if usable is p else None
+            solved[p.module.name], entry = solve(usable, job.checkpoint, seen, job.device, unit.merged(p))
             entries.append(entry if usable is p or stats is None else entry.model_copy(update={"tokens": stats.tokens}))
         return {p.module.name: (solved[p.module.name], layers[p.module.name]) for p in plans}
 
@@ -256,7 +257,7 @@ def with_static(plan: LayerPlan, stats: InputStats | None) -> Layer:
 
 def with_enough_data(plan: LayerPlan, stats: InputStats | None, least: int) -> LayerPlan:
     """A layer's plan; without data, and saying so, if it is an expert's and fewer than `least` tokens reached it."""
-    if plan.method is None or not plan.method.needs or stats is None or plan.module.expert is None:
+    if not plan.weight_needs or stats is None or plan.module.expert is None:
         return plan
     if stats.tokens >= least:
         return plan

@@ -15,12 +15,13 @@ from qtool.formats._base import Format, Quantized
 from qtool.methods._base import Solution
 from qtool.numerics.metrics import all_finite
 from qtool.numerics.threads.parallel import row_shares, shares, side_by_side
+from qtool.pipeline.correct import correct, joined
 from qtool.pipeline.entries import Sums, solved_entry
 from qtool.pipeline.requantize import Origin, origin
 from qtool.pipeline.rows import row_parts
 from qtool.plan import LayerPlan
 from qtool.report.model import LayerEntry
-from qtool.residuals._base import Matrix
+from qtool.residuals._base import Correction, Matrix
 from qtool.stats._base import InputStats
 from qtool.stats.gram import gram_of
 
@@ -54,16 +55,21 @@ def solve(
     name, method = plan.module.name, plan.method
     fmt = informed(plan.format, checkpoint, merged or (name,))
     blind = "chosen without data: nothing was measured on its inputs" if stats is None and method.needs else None
-    stats = stats if method.needs else None
+    lost = "corrected without data" if stats is None and any(r.needs for r in plan.residuals) else None
+    stats = stats if plan.weight_needs else None
     source = origin(checkpoint, name, plan.format)
     codes, params, sums, seconds = torch.empty(plan.module.shape, dtype=torch.uint8), [], Sums(), 0.0
-    remarks, start = [plan.fallback, blind, source.remark], 0
-    whole = source.same is None and (gram_of(stats) is not None or not fmt.by_rows)
+    remarks, start, corrections = [plan.fallback, blind, lost, source.remark], 0, ()
+    tied = source.same is None and (gram_of(stats) is not None or not fmt.by_rows)
+    whole = tied or bool(plan.residuals)
     for part in [(0, plan.module.shape[0])] if whole else row_parts(plan.module.shape):
         w = read(checkpoint, source, name, *part).to(device, torch.float32)
         begin = time.monotonic()
         same = source.same and source.same.rows(*part)
-        for solution, squares in take_over(w, same) if same else solve_rows(plan, fmt, w, stats):
+        solved = take_over(w, same) if same else solve_rows(plan, fmt, w, stats)
+        if plan.residuals:
+            solved, corrections = corrected(plan, fmt, w, solved, stats, same is None)
+        for solution, squares in solved:
             stop = start + len(solution.quantized.codes)
             codes[start:stop] = solution.quantized.codes
             params.append({key: p.cpu() for key, p in solution.quantized.params.items()})
@@ -72,7 +78,7 @@ def solve(
         seconds += time.monotonic() - begin
     entry = solved_entry(plan, TAKEN_OVER if source.same else method.name(), stats, sums, remarks, seconds)
     joined = {key: torch.cat([part[key] for part in params]) for key in params[0]}
-    return Matrix(Quantized(codes, joined, source.same.format if source.same else plan.format)), entry
+    return Matrix(Quantized(codes, joined, source.same.format if source.same else plan.format), corrections), entry
 
 
 def read(checkpoint: Checkpoint, source: Origin, module: str, start: int, stop: int) -> Tensor:
@@ -124,6 +130,36 @@ def solve_rows(plan: LayerPlan, fmt: Format, w: Tensor, stats: InputStats | None
             method.prepare(stats, fmt)
         parts = rows_abreast(w, fmt, gram)
         return side_by_side(solve_part, parts, shares(len(parts), w.device))
+
+
+def corrected(
+    plan: LayerPlan, fmt: Format, w: Tensor, solved: list[tuple[Solution, Sums]], stats: InputStats | None, free: bool
+) -> tuple[list[tuple[Solution, Sums]], tuple[Correction, ...]]:
+    """Finds what is kept beside the codes of a whole matrix, and compares anew.
+
+    Args:
+        plan: with residuals.
+        fmt: see `informed`.
+        w: float32 [N, K].
+        solved: its codes.
+        stats: see `solve`.
+        free: whether other codes may be chosen for what the corrections leave.
+
+    Raises:
+        NumericsError: the result is not finite.
+    """
+
+    def again(rest: Tensor) -> list[Solution]:
+        return [solution for solution, _ in solve_rows(plan, fmt, rest, stats)]
+
+    gram, first = gram_of(stats), joined([solution for solution, _ in solved])
+    solution, found = correct(plan.residuals, w, gram, first, again if free else None)
+    w_hat = solution.quantized.decode().to(w.device)
+    for correction in found:
+        w_hat = correction.apply(w_hat)
+    refuse_infinite(w_hat, plan)
+    corrections = tuple(Correction(c.residual, {name: t.cpu() for name, t in c.tensors.items()}) for c in found)
+    return [(solution, Sums.of(w, w_hat, gram, solution.target))], corrections
 
 
 def rows_abreast(w: Tensor, fmt: Format, gram: Tensor | None) -> list[tuple[int, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qtool.checkpoint._base import Checkpoint, Module
+from qtool.checkpoint._base import Checkpoint, Layer, Module
 from qtool.plan.assign import assign
 from qtool.plan.fallback import choose
 from qtool.plan.findings import Findings
@@ -62,6 +62,9 @@ def decide_module(module: Module, index: int, recipe: Recipe, checkpoint: Checkp
         if method.needs:
             text = f"{method.name()} measures inputs, an embedding only looks rows up; give it a rule with method: rtn"
             findings.add(index, text, module.name)
+        if any(residual.needs for residual in rule.residuals):
+            text = "these residuals measure inputs, an embedding only looks rows up; give it a rule without them"
+            findings.add(index, text, module.name)
         if rule.activations:
             text = "an embedding has no inputs to round; give it a rule without activations:"
             findings.add(index, text, module.name)
@@ -71,8 +74,12 @@ def decide_module(module: Module, index: int, recipe: Recipe, checkpoint: Checkp
     if choice.format is None:
         bits = _kept_bits(module, choice.keep, checkpoint)
         return LayerPlan(module, None, None, None, choice.keep, choice.fallback, index, bits)
-    bits = choice.format.storage_bits(*module.shape)
-    return LayerPlan(module, choice.format, method, rule.activations, "source", choice.fallback, index, bits)
+    for residual in rule.residuals:
+        if reason := residual.misfit(*module.shape):
+            findings.add(index, f"{residual.name()}: {reason}", module.name)
+    bits = Layer(choice.format, residuals=rule.residuals).storage_bits(*module.shape)
+    kept, why = "source", choice.fallback
+    return LayerPlan(module, choice.format, method, rule.activations, kept, why, index, bits, rule.residuals)
 
 
 def _kept_bits(module: Module, keep: str, checkpoint: Checkpoint) -> int:

@@ -15,6 +15,7 @@ from qtool.checkpoint._base import Layer, Module
 from qtool.formats._base import Format
 from qtool.methods._base import Method
 from qtool.recipe.schema import Recipe
+from qtool.residuals._base import Residual
 from qtool.stats._base import Statistic
 from qtool.stats.values import Values
 
@@ -31,7 +32,8 @@ class LayerPlan:
         keep: "source", or the dtype a kept tensor is cast to: "f32", "f16", "bf16".
         fallback: why `format` is not the one that the rule named; None if it is.
         rule: index into `recipe.layers` of the rule that decided, -1 for the default (embeddings nobody named).
-        bits: size of the stored matrix, parameters included.
+        bits: size of the stored matrix, parameters and corrections included.
+        residuals: what is kept beside the codes, in order.
     """
 
     module: Module
@@ -42,17 +44,24 @@ class LayerPlan:
     fallback: str | None
     rule: int
     bits: int
+    residuals: tuple[Residual, ...] = ()
+
+    @property
+    def weight_needs(self) -> frozenset[type[Statistic]]:
+        """What has to be measured on its input to choose codes and corrections."""
+        chosen = self.method.needs if self.method else frozenset()
+        return chosen.union(*(residual.needs for residual in self.residuals))
 
     @property
     def needs(self) -> frozenset[type[Statistic]]:
-        """What has to be measured on its input: for its method, and for a scale that holds for all tokens."""
+        """What has to be measured on its input: for its weight, and for a scale that holds for all tokens."""
         static = self.activations and self.activations.static
-        return (self.method.needs if self.method else frozenset()) | ({Values} if static else set())
+        return self.weight_needs | ({Values} if static else set())
 
     @property
     def layer(self) -> Layer | None:
         """As checkpoints describe it; None if kept."""
-        return Layer(self.format, self.activations) if self.format else None
+        return Layer(self.format, self.activations, residuals=self.residuals) if self.format else None
 
     @property
     def label(self) -> str:
@@ -131,7 +140,10 @@ class Plan:
         Names, artifacts and evaluation are left out: they only use the result. So is the content of a calibration
         file, which the recipe merely names.
         """
-        layers = [[p.module.name, *map(_exact, (p.format, p.method, p.activations)), p.keep] for p in self.layers]
+        layers = [
+            [p.module.name, *map(_exact, (p.format, p.method, p.activations, *p.residuals)), p.keep]
+            for p in self.layers
+        ]
         calibration = self.recipe.calibration.model_dump(mode="json")
         content = [__version__, self.source_fingerprint, calibration, layers, _exact(self.recipe.kv_cache)]
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

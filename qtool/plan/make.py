@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from qtool.checkpoint._base import Checkpoint, modules
 from qtool.errors import PlanError, UsageError
@@ -51,7 +50,7 @@ def _limit(layers: Sequence[LayerPlan], limit: int, checkpoint: Checkpoint) -> t
 
     def untouched(p: LayerPlan) -> LayerPlan:
         bits = checkpoint.info(f"{p.module.name}.weight").nbytes * 8
-        return replace(p, format=None, method=None, activations=None, keep="source", fallback=None, bits=bits)
+        return LayerPlan(p.module, None, None, None, "source", None, p.rule, bits)
 
     limited = tuple(p if p.module.block in range(limit) else untouched(p) for p in layers)
     return limited, f"smoke run: only the first {limit} of {blocks} decoder blocks are quantized, the rest is untouched"

@@ -24,7 +24,11 @@ def json_schema() -> dict[str, Any]:
     """JSON Schema of a recipe file, `extends` included."""
     schema = Recipe.model_json_schema()
     definitions = schema["$defs"]
-    definitions |= {"Format": _formats(), "Method": _methods()}
+    definitions |= {
+        "Format": _formats(),
+        "Method": _named("methods", "How codes are chosen: a method's"),
+        "Residual": _named("residuals", "What is kept beside the codes: a residual's"),
+    }
     for part in (schema, *definitions.values()):
         _describe(part, part["description"])
     definitions["Export"]["properties"]["to"]["enum"] = registry.names("artifact")
@@ -54,12 +58,12 @@ def _formats() -> dict[str, Any]:
     }
 
 
-def _methods() -> dict[str, Any]:
-    """Any registered method: its name, or a mapping from its name to its options."""
-    names = registry.names("methods")
+def _named(room: str, what: str) -> dict[str, Any]:
+    """Any registered thing of a room: its name, or a mapping from its name to its options."""
+    names = registry.names(room)
     mappings = []
     for name in names:
-        options = _options(registry.load("methods", name))
+        options = _options(registry.load(room, name))
         mappings.append(
             {
                 "type": "object",
@@ -69,10 +73,8 @@ def _methods() -> dict[str, Any]:
                 "additionalProperties": False,
             }
         )
-    return {
-        "description": "How codes are chosen: a method's name, or a mapping from its name to its options.",
-        "anyOf": [{"enum": names}, *mappings],
-    }
+    description = f"{what} name, or a mapping from its name to its options."
+    return {"description": description, "anyOf": [{"enum": names}, *mappings]}
 
 
 def _options(model: type[BaseModel]) -> dict[str, Any]:

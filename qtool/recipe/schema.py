@@ -21,10 +21,11 @@ from qtool.recipe.cache import KVCache, dump_cache, either
 from qtool.recipe.export import Export
 from qtool.recipe.gates import Gates
 from qtool.recipe.match import compile_pattern
-from qtool.recipe.parse import dump_format, dump_named, parse_format, parse_method
+from qtool.recipe.parse import dump_format, dump_named, parse_format, parse_method, parse_residual
 from qtool.recipe.problems import Keys, mistake, show
 from qtool.recipe.scope import Blocks, When
 from qtool.recipe.strict import Strict
+from qtool.residuals._base import Residual
 
 
 def _parse_fallback(value: Any) -> Any:
@@ -79,6 +80,7 @@ InputsField = Annotated[
     Format, BeforeValidator(parse_format), AfterValidator(_check_inputs), PlainSerializer(dump_format)
 ]
 MethodField = Annotated[Method, BeforeValidator(parse_method), PlainSerializer(dump_named)]
+ResidualField = Annotated[Residual, BeforeValidator(parse_residual), PlainSerializer(dump_named)]
 CacheField = Annotated[
     KVCache, BeforeValidator(either, json_schema_input_type=Format | KVCache), PlainSerializer(dump_cache)
 ]
@@ -141,6 +143,8 @@ class Rule(Strict):
         activations: the format that inputs are rounded to at run time: token by token, or, in a format with one scale
             per tensor such as int8-tensor and nvfp4, with a scale that calibration finds for all tokens. How it does:
             see scales of the format.
+        residuals: what is kept beside the codes to correct them, one after the other, such as low_rank or
+            {sparse: {share: 0.01}}. Few artifacts can hold any: qtool can.
         keep: true leaves the layers as they are; f32, f16 or bf16 casts them.
         fallback: the format for layers whose rows the first one cannot divide; error refuses them. If neither the rule
             nor the recipe says anything, GGUF's block types fall back as in llama.cpp, and the others refuse.
@@ -152,6 +156,7 @@ class Rule(Strict):
     weights: WeightsField | None = None
     method: MethodField | None = None
     activations: InputsField | None = None
+    residuals: tuple[ResidualField, ...] = ()
     keep: Literal[True, "f32", "f16", "bf16"] | None = None
     fallback: FallbackField | None = None
     _where: str = PrivateAttr("")
@@ -159,7 +164,8 @@ class Rule(Strict):
     @classmethod
     def conflicts(cls, value: Mapping[str, Any]) -> list[tuple[Keys, str]]:
         """A rule gives a format or keeps, and only a format has options."""
-        given = [k for k in ("weights", "method", "activations", "fallback") if value.get(k) not in (None, "error")]
+        keys = ("weights", "method", "activations", "residuals", "fallback")
+        given = [key for key in keys if value.get(key) not in (None, "error", (), [])]
         if value.get("keep") is not None:
             return [((key,), "a rule with keep: quantizes nothing; remove one of the two") for key in given]
         if "weights" in given:

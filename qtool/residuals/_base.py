@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from qtool import registry
@@ -34,9 +34,15 @@ class Residual(BaseModel):
 
     A subclass implements the abstract methods. What it stores has shapes that follow from N and K, so that plans know
     its size and readers can check headers.
+
+    Attributes:
+        turns: how often codes are chosen anew for what the correction leaves, and the correction for these codes, as
+            long as that helps.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    turns: int = Field(0, ge=0, le=20)
 
     @classmethod
     def name(cls) -> str:

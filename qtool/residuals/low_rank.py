@@ -21,8 +21,8 @@ from qtool.residuals._base import Infos, Residual, Tensors
 from qtool.stats._base import Statistic
 from qtool.stats.gram import Gram
 
-DAMP = 1e-4
-"""Added to the eigenvalues of the Gram matrix, relative to their mean, so that its root has an inverse."""
+ROUNDING = 1e-13
+"""Squares of singular values that are smaller, relative to the largest, are rounding errors."""
 
 
 class LowRank(Residual):
@@ -55,18 +55,15 @@ class LowRank(Residual):
     def fit(self, error: Tensor, gram: Tensor | None) -> Tensors:
         """See `Residual.fit`.
 
-        Of E S = U D V^T, with S the symmetric root of the Gram matrix H, the best part of rank r is U_r D_r V_r^T
-        (Eckart and Young), and tr((E - L R) H (E - L R)^T) is the squared norm of E S - L R S: so R = V_r^T S^-1.
+        What is left of the outputs, tr((E - L R) H (E - L R)^T), is least for the projection of E on the r leading
+        left singular vectors U of E H^(1/2) (Eckart and Young): L = U, R = U^T E. H need not have an inverse.
         """
-        if self.whiten and gram is not None:
-            root, inverse = roots(gram)
-            left, size, right = largest(error @ root, self.rank)
-            right = right @ inverse
-        else:
-            left, size, right = largest(error, self.rank)
-        length, dtype = right.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny), DTYPES[self.dtype]
-        even = (size / length).sqrt()  # columns of the left are as long as rows of the right: neither leaves its type
-        return {"left": (left * (even * length)).to(dtype), "right": (right * even.unsqueeze(1)).to(dtype)}
+        left = leading(error, gram if self.whiten else None, self.rank)
+        right = left.T @ error
+        even = right.norm(dim=1).sqrt()  # columns of the left are as long as rows of the right: neither leaves its type
+        even = torch.where(even > 0, even, 1.0)
+        dtype = DTYPES[self.dtype]
+        return {"left": (left * even).to(dtype), "right": (right / even.unsqueeze(1)).to(dtype)}
 
     def apply(self, w_hat: Tensor, tensors: Tensors) -> Tensor:
         """See `Residual.apply`."""
@@ -77,16 +74,25 @@ class LowRank(Residual):
         return {"left": tensors["left"][start:stop], "right": tensors["right"]}
 
 
-def largest(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(U [N, r], singular values [r], V^T [r, K]) of a matrix's best approximation of that rank."""
-    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
-    return u[:, :rank], s[:rank], vt[:rank]
+def leading(error: Tensor, gram: Tensor | None, rank: int) -> Tensor:
+    """The leading left singular vectors of E H^(1/2), float32 [N, r]; zeros from where there are no more.
 
+    They come from the eigenvectors of a product with its transpose, of whichever side is shorter, in float64.
 
-def roots(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric root of a damped Gram matrix, and its inverse, float32 [K, K] each."""
-    values, vectors = torch.linalg.eigh(gram.double())
-    values = values.clamp(min=0)
-    scale = (values + DAMP * values.mean()).sqrt()
-    scale = torch.where(scale > 0, scale, 1.0)  # no input at all: all errors count alike
-    return ((vectors * scale) @ vectors.T).float(), ((vectors / scale) @ vectors.T).float()
+    Args:
+        error: E, float32 [N, K].
+        gram: H, float32 [K, K]; None: the identity.
+        rank: r.
+    """
+    e = error.double()
+    if gram is not None:
+        values, vectors = torch.linalg.eigh(gram.double())
+        e = (e @ vectors) * values.clamp(min=0).sqrt()
+    if len(e) <= e.shape[1]:
+        sizes, left = torch.linalg.eigh(e @ e.T)
+        sizes, left = sizes[-rank:].flip(0), left[:, -rank:].flip(1)
+    else:
+        sizes, right = torch.linalg.eigh(e.T @ e)
+        sizes, right = sizes[-rank:].flip(0), right[:, -rank:].flip(1)
+        left = (e @ right) / sizes.clamp(min=torch.finfo(torch.float64).tiny).sqrt()
+    return torch.where(sizes > ROUNDING * sizes[:1], left, 0.0).float()
