@@ -18,7 +18,8 @@ def correct(
     w: Tensor,
     gram: Tensor | None,
     solution: Solution,
-    solve: Callable[[Tensor], Sequence[Solution]] | None,
+    solve: Callable[[Tensor], Sequence[Solution]],
+    turns: int,
 ) -> tuple[Solution, tuple[Correction, ...]]:
     """Codes and corrections of a matrix.
 
@@ -27,7 +28,8 @@ def correct(
         w: float32 [N, K].
         gram: X^T X of its inputs, float32 [K, K]; None without data.
         solution: codes of the matrix.
-        solve: chooses codes for another matrix like it, in parts of some rows each; None: they stay as they are.
+        solve: chooses codes for another matrix like it, in parts of some rows each.
+        turns: how often it does for what corrections leave, as long as that helps.
 
     Returns:
         The codes, with the method's target for the matrix itself, and the corrections.
@@ -35,7 +37,7 @@ def correct(
     target = w if solution.target is None else solution.target
     corrections, left = fit(residuals, target - decoded(solution, w), gram)
     least = energy(left, gram)
-    for _ in range(max(residual.turns for residual in residuals) if solve else 0):
+    for _ in range(turns):
         rest = w
         for correction in corrections:
             rest = rest - correction.apply(torch.zeros_like(w))

@@ -59,7 +59,8 @@ def solve(
     stats = stats if plan.weight_needs else None
     source = origin(checkpoint, name, plan.format)
     codes, params, sums, seconds = torch.empty(plan.module.shape, dtype=torch.uint8), [], Sums(), 0.0
-    remarks, start, corrections = [plan.fallback, blind, lost, source.remark], 0, ()
+    remarks, start = [plan.fallback, blind, lost, source.remark], 0
+    corrections: tuple[Correction, ...] = ()
     tied = source.same is None and (gram_of(stats) is not None or not fmt.by_rows)
     whole = tied or bool(plan.residuals)
     for part in [(0, plan.module.shape[0])] if whole else row_parts(plan.module.shape):
@@ -152,8 +153,9 @@ def corrected(
     def again(rest: Tensor) -> list[Solution]:
         return [solution for solution, _ in solve_rows(plan, fmt, rest, stats)]
 
+    turns = max(residual.turns for residual in plan.residuals) if free else 0
     gram, first = gram_of(stats), joined([solution for solution, _ in solved])
-    solution, found = correct(plan.residuals, w, gram, first, again if free else None)
+    solution, found = correct(plan.residuals, w, gram, first, again, turns)
     w_hat = solution.quantized.decode().to(w.device)
     for correction in found:
         w_hat = correction.apply(w_hat)
