@@ -13,7 +13,7 @@ from qtool.checkpoint.hf import INDEX, SIDE_FILES, HFCheckpoint
 from qtool.errors import CheckpointError, HubError, StorageError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?", re.ASCII)
-WANTED = ["config.json", "hf_quant_config.json", INDEX, "*.safetensors", *SIDE_FILES]
+WANTED = ["config.json", "hf_quant_config.json", INDEX, "*.safetensors", "README.md", *SIDE_FILES]
 UNWANTED = ["consolidated*.safetensors", "*/*"]
 """The same weights once more under the maker's own names, and folders with other versions of them."""
 

@@ -18,6 +18,24 @@ if TYPE_CHECKING:
 
 Keep = Annotated[bool, typer.Option("--keep", help="Keep the work folder OUT.work after success.")]
 Verify = Annotated[bool, typer.Option(help="Read artifacts back and compare them with what was computed.")]
+BaseModel = Annotated[
+    str | None,
+    typer.Option(
+        metavar="REPO",
+        help="The original's hub id, for the model card; else what the source's own card says.",
+        rich_help_panel=options.OUTPUT,
+        show_default=False,
+    ),
+]
+License = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="The license that the model card names, as in apache-2.0; else what the source's own card says.",
+        rich_help_panel=options.OUTPUT,
+        show_default=False,
+    ),
+]
 PushToHub = Annotated[
     str | None, typer.Option(metavar="REPO", help="Upload the result to this hub repository.", show_default=False)
 ]
@@ -40,6 +58,8 @@ def command(
     overwrite: options.Overwrite = False,
     verify: Verify = True,
     push_to_hub: PushToHub = None,
+    base_model: BaseModel = None,
+    license: License = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -70,6 +90,8 @@ def command(
         overwrite=overwrite,
         verify=verify,
         push_to=push_to_hub,
+        base_model=base_model,
+        license=license,
     )
     run(asked, Console(quiet, verbose), json)
 

@@ -12,11 +12,11 @@ from qtool.calibrate.tokens import load_tokens
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import Checkpoint, modules
 from qtool.errors import StorageError
+from qtool.pipeline.card import model_name
 from qtool.pipeline.events import Event, Listener, remarks, silent
 from qtool.pipeline.importance import write_importance
 from qtool.pipeline.measured import kind_of
 from qtool.pipeline.prepare import prepare
-from qtool.pipeline.summarize import model_name
 from qtool.recipe.schema import Recipe
 from qtool.stats._base import InputStats
 from qtool.stats.channels import Channels

@@ -11,10 +11,10 @@ from qtool.artifact._base import Artifact
 from qtool.artifact._open import open_artifact
 from qtool.checkpoint.open import local
 from qtool.errors import CheckpointError, UsageError, nearest
+from qtool.pipeline.card import origin
 from qtool.pipeline.events import Event, Listener, silent
 from qtool.pipeline.publish import publish
 from qtool.pipeline.stopwatch import Stopwatch
-from qtool.pipeline.summarize import model_name
 from qtool.report.model import ArtifactEntry
 from qtool.store.files import SUMS, check_free, new_folder, read_sums, sha256
 from qtool.store.names import output_path
@@ -68,7 +68,8 @@ def run(options: ExportOptions, listener: Listener = silent) -> ArtifactEntry:
     artifact.check(model)
     for caveat in artifact.caveats(model, model.layers):
         listener(Event("export", 0, 1, f"{options.to}: {caveat}", warning=True))
-    card = {"base_model": model_name(model.source)}
+    source = origin(model)
+    card = {"base_model": source.base_model, **source.license}
     with new_folder(out, options.overwrite) as folder:
         (entry,) = publish({options.to: artifact}, model, folder, card, options.verify, Stopwatch(), listener)
     return entry

@@ -15,6 +15,7 @@ from qtool.checkpoint._base import Checkpoint, Layer
 from qtool.errors import NumericsError, StorageError, UsageError
 from qtool.evaluate.gates import refuse_missed
 from qtool.pipeline import evaluate
+from qtool.pipeline.card import card_of, origin
 from qtool.pipeline.content import read_content
 from qtool.pipeline.entries import kept_entry, mean_db
 from qtool.pipeline.events import Event, Listener, silent
@@ -23,7 +24,7 @@ from qtool.pipeline.publish import publish
 from qtool.pipeline.solve import solve
 from qtool.pipeline.statistics import Statistics, statistics_for
 from qtool.pipeline.stopwatch import Stopwatch
-from qtool.pipeline.summarize import make_report, model_card
+from qtool.pipeline.summarize import make_report
 from qtool.pipeline.units import Unit, steps
 from qtool.pipeline.upload import upload
 from qtool.pipeline.work import Record, Work, begun, identity, open_work, remove_work, result_identity
@@ -57,6 +58,7 @@ class QuantizeOptions:
         overwrite: replace an earlier result.
         verify: read artifacts back.
         push_to: hub repository to upload to.
+        base_model, license: what the model card says instead of what the source's own card does.
     """
 
     model: str | Checkpoint
@@ -75,6 +77,8 @@ class QuantizeOptions:
     overwrite: bool = False
     verify: bool = True
     push_to: str | None = None
+    base_model: str | None = None
+    license: str | None = None
 
 
 def run(options: QuantizeOptions, listener: Listener = silent) -> Report:
@@ -145,11 +149,14 @@ def produce(
     if job.plan.recipe.eval:
         with watch.stage("evaluate"):
             evaluations.append(evaluate.as_asked(job, model, job.plan.recipe.eval, listener))
-    card = model_card(job, entries, evaluations, source.about)
+    told = origin(job.checkpoint, options.base_model, options.license)
+    report = make_report(job, entries, caches, evaluations, source.about, told)
+    report = report.model_copy(update={"repository": options.push_to or ""})
+    card = card_of(report, importance=source.about if "entries" in source.about else None)
     with new_folder(options.out, options.overwrite) as folder:
         artifacts = publish(job.artifacts, model, folder, card, options.verify, watch, listener)
-        report = make_report(job, entries, caches, artifacts, watch.entries, evaluations, source.about)
-        report = report.model_copy(update={"run": result_identity(job, work.run)})
+        finish = {"artifacts": artifacts, "stages": tuple(watch.entries), "run": result_identity(job, work.run)}
+        report = report.model_copy(update=finish)
         write_report(report, folder)
     return report
 

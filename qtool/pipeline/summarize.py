@@ -1,4 +1,4 @@
-"""What a run knows when it is done, as model card and as report."""
+"""What a run knows when it is done, as its report."""
 
 from __future__ import annotations
 
@@ -6,47 +6,29 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from qtool import __version__
 from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint
 from qtool.evaluate.result import Evaluation
+from qtool.pipeline.card import Origin
 from qtool.pipeline.prepare import Job
-from qtool.report.model import ArtifactEntry, CacheEntry, LayerEntry, Report, StageEntry
+from qtool.report.model import CacheEntry, LayerEntry, Report
 
 PACKAGES = ("torch", "transformers", "safetensors", "numba", "numpy")
 CPU_INFO = Path("/proc/cpuinfo")
-
-
-def model_card(
-    job: Job, entries: Sequence[LayerEntry], evaluations: Sequence[Evaluation], calibration: dict[str, object]
-) -> dict[str, Any]:
-    """What artifacts say about themselves: no times and no paths, so that the same run writes the same bytes."""
-    recipe = job.plan.recipe
-    nbytes = sum(e.nbytes for e in entries) + job.plan.other_bytes
-    return {
-        "base_model": model_name(job.checkpoint.source),
-        "recipe_name": recipe.name,
-        "recipe": recipe.model_dump(mode="json", exclude_none=True),
-        "source_bytes": source_bytes(job.checkpoint),
-        "bits_per_weight": 8 * nbytes / parameters(job.checkpoint),
-        "quality": [e.model_dump(mode="json") for e in evaluations],
-        "importance": calibration if "entries" in calibration else None,
-    }
 
 
 def make_report(
     job: Job,
     entries: Sequence[LayerEntry],
     caches: Sequence[CacheEntry],
-    artifacts: Sequence[ArtifactEntry],
-    stages: Sequence[StageEntry],
     evaluations: Sequence[Evaluation],
     calibration: dict[str, object],
+    source: Origin,
 ) -> Report:
-    """The whole report of a run."""
+    """The report of a run that has not written anything yet."""
     recipe = job.plan.recipe
     return Report(
         qtool=__version__,
@@ -60,19 +42,15 @@ def make_report(
         other_bytes=job.plan.other_bytes,
         limited_blocks=job.plan.limited_blocks,
         layers=tuple(entries),
-        artifacts=tuple(artifacts),
-        stages=tuple(stages),
+        artifacts=(),
+        stages=(),
         evaluations=tuple(evaluations),
         warnings=job.plan.warnings,
         environment=environment(job.device),
         kv_cache=tuple(caches),
+        base_model=source.base_model,
+        license=dict(source.license),
     )
-
-
-def model_name(source: str) -> str:
-    """A hub id as it is; of a path its last part."""
-    path = Path(source)
-    return path.resolve().name if path.exists() else source
 
 
 def source_bytes(checkpoint: Checkpoint) -> int:

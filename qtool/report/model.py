@@ -104,6 +104,8 @@ class Report(Entry):
         calibration: token source, samples, length and token count; empty without data.
         other_bytes: tensors that are no module (norms, biases), as stored.
         limited_blocks: blocks that were quantized in a smoke run; None for a whole run.
+        base_model, license: of the source, as the model card says it: the hub's metadata.
+        repository: where the result was to be uploaded.
         run: hash of what identifies the run: model, recipe, calibration, program.
         kv_cache: of each decoder block; empty if the cache is left alone, or no tokens were run.
         environment: versions of python and packages, cpu, threads, device.
@@ -128,3 +130,6 @@ class Report(Entry):
     other_bytes: int = 0
     kv_cache: tuple[CacheEntry, ...] = ()
     run: str = ""
+    base_model: str = ""
+    license: dict[str, str] = {}
+    repository: str = ""

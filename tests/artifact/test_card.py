@@ -12,7 +12,7 @@ from qtool.artifact._card import card_text
 from qtool.artifact.compressed_tensors import CompressedTensors
 from qtool.artifact.qtool import Qtool
 from qtool.errors import CheckpointError
-from qtool.evaluate.result import Evaluation
+from qtool.evaluate.result import Evaluation, Gate
 from qtool.formats.int import Int
 from tests.artifact.conftest import quantize
 
@@ -21,6 +21,10 @@ FULL = {
     "recipe_name": "w4a16",
     "recipe": {"recipe": 1, "layers": [{"match": "*", "weights": "int4-g32"}]},
     "source_bytes": 269_060_552,
+    "quantized_bytes": 100_000_000,
+    "license": "apache-2.0",
+    "repository": "someone/Tiny-Model-w4",
+    "methods": dict.fromkeys([f"model.layers.{i}.mlp.down_proj" for i in range(2)], "rtn"),
     "bits_per_weight": 4.5678,
     "quality": [
         Evaluation(
@@ -33,8 +37,12 @@ FULL = {
             ppl_error=0.2,
             base_ppl=16.5,
             kld_mean=0.0512345,
+            kld_error=0.00123,
             top1=0.8765,
+            top1_error=0.003,
+            gates=(Gate(name="kld", limit=0.05, at_least=False, value=0.0512345, low=None, high=None, passed=False),),
         ).model_dump(mode="json")
+        | {"words": "the usual price"}
     ],
 }
 
@@ -51,6 +59,7 @@ def test_metadata_is_what_the_hub_indexes(model):
         "base_model": "some-org/Tiny-Model",
         "base_model_relation": "quantized",
         "library_name": "transformers",
+        "license": "apache-2.0",
         "pipeline_tag": "text-generation",
         "tags": ["qtool", "compressed-tensors", "int4-g32", "int8-channel"],
     }
@@ -59,23 +68,28 @@ def test_metadata_is_what_the_hub_indexes(model):
 def test_text_has_formats_sizes_quality_and_recipe(model):
     text = card_text(CompressedTensors(), model, FULL)
     assert "# Tiny-Model, quantized\n" in text
-    assert "| int4-g32 | as they are | 12 |\n| int8-channel | as they are | 2 |" in text
+    assert "| int4-g32 | as they are |  | 12 |\n| int8-channel | as they are | rtn | 2 |" in text
     assert "4.568 bits per weight" in text
-    assert "269.1 MB" in text
+    assert "100.0 MB instead of the original's 269.1 MB (37.2%)" in text
+    assert "**FAIL**: kld 0.05123, at most 0.05." in text
+    assert "prose.txt: the usual price." in text
     assert (
         "| text | runtime | tokens | perplexity | baseline | mean KL divergence, nats | same top token |\n"
         "| --- | --- | --- | --- | --- | --- | --- |\n"
-        "| prose.txt | qtool | 12,345 | 17.9877 | 16.5000 | 0.05123 | 87.65% |"
+        "| prose.txt | qtool | 12,345 | 17.9877 ± 0.2000 | 16.5000 | 0.05123 ± 0.00123 | 87.65% ± 0.30% |"
     ) in text
     recipe = text.split("## Recipe w4a16\n\n```yaml\n")[1].split("```")[0]
     assert yaml.safe_load(recipe) == FULL["recipe"]
-    assert 'AutoModelForCausalLM.from_pretrained("FOLDER")' in text
+    assert 'AutoModelForCausalLM.from_pretrained("someone/Tiny-Model-w4")' in text
+    assert "vllm serve someone/Tiny-Model-w4" in text
+    assert "FOLDER" not in text
+    assert "FOLDER" in card_text(CompressedTensors(), model, FULL | {"repository": ""})
 
 
 def test_a_measurement_that_is_infinite(model):
     infinite = FULL["quality"][0] | {"ppl": "Infinity", "kld_mean": None}
     text = card_text(Qtool(), model, FULL | {"quality": [infinite]})
-    assert "| prose.txt | qtool | 12,345 | Infinity | 16.5000 | 87.65% |" in text
+    assert "| prose.txt | qtool | 12,345 | Infinity | 16.5000 | 87.65% ± 0.30% |" in text
     assert "KL divergence" not in text
 
 

@@ -74,7 +74,9 @@ def about_importance(told: Mapping[str, Any] | None) -> dict[str, Value]:
     """
     if told is None:
         return {}
-    known = {"file": told["data"], "dataset": next(iter(told["datasets"]), None)}
+    dataset = next(iter(told["datasets"]), "")
+    dataset = dataset if dataset.startswith("hf:") else Path(dataset).name  # not where it lies on this machine
+    known = {"file": Path(told["data"]).name, "dataset": dataset}
     known |= {"entries_count": told["entries"], "chunks_count": told["samples"]}
     return {f"quantize.imatrix.{key}": value for key, value in known.items() if value}
 
