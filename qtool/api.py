@@ -202,6 +202,7 @@ def evaluate(
     chunks: int | None = None,
     runtime: Literal["qtool", "llama.cpp"] = "qtool",
     gates: Mapping[str, float] | None = None,
+    update: bool = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     listener: Listener = silent,
@@ -216,6 +217,7 @@ def evaluate(
         chunks: how many to score at most.
         runtime: what runs the artifact; llama.cpp reads GGUF only.
         gates: limits by name, as in {"kld": 0.05}.
+        update: add the result to the artifact's report and model card.
         device: where to compute.
         dtype: in which type to run the models; "auto" is float32.
         listener: is told about progress.
@@ -234,6 +236,7 @@ def evaluate(
         dict(gates or {}),
         device,
         dtype,
+        update=update,
     )
     found = evaluating.run(options, listener)
     refuse_missed(found.gates)

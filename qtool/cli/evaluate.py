@@ -23,6 +23,7 @@ Baseline = Annotated[
 JsonOut = Annotated[
     Path | None, typer.Option("--out", "-o", metavar="OUT", help="Also write the JSON here.", show_default=False)
 ]
+Update = Annotated[bool, typer.Option("--update", help="Add the result to ARTIFACT's report and model card.")]
 Context = Annotated[int, typer.Option(min=4, help="Tokens per chunk; the second half is scored.")]
 Chunks = Annotated[
     int | None, typer.Option(min=1, help="Score at most this many chunks.", show_default="all of the text")
@@ -50,6 +51,7 @@ def command(
     runtime: Runtime = "qtool",
     gate: Gates = None,
     out: JsonOut = None,
+    update: Update = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     json: options.Json = False,
@@ -80,6 +82,7 @@ def command(
                 device=device,
                 dtype=dtype,
                 out=out,
+                update=update,
             ),
             console,
         )

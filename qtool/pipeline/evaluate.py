@@ -11,12 +11,14 @@ import torch
 
 from qtool.artifact._open import open_model
 from qtool.checkpoint._base import Checkpoint
+from qtool.checkpoint.open import local
 from qtool.errors import UsageError
 from qtool.evaluate.gates import judge, validate_gates
 from qtool.evaluate.result import Evaluation
 from qtool.evaluate.run import Progress, evaluate
 from qtool.pipeline.events import Event, Listener, silent
 from qtool.pipeline.prepare import Job, device_of, dtype_of
+from qtool.pipeline.update import result_of, update
 from qtool.recipe.schema import Eval
 from qtool.store.files import check_file, new_file
 from qtool.store.names import output_path
@@ -37,6 +39,7 @@ class EvaluateOptions:
         device: "auto", "cpu" or "cuda".
         dtype: of forward passes; "auto" is float32.
         out: JSON file to write.
+        update: add the result to the artifact's report and model card.
     """
 
     artifact: str | Checkpoint
@@ -49,6 +52,7 @@ class EvaluateOptions:
     device: str = "auto"
     dtype: str = "auto"
     out: Path | None = None
+    update: bool = False
 
 
 def run(options: EvaluateOptions, listener: Listener = silent) -> Evaluation:
@@ -59,6 +63,7 @@ def run(options: EvaluateOptions, listener: Listener = silent) -> Evaluation:
     """
     validate_gates(options.gates, compared=options.baseline is not None)
     check_text(options.text)
+    place = updated_place(options)
     out = options.out and output_path(options.out, options.artifact, options.baseline or options.artifact, options.text)
     if out:
         check_file(out)
@@ -75,10 +80,25 @@ def run(options: EvaluateOptions, listener: Listener = silent) -> Evaluation:
         runtime=options.runtime,
     )
     evaluation = evaluation.model_copy(update={"gates": judge(evaluation, options.gates)})
+    if place:
+        update(place, evaluation)
     if out:
         with new_file(out) as partial:
             partial.write_text(evaluation.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return evaluation
+
+
+def updated_place(options: EvaluateOptions) -> Path | None:
+    """Where the artifact lies whose report is to be updated; None if none is.
+
+    Raises:
+        UsageError: it has no report, or is no local one.
+    """
+    if not options.update:
+        return None
+    source = options.artifact.source if isinstance(options.artifact, Checkpoint) else options.artifact
+    result_of(local(source))
+    return local(source)
 
 
 def opened(model: str | Checkpoint) -> Checkpoint:

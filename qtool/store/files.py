@@ -13,7 +13,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -154,9 +154,19 @@ def sha256(path: Path) -> str:
 
 def write_sums(folder: Path) -> None:
     """Writes SHA256SUMS over all other files of a folder, in alphabetical order."""
-    names = [name for name in _files(folder) if name != SUMS]
-    lines = [f"{sha256(folder / name)}  {name}\n" for name in names]
-    (folder / SUMS).write_text(SIGNATURE + "".join(lines), encoding="utf-8")
+    _write_sums(folder, {name: sha256(folder / name) for name in _files(folder) if name != SUMS})
+
+
+def renew_sums(folder: Path, names: Collection[str]) -> None:
+    """Writes SHA256SUMS anew where these files were replaced; what it says of all others stays, true or not."""
+    sums = read_sums(folder) | {name: sha256(folder / name) for name in names}
+    with new_file(folder / SUMS) as partial:
+        _write_sums(folder, sums, partial)
+
+
+def _write_sums(folder: Path, sums: Mapping[str, str], path: Path | None = None) -> None:
+    lines = [f"{sums[name]}  {name}\n" for name in sorted(sums)]
+    (path or folder / SUMS).write_text(SIGNATURE + "".join(lines), encoding="utf-8")
 
 
 def read_sums(folder: Path) -> dict[str, str]:

@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from qtool import __version__
 from qtool.cli.app import app
+from qtool.evaluate.result import Evaluation
 from qtool.report.model import Report
+from qtool.report.render import read_report
+from qtool.store.files import damaged_file, read_sums, sha256
 
 RECIPE = """\
 recipe: 1
@@ -114,6 +118,48 @@ def test_from_quantized_model_to_gate(model, recipe, tmp_path):
     assert missed.exit_code == 9
     assert re.search(rf"^kld_mean +{measured['kld_mean']:.6g}$", missed.stdout, re.MULTILINE)
     assert missed.stderr.startswith("error: quality misses 1 of 1 gates: kld wanted at most 0, found ")
+
+
+def test_an_evaluation_is_added_to_report_card_and_checksums(model, recipe, tmp_path):
+    out, text = tmp_path / "out", tmp_path / "prose.txt"
+    both = ["--set", "export=[{to: gguf}, {to: qtool}]"]
+    assert qtool("quantize", model, "--recipe", recipe, "-o", out, "-q", *both).exit_code == 0
+    text.write_text("What is written without effort is in general read without pleasure. " * 30)
+    command = ["eval", out / "gguf", "--baseline", model, "--text", text, "--context", 64, "--chunks", 2, "-q"]
+    before = read_sums(out)
+    missed = qtool(*command, "--update", "--gate", "kld=0", "--json")
+    assert missed.exit_code == 9
+    measured = Evaluation.model_validate(json.loads(missed.stdout))
+    assert (measured.text_sha256, measured.qtool) == (sha256(text), __version__)
+    assert qtool(*command, "--update", "--gate", "kld=5").exit_code == 0  # takes the place of the one before
+    report = read_report(out / "report.json")
+    assert [e.model_copy(update={"gates": ()}) for e in report.evaluations] == [
+        measured.model_copy(update={"gates": ()})
+    ]
+    assert "PASS" in (out / "report.html").read_text()
+    for kind in ("gguf", "qtool"):
+        assert f"| prose.txt | qtool | 62 | {measured.ppl:.4f} ±" in (out / kind / "README.md").read_text()
+    changed = {name for name, digest in read_sums(out).items() if before[name] != digest}
+    pages = {"report.json", "report.md", "report.html"}
+    assert changed == pages | {f"{kind}/{name}" for kind in ("gguf", "qtool") for name in ("README.md", "SHA256SUMS")}
+    assert [damaged_file(place) for place in (out, out / "gguf", out / "qtool")] == [None, None, None]
+    files = {f"{a.path}/{f.name}": f.sha256 for a in report.artifacts for f in a.files}
+    assert files.items() <= read_sums(out).items()
+
+
+def test_an_evaluation_that_belongs_to_no_report(model, recipe, tmp_path, tiny_checkpoint):
+    text = tmp_path / "prose.txt"
+    text.write_text("What is written without effort is in general read without pleasure. " * 30)
+    command = ["--text", text, "--context", 64, "--chunks", 2, "-q", "--update"]
+    alone = qtool("eval", model, *command)
+    assert (alone.exit_code, alone.stdout) == (2, "")
+    assert "--update: wanted an artifact of `qtool quantize` with its report.json" in alone.stderr
+    assert qtool("quantize", model, "--recipe", recipe, "-o", tmp_path / "out", "-q").exit_code == 0
+    before = (tmp_path / "out" / "report.json").read_bytes()
+    other = qtool("eval", tmp_path / "out", "--baseline", tiny_checkpoint("mistral"), *command)
+    assert other.exit_code == 2
+    assert "the baseline is not the model that the artifact was made from" in other.stderr
+    assert (tmp_path / "out" / "report.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
