@@ -102,6 +102,7 @@ def test_the_page_s_package_runs_to_verified_artifacts(extra, model, tmp_path, i
     assert [(a.kind, a.verified) for a in report.artifacts] == [("qtool", True), ("loose", True)]
     assert {(e.format, e.method) for e in report.layers if e.role == "down"} == {("quartet", "descent")}
     assert {(e.format, e.method) for e in report.layers if e.role == "up"} == {("quartet", "rtn")}
+    assert {(e.method, e.tokens) for e in report.layers if e.role == "gate"} == {("absolute", 4 * 64)}
     installed(extra)
     levels = registry.load("formats", "quartet")().levels()
     with safe_open(out / "loose" / "model.layers.1.mlp.down_proj.weight.safetensors", "pt") as leaf:
@@ -178,13 +179,43 @@ def test_no_code_of_the_page_s_method_can_be_bettered(extra, installed):
             assert (error(other) >= error(found.codes) * (1 - 1e-5)).all()
 
 
+def test_the_page_s_statistic_and_the_method_that_asks_for_it(extra, installed):
+    installed(extra)
+    magnitudes, method = registry.load("stats", "magnitudes"), registry.load("methods", "absolute")()
+    x = torch.randn(50, 64) * torch.arange(64)
+    parts = [InputStats(64, method.needs) for _ in range(2)]
+    for part, rows in zip(parts, (x[:20], x[20:]), strict=True):
+        part.add(rows)
+    parts[0].merge(parts[1])
+    assert_close(parts[0][magnitudes].mean, x.abs().mean(0))
+    again = InputStats(64, method.needs)
+    again[magnitudes].load(parts[0][magnitudes].state())
+    assert torch.equal(again[magnitudes].sums, parts[0][magnitudes].sums)
+    w, fmt = torch.randn(4, 64), Int(bits=3, group=32)
+    found = method.solve(w, parts[0], fmt).quantized
+    assert torch.equal(found.params["scale"], fmt.fit(w, x.abs().mean(0))["scale"])
+    assert not torch.equal(found.params["scale"], fmt.fit(w)["scale"])
+
+
+def test_the_page_s_operation_on_inputs(extra, installed):
+    installed(extra)
+    kind = registry.load("ops", "signs")
+    op = kind(torch.tensor([1.0, -1.0, -1.0, 1.0]))
+    x, w = torch.randn(5, 4).double(), torch.randn(3, 4).double()
+    assert torch.equal(op.apply(x) @ op.fold(w).T, x @ w.T)
+    assert torch.equal(op.apply(x)[:, 1], -x[:, 1])
+    assert kind.load(*op.data()) == op
+    assert op.name() == "signs"
+    assert torch.equal(op.spread(2, 2).signs, torch.tensor([1.0, -1, 1, -1, -1, 1, -1, 1]))
+
+
 def test_the_page_s_package_is_in_help_and_schema(extra):
     text = " ".join(qtool(extra, "quantize", "--help").stdout.replace("│", " ").split())
     assert "quartet" in text.split("Formats:")[1].split("Methods:")[0]
     assert "descent" in text.split("Methods:")[1].split("Artifacts:")[0]
     schema = json.loads(qtool(extra, "recipes", "schema").stdout)
     assert "quartet" in json.dumps(schema["$defs"]["Format"])
-    assert schema["$defs"]["Method"]["anyOf"][0]["enum"] == ["descent", *registry.names("methods")]
+    assert schema["$defs"]["Method"]["anyOf"][0]["enum"] == sorted(["absolute", "descent", *registry.names("methods")])
 
 
 def test_listing_imports_nothing(tmp_path, installed):
