@@ -11,6 +11,7 @@
     |- GateError        9  the measured quality misses a gate
     |- MissingExtra    10  an optional package is needed
     |- HubError        11  the model hub refused or cannot be reached
+    |- StrictError     12  there would be a warning, and --strict allows none
 
 A run that the user interrupts exits with 130; one that SIGHUP or SIGTERM ends with 129 or 143.
 """
@@ -113,6 +114,12 @@ class HubError(QtoolError):
     """The model hub refused or cannot be reached."""
 
     exit_code = 11
+
+
+class StrictError(QtoolError):
+    """There would be a warning, and --strict allows none."""
+
+    exit_code = 12
 
 
 @contextmanager

@@ -38,7 +38,8 @@ def open_artifact(source: str | Path) -> QuantizedCheckpoint:
     model = open_model(str(source))
     if not isinstance(model, QuantizedCheckpoint):
         known = ", ".join(registry.names("artifact"))
-        raise CheckpointError(f"{source} holds no quantized artifact", wanted=f"one of {known}")
+        hint = "quantize it; a recipe whose rules say keep: bf16 writes unquantized weights in another layout"
+        raise CheckpointError(f"{source} holds no quantized artifact", wanted=f"one of {known}", hint=hint)
     return model
 
 

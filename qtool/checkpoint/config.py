@@ -111,7 +111,7 @@ def complete(config: dict[str, Any], where: Path) -> tuple[dict[str, Any], Famil
             f"{where}: unknown model family",
             wanted=f"model_type one of {', '.join(known)}",
             found=repr(kind)[:60],
-            hint="a new family is one file in qtool/checkpoint/families",
+            hint="a package can add families, see the page on extending qtool",
         )
     family: Family = registry.load(FAMILIES, kind)()
     config = family.defaults | {family.spellings.get(field, field): value for field, value in config.items()}

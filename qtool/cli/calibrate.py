@@ -34,7 +34,7 @@ def command(
         measured = stage.run(
             stage.CalibrateOptions(
                 model=model,
-                recipe=recipe,
+                recipe=options.named(recipe, console),
                 out=out,
                 overrides=tuple(overrides or ()),
                 device=device,

@@ -6,13 +6,15 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
 
-from qtool.errors import UsageError
+from qtool.cli.libraries import silenced, untried
+from qtool.errors import StrictError, UsageError
 from qtool.pipeline.events import Event
 from qtool.pipeline.memory import resident_bytes
 from qtool.report.units import duration, size
@@ -30,22 +32,29 @@ class Console:
     Args:
         quiet: show only warnings.
         verbose: show every event.
+        strict: warnings are errors.
     """
 
-    def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
+    def __init__(self, quiet: bool = False, verbose: bool = False, strict: bool = False) -> None:
         if quiet and verbose:
             raise UsageError("--quiet and --verbose exclude each other")
-        self.quiet, self.verbose = quiet, verbose
+        self.quiet, self.verbose, self.strict = quiet, verbose, strict
         self.stderr = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        self.announced, self.libraries = False, ExitStack()
         self.bars: Progress | None = None
         self.tasks: dict[str, TaskID] = {}
         self.started: dict[str, float] = {}
         self.last_line: dict[str, float] = {}
 
     def __enter__(self) -> Console:
+        if not self.announced and (newer := untried()):
+            self.warn(f"qtool was not tested with {', '.join(newer)}")
+        self.announced = True
         if sys.stderr is None:
             self.quiet = True
-        elif self.stderr.is_terminal and not self.quiet:
+        if self.quiet:
+            self.libraries.enter_context(silenced())
+        elif self.stderr.is_terminal:
             from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
             self.bars = Progress(
@@ -62,6 +71,7 @@ class Console:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self.bars:
             self.bars.stop()
+        self.libraries.close()
 
     def __call__(self, event: Event) -> None:
         """Shows an event; this makes a console a `qtool.pipeline.events.Listener`."""
@@ -75,8 +85,15 @@ class Console:
         else:
             self._print_line(event)
 
+    def note(self, message: str) -> None:
+        """Shows a remark, not with --quiet."""
+        if sys.stderr is not None and not self.quiet:
+            self.stderr.print(escape(message))
+
     def warn(self, message: str) -> None:
-        """Shows a warning, also with --quiet."""
+        """Shows a warning, also with --quiet. Raises StrictError: there are to be none."""
+        if self.strict:
+            raise StrictError(message, hint="without --strict this is a warning")
         if sys.stderr is not None:
             self.stderr.print(f"[yellow]warning:[/] {escape(message)}")
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from qtool import registry
+
+if TYPE_CHECKING:
+    from qtool.cli.console import Console
 
 OUTPUT = "Output"
 COMPUTE = "Compute"
@@ -61,6 +66,19 @@ Overrides = Annotated[
     ),
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Where the result goes.", show_default=False)]
+OutOrName = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="OUT",
+        help="Where the result goes; MODEL-RECIPE in the working folder if not given.",
+        show_default=False,
+    ),
+]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="End with code 12 where there would be a warning.", rich_help_panel=OUTPUT)
+]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an earlier result of qtool there.", rich_help_panel=OUTPUT)
 ]
@@ -115,3 +133,20 @@ Quiet = Annotated[
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log every step on stderr.", rich_help_panel=OUTPUT)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=OUTPUT)]
+
+
+def named(recipe: str, console: Console) -> str:
+    """A recipe's name or path; tells where the name of a file stands for a recipe that ships."""
+    from qtool.recipe.load import find_recipe
+
+    found = find_recipe(recipe)
+    if recipe != found.stem and not os.path.exists(recipe):
+        console.note(f"there is no file {recipe}: using the recipe {found.stem} that ships with qtool")
+        return found.stem
+    return recipe
+
+
+def default_out(model: str, recipe: str) -> Path:
+    """MODEL-RECIPE in the working folder: of a folder, a GGUF file or a hub id, and of a recipe's name or path."""
+    name = re.sub(r"(?<=.)@[\w./-]+$", "", model) if not os.path.exists(model) else os.path.abspath(model)
+    return Path(f"{re.sub(r'[.]gguf$', '', Path(name).name) or 'model'}-{Path(recipe).stem}")

@@ -17,6 +17,7 @@ def command(
     recipe: options.Recipe,
     overrides: options.Overrides = None,
     limit_layers: options.LimitLayers = None,
+    strict: options.Strict = False,
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -24,10 +25,11 @@ def command(
 
     Example: `qtool plan ./SmolLM2-135M -r w4a16-gptq-g64`
     """
+    console = Console(strict=strict)
+    recipe = options.named(recipe, console)
     from qtool.pipeline.prepare import prepare
 
     plan = prepare(model, recipe, tuple(overrides or ()), limit=limit_layers).plan
-    console = Console()
     for warning in plan.warnings:
         console.warn(warning)
     if json:

@@ -44,7 +44,7 @@ PushToHub = Annotated[
 def command(
     model: options.Model,
     recipe: options.Recipe,
-    out: options.Out,
+    out: options.OutOrName = None,
     overrides: options.Overrides = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -60,6 +60,7 @@ def command(
     push_to_hub: PushToHub = None,
     base_model: BaseModel = None,
     license: License = None,
+    strict: options.Strict = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -71,12 +72,14 @@ def command(
 
     Example: `qtool quantize ./SmolLM2-135M -r w4a16-gptq-g64 -o ./SmolLM2-135M-w4`
     """
+    console = Console(quiet, verbose, strict)
+    recipe = options.named(recipe, console)
     from qtool.pipeline.quantize import QuantizeOptions
 
     asked = QuantizeOptions(
         model=model,
         recipe=recipe,
-        out=out,
+        out=options.default_out(model, recipe) if out is None else out,
         overrides=tuple(overrides or ()),
         device=device,
         dtype=dtype,
@@ -93,7 +96,7 @@ def command(
         base_model=base_model,
         license=license,
     )
-    run(asked, Console(quiet, verbose), json)
+    run(asked, console, json)
 
 
 def run(asked: QuantizeOptions, console: Console, json: bool) -> None:

@@ -26,6 +26,7 @@ from qtool.plan import LayerPlan
 from qtool.recipe.schema import Calibration
 from qtool.residuals._base import Matrix
 from qtool.stats._base import InputStats, Statistic
+from qtool.stats.channels import Channels
 from qtool.stats.drift import Drift
 from qtool.stats.gram import Gram
 from qtool.stats.values import Values
@@ -163,6 +164,10 @@ def statistics_for(job: Job, stored: Path | None, listener: Listener) -> Statist
             more = f" and {len(missing) - 1} more" * (len(missing) > 1)
             text = f"{stored} says nothing about the inputs of {missing[0]}{more}: their codes are chosen without data"
             listener(Event("calibrate", 1, 1, text, warning=True))
+        told = [m for m in readers(job) if m.reads in found.stats and Channels in found.stats[m.reads]]
+        if zero := [m.name for m in told if not found.stats[m.reads][Channels].sum_squares.any()]:
+            more = f" and {len(zero) - 1} more" * (len(zero) > 1)
+            remarks(listener, "calibrate")(f"{stored} says that every input of {zero[0]}{more} is zero")
         return found
     calibration = job.plan.recipe.calibration
     listener(Event("calibrate", 0, 1, str(calibration.data)))

@@ -36,7 +36,10 @@ def make_plan(
         raise PlanError(lines, f"recipe {recipe.name} does not fit {checkpoint.source}")
     if limit_layers is not None:
         layers, warning = _limit(layers, limit_layers, checkpoint)
-        warnings.append(warning)
+        left = ", and the KV cache is not quantized" if recipe.kv_cache else ""
+        warnings.append(warning + left)
+    if not any(p.format for p in layers):
+        warnings.append(f"none of {len(layers)} matrices is quantized: the rules of {recipe.name} keep all of them")
     matrices = {f"{m.name}.weight" for m in found}
     other = sum(checkpoint.info(name).nbytes for name in checkpoint.names() if name not in matrices)
     return Plan(recipe, layers, artifacts, other, tuple(warnings), checkpoint.fingerprint(), limit_layers)

@@ -62,7 +62,7 @@ def find_recipe(name: str, folder: Path | None = None) -> Path:
     """The file that a user means: a path first, then the name of a recipe that ships.
 
     Args:
-        name: path, or name without ".yaml".
+        name: path, or name, with ".yaml" or without.
         folder: where a relative path counts from; None: the working folder.
 
     Raises:
@@ -75,9 +75,9 @@ def find_recipe(name: str, folder: Path | None = None) -> Path:
     except (OSError, ValueError):  # too long for a path, or no characters of one
         pass
     shipped = {path.stem: path for path in shelf().glob("*.yaml")}
-    if name in shipped:
-        return shipped[name]
-    hint = nearest(name, list(shipped), "`qtool recipes list` shows those that ship")
+    if (plain := re.sub(r"\.ya?ml$", "", name)) in shipped:
+        return shipped[plain]
+    hint = nearest(plain, list(shipped), "`qtool recipes list` shows those that ship")
     raise RecipeError([f"no file and no shipped recipe is called {show(name)}; {hint}"], "recipe not found")
 
 

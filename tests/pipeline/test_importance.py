@@ -249,3 +249,17 @@ def test_a_tied_embedding_is_rounded_without_it(recipe, tiny_checkpoint, tmp_pat
     )
     assert not any(e.fallback for e in report.layers)
     assert json.loads((tmp_path / "out" / "report.json").read_text())["calibration"]["data"] == "m.gguf"
+
+
+def test_a_matrix_of_zeros_is_told_of(measured, tmp_path):
+    model, recipe, path = measured
+    found, events = read_imatrix(path), []
+    entries = {
+        name: Entry(torch.zeros_like(entry.sums), entry.counts) if "blk.1" in name else entry
+        for name, entry in found.entries.items()
+    }
+    write_imatrix(tmp_path / "zeros.gguf", ImportanceMatrix(entries, found.datasets, 3, 48))
+    options = QuantizeOptions(model, recipe, tmp_path / "out", imatrix=tmp_path / "zeros.gguf", dtype="fp32")
+    quantize(options, events.append)
+    wanted = f"{tmp_path / 'zeros.gguf'} says that every input of model.layers.1.self_attn.q_proj and 6 more is zero"
+    assert wanted in [e.message for e in events if e.warning]
