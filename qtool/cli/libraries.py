@@ -6,7 +6,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 
 from qtool.tested import NEWEST
 
@@ -17,17 +16,21 @@ def major(release: str) -> int:
     return int(first) if first.isdecimal() else 0
 
 
+def installed(name: str) -> str | None:
+    """Version of a package; None: it is not there."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
 def untried() -> list[str]:
     """Installed libraries whose major version is newer than the tests know, each with what they know."""
-    found = []
-    for name, tested in NEWEST.items():
-        try:
-            installed = version(name)
-        except PackageNotFoundError:
-            continue
-        if major(installed) > major(tested):
-            found.append(f"{name} {installed} (tested up to {tested})")
-    return found
+    here = {name: found for name in NEWEST if (found := installed(name))}
+    newer = [name for name, found in here.items() if major(found) > major(NEWEST[name])]
+    return [f"{name} {here[name]} (tested up to {NEWEST[name]})" for name in newer]
 
 
 @contextmanager

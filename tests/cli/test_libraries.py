@@ -20,8 +20,7 @@ def test_what_is_installed_was_tried():
 
 def test_newer_majors_are_told_of_once(monkeypatch, capsys):
     monkeypatch.setattr(libraries, "NEWEST", {"transformers": "5.24.0", "torch": "2.13.0", "not-installed-here": "1.0"})
-    monkeypatch.setattr(libraries, "version", {"transformers": "6.0.1", "torch": "2.99.0"}.__getitem__)
-    monkeypatch.setattr(libraries, "PackageNotFoundError", KeyError)
+    monkeypatch.setattr(libraries, "installed", {"transformers": "6.0.1", "torch": "2.99.0"}.get)
     console = Console()
     for _ in range(2):
         with console:
