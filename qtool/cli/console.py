@@ -21,8 +21,12 @@ from qtool.pipeline.memory import resident_bytes
 from qtool.report.units import duration, size
 
 if TYPE_CHECKING:
+    from qtool.numerics.threads.compiling import Compiling
+
+if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+COMPILING = "compiling kernels, once for this processor"
 LINE_INTERVAL = 10.0
 """Seconds between two progress lines of a stage when stderr is no terminal."""
 
@@ -44,7 +48,8 @@ class Console:
         self.announced, self.libraries = False, ExitStack()
         self.bars: Progress | None = None
         self.tasks: dict[str, TaskID] = {}
-        self.started: dict[str, float] = {}
+        self.started: dict[str, tuple[float, float]] = {}
+        self.compiling: Compiling | None = None
         self.last_line: dict[str, float] = {}
 
     def __enter__(self) -> Console:
@@ -81,6 +86,11 @@ class Console:
             return
         if self.quiet:
             return
+        if self.compiling is None and "numba" in sys.modules:  # a command that needs kernels has imported it by now
+            from qtool.numerics.threads.compiling import Compiling
+
+            self.compiling = Compiling(self._tell_of_compiling)
+            self.libraries.callback(self.compiling.close)
         if self.bars:
             self._advance_bar(self.bars, event)
         else:
@@ -97,6 +107,13 @@ class Console:
             raise StrictError(message, hint="without --strict this is a warning")
         if sys.stderr is not None:
             self.stderr.print(f"[yellow]warning:[/] {escape(message)}")
+
+    def _tell_of_compiling(self) -> None:
+        """Shows why nothing moves; a line where there are no bars, once."""
+        if self.bars and self.tasks:
+            self.bars.update(list(self.tasks.values())[-1], values=COMPILING)
+        elif self.compiling and not self.compiling.before:
+            self.stderr.print(COMPILING, markup=False)
 
     def _advance_bar(self, bars: Progress, event: Event) -> None:
         if event.stage not in self.tasks:
@@ -129,12 +146,14 @@ class Console:
 
     def _rate(self, event: Event) -> str:
         """Time that the stage took; before its end steps per second or seconds per step, and the time that is left."""
-        seconds = time.monotonic() - self.started.setdefault(event.stage, time.monotonic())
+        compiled = self.compiling.seconds if self.compiling else 0.0
+        began, already = self.started.setdefault(event.stage, (time.monotonic(), compiled))
+        seconds = time.monotonic() - began
         if not event.done or seconds <= 0:
             return ""
         if event.done == event.total:
             return duration(seconds)
-        rate = event.done / seconds
+        rate = event.done / max(seconds - (compiled - already), 1e-3)  # kernels are compiled once
         speed = f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
         return f"{speed}  ETA {duration((event.total - event.done) / rate)}" if event.total else speed
 

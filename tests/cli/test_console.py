@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
 import pytest
 
@@ -105,3 +106,32 @@ def test_sizes_are_decimal(nbytes, text):
 @pytest.mark.parametrize(("seconds", "text"), [(8.44, "8.4 s"), (125, "2 min 05 s"), (3725, "1 h 02 min")])
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+def test_compilation_is_told_of_once(capsys):
+    from numba import njit
+
+    with Console() as listener:
+        listener(Event("quantize", 0, 2))
+        for add in (1, 2):
+            kernel = njit(lambda x, add=add: x + add)
+            assert kernel(1) == 1 + add
+            kernel(2)
+        assert listener.compiling.seconds > 0.001
+        assert listener.compiling.depth == 0
+    njit(lambda x: x + 3)(1)
+    assert capsys.readouterr().err.splitlines() == ["quantize 0/2", console.COMPILING]
+    with Console(quiet=True) as listener:
+        listener(Event("quantize", 0, 2))
+        njit(lambda x: x + 4)(1)
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_compiled_once_does_not_count_for_the_rest(clock, capsys):
+    with Console() as listener:
+        listener.compiling = SimpleNamespace(seconds=7.0)
+        listener(Event("quantize", 0, 10))
+        clock[0] += 60.0
+        listener.compiling.seconds += 56.0
+        listener(Event("quantize", 1, 10))
+    assert "4.0 s each  ETA 36 s" in capsys.readouterr().err
