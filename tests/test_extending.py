@@ -103,6 +103,7 @@ def test_the_page_s_package_runs_to_verified_artifacts(extra, model, tmp_path, i
     assert {(e.format, e.method) for e in report.layers if e.role == "down"} == {("quartet", "descent")}
     assert {(e.format, e.method) for e in report.layers if e.role == "up"} == {("quartet", "rtn")}
     assert {(e.method, e.tokens) for e in report.layers if e.role == "gate"} == {("absolute", 4 * 64)}
+    assert {(e.format, e.method) for e in report.layers if e.role == "q"} == {("quartet", "nudge")}
     installed(extra)
     levels = registry.load("formats", "quartet")().levels()
     with safe_open(out / "loose" / "model.layers.1.mlp.down_proj.weight.safetensors", "pt") as leaf:
@@ -215,7 +216,9 @@ def test_the_page_s_package_is_in_help_and_schema(extra):
     assert "descent" in text.split("Methods:")[1].split("Artifacts:")[0]
     schema = json.loads(qtool(extra, "recipes", "schema").stdout)
     assert "quartet" in json.dumps(schema["$defs"]["Format"])
-    assert schema["$defs"]["Method"]["anyOf"][0]["enum"] == sorted(["absolute", "descent", *registry.names("methods")])
+    assert schema["$defs"]["Method"]["anyOf"][0]["enum"] == sorted(
+        ["absolute", "descent", "nudge", *registry.names("methods")]
+    )
 
 
 def test_listing_imports_nothing(tmp_path, installed):

@@ -49,7 +49,6 @@ def write_side_files(model: QuantizedCheckpoint, out: Path, config: dict[str, An
         with reading(path):
             content = path.read_bytes()
         with storage_errors(out):
-            (out / name).parent.mkdir(exist_ok=True)
             (out / name).write_bytes(content)
     return [out / "config.json", *(out / name for name in sorted(model.files))]
 
@@ -149,10 +148,8 @@ def _quality(evaluations: list[dict[str, Any]]) -> str:
 
 def _cell(evaluation: dict[str, Any], field: str, shown: str, error: str | None = None) -> str:
     value, spread = evaluation.get(field), evaluation.get(error) if error else None
-    if value is None or isinstance(value, str):  # infinity may arrive as a word, for JSON has no number for it
+    if value is None or isinstance(value, str):  # infinity arrives as a word, for JSON has no number for it
         return str(escape_markdown(value or ""))
-    if not math.isfinite(value):
-        return "Infinity"
     several = isinstance(spread, float) and math.isfinite(spread)
     return shown.format(value) + (f" ± {shown.format(spread)}" if several else "")
 

@@ -27,13 +27,18 @@ class Hidden:
     """
 
     def __init__(self, samples: int, length: int, width: int, dtype: torch.dtype, limit: int = MEMORY_LIMIT) -> None:
-        self.samples, self.length, self.width = samples, length, width
+        self.samples, self.length, self.width, self.limit = samples, length, width, limit
         count = samples * length * width
         spilled = count * dtype.itemsize > limit
-        values = mapped(count, dtype) if spilled else torch.empty(count, dtype=dtype)
+        with torch.inference_mode(False):  # gradients may be computed with them
+            values = mapped(count, dtype) if spilled else torch.empty(count, dtype=dtype)
         self.values = values.view(samples, length, width)
 
-    def __getitem__(self, part: slice) -> Tensor:
+    def like(self) -> Hidden:
+        """Room for as many others."""
+        return Hidden(self.samples, self.length, self.width, self.values.dtype, self.limit)
+
+    def __getitem__(self, part: slice | Tensor) -> Tensor:
         return self.values[part]
 
     def __setitem__(self, part: slice, x: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qtool.checkpoint._base import Layer, Static
 from qtool.formats._base import Format
+from qtool.numerics.grids.through import through
 from qtool.numerics.histogram import Histogram
 
 FACTORS = torch.logspace(0, -5, 41, 2.0)
@@ -19,9 +20,14 @@ FACTORS = torch.logspace(0, -5, 41, 2.0)
 
 
 def rounded(x: Tensor, layer: Layer) -> Tensor:
-    """Rounds a layer's inputs, [..., K], if it wants that; not before it is known how, where calibration finds out."""
+    """Rounds a layer's inputs, [..., K], if it wants that; not before it is known how, where calibration finds out.
+
+    Gradients go straight through.
+    """
     if layer.activations is None:
         return x
+    if x.requires_grad:
+        return through(x, rounded(x.detach(), layer))
     if layer.activations.static:
         return x if layer.static is None else quantize_static(x, layer.activations, layer.static)
     return quantize_tokens(x, layer.activations)

@@ -75,7 +75,8 @@ def attend(
     ATTENDED.get([]).append(module)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     whole = attention_mask is None and query.shape[2] == key.shape[2] > 1
-    if causal and whole and scaling and query.dtype == torch.bfloat16 and query.device.type == "cpu":
+    ours = query.dtype == torch.bfloat16 and query.device.type == "cpu" and not query.requires_grad
+    if causal and whole and scaling and ours:
         return causal_attention(query, key, value, scaling), None
     given = {"scaling": scaling, "is_causal": is_causal, **others}
     return sdpa_attention_forward(module, query, key, value, attention_mask, **given)  # type: ignore[no-any-return]

@@ -48,6 +48,10 @@ class Quantized:
         """float32 [N, K], the weights that a runtime sees."""
         return self.format.decode(self.codes, self.params)
 
+    def to(self, device: torch.device) -> Quantized:
+        """The same on a device."""
+        return Quantized(self.codes.to(device), {n: p.to(device) for n, p in self.params.items()}, self.format)
+
     def rows(self, start: int, stop: int) -> Quantized:
         """Rows `start` to `stop`, sharing memory."""
         return Quantized(self.codes[start:stop], {n: p[start:stop] for n, p in self.params.items()}, self.format)

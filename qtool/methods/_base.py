@@ -1,10 +1,20 @@
-"""What a method is: it chooses the codes of one layer and knows the format only through its protocol."""
+"""What a method is: it chooses codes, and knows formats only through their protocol.
+
+A method solves one matrix at a time, where tokens wait in front of it; or a decoder block as a whole, from what another
+method found in it matrix by matrix. All methods go the same way: `first.solve` for each matrix, then `solve_block`,
+which by default leaves it at that.
+
+Shape letters: S samples, s of them, T tokens per sample, H hidden size, N rows, K columns.
+"""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -26,6 +36,90 @@ class Solution:
     quantized: Quantized
     fallback: str | None = None
     target: Tensor | None = None
+
+
+Part = slice | Tensor
+"""Some samples: a slice, or int64 indices."""
+
+
+class States(Protocol):
+    """Hidden states of all samples."""
+
+    samples: int
+
+    def __getitem__(self, part: Part) -> Tensor:
+        """Those of some samples, [s, T, H], in the type of the walk."""
+
+
+class MatrixPlan(Protocol):
+    """What is to become of a module; `qtool.plan.LayerPlan` is one."""
+
+    @property
+    def format(self) -> Format | None:
+        """Of its weight."""
+
+    @property
+    def activations(self) -> Format | None:
+        """What its inputs are rounded to; None: nothing."""
+
+
+@dataclass(frozen=True)
+class BlockTask:
+    """One decoder block, and those of its modules that a method owns.
+
+    Attributes:
+        block: its index.
+        plans: of the modules that the method owns, by name.
+        formats: of their weights; those that want it know the largest weight.
+        weights: theirs, float32 [N, K], on the device.
+        found: what the start method found while tokens stepped through the block, on the device.
+        stats: of their inputs, behind the matrices before them that had been solved.
+        inputs: hidden states in front of the block as the quantized model has them.
+        original: the same in the unquantized model; the same object where every block reads the unquantized model's.
+        targets: what the unquantized block makes of `original`.
+        forward: see `run`.
+        device, dtype: where blocks run, and in which type.
+        seed: for what is drawn at random.
+        token_weights: how much each token's error counts, float32 [S, T]; None: all alike.
+    """
+
+    block: int
+    plans: Mapping[str, MatrixPlan]
+    formats: Mapping[str, Format]
+    weights: Mapping[str, Tensor]
+    found: Mapping[str, Solution]
+    stats: Mapping[str, InputStats]
+    inputs: States
+    original: States
+    targets: States
+    forward: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+    device: torch.device
+    dtype: torch.dtype
+    seed: int
+    token_weights: Tensor | None = None
+
+    def run(self, part: Part, weights: Mapping[str, Tensor]) -> Tensor:
+        """The block's output for some samples as the quantized model has them, [s, T, H]; differentiable in `weights`.
+
+        Inputs of layers are rounded where the plan says so, with straight-through gradients. Modules that are not
+        named, of other methods for example, have their present weights.
+
+        Args:
+            part: which samples.
+            weights: [N, K] by module; norms go by their names as well ("model.layers.0.input_layernorm").
+        """
+        return self.forward(self.inputs[part], weights)
+
+    def split(self, share: float) -> tuple[Tensor, Tensor]:
+        """(samples to learn from, samples to judge by), int64 indices, ascending; the same in every block.
+
+        Args:
+            share: of the samples that is held out: at least one, if there are two.
+        """
+        samples = self.inputs.samples
+        held = min(samples - 1, max(1, round(samples * share)))
+        order = torch.randperm(samples, generator=torch.Generator().manual_seed(self.seed))
+        return order[held:].sort().values, order[:held].sort().values
 
 
 class Method(BaseModel):
@@ -53,6 +147,18 @@ class Method(BaseModel):
             stats: measured on the K inputs; None if `needs` is empty.
             fmt: the representation to choose codes in.
         """
+
+    @property
+    def first(self) -> Method:
+        """What finds first codes while tokens step through a block: the method itself, unless it solves blocks."""
+        return self
+
+    def solve_block(self, task: BlockTask) -> dict[str, Solution]:
+        """Quantizes the modules of a block that the method owns, by name, when tokens have stepped through it.
+
+        Called where `first` is another method. Solutions that are missing stay as they were found.
+        """
+        return dict(task.found)
 
     @classmethod
     def name(cls) -> str:

@@ -10,9 +10,8 @@ from typing import Any
 
 from qtool.artifact._card import HUB_ID
 from qtool.calibrate.attention import AttentionErrors
-from qtool.calibrate.inputs import fit_static
-from qtool.checkpoint._base import Checkpoint, Layer
-from qtool.errors import NumericsError, StorageError, UsageError
+from qtool.checkpoint._base import Checkpoint
+from qtool.errors import StorageError, UsageError
 from qtool.evaluate.gates import refuse_missed
 from qtool.pipeline import evaluate
 from qtool.pipeline.card import card_of, origin
@@ -21,21 +20,16 @@ from qtool.pipeline.entries import kept_entry, mean_db
 from qtool.pipeline.events import Event, Listener, silent
 from qtool.pipeline.prepare import Job, prepare
 from qtool.pipeline.publish import publish
-from qtool.pipeline.solve import solve
+from qtool.pipeline.solver import UnitSolver
 from qtool.pipeline.statistics import Statistics, statistics_for
 from qtool.pipeline.stopwatch import Stopwatch
 from qtool.pipeline.summarize import make_report
 from qtool.pipeline.units import Unit, steps
 from qtool.pipeline.upload import upload
 from qtool.pipeline.work import Record, Work, begun, identity, open_work, remove_work, result_identity
-from qtool.plan import LayerPlan
-from qtool.recipe.parse import parse_method
 from qtool.recipe.schema import Recipe
 from qtool.report.model import CacheEntry, LayerEntry, Report
 from qtool.report.render import read_report, write_report
-from qtool.residuals._base import Matrix
-from qtool.stats._base import InputStats
-from qtool.stats.values import Values
 from qtool.store.files import check_free, damaged_file, new_folder
 from qtool.store.names import output_path
 
@@ -189,8 +183,8 @@ def solve_all(
     earlier = f"{len(work.finished)} finished earlier" if work.finished else ""
     listener(Event("quantize", 0, len(todo), earlier))
     for done, unit in enumerate(todo, 1):
-        followed = any(later.needs and later.name not in work.finished for later in todo[done:])
-        record = solve_unit(unit, job, work, source, followed)
+        propagate = any(later.walked and later.name not in work.finished for later in todo[done:])
+        record = solve_unit(unit, job, work, source, propagate)
         entries |= {entry.name: entry for entry in record.layers}
         caches += [record.cache] if record.cache else []
         error = mean_db(record.layers)
@@ -198,37 +192,25 @@ def solve_all(
     return tuple(entries[p.module.name] for p in job.plan.layers), tuple(caches)
 
 
-def solve_unit(unit: Unit, job: Job, work: Work, source: Statistics, followed: bool) -> Record:
-    """Solves and saves a unit, unless it is finished already.
+def solve_unit(unit: Unit, job: Job, work: Work, source: Statistics, propagate: bool) -> Record:
+    """Solves and saves a unit, unless an earlier run finished it.
 
     Args:
         unit: what to solve.
         job: the run.
         work: where finished units are.
         source: of statistics.
-        followed: whether a later unit wants to be measured behind this one.
+        propagate: whether hidden states have to go on behind it, because a later unit is measured there.
     """
     if (finished := work.record(unit)) is not None:
-        if followed:
-            source.visit(unit, work.solved, known=True, followed=True)
+        if propagate:
+            source.visit(unit, work, propagate)
         return finished
-    solved: dict[str, Matrix] = {}
-    layers: dict[str, Layer] = {}
-    entries: list[LayerEntry] = []
-
-    def solve_readers(plans: tuple[LayerPlan, ...], stats: InputStats | None) -> dict[str, tuple[Matrix, Layer]]:
-        for p in plans:
-            layers[p.module.name] = with_static(p, stats)
-            usable = with_enough_data(p, stats, job.plan.recipe.calibration.min_tokens)
-            seen = stats if usable is p else None
-            solved[p.module.name], entry = solve(usable, job.checkpoint, seen, job.device, unit.merged(p))
-            entries.append(entry if usable is p or stats is None else entry.model_copy(update={"tokens": stats.tokens}))
-        return {p.module.name: (solved[p.module.name], layers[p.module.name]) for p in plans}
-
-    source.visit(unit, solve_readers, known=False, followed=followed)
+    solver = UnitSolver(unit, job)
+    source.visit(unit, solver, propagate)
     cached = source.cached if unit.cache else None
-    record = Record(layers=tuple(entries), cache=cache_entry(unit, cached[1]) if cached else None)
-    work.save(unit, solved, layers, record, cached[0] if cached else None)
+    record = Record(layers=tuple(solver.entries.values()), cache=cache_entry(unit, cached[1]) if cached else None)
+    work.save(unit, solver.matrices, solver.layers, record, cached[0] if cached else None)
     return record
 
 
@@ -243,30 +225,3 @@ def cache_entry(unit: Unit, errors: AttentionErrors) -> CacheEntry:
         scores_error_db=errors.scores_db,
         outputs_error_db=errors.outputs_db,
     )
-
-
-def with_static(plan: LayerPlan, stats: InputStats | None) -> Layer:
-    """A layer with the scale of its inputs, if that is to be found in calibration.
-
-    Raises:
-        NumericsError: no token reached it.
-    """
-    layer = plan.layer
-    assert layer is not None
-    if not layer.activations or not layer.activations.static:
-        return layer
-    if stats is None or Values not in stats or not stats.tokens:
-        hint = "measure it on more tokens (calibration: samples, experts: all), or let inputs be scaled token by token"
-        raise NumericsError(f"no calibration token reached {plan.module.name}, so its inputs have no scale", hint=hint)
-    (static,) = fit_static(stats[Values].histogram, layer.activations)
-    return replace(layer, static=static)
-
-
-def with_enough_data(plan: LayerPlan, stats: InputStats | None, least: int) -> LayerPlan:
-    """A layer's plan; without data, and saying so, if it is an expert's and fewer than `least` tokens reached it."""
-    if not plan.weight_needs or stats is None or plan.module.expert is None:
-        return plan
-    if stats.tokens >= least:
-        return plan
-    text = f"rounded to nearest: fewer than {least} calibration tokens reached this expert"
-    return replace(plan, method=parse_method("rtn"), fallback="; ".join(filter(None, (plan.fallback, text))))

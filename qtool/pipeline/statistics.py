@@ -4,36 +4,35 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from qtool.artifact.gguf._imatrix import is_imatrix
 from qtool.calibrate.attention import AttentionErrors, attention_errors, few
 from qtool.calibrate.cache import MeteredCache, RoundedCache
+from qtool.calibrate.hidden import Hidden
 from qtool.calibrate.reference import Reference
 from qtool.calibrate.store import read_stats
 from qtool.calibrate.tokens import load_tokens
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import CacheScales, Layer, Module
 from qtool.errors import CheckpointError, PlanError
+from qtool.methods._base import BlockTask
 from qtool.pipeline.events import Event, Listener, remarks
 from qtool.pipeline.importance import read_importance
 from qtool.pipeline.prepare import Job
+from qtool.pipeline.solver import Solved, Solver
 from qtool.pipeline.units import Unit, needs_of, units
 from qtool.plan import LayerPlan
 from qtool.recipe.schema import Calibration
-from qtool.residuals._base import Matrix
 from qtool.stats._base import InputStats, Statistic
 from qtool.stats.channels import Channels
 from qtool.stats.drift import Drift
 from qtool.stats.gram import Gram
 from qtool.stats.values import Values
 from qtool.store.files import sha256
-
-Solve = Callable[[tuple[LayerPlan, ...], InputStats | None], Mapping[str, tuple[Matrix, Layer]]]
-"""Quantizes modules that read the same input, or knows them: by module name, matrix and layer."""
 
 
 class Statistics(ABC):
@@ -53,14 +52,13 @@ class Statistics(ABC):
         self.digest, self.about = digest, about
 
     @abstractmethod
-    def visit(self, unit: Unit, solve: Solve, known: bool, followed: bool) -> None:
+    def visit(self, unit: Unit, solver: Solver, propagate: bool) -> None:
         """Has all modules of a unit solved, input by input.
 
         Args:
             unit: the next one.
-            solve: called for the modules of each input, with what was measured there.
-            known: `solve` needs no statistics, because an earlier run finished this unit.
-            followed: whether a later unit will be measured behind this one.
+            solver: called for the modules of each input, with what was measured there.
+            propagate: whether hidden states have to go on behind it, because a later unit is measured there.
         """
 
 
@@ -73,10 +71,10 @@ class Stored(Statistics):
         super().__init__(digest, about or {})
         self.stats = stats
 
-    def visit(self, unit: Unit, solve: Solve, known: bool, followed: bool) -> None:
+    def visit(self, unit: Unit, solver: Solver, propagate: bool) -> None:
         """See `Statistics.visit`."""
         for reads, plans in unit.inputs().items():
-            solve(plans, self.stats.get(reads))
+            solver.solve(plans, self.stats.get(reads))
 
 
 class Walked(Statistics):
@@ -85,50 +83,110 @@ class Walked(Statistics):
     Each block is run once: before an input is read for the first time, all tokens wait until the layers that read it
     are quantized, so every layer is measured behind all quantized ones before it, those of its own block included.
 
+    Methods that solve blocks get theirs then, before hidden states go on.
+
     Args:
         walker: over the unquantized model.
         tokens: int64 [S, T].
         calibration: whether a layer's successors see its quantized outputs; for the rest, see the report.
         compare: whether a method asks how inputs drift.
+        blockwise: whether a method solves blocks, and so wants all samples as the unquantized model has them.
     """
 
-    def __init__(self, walker: Walker, tokens: Tensor, calibration: Calibration, compare: bool) -> None:
+    def __init__(
+        self, walker: Walker, tokens: Tensor, calibration: Calibration, compare: bool, blockwise: bool = False
+    ) -> None:
         about = {**calibration.model_dump(mode="json"), "tokens": tokens.numel()}
         super().__init__(hashlib.sha256(tokens.numpy().tobytes()).hexdigest(), about)
-        self.walker, self.hidden = walker, walker.embed(tokens)
+        self.walker, self.hidden, self.seed = walker, walker.embed(tokens), calibration.seed
         self.quantized = calibration.propagate == "quantized"
-        self.reference = Reference(walker, tokens) if self.quantized and compare else None
+        beside = self.quantized and (compare or blockwise)
+        self.reference = Reference(walker, tokens, every=blockwise) if beside else None
 
-    def visit(self, unit: Unit, solve: Solve, known: bool, followed: bool) -> None:
+    def visit(self, unit: Unit, solver: Solver, propagate: bool) -> None:
         """See `Statistics.visit`."""
-        inputs = unit.inputs()
-        needs = {} if known else {reads: need for reads, plans in inputs.items() if (need := comparable(plans))}
-        if unit.block is None:
+        inputs, i = unit.inputs(), unit.block
+        measured = {} if solver.resumed else {reads: need for reads in inputs if (need := comparable(inputs[reads]))}
+        if i is None:
             for reads, plans in inputs.items():
-                solve(plans, self.walker.collect_head(self.hidden, needs[reads]) if reads in needs else None)
+                stats = self.walker.collect_head(self.hidden, measured[reads]) if reads in measured else None
+                solver.solve(plans, stats)
             return
-        block = self.walker.load_block(unit.block)
-        layers = {p.module.name: p.layer for p in unit.quantized if p.layer and self.quantized}
+        block = self.walker.load_block(i)
+        layers = {p.module.name: p.layer for p in unit.quantized if p.layer}
+        rounding = layers if self.quantized else {}
+        for reads in (reads for reads in inputs if reads not in measured):
+            self.put(block, layers, unit, solver.solve(inputs[reads], None))
+        blockwise = bool(unit.blockwise) and not solver.resumed
+        metered = MeteredCache(unit.cache) if unit.cache and not solver.resumed else None
+        if not (measured or blockwise or metered or propagate):
+            return
+        first = few(self.hidden)
+        with self.walker.quantized_inputs(block, i, rounding):
+            steps = self.walker.steps(block, i, self.hidden, measured, self.reference, metered, keep=blockwise)
+            for reads, stats in steps:
+                self.put(block, layers, unit, solver.solve(inputs[reads], stats))
+        if blockwise:
+            self.solve_block(block, layers, unit, solver)
+        if metered and unit.cache:
+            self.cached = self.compare_attention(block, rounding, i, first, RoundedCache(unit.cache, metered.scales()))
 
-        def settle(plans: tuple[LayerPlan, ...], stats: InputStats | None) -> None:
-            solved = solve(plans, stats)
-            for p in plans if self.quantized else ():
-                matrix, layers[p.module.name] = solved[p.module.name]
+    def put(self, block: nn.Module, layers: dict[str, Layer], unit: Unit, solved: Solved) -> None:
+        """Puts what was solved into the block, if its successors are to see that."""
+        for p in (p for p in unit.quantized if p.module.name in solved):
+            matrix, layers[p.module.name] = solved[p.module.name]
+            if self.quantized:
                 self.walker.set_weight(block, p.module, matrix.decode())
 
-        for reads in (reads for reads in inputs if reads not in needs):
-            settle(inputs[reads], None)
-        metered = MeteredCache(unit.cache) if unit.cache and not known else None
-        if not needs and not followed and not metered:
-            return
-        read = few(self.hidden)
-        with self.walker.quantized_inputs(block, unit.block, layers):
-            for reads, stats in self.walker.steps(block, unit.block, self.hidden, needs, self.reference, metered):
-                settle(inputs[reads], stats)
-            if metered and unit.cache:
-                scales = metered.scales()
-                rounded = RoundedCache(unit.cache, scales)
-                self.cached = scales, attention_errors(self.walker, block, unit.block, read, rounded)
+    def solve_block(self, block: nn.Module, layers: dict[str, Layer], unit: Unit, solver: Solver) -> None:
+        """Has the block solved as a whole, and lets hidden states go on behind what was found."""
+        assert unit.block is not None
+        walker, i, original = self.walker, unit.block, self.reference or self
+        if self.reference is None:
+            targets = self.hidden.like()
+            targets.values.copy_(self.hidden.values)
+            walker.advance(block, i, targets, {})
+        else:
+            targets = self.reference.outputs
+        task = BlockTask(
+            block=i,
+            plans={},
+            formats={},
+            weights={},
+            found={},
+            stats={},
+            inputs=self.hidden,
+            original=original.hidden,
+            targets=targets,
+            forward=lambda x, weights: walker.differentiable(block, i, x, weights, layers),
+            device=walker.device,
+            dtype=walker.dtype,
+            seed=self.seed,
+        )
+        for solved in solver.solve_block(task):
+            self.put(block, layers, unit, solved)
+        if self.reference is None:
+            self.hidden = targets
+        else:
+            self.reference.proceed()
+            walker.advance(block, i, self.hidden, layers)
+
+    def compare_attention(
+        self, block: nn.Module, layers: Mapping[str, Layer], i: int, first: Hidden, cache: RoundedCache
+    ) -> tuple[CacheScales, AttentionErrors]:
+        """Scales of the KV cache, and what rounding with them does to the block's attention.
+
+        Args:
+            block: with the weights that it will have.
+            layers: how its linear layers round their inputs.
+            i: its index.
+            first: the beginning of what it reads.
+            cache: how keys and values are rounded.
+        """
+        reads = self.walker.modules[i][0].reads
+        before = {m.name: layers[m.name] for m in self.walker.modules[i] if m.reads == reads and m.name in layers}
+        with self.walker.quantized_inputs(block, i, before):
+            return cache.scales, attention_errors(self.walker, block, i, first, cache)
 
 
 def comparable(plans: tuple[LayerPlan, ...]) -> frozenset[type[Statistic]]:
@@ -153,7 +211,8 @@ def statistics_for(job: Job, stored: Path | None, listener: Listener) -> Statist
     Raises:
         CheckpointError, MissingExtra, HubError: see `load_tokens` and `read`.
     """
-    if not any(unit.needs for unit in units(job.plan)):
+    blockwise = any(unit.blockwise for unit in units(job.plan))
+    if not any(unit.walked for unit in units(job.plan)):
         if stored:
             text = f"{stored} is not used, because the recipe's methods measure no inputs"
             listener(Event("calibrate", 1, 1, text, warning=True))
@@ -174,7 +233,7 @@ def statistics_for(job: Job, stored: Path | None, listener: Listener) -> Statist
     tokens = load_tokens(calibration, job.checkpoint, remarks(listener, "calibrate"))
     walker = Walker(job.checkpoint, job.device, job.dtype, calibration.experts == "all")
     compare = any(Drift in unit.needs for unit in units(job.plan))
-    source = Walked(walker, tokens, calibration, compare)
+    source = Walked(walker, tokens, calibration, compare, blockwise)
     listener(Event("calibrate", 1, 1, f"{tokens.numel()} tokens"))
     return source
 

@@ -39,6 +39,16 @@ class Unit:
         cached = {Values} if self.cache and self.cache.static else set()
         return needs_of(self.layers) | cached
 
+    @property
+    def blockwise(self) -> tuple[LayerPlan, ...]:
+        """The modules of a decoder block whose method solves blocks."""
+        return tuple(p for p in self.quantized if self.block is not None and p.method and p.method.first != p.method)
+
+    @property
+    def walked(self) -> bool:
+        """True if calibration tokens have to reach it."""
+        return bool(self.needs or self.blockwise)
+
     def inputs(self) -> dict[str, tuple[LayerPlan, ...]]:
         """The modules that get a format, by the input that they read."""
         readers: dict[str, tuple[LayerPlan, ...]] = {}

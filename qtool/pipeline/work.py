@@ -15,9 +15,11 @@ import torch
 from qtool import registry
 from qtool.checkpoint._base import CacheScales, Layer
 from qtool.errors import CheckpointError, StorageError
+from qtool.methods._base import BlockTask
 from qtool.numerics.threads.processor import processor
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.prepare import Job
+from qtool.pipeline.solver import Solved
 from qtool.pipeline.units import Unit, cache_format
 from qtool.plan import LayerPlan
 from qtool.report.model import CacheEntry, Entry, LayerEntry
@@ -36,7 +38,7 @@ class Record(Entry):
 
 
 class Work:
-    """Finished units of one run.
+    """Finished units of one run; as a `Solver` it gives their matrices back.
 
     Args:
         folder: exists.
@@ -44,6 +46,8 @@ class Work:
         run: what identifies it, see `identity`.
         listener: told about units that an earlier run finished and that are damaged now.
     """
+
+    resumed = True
 
     def __init__(self, folder: Path, job: Job, run: Mapping[str, Any], listener: Listener) -> None:
         self.folder, self.source, self.run = folder, job.checkpoint, run
@@ -61,11 +65,15 @@ class Work:
             return Record(layers=())
         return Record.model_validate(self.finished[unit.name]) if unit.name in self.finished else None
 
-    def solved(self, plans: tuple[LayerPlan, ...], _: InputStats | None) -> dict[str, tuple[Matrix, Layer]]:
-        """What an earlier run found for modules: matrix and layer by name, as `Statistics.visit` wants them."""
+    def solve(self, plans: tuple[LayerPlan, ...], stats: InputStats | None) -> Solved:
+        """See `Solver.solve`: what the earlier run found."""
         assert self.earlier is not None
         names = [p.module.name for p in plans]
         return {name: (self.earlier.matrix(name), self.earlier.layers[name]) for name in names}
+
+    def solve_block(self, task: BlockTask) -> Iterator[Solved]:
+        """See `Solver.solve_block`: what the earlier run found is final."""
+        return iter(())
 
     def save(
         self,

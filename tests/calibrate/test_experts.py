@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from qtool.calibrate import walker as walker_module
+from qtool.calibrate import blocks as blocks_module
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.stats.channels import Channels
@@ -34,7 +34,7 @@ def folder(name, tiny_checkpoint):
 
 @pytest.mark.parametrize(("batch", "all_experts"), [(40, False), (4096, True)], ids=["routed", "all"])
 def test_logits_are_those_of_transformers(batch, all_experts, folder, monkeypatch):
-    monkeypatch.setattr(walker_module, "BATCH_TOKENS", batch)
+    monkeypatch.setattr(blocks_module, "BATCH_TOKENS", batch)
     walker = Walker(HFCheckpoint(folder), CPU, torch.float32, all_experts)
     with torch.no_grad():
         want = load_reference(folder)(TOKENS).logits
@@ -73,7 +73,7 @@ def shown(model, name):
 
 @pytest.mark.parametrize("all_experts", [False, True], ids=["routed", "all"])
 def test_an_expert_is_measured_on_its_tokens(all_experts, name, folder, monkeypatch):
-    monkeypatch.setattr(walker_module, "BATCH_TOKENS", 80)
+    monkeypatch.setattr(blocks_module, "BATCH_TOKENS", 80)
     expected = shown(load_reference(folder), name)
     walker = Walker(HFCheckpoint(folder), CPU, torch.float32, all_experts)
     hidden, count = walker.embed(TOKENS), 0

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from qtool.calibrate import blocks as blocks_module
 from qtool.calibrate import reference as reference_module
 from qtool.calibrate import walker as walker_module
 from qtool.calibrate.meta import build_on_meta, quiet
@@ -59,7 +60,7 @@ def all_logits(walker, tokens):
 
 @pytest.mark.parametrize("batch", [1, 80, 4096], ids="{} tokens a pass".format)
 def test_logits_are_those_of_transformers(batch, folder, monkeypatch):
-    monkeypatch.setattr(walker_module, "BATCH_TOKENS", batch)
+    monkeypatch.setattr(blocks_module, "BATCH_TOKENS", batch)
     walker = Walker(HFCheckpoint(folder), CPU, torch.float32)
     for tokens in (TOKENS, TOKENS[:, :17]):  # recorded arguments depend on the length
         _, want = inputs_and_logits(load_reference(folder), tokens)
@@ -121,7 +122,7 @@ def assert_measured(stats, x):
 
 
 def test_statistics_are_those_of_hooks_on_transformers(folder, monkeypatch):
-    monkeypatch.setattr(walker_module, "BATCH_TOKENS", 80)  # two samples, then one
+    monkeypatch.setattr(blocks_module, "BATCH_TOKENS", 80)  # two samples, then one
     walker = Walker(HFCheckpoint(folder), CPU, torch.float32)
     seen, _ = inputs_and_logits(load_reference(folder), TOKENS)
     hidden, names = walker.embed(TOKENS), set()
@@ -160,7 +161,7 @@ def replaced(module):
 
 @pytest.mark.parametrize("limit", [1 << 30, 0])
 def test_drift_is_measured_against_the_unquantized_model(limit, tiny_checkpoint, monkeypatch):
-    monkeypatch.setattr(walker_module, "BATCH_TOKENS", 80)  # two samples, then one
+    monkeypatch.setattr(blocks_module, "BATCH_TOKENS", 80)  # two samples, then one
     monkeypatch.setattr(walker_module, "MEMORY_LIMIT", limit)
     monkeypatch.setattr(reference_module, "SHARE", 0.3)  # of three samples: the first
     folder = tiny_checkpoint("llama-biased")
@@ -187,7 +188,7 @@ def test_drift_is_measured_against_the_unquantized_model(limit, tiny_checkpoint,
 
 @pytest.mark.parametrize("limit", [1 << 30, 0])
 def test_an_input_is_measured_behind_the_weights_replaced_before_it(limit, tiny_checkpoint, monkeypatch):
-    monkeypatch.setattr(walker_module, "BATCH_TOKENS", 80)  # two samples, then one
+    monkeypatch.setattr(blocks_module, "BATCH_TOKENS", 80)  # two samples, then one
     monkeypatch.setattr(walker_module, "MEMORY_LIMIT", limit)  # 0: waiting batches start anew
     folder = tiny_checkpoint("llama-biased")
     walker, model = Walker(HFCheckpoint(folder), CPU, torch.float32), load_reference(folder)

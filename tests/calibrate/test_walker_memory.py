@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from qtool.calibrate import walker as walker_module
+from qtool.calibrate import blocks as blocks_module
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError
@@ -34,7 +34,7 @@ class Parts(HFCheckpoint):
 
 
 def test_embeddings_are_read_in_parts_and_only_where_needed(tiny_checkpoint, monkeypatch):
-    monkeypatch.setattr(walker_module, "TABLE_VALUES", 64 * 100)
+    monkeypatch.setattr(blocks_module, "TABLE_VALUES", 64 * 100)
     folder = tiny_checkpoint("llama")
     tokens = torch.tensor([[0, 99, 100, 511], [500, 300, 399, 0]])
     checkpoint = Parts(folder)

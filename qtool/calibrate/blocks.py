@@ -1,0 +1,208 @@
+"""A model whose decoder blocks are loaded and run one at a time; hidden states come from outside.
+
+The model class is transformers' own, built on the meta device, so nothing of it takes memory but the block in hand. The
+arguments that a block wants beside its hidden states (attention mask, rotary tables) are recorded once, by running the
+model's own forward with its blocks replaced by recorders, so no family needs code here.
+
+Shape letters: S samples, T tokens per sample, H hidden size.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtool.calibrate.experts import split_experts
+from qtool.calibrate.foreign import Calls, KVStore, assign, run_block
+from qtool.calibrate.hidden import Hidden
+from qtool.calibrate.inputs import rounded
+from qtool.calibrate.meta import ATTENTION, Recorder, build_on_meta
+from qtool.calibrate.operated import Following, Operated, put_behind
+from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, finite, modules
+from qtool.errors import CheckpointError
+from qtool.numerics.threads.parallel import shares
+
+BATCH_TOKENS = 2048
+"""Tokens per forward pass: enough to keep matrix products busy, few enough that a block's intermediates stay small."""
+
+ABREAST = 8
+"""Most batches that are run side by side; each takes memory for a block's intermediates."""
+
+TABLE_VALUES = 1 << 24
+"""Values of the embedding, or of the output matrix in float32, that are in memory at a time: 64 MB."""
+
+
+class Blocks:
+    """One model.
+
+    Args:
+        checkpoint: where weights come from, one tensor at a time; a quantized one gives decoded weights.
+        device: where blocks are run.
+        dtype: of weights and hidden states.
+        all_experts: show every token to every expert, and measure so; the model computes the same.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, all_experts: bool = False
+    ) -> None:
+        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+        self.layers = checkpoint.layers if isinstance(checkpoint, QuantizedCheckpoint) else {}
+        self.family, self.input_ops = checkpoint.family, checkpoint.input_ops
+        self.model = build_on_meta(checkpoint.config, dtype, self.family.attention)
+        self.attends = self.model.config._attn_implementation == ATTENTION
+        self.blocks = list(self.model.model.layers)
+        self.norm = self.model.model.norm
+        self.modules: dict[int, list[Module]] = {i: [] for i in range(len(self.blocks))}
+        for module in modules(checkpoint):
+            if module.block is not None:
+                self.modules[module.block].append(module)
+        for block, found in zip(self.blocks, self.modules.values(), strict=True):
+            split_experts(block, {self.path(module): module for module in found}, all_experts)
+        self.arguments: dict[int, list[dict[str, Any]]] = {}
+
+    def embed(self, tokens: Tensor) -> Hidden:
+        """Token ids, int64 [S, T] -> hidden states before the first block, [S, T, H].
+
+        Raises:
+            CheckpointError: a token has no row in the embedding.
+        """
+        name = f"{self.family.embedding}.weight"
+        rows, width = self.checkpoint.info(name).shape
+        if int(tokens.max()) >= rows:
+            wanted = f"token ids below {rows}"
+            raise CheckpointError("tokenizer and model do not belong together", wanted=wanted, found=int(tokens.max()))
+        samples, length = tokens.shape
+        hidden = Hidden(samples, length, width, self.dtype)
+        step = max(1, TABLE_VALUES // width)
+        scale = torch.tensor(self.family.embedding_scale(self.checkpoint.config), dtype=self.dtype)
+        for start in range(0, rows, step):
+            here = (tokens >= start) & (tokens < start + step)
+            if here.any():
+                table = self.checkpoint.rows(name, start, min(start + step, rows)).to(self.dtype) * scale
+                for s in range(samples):
+                    hidden.values[s, here[s]] = table[tokens[s, here[s]] - start]
+        return hidden
+
+    def load_block(self, i: int) -> nn.Module:
+        """Block i with its weights, on the device."""
+        block: nn.Module = copy.deepcopy(self.blocks[i])
+        prefix = self.family.block_prefix.format(i=i)
+        names = self.family.block_shapes(self.checkpoint.config, i)
+        state = {self.family.submodule(name): self.tensor(prefix + name) for name in names}
+        assign(block, state)
+        put_behind(block, {self.path(m): self.input_ops.get(m.name, ()) for m in self.modules[i]})
+        return block.eval().requires_grad_(False)
+
+    def tensor(self, name: str) -> Tensor:
+        """A weight in the walker's dtype, on its device."""
+        return self.checkpoint.tensor(name).to(self.device, self.dtype)
+
+    def set_weight(self, block: nn.Module, module: Module, w: Tensor) -> None:
+        """Replaces a linear layer's weight, [N, K], by what a runtime would multiply with."""
+        self.linear(block, module).weight.data = w.to(self.device, self.dtype)
+
+    def linear(self, block: nn.Module, module: Module) -> nn.Module:
+        """The submodule of a loaded block; behind the operations on its input, if it has some."""
+        return innermost(block.get_submodule(self.path(module)))
+
+    def path(self, module: Module) -> str:
+        """Name of a module below its block, in transformers' class."""
+        return self.family.submodule(module.name.removeprefix(self.family.block_prefix.format(i=module.block)))
+
+    @contextmanager
+    def quantized_inputs(
+        self, block: nn.Module, i: int, layers: Mapping[str, Layer] | None = None, times: int | None = None
+    ) -> Iterator[None]:
+        """Within the context, linear layers of the block see inputs rounded as a runtime rounds them.
+
+        Args:
+            block: from `load_block(i)`.
+            i: its index.
+            layers: by module name; may change on the way. None: what the checkpoint declares.
+            times: how often the block is run; None: at least once.
+
+        Raises:
+            QtoolError: on leaving, if a layer that reads every token did not come by.
+        """
+        layers = self.layers if layers is None else layers
+        hooked, calls = [m for m in self.modules[i] if m.name in layers and layers[m.name].activations], Calls()
+        with ExitStack() as hooks:
+            for m in hooked:
+                rounds = calls.counted(m.name, lambda _, x, name=m.name: rounded(x[0], layers[name]))
+                hooks.enter_context(self.linear(block, m).register_forward_pre_hook(rounds))
+            yield
+        calls.check(block, [m.name for m in hooked if m.expert is None], times)
+
+    def parts(self, hidden: Hidden) -> list[slice]:
+        """Samples that are run together."""
+        step = max(1, BATCH_TOKENS // hidden.length)
+        return [slice(start, start + step) for start in range(0, hidden.samples, step)]
+
+    def shares(self, parts: Sequence[slice]) -> tuple[int, int]:
+        """Threads to run some batches on; see `numerics.parallel.shares`."""
+        return shares(min(len(parts), ABREAST), self.device)
+
+    def output(self, block: nn.Module, i: int, hidden: Hidden, part: slice, cache: KVStore | None = None) -> Tensor:
+        """Block i's output for some samples, [s, T, H]; keys and values go through `cache`. Raises NumericsError."""
+        x, arguments = hidden[part].to(self.device), self.block_arguments(hidden.length)[i]
+        where = f"of hidden states behind block {i} of {self.checkpoint.source}"
+        return finite(run_block(block, x, arguments, cache, self.attends), where)
+
+    def differentiable(
+        self, block: nn.Module, i: int, x: Tensor, weights: Mapping[str, Tensor], layers: Mapping[str, Layer]
+    ) -> Tensor:
+        """Block i's output with other weights, [s, T, H], differentiable in these.
+
+        Args:
+            block: from `load_block(i)`; stays as it is.
+            i: its index.
+            x: its inputs, [s, T, H].
+            weights: by name of the module without ".weight"; of linear layers [N, K].
+            layers: how linear layers round their inputs, by name; see `quantized_inputs`.
+        """
+        block, prefix = twin(block), self.family.block_prefix.format(i=i)
+        for name, w in weights.items():
+            module = innermost(block.get_submodule(self.family.submodule(name.removeprefix(prefix))))
+            del module._parameters["weight"]
+            module.weight = w.to(self.device, self.dtype)
+        arguments = self.block_arguments(x.shape[1])[i]
+        with self.quantized_inputs(block, i, layers, times=1):
+            return run_block(block, x.to(self.device, self.dtype), arguments, None, self.attends)
+
+    def block_arguments(self, length: int) -> list[dict[str, Any]]:
+        """What the model's own forward passes to each block beside hidden states, for samples of `length` tokens."""
+        if length not in self.arguments:
+            body = self.model.model
+            recorders = [Recorder(block) for block in self.blocks]
+            body.layers = nn.ModuleList(recorders)
+            body.norm = nn.Identity()
+            with torch.inference_mode(False), torch.no_grad():  # gradients may flow past what is recorded here
+                x = torch.zeros(1, length, body.config.hidden_size, dtype=self.dtype, device=self.device)
+                body(inputs_embeds=x, use_cache=False)
+            self.arguments[length] = [recorder.recorded() for recorder in recorders]
+        return self.arguments[length]
+
+    def load_norm(self) -> nn.Module:
+        """The final norm with its weights, and what is done to its output before it is read."""
+        norm: nn.Module = copy.deepcopy(self.norm)
+        assign(norm, {"weight": self.tensor(f"{self.family.norm}.weight")})
+        return Following(norm, self.input_ops.get(self.family.head, ()))
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """A linear layer without the operations on its input."""
+    return module.linear if isinstance(module, Operated) else module
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """A module with the same parameters, and submodules and hooks of its own."""
+    same = copy.copy(module)
+    same._modules = {name: child and twin(child) for name, child in module._modules.items()}
+    same._parameters = module._parameters.copy()
+    same._forward_pre_hooks = module._forward_pre_hooks.copy()
+    return same

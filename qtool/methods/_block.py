@@ -1,0 +1,66 @@
+"""Methods that solve a decoder block as a whole, from what another method found in it matrix by matrix."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, PlainSerializer
+from torch import Tensor
+
+from qtool import registry
+from qtool.errors import nearest
+from qtool.formats._base import Format
+from qtool.methods._base import BlockTask, Method, Solution
+from qtool.stats._base import InputStats, Statistic
+
+
+def _parse(value: Any) -> Any:
+    """`gptq`, or `{gptq: {damp: 0.01}}`."""
+    if isinstance(value, Method):
+        return value
+    options = {value: {}} if isinstance(value, str) else value
+    if not isinstance(options, Mapping) or len(options) != 1:
+        raise ValueError("wanted a method's name, or {NAME: {...}}")
+    ((name, fields),) = options.items()
+    if name not in (known := registry.names("methods")):
+        raise ValueError(f"no method is called {name!r}; {nearest(str(name), known)}")
+    return registry.load("methods", name).model_validate(fields or {})
+
+
+MatrixMethod = Annotated[
+    Method, BeforeValidator(_parse), PlainSerializer(lambda m: {m.name(): m.model_dump(mode="json")})
+]
+
+
+class BlockMethod(Method):
+    """A method that solves blocks.
+
+    Attributes:
+        start: the method that finds first codes, matrix by matrix.
+    """
+
+    start: MatrixMethod = Field("gptq", validate_default=True)
+
+    @property
+    def needs(self) -> frozenset[type[Statistic]]:
+        """What its start needs."""
+        return self.start.needs
+
+    @property
+    def first(self) -> Method:
+        """See `Method.first`."""
+        return self.start
+
+    def prepare(self, stats: InputStats, fmt: Format) -> None:
+        """See `Method.prepare`."""
+        self.start.prepare(stats, fmt)
+
+    def solve(self, w: Tensor, stats: InputStats | None, fmt: Format) -> Solution:
+        """See `Method.solve`; outside of blocks that is all."""
+        return self.start.solve(w, stats, fmt)
+
+    @abstractmethod
+    def solve_block(self, task: BlockTask) -> dict[str, Solution]:
+        """See `Method.solve_block`."""

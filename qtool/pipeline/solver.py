@@ -1,0 +1,159 @@
+"""The modules of one unit, solved as their inputs are reached, and then block by block where methods do so."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+
+from qtool.calibrate.inputs import fit_static
+from qtool.checkpoint._base import Layer
+from qtool.errors import NumericsError
+from qtool.methods._base import BlockTask, Solution
+from qtool.pipeline.entries import Sums
+from qtool.pipeline.prepare import Job
+from qtool.pipeline.solve import TAKEN_OVER, informed, refuse_infinite, solve
+from qtool.pipeline.units import Unit
+from qtool.plan import LayerPlan
+from qtool.recipe.parse import parse_method
+from qtool.report.model import LayerEntry
+from qtool.residuals._base import Matrix
+from qtool.stats._base import InputStats
+from qtool.stats.gram import gram_of
+from qtool.stats.values import Values
+
+Solved = Mapping[str, tuple[Matrix, Layer]]
+"""Matrix and layer of modules, by name."""
+
+
+class Solver(Protocol):
+    """What the walk through a unit asks."""
+
+    @property
+    def resumed(self) -> bool:
+        """True if an earlier run solved the unit, so that nothing has to be measured."""
+
+    def solve(self, plans: tuple[LayerPlan, ...], stats: InputStats | None) -> Solved:
+        """Solves the modules that read an input, given what was measured there."""
+
+    def solve_block(self, task: BlockTask) -> Iterator[Solved]:
+        """Solves modules once more, given the whole block; `task` names none of them yet."""
+
+
+class UnitSolver:
+    """Solves a unit and keeps what it found.
+
+    Args:
+        unit: what to solve.
+        job: the run.
+
+    Attributes:
+        matrices, layers, entries: by module.
+    """
+
+    resumed = False
+
+    def __init__(self, unit: Unit, job: Job) -> None:
+        self.unit, self.job = unit, job
+        self.matrices: dict[str, Matrix] = {}
+        self.layers: dict[str, Layer] = {}
+        self.entries: dict[str, LayerEntry] = {}
+        self.stats: dict[str, InputStats | None] = {}
+        """Of modules that are solved once more."""
+
+    def solve(self, plans: tuple[LayerPlan, ...], stats: InputStats | None) -> Solved:
+        """See `Solver.solve`."""
+        for p in plans:
+            name, unit, job = p.module.name, self.unit, self.job
+            self.layers[name] = with_static(p, stats)
+            usable = with_enough_data(p, stats, job.plan.recipe.calibration.min_tokens)
+            first = replace(usable, method=usable.method and usable.method.first)
+            seen = stats if usable is p else None
+            self.matrices[name], entry = solve(first, job.checkpoint, seen, job.device, unit.merged(p))
+            measured = usable is p or stats is None
+            self.entries[name] = entry if measured else entry.model_copy(update={"tokens": stats and stats.tokens})
+            if p in unit.blockwise and usable is p and entry.method != TAKEN_OVER:
+                self.stats[name] = stats
+        return self.found(p.module.name for p in plans)
+
+    def found(self, names: Iterator[str]) -> Solved:
+        """What is known of modules."""
+        return {name: (self.matrices[name], self.layers[name]) for name in names}
+
+    def solve_block(self, task: BlockTask) -> Iterator[Solved]:
+        """See `Solver.solve_block`; method by method, each behind those before it."""
+        owned = [p for p in self.unit.blockwise if p.module.name in self.stats]
+        for method in dict.fromkeys(p.method for p in owned if p.method):
+            mine = {p.module.name: p for p in owned if p.method == method}
+            begin = time.monotonic()
+            full = self.completed(task, mine)
+            solutions = method.solve_block(full)
+            seconds = (time.monotonic() - begin) / len(mine)
+            for name, p in mine.items():
+                entry = self.entries[name]
+                update = {"method": method.name(), "seconds": entry.seconds + seconds}
+                self.entries[name] = entry.model_copy(update=update)
+                if name in solutions:
+                    self.accept(p, solutions[name], full)
+            yield self.found(iter(solutions))
+
+    def completed(self, task: BlockTask, plans: Mapping[str, LayerPlan]) -> BlockTask:
+        """The task with modules to solve."""
+        checkpoint, device = self.job.checkpoint, self.job.device
+        formats = {name: informed(p.format, checkpoint, self.unit.merged(p)) for name, p in plans.items() if p.format}
+        return replace(
+            task,
+            plans=plans,
+            formats=formats,
+            weights={name: checkpoint.tensor(f"{name}.weight").to(device, torch.float32) for name in plans},
+            found={name: Solution(self.matrices[name].quantized.to(device)) for name in plans},
+            stats={name: stats for name in plans if (stats := self.stats[name]) is not None},
+        )
+
+    def accept(self, plan: LayerPlan, solution: Solution, task: BlockTask) -> None:
+        """Takes a solution in the place of what was found first.
+
+        Raises:
+            NumericsError: it is not finite.
+        """
+        name, w = plan.module.name, task.weights[plan.module.name]
+        assert plan.format is not None
+        found = replace(solution.quantized.to(torch.device("cpu")), format=plan.format)
+        w_hat = found.decode().to(w.device)
+        refuse_infinite(w_hat, plan)
+        gram, entry = gram_of(self.stats[name]), self.entries[name]
+        update = {
+            "fallback": "; ".join(filter(None, (entry.fallback, solution.fallback))) or None,
+            **Sums.of(w, w_hat, gram, solution.target).errors(gram is not None),
+        }
+        self.matrices[name], self.entries[name] = Matrix(found), entry.model_copy(update=update)
+
+
+def with_static(plan: LayerPlan, stats: InputStats | None) -> Layer:
+    """A layer with the scale of its inputs, if that is to be found in calibration.
+
+    Raises:
+        NumericsError: no token reached it.
+    """
+    layer = plan.layer
+    assert layer is not None
+    if not layer.activations or not layer.activations.static:
+        return layer
+    if stats is None or Values not in stats or not stats.tokens:
+        hint = "measure it on more tokens (calibration: samples, experts: all), or let inputs be scaled token by token"
+        raise NumericsError(f"no calibration token reached {plan.module.name}, so its inputs have no scale", hint=hint)
+    (static,) = fit_static(stats[Values].histogram, layer.activations)
+    return replace(layer, static=static)
+
+
+def with_enough_data(plan: LayerPlan, stats: InputStats | None, least: int) -> LayerPlan:
+    """A layer's plan; without data, and saying so, if it is an expert's and fewer than `least` tokens reached it."""
+    if not plan.weight_needs or stats is None or plan.module.expert is None:
+        return plan
+    if stats.tokens >= least:
+        return plan
+    text = f"rounded to nearest: fewer than {least} calibration tokens reached this expert"
+    return replace(plan, method=parse_method("rtn"), fallback="; ".join(filter(None, (plan.fallback, text))))

@@ -1,0 +1,164 @@
+"""Methods that solve blocks, with the one that docs/extending.md shows: what they are given, and what is made of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from qtool import registry
+from qtool.artifact._open import open_artifact
+from qtool.calibrate.tokens import load_tokens
+from qtool.calibrate.walker import Walker
+from qtool.checkpoint.open import open_checkpoint
+from qtool.errors import NumericsError
+from qtool.methods._base import Solution
+from qtool.pipeline.quantize import QuantizeOptions, run
+from qtool.recipe.load import load_recipe
+from tests.test_extending import extra, installed  # noqa: F401
+
+RECIPE = """
+recipe: 1
+name: blocks
+calibration: {samples: 6, length: 48, propagate: PROPAGATE}
+layers:
+  - {match: lm_head, keep: true}
+  - {match: "*.down_proj", weights: int4-g32, method: rtn}
+  - {match: "*.o_proj", weights: int3-g32, method: gptq}
+  - {match: "*", weights: int3-g32, method: METHOD, activations: int8-token}
+export: [{to: qtool}]
+"""
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def recipe(tmp_path, extra, installed):  # noqa: F811
+    """Writes a recipe; the page's package is installed."""
+    installed(extra)
+
+    def write(method="nudge", propagate="quantized"):
+        path = tmp_path / "blocks.yaml"
+        path.write_text(RECIPE.replace("METHOD", method).replace("PROPAGATE", propagate))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def tasks(recipe, monkeypatch):
+    """Every task that the method gets, with copies of its hidden states and of what a run with found weights gives."""
+    seen, kind = [], registry.load("methods", "nudge")
+    original = kind.solve_block
+
+    def spy(self, task):
+        states = [s.values.clone() for s in (task.inputs, task.original, task.targets)]
+        with torch.no_grad():
+            output = task.run(slice(None), {name: s.quantized.decode() for name, s in task.found.items()})
+        seen.append((task, states, output))
+        return original(self, task)
+
+    monkeypatch.setattr(kind, "solve_block", spy)
+    return seen
+
+
+def walk(source, tokens, quantized=None):
+    """Hidden states in front of each block, and behind the last: of a model, or with another's matrices and inputs."""
+    walker, states = Walker(open_checkpoint(str(source)), CPU, torch.float32), []
+    hidden = walker.embed(tokens)
+    for i in range(len(walker.blocks)):
+        states.append(hidden.values.clone())
+        block = walker.load_block(i)
+        for module in walker.modules[i] if quantized else ():
+            walker.set_weight(block, module, quantized.tensor(f"{module.name}.weight"))
+        walker.advance(block, i, hidden, quantized.layers if quantized else {})
+    return [*states, hidden.values]
+
+
+@pytest.mark.parametrize("name", ["llama-biased", "qwen3_moe"])
+@pytest.mark.parametrize("propagate", ["quantized", "float"])
+def test_a_block_is_solved_in_place_and_hidden_states_go_on_behind_it(
+    name, propagate, recipe, tasks, tiny_checkpoint, tmp_path
+):
+    start = "rtn" if propagate == "float" else "{rtn: {importance: true}}"
+    source, path = tiny_checkpoint(name), recipe(f"{{nudge: {{start: {start}}}}}", propagate)
+    overrides = ("calibration.min_tokens=1",)
+    report = run(QuantizeOptions(str(source), path, tmp_path / "out", overrides, device="cpu", dtype="fp32"))
+    result = open_artifact(str(tmp_path / "out"))
+    tokens = load_tokens(load_recipe(path, overrides).calibration, open_checkpoint(str(source)))
+    plain = walk(source, tokens)
+    behind = walk(source, tokens, result) if propagate == "quantized" else plain
+    assert len(tasks) == 2
+    for i, (task, (inputs, original, targets), output) in enumerate(tasks):
+        assert task.block == i
+        size = float(plain[i + 1].std())
+        for found, wanted in ((inputs, behind[i]), (original, plain[i]), (targets, plain[i + 1])):
+            assert_close(found, wanted, rtol=0, atol=1e-4 * size)
+        before = (output - targets).square().mean()
+        matrices = {n: result.tensor(f"{n}.weight") for n in task.weights}
+        with torch.no_grad():
+            after = (task.forward(inputs, matrices) - targets).square().mean()
+        assert 0 < after < 0.95 * before
+        if propagate == "quantized":
+            assert_close(after, (behind[i + 1] - targets).square().mean(), rtol=1e-3, atol=0)
+    owned = {e.name for e in report.layers if e.method == "nudge"}
+    assert owned == {n for task, *_ in tasks for n in task.weights}
+    assert {e.role for e in report.layers if e.method == "nudge"} >= {"q", "k", "v", "gate", "up"}
+    assert {e.method for e in report.layers if e.role == "down"} == {"rtn"}
+    for entry in (e for e in report.layers if e.name in owned):
+        w, w_hat = (m.tensor(f"{entry.name}.weight").float() for m in (open_checkpoint(str(source)), result))
+        wanted = 10 * torch.log10(w.square().sum() / (w - w_hat).square().sum())
+        assert entry.weight_error_db == pytest.approx(float(wanted), abs=1e-3)
+        assert (entry.tokens > 0) == (propagate == "quantized")
+
+
+def test_statistics_and_found_matrices_are_those_of_the_steps(recipe, tasks, tiny_checkpoint, tmp_path):
+    source = str(tiny_checkpoint("llama-biased"))
+    run(QuantizeOptions(source, recipe("{nudge: {steps: 0}}"), tmp_path / "out", device="cpu", dtype="fp32"))
+    run(QuantizeOptions(source, recipe("gptq"), tmp_path / "plain", device="cpu", dtype="fp32"))
+    stepped, kept = (open_artifact(str(tmp_path / place)) for place in ("plain", "out"))
+    for task, (inputs, *_), output in tasks:
+        for name, solution in task.found.items():
+            wanted = stepped.tensor(f"{name}.weight")
+            assert torch.equal(solution.quantized.decode(), wanted) or task.block > 0
+            assert torch.equal(kept.tensor(f"{name}.weight"), solution.quantized.decode())
+            assert task.stats[name].tokens == 6 * 48
+        weights = {name: s.quantized.decode() for name, s in task.found.items()}
+        with torch.no_grad():
+            assert torch.equal(task.forward(inputs, weights), output)
+            some = task.forward(inputs[[4, 1]], weights)
+        assert_close(some, output[[4, 1]], rtol=1e-4, atol=1e-4)
+        learn, judge = task.split(0.25)
+        assert sorted([*learn.tolist(), *judge.tolist()]) == list(range(6)) and len(judge) == 2
+        assert torch.equal(learn, tasks[0][0].split(0.25)[0])
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(recipe, tiny_checkpoint, tmp_path, monkeypatch):
+    options = {"model": str(tiny_checkpoint("llama-tied")), "recipe": recipe(), "device": "cpu", "dtype": "fp32"}
+    run(QuantizeOptions(**options, out=tmp_path / "whole"))
+    kind = registry.load("methods", "nudge")
+    original = kind.solve_block
+
+    def interrupted(self, task):
+        if task.block == 1:
+            raise KeyboardInterrupt
+        return original(self, task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "solve_block", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(QuantizeOptions(**options, out=tmp_path / "out"))
+    run(QuantizeOptions(**options, out=tmp_path / "out"))
+    for file in sorted((tmp_path / "whole").glob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+
+
+def test_a_result_that_is_not_finite_is_refused(recipe, tiny_checkpoint, tmp_path, monkeypatch):
+    def broken(self, task):
+        name, solution = next(iter(task.found.items()))
+        solution.quantized.params["scale"][:] = torch.inf
+        return {name: Solution(solution.quantized)}
+
+    path = recipe()
+    monkeypatch.setattr(registry.load("methods", "nudge"), "solve_block", broken)
+    with pytest.raises(NumericsError, match=r"nudge made model\.layers\.0\..* infinite or NaN in int3-g32"):
+        run(QuantizeOptions(str(tiny_checkpoint("llama")), path, tmp_path / "out", device="cpu", dtype="fp32"))
