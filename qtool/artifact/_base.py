@@ -9,11 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, modules
+from torch import Tensor
+
+from qtool.artifact._footprint import Footprint
+from qtool.checkpoint._base import KEEP, Checkpoint, Layer, Module, QuantizedCheckpoint, modules
 from qtool.errors import PlanError
 from qtool.ops._base import InputOp
 from qtool.recipe.cache import KVCache
@@ -135,6 +138,38 @@ class Artifact(ABC):
         cache = model.cache.format if model.cache else None
         verdicts = (self.knows(model), self.caches(cache), self.agree(model.layers.values()))
         return [verdict.reason for verdict in verdicts if not verdict.possible]
+
+    def nbytes(self, model: Checkpoint, module: Module, layer: Layer | None, keep: str = "source") -> int:
+        """Bytes of the tensors that a module's weight becomes, known before anything is computed.
+
+        Args:
+            model: that it belongs to.
+            module: which one; it can be carried so.
+            layer: how it is quantized; None: kept.
+            keep: type that it is cast to then.
+        """
+        n, k = module.shape
+        if layer is not None:
+            return -(-layer.storage_bits(n, k) // 8)
+        return model.info(f"{module.name}.weight").nbytes if keep == "source" else n * k * KEEP[keep].itemsize
+
+    def footprint(self, model: QuantizedCheckpoint, card: Mapping[str, Any] | None = None) -> Footprint:
+        """Bytes of the files with tensors that `write` makes of a model, headers included.
+
+        Args:
+            model: of which layers, names and shapes are looked at; it need not be solved yet (`qtool.plan.Planned`).
+            card: what `write` will be given.
+        """
+        return replace(self._footprint(model, 0), exact=False)
+
+    def _footprint(
+        self, model: QuantizedCheckpoint, overhead: int, more: Mapping[str, Tensor] | None = None
+    ) -> Footprint:
+        """That of a model whose other tensors are stored as they are, and `more` behind them."""
+        matrices = {m.name: self.nbytes(model, m, model.layers.get(m.name)) for m in modules(model)}
+        others = (name for name in model.names() if name.removesuffix(".weight") not in matrices)
+        rest = sum(model.info(name).nbytes for name in others)
+        return Footprint(matrices, rest + sum(tensor.nbytes for tensor in (more or {}).values()), overhead)
 
     @abstractmethod
     def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:

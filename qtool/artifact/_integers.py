@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint
+from qtool.checkpoint._base import Checkpoint
 from qtool.errors import PlanError
 from qtool.formats._base import Format, Quantized
 from qtool.formats._ggml import BlockFormat
@@ -61,7 +61,7 @@ def model_dtype(model: Checkpoint) -> torch.dtype:
     return known.get(name) or model.info(f"{model.family.embedding}.weight").dtype
 
 
-def half_dtype(model: QuantizedCheckpoint) -> torch.dtype:
+def half_dtype(model: Checkpoint) -> torch.dtype:
     """The same for runtimes whose scales have 16 bits."""
     dtype = model_dtype(model)
     return torch.float16 if dtype == torch.float32 else dtype

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,16 +17,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from qtool.artifact._base import Artifact, Carry
-from qtool.artifact._card import write_card, write_side_files
 from qtool.artifact._settings import SETTINGS, quantization_config
-from qtool.artifact._shards import write_shards
-from qtool.artifact._stacks import Stacks, join
-from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint, TensorInfo
+from qtool.checkpoint._base import Layer, QuantizedCheckpoint, TensorInfo
 from qtool.checkpoint.hf import HFCheckpoint, digest, locate
 from qtool.checkpoint.safetensors_io import SafetensorsFile
 from qtool.errors import CheckpointError
-from qtool.formats._base import Format, Quantized
+from qtool.formats._base import Quantized
 from qtool.formats.int import DTYPES
 from qtool.residuals._base import Matrix
 from qtool.store.manifest import checked
@@ -52,34 +48,6 @@ class Packing:
     layer: Layer | None
     parts: Infos
     reason: str = ""
-
-
-class PackedArtifact(Artifact):
-    """A layout of packed matrices; a subclass says which layers it refuses.
-
-    Attributes:
-        packs_embeddings: True if the token embedding may be one of them.
-    """
-
-    packs_embeddings: ClassVar[bool] = False
-
-    @abstractmethod
-    def _refusal(self, module: Module, layer: Layer) -> str | None:
-        """Why a layer cannot be held; None if it can."""
-
-    def holds(self, module: Module, layer: Layer | None, keep: str) -> Carry:
-        """See `Artifact.holds`."""
-        if layer is None:
-            return Carry(True)
-        if module.kind == "embedding" and not self.packs_embeddings:
-            tied = " and is the output layer at the same time" if module.aliases else ""
-            return Carry(False, f"the token embedding stays unquantized in this layout{tied}: keep it")
-        reason = self._refusal(module, layer)
-        return Carry(reason is None, reason or "")
-
-    def agree(self, layers: Collection[Layer]) -> Carry:
-        """See `Artifact.agree`."""
-        return Carry(bool(layers), "nothing of the model is quantized")
 
 
 class PackedCheckpoint(HFCheckpoint, QuantizedCheckpoint):
@@ -213,55 +181,6 @@ class PackedCheckpoint(HFCheckpoint, QuantizedCheckpoint):
             wanted = ", ".join(SCALE_DTYPES.values())
             raise CheckpointError(f"{self.source}: {module}.{part}", wanted=wanted, found=dtype)
         return SCALE_DTYPES[dtype]
-
-
-def write_packed(
-    artifact: Artifact,
-    model: QuantizedCheckpoint,
-    out: Path,
-    card: dict[str, Any],
-    config: dict[str, Any],
-    infos: Callable[[str, Format, int, int], Infos],
-    encode: Callable[[str, Quantized], Mapping[str, Tensor]],
-    more: Mapping[str, Tensor] | None = None,
-    stacks: Stacks | None = None,
-) -> list[Path]:
-    """Writes a model, one matrix in memory at a time.
-
-    Args:
-        artifact: says in the model card who reads it.
-        model: what to write.
-        out: existing folder.
-        card: see `Artifact.write`.
-        config: what config.json says.
-        infos: module, format, N, K -> the tensors of the matrix.
-        encode: makes them.
-        more: small tensors to be written behind all others, by name.
-        stacks: modules whose tensors are written as one.
-    """
-    pieces: dict[str, Infos] = {}
-    for name in model.names():
-        module = name.removesuffix(".weight")
-        if layer := model.layers.get(module):
-            n, k = model.info(name).shape
-            parts = infos(module, layer.format, n, k)
-            pieces[name] = {f"{module}.{part}": info for part, info in parts.items()}
-        else:
-            pieces[name] = {name: model.info(name)}
-    small = more or {}
-    pieces |= {name: {name: TensorInfo(tuple(t.shape), t.dtype)} for name, t in small.items()}
-
-    def read(name: str) -> dict[str, Tensor]:
-        if name in small:
-            return {name: small[name]}
-        module = name.removesuffix(".weight")
-        if module not in model.layers:
-            return {name: model.tensor(name)}
-        parts = encode(module, model.matrix(module).alone)
-        return {f"{module}.{part}": tensor for part, tensor in parts.items()}
-
-    files = write_shards(out, *join(pieces, read, stacks or {}))
-    return [*files, *write_side_files(model, out, config), write_card(artifact, model, out, card)]
 
 
 def _spell(info: TensorInfo) -> str:

@@ -6,14 +6,14 @@ https://huggingface.co/docs/transformers/main/big_models#sharded-checkpoints
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from qtool.checkpoint._base import TensorInfo
 from qtool.checkpoint.hf import INDEX, WEIGHTS
-from qtool.checkpoint.safetensors_io import SafetensorsWriter
+from qtool.checkpoint.safetensors_io import SafetensorsWriter, header
 from qtool.store.files import storage_errors
 
 LIMIT = 5_000_000_000
@@ -40,26 +40,44 @@ def write_shards(
     Raises:
         StorageError: the disk is full or not writable.
     """
-    shards = _cut(pieces, limit)
-    stem, suffix = WEIGHTS.rsplit(".", 1)
-    names = [f"{stem}-{i:05}-of-{len(shards):05}.{suffix}" for i in range(1, len(shards) + 1)]
-    names = names if len(shards) > 1 else [WEIGHTS]
-    weight_map: dict[str, str] = {}
-    for name, keys in zip(names, shards, strict=True):
-        infos = {tensor: info for key in keys for tensor, info in pieces[key].items()}
-        weight_map |= dict.fromkeys(infos, name)
-        with SafetensorsWriter(out / name, infos) as writer:
+    shards = _named(_cut(pieces, limit))
+    for name, keys in shards.items():
+        with SafetensorsWriter(out / name, _infos(pieces, keys)) as writer:
             for key in keys:
                 for tensor, content in read(key).items():
                     writer.add(tensor, content)
-    files = [out / name for name in names]
+    files = [out / name for name in shards]
     if len(shards) == 1:
         return files
-    total = sum(_nbytes(piece) for piece in pieces.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     with storage_errors(out):
-        (out / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (out / INDEX).write_bytes(_index(pieces, shards))
     return [*files, out / INDEX]
+
+
+def overhead(pieces: Pieces, limit: int = LIMIT) -> int:
+    """Bytes that `write_shards` adds to those of the tensors: headers, and the index."""
+    shards = _named(_cut(pieces, limit))
+    heads = sum(len(header(_infos(pieces, keys))[0]) for keys in shards.values())
+    return heads + (len(_index(pieces, shards)) if len(shards) > 1 else 0)
+
+
+def _named(shards: Sequence[Sequence[str]]) -> dict[str, Sequence[str]]:
+    """Names of the files, and the keys of what they hold."""
+    stem, suffix = WEIGHTS.rsplit(".", 1)
+    names = [f"{stem}-{i:05}-of-{len(shards):05}.{suffix}" for i in range(1, len(shards) + 1)]
+    return dict(zip(names if len(shards) > 1 else [WEIGHTS], shards, strict=True))
+
+
+def _infos(pieces: Pieces, keys: Sequence[str]) -> dict[str, TensorInfo]:
+    return {tensor: info for key in keys for tensor, info in pieces[key].items()}
+
+
+def _index(pieces: Pieces, shards: Mapping[str, Sequence[str]]) -> bytes:
+    """Content of the file that says where tensors are."""
+    total = sum(_nbytes(piece) for piece in pieces.values())
+    weight_map = {tensor: name for name, keys in shards.items() for tensor in _infos(pieces, keys)}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _cut(pieces: Pieces, limit: int) -> list[list[str]]:

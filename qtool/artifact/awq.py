@@ -23,7 +23,8 @@ from torch import Tensor
 
 from qtool.artifact._base import Carry, naming
 from qtool.artifact._integers import as_integers, half_dtype, integers
-from qtool.artifact._packed import Infos, PackedArtifact, PackedCheckpoint, Packing, write_packed
+from qtool.artifact._packed import Infos, PackedCheckpoint, Packing
+from qtool.artifact._packed_artifact import Layout, PackedArtifact
 from qtool.artifact._settings import Settings, quantization_config, read_settings
 from qtool.artifact._targets import kept_linears
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, TensorInfo
@@ -69,19 +70,19 @@ class AWQ(PackedArtifact):
         narrow = [layer for layer in layers.values() if _group(layer.format) % 32 and _group(layer.format) > 0]
         return naming({"vLLM and SGLang run groups that are multiples of 32 columns only, not {}": narrow})
 
-    def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
-        """See `Artifact.write`."""
-        self.check(model)
+    def _layout(self, model: Checkpoint, layers: Mapping[str, Layer]) -> Layout:
+        """See `PackedArtifact._layout`."""
         dtype = half_dtype(model)
 
-        def parts(module: str, fmt: Format, n: int, k: int) -> Infos:
-            return infos(k // _group(fmt) if _group(fmt) > 0 else 1, n, k, dtype)
+        def parts(module: str, layer: Layer, n: int, k: int) -> Infos:
+            group = _group(layer.format)
+            return infos(k // group if group > 0 else 1, n, k, dtype)
 
-        def encoded(module: str, quantized: Quantized) -> Mapping[str, Tensor]:
-            return encode(as_integers(quantized, module, dtype))
+        return Layout(parts, lambda module, quantized: encode(as_integers(quantized, module, dtype)))
 
-        config = model.config | {"quantization_config": settings(model)}
-        return write_packed(self, model, out, card, config, parts, encoded)
+    def _config(self, model: QuantizedCheckpoint) -> dict[str, Any]:
+        """See `PackedArtifact._config`."""
+        return model.config | {"quantization_config": settings(model)}
 
     def open(self, path: Path) -> QuantizedCheckpoint:
         """See `Artifact.open`."""

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from qtool.artifact._floats import from_bits, to_bits
-from qtool.artifact._packed import Infos, PackedArtifact, PackedCheckpoint, Packing, write_packed
+from qtool.artifact._packed import Infos, PackedCheckpoint, Packing
+from qtool.artifact._packed_artifact import Layout, PackedArtifact
 from qtool.artifact._settings import Settings, quantization_config, read_settings
 from qtool.artifact._targets import kept_linears
-from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint, TensorInfo
-from qtool.formats._base import Format, Quantized
+from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, TensorInfo
+from qtool.formats._base import Quantized
 from qtool.formats.fp import FP
 from qtool.formats.int import DTYPES
 
@@ -49,18 +50,13 @@ class FP8(PackedArtifact):
             return f"FP8 checkpoints hold {wanted}, not {layer.format.label} with {inputs} inputs"
         return None
 
-    def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
-        """See `Artifact.write`."""
-        self.check(model)
+    def _layout(self, model: Checkpoint, layers: Mapping[str, Layer]) -> Layout:
+        """See `PackedArtifact._layout`."""
+        return Layout(lambda _, layer, n, k: infos(n, k, torch.float32), lambda _, quantized: encode(quantized))
 
-        def parts(module: str, fmt: Format, n: int, k: int) -> Infos:
-            return infos(n, k, torch.float32)
-
-        def encoded(module: str, quantized: Quantized) -> Mapping[str, Tensor]:
-            return encode(quantized)
-
-        config = model.config | {"quantization_config": settings(model)}
-        return write_packed(self, model, out, card, config, parts, encoded)
+    def _config(self, model: QuantizedCheckpoint) -> dict[str, Any]:
+        """See `PackedArtifact._config`."""
+        return model.config | {"quantization_config": settings(model)}
 
     def open(self, path: Path) -> QuantizedCheckpoint:
         """See `Artifact.open`."""

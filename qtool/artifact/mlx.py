@@ -30,7 +30,8 @@ from qtool.artifact import _mlx_models
 from qtool.artifact._base import Carry
 from qtool.artifact._floats import from_bits, to_bits
 from qtool.artifact._mlx_models import rope_fields
-from qtool.artifact._packed import Infos, PackedArtifact, PackedCheckpoint, Packing, write_packed
+from qtool.artifact._packed import Infos, PackedCheckpoint, Packing
+from qtool.artifact._packed_artifact import Layout, PackedArtifact
 from qtool.artifact._settings import SETTINGS, Settings, quantization_config, read_settings
 from qtool.artifact._stacks import Stacks, split
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, TensorInfo
@@ -80,12 +81,11 @@ class MLX(PackedArtifact):
         """See `Artifact.one_format`: matrices of all experts are one tensor."""
         return module.stack
 
-    def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
-        """See `Artifact.write`."""
-        self.check(model)
+    def _layout(self, model: Checkpoint, layers: Mapping[str, Layer]) -> Layout:
+        """See `PackedArtifact._layout`."""
 
-        def parts(module: str, fmt: Format, n: int, k: int) -> Infos:
-            return infos(_target(fmt, k), n, k)
+        def parts(module: str, layer: Layer, n: int, k: int) -> Infos:
+            return infos(_target(layer.format, k), n, k)
 
         def encoded(module: str, quantized: Quantized) -> Mapping[str, Tensor]:
             wanted = _target(quantized.format, quantized.codes.shape[1])
@@ -94,9 +94,11 @@ class MLX(PackedArtifact):
                 raise PlanError([f"{module}: offsets are too large for the type of its scales"], "MLX cannot hold this")
             return encode(held)
 
-        stacks = stacks_of(model)
-        config = rope_fields(model) | model.config | dict.fromkeys(SETTINGS, settings(model, stacks))
-        return write_packed(self, model, out, card, config, parts, encoded, stacks=stacks)
+        return Layout(parts, encoded, stacks=stacks_of(model))
+
+    def _config(self, model: QuantizedCheckpoint) -> dict[str, Any]:
+        """See `PackedArtifact._config`."""
+        return rope_fields(model) | model.config | dict.fromkeys(SETTINGS, settings(model, stacks_of(model)))
 
     def open(self, path: Path) -> QuantizedCheckpoint:
         """See `Artifact.open`."""

@@ -8,17 +8,21 @@ reads it, and `export` turns it into artifacts that others read, as soon as they
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from qtool.artifact._base import Artifact, Carry
 from qtool.artifact._card import write_card, write_side_files
+from qtool.artifact._footprint import Footprint
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
+from qtool.checkpoint.safetensors_io import header
 from qtool.ops._base import InputOp
 from qtool.recipe.cache import KVCache
 from qtool.residuals._base import Residual
 from qtool.store.manifest import BLOCK, MANIFEST
-from qtool.store.neutral import NeutralCheckpoint, NeutralWriter
+from qtool.store.neutral import METADATA, NeutralCheckpoint, NeutralWriter
+from qtool.store.sizes import block_infos, matrix_infos, op_infos
 
 OUTSIDE = "outside"
 
@@ -63,6 +67,18 @@ class Qtool(Artifact):
             writer.write_block(key, matrices, kept=kept, source=model, layers=model.layers, cache=scales.get(key))
         files = [out / MANIFEST, *(out / f"{key}.safetensors" for key in groups)]
         return [*files, *write_side_files(model, out, model.config), write_card(self, model, out, card)]
+
+    def nbytes(self, model: Checkpoint, module: Module, layer: Layer | None, keep: str = "source") -> int:
+        """See `Artifact.nbytes`."""
+        if layer is None:
+            return super().nbytes(model, module, layer, keep)
+        infos = matrix_infos(layer, *module.shape) | op_infos(layer)
+        return sum(info.nbytes for info in infos.values())
+
+    def footprint(self, model: QuantizedCheckpoint, card: Mapping[str, Any] | None = None) -> Footprint:
+        """See `Artifact.footprint`."""
+        files = (block_infos(model, model.layers, names) for names in _groups(model).values())
+        return self._footprint(model, sum(len(header(infos, METADATA)[0]) for infos in files))
 
     def open(self, path: Path) -> NeutralCheckpoint:
         """See `Artifact.open`."""

@@ -210,6 +210,20 @@ def _naturals(values: Any) -> bool:
     return isinstance(values, list) and len(values) <= 8 and all(type(v) is int and 0 <= v < 2**63 for v in values)
 
 
+def header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None) -> tuple[bytes, dict[str, int]]:
+    """What a file begins with, and where each tensor begins behind that; see `SafetensorsWriter`."""
+    content: dict[str, Any] = {"__metadata__": dict({"format": "pt"} if metadata is None else metadata)}
+    offsets: dict[str, int] = {}
+    position = 0
+    for name, info in sorted(infos.items(), key=lambda item: -item[1].dtype.itemsize):
+        offsets[name] = position
+        content[name] = {"dtype": NAMES[info.dtype], "shape": list(info.shape)}
+        content[name]["data_offsets"] = [position, position := position + info.nbytes]
+    raw = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw, offsets
+
+
 class SafetensorsWriter:
     """Writes a file whose tensors arrive one at a time, in any order, whole or by rows.
 
@@ -228,22 +242,14 @@ class SafetensorsWriter:
     def __init__(self, path: Path, infos: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None) -> None:
         self.path = path
         self.infos = dict(infos)
-        header: dict[str, Any] = {"__metadata__": dict({"format": "pt"} if metadata is None else metadata)}
-        self._offsets: dict[str, int] = {}
-        position = 0
-        for name, info in sorted(infos.items(), key=lambda item: -item[1].dtype.itemsize):
-            self._offsets[name] = position
-            header[name] = {"dtype": NAMES[info.dtype], "shape": list(info.shape)}
-            header[name]["data_offsets"] = [position, position := position + info.nbytes]
-        raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        raw += b" " * (-len(raw) % 8)
-        self._start = 8 + len(raw)
+        head, self._offsets = header(infos, metadata)
+        self._start = len(head)
         self._missing = {name: info.nbytes for name, info in infos.items()}
         try:
             self._file = path.open("wb", buffering=0)
         except OSError as error:
             raise cannot_write(path, error) from error
-        self._write(0, memoryview(len(raw).to_bytes(8, "little") + raw))
+        self._write(0, memoryview(head))
 
     def add(self, name: str, tensor: Tensor, start: int = 0) -> None:
         """Writes a tensor, or the rows of it that begin at row `start`; each row once."""

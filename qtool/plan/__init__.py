@@ -2,5 +2,6 @@
 
 from qtool.plan.layers import LayerPlan, Plan, Share
 from qtool.plan.make import make_plan
+from qtool.plan.planned import Planned
 
-__all__ = ["LayerPlan", "Plan", "Share", "make_plan"]
+__all__ = ["LayerPlan", "Plan", "Planned", "Share", "make_plan"]

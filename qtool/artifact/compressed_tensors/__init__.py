@@ -27,7 +27,8 @@ from torch import Tensor
 
 from qtool.artifact._base import Carry
 from qtool.artifact._integers import model_dtype
-from qtool.artifact._packed import Infos, PackedArtifact, write_packed
+from qtool.artifact._packed import Infos
+from qtool.artifact._packed_artifact import Layout, PackedArtifact
 from qtool.artifact._settings import quantization_config as quantization_config_of
 from qtool.artifact.compressed_tensors import _cache, _inputs, _transforms
 from qtool.artifact.compressed_tensors._caveats import caveats
@@ -35,7 +36,7 @@ from qtool.artifact.compressed_tensors._config import METHOD, kind_of, quantizat
 from qtool.artifact.compressed_tensors._kinds import Kind
 from qtool.artifact.compressed_tensors._reader import CompressedCheckpoint
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
-from qtool.formats._base import Format, Quantized
+from qtool.formats._base import Quantized
 from qtool.ops._base import InputOp
 from qtool.recipe.cache import KVCache
 
@@ -83,25 +84,27 @@ class CompressedTensors(PackedArtifact):
         """See `Artifact.one_format`: vLLM runs all experts of a block as one layer."""
         return super().one_format(module) if module.stack is None else module.stack.rpartition(".")[0]
 
-    def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
-        """See `Artifact.write`."""
-        self.check(model)
+    def _layout(self, model: Checkpoint, layers: Mapping[str, Layer]) -> Layout:
+        """See `PackedArtifact._layout`."""
         dtype = model_dtype(model)
 
-        def kind(module: str) -> Kind:
-            found = kind_of(model.layers[module])
+        def kind(layer: Layer) -> Kind:
+            found = kind_of(layer)
             assert found is not None
             return found
 
-        def parts(module: str, fmt: Format, n: int, k: int) -> Infos:
-            return kind(module).infos(fmt, n, k, dtype) | _inputs.infos(model.layers[module], dtype)
+        def parts(module: str, layer: Layer, n: int, k: int) -> Infos:
+            return kind(layer).infos(layer.format, n, k, dtype) | _inputs.infos(layer, dtype)
 
         def encoded(module: str, quantized: Quantized) -> Mapping[str, Tensor]:
-            inputs = _inputs.encode(model.layers[module], module, dtype)
-            return kind(module).encode(quantized, module, dtype) | inputs
+            layer = layers[module]
+            return kind(layer).encode(quantized, module, dtype) | _inputs.encode(layer, module, dtype)
 
-        config = model.config | {"quantization_config": quantization_config(model)}
-        return write_packed(self, model, out, card, config, parts, encoded, _cache.tensors(model, dtype))
+        return Layout(parts, encoded, _cache.tensors(model, dtype))
+
+    def _config(self, model: QuantizedCheckpoint) -> dict[str, Any]:
+        """See `PackedArtifact._config`."""
+        return model.config | {"quantization_config": quantization_config(model)}
 
     def open(self, path: Path) -> CompressedCheckpoint:
         """See `Artifact.open`."""

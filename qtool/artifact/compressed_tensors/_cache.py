@@ -47,9 +47,9 @@ def settings(model: QuantizedCheckpoint) -> dict[str, Any] | None:
     return spelled(8, "float", str(strategy(model.cache.format))) if model.cache else None
 
 
-def tensors(model: QuantizedCheckpoint, dtype: torch.dtype) -> dict[str, Tensor]:
+def tensors(model: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
     """The scales by name, in the model's type. Raises PlanError: one is not exact there."""
-    if model.cache is None:
+    if not isinstance(model, QuantizedCheckpoint) or model.cache is None:
         return {}
     shape = scale_shape(model, str(strategy(model.cache.format)))
     found = {}

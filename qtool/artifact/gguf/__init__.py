@@ -8,16 +8,19 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from qtool.artifact._base import Artifact, Carry
 from qtool.artifact._card import write_card
+from qtool.artifact._footprint import Footprint
 from qtool.artifact.gguf._imatrix import about_importance
 from qtool.artifact.gguf._reader import QuantizedGGUF
+from qtool.artifact.gguf._sizes import footprint
 from qtool.artifact.gguf._tokenizer import tokenizer_metadata
-from qtool.artifact.gguf._writer import Options, Writer, candidates
-from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
+from qtool.artifact.gguf._writer import Options, Writer, block_bytes, candidates
+from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, modules
 from qtool.checkpoint.gguf_parts import first_parts
 from qtool.errors import CheckpointError
 from qtool.store.files import storage_errors
@@ -72,14 +75,29 @@ class GGUF(Artifact):
         """See `Artifact.one_format`: matrices of all experts are stacked."""
         return module.stack
 
-    def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
-        """See `Artifact.write`. The file is called after the model and the recipe."""
+    def nbytes(self, model: Checkpoint, module: Module, layer: Layer | None, keep: str = "source") -> int:
+        """See `Artifact.nbytes`; of several block types that may hold the integers of a matrix, the largest."""
+        if layer is not None:
+            return max(block_bytes(layer.format, *module.shape), default=0)
+        return super().nbytes(model, module, layer, "f32" if module.kind == "router" else keep)
+
+    def footprint(self, model: QuantizedCheckpoint, card: Mapping[str, Any] | None = None) -> Footprint:
+        """See `Artifact.footprint`."""
+        matrices = {m.name: self.nbytes(model, m, model.layers.get(m.name)) for m in modules(model)}
+        return footprint(self._writer(model, Path(), card or {}), matrices)
+
+    def _writer(self, model: QuantizedCheckpoint, out: Path, card: Mapping[str, Any]) -> Writer:
+        """Of a file that is called after the model and the recipe."""
         source = Path(str(card.get("base_model", model.source)).rstrip("/"))
         base = source.stem if source.suffix == ".gguf" else source.name
         stem = "-".join(filter(None, (base, card.get("recipe_name"))))
         path = out / (re.sub(r"[^\w.-]+", "-", stem).strip("-.") + ".gguf")
+        return Writer(model, path, base, self.options, about_importance(card.get("importance")))
+
+    def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
+        """See `Artifact.write`."""
         with storage_errors(out):
-            files = Writer(model, path, base, self.options, about_importance(card.get("importance"))).write()
+            files = self._writer(model, out, card).write()
         return [*files, write_card(self, self.open(out), out, {"base_model": model.source, **card})]
 
     def open(self, path: Path) -> QuantizedGGUF:

@@ -63,12 +63,25 @@ class Container:
                 self._file.write(self._header())
 
     def _header(self) -> bytes:
-        header = b"GGUF" + struct.pack("<IQQ", 3, len(self.shapes), len(self.metadata))
-        header += b"".join(_string(key) + _value(value) for key, value in self.metadata.items())
-        for name, shape in self.shapes.items():
-            header += _string(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
-            header += struct.pack("<IQ", *self.table[name])
-        return header + bytes(-len(header) % ALIGNMENT)
+        return header(self.metadata, self.shapes, self.table)
+
+
+def header(
+    metadata: Mapping[str, Value], shapes: Mapping[str, tuple[int, ...]], table: Mapping[str, tuple[int, int]]
+) -> bytes:
+    """What stands before the tensors.
+
+    Args:
+        metadata: key-values.
+        shapes: name -> shape of every tensor, in order.
+        table: type and offset of every tensor.
+    """
+    found = b"GGUF" + struct.pack("<IQQ", 3, len(shapes), len(metadata))
+    found += b"".join(_string(key) + _value(value) for key, value in metadata.items())
+    for name, shape in shapes.items():
+        found += _string(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
+        found += struct.pack("<IQ", *table[name])
+    return found + bytes(-len(found) % ALIGNMENT)
 
 
 def _string(text: str) -> bytes:

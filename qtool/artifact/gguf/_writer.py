@@ -49,6 +49,11 @@ def candidates(fmt: Format) -> tuple[BlockFormat, ...]:
     return tuple(block for block in (cls() for cls in block_types()) if block.may_hold(fmt) is None)
 
 
+def block_bytes(fmt: Format, n: int, k: int) -> set[int]:
+    """Bytes that a matrix of n rows and k columns may take; integers take what the smallest does that holds them."""
+    return {n * (k // b.columns) * b.block_bytes for b in candidates(fmt) if k % b.columns == 0}
+
+
 def held(quantized: Quantized, module: str) -> Quantized:
     """The same values in the smallest block type that holds them exactly.
 
@@ -149,7 +154,7 @@ class Writer:
             PlanError: the values of a layer do not fit any block type exactly.
             OSError: the disk is full or not writable.
         """
-        parts = cut({there: self._most(there) for there in self.shapes}, self.options.split_max_size)
+        parts = cut({there: self.most(there) for there in self.shapes}, self.options.split_max_size)
         paths = [part_path(self.path, i, len(parts)) for i in range(len(parts))]
         about = [split_metadata(i, len(parts), len(self.shapes)) for i in range(len(parts))]
         self.metadata |= about[0]
@@ -185,7 +190,7 @@ class Writer:
         quantized = any(module in self.model.layers for module in modules)
         return self._quantized(modules) if quantized else self._kept(names)
 
-    def _most(self, there: str) -> int:
+    def most(self, there: str) -> int:
         """Bytes that a tensor takes at most; which block type holds integers exactly depends on them."""
         if there in self.extra:
             return self.extra[there].nbytes
@@ -195,8 +200,7 @@ class Writer:
         if layer is None:
             return math.prod(self.shapes[there]) * self._dtype(self.members[there]).itemsize
         n, k = self.model.info(self.members[there][0]).shape
-        bits = [block.storage_bits(n, k) for block in candidates(layer.format) if not block.misfit(k)]
-        return len(self.members[there]) * max(bits, default=0) // 8
+        return len(self.members[there]) * max(block_bytes(layer.format, n, k), default=0)
 
     def _quantized(self, modules: Sequence[str]) -> tuple[int, Iterator[Tensor]]:
         first = held(self.model.matrix(modules[0]).alone, modules[0]) if len(modules) == 1 else None

@@ -9,23 +9,19 @@ Layout: https://github.com/ModelCloud/GPTQModel
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from qtool.artifact._base import naming
 from qtool.artifact._integers import as_integers, half_dtype, integers
-from qtool.artifact._packed import Infos, PackedArtifact, write_packed
+from qtool.artifact._packed import Infos
+from qtool.artifact._packed_artifact import Layout, PackedArtifact
 from qtool.artifact._settings import quantization_config
-from qtool.artifact.gptq._config import settings
+from qtool.artifact.gptq._config import checkpoint_format, settings
 from qtool.artifact.gptq._layout import BITS, encode, infos
 from qtool.artifact.gptq._reader import GPTQCheckpoint
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
-from qtool.formats._base import Format, Quantized
-from qtool.store.files import storage_errors
 
 
 class GPTQ(PackedArtifact):
@@ -53,24 +49,24 @@ class GPTQ(PackedArtifact):
         text = "vLLM loads symmetric integers of 4 and 8 bits only, whole rows or groups of 32, 64 or 128, not {}"
         return naming({f"{text}; GPTQModel does": others})
 
-    def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
-        """See `Artifact.write`."""
-        self.check(model)
-        dtype, how = half_dtype(model), settings(model)
-        less = 1 if how["checkpoint_format"] == "gptq" else 0
+    def _layout(self, model: Checkpoint, layers: Mapping[str, Layer]) -> Layout:
+        """See `PackedArtifact._layout`."""
+        dtype, less = half_dtype(model), 1 if checkpoint_format(layers.values()) == "gptq" else 0
 
-        def parts(module: str, fmt: Format, n: int, k: int) -> Infos:
-            ints = integers(fmt)
+        def parts(module: str, layer: Layer, n: int, k: int) -> Infos:
+            ints = integers(layer.format)
             assert ints is not None
             return infos(ints.bits, k // (ints.group_columns or k), n, k, dtype)
 
-        def encoded(module: str, quantized: Quantized) -> Mapping[str, Tensor]:
-            return encode(as_integers(quantized, module, dtype), less)
+        return Layout(parts, lambda module, quantized: encode(as_integers(quantized, module, dtype), less))
 
-        files = write_packed(self, model, out, card, model.config | {"quantization_config": how}, parts, encoded)
-        with storage_errors(out):
-            (out / "quantize_config.json").write_text(json.dumps(how, indent=2, sort_keys=True) + "\n", "utf-8")
-        return [*files, out / "quantize_config.json"]
+    def _config(self, model: QuantizedCheckpoint) -> dict[str, Any]:
+        """See `PackedArtifact._config`."""
+        return model.config | {"quantization_config": settings(model)}
+
+    def _more_files(self, model: QuantizedCheckpoint) -> dict[str, Any]:
+        """See `PackedArtifact._more_files`."""
+        return {"quantize_config.json": settings(model)}
 
     def open(self, path: Path) -> QuantizedCheckpoint:
         """See `Artifact.open`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import Field
@@ -26,7 +26,7 @@ def settings(model: QuantizedCheckpoint) -> dict[str, Any]:
     for module, layer in model.layers.items():
         members[_scheme(layer)].append(module)
     bits, group_size, sym = Counter({s: len(names) for s, names in members.items()}).most_common(1)[0][0]
-    version = "gptq" if all(sym for _, _, sym in members) else "gptq_v2"
+    version = checkpoint_format(model.layers.values())
     return {
         "quant_method": "gptq",
         "method": "gptq",
@@ -41,6 +41,11 @@ def settings(model: QuantizedCheckpoint) -> dict[str, Any]:
         "dynamic": _dynamic(model, members, (bits, group_size, sym)),
         "meta": {"quantizer": [f"qtool:{__version__}"]},
     }
+
+
+def checkpoint_format(layers: Iterable[Layer]) -> str:
+    """How zero points are stored; symmetric codes have the older way, which more readers know."""
+    return "gptq" if all(_scheme(layer)[2] for layer in layers) else "gptq_v2"
 
 
 def _scheme(layer: Layer) -> Scheme:

@@ -9,20 +9,18 @@ Layout: https://github.com/NVIDIA/Model-Optimizer
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from qtool.artifact._base import Carry, naming
-from qtool.artifact._packed import PackedArtifact, write_packed
+from qtool.artifact._packed_artifact import Layout, PackedArtifact
 from qtool.artifact.modelopt._algos import ALGOS, algo_of, fp8
 from qtool.artifact.modelopt._reader import CONFIG, ModelOptCheckpoint, told
 from qtool.artifact.modelopt._writer import Writer, cache_scales, flat, settings
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
 from qtool.formats._base import alike
 from qtool.recipe.cache import KVCache
-from qtool.store.files import storage_errors
 
 
 class ModelOpt(PackedArtifact):
@@ -51,15 +49,18 @@ class ModelOpt(PackedArtifact):
         integers = [layer for layer in layers.values() if algo_of(layer) in (ALGOS["W4A16_AWQ"], ALGOS["W8A16"])]
         return naming({"vLLM does not load {} from ModelOpt checkpoints; TensorRT-LLM does": integers})
 
-    def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
-        """See `Artifact.write`."""
-        self.check(model)
-        how, writer = settings(model), Writer(model)
-        config = model.config | {"quantization_config": flat(how)}
-        files = write_packed(self, model, out, card, config, writer.infos, writer.encode, cache_scales(model))
-        with storage_errors(out):
-            (out / CONFIG).write_text(json.dumps(how, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        return [*files, out / CONFIG]
+    def _layout(self, model: Checkpoint, layers: Mapping[str, Layer]) -> Layout:
+        """See `PackedArtifact._layout`."""
+        writer = Writer(model, layers)
+        return Layout(writer.infos, writer.encode, cache_scales(model))
+
+    def _config(self, model: QuantizedCheckpoint) -> dict[str, Any]:
+        """See `PackedArtifact._config`."""
+        return model.config | {"quantization_config": flat(settings(model))}
+
+    def _more_files(self, model: QuantizedCheckpoint) -> dict[str, Any]:
+        """See `PackedArtifact._more_files`."""
+        return {CONFIG: settings(model)}
 
     def open(self, path: Path) -> QuantizedCheckpoint:
         """See `Artifact.open`."""

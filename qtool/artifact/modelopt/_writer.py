@@ -13,9 +13,9 @@ from qtool.artifact._packed import SCALE_DTYPES, Infos
 from qtool.artifact._targets import kept_linears
 from qtool.artifact.modelopt._algos import ALGOS, Algo, algo_of
 from qtool.artifact.modelopt._reader import cache_names
-from qtool.checkpoint._base import Layer, QuantizedCheckpoint, TensorInfo, modules
+from qtool.checkpoint._base import Checkpoint, Layer, QuantizedCheckpoint, TensorInfo, modules
 from qtool.errors import PlanError
-from qtool.formats._base import Format, Quantized
+from qtool.formats._base import Quantized
 
 VERSION = "0.47.0"
 """Of the tool whose layout this is; runtimes know the layout by the name of that tool."""
@@ -34,9 +34,9 @@ def settings(model: QuantizedCheckpoint) -> dict[str, Any]:
     return {"producer": {"name": "modelopt", "version": VERSION}, "quantization": how}
 
 
-def cache_scales(model: QuantizedCheckpoint) -> dict[str, Tensor]:
+def cache_scales(model: Checkpoint) -> dict[str, Tensor]:
     """Scales of the KV cache by name."""
-    if model.cache is None:
+    if not isinstance(model, QuantizedCheckpoint) or model.cache is None:
         return {}
     names = cache_names(model)
     return {
@@ -56,22 +56,23 @@ class Writer:
     """Makes the tensors of a model.
 
     Args:
-        model: all of whose layers have a quantization that ModelOpt knows.
+        model: whose modules are known.
+        layers: of which these are quantized, all as ModelOpt knows it.
     """
 
-    def __init__(self, model: QuantizedCheckpoint) -> None:
-        self.layers = model.layers
+    def __init__(self, model: Checkpoint, layers: Mapping[str, Layer]) -> None:
+        self.layers = layers
         self.dtype = half_dtype(model)
         self.merged = {m.name: m.fused for m in modules(model)}
         self.largest: dict[str, float] = {}
 
-    def infos(self, module: str, fmt: Format, n: int, k: int) -> Infos:
+    def infos(self, module: str, layer: Layer, n: int, k: int) -> Infos:
         """Names below the module, shapes and types. Scales of integers have the model's type."""
-        layer = self.layers[module]
-        if ints := integers(fmt):
+        static = layer.static
+        if ints := integers(layer.format):
             layer = Layer(ints.model_copy(update={"scale_dtype": SCALE_DTYPES[self.dtype]}), layer.activations)
         parts = _algo(layer).infos(layer, n, k)
-        if layer.static:
+        if static:
             parts["input_scale"] = TensorInfo((), torch.float32)
         if self._scales_inputs(module):
             parts["pre_quant_scale"] = TensorInfo((k,), self.dtype)
