@@ -16,11 +16,12 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from qtool.artifact._footprint import Footprint
-from qtool.checkpoint._base import KEEP, Checkpoint, Layer, Module, QuantizedCheckpoint, modules
+from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, modules
 from qtool.errors import PlanError
 from qtool.ops._base import InputOp
 from qtool.recipe.cache import KVCache
 from qtool.residuals._base import Residual
+from qtool.store.neutral import KEEP
 
 
 @dataclass(frozen=True)

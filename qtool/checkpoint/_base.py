@@ -26,9 +26,6 @@ from qtool.ops._base import InputOp
 from qtool.recipe.cache import KVCache
 from qtool.residuals._base import Matrix, Residual
 
-KEEP = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-"""Types that kept weights can be cast to, as recipes call them."""
-
 
 @dataclass(frozen=True)
 class TensorInfo:

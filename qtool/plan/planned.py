@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NoReturn
 
-from qtool.checkpoint._base import KEEP, Cache, Checkpoint, QuantizedCheckpoint, Static, TensorInfo
+from qtool.checkpoint._base import Cache, Checkpoint, QuantizedCheckpoint, Static, TensorInfo
 from qtool.plan.layers import Plan
 from qtool.recipe.cache import KVCache
+from qtool.store.neutral import KEEP
 
 SOME = Static(1.0)
 """Stands for what calibration will find."""

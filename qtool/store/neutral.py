@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtool.checkpoint._base import KEEP, CacheScales, Checkpoint, Layer, QuantizedCheckpoint, TensorInfo, finite, verify
+from qtool.checkpoint._base import CacheScales, Checkpoint, Layer, QuantizedCheckpoint, TensorInfo, finite, verify
 from qtool.checkpoint.config import read_config
 from qtool.checkpoint.hf import SIDE_FILES
 from qtool.checkpoint.safetensors_io import SafetensorsFile, SafetensorsWriter
@@ -41,6 +41,8 @@ from qtool.store.manifest import (
     residual_prefix,
 )
 
+KEEP = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+"""Types that kept weights can be cast to, as recipes call them."""
 METADATA = {"qtool": "neutral"}
 """What headers of its files say."""
 

@@ -60,8 +60,8 @@ def test_layout_on_disk(model, tmp_path):
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["version"] == 2
     low_rank, sparse = manifest["blocks"]["block-0"]["layers"][UP]["residuals"]
-    assert low_rank == {"low_rank": {"rank": 4, "whiten": True, "dtype": "fp16"}}
-    assert sparse == {"sparse": {"share": 0.01, "sensitive": False, "dtype": "fp16"}}
+    assert low_rank == {"low_rank": {"turns": 0, "rank": 4, "whiten": True, "dtype": "fp16"}}
+    assert sparse == {"sparse": {"turns": 0, "share": 0.01, "sensitive": False, "dtype": "fp16"}}
     with safe_open(tmp_path / "block-0.safetensors", "pt") as file:
         left, right = (file.get_tensor(f"{UP}.residual.0.{part}").double() for part in ("left", "right"))
         row, column, value = (file.get_tensor(f"{UP}.residual.1.{part}") for part in ("row", "column", "value"))
