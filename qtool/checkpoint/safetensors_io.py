@@ -59,6 +59,8 @@ class Entry:
 
     info: TensorInfo
     offset: int
+    within: tuple[str, int] | None = None
+    """Name of the stack of tensors [X, ...] that the file has it in, and its place there; None: it has its own name."""
 
 
 class SafetensorsFile:
@@ -128,6 +130,8 @@ class SafetensorsFile:
         """A tensor or rows of it, as they lie in the file; see `read`."""
         if self._map is None:
             self._map = self._opened()
+        if within := self.entries[name].within:
+            name, index = within
         part = slice(start, stop) if index is None else (index, slice(start, stop))
         found: Tensor = self._map.get_tensor(name) if stop is None else self._map.get_slice(name)[part]
         return found
