@@ -1,8 +1,9 @@
 """Runs `qtool quantize` over and over and ends it at chosen moments; a program of its own, for test_interruption.py.
 
 It forks one child per run, so that imports are paid once. A moment is an operation that changes files below the folder
-of the output (an audit event: rename, remove, ...), so the narrow windows around a rename are met like the wide ones.
-Prints JSON: {"events": n, "wanted": {file: sha256}, "runs": [{"moment": i, "codes": [...], "found": {...}}]}.
+of the output (an audit event: rename, exchange, remove, ...), so the narrow windows around a rename are met like the
+wide ones: every rename has a moment before it, and the next operation is the moment after it.
+Prints JSON: {"kinds": [...], "wanted": {file: sha256}, "runs": [{"moments": [i], "codes": [...], "found": {...}}]}.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import shutil
 import signal
 import sys
 from pathlib import Path
 
-EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod"}
+EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "qtool.exchange"}
+NAMED = {"os.rename", "qtool.exchange"}
+"""What gives a name."""
 TIMED = {"report.json", "report.html", "report.md", "SHA256SUMS"}  # these hold times, or hashes of times
 
 
@@ -27,13 +29,13 @@ def hashes(out):
 
 
 def run(arguments, folder, moment=None, number=signal.SIGKILL):
-    """Runs the command in a child that gets a signal at a moment: (exit code or -signal, events seen)."""
+    """Runs the command in a child that gets a signal at a moment: (exit code or -signal, kinds of events seen)."""
     reader, writer = os.pipe()
     child = os.fork()
     if child:
         os.close(writer)
         with os.fdopen(reader) as pipe:
-            seen = len(pipe.read())
+            seen = pipe.read().split()
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), seen
     count = 0
 
@@ -42,7 +44,7 @@ def run(arguments, folder, moment=None, number=signal.SIGKILL):
         writes = event in EVENTS and (event != "open" or "w" in str(values[1]))
         if writes and str(values[0]).startswith(str(folder)):
             count += 1
-            os.write(writer, b".")
+            os.write(writer, f"{event}\n".encode())
             if count == moment:
                 os.kill(os.getpid(), number)
 
@@ -65,43 +67,65 @@ def until_done(arguments, folder, out, moments, number):
         codes.append(code)
         if out.exists() and not before:
             assert (out / "report.json").exists(), "a final name appeared before its content was whole"
-        if (out / "report.json").exists() and not out.with_name(f"{out.name}.work").exists():
+        if before:
+            assert recoverable(out), "an older result is lost"
+        if (out / "report.json").exists() and not before and not out.with_name(f"{out.name}.work").exists():
             break
     else:
         codes.append(run(arguments, folder)[0])
     return {"moments": moments, "codes": codes, "found": hashes(out), "left": sorted(os.listdir(folder))}
 
 
-def experiments(arguments, folder, out, count, seed):
-    """Undisturbed, then `count` runs that are killed twice each and one that is interrupted as by Ctrl-C."""
-    code, events = run(arguments, folder)
+def recoverable(out):
+    """Whether a whole result stands under its name, or where the next run finds it."""
+    return (out / "SHA256SUMS").exists() or (out.with_name(f".{out.name}.superseded.partial") / "SHA256SUMS").exists()
+
+
+def named_moments(kinds):
+    """Before and after each event that gives a name, and before the very last one."""
+    here = [i for i, kind in enumerate(kinds, 1) if kind in NAMED]
+    return sorted({*here, *(i + 1 for i in here if i < len(kinds)), len(kinds)})
+
+
+def experiments(arguments, folder, out, part, parts):
+    """Undisturbed; then a run killed at each named moment, of which this process takes every `parts`th.
+
+    Every third run finds an older result to replace; every fifth is ended by SIGTERM, which lets it tidy up.
+    """
+    code, kinds = run(arguments, folder)
     assert code == 0, code
     wanted = hashes(out)
-    rng = random.Random(seed)
+    older = out.with_name("older")
+    out.rename(older)
     runs = []
-    for i in range(count):
+    for i, moment in enumerate(named_moments(kinds)):
+        if i % parts != part:
+            continue
+        replaces = i % 3 == 0
+        if replaces:
+            shutil.copytree(older, out)
+        command = [*arguments, "--overwrite"] if replaces else arguments
+        number = signal.SIGTERM if i % 5 == 4 else signal.SIGKILL
+        runs.append(until_done(command, folder, out, [moment], number))
         shutil.rmtree(out)
-        moments = [rng.randint(2, events // 2), rng.randint(2, events)]
-        number = signal.SIGINT if i == count - 1 else signal.SIGKILL
-        runs.append(until_done(arguments, folder, out, moments, number))
-    return {"events": events, "wanted": wanted, "runs": runs}
+    shutil.rmtree(older)
+    return {"kinds": kinds, "wanted": wanted, "runs": runs}
 
 
 if __name__ == "__main__":
     import torch
 
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born deaf to it
     import transformers.models.qwen3.modeling_qwen3  # noqa: F401 (paid once, before the forks, as is the next)
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
     import qtool.pipeline.quantize  # noqa: F401
     from qtool.cli.app import main
 
-    model, recipe, place, number, seed = sys.argv[1:]
+    model, recipe, place, part, parts = sys.argv[1:]
     target = Path(place) / "out"
     command = ["quantize", model, "--recipe", recipe, "-o", str(target), "--quiet"]
     stdout = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    result = experiments(command, place, target, int(number), int(seed))
+    result = experiments(command, place, target, int(part), int(parts))
     os.write(stdout, json.dumps(result).encode())
