@@ -6,8 +6,9 @@ DEMO_RECIPE := w4a16-gptq-g64
 DEMO_OUT := demo/SmolLM2-135M-Instruct-$(DEMO_RECIPE)
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+FUZZ_ARGS ?= --count 100000
 
-.PHONY: setup demo test test-newest test-oldest newest check format docs bench clean
+.PHONY: setup demo test test-newest test-oldest newest check format docs bench fuzz clean
 
 setup: $(READY)
 
@@ -76,6 +77,10 @@ format: $(READY)
 
 docs: $(READY)
 	$(BIN)/python -m scripts.docs
+
+# FUZZ_ARGS="--seed 2 --first 4711 --count 1" repeats one case; see tests/fuzz/fuzz.py.
+fuzz: $(READY)
+	$(BIN)/python -m tests.fuzz.fuzz $(FUZZ_ARGS)
 
 # BENCH_ARGS="--only gptq --calibration some.txt --evaluation other.txt" for one of them on your own text.
 bench: $(READY) .venv-peer/ready

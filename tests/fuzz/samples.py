@@ -13,6 +13,9 @@ from safetensors.torch import load_file, save_file
 from qtool import registry
 from qtool.artifact._base import Artifact
 from qtool.errors import PlanError
+from qtool.pipeline.calibrate import CalibrateOptions
+from qtool.pipeline.calibrate import run as calibrate
+from qtool.pipeline.quantize import QuantizeOptions, run
 from qtool.recipe.parse import parse_format
 from tests.artifact.conftest import quantize, save_llama
 
@@ -26,6 +29,7 @@ def write_samples(folder: Path) -> dict[str, Path]:
     """Writes them all: paths by name. Names begin with how they are read: "model", "stats", "work"."""
     plain = save_llama(folder / "model-plain", 256, torch.float16, blocks=1)
     samples = {"model-plain": plain, "model-shards": in_shards(plain, folder / "model-shards")}
+    samples |= measurements(plain, folder)
     for name, artifact, model in artifacts(plain):
         place = folder / f"model-{name}"
         place.mkdir()
@@ -36,6 +40,36 @@ def write_samples(folder: Path) -> dict[str, Path]:
             continue
         samples[place.name] = place
     return samples
+
+
+RECIPE = """
+recipe: 1
+name: sample
+calibration: {samples: 2, length: 32}
+layers:
+  - {match: "*.down_proj", weights: int8-channel, activations: {type: int, bits: 8, group: tensor}}
+  - {match: "*.mlp.*", weights: int4-g32, method: gptq}
+  - {match: "*", keep: bf16}
+kv_cache: fp8-tensor
+export: [{to: qtool}]
+"""
+
+
+def measurements(plain: Path, folder: Path) -> dict[str, Path]:
+    """Statistics as qtool and as llama.cpp store them, a work folder, and a report."""
+    recipe = folder / "sample.yaml"
+    recipe.write_text(RECIPE)
+    samples = {}
+    for suffix in ("stats", "gguf"):
+        place = samples[f"stats-{suffix}"] = folder / f"stats-{suffix}"
+        place.mkdir()
+        calibrate(CalibrateOptions(str(plain), str(recipe), place / f"measured.{suffix}", device="cpu"))
+    run(QuantizeOptions(str(plain), str(recipe), folder / "report", device="cpu", keep=True))
+    (folder / "report.work").rename(folder / "work")
+    for path in (folder / "report").iterdir():
+        if path.name != "report.json":
+            path.unlink()
+    return {**samples, "work": folder / "work", "report": folder / "report"}
 
 
 def artifacts(plain: Path) -> Iterator[tuple[str, Artifact, object]]:

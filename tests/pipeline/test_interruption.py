@@ -35,6 +35,7 @@ PARTS = 4
 """Processes that share the moments of a recipe, so that tests run side by side."""
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("name", RECIPES)
 def test_killed_before_and_after_every_name_it_ends_in_the_same_bytes(name, part, tiny_checkpoint, tmp_path):
