@@ -76,7 +76,14 @@ def test_what_recipes_name_is_named_as_registered_and_runs_on_defaults(room, nam
 
 
 @pytest.mark.parametrize("name", registry.names("artifact"))
-def test_artifact_says_who_reads_it(name):
+def test_artifact_says_who_reads_it_and_how(name):
     artifact = registry.load("artifact", name)
-    assert isinstance(artifact.fuses, bool)
-    assert artifact.runtimes
+    own = vars(artifact)
+    assert own["fuses"] in (True, False)
+    assert own["runtimes"] == tuple(dict.fromkeys(own["runtimes"])) != ()
+    assert all(re.fullmatch(r"[A-Za-z][\w.-]+", runtime) for runtime in own["runtimes"])
+    commands = {"vLLM": "vllm", "llama.cpp": "llama-cli", "mlx-lm": "mlx_lm", "qtool": "qtool"}
+    commands |= {"TensorRT-LLM": "trtllm-serve", "GPTQModel": "GPTQModel"}
+    called = {command for runtime in own["runtimes"] if (command := commands.get(runtime))}
+    assert any(command in own["usage"] for command in called)
+    assert not any(command in own["usage"] for command in set(commands.values()) - called)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from itertools import pairwise
 
 import pytest
 import torch
@@ -55,12 +56,26 @@ def test_formats_hold_the_rows_of_the_model(name):
     assert [fmt.misfit(k) for k in (576, 1536)] == [None, None]
 
 
-def test_runs_name_formats_and_methods():
+def test_runs_are_all_that_the_tables_show_and_each_once():
     assert {parse_method(m).name() for m in METHODS.values()} == {"rtn", "gptq"}
-    for weights, inputs, _ in runs():
-        assert weights in FORMATS
-        assert inputs in {"", *FORMATS}
-    assert {method for *_, method in runs()} == set(METHODS)
+    found = runs()
+    keys = [run.key("plain") for run in found]
+    assert len(set(keys)) == len(keys)
+    shown = {run for table in TABLES.values() for row in table.rows for run in row.runs}
+    assert set(found) == shown
+    for table in TABLES.values():
+        assert all((len(row.labels), len(row.runs)) == (len(table.labels), len(table.headings)) for row in table.rows)
+    for weights, inputs, method in found:
+        assert weights in FORMATS and method in METHODS and inputs in {"", *FORMATS}
+        assert (
+            not inputs
+            or parse_format(FORMATS[inputs]).levels().numel() == parse_format(FORMATS[weights]).levels().numel()
+        )
+    same = [(run.weights, run.method) for run in found]
+    assert sum(a != b for a, b in pairwise(same)) == len(set(same)) - 1  # weights are rounded once
+    for pair in PAIRS:  # both sides by every way of the other
+        sides = [{(bool(r.inputs), r.method) for r in found if r.weights == name} for name in pair[:2]]
+        assert sides[0] <= sides[1] and sides[0]
 
 
 @pytest.mark.parametrize(

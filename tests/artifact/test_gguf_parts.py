@@ -11,7 +11,7 @@ import pytest
 
 from qtool import registry
 from qtool.artifact.gguf import GGUF
-from qtool.artifact.gguf._writer import cut
+from qtool.artifact.gguf._writer import candidates, cut
 from qtool.checkpoint.gguf_parts import part_path
 from qtool.checkpoint.open import open_checkpoint
 from qtool.errors import CheckpointError
@@ -123,6 +123,24 @@ def test_one_part_is_a_plain_file(model, tmp_path):
     (path, _) = GGUF(split_max_size=10**9).write(model, tmp_path, {"base_model": "tiny"})
     assert path.name == "tiny.gguf"
     assert not any(key.startswith("split.") for key in gguf.GGUFReader(path).fields)
+
+
+def test_parts_stay_below_the_limit_whatever_block_types_integers_need(tiny_checkpoint, tmp_path):
+    """Before a matrix is read it is not known which of the types that may hold it will."""
+    fmt = Int(bits=4, group=32, symmetric=False)
+    model = quantize(tiny_checkpoint("llama"), fmt)
+    blocks = [block for block in candidates(fmt) if not block.misfit(64)]
+    assert len({block.storage_bits(64, 64) for block in blocks}) > 1
+    larger = False
+    for limit in range(4_000, 16_000, 1_000):
+        out = tmp_path / str(limit)
+        out.mkdir()
+        GGUF(split_max_size=limit).write(model, out, {})
+        for path in out.glob("*.gguf"):
+            tensors = gguf.GGUFReader(path).tensors
+            assert len(tensors) == 1 or sum(t.n_bytes + -t.n_bytes % 32 for t in tensors) <= limit
+            larger |= any(t.name.endswith("ffn_up.weight") and t.tensor_type != blocks[0].ggml_type for t in tensors)
+    assert larger
 
 
 def refused(path):

@@ -18,9 +18,12 @@ from qtool.formats.int import Int
 from qtool.methods.rtn import RTN
 from qtool.pipeline.calibrate import CalibrateOptions
 from qtool.pipeline.calibrate import run as calibrate
+from qtool.pipeline.prepare import prepare
 from qtool.pipeline.quantize import QuantizeOptions
 from qtool.pipeline.quantize import run as quantize
+from qtool.pipeline.statistics import comparable
 from qtool.recipe.load import load_recipe
+from qtool.stats.drift import Drift
 
 RECIPE = """
 recipe: 1
@@ -54,6 +57,19 @@ def routed(folder, recipe):
     with torch.no_grad():
         model(load_tokens(load_recipe(recipe, ()).calibration, open_checkpoint(str(folder))))
     return counts
+
+
+def test_inputs_that_drift_by_other_routes_are_not_compared(recipe, tiny_checkpoint):
+    """What an expert reads, and what is as wide as the MLP, is measured without the unquantized model beside it."""
+    job = prepare(str(tiny_checkpoint("qwen3_moe")), recipe, device="cpu")
+    asked = {p.module.name: Drift in comparable((p,)) for p in job.plan.layers if p.format}
+    assert all(Drift in p.needs for p in job.plan.layers if p.format)
+    assert {name.split(".")[-1] for name, drifts in asked.items() if drifts} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert {name.split(".")[-1] for name, drifts in asked.items() if not drifts} == {
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
 
 
 def test_experts_that_few_tokens_reach_are_rounded_without_data(recipe, tiny_checkpoint, tmp_path):
