@@ -49,6 +49,7 @@ def write_side_files(model: QuantizedCheckpoint, out: Path, config: dict[str, An
         with reading(path):
             content = path.read_bytes()
         with storage_errors(out):
+            (out / name).parent.mkdir(exist_ok=True)
             (out / name).write_bytes(content)
     return [out / "config.json", *(out / name for name in sorted(model.files))]
 

@@ -12,29 +12,14 @@ import torch
 from torch import Tensor
 
 from qtool.checkpoint._base import Checkpoint, TensorInfo, verify
-from qtool.checkpoint.config import check_file, read_config, read_json
+from qtool.checkpoint.config import read_config, read_json
 from qtool.checkpoint.families._parts import Slice
 from qtool.checkpoint.links import own_file
 from qtool.checkpoint.raw_bytes import read_bytes
 from qtool.checkpoint.safetensors_io import SafetensorsFile
+from qtool.checkpoint.side_files import code_of, side_files
 from qtool.errors import CheckpointError, reading
 
-SIDE_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "LICENSE.md",
-    "NOTICE",
-)
 TEXT_PREFIXES = ("language_model.model.", "model.language_model.")
 """What names of a text model begin with, instead of "model.", where it is one of several parts."""
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -58,9 +43,9 @@ class HFCheckpoint(Checkpoint):
     def __init__(self, folder: Path, source: str | None = None) -> None:
         self.source = source or str(folder)
         self.config, self.family = read_config(folder / "config.json")
-        self.files = {name: folder / name for name in SIDE_FILES if own_file(folder / name)}
-        for path in self.files.values():
-            check_file(path)
+        self.files = side_files(folder)
+        code = code_of(self.config, self.files)
+        self.notes = (code,) if code else ()
         stored = self._weights(folder)
         ignored = {name for name in stored if name.endswith(".rotary_emb.inv_freq")}  # a constant that old files keep
         self._drop_tied_copy(stored, ignored)
@@ -71,7 +56,8 @@ class HFCheckpoint(Checkpoint):
             others = stored.keys() - {part.tensor for part in parts.values()}
             ignored |= others
             kinds = ", ".join(sorted({name.removeprefix("model.").partition(".")[0] for name in others}))
-            self.notes = (f"only the text model of {self.source} is read, and what else it has left out: {kinds:.100}",)
+            left = f"only the text model of {self.source} is read, and what else it has left out: {kinds:.100}"
+            self.notes = (left, *self.notes)
         order = {name: place for place, name in enumerate(self._shapes)}
 
         def place(name: str) -> tuple[int, str]:

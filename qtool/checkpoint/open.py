@@ -9,12 +9,22 @@ from pathlib import Path
 
 from qtool.checkpoint._base import Checkpoint
 from qtool.checkpoint.gguf import GGUFCheckpoint
-from qtool.checkpoint.hf import INDEX, SIDE_FILES, HFCheckpoint
+from qtool.checkpoint.hf import INDEX, HFCheckpoint
+from qtool.checkpoint.side_files import CHATS, SIDE_FILES
 from qtool.errors import CheckpointError, HubError, StorageError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?", re.ASCII)
-WANTED = ["config.json", "hf_quant_config.json", INDEX, "*.safetensors", "README.md", *SIDE_FILES]
-UNWANTED = ["consolidated*.safetensors", "*/*"]
+WANTED = [
+    "config.json",
+    "hf_quant_config.json",
+    INDEX,
+    "*.safetensors",
+    "README.md",
+    "*.py",
+    f"{CHATS}/*.jinja",
+    *SIDE_FILES,
+]
+UNWANTED = ["consolidated*.safetensors", "*/*.safetensors", "*/*.py"]
 """The same weights once more under the maker's own names, and folders with other versions of them."""
 
 

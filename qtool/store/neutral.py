@@ -18,8 +18,8 @@ from torch import Tensor
 
 from qtool.checkpoint._base import CacheScales, Checkpoint, Layer, QuantizedCheckpoint, TensorInfo, finite, verify
 from qtool.checkpoint.config import read_config
-from qtool.checkpoint.hf import SIDE_FILES
 from qtool.checkpoint.safetensors_io import SafetensorsFile, SafetensorsWriter
+from qtool.checkpoint.side_files import side_files
 from qtool.errors import CheckpointError, StorageError
 from qtool.formats._base import Quantized
 from qtool.numerics.grids.bits import unpack
@@ -169,7 +169,7 @@ class NeutralCheckpoint(QuantizedCheckpoint):
         if source is None:
             self.source = str(folder)
             self.config, self.family = read_config(folder / "config.json")
-            self.files = {name: folder / name for name in SIDE_FILES if (folder / name).is_file()}
+            self.files = side_files(folder)
         else:
             self.source, self.config, self.family, self.files = (
                 source.source,

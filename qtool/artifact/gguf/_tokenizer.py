@@ -17,6 +17,7 @@ from qtool.artifact.gguf._vocabulary import Vocabulary, from_json, from_sentence
 from qtool.checkpoint import pretokenizers
 from qtool.checkpoint.config import read_json, read_text
 from qtool.checkpoint.gguf_tokenizer import PHI3, PHI3_KEEPS
+from qtool.checkpoint.side_files import CHATS
 from qtool.errors import CheckpointError
 
 Files = Mapping[str, Path]
@@ -157,9 +158,10 @@ def _chat_templates(files: Files, settings: dict[str, Any]) -> dict[str, Value]:
         template = read_json(files["chat_template.json"]).get("chat_template")
     if "chat_template.jinja" in files:
         template = read_text(files["chat_template.jinja"])
+    beside = {Path(name).stem: read_text(path) for name, path in files.items() if name.startswith(f"{CHATS}/")}
     if isinstance(template, str):
-        return {"tokenizer.chat_template": template}
-    named = {entry["name"]: entry["template"] for entry in template or []}
+        template = [{"name": "default", "template": template}]
+    named = {entry["name"]: entry["template"] for entry in template or []} | beside
     if not all(isinstance(text, str) for pair in named.items() for text in pair):
         raise TypeError("a chat template is no text")
     values: dict[str, Value] = {}
