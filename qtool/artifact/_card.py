@@ -149,8 +149,10 @@ def _quality(evaluations: list[dict[str, Any]]) -> str:
 
 def _cell(evaluation: dict[str, Any], field: str, shown: str, error: str | None = None) -> str:
     value, spread = evaluation.get(field), evaluation.get(error) if error else None
-    if value is None or isinstance(value, str):  # infinity arrives as a word, for JSON has no number for it
+    if value is None or isinstance(value, str):  # infinity may arrive as a word, for JSON has no number for it
         return str(escape_markdown(value or ""))
+    if not math.isfinite(value):
+        return "Infinity"
     several = isinstance(spread, float) and math.isfinite(spread)
     return shown.format(value) + (f" ± {shown.format(spread)}" if several else "")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -171,8 +172,19 @@ def result(text: str) -> None:
 
 
 def document(value: Any) -> None:
-    """Prints one JSON document on stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    """Prints one JSON document on stdout; infinity and NaN are words, as in the files that qtool writes."""
+    print(json.dumps(in_words(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def in_words(value: Any) -> Any:
+    """JSON values with words for numbers that JSON does not have: exact layers have infinitely many decibels."""
+    if isinstance(value, dict):
+        return {key: in_words(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [in_words(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: frozenset[int] = frozenset()) -> str:

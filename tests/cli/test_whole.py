@@ -105,6 +105,14 @@ def test_quantize_as_json_prints_the_report_and_nothing_else(model, recipe, tmp_
     assert report == Report.model_validate_json((tmp_path / "out" / "report.json").read_text())
 
 
+def test_exact_layers_have_a_word_in_json(model, recipe, tmp_path):
+    assert qtool("quantize", model, "--recipe", recipe, "-o", tmp_path / "a", "-q").exit_code == 0
+    again = qtool("quantize", tmp_path / "a", "--recipe", recipe, "-o", tmp_path / "b", "-q", "--json")
+    assert again.exit_code == 0, again.stderr
+    layers = json.loads(again.stdout)["layers"]
+    assert {layer["weight_error_db"] for layer in layers if layer["format"]} == {"Infinity"}
+
+
 def test_from_quantized_model_to_gate(model, recipe, tmp_path):
     assert qtool("quantize", model, "--recipe", recipe, "-o", tmp_path / "out", "-q").exit_code == 0
     text = tmp_path / "prose.txt"
