@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from qtool import __version__, errors
-from qtool.cli import calibrate, diff, evaluate, export, inspect, plan, quantize, recipes
+from qtool.cli import calibrate, compare, diff, evaluate, export, inspect, plan, quantize, recipes
 from qtool.cli.boundary import ENDING, INTERRUPTED, Command, prepare_process
 
 M_ARENA_MAX = -8
@@ -46,6 +46,7 @@ app.command("export", cls=Command)(export.command)
 app.command("eval", cls=Command)(evaluate.command)
 app.command("plan", cls=Command)(plan.command)
 app.command("inspect", cls=Command)(inspect.command)
+app.command("compare", cls=Command)(compare.command)
 app.command("diff", cls=Command)(diff.command)
 app.add_typer(recipes.app, name="recipes")
 

@@ -1,0 +1,108 @@
+"""Gathers what is known of several quantized models, measures what is not, and writes one page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qtool.checkpoint.open import local
+from qtool.errors import UsageError
+from qtool.evaluate.result import Evaluation
+from qtool.pipeline import evaluate
+from qtool.pipeline.events import Listener, silent
+from qtool.pipeline.inspect import run as inspect
+from qtool.report.comparison import Compared, Comparison, compare, html
+from qtool.report.model import Report
+from qtool.report.render import read_report
+from qtool.report.summary import bits_per_weight, error_rows, main_evaluation, model_bytes
+from qtool.store.files import new_file, sha256
+from qtool.store.names import output_path
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """What `qtool compare` was asked to do.
+
+    Attributes:
+        sources: folders of runs, report.json files, artifacts, GGUF files.
+        out: the page; its JSON lies beside it, with the suffix .json.
+        measure: how to evaluate what has no evaluation of that text; None: not at all. `artifact` is replaced.
+    """
+
+    sources: tuple[str, ...]
+    out: Path | None = None
+    measure: evaluate.EvaluateOptions | None = None
+
+
+def run(options: CompareOptions, listener: Listener = silent) -> Comparison:
+    """Compares models.
+
+    Raises:
+        UsageError: fewer than two.
+        CheckpointError, StorageError: one cannot be read, or the page cannot be written.
+    """
+    if len(options.sources) < 2:
+        raise UsageError("qtool compare", wanted="two models or more", found=len(options.sources))
+    out = options.out and output_path(options.out, *options.sources)
+    names = unique(options.sources)
+    found = [entry(source, name) for source, name in zip(options.sources, names, strict=True)]
+    if options.measure:
+        found = [measured(each, options.measure, listener) for each in found]
+    comparison = compare(found)
+    if out:
+        for path, text in ((out, html(comparison)), (out.with_suffix(".json"), comparison.model_dump_json(indent=1))):
+            with new_file(path) as partial:
+                partial.write_text(text, encoding="utf-8")
+    return comparison
+
+
+def unique(sources: Sequence[str]) -> list[str]:
+    """Short names of sources: the last parts of their paths, as many as tell them apart."""
+    parts = [Path(source).parts for source in sources]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{source} ({i})" for i, source in enumerate(sources, 1)]
+
+
+def report_of(source: str) -> Report | None:
+    """The report of a run's folder, or the report itself; None if it is neither."""
+    path = local(source)
+    path = path / "report.json" if path.is_dir() else path
+    return read_report(path) if path.name == "report.json" and path.is_file() else None
+
+
+def entry(source: str, name: str) -> Compared:
+    """What is known of one model."""
+    if report := report_of(source):
+        errors = {row.role: row.median for row in error_rows(report)}
+        size, bits, kind = model_bytes(report), bits_per_weight(report), report.recipe_name
+        known = main_evaluation(report)
+        return Compared(
+            name=name, source=source, kind=kind, nbytes=size, bits_per_weight=bits, evaluation=known, errors=errors
+        )
+    contents = inspect(source)
+    return Compared(
+        name=name,
+        source=source,
+        kind=contents.kind,
+        nbytes=-(-contents.bits // 8),
+        bits_per_weight=contents.bits / contents.parameters,
+        evaluation=None,
+        errors={},
+    )
+
+
+def measured(known: Compared, measure: evaluate.EvaluateOptions, listener: Listener) -> Compared:
+    """The same with an evaluation of the text that is asked for, unless it has that."""
+    if known.evaluation and known.evaluation.text_sha256 == sha256(measure.text):
+        return known
+    artifact = known.source
+    if report := report_of(known.source):
+        folder = local(known.source)
+        folder = folder if folder.is_dir() else folder.parent
+        artifact = str(folder / report.artifacts[0].path)
+    found: Evaluation = evaluate.run(replace(measure, artifact=artifact), listener)
+    return known.model_copy(update={"evaluation": found})

@@ -1,0 +1,148 @@
+"""Several quantized models side by side: size against divergence, the ones that no other beats, one page.
+
+Shape letters: none; sizes are bytes of tensors as stored, without file headers, so that layouts compare.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from html import escape
+
+from markupsafe import Markup
+
+from qtool.evaluate.result import Evaluation
+from qtool.report import meaning, summary
+from qtool.report.charts import COLORS
+from qtool.report.model import Entry
+from qtool.report.plots import Axes, hover, tag, ticks
+from qtool.report.render import environment_for
+
+NORMAL = 1.96
+"""Standard errors on each side of a mean that 95 % of a normal distribution lie within."""
+DECADE = (1, 2, 5)
+"""Where a logarithmic axis has marks."""
+
+
+class Compared(Entry):
+    """One model.
+
+    Attributes:
+        name: unique, short.
+        source: what the user called it.
+        kind: of its layout, or the recipe's name.
+        nbytes: of its tensors.
+        bits_per_weight: of the whole model.
+        evaluation: against the baseline; None if nothing is known.
+        errors: median signal-to-error ratio of layers by role, dB; empty without a report.
+    """
+
+    name: str
+    source: str
+    kind: str
+    nbytes: int
+    bits_per_weight: float
+    evaluation: Evaluation | None
+    errors: dict[str, float]
+
+
+class Comparison(Entry):
+    """Models, smallest first.
+
+    Attributes:
+        entries: all of them.
+        text: what comparable divergences were measured on.
+        comparable: names of those that were measured on that text, in the same chunks.
+        best: names of those that no other model beats in both size and divergence.
+    """
+
+    entries: tuple[Compared, ...]
+    text: str
+    comparable: tuple[str, ...]
+    best: tuple[str, ...]
+
+
+def compare(entries: Sequence[Compared]) -> Comparison:
+    """Sorts models, and finds those that compare and those that are best."""
+    entries = sorted(entries, key=lambda e: (e.nbytes, e.name))
+    measured = [(e, e.evaluation) for e in entries if e.evaluation is not None and e.evaluation.kld_mean is not None]
+    common = Counter(protocol(found) for _, found in measured).most_common(1)
+    alike = [(e, found) for e, found in measured if common and protocol(found) == common[0][0]]
+    points = [(e.name, e.nbytes, found.kld_mean or 0.0) for e, found in alike]
+    best = [
+        name
+        for name, nbytes, kld in points
+        if not any(b <= nbytes and k <= kld and (b, k) != (nbytes, kld) for _, b, k in points)
+    ]
+    text = alike[0][1].text if alike else ""
+    return Comparison(entries=tuple(entries), text=text, comparable=tuple(e.name for e, _ in alike), best=tuple(best))
+
+
+def protocol(found: Evaluation) -> tuple[str, int, int, str | None]:
+    """What two evaluations must share to be compared."""
+    return found.text_sha256 or found.text, found.context, found.chunks, found.baseline
+
+
+def html(comparison: Comparison) -> str:
+    """The page, whole in itself."""
+    environment = environment_for(autoescape=True)
+    roles = [role for role in summary.ROLES if any(role in e.errors for e in comparison.entries)]
+    chart = Markup(scatter(comparison)) if comparison.comparable else None
+    template = environment.get_template("compare.html.j2")
+    return template.render(c=comparison, s=summary, m=meaning, chart=chart, roles=roles, styles=styles(comparison))
+
+
+def styles(comparison: Comparison) -> dict[str, str]:
+    """A colour for each model."""
+    return {e.name: f"c{i % COLORS}" for i, e in enumerate(comparison.entries)}
+
+
+def scatter(comparison: Comparison) -> str:
+    """Size against mean divergence on a logarithmic scale, 95 % intervals, and the line of the best."""
+    points = [(e, e.evaluation) for e in comparison.entries if e.name in comparison.comparable]
+    spans = {e.name: interval(found) for e, found in points if found}
+    low, high = min(s[0] for s in spans.values()), max(s[2] for s in spans.values())
+    sizes = [e.nbytes / 1e6 for e, _ in points]
+    room = max(max(sizes) - min(sizes), 0.05 * max(sizes)) * 0.08
+    y = (math.log10(low) - 0.1, math.log10(high) + 0.1)
+    axes = Axes((760.0, 380.0), (min(sizes) - room, max(sizes) + room), y)
+    drawn = [axes.below("MB of tensors", {x: x for x in ticks(axes.x0, axes.x1, 6)}), *marks(axes)]
+    line = [(e.nbytes / 1e6, math.log10(spans[e.name][1])) for e, _ in points if e.name in comparison.best]
+    path = " ".join(f"{axes.px(x):.2f},{axes.py(v):.2f}" for x, v in line)
+    drawn.append(tag("polyline", points=path, class_="pareto"))
+    for e, _ in points:
+        at, (bottom, middle, top) = axes.px(e.nbytes / 1e6), (axes.py(math.log10(v)) for v in spans[e.name])
+        title = hover(f"{e.name}: {e.nbytes / 1e6:.1f} MB, {middle_text(e)}")
+        bar = tag("line", x1=at, x2=at, y1=top, y2=bottom)
+        dot = tag("circle", title, cx=at, cy=middle, r=5 if e.name in comparison.best else 3.5)
+        drawn.append(tag("g", bar + dot, class_=f"dots {styles(comparison)[e.name]}"))
+    return axes.svg("Size against mean KL divergence", "".join(drawn))
+
+
+def marks(axes: Axes) -> list[str]:
+    """Grid lines and numbers of a vertical axis whose positions are powers of ten."""
+    found = []
+    for power in range(math.floor(axes.y0), math.ceil(axes.y1) + 1):
+        for digit in DECADE:
+            value = digit * 10.0**power
+            if axes.y0 <= math.log10(value) <= axes.y1:
+                at = axes.py(math.log10(value))
+                found.append(tag("line", class_="grid", x1=axes.px(axes.x0), x2=axes.px(axes.x1), y1=at, y2=at))
+                found.append(
+                    tag("text", escape(f"{value:g}"), x=axes.px(axes.x0) - 6, y=at, dy="0.35em", text_anchor="end")
+                )
+    return found
+
+
+def interval(found: Evaluation) -> tuple[float, float, float]:
+    """(low, mean, high) of a divergence; positive, so that it has a logarithm."""
+    mean, error = max(found.kld_mean or 0.0, 1e-9), found.kld_error or 0.0
+    error = error if math.isfinite(error) else 0.0
+    return max(mean - NORMAL * error, mean / 10), mean, mean + NORMAL * error
+
+
+def middle_text(entry: Compared) -> str:
+    """A divergence with its standard error."""
+    found = entry.evaluation
+    return "" if found is None or found.kld_mean is None else f"{summary.number(found.kld_mean)} nats"

@@ -1,0 +1,71 @@
+"""Runs, artifacts and a stranger's GGUF file in one comparison, through the command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from typer.testing import CliRunner
+
+from qtool.cli.app import app
+from qtool.pipeline.compare import unique
+from qtool.report.comparison import Comparison
+
+
+def qtool(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)), prog_name="qtool")
+
+
+RECIPE = """\
+recipe: 1
+name: NAME
+layers: [{match: "*_proj", weights: FORMAT}, {match: "*", keep: true}]
+export: [{to: gguf}]
+"""
+
+
+def test_from_files_to_page(tiny_checkpoint, tmp_path):
+    model, text = tiny_checkpoint("llama"), tmp_path / "prose.txt"
+    text.write_text("Which of several models no other beats is what a release engineer wants to know. " * 20)
+    for name in ("q8_0", "q4_0"):
+        (tmp_path / f"{name}.yaml").write_text(RECIPE.replace("NAME", name).replace("FORMAT", name))
+        asked = ["quantize", model, "-r", tmp_path / f"{name}.yaml", "-o", tmp_path / name, "-q"]
+        if name == "q8_0":
+            asked += ["--set", f"eval={{text: {text}, context: 64, chunks: 2}}"]
+        assert qtool(*asked).exit_code == 0
+    stranger = tmp_path / "stranger.gguf"  # a file without a report, as anybody may have made it
+    shutil.copy(next((tmp_path / "q4_0").glob("*.gguf")), stranger)
+    sources, page = (tmp_path / "q8_0", tmp_path / "q4_0", stranger), tmp_path / "page.html"
+    measuring = ["--text", text, "--baseline", model, "--context", 64, "--chunks", 2]
+    result = qtool("compare", *sources, "-o", page, *measuring, "-q")
+    assert result.exit_code == 0, result.stderr
+    found = Comparison.model_validate_json(page.with_suffix(".json").read_text())
+    by_name = {e.name: e for e in found.entries}
+    assert [e.kind for e in found.entries] == ["q4_0", "gguf", "q8_0"]
+    assert by_name["q4_0"].nbytes == by_name["stranger.gguf"].nbytes - 640 < by_name["q8_0"].nbytes  # norms in f32
+    assert by_name["q4_0"].evaluation.kld_mean == by_name["stranger.gguf"].evaluation.kld_mean
+    assert by_name["q4_0"].evaluation.kld_mean > 3 * by_name["q8_0"].evaluation.kld_mean > 0
+    assert found.best == ("q4_0", "q8_0")  # the stranger's norms take more for the same
+    assert set(by_name["q8_0"].errors) >= {"q", "down"}
+    assert "<svg" in page.read_text()
+    assert len([line for line in result.stdout.splitlines() if line.endswith("*")]) == 2
+    unmeasured = json.loads(qtool("compare", *sources, "--json", "-q").stdout)
+    assert unmeasured["comparable"] == ["q8_0"]
+
+
+def test_what_cannot_be_compared(tmp_path):
+    assert qtool("compare", tmp_path).exit_code == 2
+    assert "--text and --baseline go together" in qtool("compare", "a", "b", "--text", "t").stderr
+
+
+@pytest.mark.parametrize(
+    ("sources", "names"),
+    [
+        (("/m/a", "/m/b"), ["a", "b"]),
+        (("/m/x/gguf", "/m/y/gguf"), ["x/gguf", "y/gguf"]),
+        (("a", "a"), ["a (1)", "a (2)"]),
+    ],
+)
+def test_names_tell_apart(sources, names):
+    assert unique(sources) == names

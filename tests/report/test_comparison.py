@@ -1,0 +1,72 @@
+"""Which of several models no other beats, and the page about them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from qtool.report.comparison import Compared, compare, html, interval
+from tests.report.test_render import HOSTILE, Page
+
+SIZES = {"a": (100, 0.30), "b": (120, 0.10), "c": (130, 0.12), "d": (200, 0.01), "e": (210, 0.01), "f": (100, 0.30)}
+
+
+@pytest.fixture
+def entries(report):
+    found = []
+    for name, (nbytes, kld) in SIZES.items():
+        evaluation = report.evaluations[0].model_copy(update={"kld_mean": kld, "kld_error": kld / 20})
+        fields = {
+            "source": name,
+            "kind": "gguf",
+            "nbytes": nbytes * 10**6,
+            "bits_per_weight": 4.5,
+            "errors": {"q": 20.0},
+        }
+        found.append(Compared(name=name, evaluation=evaluation, **fields))
+    return found
+
+
+def test_the_best_are_those_that_no_other_beats(entries):
+    found = compare(entries[::-1])
+    assert [e.name for e in found.entries] == ["a", "f", "b", "c", "d", "e"]
+    assert found.best == ("a", "f", "b", "d")  # equal ones do not beat each other
+    assert found.text == "evaluation.txt"
+
+
+def test_another_text_does_not_compare(entries):
+    other = entries[3].evaluation.model_copy(update={"text_sha256": "0" * 64, "text": "other.txt"})
+    entries[3] = entries[3].model_copy(update={"evaluation": other})
+    entries[2] = entries[2].model_copy(update={"evaluation": None})
+    found = compare(entries)
+    assert found.comparable == ("a", "f", "b", "e")
+    assert "d" not in found.best
+    page = html(found)
+    assert "on other.txt, which does not compare" in page
+    assert "not measured" in page
+
+
+def test_marks_stand_where_the_numbers_say(entries):
+    page = html(compare(entries))
+    Page(page)
+    marks = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)" r="[\d.]+"><title>(\w): ', page)
+    assert len(marks) == 6
+    at = {name: (float(x), float(y)) for x, y, name in marks}
+    assert at["a"] == at["f"]
+    assert (at["d"][0] - at["b"][0]) / (at["b"][0] - at["a"][0]) == pytest.approx(80 / 20, rel=0.01)
+    assert (at["d"][1] - at["b"][1]) / (at["b"][1] - at["a"][1]) == pytest.approx(1 / 0.4771, rel=0.01)  # decades
+    assert interval(entries[0].evaluation) == pytest.approx((0.3 * (1 - 0.098), 0.3, 0.3 * 1.098))
+
+
+def test_names_are_no_markup(entries):
+    entries[0] = entries[0].model_copy(update={"name": HOSTILE, "kind": HOSTILE})
+    page = html(compare(entries))
+    Page(page)
+    assert HOSTILE not in page
+
+
+def test_nothing_measured(entries):
+    found = compare([e.model_copy(update={"evaluation": None}) for e in entries])
+    assert (found.best, found.comparable) == ((), ())
+    assert "Nothing was measured" in html(found)
