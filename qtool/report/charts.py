@@ -11,10 +11,24 @@ from markupsafe import Markup
 from qtool.report import plots
 from qtool.report.model import LayerEntry, Report
 from qtool.report.plots import Point, Series
-from qtool.report.summary import decibels, errors, measures_output, roles, stored_as, weights
+from qtool.report.summary import decibels, errors, measures_output, model_bytes, roles, stored_as, weights
+from qtool.report.units import size
 
 COLORS, SHADES = 9, 5
 """How many styles `c0` ... and `b0` ... the page's sheet has."""
+EXCEPTIONS = 0.1
+"""Share of layers up to which fallbacks are exceptions, which plots mark."""
+LEVER = 0.25
+"""Share of the size from which a role that is kept as it is is worth a remark."""
+QUANTILES = {
+    "median": "kld_median",
+    "90 %": "kld_p90",
+    "95 %": "kld_p95",
+    "99 %": "kld_p99",
+    "99.9 %": "kld_p999",
+    "largest": "kld_max",
+}
+"""Places of the percentile plot, and fields of an evaluation."""
 
 
 class Chart(NamedTuple):
@@ -34,7 +48,8 @@ class Chart(NamedTuple):
 
 def charts(report: Report) -> list[Chart]:
     """Those that the report has data for."""
-    return [chart for chart in (depth(report), distribution(report), bits(report)) if chart]
+    found = (shares(report), percentiles(report), depth(report), distribution(report), bits(report))
+    return [chart for chart in found if chart]
 
 
 def styles(report: Report) -> dict[str, str]:
@@ -68,16 +83,30 @@ def depth(report: Report) -> Chart | None:
                 blocks[layer.block] = (db, layer)
     if not worst:
         return None
+    everything = [db for blocks in worst.values() for db, _ in blocks.values()]
+    low, high = plots.usual(everything)
+    fallbacks = [layer for blocks in worst.values() for _, layer in blocks.values() if layer.fallback]
+    rare = len(fallbacks) <= EXCEPTIONS * len(everything)
     series = []
     for role, style in styles(report).items():
         found = [(block, *worst[role][block]) for block in sorted(worst.get(role, {}))]
-        points = [Point(block, db, describe(layer, db), layer.fallback is not None) for block, db, layer in found]
+        points = [
+            Point(
+                block,
+                min(max(db, low), high),
+                describe(layer, db),
+                not low <= db <= high or (rare and layer.fallback is not None),
+            )
+            for block, db, layer in found
+        ]
         if points:
             series.append(Series(role, style, points))
     note = f"Signal-to-error ratio of {kind(report)}; higher is better, and 6 dB more is half the error."
-    if any(point.marked for each in series for point in each.values):
+    if fallbacks and rare:
         note += " Rings mark fallbacks."
-    svg = plots.lines(series, "decoder block", "dB", "Error of each layer over depth, by role")
+    if beyond := sum(not low <= db <= high for db in everything):
+        note += f" Rings at the edge mark {beyond} layers beyond the scale, which shows what most are like."
+    svg = plots.lines(series, "decoder block", "dB", "Error of each layer over depth, by role", (low, high))
     return Chart("Error over depth", note, legend(series), Markup(svg))
 
 
@@ -108,8 +137,8 @@ def bits(report: Report) -> Chart | None:
         style = shades[layer.bits_per_weight] if layer.format else "kept"
         label = f"{stored_as(layer)}, {layer.bits_per_weight:.4g} bits"
         labels[layer.bits_per_weight, label] = style
-        size = f"{weights(layer):,} weights in {layer.nbytes:,} bytes"
-        cells[layer.role][int(layer.block or 0)] = (style, f"{layer.name}: {label}; {size}")
+        takes = f"{weights(layer):,} weights in {layer.nbytes:,} bytes"
+        cells[layer.role][int(layer.block or 0)] = (style, f"{layer.name}: {label}; {takes}")
     rows = {role: row for role, row in cells.items() if row}
     svg = plots.grid(rows, max(map(max, rows.values())) + 1, "decoder block", "Bits per weight of each layer")
     note = "How every layer of the decoder blocks is stored, scales included; the stronger the colour, the more bits."
@@ -117,7 +146,46 @@ def bits(report: Report) -> Chart | None:
 
 
 def shade(values: Iterable[float]) -> dict[float, str]:
-    """Distinct numbers -> shades from light to dark."""
+    """Distinct numbers -> shades from light to dark, by ratio: a fourth of the largest is the lightest."""
     distinct = sorted(set(values))
-    last = max(len(distinct) - 1, 1)
-    return {v: f"b{round(i * (SHADES - 1) / last) if len(distinct) > 1 else 2}" for i, v in enumerate(distinct)}
+    if not distinct:
+        return {}
+    last = SHADES - 1
+    widest = max(math.log(distinct[-1] / distinct[0]), math.log(4))
+    return {v: f"b{last - round(math.log(distinct[-1] / v) / widest * last)}" for v in distinct}
+
+
+def shares(report: Report) -> Chart | None:
+    """What each role takes of the model's size."""
+    total = model_bytes(report)
+    found = {role: sum(e.nbytes for e in report.layers if e.role == role) for role in roles(report)}
+    found = dict(sorted(found.items(), key=lambda pair: -pair[1]))
+    if not total or not any(found.values()):
+        return None
+    colours = styles(report)
+    parts = [
+        Series(role, colours[role], [(nbytes / total, f"{role}: {size(nbytes)}, {nbytes / total:.1%}")])
+        for role, nbytes in found.items()
+        if nbytes
+    ]
+    kept = {role for role in found if all(e.format is None for e in report.layers if e.role == role)}
+    levers = [f"{role} ({found[role] / total:.0%})" for role in found if role in kept and found[role] >= LEVER * total]
+    note = "What the matrices of each role take of the whole."
+    if levers:
+        note += f" Not quantized, and the largest lever on size: {', '.join(levers)}."
+    return Chart("Size by role", note, legend(parts), Markup(plots.strip(parts, "Share of each role in the size")))
+
+
+def percentiles(report: Report) -> Chart | None:
+    """How divergence is distributed over positions of a text: a line per evaluation."""
+    series = []
+    for i, e in enumerate(e for e in report.evaluations if e.kld_mean is not None):
+        found = [(at, name, getattr(e, field)) for at, (name, field) in enumerate(QUANTILES.items())]
+        points = [Point(at, value, f"{name}: {value:.3g} nats") for at, name, value in found if value and value > 0]
+        if points:
+            series.append(Series(f"{e.text}, run by {e.runtime}", f"c{i % COLORS}", points))
+    if not series:
+        return None
+    note = "KL divergence that so many positions of the text stay below, nats, on a logarithmic scale."
+    svg = plots.rising(series, list(QUANTILES), "positions", "Percentiles of KL divergence")
+    return Chart("Divergence over positions", note, legend(series), Markup(svg))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from html import escape
 
 from markupsafe import Markup
 
@@ -16,13 +15,11 @@ from qtool.evaluate.result import Evaluation
 from qtool.report import meaning, summary
 from qtool.report.charts import COLORS
 from qtool.report.model import Entry
-from qtool.report.plots import Axes, hover, tag, ticks
+from qtool.report.plots import Axes, decades, hover, tag, ticks
 from qtool.report.render import environment_for
 
 NORMAL = 1.96
 """Standard errors on each side of a mean that 95 % of a normal distribution lie within."""
-DECADE = (1, 2, 5)
-"""Where a logarithmic axis has marks."""
 
 
 class Compared(Entry):
@@ -107,7 +104,7 @@ def scatter(comparison: Comparison) -> str:
     room = max(max(sizes) - min(sizes), 0.05 * max(sizes)) * 0.08
     y = (math.log10(low) - 0.1, math.log10(high) + 0.1)
     axes = Axes((760.0, 380.0), (min(sizes) - room, max(sizes) + room), y)
-    drawn = [axes.below("MB of tensors", {x: x for x in ticks(axes.x0, axes.x1, 6)}), *marks(axes)]
+    drawn = [axes.below("MB of tensors", {x: x for x in ticks(axes.x0, axes.x1, 6)}), decades(axes)]
     line = [(e.nbytes / 1e6, math.log10(spans[e.name][1])) for e, _ in points if e.name in comparison.best]
     path = " ".join(f"{axes.px(x):.2f},{axes.py(v):.2f}" for x, v in line)
     drawn.append(tag("polyline", points=path, class_="pareto"))
@@ -118,21 +115,6 @@ def scatter(comparison: Comparison) -> str:
         dot = tag("circle", title, cx=at, cy=middle, r=5 if e.name in comparison.best else 3.5)
         drawn.append(tag("g", bar + dot, class_=f"dots {styles(comparison)[e.name]}"))
     return axes.svg("Size against mean KL divergence", "".join(drawn))
-
-
-def marks(axes: Axes) -> list[str]:
-    """Grid lines and numbers of a vertical axis whose positions are powers of ten."""
-    found = []
-    for power in range(math.floor(axes.y0), math.ceil(axes.y1) + 1):
-        for digit in DECADE:
-            value = digit * 10.0**power
-            if axes.y0 <= math.log10(value) <= axes.y1:
-                at = axes.py(math.log10(value))
-                found.append(tag("line", class_="grid", x1=axes.px(axes.x0), x2=axes.px(axes.x1), y1=at, y2=at))
-                found.append(
-                    tag("text", escape(f"{value:g}"), x=axes.px(axes.x0) - 6, y=at, dy="0.35em", text_anchor="end")
-                )
-    return found
 
 
 def interval(found: Evaluation) -> tuple[float, float, float]:

@@ -99,11 +99,18 @@ class Axes:
         parts.append(tag("text", escape(y_title), class_="turned", **place))
         return "".join(parts) + self.below(x_title, {x: x for x in x_ticks})
 
-    def below(self, title: str, labels: Mapping[float, float]) -> str:
+    def below(self, title: str, labels: Mapping[float, float | str]) -> str:
         """Tick labels by position, and the axis title, under the plotting area."""
         y = self.height - BOTTOM + 4
         parts = [
-            tag("text", f"{shown:g}", x=self.px(x), y=y, dy="0.9em", text_anchor="middle")
+            tag(
+                "text",
+                shown if isinstance(shown, str) else f"{shown:g}",
+                x=self.px(x),
+                y=y,
+                dy="0.9em",
+                text_anchor="middle",
+            )
             for x, shown in labels.items()
         ]
         middle = (LEFT + self.width - RIGHT) / 2
@@ -124,11 +131,62 @@ def span(values: Iterable[float], pad: float = 0.06) -> tuple[float, float]:
     return low - room, high + room
 
 
-def lines(series: Sequence[Series], x_title: str, y_title: str, label: str) -> str:
-    """Lines over whole-numbered x; values are `Point`s."""
+def decades(axes: Axes) -> str:
+    """Grid lines and numbers (1, 2 and 5 in each power of ten) of a vertical axis of logarithms to base ten."""
+    found = []
+    for power in range(math.floor(axes.y0), math.ceil(axes.y1) + 1):
+        for value in (digit * 10.0**power for digit in (1, 2, 5)):
+            if axes.y0 <= math.log10(value) <= axes.y1:
+                at = axes.py(math.log10(value))
+                found.append(tag("line", class_="grid", x1=LEFT, x2=axes.width - RIGHT, y1=at, y2=at))
+                found.append(tag("text", f"{value:g}", x=LEFT - 6, y=at, dy="0.35em", text_anchor="end"))
+    return "".join(found)
+
+
+def rising(series: Sequence[Series], labels: Sequence[str], x_title: str, label: str) -> str:
+    """Lines over named places on a logarithmic scale; values are `Point`s of positive y."""
+    logs = [math.log10(p.y) for each in series for p in each.values]
+    axes = Axes((760.0, 300.0), (-0.3, len(labels) - 0.7), (min(logs) - 0.1, max(logs) + 0.1))
+    drawn = [decades(axes), axes.below(x_title, dict(enumerate(labels)))]
+    for each in series:
+        at = [(axes.px(p.x), axes.py(math.log10(p.y)), p.title) for p in each.values]
+        path = " ".join(f"{trim(x)},{trim(y)}" for x, y, _ in at)
+        marks = "".join(tag("circle", hover(title), cx=x, cy=y, r=3.2) for x, y, title in at)
+        drawn.append(tag("g", tag("polyline", points=path) + marks, class_=f"series {each.style}"))
+    return axes.svg(label, "".join(drawn))
+
+
+def strip(parts: Sequence[Series], label: str) -> str:
+    """One bar of 100 %, cut into parts; the value of each is (share, hover title)."""
+    axes = Axes((760.0, 92.0), (0.0, 1.0), (0.0, 1.0))
+    drawn, left = [], 0.0
+    for part in parts:
+        ((share, title),) = part.values
+        middle = axes.px(left + share / 2)
+        drawn.append(tag("g", box(axes, (left, left + share), (0.0, 1.0), title), class_=part.style))
+        if share > 0.07:
+            drawn.append(tag("text", escape(part.name), x=middle, y=axes.height - BOTTOM + 18, text_anchor="middle"))
+            drawn.append(tag("text", f"{share:.0%}", x=middle, y=axes.height - 12, text_anchor="middle"))
+        left += share
+    return axes.svg(label, "".join(drawn))
+
+
+def usual(values: Sequence[float]) -> tuple[float, float]:
+    """The range of values without those that lie far from most: beyond three times the middle half's width from it."""
+    ordered = sorted(values)
+    low, high = ordered[len(ordered) // 4], ordered[-1 - len(ordered) // 4]
+    room = 3 * max(high - low, 1.0)
+    inside = [v for v in ordered if low - room <= v <= high + room]
+    return inside[0], inside[-1]
+
+
+def lines(
+    series: Sequence[Series], x_title: str, y_title: str, label: str, y: tuple[float, float] | None = None
+) -> str:
+    """Lines over whole-numbered x; values are `Point`s. `y` is what the scale shows; None: all of them."""
     points = [p for each in series for p in each.values]
     x_high = max(p.x for p in points)
-    axes = Axes((760.0, 330.0), (-0.5, x_high + 0.5), span(p.y for p in points))
+    axes = Axes((760.0, 330.0), (-0.5, x_high + 0.5), span(y or [p.y for p in points]))
     drawn = [axes.frame(x_title, y_title, whole(ticks(0, x_high, 8)), ticks(axes.y0, axes.y1))]
     for each in series:
         path = " ".join(f"{trim(axes.px(p.x))},{trim(axes.py(p.y))}" for p in each.values)

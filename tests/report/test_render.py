@@ -156,8 +156,8 @@ def test_the_page_says_everything(report):
         assert wanted in text
     for file in report.artifacts[0].files:
         assert file.sha256 in text
-    assert page.tags.count("svg") == 3
-    assert page.tags.count("circle") == 210
+    assert page.tags.count("svg") == 5
+    assert page.tags.count("circle") == 210 + 2 * 6
 
 
 def test_the_page_is_whole_in_itself(report):
@@ -223,7 +223,7 @@ def test_a_run_without_data_gates_or_artifacts(report):
     assert "Signal-to-error ratio of weights" in text
     assert "none: weights only" in text
     assert "Quality was not measured" in markdown(bare)
-    assert Page(text).tags.count("svg") == 3
+    assert Page(text).tags.count("svg") == 4
 
 
 def test_exact_layers_are_called_exact_and_are_not_plotted(report):
@@ -233,7 +233,7 @@ def test_exact_layers_are_called_exact_and_are_not_plotted(report):
     )
     text = html(report.model_copy(update={"layers": layers, "warnings": ()}))
     page = Page(text)
-    assert page.tags.count("svg") == 1
+    assert page.tags.count("svg") == 3
     assert text.count("exact") > 210
     assert "No fallbacks, no warnings." in text
 
@@ -244,7 +244,7 @@ def test_of_several_layers_in_one_place_the_worst_is_plotted(report):
     better = expert.model_copy(update={"name": "expert.2", "output_error_db": 60.0})
     text = html(report.model_copy(update={"layers": (*report.layers, expert, better)}))
     titles = re.findall(r"<circle[^>]*><title>([^<]*)</title>", text)
-    assert len(titles) == 210
+    assert len(titles) == 210 + 2 * 6
     assert "expert.1: -3.0 dB, int4-g64" in titles
     assert report.layers[5].name not in " ".join(titles)
 
@@ -267,7 +267,7 @@ def test_mixtures_show_tokens_per_expert_and_few_names(report):
 
 def test_colours_mean_the_same_role_in_every_plot(report):
     text = html(report)
-    assert text.count('<li class="c6"><i></i>down</li>') == 2
+    assert text.count('<li class="c6"><i></i>down</li>') == 3
 
 
 def test_errors_of_attention_are_shown_where_a_cache_is_rounded(report):
