@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from qtool.cli import options
 from qtool.cli.console import Console, document, result, table
@@ -12,11 +15,20 @@ if TYPE_CHECKING:
     from qtool.plan import Plan
 
 
+Check = Annotated[
+    bool,
+    typer.Option(
+        "--check", help="Also try what would fail later: texts of calibration and evaluation, tokenizer, free disk."
+    ),
+]
+
+
 def command(
     model: options.Model,
     recipe: options.Recipe,
     overrides: options.Overrides = None,
     limit_layers: options.LimitLayers = None,
+    check: Check = False,
     strict: options.Strict = False,
     json: options.Json = False,
     debug: options.Debug = False,
@@ -29,13 +41,20 @@ def command(
     recipe = options.named(recipe, console)
     from qtool.pipeline.prepare import prepare
 
-    plan = prepare(model, recipe, tuple(overrides or ()), limit=limit_layers).plan
+    job = prepare(model, recipe, tuple(overrides or ()), limit=limit_layers)
+    plan = job.plan
     for warning in plan.warnings:
         console.warn(warning)
     if json:
         document(as_json(plan))
     else:
         result(show(plan))
+    if check:
+        from qtool.errors import PlanError
+        from qtool.pipeline.check import check as try_all
+
+        if found := try_all(job, Path()):
+            raise PlanError(found, "this run would fail")
 
 
 def show(plan: Plan) -> str:
@@ -62,6 +81,7 @@ def show(plan: Plan) -> str:
             f"other tensors: {size(plan.other_bytes)}",
             f"predicted size: {size(plan.predicted_bytes)}",
             f"bits per weight: {rounded}{plan.bits_per_weight:.3f} of all matrices",
+            *([f"KV cache: {plan.recipe.kv_cache.label}"] if plan.recipe.kv_cache else []),
             f"artifacts: {', '.join(plan.artifacts)}",
         ]
     )
@@ -90,6 +110,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "other_bytes": plan.other_bytes,
         "predicted_bytes": plan.predicted_bytes,
         "bits_per_weight": plan.bits_per_weight,
+        "kv_cache": plan.recipe.kv_cache and plan.recipe.kv_cache.label,
         "artifacts": plan.artifacts,
         "warnings": plan.warnings,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -80,6 +81,29 @@ def test_plan_as_json_lists_every_layer(model, recipe):
         "rule": 1,
         "bits": 64 * 64 * 17 // 2,
     }
+
+
+def test_plan_tries_what_would_fail_later(model, tmp_path, monkeypatch):
+    text = RECIPE.replace(
+        "layers:", "calibration: {data: gone.txt}\nkv_cache: fp8-token\neval: {text: prose.txt}\nlayers:", 1
+    )
+    text = text.replace("weights: q8_0}", "weights: q8_0, method: gptq}").replace("gguf", "qtool")
+    (tmp_path / "r.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    plain = qtool("plan", model, "-r", "r.yaml")
+    assert plain.exit_code == 0, plain.stderr
+    assert "KV cache: fp8-token" in plain.stdout
+    monkeypatch.setattr("qtool.pipeline.check.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    checked = qtool("plan", model, "-r", "r.yaml", "--check")
+    assert checked.exit_code == 4
+    assert "3 problems" in checked.stderr
+    for wanted in ("no file prose.txt", "there is no calibration file gone.txt", "found 1.0 kB free"):
+        assert wanted in checked.stderr
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    for name in ("gone.txt", "prose.txt"):
+        (tmp_path / name).write_text("It is there now.")
+    assert qtool("plan", model, "-r", "r.yaml", "--check").exit_code == 0
 
 
 def test_quantize_prints_its_result_on_stdout_and_progress_on_stderr(model, recipe, tmp_path):

@@ -1,0 +1,63 @@
+"""What would fail after the plan is made: texts, tokenizer, disk, hub. Nothing of the weights is read."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from qtool.calibrate.documents import documents
+from qtool.calibrate.tokenizer import load_tokenizer
+from qtool.errors import QtoolError
+from qtool.pipeline import evaluate
+from qtool.pipeline.prepare import Job
+from qtool.recipe.schema import Calibration
+from qtool.report.units import size
+
+
+def check(job: Job, place: Path) -> list[str]:
+    """Tries what a run will need, and returns what is wrong with it, a line each.
+
+    Args:
+        job: the run.
+        place: the folder that the result goes into, or one on the same disk.
+    """
+    found = []
+    for step in (_evaluation, _calibration):
+        try:
+            step(job)
+        except QtoolError as error:
+            found.append(str(error))
+    return [*found, *_disk(job, place)]
+
+
+def _evaluation(job: Job) -> None:
+    evaluate.check(job.plan.recipe.eval)
+    if job.plan.recipe.eval:
+        load_tokenizer(job.checkpoint)
+
+
+def _calibration(job: Job) -> None:
+    """Loads the tokenizer and reads the first document of every source, if a layer or the KV cache wants data."""
+    calibration = job.plan.recipe.calibration
+    cache = job.plan.recipe.kv_cache
+    if not any(p.needs for p in job.plan.layers) and not (cache and cache.static):
+        return
+    tokenizer = load_tokenizer(job.checkpoint)
+    for source in _sources(calibration):
+        if source != "self":
+            next(documents(source, tokenizer, calibration.chat_template), None)
+
+
+def _sources(calibration: Calibration) -> Iterator[str]:
+    data = calibration.data
+    yield from (data,) if isinstance(data, str) else (source.data for source in data)
+
+
+def _disk(job: Job, place: Path) -> list[str]:
+    """The work folder and every artifact hold the model once."""
+    wanted = job.plan.predicted_bytes * (1 + len(job.artifacts))
+    free = shutil.disk_usage(place).free
+    if free >= wanted:
+        return []
+    return [f"the disk of {place} is too small: wanted {size(wanted)}, found {size(free)} free; free some space"]
