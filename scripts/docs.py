@@ -26,6 +26,8 @@ from qtool.recipe.load import list_recipes
 from qtool.recipe.parse import parse_format
 
 ROOT = Path(__file__).parents[1]
+NAMED = {"methods": "Method", "transforms": "Transform"}
+"""Rooms whose things recipes name with options, and what the schema calls them."""
 PART = re.compile(r"(<!-- begin ([\w-]+) -->\n)(.*?)(<!-- end \2 -->)", re.DOTALL)
 
 
@@ -94,13 +96,13 @@ def about(room: str, name: str) -> str:
 
 
 def options_of(room: str, name: str) -> dict[str, Any]:
-    """The part of the recipe schema that describes a registered format or method; empty for an artifact."""
+    """The part of the recipe schema that describes a registered format, method or transform; empty for an artifact."""
     if room == "formats":
         kinds = json_schema()["$defs"]["Format"]["anyOf"][1:]
         (found,) = (kind for kind in kinds if kind["properties"]["type"] == {"const": name})
         return {**found, "properties": {k: v for k, v in found["properties"].items() if k != "type"}}
-    if room == "methods":
-        kinds = json_schema()["$defs"]["Method"]["anyOf"][1:]
+    if room in NAMED:
+        kinds = json_schema()["$defs"][NAMED[room]]["anyOf"][1:]
         return dict(next(kind["properties"][name] for kind in kinds if name in kind["properties"]))
     return {}
 
@@ -216,6 +218,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "recipe": recipe,
     "recipes": recipes,
     "support": support,
+    "transforms": lambda: chapters("transforms"),
 }
 
 

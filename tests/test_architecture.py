@@ -28,6 +28,7 @@ ORDER = (
     "stats",
     "residuals",
     "methods",
+    "transforms",
     "recipe",
     "checkpoint",
     "store",

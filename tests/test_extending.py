@@ -105,6 +105,11 @@ def test_the_page_s_package_runs_to_verified_artifacts(extra, model, tmp_path, i
     assert {(e.method, e.tokens) for e in report.layers if e.role == "gate"} == {("absolute", 4 * 64)}
     assert {(e.format, e.method) for e in report.layers if e.role == "q"} == {("quartet", "nudge")}
     installed(extra)
+    norm = "model.layers.1.input_layernorm.weight"
+    before, after = (m.tensor(norm) for m in (open_model(str(model)), open_artifact(str(out / "qtool"))))
+    octaves = (before / after).log2()
+    assert torch.equal(octaves, octaves.round())
+    assert len(octaves.unique()) > 1
     levels = registry.load("formats", "quartet")().levels()
     with safe_open(out / "loose" / "model.layers.1.mlp.down_proj.weight.safetensors", "pt") as leaf:
         codes, scale = leaf.get_tensor("codes"), leaf.get_tensor("scale").float().repeat_interleave(32, dim=1)

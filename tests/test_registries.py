@@ -18,6 +18,7 @@ from qtool.methods._base import Method
 from qtool.ops._base import InputOp
 from qtool.residuals._base import Residual
 from qtool.stats._base import Statistic
+from qtool.transforms._base import Transform
 
 BASES = {
     "artifact": Artifact,
@@ -25,6 +26,7 @@ BASES = {
     "formats": Format,
     "methods": Method,
     "ops": InputOp,
+    "transforms": Transform,
     "residuals": Residual,
     "stats": Statistic,
 }

@@ -65,23 +65,27 @@ def digest(edits: Sequence[Edit]) -> str:
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
-def write_edits(edits: Sequence[Edit], path: Path) -> None:
-    """Writes a list. Raises StorageError."""
+def write_edits(edits: Sequence[Edit], path: Path, run: str = "") -> None:
+    """Writes a list, and what identifies the run that made it. Raises StorageError."""
     told, tensors = _dump(edits)
     infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    with SafetensorsWriter(path, infos, {"edits": told}) as writer:
+    with SafetensorsWriter(path, infos, {"edits": told, "run": run, "digest": digest(edits)}) as writer:
         for name, tensor in tensors.items():
             writer.add(name, tensor)
 
 
-def read_edits(path: Path) -> tuple[Edit, ...]:
-    """Reads a list. Raises CheckpointError: damaged."""
+def read_edits(path: Path) -> tuple[tuple[Edit, ...], str]:
+    """Reads a list, and what identifies the run that made it. Raises CheckpointError: damaged."""
     file = SafetensorsFile(path)
     try:
         told = json.loads(file.metadata["edits"])
-        return tuple(_parse(entry, file, f"{index}.") for index, entry in enumerate(told))
+        edits = tuple(_parse(entry, file, f"{index}.") for index, entry in enumerate(told))
+        whole, run = file.metadata["digest"] == digest(edits), file.metadata["run"]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path} is no list of edits: {error}") from error
+    if not whole:
+        raise CheckpointError(f"{path} holds other edits than were written")
+    return edits, run
 
 
 def _parse(entry: Mapping[str, Any], file: SafetensorsFile, prefix: str) -> Edit:

@@ -117,7 +117,7 @@ def as_asked(job: Job, model: Checkpoint, asked: Eval, listener: Listener) -> Ev
     """The evaluation that a recipe asks for: of its result, against the source."""
     evaluation = evaluate(
         model,
-        job.checkpoint,
+        job.original,
         Path(asked.text),
         context=asked.context,
         chunks=asked.chunks,

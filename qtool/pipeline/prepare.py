@@ -11,6 +11,8 @@ from qtool import registry
 from qtool.artifact._base import Artifact
 from qtool.artifact._open import open_model
 from qtool.checkpoint._base import Checkpoint
+from qtool.checkpoint.edits import STREAM, Edit
+from qtool.checkpoint.rewritten import Rewritten
 from qtool.errors import UsageError
 from qtool.numerics.threads.processor import compute_dtype
 from qtool.pipeline.requantize import second_generation
@@ -23,8 +25,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Job:
-    """A model, what to do with it, what to write it as, and where and in which type to run it."""
+    """A model, what to do with it, what to write it as, and where and in which type to run it.
 
+    Attributes:
+        original: the model as it was given.
+        checkpoint: what is quantized: the same, or what transforms make of it.
+    """
+
+    original: Checkpoint
     checkpoint: Checkpoint
     plan: Plan
     artifacts: dict[str, Artifact]
@@ -67,12 +75,27 @@ def prepare(
     parsed = with_gguf_options(parsed, {key: value for key, value in (gguf or {}).items() if value is not None})
     checkpoint = model if isinstance(model, Checkpoint) else open_model(model)
     artifacts = {export.to: registry.load("artifact", export.to)(**export.options) for export in parsed.export}
-    plan = make_plan(parsed, checkpoint, artifacts, limit)
+    original, checkpoint = checkpoint, preview(checkpoint, parsed)
+    plan = replace(make_plan(parsed, checkpoint, artifacts, limit), source_fingerprint=original.fingerprint())
     layers = {p.module.name: p.layer for p in plan.layers if p.layer}
     caveats = [f"{name}: {text}" for name, a in artifacts.items() for text in a.caveats(checkpoint, layers)]
-    again = second_generation(plan, checkpoint)
+    again = second_generation(plan, original)
+    if again and parsed.transforms:
+        again = ["the model is quantized already: transforms rewrite it, so all of it is decoded and rounded again"]
     plan = replace(plan, warnings=(*checkpoint.notes, *plan.warnings, *again, *caveats))
-    return Job(checkpoint, plan, artifacts, place, dtype_of(dtype, place))
+    return Job(original, checkpoint, plan, artifacts, place, dtype_of(dtype, place))
+
+
+def preview(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
+    """A model with the tensors that it has behind a recipe's transforms, whatever their values.
+
+    Turning hidden states gives a tied output layer a matrix of its own.
+    """
+    turns = any(STREAM in transform.kinds for transform in recipe.transforms)
+    if not turns or not checkpoint.tied:
+        return checkpoint
+    edges = checkpoint.family.edges(checkpoint.config, None)
+    return Rewritten(checkpoint, [Edit(edge.name) for edge in edges if edge.kind == "norm"])
 
 
 def with_gguf_options(recipe: Recipe, given: Mapping[str, object]) -> Recipe:

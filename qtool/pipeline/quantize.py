@@ -24,6 +24,7 @@ from qtool.pipeline.solver import UnitSolver
 from qtool.pipeline.statistics import Statistics, statistics_for
 from qtool.pipeline.stopwatch import Stopwatch
 from qtool.pipeline.summarize import make_report
+from qtool.pipeline.transform import Made, keep_edits, transformed
 from qtool.pipeline.units import Unit, steps
 from qtool.pipeline.upload import upload
 from qtool.pipeline.work import Record, Work, begun, identity, open_work, remove_work, result_identity
@@ -96,13 +97,18 @@ def run(options: QuantizeOptions, listener: Listener = silent) -> Report:
         evaluate.check(job.plan.recipe.eval)
     for warning in job.plan.warnings:
         listener(Event("plan", 1, 1, warning, warning=True))
+    made = Made()
+    if job.plan.recipe.transforms:
+        with watch.stage("transform"):
+            job, made = transformed(job, place, options.stats or options.imatrix, listener)
     with watch.stage("calibrate"):
         source = statistics_for(job, options.stats or options.imatrix, listener)
-    run_identity = identity(job, source.digest, read_content(job.checkpoint))
+    run_identity = identity(job, source.digest, read_content(job.original), made.edits)
     report = finished(out, job, run_identity) if begun(place, run_identity) and not options.overwrite else None
     if report is None:  # else an earlier run was ended before it could tidy up
         check_free(out, options.overwrite)
         with open_work(place, job, run_identity, listener) as work:
+            keep_edits(made, place)
             report = produce(job, work, source, options, watch, listener)
     if not options.keep:
         remove_work(place, out)

@@ -230,7 +230,7 @@ def statistics_for(job: Job, stored: Path | None, listener: Listener) -> Statist
         return found
     calibration = job.plan.recipe.calibration
     listener(Event("calibrate", 0, 1, str(calibration.data)))
-    tokens = load_tokens(calibration, job.checkpoint, remarks(listener, "calibrate"))
+    tokens = load_tokens(calibration, job.original, remarks(listener, "calibrate"))
     walker = Walker(job.checkpoint, job.device, job.dtype, calibration.experts == "all")
     compare = any(Drift in unit.needs for unit in units(job.plan))
     source = Walked(walker, tokens, calibration, compare, blockwise)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 
 from qtool import registry
 from qtool.checkpoint._base import CacheScales, Layer
+from qtool.checkpoint.edits import Edit, digest
 from qtool.errors import CheckpointError, StorageError
 from qtool.methods._base import BlockTask
 from qtool.numerics.threads.processor import processor
@@ -159,13 +160,14 @@ def _difference(key: str, there: object, here: object) -> str:
     return f"{key} ({there}, now {here})" if told else key
 
 
-def identity(job: Job, calibration: str | None, content: str) -> dict[str, Any]:
+def identity(job: Job, calibration: str | None, content: str, edits: Sequence[Edit] = ()) -> dict[str, Any]:
     """What two runs must share for one to continue the other.
 
     Args:
         job: the run.
         calibration: digest of the tokens or statistics; None without data.
         content: checksum of the source, see `read_content`.
+        edits: what transforms made of it.
     """
     run = {
         "version": code_digest(),
@@ -175,9 +177,12 @@ def identity(job: Job, calibration: str | None, content: str) -> dict[str, Any]:
         "device": str(job.device),
         "processor": processor(),
     }
+    measured = {"dtype": str(job.dtype), "threads": torch.get_num_threads()}
+    if edits:
+        run |= {"transforms": digest(edits), **measured}
     if calibration is None:
         return run  # what rounds data-free treats rows alone, whatever the number of threads
-    return {**run, "calibration": calibration, "dtype": str(job.dtype), "threads": torch.get_num_threads()}
+    return {**run, "calibration": calibration, **measured}
 
 
 def result_identity(job: Job, run: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from qtool import __version__
 from qtool.checkpoint._base import Layer, Module
 from qtool.formats._base import Format
 from qtool.methods._base import Method
+from qtool.ops._base import InputOp
 from qtool.recipe.schema import Recipe
 from qtool.residuals._base import Residual
 from qtool.stats._base import Statistic
@@ -34,6 +35,7 @@ class LayerPlan:
         rule: index into `recipe.layers` of the rule that decided, -1 for the default (embeddings nobody named).
         bits: size of the stored matrix, parameters and corrections included.
         residuals: what is kept beside the codes, in order.
+        input_ops: what is done to its input before that is rounded, in order.
     """
 
     module: Module
@@ -45,6 +47,7 @@ class LayerPlan:
     rule: int
     bits: int
     residuals: tuple[Residual, ...] = ()
+    input_ops: tuple[InputOp, ...] = ()
 
     @property
     def weight_needs(self) -> frozenset[type[Statistic]]:
@@ -61,7 +64,9 @@ class LayerPlan:
     @property
     def layer(self) -> Layer | None:
         """As checkpoints describe it; None if kept."""
-        return Layer(self.format, self.activations, residuals=self.residuals) if self.format else None
+        if self.format is None:
+            return None
+        return Layer(self.format, self.activations, residuals=self.residuals, input_ops=self.input_ops)
 
     @property
     def label(self) -> str:
@@ -145,7 +150,8 @@ class Plan:
             for p in self.layers
         ]
         calibration = self.recipe.calibration.model_dump(mode="json")
-        content = [__version__, self.source_fingerprint, calibration, layers, _exact(self.recipe.kv_cache)]
+        transforms = [_exact(transform) for transform in self.recipe.transforms]
+        content = [__version__, self.source_fingerprint, calibration, layers, _exact(self.recipe.kv_cache), transforms]
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -10,6 +10,7 @@ from qtool.plan.check import Carrier, check
 from qtool.plan.decide import decide
 from qtool.plan.findings import Findings
 from qtool.plan.layers import LayerPlan, Plan
+from qtool.plan.transforms import operate
 from qtool.recipe.schema import Recipe
 
 
@@ -30,6 +31,7 @@ def make_plan(
     """
     found, findings = tuple(modules(checkpoint)), Findings(recipe.layers)
     layers, warnings = decide(found, recipe, checkpoint, findings)
+    layers = operate(layers, recipe, checkpoint, findings)
     artifacts = tuple(export.to for export in recipe.export)
     check(layers, recipe.kv_cache, checkpoint, {name: carriers[name] for name in artifacts}, findings)
     if lines := findings.lines():

@@ -28,6 +28,7 @@ def json_schema() -> dict[str, Any]:
         "Format": _formats(),
         "Method": _named("methods", "How codes are chosen: a method's"),
         "Residual": _named("residuals", "What is kept beside the codes: a residual's"),
+        "Transform": _named("transforms", "A rewrite of the model: a transform's"),
     }
     for part in (schema, *definitions.values()):
         _describe(part, part["description"])

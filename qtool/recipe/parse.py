@@ -13,6 +13,7 @@ from qtool.formats._base import Format
 from qtool.methods._base import Method
 from qtool.recipe.problems import Mistakes, checked, mistake, show
 from qtool.residuals._base import Residual
+from qtool.transforms._base import Transform
 
 
 def parse_format(value: Any) -> Format:
@@ -61,6 +62,13 @@ def parse_residual(value: Any) -> Residual:
     return cast(Residual, _named(value, "residual", "residuals", "a name such as low_rank, or {low_rank: {rank: 64}}"))
 
 
+def parse_transform(value: Any) -> Transform:
+    """`rotate`, or `{smooth: {alpha: 0.5}}`."""
+    if isinstance(value, Transform):
+        return value
+    return cast(Transform, _named(value, "transform", "transforms", "a name such as rotate, or {smooth: {alpha: 0.5}}"))
+
+
 def _named(value: Any, what: str, room: str, wanted: str) -> Any:
     """A registered thing by its name, or by a mapping from its name to its options."""
     options = {value: {}} if isinstance(value, str) else value
@@ -75,8 +83,8 @@ def _named(value: Any, what: str, room: str, wanted: str) -> Any:
         raise Mistakes([((name, *path), text) for path, text in error.found]) from None
 
 
-def dump_named(thing: Method | Residual) -> dict[str, Any]:
-    """What `parse_method` and `parse_residual` read back as equal ones: the name, with every option."""
+def dump_named(thing: Method | Residual | Transform) -> dict[str, Any]:
+    """What `parse_method`, `parse_residual` and `parse_transform` read back: the name, with every option."""
     return {thing.name(): thing.model_dump(mode="json")}
 
 

@@ -21,11 +21,12 @@ from qtool.recipe.cache import KVCache, dump_cache, either
 from qtool.recipe.export import Export
 from qtool.recipe.gates import Gates
 from qtool.recipe.match import compile_pattern
-from qtool.recipe.parse import dump_format, dump_named, parse_format, parse_method, parse_residual
+from qtool.recipe.parse import dump_format, dump_named, parse_format, parse_method, parse_residual, parse_transform
 from qtool.recipe.problems import Keys, mistake, show
 from qtool.recipe.scope import Blocks, When
 from qtool.recipe.strict import Strict
 from qtool.residuals._base import Residual
+from qtool.transforms._base import Transform
 
 
 def _parse_fallback(value: Any) -> Any:
@@ -81,6 +82,7 @@ InputsField = Annotated[
 ]
 MethodField = Annotated[Method, BeforeValidator(parse_method), PlainSerializer(dump_named)]
 ResidualField = Annotated[Residual, BeforeValidator(parse_residual), PlainSerializer(dump_named)]
+TransformField = Annotated[Transform, BeforeValidator(parse_transform), PlainSerializer(dump_named)]
 CacheField = Annotated[
     KVCache, BeforeValidator(either, json_schema_input_type=Format | KVCache), PlainSerializer(dump_cache)
 ]
@@ -211,6 +213,8 @@ class Recipe(Strict):
         fallback: for rows that a format cannot divide, where no rule says: a second format, or error, which refuses
             them.
         calibration: which tokens are run through the model, and how.
+        transforms: rewrites of the model before it is quantized, in order, such as rotate or {smooth: {alpha: 0.5}}; it
+            computes the same afterwards.
         layers: rules; the first one that matches a layer decides.
         kv_cache: the format of the KV cache, or one of keys and one of values. Layers are calibrated with an unrounded
             cache.
@@ -224,6 +228,7 @@ class Recipe(Strict):
     method: MethodField | None = None
     fallback: FallbackField | None = None
     calibration: Calibration = Calibration()
+    transforms: tuple[TransformField, ...] = ()
     layers: tuple[Rule, ...] = Field(min_length=1)
     kv_cache: CacheField | None = None
     export: tuple[Export, ...] = ()

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qtool import registry
@@ -302,8 +304,15 @@ def turns64() -> Orthogonal:
 def test_edits_are_stored(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     model = HFCheckpoint(tiny_checkpoint("llama-biased"))
     edits = (*everything(model), Edit("", Shift(torch.ones(64)), ("model.layers.0.mlp.up_proj",)))
-    write_edits(edits, tmp_path / "edits.safetensors")
-    assert read_edits(tmp_path / "edits.safetensors") == edits
+    write_edits(edits, tmp_path / "edits.safetensors", "run 3")
+    assert read_edits(tmp_path / "edits.safetensors") == (edits, "run 3")
+    tensors = load_file(tmp_path / "edits.safetensors")
+    with safe_open(tmp_path / "edits.safetensors", "pt") as file:
+        metadata = file.metadata()
+    tensors["0.factors"][3] *= 1.01
+    save_file(tensors, tmp_path / "edits.safetensors", metadata)
+    with pytest.raises(CheckpointError, match="holds other edits than were written"):
+        read_edits(tmp_path / "edits.safetensors")
     with SafetensorsWriter(tmp_path / "other.safetensors", {}, {"edits": "[{}]"}):
         pass
     with pytest.raises(CheckpointError, match="no list of edits"):

@@ -1,0 +1,210 @@
+"""Rewrites of the whole model before it is quantized: every transform of a recipe, at every site, block by block.
+
+What transforms measure is measured on the original model, as the transforms before them left it, in a pass of its own.
+
+Shape letters: S samples, T tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qtool.calibrate.tokens import load_tokens
+from qtool.calibrate.walker import Walker
+from qtool.checkpoint.edits import STREAM, Edit, model_edges, read_edits, write_edits
+from qtool.checkpoint.families._edges import Edge
+from qtool.checkpoint.rewritten import Rewritten
+from qtool.errors import CheckpointError, PlanError
+from qtool.pipeline.events import Event, Listener
+from qtool.pipeline.prepare import Job
+from qtool.pipeline.work import code_digest
+from qtool.plan import LayerPlan
+from qtool.stats._base import InputStats
+from qtool.store.files import new_file
+from qtool.transforms._base import Reader, Site, Transform
+
+HEAD_IN = "head_in"
+"""What the output layer reads, as `Module.reads`."""
+FILE = "transforms.safetensors"
+
+
+@dataclass(frozen=True)
+class Made:
+    """What transforms made of a model.
+
+    Attributes:
+        edits: in order.
+        run: what identifies a run that makes the same.
+    """
+
+    edits: tuple[Edit, ...] = ()
+    run: str = ""
+
+
+def transformed(job: Job, folder: Path, stored: Path | None, listener: Listener) -> tuple[Job, Made]:
+    """The run with its model rewritten, and how.
+
+    Args:
+        job: the run, whose recipe has transforms.
+        folder: the work folder, where an interrupted run may have left what it found.
+        stored: statistics that the user wants to be used.
+        listener: told about progress.
+
+    Raises:
+        PlanError: statistics of the model as it was say nothing about the rewritten one.
+        CheckpointError, MissingExtra, HubError: see `load_tokens`.
+    """
+    names = ", ".join(transform.name() for transform in job.plan.recipe.transforms)
+    if stored:
+        line = f"they are of the model as it was before {names}; run without them"
+        raise PlanError([line], f"statistics in {stored}")
+    needs = any(transform.needs for transform in job.plan.recipe.transforms)
+    tokens = load_tokens(job.plan.recipe.calibration, job.original) if needs else None
+    run = key(job, tokens)
+    edits = left_behind(folder / FILE, run)
+    if edits is None:
+        edits = ()
+        for transform in job.plan.recipe.transforms:
+            edits += tuple(Rewriting(job, transform, edits, listener).edits(tokens))
+    rounded_anyway = {p.module.name for p in job.plan.layers if p.format}
+    model = Rewritten(job.original, edits, wide=rounded_anyway)
+    layers = tuple(
+        replace(p, input_ops=model.input_ops.get(p.module.name, ())) if p.format else p for p in job.plan.layers
+    )
+    return replace(job, checkpoint=model, plan=replace(job.plan, layers=layers)), Made(edits, run)
+
+
+def key(job: Job, tokens: Tensor | None) -> str:
+    """Hex digest of everything that edits depend on."""
+    found = hashlib.sha256(f"{code_digest()} {job.plan.fingerprint()} {job.device} {job.dtype}".encode())
+    if tokens is not None:
+        found.update(tokens.numpy().tobytes())
+    return found.hexdigest()
+
+
+def left_behind(path: Path, run: str) -> tuple[Edit, ...] | None:
+    """The edits that a run with this key left; None if there are none, or no whole ones."""
+    try:
+        edits, found = read_edits(path)
+    except CheckpointError:
+        return None
+    return edits if found == run else None
+
+
+def keep_edits(made: Made, folder: Path) -> None:
+    """Leaves edits in the work folder, for a run that continues this one. Raises StorageError."""
+    with new_file(folder / FILE) as partial:
+        write_edits(made.edits, partial, made.run)
+
+
+class Rewriting:
+    """One transform of a model.
+
+    Args:
+        job: the run.
+        transform: which one.
+        before: what those before it did.
+        listener: told about progress.
+    """
+
+    def __init__(self, job: Job, transform: Transform, before: Sequence[Edit], listener: Listener) -> None:
+        self.job, self.transform, self.listener = job, transform, listener
+        self.model = Rewritten(job.checkpoint, before, dtype=torch.float32)
+        self.plans = {p.module.name: p for p in job.plan.layers}
+
+    def edits(self, tokens: Tensor | None) -> Iterator[Edit]:
+        """Everything that it does, in order."""
+        if STREAM in self.transform.kinds:
+            yield from self.turned()
+        if not self.transform.kinds - {STREAM}:
+            return
+        needs, calibration = self.transform.needs, self.job.plan.recipe.calibration
+        walker = Walker(self.model, self.job.device, self.job.dtype, calibration.experts == "all") if needs else None
+        hidden = walker.embed(tokens) if walker and tokens is not None else None
+        count = self.model.family.blocks(self.model.config)
+        for i in range(count):
+            stats: dict[str, InputStats] = {}
+            if walker and hidden:
+                stats = walker.collect(walker.load_block(i), i, hidden, needs)
+            yield from self.at(i, stats)
+            self.listener(Event("transform", i + 1, count, self.transform.name()))
+        head = self.model.family.head
+        if head in self.plans:
+            yield from self.at(None, {HEAD_IN: walker.collect_head(hidden, needs)} if walker and hidden else {})
+
+    def turned(self) -> Iterator[Edit]:
+        """What it does to hidden states of the whole model."""
+        edges = model_edges(self.model)
+        stream = next(edge for edge in edges.values() if edge.kind == STREAM)
+        if op := self.transform.op(self.site(stream, (), None)):
+            yield from (Edit(edge.name) for edge in edges.values() if edge.kind == "norm")
+            yield Edit(STREAM, op)
+
+    def at(self, i: int | None, stats: Mapping[str, InputStats]) -> Iterator[Edit]:
+        """What it does in block i, or behind the last one (None); `stats` by `Module.reads`."""
+        for edge in self.model.family.edges(self.model.config, i):
+            readers = [self.plans[name] for name in edge.readers if name in self.plans]
+            rounded = any(self.plans[m].format for m in (*edge.source, *edge.readers) if m in self.plans)
+            if edge.kind in self.transform.kinds - {STREAM} and rounded:
+                whole = next((p for p in readers if p.module.expert is None), readers[0])
+                op = self.transform.op(self.site(edge, readers, stats.get(whole.module.reads)))
+                if op:
+                    yield Edit(edge.name, op)
+        if "input" in self.transform.kinds:
+            yield from self.in_front(i, stats)
+
+    def in_front(self, i: int | None, stats: Mapping[str, InputStats]) -> Iterator[Edit]:
+        """What it leaves in front of layers of a block, or of the output layer (None)."""
+        inputs: dict[str, list[LayerPlan]] = defaultdict(list)
+        for p in self.job.plan.layers:
+            if p.format and p.module.block == i and p.module.kind != "embedding":
+                inputs[p.module.reads].append(p)
+        for reads, plans in inputs.items():
+            width = plans[0].module.shape[1]
+            site = Site("input", width, width, 1, self.readers(plans), None, stats.get(reads), self.seed(reads))
+            if op := self.transform.op(site):
+                yield Edit("", op, tuple(p.module.name for p in plans))
+
+    def site(self, edge: Edge, readers: Sequence[LayerPlan], stats: InputStats | None) -> Site:
+        """An edge as transforms see it."""
+        source = None
+        if edge.kind in ("heads", "product"):
+            rows = slice(edge.first, edge.first + edge.width)
+            source = partial(self.weight, edge.source[0], rows)
+        seed = self.seed(edge.name)
+        return Site(edge.kind, edge.width, edge.dim, edge.repeat, self.readers(readers), source, stats, seed)
+
+    def readers(self, plans: Sequence[LayerPlan]) -> tuple[Reader, ...]:
+        """Layers that are quantized, as transforms see them."""
+        return tuple(
+            Reader(partial(self.weight, p.module.name), partial(rounded, p), p.activations is not None)
+            for p in plans
+            if p.format
+        )
+
+    def weight(self, module: str, rows: slice = slice(None)) -> Tensor:
+        """Rows of a weight, float32, as the transforms before this one left it."""
+        return self.model.tensor(f"{module}.weight").float()[rows]
+
+    def seed(self, name: str) -> int:
+        """For random choices at a place of that name."""
+        told = f"{self.job.plan.recipe.calibration.seed} {name}"
+        return int.from_bytes(hashlib.sha256(told.encode()).digest()[:7], "little")
+
+
+def rounded(plan: LayerPlan, w: Tensor, importance: Tensor | None) -> Tensor:
+    """What plain rounding makes of some rows of a layer, [n, K]; by importance where its method measures inputs."""
+    assert plan.format is not None
+    assert plan.method is not None
+    fmt = plan.format.given(float(w.abs().max())) if plan.format.needs_largest else plan.format
+    importance = importance if plan.method.needs else None
+    params = fmt.fit(w, importance)
+    return fmt.decode(fmt.snap(w, params, importance), params)

@@ -1,0 +1,125 @@
+"""What a transform is: it rewrites a model before it is quantized, so that it computes the same and is easier to round.
+
+A transform is asked at every site that it works on, one after the other, for an operation on what is read there. The
+operation is folded away along the edge of the model's graph that the site stands for; only at sites of kind "input" it
+stays in front of the layers. Transforms know formats only through the rounding of a reader.
+
+Shape letters: C channels of a site, N rows, K columns of a reader (C times `repeat`).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from qtool import registry
+from qtool.ops._base import InputOp
+from qtool.stats._base import InputStats, Statistic
+
+Kind = Literal["norm", "heads", "product", "stream", "input"]
+SCALABLE: tuple[Kind, ...] = ("norm", "heads", "product")
+"""Kinds of sites where every channel can be divided by a factor of its own."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A layer that reads the channels of a site and is going to be quantized.
+
+    Attributes:
+        weight: reads its weight, float32 [N, K].
+        rounded: what becomes of some rows of it, [n, K] -> [n, K]; the second argument is the importance of columns,
+            [K], where the layer's method looks at that.
+        rounds_inputs: whether its inputs are rounded at run time.
+    """
+
+    weight: Callable[[], Tensor]
+    rounded: Callable[[Tensor, Tensor | None], Tensor]
+    rounds_inputs: bool
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where a model can be rewritten.
+
+    Attributes:
+        kind: that of the edge, see `qtool.checkpoint.families._edges.Edge`; "input": in front of some layers.
+        width: C.
+        dim: channels that an orthogonal matrix may mix: those of a head, or all.
+        repeat: how many columns of a reader, head by head, read the same channel.
+        readers: those that are quantized.
+        source: reads the rows that write the channels, float32 [C, ...]; None if no linear layer does.
+        stats: of the input of the readers, K wide; None if the transform needs none.
+        seed: for random choices.
+    """
+
+    kind: Kind
+    width: int
+    dim: int
+    repeat: int
+    readers: tuple[Reader, ...]
+    source: Callable[[], Tensor] | None
+    stats: InputStats | None
+    seed: int
+
+    def largest(self, values: Tensor) -> Tensor:
+        """Of the columns that read the same channel, the largest: [K] -> [C]."""
+        return self._copies(values).amax(1).reshape(-1)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Of the columns that read the same channel, the mean: [K] -> [C]."""
+        return self._copies(values).mean(1).reshape(-1)
+
+    def columns(self, values: Tensor) -> Tensor:
+        """A number for each channel as one for each column: [C] -> [K]."""
+        runs = values.view(-1, 1, self.width if self.repeat == 1 else self.dim)
+        return runs.expand(-1, self.repeat, -1).reshape(-1)
+
+    def _copies(self, values: Tensor) -> Tensor:
+        """[K] -> [heads, repeat, dim]."""
+        return values.view(-1, self.repeat, self.width if self.repeat == 1 else self.dim)
+
+    def generator(self) -> torch.Generator:
+        """For random choices, the same in every run."""
+        return torch.Generator().manual_seed(self.seed)
+
+
+class Transform(BaseModel):
+    """Rewrites a model. The fields of a subclass are its options in a recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @property
+    @abstractmethod
+    def kinds(self) -> frozenset[Kind]:
+        """The sites that it works on."""
+
+    @property
+    def needs(self) -> frozenset[type[Statistic]]:
+        """What has to be measured on the inputs of readers; empty: it runs without data."""
+        return frozenset()
+
+    @abstractmethod
+    def op(self, site: Site) -> InputOp | None:
+        """What is done to what the readers of a site read; None: nothing."""
+
+    def stays(self, width: int) -> InputOp | None:
+        """The operation, or one like it, that stays in front of layers with that many columns; None: none does.
+
+        Known before anything is measured, since artifacts have to be able to say it.
+        """
+        return None
+
+    def misfit(self, kind: Kind, width: int, dim: int) -> str | None:
+        """Why it cannot work on a site, with what would; None if it can."""
+        return None
+
+    @classmethod
+    def name(cls) -> str:
+        """The name that recipes use."""
+        return registry.name_of("transforms", cls)

@@ -1,0 +1,51 @@
+"""Channels in order of size, so that those of a group are alike.
+
+A group has one scale for all its channels, which the largest of them sets. Down's columns, with the rows of up and gate
+that write them, and a head's channels may stand in any order. RPTQ, https://arxiv.org/abs/2304.01089; COMET,
+https://arxiv.org/abs/2410.12168
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from qtool.ops.permutation import Permutation
+from qtool.stats._base import Statistic
+from qtool.stats.channels import Channels
+from qtool.transforms._base import Kind, Site, Transform
+
+
+class Permute(Transform):
+    """Sorts channels, the largest first.
+
+    Attributes:
+        by: size of "inputs" (largest magnitude) or of "weights" (root mean square of the readers' columns).
+        edges: "product" for the input of down, "heads" for that of o, head by head.
+    """
+
+    by: Literal["inputs", "weights"] = "weights"
+    edges: tuple[Literal["product", "heads"], ...] = ("product", "heads")
+
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        """See `Transform.kinds`."""
+        return frozenset(self.edges)
+
+    @property
+    def needs(self) -> frozenset[type[Statistic]]:
+        """Ranges of inputs, if it sorts by them."""
+        return frozenset({Channels}) if self.by == "inputs" else frozenset()
+
+    def op(self, site: Site) -> Permutation | None:
+        """See `Transform.op`."""
+        if not site.readers or (site.stats is not None and not site.stats.tokens):
+            return None
+        if site.stats is not None:
+            size = site.largest(site.stats[Channels].absmax.cpu())
+        else:
+            size = site.mean(sum((r.weight().square().sum(0) for r in site.readers), torch.zeros(1)))
+        runs = size.view(-1, site.dim if site.kind == "heads" else site.width)
+        first = torch.arange(len(runs)).unsqueeze(1) * runs.shape[1]
+        return Permutation((runs.argsort(dim=1, descending=True, stable=True) + first).reshape(-1))

@@ -1,0 +1,220 @@
+"""What each transform chooses, against the formulas of papers as plain loops."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from qtool import registry
+from qtool.formats.int import Int
+from qtool.ops import hadamard as hadamard_op
+from qtool.ops.orthogonal import Orthogonal
+from qtool.ops.permutation import Permutation
+from qtool.ops.scale import Scale
+from qtool.stats._base import InputStats
+from qtool.transforms import awq
+from qtool.transforms._base import Kind, Reader, Site, Transform
+from qtool.transforms.awq import AWQ
+from qtool.transforms.equalize import Equalize
+from qtool.transforms.hadamard import Hadamard
+from qtool.transforms.permute import Permute
+from qtool.transforms.rotate import Rotate
+from qtool.transforms.smooth import Smooth
+
+FORMAT = Int(bits=4, group=8, scales="minmax")
+HEADS, DIM, REPEAT = 2, 8, 2
+WIDE = HEADS * REPEAT * DIM
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def inputs(k: int) -> Tensor:
+    """[T, K] with channels of very different size."""
+    return randn(50, k) * torch.exp(1.5 * randn(k))
+
+
+def rounded(w: Tensor, importance: Tensor | None) -> Tensor:
+    params = FORMAT.fit(w)
+    return FORMAT.decode(FORMAT.snap(w, params), params)
+
+
+def site(kind: Kind, transform: Transform, *weights: Tensor, source: Tensor | None = None) -> tuple[Site, Tensor]:
+    """A site whose readers have these weights, and the inputs that were measured there."""
+    k = weights[0].shape[1]
+    repeat, dim = (REPEAT, DIM) if kind == "heads" else (1, k if kind == "stream" else 1)
+    x, stats = inputs(k), None
+    if transform.needs:
+        stats = InputStats(k, transform.needs)
+        stats.add(x)
+    readers = tuple(Reader(lambda w=w: w, rounded, False) for w in weights)
+    return Site(kind, k // repeat, dim, repeat, readers, None if source is None else lambda: source, stats, 3), x
+
+
+def columns(channel: int) -> list[int]:
+    """The columns of o that read a channel of v."""
+    head, place = divmod(channel, DIM)
+    return [(head * REPEAT + copy) * DIM + place for copy in range(REPEAT)]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.8])
+def test_smooth(alpha: float) -> None:
+    transform = Smooth(alpha=alpha)
+    w, v = randn(6, 32), randn(5, 32)
+    place, x = site("norm", transform, w, v)
+    found = transform.op(place)
+    assert isinstance(found, Scale)
+    expected = []
+    for j in range(32):
+        largest = max(float(w[:, j].abs().max()), float(v[:, j].abs().max()))
+        expected.append(float(x[:, j].abs().max()) ** alpha / largest ** (1 - alpha))
+    ratio = found.factors.double() / torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(ratio, ratio[:1].expand(32), rtol=1e-5, atol=0)
+    assert float(found.factors.log().mean()) == pytest.approx(0, abs=1e-5)
+
+
+def test_smooth_takes_the_largest_of_the_heads_that_share_a_value() -> None:
+    transform, w = Smooth(alpha=0.5), randn(6, WIDE)
+    place, x = site("heads", transform, w)
+    found = transform.op(place)
+    assert found is not None
+    expected = []
+    for c in range(HEADS * DIM):
+        largest = max(float(w[:, j].abs().max()) for j in columns(c))
+        expected.append((max(float(x[:, j].abs().max()) for j in columns(c)) / largest) ** 0.5)
+    ratio = found.factors / torch.tensor(expected)
+    torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-5, atol=0)
+
+
+def test_silent_channels_get_no_wild_factors() -> None:
+    transform, w = Smooth(), randn(6, 32)
+    w[:, 3] = 0
+    place, _ = site("norm", transform, w)
+    stats = InputStats(32, transform.needs)
+    stats.add(randn(9, 32) * (torch.arange(32) != 4))
+    found = transform.op(replace(place, stats=stats))
+    assert found is not None
+    assert found.factors.isfinite().all()
+    assert found.factors.max() / found.factors.min() < 2e3
+
+
+@pytest.mark.parametrize("kind", ["norm", "heads"])
+def test_awq_takes_the_power_that_leaves_least_error(kind: Kind) -> None:
+    transform = AWQ(steps=10)
+    w, v = randn(6, WIDE), randn(5, WIDE)
+    place, x = site(kind, transform, w, v)
+    found = transform.op(place)
+    assert found is not None
+    reading = [columns(c) for c in range(HEADS * DIM)] if kind == "heads" else [[j] for j in range(WIDE)]
+    size = torch.stack([x[:, group].square().mean().sqrt() for group in reading])
+    errors = []
+    for step in range(10):
+        s = size ** (step / 10)
+        s = s / (s.max() * s.min()).sqrt()
+        wide = torch.empty(WIDE)
+        for channel, group in enumerate(reading):
+            wide[group] = s[channel]
+        errors.append(sum(float((x @ (rounded(m * wide, None) / wide - m).T).square().sum()) for m in (w, v)))
+    best = min(range(10), key=errors.__getitem__)
+    assert 0 < best < 9  # or the search would prove nothing
+    expected = size ** (best / 10)
+    torch.testing.assert_close(found.factors, expected / (expected.max() * expected.min()).sqrt(), rtol=1e-4, atol=0)
+
+
+def test_awq_hands_importance_on() -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def look(w: Tensor, importance: Tensor | None) -> Tensor:
+        assert importance is not None
+        seen.append((w, importance))
+        return rounded(w, None)
+
+    transform, w = AWQ(steps=2), randn(6, 32)
+    place, x = site("norm", transform, w)
+    transform.op(replace(place, readers=(Reader(lambda: w, look, False),)))
+    scaled, importance = seen[1]
+    factors = scaled[0] / w[0]
+    torch.testing.assert_close(importance, x.square().sum(0) / factors.square(), rtol=1e-4, atol=0)
+    assert not torch.allclose(factors, factors[:1])
+
+
+def test_awq_looks_at_rows_all_over_a_large_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(awq, "ROWS", 4)
+    assert awq.some_rows(torch.arange(10.0)[:, None]).flatten().tolist() == [0, 3, 6, 9]
+    assert awq.some_rows(torch.arange(3.0)[:, None]).flatten().tolist() == [0, 1, 2]
+
+
+def test_equalize_leaves_equal_ranges() -> None:
+    w, rows = randn(6, WIDE), randn(HEADS * DIM, 7)
+    place, _ = site("heads", Equalize(), w, source=rows)
+    found = Equalize().op(place)
+    assert found is not None
+    writes = (rows / found.factors[:, None]).abs().amax(1)
+    for channel in range(HEADS * DIM):
+        reads = max(float((w[:, j] * found.factors[channel]).abs().max()) for j in columns(channel))
+        assert reads == pytest.approx(float(writes[channel]), rel=1e-5)
+
+
+@pytest.mark.parametrize("by", ["weights", "inputs"])
+def test_permute_sorts_each_head(by: str) -> None:
+    transform = Permute.model_validate({"by": by})
+    w = randn(6, WIDE) * torch.exp(randn(WIDE))
+    place, x = site("heads", transform, w)
+    found = transform.op(place)
+    assert isinstance(found, Permutation)
+    if by == "weights":
+        size = [float(sum(w[:, j].square().sum() for j in columns(c))) for c in range(HEADS * DIM)]
+    else:
+        size = [max(float(x[:, j].abs().max()) for j in columns(c)) for c in range(HEADS * DIM)]
+    for head in range(HEADS):
+        mine = found.order[head * DIM : (head + 1) * DIM].tolist()
+        assert mine == sorted(range(head * DIM, (head + 1) * DIM), key=lambda c: -size[c])
+
+
+def test_permute_sorts_all_channels_of_a_product() -> None:
+    w = randn(6, 32)
+    place, _ = site("product", Permute(), w)
+    found = Permute().op(place)
+    assert found is not None
+    assert found.order.tolist() == sorted(range(32), key=lambda c: -float(w[:, c].square().sum()))
+
+
+def test_rotate() -> None:
+    place = Site("stream", 576, 576, 1, (), None, None, 5)
+    found = Rotate().op(place)
+    assert isinstance(found, hadamard_op.Hadamard)
+    assert found.block == 576
+    assert 200 < int((found.signs == 1).sum()) < 376
+    assert found == Rotate().op(place)
+    assert found != Rotate().op(replace(place, seed=6))
+    random = Rotate(matrix="random").op(Site("heads", 32, 8, 2, (), None, None, 5))
+    assert isinstance(random, Orthogonal)
+    assert (random.width, random.run) == (32, 8)
+    assert Rotate().misfit("stream", 92, 92) == "no Hadamard matrix of order 92 is known here; use matrix: random"
+    assert Rotate(matrix="random").misfit("stream", 92, 92) is None
+
+
+def test_hadamard() -> None:
+    found = Hadamard(block=16).op(Site("input", 48, 48, 1, (), None, None, 0))
+    assert (found.block, found.signs.tolist()) == (16, [1] * 48)
+    assert found == Hadamard(block=16).stays(48)
+    assert Hadamard(block=32).misfit("input", 48, 48) == "48 inputs cannot be cut into runs of 32"
+    with pytest.raises(ValidationError, match="take 16, 32, 64 or 128"):
+        Hadamard(block=3)
+
+
+@pytest.mark.parametrize("name", registry.names("transforms"))
+def test_nothing_is_done_where_nothing_is_quantized_or_nothing_was_seen(name: str) -> None:
+    transform: Transform = registry.load("transforms", name)()
+    if transform.kinds & {"stream", "input"}:
+        return  # these choose without looking
+    place, _ = site("product", transform, randn(6, 32), source=randn(32, 4))
+    assert transform.op(place) is not None
+    assert transform.op(replace(place, readers=())) is None
+    if transform.needs:
+        assert transform.op(replace(place, stats=InputStats(32, transform.needs))) is None
