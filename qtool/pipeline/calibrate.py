@@ -71,17 +71,17 @@ def run(options: CalibrateOptions, listener: Listener = silent) -> Measured:
     o = options
     job = prepare(o.model, o.recipe, o.overrides, o.seed, device=o.device, dtype=o.dtype)
     calibration = job.plan.recipe.calibration
-    walker = Walker(job.checkpoint, job.device, job.dtype, calibration.experts == "all")
-    tokens = load_tokens(calibration, job.checkpoint, remarks(listener, "calibrate"))
+    walker = Walker(job.original, job.device, job.dtype, calibration.experts == "all")
+    tokens = load_tokens(calibration, job.original, remarks(listener, "calibrate"))
     stats = measure(walker, walker.embed(tokens), listener)
     about = {
-        "model": model_name(job.checkpoint.source),
+        "model": model_name(job.original.source),
         "fingerprint": job.plan.source_fingerprint,
         "calibration": {**calibration.model_dump(mode="json"), "tokens": tokens.numel()},
     }
     with new_file(options.out) as partial:
         if options.out.suffix == ".gguf":
-            write_importance(partial, stats, job.checkpoint, calibration)
+            write_importance(partial, stats, job.original, calibration)
         else:
             write_stats(partial, stats, about)
     return Measured(len(stats), tokens.numel(), options.out.stat().st_size)

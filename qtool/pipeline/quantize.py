@@ -108,7 +108,8 @@ def run(options: QuantizeOptions, listener: Listener = silent) -> Report:
     if report is None:  # else an earlier run was ended before it could tidy up
         check_free(out, options.overwrite)
         with open_work(place, job, run_identity, listener) as work:
-            keep_edits(made, place)
+            if made.run:
+                keep_edits(made, place)
             report = produce(job, work, source, options, watch, listener)
     if not options.keep:
         remove_work(place, out)
@@ -149,7 +150,7 @@ def produce(
     if job.plan.recipe.eval:
         with watch.stage("evaluate"):
             evaluations.append(evaluate.as_asked(job, model, job.plan.recipe.eval, listener))
-    told = origin(job.checkpoint, options.base_model, options.license)
+    told = origin(job.original, options.base_model, options.license)
     report = make_report(job, entries, caches, evaluations, source.about, told)
     report = report.model_copy(update={"repository": options.push_to or ""})
     card = card_of(report, importance=source.about if "entries" in source.about else None)

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint
 from qtool.evaluate.result import Evaluation
 from qtool.pipeline.card import Origin
 from qtool.pipeline.prepare import Job
+from qtool.recipe.schema import Recipe
 from qtool.report.model import CacheEntry, LayerEntry, Report
 
 PACKAGES = ("torch", "transformers", "safetensors", "numba", "numpy")
@@ -51,6 +53,12 @@ def make_report(
         base_model=source.base_model,
         license=dict(source.license),
     )
+
+
+def told(recipe: Recipe) -> dict[str, Any]:
+    """A recipe without what it does not say."""
+    content = recipe.model_dump(mode="json", exclude_none=True)
+    return {key: value for key, value in content.items() if key != "transforms" or value}
 
 
 def source_bytes(checkpoint: Checkpoint) -> int:

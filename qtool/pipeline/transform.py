@@ -117,7 +117,7 @@ class Rewriting:
 
     def __init__(self, job: Job, transform: Transform, before: Sequence[Edit], listener: Listener) -> None:
         self.job, self.transform, self.listener = job, transform, listener
-        self.model = Rewritten(job.checkpoint, before, dtype=torch.float32)
+        self.model = Rewritten(job.original, before, dtype=torch.float32)
         self.plans = {p.module.name: p for p in job.plan.layers}
 
     def edits(self, tokens: Tensor | None) -> Iterator[Edit]:
@@ -192,7 +192,9 @@ class Rewriting:
 
     def weight(self, module: str, rows: slice = slice(None)) -> Tensor:
         """Rows of a weight, float32, as the transforms before this one left it."""
-        return self.model.tensor(f"{module}.weight").float()[rows]
+        shared = module == self.model.family.head and self.model.tied
+        name = self.model.family.embedding if shared else module
+        return self.model.tensor(f"{name}.weight").float()[rows]
 
     def seed(self, name: str) -> int:
         """For random choices at a place of that name."""

@@ -169,7 +169,7 @@ def identity(job: Job, calibration: str | None, content: str, edits: Sequence[Ed
         content: checksum of the source, see `read_content`.
         edits: what transforms made of it.
     """
-    run = {
+    run: dict[str, Any] = {
         "version": code_digest(),
         "model": job.plan.source_fingerprint,
         "content": content,

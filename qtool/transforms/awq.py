@@ -1,9 +1,11 @@
 """AWQ: channels with large inputs are scaled up before rounding, by the power of their size that leaves least error.
 
-    s_j = rms(X_j)^a,  a from 0 to 1 in steps;  least  sum over readers of  tr(E G E^T),  E = round(W s) / s - W
+    s_j = rms(X_j)^a  or  rms(X_j)^a / rms(W_:,j)^(1 - a),  a from 0 to 1 in steps
+    least  sum over readers of  tr(E G E^T),  E = round(W s) / s - W
 
 G is the Gram matrix of the inputs, so outputs are compared in closed form and nothing is run again. What is compared
-are up to `ROWS` rows of each reader, spread evenly. Weights are clipped as far as the format's search for scales clips.
+are up to `ROWS` rows of each reader, spread evenly. The second family, which also evens out weights, is that of
+https://github.com/casper-hansen/AutoAWQ. Weights are clipped as far as the format's search for scales clips.
 https://arxiv.org/abs/2306.00978
 
 Shape letters: C channels, n rows, K columns.
@@ -20,7 +22,7 @@ from qtool.stats._base import Statistic
 from qtool.stats.gram import Gram
 from qtool.transforms._base import SCALABLE, Kind, Reader, Site, Transform
 
-ROWS = 256
+ROWS = 128
 """Rows of a reader that errors are compared on: powers differ by much more than what is left to chance."""
 LEAST = 1e-4
 """Channels smaller than this, relative to the largest, count as so large."""
@@ -30,11 +32,11 @@ class AWQ(Transform):
     """Activation-aware scaling.
 
     Attributes:
-        steps: powers tried, from 0 to less than 1.
+        steps: powers tried in each of both families, from 0 to less than 1.
         edges: where.
     """
 
-    steps: int = Field(default=20, ge=2)
+    steps: int = Field(default=10, ge=2)
     edges: tuple[Kind, ...] = SCALABLE
 
     @property
@@ -58,10 +60,14 @@ class AWQ(Transform):
             return None
         size = size.clamp_min(float(size.max()) * LEAST)
         weights = [(reader, some_rows(reader.weight())) for reader in site.readers]
-        tried = [size ** (step / self.steps) for step in range(self.steps)]
+        energy = torch.stack([w.double().square().sum(0) for _, w in weights]).sum(0)
+        columns = site.mean(energy).sqrt()
+        columns = columns.clamp_min(float(columns.max()) * LEAST + 1e-30)
+        powers = [step / self.steps for step in range(self.steps)]
+        tried = [size**a for a in powers] + [size**a / columns ** (1 - a) for a in powers]
         tried = [s / (s.max() * s.min()).sqrt() for s in tried]
         errors = [sum(error(r, w, gram, site.columns(s.float())) for r, w in weights) for s in tried]
-        best = min(range(self.steps), key=errors.__getitem__)
+        best = min(range(len(tried)), key=errors.__getitem__)
         return Scale(tried[best].float()) if best else None
 
 

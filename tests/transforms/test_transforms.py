@@ -103,26 +103,30 @@ def test_silent_channels_get_no_wild_factors() -> None:
     assert found.factors.max() / found.factors.min() < 2e3
 
 
+@pytest.mark.parametrize("uneven", [False, True])
 @pytest.mark.parametrize("kind", ["norm", "heads"])
-def test_awq_takes_the_power_that_leaves_least_error(kind: Kind) -> None:
+def test_awq_takes_the_factors_that_leave_least_error(kind: Kind, uneven: bool) -> None:
     transform = AWQ(steps=10)
-    w, v = randn(6, WIDE), randn(5, WIDE)
+    spread = torch.exp(2 * randn(WIDE + 1)[1:]) if uneven else torch.ones(WIDE)
+    w, v = randn(6, WIDE) * spread, randn(5, WIDE) * spread
     place, x = site(kind, transform, w, v)
     found = transform.op(place)
     assert found is not None
     reading = [columns(c) for c in range(HEADS * DIM)] if kind == "heads" else [[j] for j in range(WIDE)]
     size = torch.stack([x[:, group].square().mean().sqrt() for group in reading])
+    column = torch.stack([torch.cat([w, v])[:, group].square().mean().sqrt() for group in reading])
+    tried = [size ** (a / 10) for a in range(10)] + [size ** (a / 10) / column ** (1 - a / 10) for a in range(10)]
     errors = []
-    for step in range(10):
-        s = size ** (step / 10)
+    for s in tried:
         s = s / (s.max() * s.min()).sqrt()
         wide = torch.empty(WIDE)
         for channel, group in enumerate(reading):
             wide[group] = s[channel]
         errors.append(sum(float((x @ (rounded(m * wide, None) / wide - m).T).square().sum()) for m in (w, v)))
-    best = min(range(10), key=errors.__getitem__)
-    assert 0 < best < 9  # or the search would prove nothing
-    expected = size ** (best / 10)
+    best = min(range(20), key=errors.__getitem__)
+    assert best % 10 not in (0, 9)  # or the search would prove nothing
+    assert best > 10 or not uneven
+    expected = tried[best]
     torch.testing.assert_close(found.factors, expected / (expected.max() * expected.min()).sqrt(), rtol=1e-4, atol=0)
 
 
