@@ -1,120 +1,165 @@
-"""Soft rounding of every scalar format: a decoded matrix whose codes, weights, scales and offsets have gradients.
+"""Rounding that gradients go through: codes as rounded real numbers, in every scalar format.
 
-A weight's place among the levels of its format is a real number y between 0 and L - 1: level i is at i, and between two
-levels places are interpolated. Rounding takes the nearest whole y. A variable v moves the place, so that v = 1 is the
-next level whatever the distance to it:
-
-    x = (w - offset) / scale        y = place(x) + v        w_hat = scale * levels[round(y)] + offset
-
-With integers that is the rounding of AutoRound (https://arxiv.org/abs/2309.05516); with floats, whose levels are not
-even, each interval has its own slope. Forward, the value is what the format decodes, exactly. Backward, rounding is the
-identity: the gradient is that of the relaxed function, which reads levels between the levels off the same polygon, and
-a scale's includes the rounding error as learned step sizes have it (https://arxiv.org/abs/1902.08153).
+A weight w in a group of (scale, offset) lies somewhere among the levels, at a place counted in steps between them: 0 is
+the lowest level, 1 the next one, 2.5 is half-way between the third and the fourth. Its code is that place, plus a
+variable v, rounded. The value is exactly what the format decodes; the gradient is that of the same expression without
+rounding (a straight-through estimate, https://arxiv.org/abs/1308.3432), as if straight lines joined the levels. With
+consecutive integers as levels that is AutoRound's rounding variable (https://arxiv.org/abs/2309.05516) and, for scales,
+LSQ's gradient (https://arxiv.org/abs/1902.08153).
 
 Shape letters: N rows, K columns, G groups, L levels.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from qtool.formats._base import Format, Params, Quantized, expand
-from qtool.numerics.grids.through import through
+
+MARGIN = 0.01
+"""How far from the next code's range a weight begins, in steps, if its own place is in that range."""
+
+
+def place(x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Where numbers lie among levels, beyond the ends as if these were followed by steps as wide as the last ones.
+
+    Args:
+        x: float32 of any shape.
+        levels: float32 [L], ascending.
+
+    Returns:
+        (places in steps; the width of the step that each is in).
+    """
+    if is_uniform(levels):
+        return (x - levels[0]) / (levels[1] - levels[0]), (levels[1] - levels[0]).expand_as(x)
+    below = torch.bucketize(x.detach(), levels[1:-1].contiguous(), right=True)
+    width = levels.diff()[below]
+    inside = torch.where(width > 0, (x - levels[below]) / torch.where(width > 0, width, 1.0), 0.0)
+    return below + inside, width
+
+
+def level_at(y: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of `place`: (numbers at places y; the width of the step that each is in)."""
+    if is_uniform(levels):
+        width = levels[1] - levels[0]
+        return levels[0] + y * width, width.expand_as(y)
+    below = y.detach().floor().clamp(0, len(levels) - 2).long()
+    width = levels.diff()[below]
+    return levels[below] + (y - below) * width, width
+
+
+def is_uniform(levels: Tensor) -> bool:
+    """True if all steps are equally wide."""
+    steps = levels.diff()
+    return bool((steps == steps[0]).all())
+
+
+class Rounded(torch.autograd.Function):
+    """w_hat of rounded places; see `soft_decode`."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, v: Tensor, scale: Tensor, offset: Tensor, fmt: Format, params: Params) -> Tensor:
+        """Shapes: w, v [N, K]; scale, offset [N, G], which are those of `params`."""
+        levels = fmt.levels().to(w.device)
+        s, o = expand(scale, w.shape[1]), expand(offset, w.shape[1])
+        x = relative(w, s, o)
+        at, width = place(x, levels)
+        y = at.add_(v)
+        codes = y.round().clamp_(0, len(levels) - 1)
+        free = (y > -0.5) & (y < len(levels) - 0.5)
+        slope = torch.where(free, level_at(y, levels)[1], 0.0)
+        ratio = torch.where(width > 0, slope / torch.where(width > 0, width, 1.0), 0.0)
+        ctx.save_for_backward(slope * s, levels[codes.long()] - ratio * x, ratio)
+        ctx.groups, ctx.tied = scale.shape[1], None if fmt.free_offset else relative(offset, scale, 0.0)
+        return fmt.decode(codes.to(torch.uint8), params)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients by w, v, scale and offset. An offset that is not free is a fixed multiple of the scale."""
+        by_v, by_scale, ratio = ctx.saved_tensors
+        w = gradient * ratio if ctx.needs_input_grad[0] else None
+        if not (ctx.needs_input_grad[2] or ctx.needs_input_grad[3]):
+            return w, gradient * by_v, None, None, None, None
+
+        def grouped(t: Tensor) -> Tensor:
+            return t.view(len(t), ctx.groups, -1).sum(2)
+
+        scale, offset = grouped(gradient * by_scale), grouped(gradient * (1 - ratio))
+        if ctx.tied is not None:
+            return w, gradient * by_v, scale + offset * ctx.tied, None, None, None
+        return w, gradient * by_v, scale, offset, None, None
+
+
+def relative(x: Tensor, scale: Tensor, offset: Tensor | float) -> Tensor:
+    """(x - offset) / scale; 0 where the scale is."""
+    return torch.where(scale == 0, 0.0, (x - offset) / torch.where(scale == 0, 1.0, scale))
+
+
+def stored(fmt: Format, params: Params, scale: Tensor | None, offset: Tensor | None) -> Params:
+    """Parameters with a wanted scale and offset, float32 [N, G] each, rounded to what the format stores."""
+    if scale is None and offset is None:
+        return params
+    s, o = fmt.affine(params)
+    wanted_scale, wanted_offset = s if scale is None else scale.detach(), o if offset is None else offset.detach()
+    return fmt.refit(params, wanted_scale, wanted_offset)
 
 
 def soft_decode(
     w: Tensor, v: Tensor, fmt: Format, params: Params, scale: Tensor | None = None, offset: Tensor | None = None
 ) -> Tensor:
-    """What `harden` decodes to, float32 [N, K], differentiable in w, v, scale and offset.
+    """Weights as `fmt` decodes them, with gradients by w, v and, if given, by scale and offset.
 
     Args:
         w: weights, float32 [N, K].
-        v: float32 [N, K], in steps between levels.
-        fmt: without a codebook.
-        params: its parameters; what `scale` and `offset` do not move stays as it is here.
-        scale: learned, float32 [N, G]; counts as the nearest that the format stores. None: that of `params`.
-        offset: learned, float32 [N, G], for formats whose offsets are free. None: that of `params`, or as many steps
-            from zero as there.
+        v: float32 [N, K], in steps.
+        fmt: a scalar format.
+        params: its parameters.
+        scale: wanted, float32 [N, G]; the nearest storable one is used, the gradient goes straight through.
+        offset: the same, for formats whose offsets are free.
+
+    Returns:
+        float32 [N, K].
     """
-    assert fmt.codebook() is None, "vectors have no soft rounding"
-    stored = params if scale is None and offset is None else storable(fmt, params, scale, offset)
-    s, o = (expand(p, w.shape[1]) for p in soft_affine(fmt, params, stored, scale, offset))
-    levels = fmt.levels().to(w.device)
-    y = moved(w, v, s, o, levels)
-    codes = y.detach().round()
-    value = fmt.decode(codes.to(torch.uint8), stored)
-    return through(through(level_at(y, levels), levels[codes.long()]) * s + o, value)
+    params = stored(fmt, params, scale, offset)
+    s, o = fmt.affine(params)
+    if scale is not None:
+        s = s.detach() + (scale - scale.detach())
+    if offset is not None:
+        o = o.detach() + (offset - offset.detach())
+    result: Tensor = Rounded.apply(w, v, s, o, fmt, params)  # type: ignore[no-untyped-call]
+    return result
 
 
+@torch.no_grad()
 def harden(
     w: Tensor, v: Tensor, fmt: Format, params: Params, scale: Tensor | None = None, offset: Tensor | None = None
 ) -> Quantized:
-    """The codes and parameters that `soft_decode` gives the values of; arguments as there."""
-    with torch.no_grad():
-        stored = params if scale is None and offset is None else storable(fmt, params, scale, offset)
-        s, o = (expand(p, w.shape[1]) for p in fmt.affine(stored))
-        return Quantized(moved(w, v, s, o, fmt.levels().to(w.device)).round().to(torch.uint8), stored, fmt)
+    """Codes and parameters whose values are those of `soft_decode` with the same arguments."""
+    params = stored(fmt, params, scale, offset)
+    levels = fmt.levels().to(w.device)
+    s, o = (expand(p, w.shape[1]) for p in fmt.affine(params))
+    y = place(relative(w, s, o), levels)[0] + v
+    return Quantized(y.round().clamp_(0, len(levels) - 1).to(torch.uint8), params, fmt)
 
 
-def soft_start(w: Tensor, quantized: Quantized, margin: float = 0.02) -> Tensor:
-    """The smallest v with which `harden` gives these codes, float32 [N, K]; 0 where a code is the nearest one.
+@torch.no_grad()
+def soft_start(w: Tensor, quantized: Quantized) -> Tensor:
+    """The v nearest to zero with which `harden` gives these codes, float32 [N, K].
 
-    So a weight that lies between two levels is soon rounded to the other one; if all began at their level, none was.
+    Weights whose places round to another code begin `MARGIN` within the range of their own.
 
     Args:
-        w: weights, float32 [N, K].
-        quantized: of the same shape.
-        margin: least distance from where another code begins, in steps between levels.
+        w: the original weights, float32 [N, K].
+        quantized: codes that some method found, and parameters.
     """
-    fmt, codes = quantized.format, quantized.codes.to(w.device, torch.float32)
-    s, o = (expand(p, w.shape[1]) for p in fmt.affine(quantized.params))
-    y = moved(w, torch.zeros_like(w), s, o, fmt.levels().to(w.device))
-    return torch.minimum(torch.maximum(y, codes - (0.5 - margin)), codes + (0.5 - margin)) - y
-
-
-def storable(fmt: Format, params: Params, scale: Tensor | None, offset: Tensor | None) -> Params:
-    """The parameters that a format stores for learned scales and offsets."""
-    before = fmt.affine(params)
-    s, o = (old if new is None else new.detach() for old, new in zip(before, (scale, offset), strict=True))
-    return fmt.refit(params, s, o)
-
-
-def soft_affine(
-    fmt: Format, params: Params, stored: Params, scale: Tensor | None, offset: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(scale, offset) of stored parameters, float32 [N, G] each, with gradients where they are learned."""
-    s, o = fmt.affine(stored)
-    if scale is not None:
-        s = through(scale, s)
-    if offset is not None and fmt.free_offset:
-        return s, through(offset, o)
-    if scale is not None and not fmt.free_offset:  # an offset, if there is one, is a multiple of the scale
-        old_scale, old_offset = fmt.affine(params)
-        o = through(s * (old_offset / torch.where(old_scale == 0, 1.0, old_scale)), o)
-    return s, o
-
-
-def moved(w: Tensor, v: Tensor, scale: Tensor, offset: Tensor, levels: Tensor) -> Tensor:
-    """y of each weight, float32 [N, K] in [0, L - 1]; scale and offset are [N, K] as well."""
-    x = torch.where(scale == 0, 0.0, (w - offset) / torch.where(scale == 0, 1.0, scale))
-    return (place(x, levels) + v).clamp(0, len(levels) - 1)
-
-
-def place(x: Tensor, levels: Tensor) -> Tensor:
-    """Where x, float32 of any shape, lies among levels [L]: between 0 and L - 1."""
-    top = len(levels) - 1
-    if float(levels[-1] - levels[0]) == top:  # consecutive integers
-        return (x - levels[0]).clamp(0, top)
-    low = torch.bucketize(x.detach(), levels[1:-1], right=True)
-    return (low + (x - levels[low]) / (levels[1:] - levels[:-1])[low]).clamp(0, top)
-
-
-def level_at(y: Tensor, levels: Tensor) -> Tensor:
-    """The inverse of `place`: what lies at y, float32 of any shape in [0, L - 1]."""
-    top = len(levels) - 1
-    if float(levels[-1] - levels[0]) == top:
-        return y + levels[0]
-    low = y.detach().floor().clamp_max(top - 1)
-    below = low.long()
-    return levels[below] + (y - low) * (levels[1:] - levels[:-1])[below]
+    fmt = quantized.format
+    levels = fmt.levels().to(w.device)
+    s, o = (expand(p.to(w.device), w.shape[1]) for p in fmt.affine(quantized.params))
+    y, reach = place(relative(w, s, o), levels)[0], 0.5 - MARGIN
+    code = quantized.codes.to(w.device).float()
+    return torch.clamp(y, code - reach, code + reach) - y

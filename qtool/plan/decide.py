@@ -74,6 +74,9 @@ def decide_module(module: Module, index: int, recipe: Recipe, checkpoint: Checkp
     if choice.format is None:
         bits = _kept_bits(module, choice.keep, checkpoint)
         return LayerPlan(module, None, None, None, choice.keep, choice.fallback, index, bits)
+    if rule.residuals and method.first is not method:
+        text = f"{method.name()} trains codes as if nothing were beside them; give the rule another method, or no residuals"
+        findings.add(index, text, module.name)
     for residual in rule.residuals:
         if reason := residual.misfit(*module.shape):
             findings.add(index, f"{residual.name()}: {reason}", module.name)
