@@ -377,8 +377,8 @@ class TestRules:
     def test_a_method_that_solves_blocks_knows_no_residuals(self):
         rule = {"match": "*", "weights": "int4-g16", "method": "learned", "residuals": [{"low_rank": {"rank": 2}}]}
         assert refusals(rule)[0] == (
-            'layers[0] (match "*"): model.layers.0.self_attn.q_proj and 13 more: learned trains codes as if nothing were '
-            "beside them; give the rule another method, or no residuals"
+            'layers[0] (match "*"): model.layers.0.self_attn.q_proj and 14 more: learned trains codes as if nothing '
+            "were beside them; give the rule another method, or no residuals"
         )
 
     def test_an_embedding_has_no_inputs(self):
