@@ -14,9 +14,9 @@ from functools import cache
 import gguf
 import pytest
 
+from qtool.artifact.gguf._options import FILE_TYPES
 from qtool.checkpoint.families.llama import Llama
 from qtool.plan import make_plan
-from qtool.recipe.export import FILE_TYPES
 from qtool.recipe.load import list_recipes, load_recipe
 from qtool.recipe.schema import parse_format
 from tests.recipe.shapes import SMOLLM2_135M, Shapes, carriers
@@ -232,7 +232,7 @@ def test_all_of_them_ship():
 @pytest.mark.parametrize("mix", MIXES)
 def test_the_file_says_which_mix_it_is(mix):
     (export,) = recipe(mix, True).export
-    assert FILE_TYPES[export.file_type] == gguf.LlamaFileType[f"MOSTLY_{mix.upper()}"]
+    assert FILE_TYPES[export.options["file_type"]] == gguf.LlamaFileType[f"MOSTLY_{mix.upper()}"]
 
 
 CHECKPOINTS = {model: shapes(model) for model in MODELS}

@@ -20,6 +20,7 @@ from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoin
 from qtool.errors import PlanError
 from qtool.ops._base import InputOp
 from qtool.recipe.cache import KVCache
+from qtool.recipe.strict import Strict
 from qtool.residuals._base import Residual
 from qtool.store.neutral import KEEP
 
@@ -32,6 +33,10 @@ class Carry:
     reason: str = ""
 
 
+class NoOptions(Strict):
+    """Options of an artifact that has none."""
+
+
 class Artifact(ABC):
     """One layout. The registry name is the file's: `compressed-tensors`, `gguf`, `qtool`.
 
@@ -40,12 +45,19 @@ class Artifact(ABC):
         runtimes: who reads it, for the support table.
         library: `library_name` of the hub's metadata; None: the hub has no name for it.
         usage: how to load it, Markdown for the model card.
+        options: what a recipe or a flag says about it.
     """
+
+    Options: ClassVar[type[Strict]] = NoOptions
+    """What can be said about it in a recipe, beside its name; with a docstring for each."""
 
     fuses: ClassVar[bool]
     runtimes: ClassVar[tuple[str, ...]]
     library: ClassVar[str | None] = None
     usage: ClassVar[str] = ""
+
+    def __init__(self, **options: Any) -> None:
+        self.options = self.Options.model_validate(options)
 
     def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Carry:
         """Known before anything is computed, from the layer's description alone.

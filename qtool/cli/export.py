@@ -33,7 +33,9 @@ def command(
     with Console(quiet, verbose) as console:
         from qtool.pipeline import export as stage
 
-        asked = stage.ExportOptions(artifact, to, out, overwrite, verify, pre_tokenizer, split_max_size)
+        asked = stage.ExportOptions(
+            artifact, to, out, overwrite, verify, {"pre_tokenizer": pre_tokenizer, "split_max_size": split_max_size}
+        )
         written = stage.run(asked, console)
     if json:
         document(written.model_dump(mode="json"))

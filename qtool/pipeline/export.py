@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qtool import registry
@@ -13,8 +14,10 @@ from qtool.checkpoint.open import local
 from qtool.errors import CheckpointError, UsageError, nearest
 from qtool.pipeline.card import origin
 from qtool.pipeline.events import Event, Listener, silent
+from qtool.pipeline.prepare import flags
 from qtool.pipeline.publish import publish
 from qtool.pipeline.stopwatch import Stopwatch
+from qtool.recipe.export import options_of, owners
 from qtool.report.model import ArtifactEntry
 from qtool.store.files import SUMS, check_free, new_folder, read_sums, sha256
 from qtool.store.names import output_path
@@ -32,7 +35,7 @@ class ExportOptions:
         out: folder of the result.
         overwrite: replace an earlier result.
         verify: read the result back.
-        pre_tokenizer, split_max_size: options of GGUF, see `qtool.recipe.export.Export`.
+        options: of the layout, by name; None as a value: not given.
     """
 
     source: str
@@ -40,8 +43,7 @@ class ExportOptions:
     out: Path
     overwrite: bool = False
     verify: bool = True
-    pre_tokenizer: str | None = None
-    split_max_size: int | None = None
+    options: Mapping[str, object] = field(default_factory=dict)
 
 
 def run(options: ExportOptions, listener: Listener = silent) -> ArtifactEntry:
@@ -57,11 +59,10 @@ def run(options: ExportOptions, listener: Listener = silent) -> ArtifactEntry:
         raise UsageError(f"--to: no layout is called {options.to!r}", hint=nearest(options.to, layouts))
     out = output_path(options.out, options.source)
     check_free(out, options.overwrite)
-    given = {"pre_tokenizer": options.pre_tokenizer, "split_max_size": options.split_max_size}
-    given = {key: value for key, value in given.items() if value is not None}
-    if given and options.to != "gguf":
-        flags = ", ".join(f"--{key.replace('_', '-')}" for key in given)
-        raise UsageError(flags, wanted="--to gguf", found=f"--to {options.to}")
+    given = {key: value for key, value in options.options.items() if value is not None}
+    if strange := [key for key in given if key not in options_of(options.to).model_fields]:
+        wanted = " or ".join(f"--to {name}" for key in strange for name in owners(key))
+        raise UsageError(flags(strange), wanted=wanted, found=f"--to {options.to}")
     artifact: Artifact = registry.load("artifact", options.to)(**given)
     model = open_artifact(options.source)
     refuse_changed(model.source)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,7 @@ from qtool.errors import UsageError
 from qtool.numerics.threads.processor import compute_dtype
 from qtool.pipeline.requantize import second_generation
 from qtool.plan import Plan, make_plan
+from qtool.recipe.export import options_of, owners
 from qtool.recipe.load import load_recipe
 from qtool.recipe.schema import Recipe
 
@@ -48,7 +49,7 @@ def prepare(
     limit: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
-    gguf: Mapping[str, object] | None = None,
+    options: Mapping[str, object] | None = None,
 ) -> Job:
     """Opens a model and plans a recipe for it.
 
@@ -60,7 +61,7 @@ def prepare(
         limit: quantize this many decoder blocks and nothing else.
         device: "auto", "cpu" or "cuda".
         dtype: of forward passes: "auto", "bf16" or "fp32".
-        gguf: options of the recipe's GGUF export by name; None as a value leaves what the recipe says.
+        options: of the artifacts that the recipe exports, by name; None as a value leaves what the recipe says.
 
     Raises:
         RecipeError, CheckpointError, PlanError, UsageError: see `load_recipe`, `open_model`, `make_plan`.
@@ -72,7 +73,7 @@ def prepare(
         parsed = load_recipe(recipe.model_dump(mode="json", exclude_none=True), overrides)
     else:
         parsed = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    parsed = with_gguf_options(parsed, {key: value for key, value in (gguf or {}).items() if value is not None})
+    parsed = with_options(parsed, {key: value for key, value in (options or {}).items() if value is not None})
     checkpoint = model if isinstance(model, Checkpoint) else open_model(model)
     artifacts = {export.to: registry.load("artifact", export.to)(**export.options) for export in parsed.export}
     original, checkpoint = checkpoint, preview(checkpoint, parsed)
@@ -98,14 +99,23 @@ def preview(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
     return Rewritten(checkpoint, [Edit(edge.name) for edge in edges if edge.kind == "norm"])
 
 
-def with_gguf_options(recipe: Recipe, given: Mapping[str, object]) -> Recipe:
-    """The recipe with these options in its GGUF export. Raises UsageError: it has none."""
-    exports = tuple(e.model_copy(update=given) if e.to == "gguf" else e for e in recipe.export)
-    if given and not any(export.to == "gguf" for export in exports):
-        flags = ", ".join(f"--{key.replace('_', '-')}" for key in given)
-        wanted, found = "a recipe that exports gguf", ", ".join(e.to for e in exports) or "no export"
-        raise UsageError(flags, wanted=wanted, found=found)
-    return recipe.model_copy(update={"export": exports})
+def with_options(recipe: Recipe, given: Mapping[str, object]) -> Recipe:
+    """The recipe with these options in the exports that have them. Raises UsageError: none has one of them."""
+    exports, used = [], set[str]()
+    for export in recipe.export:
+        own = {key: value for key, value in given.items() if key in options_of(export.to).model_fields}
+        exports.append(export.model_copy(update=own))
+        used |= own.keys()
+    if idle := [key for key in given if key not in used]:
+        names = " or ".join(dict.fromkeys(name for key in idle for name in owners(key)))
+        wanted, found = f"a recipe that exports {names}", ", ".join(e.to for e in recipe.export) or "no export"
+        raise UsageError(flags(idle), wanted=wanted, found=found)
+    return recipe.model_copy(update={"export": tuple(exports)})
+
+
+def flags(options: Iterable[str]) -> str:
+    """What options of artifacts are called on the command line."""
+    return ", ".join(f"--{key.replace('_', '-')}" for key in options)
 
 
 def device_of(name: str) -> torch.device:

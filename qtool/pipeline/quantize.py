@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class QuantizeOptions:
         device, dtype: "auto", or where and in which type to compute.
         stats: statistics of an earlier `calibrate` to use instead of running the model.
         imatrix: an importance matrix of llama.cpp to use instead; sets the recipe's method to rounding with it.
-        pre_tokenizer, split_max_size: options of the GGUF export, see `qtool.recipe.export.Export`.
+        options: of the artifacts that the recipe exports, by name; None as a value: not given.
         keep: leave the work folder.
         overwrite: replace an earlier result.
         verify: read artifacts back.
@@ -66,8 +66,7 @@ class QuantizeOptions:
     limit: int | None = None
     stats: Path | None = None
     imatrix: Path | None = None
-    pre_tokenizer: str | None = None
-    split_max_size: int | None = None
+    options: Mapping[str, object] = field(default_factory=dict)
     keep: bool = False
     overwrite: bool = False
     verify: bool = True
@@ -92,8 +91,7 @@ def run(options: QuantizeOptions, listener: Listener = silent) -> Report:
     with watch.stage("plan"):
         o = options
         overrides = (BY_IMPORTANCE, *o.overrides) if o.imatrix else o.overrides
-        gguf = {"pre_tokenizer": o.pre_tokenizer, "split_max_size": o.split_max_size}
-        job = prepare(o.model, o.recipe, overrides, o.seed, o.limit, o.device, o.dtype, gguf)
+        job = prepare(o.model, o.recipe, overrides, o.seed, o.limit, o.device, o.dtype, o.options)
         evaluate.check(job.plan.recipe.eval)
     for warning in job.plan.warnings:
         listener(Event("plan", 1, 1, warning, warning=True))

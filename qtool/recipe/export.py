@@ -1,24 +1,16 @@
-"""The artifacts that a recipe writes, and their options."""
+"""The artifacts that a recipe writes, and their options, which each artifact defines itself."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from qtool import registry
 from qtool.errors import nearest
-from qtool.recipe.problems import Keys, mistake, show
-from qtool.recipe.size import Size
+from qtool.recipe.problems import Keys, explain, mistake, show
 from qtool.recipe.strict import Strict
-
-FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k_s": 11}
-FILE_TYPES |= {"q3_k_m": 12, "q3_k_l": 13, "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17, "q6_k": 18}
-FILE_TYPES |= {"iq2_xxs": 19, "iq2_xs": 20, "q2_k_s": 21, "iq3_xs": 22, "iq3_xxs": 23, "iq1_s": 24, "iq4_nl": 25}
-FILE_TYPES |= {"iq3_s": 26, "iq3_m": 27, "iq2_s": 28, "iq2_m": 29, "iq4_xs": 30, "iq1_m": 31, "bf16": 32}
-FILE_TYPES |= {"tq1_0": 36, "tq2_0": 37, "mxfp4_moe": 38, "nvfp4": 39}
-"""What GGUF files call a mix of types -> its number, `llama_ftype` in llama.h of llama.cpp, October 2026."""
 
 
 def _check_artifact(name: str) -> str:
@@ -27,38 +19,52 @@ def _check_artifact(name: str) -> str:
     return name
 
 
-def _check_file_type(name: str) -> str:
-    if name not in FILE_TYPES:
-        raise mistake(f"no file type is called {show(name)}", hint=nearest(name, list(FILE_TYPES)))
-    return name
-
-
-FileType = Annotated[str, AfterValidator(_check_file_type), WithJsonSchema({"enum": list(FILE_TYPES)})]
-
-
 class Export(Strict):
     """One artifact to write.
 
     Attributes:
         to: the artifact's layout.
-        pre_tokenizer: llama.cpp's name for how the tokenizer splits text, where gguf does not recognize it.
-        split_max_size: cuts a GGUF model into files with at most so much of tensors each, such as 2G, 500M or bytes.
-        file_type: the mix that a GGUF file says it is; by default a usual one with its most frequent type.
     """
 
+    model_config = ConfigDict(extra="allow")
+
     to: Annotated[str, AfterValidator(_check_artifact)]
-    pre_tokenizer: Annotated[str, Field(min_length=1)] | None = None
-    split_max_size: Size | None = None
-    file_type: FileType | None = None
 
     @classmethod
     def conflicts(cls, value: Mapping[str, Any]) -> list[tuple[Keys, str]]:
-        """An option belongs to an artifact."""
-        given = [key for key in ("pre_tokenizer", "split_max_size", "file_type") if value.get(key) is not None]
-        other = value.get("to") != "gguf"
-        return [((key,), f"an option of gguf, not of {show(value.get('to'))}") for key in given if other]
+        """Options belong to an artifact, which knows what they mean."""
+        name = value.get("to")
+        given = {key: option for key, option in value.items() if key != "to" and option is not None}
+        if not given or name not in registry.names("artifact"):
+            return []
+        own = options_of(name)
+        strange = [((key,), _strange(key, name)) for key in given if key not in own.model_fields]
+        try:
+            own.model_validate({key: option for key, option in given.items() if key in own.model_fields}, strict=True)
+        except ValidationError as error:
+            return [*explain(error, own, given), *strange]
+        return [*strange]
 
     @property
     def options(self) -> dict[str, Any]:
         """What the artifact's writer is made with."""
-        return self.model_dump(exclude={"to"}, exclude_none=True)
+        given = {key: option for key, option in (self.model_extra or {}).items() if option is not None}
+        return options_of(self.to).model_validate(given, strict=True).model_dump(exclude_none=True)
+
+
+def options_of(name: str) -> type[BaseModel]:
+    """The options of an artifact."""
+    found: type[BaseModel] = registry.load("artifact", name).Options
+    return found
+
+
+def owners(key: str) -> list[str]:
+    """The artifacts that have an option."""
+    return [name for name in registry.names("artifact") if key in options_of(name).model_fields]
+
+
+def _strange(key: str, name: str) -> str:
+    """What is wrong with an option that an artifact does not have."""
+    if others := owners(key):
+        return f"an option of {' and '.join(others)}, not of {show(name)}"
+    return f"unknown key; {nearest(key, ['to', *options_of(name).model_fields])}"

@@ -32,6 +32,9 @@ def json_schema() -> dict[str, Any]:
     }
     for part in (schema, *definitions.values()):
         _describe(part, part["description"])
+    for name in registry.names("artifact"):
+        definitions["Export"]["properties"] |= _options(registry.load("artifact", name).Options)["properties"]
+    definitions["Export"]["additionalProperties"] = False
     definitions["Export"]["properties"]["to"]["enum"] = registry.names("artifact")
     schema["properties"]["extends"] = {
         "type": "string",

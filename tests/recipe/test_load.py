@@ -569,7 +569,6 @@ class TestFinding:
 )
 def test_sizes_of_parts(write, written, wanted):
     (export,) = load_recipe(write(HEAD + LAYERS + f"export: [{{to: gguf, split_max_size: {written}}}]")).export
-    assert export.split_max_size == wanted
     assert export.options == {"split_max_size": wanted}
 
 
@@ -606,3 +605,13 @@ def test_scales_of_a_kv_cache_cover_everything_unless_a_recipe_says_otherwise():
     assert dump_cache(plain) == "int4-channel"
     assert dump_cache(mixed)["values"] == "fp8-head"
     assert dump_cache(mixed)["keys"]["scales"] == "search"
+
+
+def test_what_no_artifact_has_is_no_option(write):
+    assert problems(write(HEAD + LAYERS + "export: [{to: gguf, split_max_sizes: 2G}]")) == [
+        "r.yaml:5: export[0].split_max_sizes: unknown key; did you mean 'split_max_size'?"
+    ]
+    assert problems(write(HEAD + LAYERS + "export: [{to: gguf, file_type: q4_kx, split: 2G}]")) == [
+        "r.yaml:5: export[0].file_type: no file type is called 'q4_kx'; did you mean 'q4_k_s'?",
+        "r.yaml:5: export[0].split: unknown key; known: file_type, pre_tokenizer, split_max_size, to",
+    ]

@@ -16,10 +16,11 @@ from qtool.artifact._base import Artifact, Carry
 from qtool.artifact._card import write_card
 from qtool.artifact._footprint import Footprint
 from qtool.artifact.gguf._imatrix import about_importance
+from qtool.artifact.gguf._options import GGUFOptions
 from qtool.artifact.gguf._reader import QuantizedGGUF
 from qtool.artifact.gguf._sizes import footprint
 from qtool.artifact.gguf._tokenizer import tokenizer_metadata
-from qtool.artifact.gguf._writer import Options, Writer, block_bytes, candidates
+from qtool.artifact.gguf._writer import Writer, block_bytes, candidates
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, modules
 from qtool.checkpoint.gguf_parts import first_parts
 from qtool.errors import CheckpointError
@@ -27,22 +28,13 @@ from qtool.store.files import storage_errors
 
 
 class GGUF(Artifact):
-    """See the module.
+    """See the module."""
 
-    Args:
-        pre_tokenizer: llama.cpp's name for the tokenizer's splitting rules, where they are not recognized.
-        split_max_size: bytes of tensors in one file, unless a single one is larger; None: all in one.
-        file_type: the mix that the file says it is; None: a usual one with its most frequent type.
-    """
-
+    Options: ClassVar[type[GGUFOptions]] = GGUFOptions
+    options: GGUFOptions
     fuses: ClassVar[bool] = False
     runtimes: ClassVar[tuple[str, ...]] = ("llama.cpp",)
     usage: ClassVar[str] = "`llama-cli -m FILE.gguf` chats with it."
-
-    def __init__(
-        self, pre_tokenizer: str | None = None, split_max_size: int | None = None, file_type: str | None = None
-    ) -> None:
-        self.options = Options(pre_tokenizer, split_max_size, file_type)
 
     def holds(self, module: Module, layer: Layer | None, keep: str) -> Carry:
         """See `Artifact.holds`."""

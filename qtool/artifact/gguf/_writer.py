@@ -7,7 +7,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, reduce
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from qtool import registry
 from qtool.artifact.gguf._container import ALIGNMENT, Container, Value
+from qtool.artifact.gguf._options import FILE_TYPES, GGUFOptions
 from qtool.artifact.gguf._tokenizer import model_name, tokenizer_metadata
 from qtool.checkpoint._base import QuantizedCheckpoint, modules
 from qtool.checkpoint.families._parts import stacked
@@ -23,7 +23,6 @@ from qtool.checkpoint.gguf_parts import COUNT, NUMBER, TENSORS, part_path
 from qtool.errors import PlanError
 from qtool.formats._base import Format, Quantized
 from qtool.formats._ggml import BlockFormat
-from qtool.recipe.export import FILE_TYPES
 
 PLAIN = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
 """GGUF's numbers of the types that are not quantized."""
@@ -97,14 +96,6 @@ def usual(ggml_type: int) -> int:
     return FILE_TYPES[USUAL.get(name, name)]
 
 
-class Options(NamedTuple):
-    """What a recipe or a flag says about a GGUF file; see `qtool.recipe.export.Export`."""
-
-    pre_tokenizer: str | None = None
-    split_max_size: int | None = None
-    file_type: str | None = None
-
-
 class Writer:
     """Writes one model.
 
@@ -117,7 +108,7 @@ class Writer:
     """
 
     def __init__(
-        self, model: QuantizedCheckpoint, path: Path, name: str, options: Options, about: Mapping[str, Value]
+        self, model: QuantizedCheckpoint, path: Path, name: str, options: GGUFOptions, about: Mapping[str, Value]
     ) -> None:
         self.model, self.path, self.options = model, path, options
         self.family, self.config = model.family, model.config
