@@ -23,11 +23,11 @@ MEMORY = 8 << 30
 LONGEST = 1 << 26
 """Bytes of an answer."""
 
-PREPARED = f"""
+PREPARED = """
 import sys
 del sys.path[0]
 import resource
-for kind, most in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_AS, {MEMORY})):
+for kind, most in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_AS, %d)):
     try:
         resource.setrlimit(kind, (most, most))
     except (OSError, ValueError):
@@ -43,11 +43,12 @@ class Child:
         program: its source; runs behind `PREPARED`.
         what: what it does, for errors.
         arguments: its command line.
+        memory: bytes of address space that it may have; -1: no limit.
     """
 
-    def __init__(self, program: str, what: str, *arguments: str) -> None:
+    def __init__(self, program: str, what: str, *arguments: str, memory: int = MEMORY) -> None:
         self.what = what
-        command = [sys.executable, "-c", PREPARED + program, *arguments]
+        command = [sys.executable, "-c", PREPARED % memory + program, *arguments]
         pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nowhere)
 

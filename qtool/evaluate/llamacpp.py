@@ -11,6 +11,8 @@ The cache is F32 and flash attention is off, so that differences to another runt
 from __future__ import annotations
 
 import ctypes
+import json
+import sys
 import weakref
 from functools import cache
 from importlib.util import find_spec
@@ -21,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qtool.calibrate.child import Child
 from qtool.errors import CheckpointError, MissingExtra, QtoolError, UsageError
 
 INTS = (
@@ -129,6 +132,36 @@ def library() -> ctypes.CDLL:
             )
     lib.llama_backend_init()
     return lib
+
+
+TRIAL = """
+import json
+sys.path[:] = json.loads(sys.argv[1])
+from pathlib import Path
+from qtool.evaluate.llamacpp import LlamaCpp
+for line in sys.stdin:
+    try:
+        LlamaCpp(Path(sys.argv[2]), 8).logits(json.loads(line))
+        said = ""
+    except Exception as error:
+        said = str(error)
+    print(json.dumps(said), flush=True)
+"""
+SECONDS = 600.0
+"""To load a model and run a token, which reads every weight once."""
+
+
+def try_file(path: Path) -> None:
+    """Runs one token in another process, since llama.cpp aborts on some of what it does not expect.
+
+    Raises:
+        CheckpointError: it does not load the file, or ends, or hangs.
+    """
+    library()  # says what is wrong with it, rather than with the file
+    what = f"llama.cpp cannot run {path}"
+    with Child(TRIAL, what, json.dumps(sys.path), str(path), memory=-1) as child:
+        if said := child.ask([0], SECONDS):
+            raise CheckpointError(said)
 
 
 class LlamaCpp:

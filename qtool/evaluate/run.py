@@ -143,8 +143,9 @@ def gguf_file(model: Checkpoint) -> Path:
 
 def llama_cpp(file: Path, tokens: Tensor, first: int) -> Logits:
     """The same as `walk` by llama.cpp."""
-    from qtool.evaluate.llamacpp import LlamaCpp
+    from qtool.evaluate.llamacpp import LlamaCpp, try_file
 
+    try_file(file)
     runtime = LlamaCpp(file, tokens.shape[1])
     return lambda s: runtime.logits(tokens[s])[first:-1]
 

@@ -121,3 +121,22 @@ def test_advice_fits_the_command(here):
     result = qtool("export", "llama-7b", "--to", "gguf", "-o", "out")
     assert result.exit_code == 5
     assert "quantize it; a recipe whose rules say keep: bf16 writes unquantized weights" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("plan", "llama-7b", "-r", "gguf-q4_0"),
+        ("quantize", "llama-7b", "-r", "gguf-q4_0"),
+        ("quantize", "llama-7b", "-r", "w4a8"),
+        ("calibrate", "llama-7b", "-r", "w4a8", "-o", "stats"),
+        ("eval", "llama-7b", "--text", "text.txt"),
+    ],
+    ids=" ".join,
+)
+def test_a_missing_tokenizer_has_one_exit_code(arguments, here):
+    (here / "llama-7b" / "tokenizer.json").unlink()
+    (here / "text.txt").write_text("Some words.")
+    result = qtool(*arguments)
+    assert result.exit_code == 5
+    assert "error: llama-7b has no tokenizer: wanted " in result.stderr

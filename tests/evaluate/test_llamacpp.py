@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from qtool.artifact.gguf import GGUF
-from qtool.errors import MissingExtra, QtoolError, UsageError
+from qtool.errors import CheckpointError, MissingExtra, QtoolError, UsageError
 from qtool.evaluate import llamacpp
-from qtool.evaluate.llamacpp import LlamaCpp
+from qtool.evaluate.llamacpp import LlamaCpp, try_file
 from tests.artifact.test_gguf import neutral
 from tests.llamacpp import generate
 
@@ -71,3 +71,24 @@ def test_another_layout_is_noticed(monkeypatch, fresh_library):
     monkeypatch.setattr(llamacpp, "ContextParams", other)
     with pytest.raises(QtoolError, match=r"differently \(field n_ctx\): wanted 512, found 2048"):
         llamacpp.library()
+
+
+@pytest.mark.parametrize(
+    ("trial", "found"),
+    [
+        ("import os\nfor _ in sys.stdin: os.abort()", r"found the end of the process that did it \(SIGABRT\)$"),
+        ("import time; time.sleep(60)", r"wanted an end within 0\.5 seconds, found none$"),
+    ],
+    ids=["aborts", "hangs"],
+)
+def test_a_file_that_ends_llama_cpp_ends_another_process(trial, found, monkeypatch, tmp_path):
+    monkeypatch.setattr(llamacpp, "TRIAL", trial)
+    monkeypatch.setattr(llamacpp, "SECONDS", 0.5 if "sleep" in trial else 60.0)
+    with pytest.raises(CheckpointError, match=rf"^llama\.cpp cannot run {tmp_path / 'a.gguf'}: {found}"):
+        try_file(tmp_path / "a.gguf")
+
+
+def test_a_file_that_is_refused(tmp_path):
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"^llama\.cpp does not load .*a\.gguf: found "):
+        try_file(tmp_path / "a.gguf")

@@ -54,7 +54,9 @@ class GGUF(Artifact):
         return Carry(False, f"{block.label}: {misfit}")
 
     def knows(self, model: Checkpoint) -> Carry:
-        """See `Artifact.knows`."""
+        """See `Artifact.knows`. Raises CheckpointError: the model has no tokenizer."""
+        if not model.files.keys() & {"tokenizer.json", "tokenizer.model"}:
+            raise CheckpointError(f"{model.source} has no tokenizer", wanted="tokenizer.json or tokenizer.model")
         family, config = model.family, model.config
         try:
             family.gguf_names(config), family.gguf_metadata(config), family.gguf_extra_tensors(config)
