@@ -28,6 +28,8 @@ def command(
 ) -> None:
     """Write ARTIFACT's codes in another layout: exactly, or not at all.
 
+    Files that qtool wrote are held against their SHA256SUMS first, which takes about a second per gigabyte.
+
     Example: `qtool export ./SmolLM2-135M-w4g32 --to gguf -o ./SmolLM2-135M-gguf`
     """
     with Console(quiet, verbose) as console:
