@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
+from torch.nn.functional import pad
 
 from qtool.numerics.threads.parallel import over_rows
 
@@ -39,6 +40,12 @@ def decode_rows(codes, levels, scale, offset, w, start, stop):  # type: ignore[n
             s, o = scale[n, g], offset[n, g]
             for j in range(width):
                 out[j] = levels[code[j]] * s + o
+
+
+def middles(levels: Tensor) -> Tensor:
+    """Halfway between neighbouring levels [L], filled up with infinity to a power of two less one, for bisection."""
+    between = (levels[1:] + levels[:-1]) * 0.5
+    return pad(between, (0, (1 << len(between).bit_length()) - 1 - len(between)), value=torch.inf)
 
 
 def round_to_levels(w: Tensor, scale: Tensor, offset: Tensor, lowest: float, highest: float) -> Tensor:

@@ -241,10 +241,24 @@ def nearest(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     mantissa, and what lies beyond the last level to that level.
     """
     center = len(positive_levels(grid))
+    if x.device.type != "cpu":
+        return _nearest_apart(x, scale, grid, center)
     codes = np.empty(x.shape, np.uint8)
     arrays = x.contiguous().cpu().numpy(), scale.contiguous().cpu().numpy()
     over_rows(lambda a, b: round_rows(*arrays, *grid.numbers, np.int32(center), codes, a, b), len(codes))
     return torch.from_numpy(codes).to(x.device)
+
+
+def _nearest_apart(x: Tensor, scale: Tensor, grid: Grid, center: int) -> Tensor:
+    """`nearest` by operations of torch, step by step those of `round_row`."""
+    groups = torch.where(scale == 0, torch.inf, scale).unsqueeze(-1)
+    y = (x.reshape(*scale.shape, -1) / groups).view(x.shape)
+    size = y.abs().clamp_max(grid.highest)
+    smallest, mantissa = int(grid.numbers[0]), grid.mantissa
+    power = (size.view(torch.int32) & int(EXPONENT)).clamp_min(smallest)
+    inverse = ((254 << 23) - power + (mantissa << 23)).view(torch.float32)
+    code = ((power - smallest) >> (23 - mantissa)) + (size * inverse).round().int()
+    return torch.where(y < 0, center - code, center + code).to(torch.uint8)
 
 
 def best_scale(x: Tensor, importance: Tensor | None, tries: Tensor, grid: Grid, free: bool) -> Tensor:

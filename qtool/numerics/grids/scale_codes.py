@@ -135,12 +135,19 @@ def best_code(
         uint8 [N, G].
     """
     (n, groups, _), width = ends.shape, x.shape[1] // ends.shape[1]
+    smallest, mantissa, highest = grid.numbers
+    step = ROUNDER * F32(2.0**-mantissa)
+    if x.is_cuda:
+        from qtool.numerics.scales import cuda_search
+
+        rule = int(smallest), float(step), float(highest)
+        return cuda_search.best_code(x, relative(importance, x.shape[1], groups), ends, values, tried, rule)
     weight = relative(importance, x.shape[1], groups).cpu()
     weights = np.tile(weight.numpy().reshape(groups, width), (-(-LANES // groups), 1)).T.copy()
     weighed = x.float().contiguous().cpu().numpy().reshape(-1, width)
     found = np.empty(n * groups, np.uint8)
     powers = bool((values[1:-1].frexp().mantissa == 0.5).all())
-    rule = powers, tried, grid.numbers, ROUNDER * F32(2.0**-grid.mantissa)
+    rule = powers, tried, grid.numbers, step
     arrays = (
         weighed.reshape(-1, width),
         weights,

@@ -25,8 +25,17 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from qtool.numerics.scales.search import FAST, prepared
-from qtool.numerics.scales.sweep import F32, free_offset, free_scale, half, offset_trials, shared_step, signed_trials
+from qtool.numerics.scales.search import FAST, prepared, weights
+from qtool.numerics.scales.sweep import (
+    F32,
+    STRETCH,
+    free_offset,
+    free_scale,
+    half,
+    offset_trials,
+    shared_step,
+    signed_trials,
+)
 from qtool.numerics.threads.parallel import over_rows
 
 SUPER = 256
@@ -240,13 +249,19 @@ def search(x: Tensor, importance: Tensor | None, grid: Grid, effort: Effort, oth
     Returns:
         (d, dmin, float32 [N, S] with values of fp16; a, b, float32 [N, S * G] with integer values), on the device of x.
     """
+    trials = offset_trials(int(grid.highest), effort.trials)
+    table = trials if grid.minima else signed_trials(int(grid.lowest), effort.trials)
+    if x.is_cuda:
+        from qtool.numerics.scales import cuda_kquant
+
+        given, reached = weights(x, importance, SUPER)
+        tables = torch.from_numpy(table), torch.from_numpy(STRETCH)
+        return cuda_kquant.search(x, given.clamp_min(FLOOR), reached, tables, grid, effort, other)
     values, weight, reach = prepared(x, importance, SUPER)
     weight = np.maximum(weight, np.float32(FLOOR))
     supers, groups = x.shape[1] // SUPER, x.shape[1] // grid.width
     found = [np.zeros((x.shape[0], entries), np.float32) for entries in (supers, supers, groups, groups)]
     starts = tuple(p.cpu().numpy() for p in other or (torch.empty(0, 0),) * len(found))
-    trials = offset_trials(int(grid.highest), effort.trials)
-    table = trials if grid.minima else signed_trials(int(grid.lowest), effort.trials)
     over_rows(lambda p, q: search_rows(values, weight, reach, grid, effort, table, starts, *found, p, q), len(values))
     d, dmin, a, b = (torch.from_numpy(p).to(x.device) for p in found)
     return d, dmin, a, b

@@ -166,6 +166,12 @@ def prepared(x: Tensor, importance: Tensor | None, width: int) -> tuple[np.ndarr
     return searchable(x), weight.numpy(), reach(weight).numpy()
 
 
+def weights(x: Tensor, importance: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
+    """(importance [C], reach [C]) for kernels on the device of x [N, C]; see `relative` and `reach`."""
+    weight = relative(importance, x.shape[1], x.shape[1] // width).to(x.device)
+    return weight, reach(weight)
+
+
 def relative(importance: Tensor | None, columns: int, groups: int) -> Tensor:
     """Importances over their group's mean, float32 [C]. Those of a group that are all zero count as all alike."""
     weight = importances(importance, columns).view(groups, -1)
@@ -195,9 +201,13 @@ def symmetric(x: Tensor, importance: Tensor | None, width: int, lowest: int, hig
     Returns:
         float32 [N, G], on the device of x.
     """
+    ratios = clip_ratios(highest - lowest + 1)
+    if x.is_cuda:
+        from qtool.numerics.scales import cuda_search
+
+        return cuda_search.symmetric(x, *weights(x, importance, width), width, lowest, highest, ratios)
     values, weight, reach = prepared(x, importance, width)
     scale = np.zeros((x.shape[0], x.shape[1] // width), np.float32)
-    ratios = clip_ratios(highest - lowest + 1)
     over_rows(
         lambda a, b: symmetric_rows(values, weight, reach, width, lowest, highest, ratios, scale, a, b), len(values)
     )
@@ -206,9 +216,13 @@ def symmetric(x: Tensor, importance: Tensor | None, width: int, lowest: int, hig
 
 def zero_point(x: Tensor, importance: Tensor | None, width: int, lowest: int, highest: int) -> tuple[Tensor, Tensor]:
     """Scales and integer zero points for x ~ s * (q - z), q and z in [lowest, highest]; arguments as in `symmetric`."""
+    ratios = clip_ratios(highest - lowest + 1)
+    if x.is_cuda:
+        from qtool.numerics.scales import cuda_search
+
+        return cuda_search.zero_point(x, *weights(x, importance, width), width, lowest, highest, ratios)
     values, weight, reach = prepared(x, importance, width)
     scale, zero = (np.zeros((x.shape[0], x.shape[1] // width), np.float32) for _ in range(2))
-    ratios = clip_ratios(highest - lowest + 1)
     over_rows(
         lambda a, b: zero_point_rows(values, weight, reach, width, lowest, highest, ratios, scale, zero, a, b),
         len(values),
@@ -218,8 +232,12 @@ def zero_point(x: Tensor, importance: Tensor | None, width: int, lowest: int, hi
 
 def free_offset(x: Tensor, importance: Tensor | None, width: int, highest: int) -> tuple[Tensor, Tensor]:
     """Scales and offsets for x ~ s * l + o, l in [0, highest]; arguments as in `symmetric`."""
+    ratios = clip_ratios(highest + 1)
+    if x.is_cuda:
+        from qtool.numerics.scales import cuda_search
+
+        return cuda_search.free_offset(x, *weights(x, importance, width), width, highest, ratios)
     values, weight, reach = prepared(x, importance, width)
     scale, offset = (np.zeros((x.shape[0], x.shape[1] // width), np.float32) for _ in range(2))
-    ratios = clip_ratios(highest + 1)
     over_rows(lambda a, b: offset_rows(values, weight, reach, width, highest, ratios, scale, offset, a, b), len(values))
     return torch.from_numpy(scale).to(x.device), torch.from_numpy(offset).to(x.device)

@@ -14,6 +14,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from qtool.numerics.grids.affine import middles
 from qtool.numerics.scales.search import FAST, TINY
 from qtool.numerics.threads.parallel import over_rows
 
@@ -112,6 +113,10 @@ def descend(
     Returns:
         New codes and their pull.
     """
+    if codes.is_cuda:
+        from qtool.numerics.solving import cuda_walk
+
+        return cuda_walk.descend(gram, scale, levels, middles(levels), codes, pull, sweeps)
     better, gradient = (t.cpu().numpy().copy() for t in (codes, pull))
     arrays = [t.contiguous().cpu().numpy() for t in (gram, gram.diagonal(), scale, levels)]
     over_rows(lambda a, b: descend_rows(*arrays, better, gradient, sweeps, a, b), len(better))

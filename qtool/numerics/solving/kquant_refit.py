@@ -116,6 +116,10 @@ def settle(
     Returns:
         The new params.
     """
+    if pull.is_cuda:
+        from qtool.numerics.solving import cuda_refit
+
+        return cuda_refit.settle(curvature, pull, params, limits, SWEEPS)
     bend = curvature.contiguous().cpu().numpy()
     found = [t.cpu().numpy().copy() for t in (pull, *params)]
     low, top, minima = np.float32(limits[0]), np.float32(limits[1]), pull.shape[1] > params[2].shape[1]

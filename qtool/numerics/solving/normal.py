@@ -69,6 +69,12 @@ def normal_equations(
 def scale_by_scale(levels: Tensor, gram: Tensor, groups: int, normal: Tensor) -> None:
     """Fills normal[:, :G, :G]; see `normal_equations`."""
     width = levels.shape[1] // groups
+    if levels.is_cuda:
+        for g in range(groups):
+            start = g * width
+            seen = levels[:, start : start + width] @ gram[start : start + width, start:]
+            normal[:, g, g:groups] = normal[:, g:groups, g] = per_group(seen.mul_(levels[:, start:]), groups - g)
+        return
     values, filled = levels.contiguous().numpy(), normal.numpy()
     for a in range(0, len(levels), ROWS):
         for g in range(groups):

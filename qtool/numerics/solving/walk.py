@@ -16,6 +16,7 @@ from numba import njit
 from torch import Tensor
 
 from qtool.numerics.codebooks.codebook import Codebook
+from qtool.numerics.grids.affine import middles
 from qtool.numerics.grids.scale_codes import EXACT
 from qtool.numerics.scales.search import FAST
 from qtool.numerics.solving.vector_walk import walk_vector_block
@@ -75,12 +76,9 @@ def walk_rows(w, factor, scale, offset, levels, middles, codes, error, start, st
                     later[n] -= e[n] * u
 
 
-def middles_of(levels: Tensor) -> Tensor:
-    """Between neighbouring levels, filled up for `nearest`; none between consecutive integers, which are rounded."""
-    if bool((levels.diff() == 1).all()) and float(levels[0]).is_integer():
-        return levels.new_empty(0)
-    between = (levels[1:] + levels[:-1]) * 0.5
-    return torch.nn.functional.pad(between, (0, (1 << len(between).bit_length()) - 1 - len(between)), value=torch.inf)
+def is_uniform(levels: Tensor) -> bool:
+    """True for consecutive integers, which are rounded to."""
+    return bool((levels.diff() == 1).all()) and float(levels[0]).is_integer()
 
 
 def walk(
@@ -107,7 +105,7 @@ def walk(
     """
     rest = w.T.contiguous()
     codes = torch.empty(rest.shape, dtype=torch.uint8, device=w.device)
-    middles = middles_of(levels)
+    between = levels.new_empty(0) if is_uniform(levels) else middles(levels)
     errors = rest.new_empty(max(block, BLOCK // block * block), rest.shape[1])
     for first in range(0, len(rest), len(errors)):
         last = min(first + len(errors), len(rest))
@@ -120,7 +118,7 @@ def walk(
                 found, error = walk_vector_block(current, here, scale.T, offset.T, levels, book, vectors[1][a:b])
                 found, error = found.T, error.T
             else:
-                found, error = _walk_block(rest[a:b], here, scale, offset, levels, middles)
+                found, error = _walk_block(rest[a:b], here, scale, offset, levels, between)
             codes[a:b], errors[a - first : b - first] = found, error
             rest[b:last].addmm_(factor[a:b, b:last].T, error, alpha=-1)
         rest[last:].addmm_(factor[first:last, last:].T, errors[: last - first], alpha=-1)
@@ -128,10 +126,14 @@ def walk(
 
 
 def _walk_block(
-    w: Tensor, factor: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, middles: Tensor
+    w: Tensor, factor: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, between: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(codes, errors), [B, N] each, of one block; see `walk_rows`."""
+    if w.is_cuda:
+        from qtool.numerics.solving import cuda_walk
+
+        return cuda_walk.walk_block(w, factor, scale, offset, levels, between)
     codes, error = np.empty(w.shape, np.uint8), np.empty(w.shape, np.float32)
-    arrays = [t.contiguous().cpu().numpy() for t in (w, factor, scale, offset, levels, middles)]
+    arrays = [t.contiguous().cpu().numpy() for t in (w, factor, scale, offset, levels, between)]
     over_rows(lambda a, b: walk_rows(*arrays, codes, error, a, b), codes.shape[1])
     return torch.from_numpy(codes).to(w.device), torch.from_numpy(error).to(w.device)
