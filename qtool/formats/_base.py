@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PrivateAttr
 from torch import Tensor
+from typing_extensions import Self
 
 from qtool.numerics.codebooks.codebook import Codebook
 from qtool.numerics.grids.affine import decode_levels, round_to_levels
@@ -70,6 +71,8 @@ class Format(BaseModel):
     """Shorthands to suggest and to complete, where the family spells more than its own name."""
     fallback: ClassVar[str | None] = None
     """What takes rows that this format cannot divide, unless a recipe says otherwise: a format's name, or "f16"."""
+    _alone: bool = PrivateAttr(False)
+    """Whether parameters are searched for without comparing them with other choices."""
     free_offset: ClassVar[bool] = False
     """True where the offset is free, so that a closed-form refit may move it beside the scale."""
 
@@ -152,9 +155,15 @@ class Format(BaseModel):
         """This format, for matrices whose largest magnitude is known."""
         return self
 
-    def on_the_way(self) -> Format:
-        """This format as a walk fits its blocks, where later columns make up for errors."""
-        return self
+    def on_the_way(self) -> Self:
+        """This format as a walk fits its blocks: by its search alone.
+
+        Comparing with what other encoders or simpler rules choose takes long, and where later columns make up for
+        errors, it gains nothing.
+        """
+        fmt = self.model_copy()
+        fmt._alone = True
+        return fmt
 
     def at_run_time(self) -> Format:
         """This format as runtimes fit it to inputs on the fly, without a search."""

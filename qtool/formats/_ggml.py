@@ -14,7 +14,6 @@ from abc import abstractmethod
 from typing import ClassVar, Literal, get_args
 
 import torch
-from pydantic import PrivateAttr
 from torch import Tensor
 from typing_extensions import Self
 
@@ -68,15 +67,6 @@ class BlockFormat(Format):
     cheap: ClassVar[bool] = False
 
     search: Literal["ggml", "fast", "default", "thorough"] = "default"
-
-    _alone: bool = PrivateAttr(False)
-    """Whether parameters are chosen without a look at ggml's."""
-
-    def on_the_way(self) -> Self:
-        """See `Format.on_the_way`: ggml's choice is not looked at, which takes long, and there gains nothing."""
-        fmt = self.model_copy()
-        fmt._alone = True
-        return fmt
 
     @property
     def label(self) -> str:

@@ -75,6 +75,8 @@ class Biased(Format):
         if self.scales == "minmax":
             return covering
         found, groups = self._store(*search.free_offset(w, importance, width, highest)), w.shape[1] // width
+        if self._alone:
+            return found
         return better_of(self, w, covering, found, relative(importance, w.shape[1], groups), groups)
 
     def _store(self, scale: Tensor, offset: Tensor) -> Params:

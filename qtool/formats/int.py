@@ -98,14 +98,15 @@ class Int(Grouped):
         return {name: _groups.untile(p, rows, len(w)) for name, p in fitted.items()}
 
     def _fit_groups(self, w: Tensor, importance: Tensor | None, width: int) -> Params:
-        covering = self._covering(w, width)
         if self.scales == "minmax":
-            return covering
+            return self._covering(w, width)
         if self.symmetric:
             found = self._store(search.symmetric(w, importance, width, self.lowest, -self.lowest - 1))
         else:
             found = self._store(*search.zero_point(w, importance, width, self.lowest, -self.lowest - 1))
-        groups = w.shape[1] // width
+        if self._alone:
+            return found
+        covering, groups = self._covering(w, width), w.shape[1] // width
         return better_of(self, w, covering, found, relative(importance, w.shape[1], groups), groups)
 
     def _covering(self, w: Tensor, width: int) -> Params:

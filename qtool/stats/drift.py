@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from qtool.numerics.solving.gram import add_product, fuses
 from qtool.stats._base import Batch, Statistic, expect
 from qtool.stats.gram import Gram
 
@@ -38,7 +39,13 @@ class Drift(Statistic):
         if batch.reference is not None:
             if self._gram is not None:
                 raise RuntimeError("compared tokens come before all others")
-            cross = ((batch.reference - batch.x).T @ batch.x).float()
+            difference = batch.reference - batch.x
+            if fuses(batch.x):
+                if self.cross is None:
+                    self.cross = batch.x.new_zeros(self._k, self._k, dtype=torch.float32)
+                add_product(self.cross, difference, batch.x)
+                return
+            cross = (difference.T @ batch.x).float()
             self.cross = cross if self.cross is None else self.cross + cross
         elif self.cross is not None and self._gram is None:  # up to here all tokens were compared
             self._gram = self.others[Gram].matrix.clone()

@@ -140,8 +140,8 @@ def best_code(
     if x.is_cuda:
         from qtool.numerics.scales import cuda_search
 
-        rule = int(smallest), float(step), float(highest)
-        return cuda_search.best_code(x, relative(importance, x.shape[1], groups), ends, values, tried, rule)
+        numbers = int(smallest), float(step), float(highest)
+        return cuda_search.best_code(x, relative(importance, x.shape[1], groups), ends, values, tried, numbers)
     weight = relative(importance, x.shape[1], groups).cpu()
     weights = np.tile(weight.numpy().reshape(groups, width), (-(-LANES // groups), 1)).T.copy()
     weighed = x.float().contiguous().cpu().numpy().reshape(-1, width)

@@ -31,6 +31,9 @@ QUIET = 1e-6
 PANEL = 144
 """Smallest width of the strips in which the lower half is summed."""
 
+FUSED = "dtype" in torch.ops.aten.mm.overloads()
+"""Whether this torch can multiply 16-bit numbers into a float32 total."""
+
 MOST_TOKENS = 1 << 17
 """Products of integers are moved to float32 after so many tokens; 2^31 / 127^2 of them fit."""
 
@@ -77,6 +80,19 @@ def strips(k: int) -> list[tuple[int, int]]:
     return [(a, min(a + width, k)) for a in range(0, k, width)]
 
 
+def fuses(x: Tensor) -> bool:
+    """Whether products of numbers of that type, on that device, can be summed in float32 without being float32."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and FUSED
+
+
+def add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """Adds X^T Y to a total, float32 [K, L]; x [T, K] and y [T, L] of one type, float32 or one that `fuses`."""
+    if fuses(x):
+        total += torch.mm(x.T, y, out_dtype=torch.float32)
+    else:
+        total.addmm_(x.T, y)
+
+
 class Gram:
     """X^T X so far.
 
@@ -95,9 +111,9 @@ class Gram:
         """Counts tokens, [T, K] of any float type."""
         if 0 < len(x) <= MOST_TOKENS and x.dtype == torch.bfloat16 and x.device.type == "cpu" and counts_fast():
             x = self._add_rounded(x)
-        x = x.float()
+        x = x if fuses(x) else x.float()
         for a, b in strips(len(self.lower)) if len(x) else []:
-            self.lower[a:, a:b].addmm_(x[:, a:].T, x[:, a:b])
+            add_product(self.lower[a:, a:b], x[:, a:], x[:, a:b])
 
     def _add_rounded(self, x: Tensor) -> Tensor:
         """Counts what can be rounded; returns the tokens that cannot, bfloat16 [T', K]."""
