@@ -64,7 +64,7 @@ def solve(
     tied = source.same is None and (gram_of(stats) is not None or not fmt.by_rows)
     whole = tied or bool(plan.residuals)
     for part in [(0, plan.module.shape[0])] if whole else row_parts(plan.module.shape):
-        w = read(checkpoint, source, name, *part).to(device, torch.float32)
+        w = read(checkpoint, source, name, *part).to(device).float()  # the bus carries the narrower type
         begin = time.monotonic()
         same = source.same and source.same.rows(*part)
         solved = take_over(w, same) if same else solve_rows(plan, fmt, w, stats)

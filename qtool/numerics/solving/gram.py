@@ -31,7 +31,7 @@ QUIET = 1e-6
 PANEL = 144
 """Smallest width of the strips in which the lower half is summed."""
 
-FUSED = "dtype" in torch.ops.aten.mm.overloads()
+FUSED = "dtype" in torch.ops.aten.mm.overloads()  # type: ignore[no-untyped-call]
 """Whether this torch can multiply 16-bit numbers into a float32 total."""
 
 MOST_TOKENS = 1 << 17

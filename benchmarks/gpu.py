@@ -1,0 +1,160 @@
+"""Seconds of a block on a CUDA device: synthetic blocks of a Llama of 8 billion parameters, made on the machine.
+
+    python -m benchmarks.gpu --work /tmp/gpu                    all rows; with --profile also what took how long
+    python -m benchmarks.gpu --work /tmp/gpu --only w4 --blocks 3
+
+Weights are random, and so are the words of the calibration text; neither changes what there is to compute. The first
+block compiles kernels, so that what is told is the mean of those behind it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from qtool.pipeline.events import Event
+from qtool.pipeline.quantize import QuantizeOptions
+from qtool.pipeline.quantize import run as quantize
+
+SHAPE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+"""Of Llama-3-8B."""
+VOCABULARY = 1000
+TEXT_WORDS = 700_000
+"""More than 256 x 2048 tokens."""
+
+ROWS: dict[str, tuple[str, str, float | None]] = {
+    "w4": ("int4-g128", "{gptq: {rounds: 1}}", 2.5),
+    "w4-plain": ("int4-g128", "{gptq: {rounds: 0, drift: 0}}", 2.0),
+    "q4_k": ("q4_k", "{gptq: {}}", 4.0),
+    "nvfp4": ("nvfp4", "{gptq: {}}", 4.0),
+    "mxfp4": ("mxfp4", "{gptq: {}}", None),
+    "iq3_xxs": ("iq3_xxs", "{gptq: {}}", 15.0),
+    "q4_k-rtn": ("q4_k", "rtn", None),
+}
+"""Format, method and the seconds a block shall take at most, by name of the row."""
+
+RECIPE = """
+recipe: 1
+name: benchmark
+calibration: {{data: {text}, samples: 256, length: 2048}}
+method: {method}
+layers:
+  - {{match: lm_head, keep: true}}
+  - {{match: "*", weights: {format}}}
+export: [{{to: qtool}}]
+"""
+
+
+def tokenizer(folder: Path) -> None:
+    """Saves one that makes a token of each word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(VOCABULARY - 1)} | {"<eos>": VOCABULARY - 1}
+    found = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
+    found.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=found, eos_token="<eos>", unk_token="<eos>").save_pretrained(folder)
+
+
+def model(folder: Path, blocks: int) -> Path:
+    """A checkpoint of some blocks, one shard each, in bfloat16."""
+    from transformers import LlamaConfig
+
+    if (folder / "config.json").exists():
+        return folder
+    folder.mkdir(parents=True)
+    tokenizer(folder)
+    h, inner, kv = SHAPE["hidden_size"], SHAPE["intermediate_size"], 128 * SHAPE["num_key_value_heads"]
+    shapes = {
+        "self_attn.q_proj": (h, h),
+        "self_attn.k_proj": (kv, h),
+        "self_attn.v_proj": (kv, h),
+        "self_attn.o_proj": (h, h),
+        "mlp.gate_proj": (inner, h),
+        "mlp.up_proj": (inner, h),
+        "mlp.down_proj": (h, inner),
+    }
+    where: dict[str, str] = {}
+
+    def save(tensors: dict[str, torch.Tensor], name: str) -> None:
+        save_file({key: t.cpu() for key, t in tensors.items()}, folder / name, metadata={"format": "pt"})
+        where.update(dict.fromkeys(tensors, name))
+
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def random_matrix(n: int, k: int) -> torch.Tensor:
+        return (torch.randn(n, k, device="cuda", generator=generator) * k**-0.5).bfloat16()
+
+    for i in range(blocks):
+        prefix = f"model.layers.{i}."
+        tensors = {f"{prefix}{name}.weight": random_matrix(*shape) for name, shape in shapes.items()}
+        norms = ("input_layernorm", "post_attention_layernorm")
+        save(tensors | {f"{prefix}{name}.weight": torch.ones(h).bfloat16() for name in norms}, f"block-{i}.safetensors")
+    ends = {"model.embed_tokens.weight": random_matrix(VOCABULARY, h), "lm_head.weight": random_matrix(VOCABULARY, h)}
+    save(ends | {"model.norm.weight": torch.ones(h).bfloat16()}, "ends.safetensors")
+    index = {"metadata": {}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    config = LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=blocks, **SHAPE, dtype="bfloat16")
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    return folder
+
+
+def text(path: Path) -> Path:
+    """Random words, in documents of 5000."""
+    rng = random.Random(0)
+    words = [f"w{rng.randrange(VOCABULARY - 1)}" for _ in range(TEXT_WORDS)]
+    documents = (" ".join(words[a : a + 5000]) for a in range(0, len(words), 5000))
+    path.write_text("\n\n".join(documents), encoding="utf-8")
+    return path
+
+
+def measured(name: str, source: Path, work: Path) -> dict[str, float | None]:
+    """Seconds of a block behind the first one, bytes on the device at their peak, and the seconds wanted."""
+    fmt, method, wanted = ROWS[name]
+    recipe = work / f"{name}.yaml"
+    recipe.write_text(RECIPE.format(text=work / "text.txt", method=method, format=fmt), encoding="utf-8")
+    begun: list[float] = []
+
+    def listen(event: Event) -> None:
+        if event.stage == "quantize" and (event.done == 0 or event.message.startswith("block")):
+            torch.cuda.synchronize()
+            begun.append(time.perf_counter())
+            print(name, event.message, f"{begun[-1] - begun[0]:.2f} s", flush=True)
+
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    options = QuantizeOptions(str(source), str(recipe), work / name, device="cuda", overwrite=True, verify=False)
+    quantize(options, listen)
+    steps = [b - a for a, b in pairwise(begun[1:])]
+    peak = torch.cuda.max_memory_allocated()
+    return {"seconds": sum(steps) / len(steps), "first": begun[1] - begun[0], "device_bytes": peak, "wanted": wanted}
+
+
+def main() -> None:
+    """Measures the rows that were asked for and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="folder for models and results")
+    parser.add_argument("--only", default=",".join(ROWS), help="rows, divided by commas")
+    parser.add_argument("--blocks", type=int, default=5, help="how many, the first of which is not counted")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    source = model(options.work / f"model-{options.blocks}", options.blocks)
+    text(options.work / "text.txt")
+    found = {name: measured(name, source, options.work) for name in options.only.split(",")}
+    (options.work / "gpu.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    for name, row in found.items():
+        wanted = f"{row['wanted']:.1f}" if row["wanted"] else "-"
+        memory = (row["device_bytes"] or 0) / 2**30
+        print(f"{name:10} {row['seconds']:8.2f} s   wanted {wanted:>5} s   {memory:6.1f} GiB on the device")
+
+
+if __name__ == "__main__":
+    main()
