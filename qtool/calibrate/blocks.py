@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtool.calibrate.ahead import Ahead
 from qtool.calibrate.experts import split_experts
 from qtool.calibrate.foreign import Calls, KVStore, assign, run_block
 from qtool.calibrate.hidden import Hidden
@@ -29,6 +30,9 @@ from qtool.numerics.threads.parallel import shares
 
 BATCH_TOKENS = 2048
 """Tokens per forward pass: enough to keep matrix products busy, few enough that a block's intermediates stay small."""
+
+DEVICE_TOKENS = 8192
+"""The same on other devices, where launching work takes its time too."""
 
 ABREAST = 8
 """Most batches that are run side by side; each takes memory for a block's intermediates."""
@@ -64,6 +68,7 @@ class Blocks:
         for block, found in zip(self.blocks, self.modules.values(), strict=True):
             split_experts(block, {self.path(module): module for module in found}, all_experts)
         self.arguments: dict[int, list[dict[str, Any]]] = {}
+        self.weights = Ahead(self.block_tensors, len(self.blocks), device)
 
     def embed(self, tokens: Tensor) -> Hidden:
         """Token ids, int64 [S, T] -> hidden states before the first block, [S, T, H].
@@ -77,7 +82,7 @@ class Blocks:
             wanted = f"token ids below {rows}"
             raise CheckpointError("tokenizer and model do not belong together", wanted=wanted, found=int(tokens.max()))
         samples, length = tokens.shape
-        hidden = Hidden(samples, length, width, self.dtype)
+        hidden = Hidden(samples, length, width, self.dtype, device=self.device)
         step = max(1, TABLE_VALUES // width)
         scale = torch.tensor(self.family.embedding_scale(self.checkpoint.config), dtype=self.dtype)
         for start in range(0, rows, step):
@@ -85,18 +90,21 @@ class Blocks:
             if here.any():
                 table = self.checkpoint.rows(name, start, min(start + step, rows)).to(self.dtype) * scale
                 for s in range(samples):
-                    hidden.values[s, here[s]] = table[tokens[s, here[s]] - start]
+                    hidden.values[s, here[s]] = table[tokens[s, here[s]] - start].to(hidden.values.device)
         return hidden
 
     def load_block(self, i: int) -> nn.Module:
         """Block i with its weights, on the device."""
         block: nn.Module = copy.deepcopy(self.blocks[i])
-        prefix = self.family.block_prefix.format(i=i)
-        names = self.family.block_shapes(self.checkpoint.config, i)
-        state = {self.family.submodule(name): self.tensor(prefix + name) for name in names}
-        assign(block, state)
+        assign(block, self.weights.take(i))
         put_behind(block, {self.path(m): self.input_ops.get(m.name, ()) for m in self.modules[i]})
         return block.eval().requires_grad_(False)
+
+    def block_tensors(self, i: int) -> dict[str, Tensor]:
+        """The weights of block i, by name in transformers' class, on the device."""
+        prefix = self.family.block_prefix.format(i=i)
+        names = self.family.block_shapes(self.checkpoint.config, i)
+        return {self.family.submodule(name): self.tensor(prefix + name) for name in names}
 
     def tensor(self, name: str) -> Tensor:
         """A weight in the walker's dtype, on its device."""
@@ -140,7 +148,8 @@ class Blocks:
 
     def parts(self, hidden: Hidden) -> list[slice]:
         """Samples that are run together."""
-        step = max(1, BATCH_TOKENS // hidden.length)
+        tokens = BATCH_TOKENS if self.device.type == "cpu" else DEVICE_TOKENS
+        step = max(1, tokens // hidden.length)
         return [slice(start, start + step) for start in range(0, hidden.samples, step)]
 
     def shares(self, parts: Sequence[slice]) -> tuple[int, int]:

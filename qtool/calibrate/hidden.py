@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from qtool.errors import StorageError
+from qtool.numerics.threads.parallel import CPU
 
 MEMORY_LIMIT = 4 << 30
 """Bytes of hidden states kept in memory; beyond it they live in a temporary file (64k tokens of a 32k-wide model)."""
+
+DEVICE_PART = 16
+"""Hidden states stay on a CUDA device if they take no larger part of its memory than one in so many."""
 
 
 class Hidden:
@@ -21,28 +25,46 @@ class Hidden:
         samples, length, width: S, T, H.
         dtype: of the stored values.
         limit: bytes above which a file takes them.
+        device: where blocks are run; if it has room for them, they stay there.
 
     Raises:
         StorageError: the file needs more room than there is.
     """
 
-    def __init__(self, samples: int, length: int, width: int, dtype: torch.dtype, limit: int = MEMORY_LIMIT) -> None:
-        self.samples, self.length, self.width, self.limit = samples, length, width, limit
+    def __init__(
+        self,
+        samples: int,
+        length: int,
+        width: int,
+        dtype: torch.dtype,
+        limit: int = MEMORY_LIMIT,
+        device: torch.device = CPU,
+    ) -> None:
+        self.samples, self.length, self.width, self.limit, self.device = samples, length, width, limit, device
         count = samples * length * width
-        spilled = count * dtype.itemsize > limit
         with torch.inference_mode(False):  # gradients may be computed with them
-            values = mapped(count, dtype) if spilled else torch.empty(count, dtype=dtype)
+            if has_room(device, count * dtype.itemsize):
+                values = torch.empty(count, dtype=dtype, device=device)
+            elif count * dtype.itemsize > limit:
+                values = mapped(count, dtype)
+            else:
+                values = torch.empty(count, dtype=dtype, pin_memory=device.type == "cuda")
         self.values = values.view(samples, length, width)
 
     def like(self) -> Hidden:
         """Room for as many others."""
-        return Hidden(self.samples, self.length, self.width, self.values.dtype, self.limit)
+        return Hidden(self.samples, self.length, self.width, self.values.dtype, self.limit, self.device)
 
     def __getitem__(self, part: slice | Tensor) -> Tensor:
         return self.values[part]
 
     def __setitem__(self, part: slice, x: Tensor) -> None:
         self.values[part] = x.to(self.values.device, self.values.dtype)
+
+
+def has_room(device: torch.device, nbytes: int) -> bool:
+    """Whether so many bytes may stay on a CUDA device."""
+    return device.type == "cuda" and nbytes * DEVICE_PART <= torch.cuda.get_device_properties(device).total_memory
 
 
 def mapped(count: int, dtype: torch.dtype) -> Tensor:

@@ -25,6 +25,9 @@ STRIP = 1 << 24
 CHUNK_BYTES = 64 << 20
 """Size of the normal equations held at once."""
 
+DEVICE_BYTES = 1 << 30
+"""The same on other devices."""
+
 
 def refine(w: Tensor, gram: Tensor, q: Quantized, rounds: int, sweeps: int) -> Quantized:
     """Improves a solution; the objective tr(D H D^T) never rises in any row.
@@ -38,7 +41,7 @@ def refine(w: Tensor, gram: Tensor, q: Quantized, rounds: int, sweeps: int) -> Q
     """
     groups = q.format.affine(q.params)[0].shape[1]
     sums = per_group(gram, groups) if q.format.free_offset else None
-    size = max(1, STRIP // w.shape[1])
+    size = max(1, STRIP // w.shape[1]) if w.device.type == "cpu" else len(w)
     parts = []
     for a in range(0, len(w), size):
         part = q.rows(a, a + size)
@@ -79,7 +82,9 @@ def move_parameters(
         (parameters; the change of w_hat, float32 [N, K]).
     """
     groups = fmt.affine(params)[0].shape[1]
-    size = max(1, CHUNK_BYTES // (4 * (groups * (1 + fmt.free_offset)) ** 2))
+    size = max(
+        1, (CHUNK_BYTES if codes.device.type == "cpu" else DEVICE_BYTES) // (4 * (groups * (1 + fmt.free_offset)) ** 2)
+    )
     moved, moves = [], torch.empty_like(pull)
     for a in range(0, len(codes), size):
         rows = slice(a, a + size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from qtool.pipeline.entries import kept_entry, mean_db
 from qtool.pipeline.events import Event, Listener, silent
 from qtool.pipeline.prepare import Job, prepare
 from qtool.pipeline.publish import publish
+from qtool.pipeline.saving import Saving
 from qtool.pipeline.solver import UnitSolver
 from qtool.pipeline.statistics import Statistics, statistics_for
 from qtool.pipeline.stopwatch import Stopwatch
@@ -187,17 +189,18 @@ def solve_all(
     todo = steps(job.plan)
     earlier = f"{len(work.finished)} finished earlier" if work.finished else ""
     listener(Event("quantize", 0, len(todo), earlier))
-    for done, unit in enumerate(todo, 1):
-        propagate = any(later.walked and later.name not in work.finished for later in todo[done:])
-        record = solve_unit(unit, job, work, source, propagate)
-        entries |= {entry.name: entry for entry in record.layers}
-        caches += [record.cache] if record.cache else []
-        error = mean_db(record.layers)
-        listener(Event("quantize", done, len(todo), unit.name, {} if error is None else {"error_db": error}))
+    with Saving(job.device) as saving:
+        for done, unit in enumerate(todo, 1):
+            propagate = any(later.walked and later.name not in work.finished for later in todo[done:])
+            record = solve_unit(unit, job, work, source, propagate, saving)
+            entries |= {entry.name: entry for entry in record.layers}
+            caches += [record.cache] if record.cache else []
+            error = mean_db(record.layers)
+            listener(Event("quantize", done, len(todo), unit.name, {} if error is None else {"error_db": error}))
     return tuple(entries[p.module.name] for p in job.plan.layers), tuple(caches)
 
 
-def solve_unit(unit: Unit, job: Job, work: Work, source: Statistics, propagate: bool) -> Record:
+def solve_unit(unit: Unit, job: Job, work: Work, source: Statistics, propagate: bool, saving: Saving) -> Record:
     """Solves and saves a unit, unless an earlier run finished it.
 
     Args:
@@ -206,6 +209,7 @@ def solve_unit(unit: Unit, job: Job, work: Work, source: Statistics, propagate: 
         work: where finished units are.
         source: of statistics.
         propagate: whether hidden states have to go on behind it, because a later unit is measured there.
+        saving: saves it.
     """
     if (finished := work.record(unit)) is not None:
         if propagate:
@@ -215,7 +219,7 @@ def solve_unit(unit: Unit, job: Job, work: Work, source: Statistics, propagate: 
     source.visit(unit, solver, propagate)
     cached = source.cached if unit.cache else None
     record = Record(layers=tuple(solver.entries.values()), cache=cache_entry(unit, cached[1]) if cached else None)
-    work.save(unit, solver.matrices, solver.layers, record, cached[0] if cached else None)
+    saving(partial(work.save, unit, solver.matrices, solver.layers, record, cached[0] if cached else None))
     return record
 
 

@@ -136,7 +136,7 @@ class Walked(Statistics):
         for p in (p for p in unit.quantized if p.module.name in solved):
             matrix, layers[p.module.name] = solved[p.module.name]
             if self.quantized:
-                self.walker.set_weight(block, p.module, matrix.decode())
+                self.walker.set_weight(block, p.module, matrix.to(self.walker.device).decode())
 
     def solve_block(self, block: nn.Module, layers: dict[str, Layer], unit: Unit, solver: Solver) -> None:
         """Has the block solved as a whole, and lets hidden states go on behind what was found."""

@@ -144,6 +144,11 @@ class Matrix:
             raise PlanError([f"no place for {labels} beside the codes"], "this layout cannot hold a corrected matrix")
         return self.quantized
 
+    def to(self, device: torch.device) -> Matrix:
+        """The same on a device."""
+        moved = [Correction(c.residual, {name: t.to(device) for name, t in c.tensors.items()}) for c in self.residuals]
+        return Matrix(self.quantized.to(device), tuple(moved))
+
     def rows(self, start: int, stop: int) -> Matrix:
         """Rows `start` to `stop`."""
         return Matrix(self.quantized.rows(start, stop), tuple(c.rows(start, stop) for c in self.residuals))

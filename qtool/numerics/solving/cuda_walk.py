@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
-ROWS = 16
-"""Rows of a program."""
+ROWS, WARPS = 16, 4
+"""Rows of a program, and the warps that share them."""
 BLOCK = 128
 """Columns that descent takes before it updates the rest."""
 MAGIC = tl.constexpr(12582912.0)
@@ -71,6 +71,7 @@ def walk_block(
     walk_kernel[(cdiv(rows, ROWS),)](
         w, factor, factor.stride(0), scale.contiguous(), offset.contiguous(), table, between, codes, error,
         rows, columns, lowest, lowest + len(levels) - 1, (len(middles) + 1) // 2, next_power_of_2(columns), ROWS,
+        num_warps=WARPS,
     )  # fmt: skip
     return codes, error
 
@@ -78,7 +79,8 @@ def walk_block(
 @triton.jit
 def descent_kernel(  # type: ignore[no-untyped-def]
     gram, gram_stride, scale, levels, middles, codes, pull, steps, first,
-    rows, columns, width, count_levels: tl.constexpr, step: tl.constexpr, block: tl.constexpr, count: tl.constexpr,
+    rows, columns, width, lowest, highest, uniform: tl.constexpr, step: tl.constexpr, block: tl.constexpr,
+    count: tl.constexpr,
 ):  # fmt: skip
     """Descends over columns `first` to first + columns of codes and pull [K, rows]; fills steps [columns, rows].
 
@@ -98,8 +100,13 @@ def descent_kernel(  # type: ignore[no-untyped-def]
         p = tl.sum(tl.where(i[:, None] == j, tile, 0.0), 0)
         level = tl.sum(tl.where(i[:, None] == j, start, 0.0), 0)
         wish = level + tl.where(alive, p / tl.where(alive, slope, 1.0), 0.0)
-        code = nearest(wish, middles, step)
-        change = tl.where(alive, s * (tl.load(levels + code) - level), 0.0)
+        if uniform:
+            found = (tl.minimum(tl.maximum(wish, lowest), highest) + MAGIC) - MAGIC
+            code = (found - lowest).to(tl.int32)
+        else:
+            code = nearest(wish, middles, step)
+            found = tl.load(levels + code)
+        change = tl.where(alive, s * (found - level), 0.0)
         tl.store(codes + (first + j) * rows + n, code.to(tl.uint8), (n < rows) & alive)
         tl.store(steps + j * rows + n, change, n < rows)
         tile -= row[:, None] * change[None, :]
@@ -113,15 +120,18 @@ def descend(
     (rows, k), width = codes.shape, codes.shape[1] // scale.shape[1]
     better, gradient, scales = codes.T.contiguous(), pull.T.contiguous(), scale.T.contiguous()
     table, between = levels.to(codes.device), middles.to(codes.device)
+    lowest, highest = float(levels[0]), float(levels[-1])
+    uniform = highest - lowest == len(levels) - 1 and lowest.is_integer()
     steps = gradient.new_empty(min(BLOCK, k), rows)
     for _ in range(sweeps):
         for a in range(0, k, BLOCK):
             columns = min(BLOCK, k - a)
             descent_kernel[(cdiv(rows, ROWS),)](
                 gram, gram.stride(0), scales, table, between, better, gradient, steps, a,
-                rows, columns, width, len(levels), (len(middles) + 1) // 2, BLOCK, ROWS,
+                rows, columns, width, lowest, highest, uniform, (len(middles) + 1) // 2,
+                BLOCK, ROWS, num_warps=WARPS,
             )  # fmt: skip
-            for rest in (gradient[:a], gradient[a + columns :]):
-                at = 0 if rest.data_ptr() == gradient.data_ptr() else a + columns
-                rest.addmm_(gram[at : at + len(rest), a : a + columns], steps[:columns], alpha=-1)
+            b, moved = a + columns, steps[:columns]
+            gradient[:a].addmm_(gram[:a, a:b], moved, alpha=-1)
+            gradient[b:].addmm_(gram[b:, a:b], moved, alpha=-1)
     return better.T.contiguous(), gradient.T.contiguous()

@@ -1,0 +1,177 @@
+"""Kernels on a CUDA device against those of the CPU and plain loops: small shapes, ragged edges, dead groups."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from qtool.numerics.grids import minifloat
+from qtool.numerics.scales import search
+from qtool.numerics.solving import gram as sums
+from qtool.numerics.solving import kquant_refit
+from qtool.numerics.solving.descent import descend
+from qtool.numerics.solving.linalg import inverse_factor
+from qtool.numerics.solving.normal import normal_equations, per_group
+from qtool.numerics.solving.walk import walk
+from qtool.recipe.schema import parse_format
+from tests.methods.test_refine import descend_slowly, gram_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+LEVELS = {
+    "integers": torch.arange(-8.0, 8.0),
+    "floats": torch.tensor([-6.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]),
+    "uneven": torch.tensor([-1.25, -0.25, 0.75]),
+}
+
+
+def objective(d: Tensor, gram: Tensor) -> Tensor:
+    """Of each row, float64 [N]."""
+    d, gram = d.double().cpu(), gram.double().cpu()
+    return ((d @ gram) * d).sum(1)
+
+
+def walk_slowly(w: Tensor, factor: Tensor, levels: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """A column after the other in float64; scale and offset [N, K]."""
+    rest, codes = w.double().clone(), torch.empty(w.shape, dtype=torch.uint8)
+    for j in range(w.shape[1]):
+        grid = scale[:, j : j + 1].double() * levels.double() + offset[:, j : j + 1].double()
+        codes[:, j] = (rest[:, j : j + 1] - grid).abs().argmin(1)
+        error = (rest[:, j] - grid.gather(1, codes[:, j : j + 1].long())[:, 0]) / factor[j, j].double()
+        rest -= error[:, None] * factor[j].double()
+    return codes
+
+
+@pytest.mark.parametrize("kind", LEVELS)
+@pytest.mark.parametrize(("n", "k"), [(1, 16), (37, 40), (50, 320)])
+def test_walk(n: int, k: int, kind: str) -> None:
+    generator = torch.Generator().manual_seed(k)
+    levels, gram = LEVELS[kind], gram_of(k, 2 * k)
+    factor, _ = inverse_factor(gram, 0.01)
+    w = torch.randn(n, k, generator=generator)
+    scale, offset = 0.1 + torch.rand(n, k, generator=generator), 0.1 * torch.randn(n, k, generator=generator)
+    parameters = {d: (scale.T.contiguous().to(d), offset.T.contiguous().to(d)) for d in ("cpu", "cuda")}
+
+    def solved(device: str) -> Tensor:
+        s, o = parameters[device]
+        return walk(w.to(device), factor.to(device), levels, 40, lambda a, b, _: (s[a:b], o[a:b])).cpu()
+
+    found, want = solved("cuda"), walk_slowly(w, factor, levels, scale, offset)
+    assert (found != want).any(1).float().mean() <= 0.1  # a tie in float32 changes its row
+    errors = [objective(w - (scale * levels[codes.long()] + offset), gram) for codes in (found, solved("cpu"))]
+    assert errors[0].sum() <= 1.01 * errors[1].sum()
+
+
+@pytest.mark.parametrize("kind", LEVELS)
+@pytest.mark.parametrize(("n", "k", "groups"), [(3, 24, 3), (21, 80, 5), (40, 288, 9)])
+def test_descent(n: int, k: int, groups: int, kind: str) -> None:
+    generator = torch.Generator().manual_seed(k)
+    levels, gram, w = LEVELS[kind], gram_of(k, 2 * k), torch.randn(n, k, generator=generator)
+    scale = 0.1 + 0.3 * torch.rand(n, groups, generator=generator)
+    scale[0, 0], scale[1] = 0.0, -scale[1]
+    codes = torch.randint(0, len(levels), (n, k), generator=generator).to(torch.uint8)
+    wide = scale.repeat_interleave(k // groups, 1)
+    pull = (w - levels[codes.long()] * wide) @ gram
+    device = [t.cuda() for t in (gram, scale)]
+    found, left = (t.cpu() for t in descend(*device, levels, codes.cuda(), pull.cuda(), 3))
+    want = descend(gram, scale, levels, codes, pull, 3)[0]
+    assert (found != want).float().mean() <= 0.01
+    assert torch.equal(found[wide == 0], codes[wide == 0])
+    errors = [objective(w - levels[c.long()] * wide, gram).sum() for c in (found, want)]
+    assert errors[0] <= errors[1] * (1 + 1e-4)
+    torch.testing.assert_close(left, (w - levels[found.long()] * wide) @ gram, rtol=1e-3, atol=1e-2)
+    if n == 3:
+        assert torch.equal(found[1:], descend_slowly(gram, scale, levels, codes, w, 3)[1:])
+
+
+def weighted_error(fmt: object, w: Tensor, importance: Tensor | None) -> Tensor:
+    """What the search of a format leaves, float64 [N]."""
+    params = fmt.on_the_way().fit(w, importance)  # type: ignore[attr-defined]
+    error = (fmt.decode(fmt.snap(w, params), params) - w).double().square()  # type: ignore[attr-defined]
+    return (error if importance is None else error * importance).sum(1).cpu()
+
+
+SEARCHED = "int4-g32 int3-g64-asym int8-channel biased4-g64 nvfp4 mxfp4 mxfp8 q2_k q3_k q4_k q5_k q6_k"
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("label", SEARCHED.split())
+def test_searches_leave_as_little(label: str, weighted: bool) -> None:
+    generator = torch.Generator().manual_seed(5)
+    w = torch.randn(37, 768, generator=generator) * torch.rand(768, generator=generator)
+    w[3], w[5, 256:512] = 0, 0
+    importance = torch.rand(768, generator=generator).pow(4) if weighted else None
+    fmt = parse_format(label)
+    fmt = fmt.given(float(w.abs().max())) if fmt.needs_largest else fmt
+    want = weighted_error(fmt, w, importance)
+    found = weighted_error(fmt, w.cuda(), importance.cuda() if weighted else None)
+    assert found[3] == want[3]
+    torch.testing.assert_close(found, want, rtol=2e-3, atol=1e-9)
+    assert float(found.sum()) <= float(want.sum()) * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("grid", [(2, 1), (4, 3), (5, 2), (2, 3)])
+def test_rounding_to_floats(grid: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    x, scale = torch.randn(7, 64, generator=generator) * 10, torch.rand(7, 4, generator=generator)
+    scale[0, 0] = 0
+    found = minifloat.nearest(x.cuda(), scale.cuda(), minifloat.minifloat(*grid))
+    assert torch.equal(found.cpu(), minifloat.nearest(x, scale, minifloat.minifloat(*grid)))
+
+
+@pytest.mark.parametrize(("minima", "groups", "limits"), [(True, 16, (0, 63)), (False, 48, (-32, 31))])
+def test_two_level_parameters_settle_alike(minima: bool, groups: int, limits: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(groups)
+    size = groups * (1 + minima)
+    x = torch.randn(9, 2 * size, size, generator=generator)
+    curvature = x.mT @ x + 0.01 * torch.eye(size)
+    steps = [(torch.rand(9, groups // 8, generator=generator) * 0.01).half().float() for _ in range(2)]
+    integers = [torch.randint(*limits, (9, groups), generator=generator).float() for _ in range(2)]
+    pull = 3 * torch.randn(9, size, generator=generator)
+    want = kquant_refit.settle(curvature, pull, (*steps, *integers), limits)
+    moved = [p.cuda() for p in (*steps, *integers)]
+    found = kquant_refit.settle(curvature.cuda(), pull.cuda(), tuple(moved), limits)  # type: ignore[arg-type]
+    same = torch.stack([(a.cpu() == b).all(1) for a, b in zip(found[:3], want[:3], strict=True)]).all(0)
+    assert same.float().mean() >= 0.7  # sums in another order tip a move, and with it those behind it
+    torch.testing.assert_close(found[0].cpu(), want[0], rtol=0.05, atol=1e-4)
+
+
+@pytest.mark.parametrize("offsets", [False, True])
+@pytest.mark.parametrize(("n", "k", "groups"), [(3, 24, 3), (67, 96, 6), (5, 20, 1)])
+def test_normal_equations(n: int, k: int, groups: int, offsets: bool) -> None:
+    generator = torch.Generator().manual_seed(k)
+    levels, pull = torch.randint(-7, 8, (n, k), generator=generator).float(), torch.randn(n, k, generator=generator)
+    gram = gram_of(k, 3 * k)
+    want = normal_equations(levels, gram, pull, groups, per_group(gram, groups) if offsets else None)
+    moved = gram.cuda()
+    extra = per_group(moved, groups) if offsets else None
+    found = normal_equations(levels.cuda(), moved, pull.cuda(), groups, extra)
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("k", [3, 300])
+def test_gram_matrices(dtype: torch.dtype, k: int) -> None:
+    generator = torch.Generator().manual_seed(k)
+    x = torch.randn(500, k, generator=generator).to(dtype)
+    found = sums.Gram(k, "cuda")
+    for part in (x[:200], x[200:200], x[200:]):
+        found.add(part.cuda())
+    want = x.double().T @ x.double()
+    torch.testing.assert_close(found.total().double().cpu(), want, rtol=1e-5, atol=1e-2)
+
+
+def test_weights_of_searches_are_those_of_the_cpu() -> None:
+    importance = torch.rand(64, generator=torch.Generator().manual_seed(0)).pow(4)
+    importance[:16] = 0
+    for a, b in zip(
+        search.weights(torch.zeros(1, 64).cuda(), importance.cuda(), 16),
+        search.weights(torch.zeros(1, 64), importance, 16),
+        strict=True,
+    ):
+        torch.testing.assert_close(a.cpu(), b)
