@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 FUZZ_ARGS ?= --count 100000
 
-.PHONY: setup demo test test-newest test-oldest newest check format docs bench fuzz clean
+.PHONY: setup demo test test-newest test-oldest newest check format docs bench bench-gpu fuzz clean
 
 setup: $(READY)
 
@@ -85,6 +85,10 @@ fuzz: $(READY)
 # BENCH_ARGS="--only gptq --calibration some.txt --evaluation other.txt" for one of them on your own text.
 bench: $(READY) .venv-peer/ready
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+# On a machine with a CUDA device; BENCH_ARGS="--only w4,nvfp4 --blocks 3" for some rows.
+bench-gpu: $(READY)
+	$(BIN)/python -m benchmarks.gpu --work build/gpu $(BENCH_ARGS)
 
 .venv-peer/ready: benchmarks/peer-requirements.txt
 	$(PYTHON) -m venv .venv-peer
