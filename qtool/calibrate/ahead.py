@@ -34,9 +34,5 @@ class Ahead:
             self.last = (-1, {})
             index, begun = self.next
             self.last = i, begun.result() if begun and index == i else self.read(i)
-            self.next = i + 1, self.lane.submit(self._read, i + 1) if i + 1 < self.blocks else None
+            self.next = i + 1, self.lane.submit(self.read, i + 1) if i + 1 < self.blocks else None
         return self.last[1]
-
-    def _read(self, i: int) -> Weights:
-        with torch.inference_mode():
-            return self.read(i)

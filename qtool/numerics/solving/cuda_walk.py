@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
-ROWS, WARPS = 16, 4
+ROWS, WARPS = 16, 1
 """Rows of a program, and the warps that share them."""
 BLOCK = 128
 """Columns that descent takes before it updates the rest."""
