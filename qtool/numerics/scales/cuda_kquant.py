@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -17,10 +18,13 @@ from torch import Tensor
 from triton import cdiv
 
 from qtool.numerics.scales.cuda_search import rounded
-from qtool.numerics.scales.kquant import SUPER, Effort, Grid
 
 COUNT = 4
 """Super-blocks of a program."""
+SUPER = 256
+"""Columns of a super-block."""
+Grid = tuple[int, np.float32, np.float32, np.float32, np.float32, bool]
+Effort = tuple[int, np.float32, int, int]
 EPSILON = tl.constexpr(1e-15)
 STRETCHES = tl.constexpr(16)
 
@@ -283,18 +287,19 @@ def search(
         weight: float32 [C].
         reach: float32 [C].
         tables: trials, float32 [2, T], and `sweep.STRETCH`.
-        grid: the block type.
-        effort: how hard to search.
+        grid: a `kquant.Grid`.
+        effort: a `kquant.Effort`.
         other: somebody else's result.
     """
     values, *rest = (t.to(x.device, torch.float32).contiguous() for t in (x, weight, reach, *tables))
-    blocks, period, groups = x.numel() // SUPER, x.shape[1] // SUPER, SUPER // grid.width
+    width, *limits, minima = grid
+    blocks, period, groups = x.numel() // SUPER, x.shape[1] // SUPER, SUPER // width
     d, dmin = values.new_empty(2, len(x), period)
     a, b = values.new_empty(2, len(x), period * groups)
     given = [t.to(x.device, torch.float32).contiguous() for t in other or (d, dmin, a, b)]
-    ends = (float(end) for end in (grid.lowest, grid.highest, grid.low, grid.top))
+    ends, (trials, near, rounds, distance) = [float(limit) for limit in limits], effort
     search_kernel[(cdiv(blocks, COUNT),)](
-        values, *rest, *given, d, dmin, a, b, blocks, period, tables[0].shape[1], float(effort.near), effort.rounds,
-        effort.distance, *ends, other is not None, grid.minima, COUNT, groups, grid.width,
+        values, *rest, *given, d, dmin, a, b, blocks, period, trials, float(near), rounds, distance, *ends,
+        other is not None, minima, COUNT, groups, width,
     )  # fmt: skip
     return d, dmin, a, b
