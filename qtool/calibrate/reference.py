@@ -38,6 +38,8 @@ class Reference:
         self.hidden = self.outputs = blocks.embed(tokens if every else tokens[: self.compared])
         self.block: nn.Module | None = None
         self.readers: tuple[Module, ...] = ()
+        self.found: dict[int, tuple[dict[str, Tensor], Tensor | None]] = {}
+        """What batches that start anew need not compute again, on devices with room for it."""
 
     def begin(self, i: int, readers: Iterable[Module], keep: bool = False) -> None:
         """Loads block i.
@@ -48,10 +50,20 @@ class Reference:
             keep: leave `hidden` as it is until `proceed`.
         """
         self.block, self.index, self.readers = self.blocks.load_block(i), i, tuple(readers)
+        self.found.clear()
         if keep:
             self.outputs = self.hidden.like()
 
     def run(self, part: slice) -> tuple[dict[str, Tensor], Tensor | None]:
+        """What `compute` finds, once per block where hidden states stay on a device."""
+        if part.start in self.found:
+            return self.found[part.start]
+        found = self.compute(part)
+        if self.hidden.values.device.type != "cpu":
+            self.found[part.start] = found
+        return found
+
+    def compute(self, part: slice) -> tuple[dict[str, Tensor], Tensor | None]:
         """Runs the block on those of some samples that it has; several parts may run side by side.
 
         Returns:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import next_power_of_2
 
-from qtool.numerics.scales.cuda_kquant import half
+from qtool.numerics.scales.cuda_sweep import half
 
 MAGIC = tl.constexpr(12582912.0)
 FAR = tl.constexpr(4096.0)
