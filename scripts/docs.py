@@ -26,7 +26,7 @@ from qtool.recipe.load import list_recipes
 from qtool.recipe.parse import parse_format
 
 ROOT = Path(__file__).parents[1]
-NAMED = {"methods": "Method", "transforms": "Transform"}
+NAMED = {"methods": "Method", "residuals": "Residual", "transforms": "Transform"}
 """Rooms whose things recipes name with options, and what the schema calls them."""
 PART = re.compile(r"(<!-- begin ([\w-]+) -->\n)(.*?)(<!-- end \2 -->)", re.DOTALL)
 
@@ -217,6 +217,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "methods": lambda: chapters("methods"),
     "recipe": recipe,
     "recipes": recipes,
+    "residuals": lambda: chapters("residuals"),
     "support": support,
     "transforms": lambda: chapters("transforms"),
 }
