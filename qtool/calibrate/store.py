@@ -1,7 +1,7 @@
 """Compact statistics on disk: sums of squares, ranges and token counts of every input, in one safetensors file.
 
-Gram matrices are not kept: they are as large as the model, and a sequential method wants them behind layers that are
-already quantized. The file's metadata says which model and tokens it was measured on.
+What takes more room, Gram matrices for example, is kept in a folder: see `qtool.calibrate.shards`. The file's metadata
+says which model and tokens it was measured on.
 
     <reads>.sum_squares, <reads>.low, <reads>.high    float32 [K]
     <reads>.tokens                                    int64 [1]
@@ -109,6 +109,11 @@ def _read_about(file: SafetensorsFile) -> dict[str, Any]:
         about = json.loads(file.metadata.get("about", ""))
     except (ValueError, RecursionError):
         about = None
+    return about_of(about, file.path)
+
+
+def about_of(about: object, path: Path) -> dict[str, Any]:
+    """What statistics say they were measured on, checked. Raises CheckpointError: they do not say it."""
     if not isinstance(about, dict) or not all(isinstance(about.get(key), kind) for key, kind in ABOUT.items()):
-        raise CheckpointError(f"{file.path} does not say what it was measured on", wanted=", ".join(ABOUT))
+        raise CheckpointError(f"{path} does not say what it was measured on", wanted=", ".join(ABOUT))
     return about

@@ -23,8 +23,10 @@ def command(
 ) -> None:
     """Measure the inputs of MODEL's layers once, for reuse with `quantize --stats`.
 
-    Holds per-channel statistics (what importance-weighted rounding needs), not the Gram matrices of GPTQ. A name that
-    ends in .gguf gives an importance matrix as llama.cpp has it, for `quantize --imatrix` and for llama-quantize.
+    A file of per-channel statistics, which importance-weighted rounding needs. With --set calibration.propagate=float
+    (every block reads the original model's hidden states) also all else that the recipe's methods measure, such as the
+    Gram matrices of GPTQ, in a folder: several recipes can share it. A name that ends in .gguf gives an importance
+    matrix as llama.cpp has it, for `quantize --imatrix` and for llama-quantize.
 
     Example: `qtool calibrate ./SmolLM2-135M -r gguf-q4_0 -o smollm2.imatrix.gguf`
     """

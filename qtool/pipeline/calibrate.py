@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qtool.calibrate.hidden import Hidden
+from qtool.calibrate.shards import StatsWriter, nbytes
 from qtool.calibrate.store import write_stats
 from qtool.calibrate.tokens import load_tokens
 from qtool.calibrate.walker import Walker
@@ -16,11 +19,13 @@ from qtool.pipeline.card import model_name
 from qtool.pipeline.events import Event, Listener, remarks, silent
 from qtool.pipeline.importance import write_importance
 from qtool.pipeline.measured import kind_of
-from qtool.pipeline.prepare import prepare
+from qtool.pipeline.prepare import Job, prepare
+from qtool.pipeline.stored import ORIGINAL
 from qtool.recipe.schema import Recipe
-from qtool.stats._base import InputStats
+from qtool.report.units import size
+from qtool.stats._base import InputStats, Statistic, in_order
 from qtool.stats.channels import Channels
-from qtool.store.files import check_file, new_file
+from qtool.store.files import check_file, check_free, new_file, new_folder
 from qtool.store.names import output_path
 
 CHANNELS = frozenset({Channels})
@@ -31,8 +36,9 @@ class CalibrateOptions:
     """What `qtool calibrate` was asked to do.
 
     Attributes:
-        model, recipe, overrides, seed: see `prepare`; of the recipe, only the calibration matters.
-        out: file of the result; an importance matrix of llama.cpp if its name ends in .gguf.
+        model, recipe, overrides, seed: see `prepare`; the recipe's methods say what is measured beside channels.
+        out: of the result: a file, or a folder if it holds more than sums and ranges of channels; an importance matrix
+            of llama.cpp if its name ends in .gguf.
         device, dtype: "auto", or where and in which type to compute.
         overwrite: replace an earlier file.
     """
@@ -63,41 +69,95 @@ def run(options: CalibrateOptions, listener: Listener = silent) -> Measured:
         QtoolError: of most kinds; see `prepare` and `load_tokens`.
     """
     options = replace(options, out=output_path(options.out, options.model))
-    if os.path.exists(options.out) and kind_of(options.out) is None:
-        raise StorageError(f"{options.out} holds something else", hint="choose another name")
-    if os.path.exists(options.out) and not options.overwrite:
-        raise StorageError(f"{options.out} exists", hint="pass --overwrite to replace it, or choose another name")
-    check_file(options.out)
+    out = options.out
+    if os.path.exists(out) and kind_of(out) is None:
+        raise StorageError(f"{out} holds something else", hint="choose another name")
+    if os.path.exists(out) and not options.overwrite:
+        raise StorageError(f"{out} exists", hint="pass --overwrite to replace it, or choose another name")
+    if not os.path.isdir(out):
+        check_file(out)
     o = options
     job = prepare(o.model, o.recipe, o.overrides, o.seed, device=o.device, dtype=o.dtype)
+    needs = kept(job, out, listener)
+    if needs == CHANNELS:
+        check_file(out)
+    else:
+        check_free(out, options.overwrite)
     calibration = job.plan.recipe.calibration
     walker = Walker(job.original, job.device, job.dtype, calibration.experts == "all")
     tokens = load_tokens(calibration, job.original, remarks(listener, "calibrate"))
-    stats = measure(walker, walker.embed(tokens), listener)
     about = {
         "model": model_name(job.original.source),
         "fingerprint": job.plan.source_fingerprint,
         "calibration": {**calibration.model_dump(mode="json"), "tokens": tokens.numel()},
     }
-    with new_file(options.out) as partial:
-        if options.out.suffix == ".gguf":
+    found = measure(walker, walker.embed(tokens), needs, listener)
+    if needs != CHANNELS:
+        inputs = write_folder(out, found, about, options.overwrite)
+        return Measured(inputs, tokens.numel(), sum(file.stat().st_size for file in out.iterdir()))
+    stats = {reads: s for _, part in found for reads, s in part.items() if s.tokens}
+    with new_file(out) as partial:
+        if out.suffix == ".gguf":
             write_importance(partial, stats, job.original, calibration)
         else:
             write_stats(partial, stats, about)
-    return Measured(len(stats), tokens.numel(), options.out.stat().st_size)
+    return Measured(len(stats), tokens.numel(), out.stat().st_size)
 
 
-def measure(walker: Walker, hidden: Hidden, listener: Listener) -> dict[str, InputStats]:
-    """Compact statistics of every input of every block, and of the output layer if it is a matrix of its own.
+def kept(job: Job, out: Path, listener: Listener) -> frozenset[type[Statistic]]:
+    """The statistics to measure on every input: those of channels, and what a run with the recipe could make use of.
 
-    Inputs that no token reached, of experts, are left out.
+    Args:
+        job: with the recipe.
+        out: an importance matrix holds only those of channels.
+        listener: told what large statistics will take, and which are left to `quantize`.
+
+    Raises:
+        StorageError: the disk has less room than they need.
     """
-    stats: dict[str, InputStats] = {}
+    wanted = frozenset({k for p in job.plan.layers for k in in_order(p.needs) if not k.compares}) - CHANNELS
+    told = remarks(listener, "calibrate")
+    if job.plan.recipe.calibration.propagate == "quantized":
+        later = ", ".join(sorted(k.name() for k in wanted if k.sequential))
+        if later and out.suffix != ".gguf":
+            told(f"not kept: {later}, which quantize measures behind quantized layers; {ORIGINAL} would keep it")
+        wanted = frozenset({k for k in wanted if not k.sequential})
+    if out.suffix == ".gguf" or not wanted:
+        return CHANNELS
+    widths = {m.reads: m.shape[1] for m in modules(job.original) if m.kind != "embedding"}
+    need = sum(nbytes(k, CHANNELS | wanted) for k in widths.values())
+    names = ", ".join(sorted(k.name() for k in CHANNELS | wanted))
+    told(f"{out} will take {size(need)}: {names} of {len(widths)} inputs")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(out.parent).free) < need:
+        hint = "choose another disk, or a recipe that measures less"
+        raise StorageError(f"no room for {out}", wanted=size(need), found=f"{size(free)} free", hint=hint)
+    return CHANNELS | wanted
+
+
+def write_folder(
+    out: Path, found: Iterable[tuple[str, dict[str, InputStats]]], about: Mapping[str, object], overwrite: bool
+) -> int:
+    """Writes statistics as they are measured, whole or not at all: how many inputs."""
+    with new_folder(out, overwrite) as folder:
+        writer = StatsWriter(folder, about)
+        for unit, stats in found:
+            writer.add(unit, stats)
+        writer.close()
+    return len(writer.inputs)
+
+
+def measure(
+    walker: Walker, hidden: Hidden, needs: frozenset[type[Statistic]], listener: Listener
+) -> Iterator[tuple[str, dict[str, InputStats]]]:
+    """Statistics of every input, block by block ("block-0", ...), and last of the output layer ("head").
+
+    The output layer has some of its own if it is a matrix of its own.
+    """
     blocks = len(walker.blocks)
     listener(Event("calibrate", 0, blocks))
     for i in range(blocks):
-        found = walker.collect(walker.load_block(i), i, hidden, CHANNELS)
-        stats |= {reads: measured for reads, measured in found.items() if measured.tokens}
+        yield f"block-{i}", walker.collect(walker.load_block(i), i, hidden, needs)
         listener(Event("calibrate", i + 1, blocks, f"block {i}"))
-    heads = [m.reads for m in modules(walker.checkpoint) if m.role == "head"]
-    return stats | {reads: walker.collect_head(hidden, CHANNELS) for reads in heads}
+    if heads := [m.reads for m in modules(walker.checkpoint) if m.role == "head"]:
+        yield "head", {reads: walker.collect_head(hidden, needs) for reads in heads}

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from qtool.artifact.gguf._imatrix import IMATRIX, is_imatrix, read_imatrix
+from qtool.calibrate.shards import StatsFolder, is_stats_folder
 from qtool.calibrate.store import is_stats, read_stats
 from qtool.checkpoint.gguf_io import GGUFFile
 from qtool.errors import reading
@@ -73,6 +74,8 @@ def kind_of(path: Path) -> str | None:
         CheckpointError: a damaged file.
     """
     with reading(path):
+        if is_stats_folder(path):
+            return STATISTICS
         if not path.is_file():
             return None
         if is_stats(path):
@@ -83,7 +86,12 @@ def kind_of(path: Path) -> str | None:
 
 
 def _statistics(path: Path) -> Measurements:
-    stats, about = read_stats(path)
+    if is_stats_folder(path):
+        folder = StatsFolder(path)
+        channels = frozenset({Channels})
+        stats, about = {reads: folder.read(reads, channels) for reads in folder.index.inputs}, folder.about
+    else:
+        stats, about = read_stats(path)
     inputs = tuple(
         Input(
             name=reads,

@@ -11,6 +11,7 @@ from typing import Any
 
 from qtool.artifact._card import HUB_ID
 from qtool.calibrate.attention import AttentionErrors
+from qtool.calibrate.shards import is_stats_folder
 from qtool.checkpoint._base import Checkpoint
 from qtool.errors import StorageError, UsageError
 from qtool.evaluate.gates import refuse_missed
@@ -121,6 +122,8 @@ def check(options: QuantizeOptions) -> None:
     if options.stats and options.imatrix:
         raise UsageError("--stats and --imatrix exclude each other")
     for flag, file in (("--stats", options.stats), ("--imatrix", options.imatrix)):
+        if file and is_stats_folder(file):
+            continue
         if file and not os.path.isfile(file):
             raise UsageError(flag, wanted="a file of `qtool calibrate` or llama-imatrix", found=f"no file {file}")
     if options.push_to and not HUB_ID.fullmatch(options.push_to):

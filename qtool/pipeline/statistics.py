@@ -9,30 +9,23 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from qtool.artifact.gguf._imatrix import is_imatrix
 from qtool.calibrate.attention import AttentionErrors, attention_errors, few
 from qtool.calibrate.cache import MeteredCache, RoundedCache
 from qtool.calibrate.hidden import Hidden
 from qtool.calibrate.reference import Reference
-from qtool.calibrate.store import read_stats
 from qtool.calibrate.tokens import load_tokens
 from qtool.calibrate.walker import Walker
-from qtool.checkpoint._base import CacheScales, Layer, Module
-from qtool.errors import CheckpointError, PlanError
+from qtool.checkpoint._base import CacheScales, Layer
 from qtool.methods._base import BlockTask
 from qtool.pipeline.events import Event, Listener, remarks
-from qtool.pipeline.importance import read_importance
 from qtool.pipeline.prepare import Job
 from qtool.pipeline.solver import Solved, Solver
+from qtool.pipeline.stored import Files, of_original, stored_for
 from qtool.pipeline.units import Unit, needs_of, units
 from qtool.plan import LayerPlan
 from qtool.recipe.schema import Calibration
-from qtool.stats._base import InputStats, Statistic
-from qtool.stats.channels import Channels
+from qtool.stats._base import Statistic
 from qtool.stats.drift import Drift
-from qtool.stats.gram import Gram
-from qtool.stats.values import Values
-from qtool.store.files import sha256
 
 
 class Statistics(ABC):
@@ -63,18 +56,21 @@ class Statistics(ABC):
 
 
 class Stored(Statistics):
-    """Statistics from an earlier run of `calibrate`, or none at all."""
+    """Statistics from an earlier run of `calibrate`, or none at all.
 
-    def __init__(
-        self, stats: Mapping[str, InputStats], digest: str | None = None, about: dict[str, object] | None = None
-    ) -> None:
-        super().__init__(digest, about or {})
-        self.stats = stats
+    Args:
+        files: holds them; None: nothing.
+    """
+
+    def __init__(self, files: Files | None = None) -> None:
+        super().__init__(files.digest if files else None, dict(files.about) if files else {})
+        self.files = files
 
     def visit(self, unit: Unit, solver: Solver, propagate: bool) -> None:
         """See `Statistics.visit`."""
         for reads, plans in unit.inputs().items():
-            solver.solve(plans, self.stats.get(reads))
+            needs = of_original(needs_of(plans))
+            solver.solve(plans, self.files.read(reads, needs) if self.files and needs else None)
 
 
 class Walked(Statistics):
@@ -209,70 +205,21 @@ def statistics_for(job: Job, stored: Path | None, listener: Listener) -> Statist
         listener: told about progress.
 
     Raises:
-        CheckpointError, MissingExtra, HubError: see `load_tokens` and `read`.
+        CheckpointError, MissingExtra, HubError: see `load_tokens` and `stored_for`.
     """
-    blockwise = any(unit.blockwise for unit in units(job.plan))
     if not any(unit.walked for unit in units(job.plan)):
         if stored:
             text = f"{stored} is not used, because the recipe's methods measure no inputs"
             listener(Event("calibrate", 1, 1, text, warning=True))
-        return Stored({})
+        return Stored()
     if stored:
-        found = read(stored, job)
-        if missing := [m.name for m in readers(job) if m.reads not in found.stats]:
-            more = f" and {len(missing) - 1} more" * (len(missing) > 1)
-            text = f"{stored} says nothing about the inputs of {missing[0]}{more}: their codes are chosen without data"
-            listener(Event("calibrate", 1, 1, text, warning=True))
-        told = [m for m in readers(job) if m.reads in found.stats and Channels in found.stats[m.reads]]
-        if zero := [m.name for m in told if not found.stats[m.reads][Channels].sum_squares.any()]:
-            more = f" and {len(zero) - 1} more" * (len(zero) > 1)
-            remarks(listener, "calibrate")(f"{stored} says that every input of {zero[0]}{more} is zero")
-        return found
+        return Stored(stored_for(job, stored, remarks(listener, "calibrate")))
     calibration = job.plan.recipe.calibration
     listener(Event("calibrate", 0, 1, str(calibration.data)))
     tokens = load_tokens(calibration, job.original, remarks(listener, "calibrate"))
     walker = Walker(job.checkpoint, job.device, job.dtype, calibration.experts == "all")
-    compare = any(Drift in unit.needs for unit in units(job.plan))
+    compare = any(kind.compares for unit in units(job.plan) for kind in unit.needs)
+    blockwise = any(unit.blockwise for unit in units(job.plan))
     source = Walked(walker, tokens, calibration, compare, blockwise)
     listener(Event("calibrate", 1, 1, f"{tokens.numel()} tokens"))
     return source
-
-
-def readers(job: Job) -> list[Module]:
-    """The modules whose input has to be measured."""
-    return [p.module for p in job.plan.layers if p.needs]
-
-
-def read(path: Path, job: Job) -> Stored:
-    """Statistics that an earlier `calibrate` wrote, or an importance matrix of llama.cpp.
-
-    Raises:
-        CheckpointError: damaged, or measured on another model.
-        PlanError: a method needs more than they hold.
-    """
-    greedy = {p.method.name() for p in job.plan.layers if p.method and Gram in p.method.needs}
-    if greedy:
-        lack = f"{', '.join(sorted(greedy))} needs Gram matrices, which such a file does not hold"
-        hint = "run without it, or round with it: --set 'method={rtn: {importance: true}}'"
-        raise PlanError([f"{lack}; {hint}"], f"statistics in {path}")
-    if any(Values in unit.needs for unit in units(job.plan)):
-        line = "static scales of inputs need to know how these are distributed, which such a file does not hold"
-        raise PlanError([f"{line}; run without it"], f"statistics in {path}")
-    if is_imatrix(path):
-        sums, told = read_importance(path, job.checkpoint)
-        return Stored(sums, sha256(path), told)
-    stats, about = read_stats(path)
-    if about.get("fingerprint") != job.plan.source_fingerprint:
-        raise CheckpointError(
-            f"the statistics in {path} were measured on another model",
-            wanted=job.checkpoint.source,
-            found=about.get("model"),
-        )
-    for module in readers(job):
-        if module.expert is not None and module.reads not in stats:
-            continue  # no calibration token reached it
-        found = stats[module.reads].k if module.reads in stats else 0
-        if found != module.shape[1]:
-            what = f"the statistics in {path} do not fit {module.name}"
-            raise CheckpointError(what, wanted=f"{module.shape[1]} inputs", found=found)
-    return Stored(stats, sha256(path), about["calibration"])

@@ -84,6 +84,7 @@ def _named(room: str, what: str) -> dict[str, Any]:
 def _options(model: type[BaseModel]) -> dict[str, Any]:
     """The options of one registered class, described by its module's first line and its bases' docstrings."""
     schema = model.model_json_schema()
+    schema.pop("$defs", None)  # of the method that a method of blocks starts from: the recipe's own is meant
     for base in model.__mro__:
         _describe(schema, base.__doc__ or "")
     schema["description"] = (sys.modules[model.__module__].__doc__ or "").partition("\n")[0]

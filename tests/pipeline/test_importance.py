@@ -231,7 +231,7 @@ def test_of_another_model(measured, tiny_checkpoint, tmp_path):
 def test_what_needs_more_than_it_holds(measured, tmp_path):
     source, path, matrix = measured
     options = QuantizeOptions(source, path, tmp_path / "out", ("layers.0.method=gptq",), imatrix=matrix)
-    with pytest.raises(PlanError, match="gptq needs Gram matrices, which such a file does not hold"):
+    with pytest.raises(PlanError, match="gptq needs gram, which it does not hold; measure it: qtool calibrate"):
         quantize(options)
     with pytest.raises(UsageError, match="--stats and --imatrix exclude each other"):
         quantize(QuantizeOptions(source, path, tmp_path / "out", stats=matrix, imatrix=matrix))

@@ -142,5 +142,14 @@ def assert_simulates(found, source, rounded):
 def test_stored_statistics_do_not_say_enough(tiny_checkpoint, tmp_path):
     source, path = str(tiny_checkpoint("qwen3")), recipe(tmp_path)
     calibrate(CalibrateOptions(source, path, tmp_path / "stats"))
-    with pytest.raises(PlanError, match="static scales of inputs need to know how these are distributed"):
+    with pytest.raises(PlanError, match="inputs that holds for all tokens needs values, which it does not hold"):
         run(QuantizeOptions(source, path, tmp_path / "out", stats=tmp_path / "stats"))
+
+
+def test_stored_histograms_of_the_original_model_give_the_same_scales(tiny_checkpoint, tmp_path):
+    source, path, override = str(tiny_checkpoint("qwen3")), recipe(tmp_path), ("calibration.propagate=float",)
+    calibrate(CalibrateOptions(source, path, tmp_path / "stats", override))
+    run(QuantizeOptions(source, path, tmp_path / "stored", override, stats=tmp_path / "stats"))
+    run(QuantizeOptions(source, path, tmp_path / "walked", override))
+    stored, walked = (Qtool().open(tmp_path / name / "qtool").layers for name in ("stored", "walked"))
+    assert stored == walked and any(layer.static for layer in stored.values())

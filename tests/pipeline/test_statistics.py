@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors.numpy import load_file as load_numpy
 from transformers import AutoModelForCausalLM
 
+from qtool.artifact._open import open_artifact
 from qtool.artifact.qtool import Qtool
 from qtool.calibrate.store import read_stats, write_stats
 from qtool.calibrate.tokens import load_tokens
@@ -21,9 +23,11 @@ from qtool.pipeline.calibrate import run as calibrate
 from qtool.pipeline.entries import Sums
 from qtool.pipeline.evaluate import EvaluateOptions
 from qtool.pipeline.evaluate import run as evaluate
+from qtool.pipeline.measured import run as inspect
 from qtool.pipeline.quantize import QuantizeOptions
 from qtool.pipeline.quantize import run as quantize
 from qtool.recipe.load import load_recipe
+from qtool.report.units import size
 from qtool.stats.channels import Channels
 
 CALIBRATED = """
@@ -213,10 +217,54 @@ def test_statistics_that_do_not_fit_the_layers_are_refused(change, recipe, tiny_
 
 
 def test_gptq_wants_more_than_stored_statistics(recipe, tiny_checkpoint, tmp_path):
-    path, stats = recipe(), tmp_path / "stats"
-    stats.touch()
-    with pytest.raises(PlanError, match=r"gptq needs Gram matrices.*or round with it: --set 'method=\{rtn:"):
-        quantize(QuantizeOptions(str(tiny_checkpoint("llama")), path, tmp_path / "out", stats=stats))
+    path, stats, told, model = recipe(), tmp_path / "stats", [], str(tiny_checkpoint("llama"))
+    calibrate(CalibrateOptions(model, path, stats), told.append)
+    (text,) = (e.message for e in told if e.warning)
+    assert text.startswith("not kept: gram, which quantize measures behind quantized layers; --set calibration.propag")
+    with pytest.raises(PlanError, match=r"gptq needs gram, which it does not hold; measure it: .*=float -o STATS, or "):
+        quantize(QuantizeOptions(model, path, tmp_path / "out", stats=stats))
+
+
+def test_gptq_with_kept_gram_matrices_is_gptq_on_the_original_model(recipe, tiny_checkpoint, tmp_path, monkeypatch):
+    model, path, told = str(tiny_checkpoint("llama")), recipe(propagate="float"), []
+    options = CalibrateOptions(model, path, tmp_path / "stats")
+    measured = calibrate(options, told.append)
+    (text,) = (e.message for e in told if e.warning)
+    assert text.startswith(f"{tmp_path / 'stats'} will take ") and text.endswith(": channels, gram of 9 inputs")
+    needed = sum(4 * (3 * k + k * k) for k in [64, 64, 64, 128] * 2 + [64])
+    assert text.split(" will take ")[1].startswith(size(needed))
+    shards = sum(p.stat().st_size for p in (tmp_path / "stats").glob("*.safetensors"))
+    assert needed < shards < needed + 9 * 1000 < measured.nbytes + 9000
+    for method in ("gptq", "{gptq: {rounds: 0, damp: 0.1}}", "{rtn: {importance: true}}"):  # all from one calibration
+        walked, stored = tmp_path / "walked", tmp_path / "stored"
+        written = recipe(method, "float")
+        for out, stats in ((walked, None), (stored, tmp_path / "stats")):
+            report = quantize(QuantizeOptions(model, written, out, stats=stats, overwrite=True))
+            assert {e.tokens for e in report.layers if e.role == "q"} == {3 * 48}
+        a, b = (open_artifact(str(out)) for out in (walked, stored))
+        for name in a.layers:
+            w, other = a.tensor(f"{name}.weight"), b.tensor(f"{name}.weight")
+            if "gptq" in method:
+                assert torch.equal(w, other), (method, name)
+            else:  # where there is a Gram matrix, energies are read off it
+                assert (w - other).norm() < 0.03 * w.norm()
+    behind = recipe("gptq", "quantized")
+    with pytest.raises(PlanError, match=r"gptq needs gram and wants it measured behind quantized.*propagate=float"):
+        quantize(QuantizeOptions(model, behind, tmp_path / "out", stats=tmp_path / "stats"))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    with pytest.raises(StorageError, match=r"no room for .*: wanted .*B, found .*B free"):
+        calibrate(replace(options, recipe=recipe(propagate="float"), overwrite=True))
+
+
+def test_inspect_shows_what_a_folder_of_statistics_holds(recipe, tiny_checkpoint, tmp_path):
+    model = str(tiny_checkpoint("llama"))
+    calibrate(CalibrateOptions(model, recipe(propagate="float"), tmp_path / "folder"))
+    calibrate(CalibrateOptions(model, recipe("{rtn: {importance: true}}", "float"), tmp_path / "file"))
+    folder, file = (inspect(str(tmp_path / name)) for name in ("folder", "file"))
+    assert folder.kind == file.kind == "statistics" and folder.about == file.about
+    for a, b in zip(folder.inputs, file.inputs, strict=True):
+        assert (a.name, a.channels, a.tokens, a.largest) == (b.name, b.channels, b.tokens, b.largest)
+        assert a.rms == pytest.approx(b.rms, rel=1e-2)
 
 
 def test_statistics_that_nobody_needs_are_told(recipe, tiny_checkpoint, tmp_path):
@@ -249,5 +297,6 @@ def test_where_nothing_can_be_written_is_told_before_any_work(recipe, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=r"cannot write .*: (Not a directory|File exists); choose"):
         calibrate(CalibrateOptions("no model", recipe(), tmp_path / "file" / "stats"))
+    (tmp_path / "folder").mkdir()
     with pytest.raises(StorageError, match="wanted a file, found the folder"):
-        evaluate(EvaluateOptions("no model", None, tmp_path / "file", out=tmp_path))
+        evaluate(EvaluateOptions("no model", None, tmp_path / "file", out=tmp_path / "folder"))
