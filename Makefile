@@ -7,8 +7,14 @@ DEMO_OUT := demo/SmolLM2-135M-Instruct-$(DEMO_RECIPE)
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 FUZZ_ARGS ?= --count 100000
+PROCESSORS ?= generic znver3 skylake-avx512
+# Kernels take longer to compile than to run, so that one format stands for those that share them.
+PROCESSOR_TESTS := -k "not thorough and not iq1_m and not iq2_s and not iq2_xxs and not iq3" \
+	tests/formats/test_never_worse.py tests/formats/test_ranges.py \
+	$(addprefix tests/formats/test_, fp.py int.py biased.py qoq.py microscaling.py) \
+	$(addprefix tests/numerics/test_, affine.py compare.py minifloat.py scale_codes.py search.py sweep.py)
 
-.PHONY: setup demo test test-newest test-oldest newest check format docs bench bench-gpu fuzz clean
+.PHONY: setup demo test test-processors test-newest test-oldest newest check format docs bench bench-gpu fuzz clean
 
 setup: $(READY)
 
@@ -65,6 +71,15 @@ test-oldest: .venv-oldest/ready
 
 newest: $(READY)
 	$(BIN)/python -m scripts.newest
+
+# Searches choose by sums whose order follows the processor's registers: what they promise has to hold in any order.
+test-processors: $(READY)
+	@for name in $(PROCESSORS); do \
+		case $$name in *avx512*) grep -q avx512vl /proc/cpuinfo || { echo "$$name: not on this processor"; continue; };; esac; \
+		echo "kernels for $$name:"; \
+		NUMBA_CPU_NAME=$$name NUMBA_CPU_FEATURES= OMP_WAIT_POLICY=PASSIVE \
+			$(BIN)/python -m pytest --quiet --numprocesses auto --dist worksteal $(PROCESSOR_TESTS) || exit 1; \
+	done
 
 check: $(READY)
 	$(BIN)/ruff check

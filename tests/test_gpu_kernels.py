@@ -106,7 +106,7 @@ def test_searches_leave_as_little(label: str, weighted: bool) -> None:
     w[3], w[5, 256:512] = 0, 0
     importance = torch.rand(768, generator=generator).pow(4) if weighted else None
     fmt = parse_format(label)
-    fmt = fmt.given(float(w.abs().max())) if fmt.needs_largest else fmt
+    fmt = fmt.with_largest(float(w.abs().max())) if fmt.needs_largest else fmt
     want = weighted_error(fmt, w, importance)
     found = weighted_error(fmt, w.cuda(), importance.cuda() if weighted else None)
     assert found[3] == want[3]
@@ -119,8 +119,8 @@ def test_rounding_to_floats(grid: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(2)
     x, scale = torch.randn(7, 64, generator=generator) * 10, torch.rand(7, 4, generator=generator)
     scale[0, 0] = 0
-    found = minifloat.nearest(x.cuda(), scale.cuda(), minifloat.minifloat(*grid))
-    assert torch.equal(found.cpu(), minifloat.nearest(x, scale, minifloat.minifloat(*grid)))
+    found = minifloat.nearest_levels(x.cuda(), scale.cuda(), minifloat.minifloat(*grid))
+    assert torch.equal(found.cpu(), minifloat.nearest_levels(x, scale, minifloat.minifloat(*grid)))
 
 
 @pytest.mark.parametrize(("minima", "groups", "limits"), [(True, 16, (0, 63)), (False, 48, (-32, 31))])

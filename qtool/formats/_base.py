@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, PrivateAttr
+from pydantic import ConfigDict
 from torch import Tensor
-from typing_extensions import Self
 
+from qtool.formats._roles import RunTime, Scheduled
 from qtool.numerics.codebooks.codebook import Codebook
 from qtool.numerics.grids.affine import decode_levels, round_to_levels
 
@@ -58,7 +58,7 @@ class Quantized:
         return Quantized(self.codes[start:stop], {n: p[start:stop] for n, p in self.params.items()}, self.format)
 
 
-class Format(BaseModel):
+class Format(Scheduled, RunTime):
     """A representation: grid, granularity, scale type. Instances are immutable, hashable and comparable.
 
     The fields of a subclass are its options in a recipe. A subclass sets `group_columns` (and `block_columns`), and
@@ -71,8 +71,6 @@ class Format(BaseModel):
     """Shorthands to suggest and to complete, where the family spells more than its own name."""
     fallback: ClassVar[str | None] = None
     """What takes rows that this format cannot divide, unless a recipe says otherwise: a format's name, or "f16"."""
-    _alone: bool = PrivateAttr(False)
-    """Whether parameters are searched for without comparing them with other choices."""
     free_offset: ClassVar[bool] = False
     """True where the offset is free, so that a closed-form refit may move it beside the scale."""
 
@@ -85,89 +83,6 @@ class Format(BaseModel):
     def parse(cls, text: str) -> Format | None:
         """The format that a shorthand spells, or None if it is not one of this family's."""
         return cls() if text == cls.__name__.lower() else None
-
-    @property
-    @abstractmethod
-    def group_columns(self) -> int | None:
-        """Columns that share one (scale, offset); None: the whole row."""
-
-    @property
-    def block_columns(self) -> int | None:
-        """Columns whose parameters are fitted together (a multiple of `group_columns`); None: the whole row."""
-        return self.group_columns
-
-    @property
-    def group_rows(self) -> int | None:
-        """Rows that share one (scale, offset); None: all of them."""
-        return 1
-
-    @property
-    def by_rows(self) -> bool:
-        """True if a row's parameters depend on that row alone, so that a large matrix can be fitted in parts."""
-        return self.group_rows == 1
-
-    @property
-    def light(self) -> bool:
-        """True if codes take hardly longer to find than weights to read, so that few are not worth a second thread."""
-        return False
-
-    @property
-    def needs_largest(self) -> bool:
-        """True if parameters depend on the largest weight of the matrix, and of those that runtimes merge with it."""
-        return False
-
-    @property
-    def granularity(self) -> str | None:
-        """What shares a scale, where it has a name: "tensor", "head", "channel" or "token"; None: columns of a row."""
-        return None
-
-    @property
-    def static(self) -> bool:
-        """True if inputs in this format all share a scale, which no token can choose: calibration has to."""
-        return self.group_rows is None and self.group_columns is None
-
-    @property
-    def ranges(self) -> str | float:
-        """How the range of a scale that holds for all tokens is chosen.
-
-        "minmax" covers what calibration saw, "search" leaves the least squared error, and a number covers that
-        percentage, leaving out as many numbers below as above.
-        """
-        return "minmax"
-
-    def covering(self, low: Tensor, high: Tensor) -> Params:
-        """What calibration chooses for all tokens, if numbers from low to high are not to be clipped.
-
-        Args:
-            low: float32 [N], for each row of parameters.
-            high: float32 [N].
-
-        Returns:
-            "scale" [N, 1], and "zero" int8 [N, 1] in asymmetric formats.
-        """
-        return self.model_copy(update={"scales": "minmax"}).fit(torch.stack([low, high], dim=1))
-
-    def completed(self, x: Tensor, static: Params) -> Params:
-        """All parameters of inputs, float32 [N, C], of which some hold for all tokens; see `covering`."""
-        return static
-
-    def given(self, largest: float) -> Format:
-        """This format, for matrices whose largest magnitude is known."""
-        return self
-
-    def on_the_way(self) -> Self:
-        """This format as a walk fits its blocks: by its search alone.
-
-        Comparing with what other encoders or simpler rules choose takes long, and where later columns make up for
-        errors, it gains nothing.
-        """
-        fmt = self.model_copy()
-        fmt._alone = True
-        return fmt
-
-    def at_run_time(self) -> Format:
-        """This format as runtimes fit it to inputs on the fly, without a search."""
-        return self
 
     @abstractmethod
     def levels(self) -> Tensor:

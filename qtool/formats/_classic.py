@@ -24,8 +24,7 @@ from qtool.numerics.ggml.round import ends, round_blocks
 from qtool.numerics.ggml.search import WEIGHTED, Kind
 from qtool.numerics.grids.bits import from_planes, planes, stack_runs
 from qtool.numerics.grids.minifloat import largest
-from qtool.numerics.scales import block_search
-from qtool.numerics.scales.block_search import EFFORT, Grid
+from qtool.numerics.scales.block_search import EFFORT, Block, search_blocks
 
 GATHER = 0x0102040810204080
 """A product with it has the lowest bits of eight bytes in its highest one."""
@@ -80,11 +79,11 @@ class Classic(BlockFormat):
         if self.bits == 8 and self.search == "fast":  # ggml does not search there, which is hard to outrun
             return self.stored(*self.ggml_scales(w))
         lowest = np.float32(self.lowest)
-        grid, effort = Grid(lowest, lowest + np.float32((1 << self.bits) - 1), self.offset), EFFORT[self.search]
+        kind, effort = Block(lowest, lowest + np.float32((1 << self.bits) - 1), self.offset), EFFORT[self.search]
         if self._alone or (self.search == "fast" and not self.offset):  # ggml's takes a third of the time of `fast`
-            return self.stored(*block_search.search(w, importance, grid, effort))
+            return self.stored(*search_blocks(w, importance, kind, effort))
         theirs = self.ggml_choice(w, importance)
-        found = self.stored(*block_search.search(w, importance, grid, effort, theirs))
+        found = self.stored(*search_blocks(w, importance, kind, effort, theirs))
         return self.no_worse(found, self.stored(*theirs), w, importance)
 
     def ggml_choice(self, w: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -93,7 +92,7 @@ class Classic(BlockFormat):
             return self.ggml_scales(w)
         levels = np.float32((1 << self.bits) - 1 if self.offset else -self.lowest)
         kind = Kind(self.columns, levels, np.float32(0), self.offset, np.float32(1), WEIGHTED, np.float32(0))
-        d, minimum, _, _ = ggml_search.ggml_scales(w, self.alive(importance), kind, w.shape[1])
+        d, minimum, _, _ = ggml_search.ggml_scales(w, self.usable(importance), kind, w.shape[1])
         return d, -minimum
 
     def ggml_scales(self, w: Tensor) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,7 @@ class BlockFormat(Format):
         block_bytes: bytes per block.
         matrix_scale: the parameter with one number for the matrix, which GGUF keeps in a tensor of its own, if any.
         fallback: the type that llama.cpp takes for rows which this one cannot divide.
-        cheap: whether a search that is not exact takes hardly longer than reading the weights; see `Format.light`.
+        cheap: whether a search that is not exact takes hardly longer than reading the weights: `Format.memory_bound`.
         search: how hard parameters are searched for. "ggml" repeats ggml's encoder bit by bit and ignores importance;
             a subclass without such an encoder leaves it out of the choices.
     """
@@ -88,8 +88,8 @@ class BlockFormat(Format):
         return self.columns
 
     @property
-    def light(self) -> bool:
-        """See `Format.light`."""
+    def memory_bound(self) -> bool:
+        """See `Format.memory_bound`."""
         return self.cheap and self.search not in ("default", "thorough")
 
     def storage_bits(self, n: int, k: int) -> int:
@@ -110,11 +110,11 @@ class BlockFormat(Format):
 
     def weights(self, w: Tensor, importance: Tensor | None, columns: int) -> Tensor:
         """Of squared errors of w [N, C], float32 [C]: channels without importance count a little (`FLOOR`)."""
-        per_block = torch.ones(w.shape[1]) if importance is None else self.alive(importance, columns)
+        per_block = torch.ones(w.shape[1]) if importance is None else self.usable(importance, columns)
         per_block = per_block.view(-1, columns)
         return per_block.clamp_min(FLOOR * per_block.mean(1, keepdim=True)).flatten()
 
-    def alive(self, importance: Tensor, columns: int | None = None) -> Tensor:
+    def usable(self, importance: Tensor, columns: int | None = None) -> Tensor:
         """Importances of channels, float32 [C]; those of a block (or so many columns) without any are all alike."""
         per_block = importances(importance, importance.numel()).view(-1, columns or self.columns)
         return torch.where(per_block.sum(1, keepdim=True) > 0, per_block, 1.0).flatten()

@@ -53,7 +53,7 @@ class IQ4(BlockFormat):
         groups, effort = (32, self.columns // 32), EFFORT[self.search]
         if self._alone:
             return self.stored(*table_scales(w, importance, self.levels(), groups, self.limit, effort))
-        low, given = float(self.levels()[0]), None if importance is None else self.alive(importance)
+        low, given = float(self.levels()[0]), None if importance is None else self.usable(importance)
         d, m = ggml_table_scales(w, given, half_steps(self.levels()), low, groups[1], self.limit)
         theirs = d.half().float(), m
         found = self.stored(*table_scales(w, importance, self.levels(), groups, self.limit, effort, theirs))

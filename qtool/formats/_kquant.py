@@ -22,10 +22,9 @@ from qtool.formats.int import Int
 from qtool.numerics.ggml import search as ggml_search
 from qtool.numerics.ggml.groups import Sweep
 from qtool.numerics.ggml.search import Kind
-from qtool.numerics.scales import kquant
-from qtool.numerics.scales.kquant import EFFORT, Grid
+from qtool.numerics.scales.kquant import EFFORT, SuperBlock, search_super_blocks
 from qtool.numerics.scales.sweep import STRETCH
-from qtool.numerics.solving.kquant_refit import settle
+from qtool.numerics.solving.kquant_refit import refit_multiples
 
 
 class KQuant(BlockFormat):
@@ -76,12 +75,12 @@ class KQuant(BlockFormat):
         """See `Format.fit`."""
         lowest, low, top = (np.float32(end) for end in (self.lowest, *self.limits))
         highest = lowest + np.float32((1 << self.bits) - 1)
-        grid, effort = Grid(self.group, lowest, highest, low, top, self.minima), EFFORT[self.search][self.minima]
+        kind, effort = SuperBlock(self.group, lowest, highest, low, top, self.minima), EFFORT[self.search][self.minima]
         if self._alone or (self.search == "fast" and not self.minima):  # ggml's takes half of the time of `fast`
-            return self.stored(*kquant.search(w, importance, grid, effort))
+            return self.stored(*search_super_blocks(w, importance, kind, effort))
         d, dmin, a, b = self.ggml_choice(w, importance)
         theirs = d.half().float(), dmin.half().float(), a, b
-        found = self.stored(*kquant.search(w, importance, grid, effort, theirs))
+        found = self.stored(*search_super_blocks(w, importance, kind, effort, theirs))
         return self.no_worse(found, self.stored(*theirs), w, importance)
 
     def ggml_choice(self, w: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -89,7 +88,7 @@ class KQuant(BlockFormat):
         levels, top = ((1 << self.bits) - 1, self.limits[1]) if self.minima else (-self.lowest, -self.limits[0])
         spread, flat = np.float32(self.ggml_spread), np.float32(self.ggml_flat)
         kind = Kind(self.group, np.float32(levels), np.float32(top), self.minima, spread, self.ggml_sweep, flat)
-        return ggml_search.ggml_scales(w, None if importance is None else self.alive(importance), kind, self.columns)
+        return ggml_search.ggml_scales(w, None if importance is None else self.usable(importance), kind, self.columns)
 
     def stored(self, d: Tensor, dmin: Tensor, sc: Tensor, m: Tensor) -> Params:
         """Parameters in the types they are stored in. Raises NumericsError: a step is too large for fp16."""
@@ -129,7 +128,7 @@ class KQuant(BlockFormat):
         d, sc = start["d"], start["sc"]
         dmin, m = start.get("dmin", d), start.get("m", sc)
         pull = torch.where(nearer, pulls[1], pulls[0])
-        return self.stored(*settle(curvature, pull, (d, dmin, sc, m), self.limits))
+        return self.stored(*refit_multiples(curvature, pull, (d, dmin, sc, m), self.limits))
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:
         """See `BlockFormat.pack`."""

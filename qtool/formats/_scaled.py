@@ -27,8 +27,8 @@ class Scaled(Format):
     _largest: float | None = PrivateAttr(None)
     """The largest weight that the scale of a matrix has to cover, once it is known."""
 
-    def given(self, largest: float) -> Self:
-        """See `Format.given`."""
+    def with_largest(self, largest: float) -> Self:
+        """See `Format.with_largest`."""
         fmt = self.model_copy()
         fmt._largest = largest
         return fmt
@@ -58,7 +58,7 @@ class Scaled(Format):
 
     def snap(self, w: Tensor, params: Params, importance: Tensor | None = None) -> Tensor:
         """See `Format.snap`. Rounds as a cast does: ties to the even bit pattern, saturating."""
-        return minifloat.nearest(w, self.scale(params), self.grid)
+        return minifloat.nearest_levels(w, self.scale(params), self.grid)
 
     def largest(self, w: Tensor, groups: int) -> Tensor:
         """Largest magnitude of every group, float32 [N, C] -> [N, G]. Raises NumericsError: not finite."""

@@ -7,8 +7,8 @@
 (importance-weighted) squared error, and make t a power of two, so that t * d is exact in the types that runtimes hold
 it in.
 
-t is chosen before any group is: for the matrix, or for all matrices that runtimes merge, when `given` tells the largest
-weight. It is kept in 64 bits, since layouts store it or its reciprocal in 32.
+t is chosen before any group is: for the matrix, or for all matrices that runtimes merge, whose largest weight
+`with_largest` tells. It is kept in 64 bits, since layouts store it or its reciprocal in 32.
 https://docs.nvidia.com/deeplearning/cudnn/frontend/latest/operations/BlockScaling.html
 """
 

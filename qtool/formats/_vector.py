@@ -83,12 +83,12 @@ class Vector(BlockFormat):
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _fit(self, w: Tensor, importance: Tensor | None) -> Params:
-        weight, effort, book = self.evened(w, importance), EFFORT[self.search][self.rule.delta > 0], self.codebook()
+        weight, effort, book = self.normalized(w, importance), EFFORT[self.search][self.rule.delta > 0], self.codebook()
         d, s, signs, ours = vector_scales(w, weight, book, self.columns, self.rule, effort)
         found = self.stored(d, s, signs < 0)
         if self._alone or self.search == "fast" or (importance is None and self.ggml.required):
             return found
-        given = None if importance is None else self.alive(importance)
+        given = None if importance is None else self.usable(importance)
         if isinstance(self.ggml, Ternary):
             *choice, theirs = ggml_ternary_scales(w, given, weight, book, self.rule, self.ggml)
         else:
@@ -109,9 +109,9 @@ class Vector(BlockFormat):
     def snap(self, w: Tensor, params: Params, importance: Tensor | None = None) -> Tensor:
         """See `Format.snap`."""
         close = FAST_CLOSE if self.search == "fast" else 0
-        return snap_vectors(w, self.evened(w, importance), self.affine(params), self.codebook(), close)
+        return snap_vectors(w, self.normalized(w, importance), self.affine(params), self.codebook(), close)
 
-    def evened(self, w: Tensor, importance: Tensor | None) -> Tensor:
+    def normalized(self, w: Tensor, importance: Tensor | None) -> Tensor:
         """Of squared errors of w [N, C], float32 [C]: `weights`, 1 on average in every block (or in what there is)."""
         columns = self.columns if w.shape[1] % self.columns == 0 else w.shape[1]
         weight = self.weights(w, importance, columns).view(-1, columns)

@@ -16,7 +16,7 @@ from qtool.formats._base import Params, expand
 from qtool.formats._ggml import as_bytes, as_fp16
 from qtool.formats._iq4 import IQ4
 from qtool.numerics.grids.bits import from_planes, planes
-from qtool.numerics.solving.kquant_refit import settle
+from qtool.numerics.solving.kquant_refit import refit_multiples
 
 LOW_PLACES = torch.tensor([0, 4], dtype=torch.uint8)
 HIGH_PLACES = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
@@ -55,7 +55,7 @@ class IQ4_XS(IQ4):  # noqa: N801 - spelled as in ggml
         """See `Format.refit_weighted`: goes on from the present parameters, row by row."""
         d, multipliers = params["d"].float(), params["multipliers"].float() - 32
         pull = torch.einsum("npq,nq->np", curvature, scale - self.affine(params)[0])
-        d, _, multipliers, _ = settle(curvature, pull, (d, d, multipliers, multipliers), (-32, 31))
+        d, _, multipliers, _ = refit_multiples(curvature, pull, (d, d, multipliers, multipliers), (-32, 31))
         return self.stored(d, multipliers)
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:

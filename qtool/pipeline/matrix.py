@@ -55,7 +55,7 @@ def quantize_matrix(
         raise UsageError(f"method {how.name()} measures inputs", wanted="inputs=...", found="none")
     w = finite(w.detach().float(), "w")
     stats = None if inputs is None or not how.needs else _measure(inputs, how, w)
-    chosen = fmt.given(float(w.abs().max())) if fmt.needs_largest else fmt
+    chosen = fmt.with_largest(float(w.abs().max())) if fmt.needs_largest else fmt
     if stats:
         how.prepare(stats, chosen)
     found = replace(how.solve(w, stats, chosen).quantized, format=fmt)

@@ -26,7 +26,7 @@ from qtool.stats._base import InputStats
 from qtool.stats.gram import gram_of
 
 SMALL = 1 << 20
-"""Numbers of a matrix up to which a light format takes no longer than waking threads for its rows."""
+"""Numbers of a matrix up to which a memory-bound format takes no longer than waking threads for its rows."""
 TAKEN_OVER = "taken over"
 """What the report calls the method where a source's own codes are kept."""
 
@@ -166,7 +166,7 @@ def corrected(
 
 def rows_abreast(w: Tensor, fmt: Format, gram: Tensor | None) -> list[tuple[int, int]]:
     """(start, stop) of the rows that are solved side by side: float32 [rows, K], with the inputs' [K, K] or without."""
-    whole = not fmt.by_rows or (fmt.light and gram is None and w.numel() <= SMALL)
+    whole = not fmt.by_rows or (fmt.memory_bound and gram is None and w.numel() <= SMALL)
     return [(0, len(w))] if whole else row_shares(len(w), w.device)
 
 
@@ -175,7 +175,7 @@ def informed(fmt: Format, checkpoint: Checkpoint, modules: Sequence[str]) -> For
     if not fmt.needs_largest:
         return fmt
     parts = ((f"{m}.weight", *part) for m in modules for part in row_parts(checkpoint.info(f"{m}.weight").shape))
-    return fmt.given(max(float(checkpoint.rows(*part).abs().max()) for part in parts))
+    return fmt.with_largest(max(float(checkpoint.rows(*part).abs().max()) for part in parts))
 
 
 @contextmanager

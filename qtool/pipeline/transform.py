@@ -206,7 +206,7 @@ def rounded(plan: LayerPlan, w: Tensor, importance: Tensor | None) -> Tensor:
     """What plain rounding makes of some rows of a layer, [n, K]; by importance where its method measures inputs."""
     assert plan.format is not None
     assert plan.method is not None
-    fmt = plan.format.given(float(w.abs().max())) if plan.format.needs_largest else plan.format
+    fmt = plan.format.with_largest(float(w.abs().max())) if plan.format.needs_largest else plan.format
     importance = importance if plan.method.needs else None
     params = fmt.fit(w, importance)
     return fmt.decode(fmt.snap(w, params, importance), params)

@@ -51,5 +51,5 @@ def op_infos(layer: Layer) -> Infos:
 @cache
 def _parameters(fmt: Format, k: int) -> dict[str, tuple[int, torch.dtype]]:
     """Entries of a row, and type, of each parameter of a format; a row of zeros has them as well as any other."""
-    informed = fmt.given(1.0) if fmt.needs_largest else fmt
+    informed = fmt.with_largest(1.0) if fmt.needs_largest else fmt
     return {name: (p.shape[1], p.dtype) for name, p in informed.fit(torch.zeros(1, k)).items()}

@@ -79,7 +79,7 @@ def quantized(folder, weights, inputs, **roles):
         if q.format.needs_largest:
             members = [m for m in model.layers if sets.get(m, m) == sets.get(name, name)]
             w = model.origin.tensor(f"{name}.weight").float()
-            fmt = q.format.given(max(float(model.origin.tensor(f"{m}.weight").abs().max()) for m in members))
+            fmt = q.format.with_largest(max(float(model.origin.tensor(f"{m}.weight").abs().max()) for m in members))
             params = fmt.fit(w)
             model.matrices[name] = Quantized(fmt.snap(w, params), params, q.format)
     return model

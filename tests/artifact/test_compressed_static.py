@@ -125,7 +125,7 @@ def nvfp4_model(folder, scale):
     """Weights and inputs in NVFP4; matrices that runtimes merge have one scale."""
     model = quantize(folder, parse_format("nvfp4"), parse_format("nvfp4"))
     for name, q in model.matrices.items():
-        w, fmt = model.origin.tensor(f"{name}.weight").float(), q.format.given(1.0)
+        w, fmt = model.origin.tensor(f"{name}.weight").float(), q.format.with_largest(1.0)
         params = fmt.fit(w)
         model.matrices[name] = Quantized(fmt.snap(w, params), params, q.format)
         model.layers[name] = replace(model.layers[name], static=Static(scale))

@@ -37,7 +37,7 @@ def share(model):
     for i, (name, layer) in enumerate(list(model.layers.items())):
         q = model.matrices[name]
         if q.format.needs_largest:
-            fmt = q.format.given(2.0)
+            fmt = q.format.with_largest(2.0)
             w = model.origin.tensor(f"{name}.weight").float()
             params = fmt.fit(w)
             model.matrices[name] = Quantized(fmt.snap(w, params), params, q.format)

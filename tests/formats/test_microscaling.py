@@ -249,7 +249,7 @@ def test_golden_scales_of_nvfp4() -> None:
     assert params["scale"].view(torch.float8_e4m3fn).float().tolist() == [[448, 128]]
     searched = parse_format("nvfp4").fit(w)
     assert float(searched["tensor"]) == 2.0**-11  # the least power of two with which no scale is above 448
-    assert float(parse_format("nvfp4").given(2688 / 8).fit(w)["tensor"][0]) == 1 / 8
+    assert float(parse_format("nvfp4").with_largest(2688 / 8).fit(w)["tensor"][0]) == 1 / 8
 
 
 @pytest.mark.parametrize("factors", [(1.0, 2.0), (1 / 3, 1 / 3)], ids=["two", "inexact"])
@@ -268,7 +268,7 @@ def test_matrices_that_runtimes_merge_have_one_scale() -> None:
     for label in ("nvfp4", "nvfp4-minmax", "nvint4"):
         fmt = parse_format(label)
         assert fmt.needs_largest and not fmt.by_rows and fmt.block_columns is None
-        bound = fmt.given(larger)
+        bound = fmt.with_largest(larger)
         assert bound.by_rows and bound.block_columns == 16 and fmt.block_columns is None
         assert torch.equal(bound.fit(w)["tensor"][:1], fmt.fit(torch.full((1, 16), larger))["tensor"])
         whole, part = bound.fit(w), bound.fit(w[8:, 32:])

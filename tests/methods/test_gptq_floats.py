@@ -33,7 +33,7 @@ GAIN_DB = {  # over rounding with the same importance-weighted search: scales fi
 def known(label: str, w: torch.Tensor) -> Format:
     """A format as the pipeline gives it to methods."""
     fmt = parse_format(label)
-    return fmt.given(float(w.abs().max())) if fmt.needs_largest else fmt
+    return fmt.with_largest(float(w.abs().max())) if fmt.needs_largest else fmt
 
 
 @pytest.mark.parametrize("order", ["none", "activation"])

@@ -33,7 +33,7 @@ def make_task(label: str, seed: int = 0) -> BlockTask:
     x = x @ (torch.eye(HIDDEN) + 0.3 * torch.randn(HIDDEN, HIDDEN, generator=g) / 8)
     weights = {"up": torch.randn(WIDE, HIDDEN, generator=g) / 8, "down": torch.randn(HIDDEN, WIDE, generator=g) / 8}
     fmt = parse_format(label)
-    formats = {name: fmt.given(float(w.abs().max())) for name, w in weights.items()}
+    formats = {name: fmt.with_largest(float(w.abs().max())) for name, w in weights.items()}
     found = {}
     for name, w in weights.items():
         params = formats[name].fit(w)

@@ -27,7 +27,7 @@ def formats(label: str):
 
 def fitted(label: str):
     w = matrix()
-    fmt = formats(label).given(float(w.abs().max()))
+    fmt = formats(label).with_largest(float(w.abs().max()))
     params = fmt.fit(w)
     return w, fmt, params, fmt.snap(w, params)
 

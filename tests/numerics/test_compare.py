@@ -25,7 +25,7 @@ def stepped(w: Tensor, scale: Tensor, offset: Tensor, ends: tuple[float, float])
 
 
 def cast(w: Tensor, scale: Tensor, grid: minifloat.Grid) -> Tensor:
-    codes = minifloat.nearest(w, scale, grid)
+    codes = minifloat.nearest_levels(w, scale, grid)
     return decode_levels(codes, grid.levels(), scale, torch.zeros_like(scale))
 
 

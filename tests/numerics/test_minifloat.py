@@ -92,7 +92,7 @@ def test_rounding_at_every_tie(name: str) -> None:
     levels = magnitudes(GRIDS[name])
     x = probes(levels)
     for scale in (1.0, 2.0**-100):
-        found = minifloat.nearest(x * scale, torch.tensor([[scale]]), GRIDS[name])
+        found = minifloat.nearest_levels(x * scale, torch.tensor([[scale]]), GRIDS[name])
         small = x.abs() * scale >= 2.0**-120  # products below float32's normal numbers are not what was meant
         expected = torch.tensor([[slow_index(v, levels, GRIDS[name].mantissa) for v in x[0].tolist()]])
         assert torch.equal(found[small].long(), expected[small])
@@ -104,13 +104,13 @@ def test_rounding_is_a_saturating_cast(name: str, dtype: torch.dtype) -> None:
     x = torch.randn(8, 4096, generator=g) * torch.logspace(-6, 6, 4096, 10)
     scale = torch.rand(8, 2, generator=g) + 0.1
     grid = GRIDS[name]
-    found = grid.levels()[minifloat.nearest(x, scale, grid).long()]
+    found = grid.levels()[minifloat.nearest_levels(x, scale, grid).long()]
     cast = (x / scale.repeat_interleave(2048, 1)).clamp(-grid.highest, grid.highest).to(dtype)
     assert torch.equal(found, cast.float())
 
 
 def test_a_scale_of_zero_gives_zeros() -> None:
-    codes = minifloat.nearest(torch.tensor([[1.0, -1.0, 0.0, 5.0]]), torch.tensor([[0.0, 1.0]]), GRIDS["e2m1"])
+    codes = minifloat.nearest_levels(torch.tensor([[1.0, -1.0, 0.0, 5.0]]), torch.tensor([[0.0, 1.0]]), GRIDS["e2m1"])
     assert GRIDS["e2m1"].levels()[codes.long()].tolist() == [[0, 0, 0, 4]]  # 5 is a tie of 4 and 6
 
 

@@ -203,7 +203,7 @@ def exact_entry(x, weight, scale, flip, tables, work):  # type: ignore[no-untype
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def nearest(x, weight, scale, tables, memory, codes):  # type: ignore[no-untyped-def]
+def nearest_span(x, weight, scale, tables, memory, codes):  # type: ignore[no-untyped-def]
     """Fills codes [span] with the allowed ones of least weighted squared error.
 
     x, weight [span]; scale of the levels; memory: see `workspace`.

@@ -51,7 +51,7 @@ class Rule(NamedTuple):
     high: float
 
 
-class Effort(NamedTuple):
+class VectorEffort(NamedTuple):
     """How much is tried.
 
     Attributes:
@@ -72,9 +72,9 @@ class Effort(NamedTuple):
 
 
 EFFORT = {
-    "fast": (Effort(6, 32, 1, 1, 0, 4), Effort(3, 32, 1, 0, 0, 3)),
-    "default": (Effort(10, 64, 1, 2, 1, NEIGHBORS), Effort(5, 64, 1, 1, 1, NEIGHBORS)),
-    "thorough": (Effort(40, 256, 4, 3, 2, NEIGHBORS), Effort(20, 256, 4, 1, 2, NEIGHBORS)),
+    "fast": (VectorEffort(6, 32, 1, 1, 0, 4), VectorEffort(3, 32, 1, 0, 0, 3)),
+    "default": (VectorEffort(10, 64, 1, 2, 1, NEIGHBORS), VectorEffort(5, 64, 1, 1, 1, NEIGHBORS)),
+    "thorough": (VectorEffort(40, 256, 4, 3, 2, NEIGHBORS), VectorEffort(20, 256, 4, 1, 2, NEIGHBORS)),
 }
 """For codebooks without shifts and with them, where both shifts are tried each time."""
 
@@ -169,7 +169,7 @@ def propose(scale, ll, rule, steps, found):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def settle(x, weight, a, d, rule, effort, lookup, s, signs, other):  # type: ignore[no-untyped-def]
+def improve_super_block(x, weight, a, d, rule, effort, lookup, s, signs, other):  # type: ignore[no-untyped-def]
     """Improves d, s [groups] and signs [segments] of a super-block from x[a] on; returns (d as fp16 has it, cost).
 
     The cost is the error less that of zeros.
@@ -225,7 +225,9 @@ def vector_rows(x, weight, tables, rule, ratios, effort, d, s, signs, errors, st
                 inverse = np.float32(1.0) / (candidate * np.float32(rule.unit)) if candidate > 0 else np.float32(0.0)
                 for g in range(groups):
                     tried[g] = nearest_step(scale[g], inverse, np.float32(rule.top))
-                found, cost = settle(row, weight, a, candidate, rule, effort, lookup, tried, tried_signs, other)
+                found, cost = improve_super_block(
+                    row, weight, a, candidate, rule, effort, lookup, tried, tried_signs, other
+                )
                 if cost < least:
                     least, d[n, b] = cost, found
                     s[n, b * groups : (b + 1) * groups] = tried
@@ -237,7 +239,7 @@ def vector_rows(x, weight, tables, rule, ratios, effort, d, s, signs, errors, st
 
 
 def vector_scales(
-    x: Tensor, weight: Tensor, book: Codebook, block: int, rule: Rule, effort: Effort
+    x: Tensor, weight: Tensor, book: Codebook, block: int, rule: Rule, effort: VectorEffort
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(d, s, signs of the shifts, errors) of every super-block.
 

@@ -11,7 +11,7 @@ from numba import njit
 from torch import Tensor
 
 from qtool.numerics.codebooks.codebook import Codebook
-from qtool.numerics.codebooks.nearest import close_entry, flip_cheapest, nearest, sizes, workspace
+from qtool.numerics.codebooks.nearest import close_entry, flip_cheapest, nearest_span, sizes, workspace
 from qtool.numerics.scales.search import FAST
 from qtool.numerics.scales.table_search import column_weights
 from qtool.numerics.threads.parallel import over_rows
@@ -44,7 +44,7 @@ def exact_rows(x, weight, scale, offset, tables, memory, codes, start, stop):  #
             for j in range(span):
                 target[j] = x[n, a + j] - offset[n, a // width]
             part = slice(a, a + span)
-            nearest(target, weight[part], scale[n, a // width], tables, memory, codes[n, part])
+            nearest_span(target, weight[part], scale[n, a // width], tables, memory, codes[n, part])
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)

@@ -175,7 +175,7 @@ def relative_error(x, levels, d, s, weight):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def search_rows(x, importance, weights, values, width, kind, rule, shells, d, s, errors, start, stop):  # type: ignore[no-untyped-def]
+def codebook_rows(x, importance, weights, values, width, kind, rule, shells, d, s, errors, start, stop):  # type: ignore[no-untyped-def]
     """Fills d, errors [N, S] and s [N, G] for rows start to stop of x [N, K]; see `ggml_codebook_scales`.
 
     values [M]: what numbers stand for.
@@ -227,6 +227,6 @@ def ggml_codebook_scales(
     arrays = searchable(x), known, weight.cpu().numpy(), book.magnitudes, book.width
     d, s, errors = (np.zeros((len(x), x.shape[1] // width), np.float32) for width in (SUPER, rule.group, SUPER))
     shells = shells_of(book, kind.shells)
-    over_rows(lambda a, b: search_rows(*arrays, kind, rule, shells, d, s, errors, a, b), len(x))
+    over_rows(lambda a, b: codebook_rows(*arrays, kind, rule, shells, d, s, errors, a, b), len(x))
     scale, steps, error = (torch.from_numpy(part).to(x.device) for part in (d, s, errors))
     return scale, steps, torch.empty(len(x), 0, dtype=torch.uint8, device=x.device), error

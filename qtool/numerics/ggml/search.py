@@ -181,7 +181,7 @@ def second_level(weight, kind, searched, scale, minimum, d, dmin, a, b, work):  
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def search_rows(x, importance, kind, block, d, dmin, a, b, start, stop):  # type: ignore[no-untyped-def]
+def ggml_rows(x, importance, kind, block, d, dmin, a, b, start, stop):  # type: ignore[no-untyped-def]
     """Fills d, dmin [N, S] and a, b [N, G] for rows start to stop of x [N, K]; see `ggml_scales`."""
     groups, given = x.shape[1] // kind.width, len(importance) > 0
     side, weight = np.empty((kind.width, groups), F32), np.empty((kind.width, groups), F32)
@@ -223,6 +223,6 @@ def ggml_scales(x: Tensor, importance: Tensor | None, kind: Kind, block: int) ->
     given = np.empty(0, np.float32)
     if importance is not None:
         given, kind = importance.float().contiguous().cpu().numpy(), kind._replace(sweep=WEIGHTED)
-    over_rows(lambda p, q: search_rows(values, given, kind, block, *found, p, q), len(values))
+    over_rows(lambda p, q: ggml_rows(values, given, kind, block, *found, p, q), len(values))
     d, dmin, a, b = (torch.from_numpy(part).to(x.device) for part in found)
     return d, dmin, a, b

@@ -157,7 +157,7 @@ def products(x, weight, levels):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def search_rows(x, importance, weights, kind, rule, shells, d, s, minus, errors, start, stop):  # type: ignore[no-untyped-def]
+def ternary_rows(x, importance, weights, kind, rule, shells, d, s, minus, errors, start, stop):  # type: ignore[no-untyped-def]
     """Fills d, errors [N, S], s [N, G] and minus [N, G H] for rows start to stop; see `ggml_ternary_scales`."""
     per, group, shifts, delta = s.shape[1] // d.shape[1], rule.group, rule.group // rule.segment, F32(rule.delta)
     weight, levels, stepped = np.empty((3, SUPER), F32)
@@ -205,6 +205,6 @@ def ggml_ternary_scales(
     arrays = searchable(x), known, weight.cpu().numpy()
     d, s, errors = (np.zeros((len(x), x.shape[1] // width), np.float32) for width in (SUPER, rule.group, SUPER))
     minus, shells = np.zeros((len(x), x.shape[1] // rule.segment), np.uint8), shells_of(book, SHELLS)
-    over_rows(lambda a, b: search_rows(*arrays, kind, rule, shells, d, s, minus, errors, a, b), len(x))
+    over_rows(lambda a, b: ternary_rows(*arrays, kind, rule, shells, d, s, minus, errors, a, b), len(x))
     scale, steps, down, error = (torch.from_numpy(part).to(x.device) for part in (d, s, minus, errors))
     return scale, steps, down, error

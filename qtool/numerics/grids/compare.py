@@ -159,7 +159,7 @@ def better_steps(
 
 
 def better_casts(w: Tensor, first: Tensor, second: Tensor, grid: Grid, weight: Tensor, blocks: int) -> Tensor:
-    """As `better_steps`, for scales, float32 [N, G] each, of levels to which `minifloat.nearest` rounds w."""
+    """As `better_steps`, for scales, float32 [N, G] each, of levels to which `minifloat.nearest_levels` rounds w."""
     found = np.empty((len(w), blocks), np.bool_)
     x, s, t, m = (t.contiguous().cpu().numpy() for t in (w, first, second, weight))
     over_rows(lambda a, b: cast_rows(x, s, t, *grid.numbers, m, found, a, b), len(w))

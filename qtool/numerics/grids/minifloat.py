@@ -234,7 +234,7 @@ def largest(x: Tensor, groups: int, factor: Tensor | None = None) -> Tensor:
     return torch.from_numpy(found).view(torch.float32)
 
 
-def nearest(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+def nearest_levels(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     """Indices of the levels nearest to x / scale: float32 [N, C], finite, and [N, G] -> uint8 [N, C].
 
     As in a saturating cast, ties go to the even multiple of the step, which has the even bit pattern where there is a

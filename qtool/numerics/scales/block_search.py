@@ -25,7 +25,7 @@ from qtool.numerics.threads.parallel import over_rows
 WIDTH = 32
 
 
-class Grid(NamedTuple):
+class Block(NamedTuple):
     """One block type.
 
     Attributes:
@@ -38,7 +38,7 @@ class Grid(NamedTuple):
     minima: bool
 
 
-class Effort(NamedTuple):
+class BlockEffort(NamedTuple):
     """How hard to search.
 
     Attributes:
@@ -52,14 +52,18 @@ class Effort(NamedTuple):
     rounds: int
 
 
-EFFORT = {"fast": Effort(32, F32(0.4), 0), "default": Effort(64, F32(0.75), 3), "thorough": Effort(160, F32(0.75), 10)}
+EFFORT = {
+    "fast": BlockEffort(32, F32(0.4), 0),
+    "default": BlockEffort(64, F32(0.75), 3),
+    "thorough": BlockEffort(160, F32(0.75), 10),
+}
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def closed_form(x, weight, scale, offset, grid):  # type: ignore[no-untyped-def]
+def closed_form(x, weight, scale, offset, kind):  # type: ignore[no-untyped-def]
     """(scale, offset) by least squares for the codes that a present pair gives."""
-    w, wl, wll, wr, wrl = moments(x, weight, scale, offset, grid.lowest, grid.highest)
-    if not grid.minima:
+    w, wl, wll, wr, wrl = moments(x, weight, scale, offset, kind.lowest, kind.highest)
+    if not kind.minima:
         return (scale + wrl / wll if wll > 0 else scale), F32(0)
     spread = w * wll - wl * wl
     if spread <= F32(1e-6) * w * wll:
@@ -68,16 +72,16 @@ def closed_form(x, weight, scale, offset, grid):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def swept(x, weight, reach, near, grid, table, sums):  # type: ignore[no-untyped-def]
+def swept(x, weight, reach, near, kind, table, sums):  # type: ignore[no-untyped-def]
     """(scale, offset) of our own sweep."""
-    if grid.minima:
-        found = free_offset(x, weight, reach, near, F32(np.inf), table, grid.highest, sums)
+    if kind.minima:
+        found = free_offset(x, weight, reach, near, F32(np.inf), table, kind.highest, sums)
         return found[0], found[1]
-    return free_scale(x, weight, reach, near, table, grid.lowest, grid.highest, sums)[0], F32(0)
+    return free_scale(x, weight, reach, near, table, kind.lowest, kind.highest, sums)[0], F32(0)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def search_rows(x, weight, reach, grid, effort, table, other, scale, offset, start, stop):  # type: ignore[no-untyped-def]
+def block_rows(x, weight, reach, kind, effort, table, other, scale, offset, start, stop):  # type: ignore[no-untyped-def]
     """Fills scale, offset [N, G] for rows start to stop. x [N, C], weight and reach [C], table [2, T].
 
     other: somebody else's scale and offset, or empty ones.
@@ -87,31 +91,31 @@ def search_rows(x, weight, reach, grid, effort, table, other, scale, offset, sta
         for g in range(x.shape[1] // WIDTH):
             part = slice(g * WIDTH, (g + 1) * WIDTH)
             xg, wg = x[n, part], weight[part]
-            s, o = swept(xg, wg, reach[part], effort.near, grid, table, sums)
+            s, o = swept(xg, wg, reach[part], effort.near, kind, table, sums)
             scale[n, g], offset[n, g] = half(s), half(o)
-            least = group_error(xg, wg, scale[n, g], offset[n, g], grid.lowest, grid.highest)
+            least = group_error(xg, wg, scale[n, g], offset[n, g], kind.lowest, kind.highest)
             for attempt in range(0 if len(other[0]) else 1, effort.rounds + 1):
                 if attempt == 0:
                     s, o = other[0][n, g], other[1][n, g]
                 else:
-                    s, o = closed_form(xg, wg, scale[n, g], offset[n, g], grid)
+                    s, o = closed_form(xg, wg, scale[n, g], offset[n, g], kind)
                 s, o = half(s), half(o)
-                found = group_error(xg, wg, s, o, grid.lowest, grid.highest)
+                found = group_error(xg, wg, s, o, kind.lowest, kind.highest)
                 if found < least:
                     least, scale[n, g], offset[n, g] = found, s, o
                 elif attempt > 0:
                     break
 
 
-def search(
-    x: Tensor, importance: Tensor | None, grid: Grid, effort: Effort, other: tuple[Tensor, Tensor] | None = None
+def search_blocks(
+    x: Tensor, importance: Tensor | None, kind: Block, effort: BlockEffort, other: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Parameters of all blocks.
 
     Args:
         x: float32 [N, C].
         importance: float32 [C] or None.
-        grid: the block type.
+        kind: the block type.
         effort: how hard to search.
         other: somebody else's result, from which the search goes on where it is the better start.
 
@@ -122,7 +126,7 @@ def search(
     weight = np.maximum(weight, np.float32(FLOOR))
     found = [np.zeros((x.shape[0], x.shape[1] // WIDTH), np.float32) for _ in range(2)]
     starts = tuple(p.contiguous().cpu().numpy() for p in other or (torch.empty(0, 0),) * 2)
-    trials, end = (offset_trials, grid.highest) if grid.minima else (signed_trials, grid.lowest)
+    trials, end = (offset_trials, kind.highest) if kind.minima else (signed_trials, kind.lowest)
     table = trials(int(end), effort.trials)
-    over_rows(lambda a, b: search_rows(values, weight, reach, grid, effort, table, starts, *found, a, b), len(values))
+    over_rows(lambda a, b: block_rows(values, weight, reach, kind, effort, table, starts, *found, a, b), len(values))
     return torch.from_numpy(found[0]).to(x.device), torch.from_numpy(found[1]).to(x.device)

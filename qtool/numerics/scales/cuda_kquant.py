@@ -24,8 +24,8 @@ COUNT = 4
 """Super-blocks of a program."""
 SUPER = 256
 """Columns of a super-block."""
-Grid = tuple[int, np.float32, np.float32, np.float32, np.float32, bool]
-Effort = tuple[int, np.float32, int, int]
+SuperBlock = tuple[int, np.float32, np.float32, np.float32, np.float32, bool]
+SuperBlockEffort = tuple[int, np.float32, int, int]
 STRETCHES = tl.constexpr(16)
 
 
@@ -140,7 +140,7 @@ def search_kernel(  # type: ignore[no-untyped-def]
     blocks, period, trials, near, rounds, distance, lowest, highest, low, top,
     others: tl.constexpr, minima: tl.constexpr, count: tl.constexpr, groups: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """See `kquant.search_rows`. x [blocks, G W]; weight, reach [period, G W]; d, dmin [blocks]; a, b [blocks, G]."""
+    """See `kquant.super_block_rows`. x [blocks, G W]; weight, reach [period, G W]; d, dmin [blocks]; a, b [blocks, G]."""
     block = tl.program_id(0) * count + tl.arange(0, count)
     group = tl.program_id(0) * count * groups + tl.arange(0, count * groups)
     j = tl.arange(0, width)
@@ -184,8 +184,8 @@ def search(
     weight: Tensor,
     reach: Tensor,
     tables: tuple[Tensor, Tensor],
-    grid: Grid,
-    effort: Effort,
+    grid: SuperBlock,
+    effort: SuperBlockEffort,
     other: Sequence[Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(d, dmin [N, S], a, b [N, S G]); see `kquant.search`.
@@ -195,8 +195,8 @@ def search(
         weight: float32 [C].
         reach: float32 [C].
         tables: trials, float32 [2, T], and `sweep.STRETCH`.
-        grid: a `kquant.Grid`.
-        effort: a `kquant.Effort`.
+        grid: a `kquant.SuperBlock`.
+        effort: a `kquant.SuperBlockEffort`.
         other: somebody else's result.
     """
     values, *rest = (t.to(x.device, torch.float32).contiguous() for t in (x, weight, reach, *tables))

@@ -27,7 +27,7 @@ from qtool.numerics.scales.sweep import half
 from qtool.numerics.threads.parallel import over_rows
 
 
-class Effort(NamedTuple):
+class TableEffort(NamedTuple):
     """How much is tried.
 
     Attributes:
@@ -45,7 +45,11 @@ class Effort(NamedTuple):
     near: int
 
 
-EFFORT = {"fast": Effort(9, 24, 1, 1, 0), "default": Effort(20, 64, 2, 2, 1), "thorough": Effort(60, 256, 6, 4, 2)}
+EFFORT = {
+    "fast": TableEffort(9, 24, 1, 1, 0),
+    "default": TableEffort(20, 64, 2, 2, 1),
+    "thorough": TableEffort(60, 256, 6, 4, 2),
+}
 
 
 @njit(nogil=True, cache=True, inline="always")
@@ -133,7 +137,7 @@ def propose(scale, ll, limit, steps, found):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def settle(v, weight, d, limit, rounds, near, table, low, m):  # type: ignore[no-untyped-def]
+def improve_multipliers(v, weight, d, limit, rounds, near, table, low, m):  # type: ignore[no-untyped-def]
     """Improves d and the multipliers m [groups of the block] in turns; returns (d, error) with d as fp16 stores it."""
     width = len(v) // len(m)
     for turn in range(rounds + 1):
@@ -183,7 +187,7 @@ def table_rows(x, weight, reach, table, low, high, limit, effort, other, d, m, s
             least = np.float32(np.inf)
             if len(other[0]):
                 kept[:] = other[1][n, s * groups : (s + 1) * groups]
-                d[n, s], least = settle(v, w, other[0][n, s], limit, 0, 0, table, low, kept)
+                d[n, s], least = improve_multipliers(v, w, other[0][n, s], limit, 0, 0, table, low, kept)
             for g in range(groups):
                 a, b = g * width, (g + 1) * width
                 scale[g], _, ll[g] = sweep(
@@ -194,7 +198,9 @@ def table_rows(x, weight, reach, table, low, high, limit, effort, other, d, m, s
                 propose(scale, ll, limit, multipliers, promising)
             for candidate in promising:
                 multiply(scale, candidate, limit, tried)
-                found, cost = settle(v, w, candidate, limit, rounds, near if groups > 1 else 0, table, low, tried)
+                found, cost = improve_multipliers(
+                    v, w, candidate, limit, rounds, near if groups > 1 else 0, table, low, tried
+                )
                 if cost < least:
                     least, d[n, s] = cost, found
                     kept[:] = tried
@@ -213,7 +219,7 @@ def table_scales(
     levels: Tensor,
     groups: tuple[int, int],
     limit: int,
-    effort: Effort,
+    effort: TableEffort,
     other: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(d, multipliers) of every block.

@@ -101,7 +101,7 @@ def settle_rows(curvature, pulls, minima, low, top, d, dmin, a, b, start, stop):
                 break
 
 
-def settle(
+def refit_multiples(
     curvature: Tensor, pull: Tensor, params: tuple[Tensor, Tensor, Tensor, Tensor], limits: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Better parameters of all rows.
