@@ -132,9 +132,9 @@ def test_two_level_parameters_settle_alike(minima: bool, groups: int, limits: tu
     steps = [(torch.rand(9, groups // 8, generator=generator) * 0.01).half().float() for _ in range(2)]
     integers = [torch.randint(*limits, (9, groups), generator=generator).float() for _ in range(2)]
     pull = 3 * torch.randn(9, size, generator=generator)
-    want = kquant_refit.settle(curvature, pull, (*steps, *integers), limits)
+    want = kquant_refit.refit_multiples(curvature, pull, (*steps, *integers), limits)
     moved = [p.cuda() for p in (*steps, *integers)]
-    found = kquant_refit.settle(curvature.cuda(), pull.cuda(), tuple(moved), limits)  # type: ignore[arg-type]
+    found = kquant_refit.refit_multiples(curvature.cuda(), pull.cuda(), tuple(moved), limits)  # type: ignore[arg-type]
     same = torch.stack([(a.cpu() == b).all(1) for a, b in zip(found[:3], want[:3], strict=True)]).all(0)
     assert same.float().mean() >= 0.7  # sums in another order tip a move, and with it those behind it
     torch.testing.assert_close(found[0].cpu(), want[0], rtol=0.05, atol=1e-4)

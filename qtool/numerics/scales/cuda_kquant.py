@@ -140,7 +140,7 @@ def search_kernel(  # type: ignore[no-untyped-def]
     blocks, period, trials, near, rounds, distance, lowest, highest, low, top,
     others: tl.constexpr, minima: tl.constexpr, count: tl.constexpr, groups: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """See `kquant.super_block_rows`. x [blocks, G W]; weight, reach [period, G W]; d, dmin [blocks]; a, b [blocks, G]."""
+    """`kquant.super_block_rows`. x [blocks, G W]; weight, reach [period, G W]; d, dmin [blocks]; a, b [blocks, G]."""
     block = tl.program_id(0) * count + tl.arange(0, count)
     group = tl.program_id(0) * count * groups + tl.arange(0, count * groups)
     j = tl.arange(0, width)

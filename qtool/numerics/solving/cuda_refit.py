@@ -124,10 +124,10 @@ def settle_kernel(  # type: ignore[no-untyped-def]
         tl.store(b_s + n * groups + place - groups, integers, (place >= groups) & (place < size))
 
 
-def settle(
+def refit_multiples(
     curvature: Tensor, pull: Tensor, params: tuple[Tensor, Tensor, Tensor, Tensor], limits: tuple[int, int], sweeps: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `kquant_refit.settle`."""
+    """See `kquant_refit.refit_multiples`."""
     d, dmin, a, b = (p.to(torch.float32).contiguous().clone() for p in params)
     rows, size = pull.shape
     settle_kernel[(rows,)](

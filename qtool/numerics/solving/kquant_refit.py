@@ -119,7 +119,7 @@ def refit_multiples(
     if pull.is_cuda:
         from qtool.numerics.solving import cuda_refit
 
-        return cuda_refit.settle(curvature, pull, params, limits, SWEEPS)
+        return cuda_refit.refit_multiples(curvature, pull, params, limits, SWEEPS)
     bend = curvature.contiguous().cpu().numpy()
     found = [t.cpu().numpy().copy() for t in (pull, *params)]
     low, top, minima = np.float32(limits[0]), np.float32(limits[1]), pull.shape[1] > params[2].shape[1]
