@@ -32,6 +32,8 @@ W4A16 = {
 WANTED = W4A16 | {
     "w8a16": ("int8-channel", "rtn"),
     "w8a8-int8": ("int8-channel", "rtn", "int8-token"),
+    "w4a16-awq": ("int4-g64", "rtn"),
+    "w8a8-int8-smooth": ("int8-channel", "rtn", "int8-token"),
     "w8a8-int8-static": ("int8-channel", "rtn", "int8-tensor"),
     "fp8-static": ("fp8-tensor", "rtn", "fp8-tensor"),
     "w4a8": ("int4-g128", "gptq", "int8-token"),
@@ -137,7 +139,7 @@ def test_no_family_needs_a_warning(entry, family):
 @every
 def test_data_is_needed_where_the_header_says_so(entry):
     made = planned(entry.name, UNTIED)
-    needs = any(p.needs for p in made.layers)
+    needs = any(p.needs for p in made.layers) or any(transform.needs for transform in made.recipe.transforms)
     assert needs == ("Calibrates on 128 x 512 tokens of built-in prose." in entry.path.read_text())
     calibration = made.recipe.calibration
     assert (calibration.data, calibration.samples, calibration.length) == ("builtin", 128, 512)
