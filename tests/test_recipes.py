@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 
 from qtool import registry
+from qtool.errors import PlanError
 from qtool.plan import make_plan
 from qtool.recipe.load import find_recipe, list_recipes, load_recipe
 from tests.recipe.shapes import QWEN3_600M, SMOLLM2_135M, TINY, Shapes, carriers
@@ -34,6 +35,7 @@ WANTED = W4A16 | {
     "w8a8-int8": ("int8-channel", "rtn", "int8-token"),
     "w4a16-awq": ("int4-g64", "rtn"),
     "w8a8-int8-smooth": ("int8-channel", "rtn", "int8-token"),
+    "mxfp4-hadamard": ("mxfp4", "gptq", "mxfp4"),
     "w8a8-int8-static": ("int8-channel", "rtn", "int8-tensor"),
     "fp8-static": ("fp8-tensor", "rtn", "fp8-tensor"),
     "w4a8": ("int4-g128", "gptq", "int8-token"),
@@ -130,6 +132,10 @@ def test_what_is_outside_the_blocks(entry, tied):
 @every
 @pytest.mark.parametrize("family", registry.names("checkpoint/families"))
 def test_no_family_needs_a_warning(entry, family):
+    if entry.name == "mxfp4-hadamard" and registry.load("checkpoint/families", family).mixture:
+        with pytest.raises(PlanError, match="its runtimes cannot be told to do hadamard-32 to inputs; qtool can"):
+            planned(entry.name, UNTIED | EXPERTS | {"model_type": family})
+        return
     made = planned(entry.name, UNTIED | EXPERTS | {"model_type": family})
     assert made.warnings == ()
     gguf = entry.name.startswith("gguf")
