@@ -17,6 +17,9 @@ MEMORY_LIMIT = 4 << 30
 DEVICE_PART = 16
 """Hidden states stay on a CUDA device if they take no larger part of its memory than one in so many."""
 
+WAITING_PART = 4
+"""Batches wait on a CUDA device, instead of starting anew, if that takes no larger part of its memory."""
+
 
 class Hidden:
     """[S, T, H] hidden states, read and replaced some samples at a time.
@@ -65,6 +68,13 @@ class Hidden:
 def has_room(device: torch.device, nbytes: int) -> bool:
     """Whether so many bytes may stay on a CUDA device."""
     return device.type == "cuda" and nbytes * DEVICE_PART <= torch.cuda.get_device_properties(device).total_memory
+
+
+def waiting_limit(device: torch.device) -> int:
+    """Bytes that the intermediates of all batches may take on a device while they wait for layers to be solved."""
+    if device.type != "cuda":
+        return MEMORY_LIMIT
+    return int(torch.cuda.get_device_properties(device).total_memory) // WAITING_PART
 
 
 def mapped(count: int, dtype: torch.dtype) -> Tensor:

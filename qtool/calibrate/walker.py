@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qtool.calibrate.blocks import TABLE_VALUES, Blocks
 from qtool.calibrate.cache import MeteredCache, rounded_cache
 from qtool.calibrate.foreign import check_tokens
-from qtool.calibrate.hidden import MEMORY_LIMIT, Hidden
+from qtool.calibrate.hidden import Hidden, waiting_limit
 from qtool.calibrate.inputs import rounded
 from qtool.calibrate.meter import Meter
 from qtool.calibrate.reference import Reference
@@ -93,7 +93,7 @@ class Walker(Blocks):
         if reference:
             reference.begin(i, [m for reads, m in readers.items() if any(s.compares for s in needs[reads])], keep)
         width = 3 * hidden.width + max((m.shape[1] for m in readers.values()), default=0)
-        suspend = hidden.samples * hidden.length * width * self.dtype.itemsize <= MEMORY_LIMIT
+        suspend = hidden.samples * hidden.length * width * self.dtype.itemsize <= waiting_limit(self.device)
         self.block_arguments(hidden.length)  # recorded before threads ask for them
         parts = self.parts(hidden)
         threads = (1, 1) if cache else self.shares(parts)  # a cache is no place for two batches

@@ -15,6 +15,7 @@ https://docs.nvidia.com/deeplearning/cudnn/frontend/latest/operations/BlockScali
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -128,7 +129,7 @@ class TwoLevel(Scaled):
             covering = self.largest(w, groups) / self.grid.highest
             return nonzero(nearest_bits(covering * (1.0 / t)))
         ends = self.extents(w, importance, groups) / self.grid.highest
-        values = (local(torch.arange(LARGEST + 1, dtype=torch.uint8)).double() * t).float()
+        values = scales(t, w.device)
         found = best_code(w, importance, nearest_bits(ends / t), values, TRIED[self.search], self.grid)
         return torch.where(ends[..., 0] > 0, found, EMPTY)
 
@@ -140,6 +141,12 @@ class TwoLevel(Scaled):
         """See `Format.refit`: t stays, and so does a scale that is not wanted positive."""
         wanted = nearest_bits(scale / params["tensor"]).clamp_min(SMALLEST)
         return params | {"scale": torch.where(scale > 0, wanted, params["scale"])}
+
+
+@lru_cache(maxsize=16)
+def scales(t: float, device: torch.device) -> Tensor:
+    """Scales of groups by bit pattern, float32 [LARGEST + 1]."""
+    return (local(torch.arange(LARGEST + 1, dtype=torch.uint8)).double() * t).float().to(device)
 
 
 def local(bits: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ Shape letters: N rows, C columns.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from numba import njit
@@ -59,8 +61,9 @@ def importances(importance: Tensor | None, columns: int) -> Tensor:
     if importance is None:
         return torch.ones(columns)
     given = importance.double()
-    if not bool(((given >= 0) & (given < torch.inf)).all()):
+    least, most = torch.stack(given.aminmax()).tolist()  # one look at a device; NaN shows in both
+    if not (least >= 0 and most < math.inf):
         odd = given[~((given >= 0) & (given < torch.inf))][0]
         raise NumericsError("importances of inputs", wanted="finite numbers from 0 on", found=f"{float(odd):g}")
-    exponent = int(torch.frexp(given.max()).exponent)
+    exponent = math.frexp(most)[1]
     return (given if abs(exponent) < USUAL else given * 2.0**-exponent).float()

@@ -7,6 +7,8 @@ Shape letters: N rows, C columns, G groups of W columns, E ends.
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 import triton
@@ -169,13 +171,19 @@ def prepared(
     return arrays, x.numel() // width, x.shape[1] // width, block, max(1, TILE // block)  # type: ignore[return-value]
 
 
+@cache
+def on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32 numbers that are used again and again; copying them takes longer than a kernel."""
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
+
+
 def symmetric(
     x: Tensor, weight: Tensor, reach: Tensor, width: int, lowest: int, highest: int, ratios: np.ndarray
 ) -> Tensor:
     """Scales [N, G]; see `search.symmetric`, weight and reach [C] as it prepares them."""
     arrays, groups, period, block, count = prepared(x, weight, reach, width)
     scale = x.new_empty(len(x), period, dtype=torch.float32)
-    tried = torch.from_numpy(ratios).to(x.device)
+    tried = on_device(tuple(ratios.tolist()), x.device)
     symmetric_kernel[(cdiv(groups, count),)](
         *arrays, tried, scale, groups, period, width, float(lowest), float(highest), len(ratios), block, count
     )
@@ -188,7 +196,7 @@ def zero_point(
     """Scales and zero points [N, G]; see `search.zero_point`."""
     arrays, groups, period, block, count = prepared(x, weight, reach, width)
     scale, zero = x.new_empty(2, len(x), period, dtype=torch.float32)
-    tried = torch.from_numpy(ratios).to(x.device)
+    tried = on_device(tuple(ratios.tolist()), x.device)
     zero_point_kernel[(cdiv(groups, count),)](
         *arrays, tried, scale, zero, groups, period, width, float(lowest), float(highest), len(ratios), block, count
     )
@@ -201,7 +209,7 @@ def free_offset(
     """Scales and offsets [N, G]; see `search.free_offset`."""
     arrays, groups, period, block, count = prepared(x, weight, reach, width)
     scale, offset = x.new_empty(2, len(x), period, dtype=torch.float32)
-    tried = torch.from_numpy(ratios).to(x.device)
+    tried = on_device(tuple(ratios.tolist()), x.device)
     offset_kernel[(cdiv(groups, count),)](
         *arrays, tried, scale, offset, groups, period, width, float(highest), len(ratios), block, count
     )

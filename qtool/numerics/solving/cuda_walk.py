@@ -61,17 +61,30 @@ def walk_kernel(  # type: ignore[no-untyped-def]
 
 
 def walk_block(
-    w: Tensor, factor: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, middles: Tensor
+    w: Tensor,
+    factor: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    levels: Tensor,
+    middles: Tensor,
+    ends: tuple[float, float],
 ) -> tuple[Tensor, Tensor]:
-    """(codes, errors), [B, N] each, of one block; see `walk.walk_rows`. All on one device, levels wherever they are."""
+    """(codes, errors), [B, N] each, of one block; see `walk.walk_rows`.
+
+    Args:
+        w: float32 [B, N].
+        factor: float32 [B, B].
+        scale: float32 [B, N].
+        offset: float32 [B, N].
+        levels: float32 [L].
+        middles: see `walk.nearest`; empty for consecutive integers.
+        ends: the first and the last of consecutive integers.
+    """
     columns, rows = w.shape
     codes, error = torch.empty_like(w, dtype=torch.uint8), torch.empty_like(w)
-    table, between = levels.to(w.device), middles.to(w.device)
-    lowest = float(levels[0])
     walk_kernel[(cdiv(rows, ROWS),)](
-        w, factor, factor.stride(0), scale.contiguous(), offset.contiguous(), table, between, codes, error,
-        rows, columns, lowest, lowest + len(levels) - 1, (len(middles) + 1) // 2, next_power_of_2(columns), ROWS,
-        num_warps=WARPS,
+        w, factor, factor.stride(0), scale.contiguous(), offset.contiguous(), levels, middles, codes, error,
+        rows, columns, *ends, (len(middles) + 1) // 2, next_power_of_2(columns), ROWS, num_warps=WARPS,
     )  # fmt: skip
     return codes, error
 

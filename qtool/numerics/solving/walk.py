@@ -105,7 +105,8 @@ def walk(
     """
     rest = w.T.contiguous()
     codes = torch.empty(rest.shape, dtype=torch.uint8, device=w.device)
-    between = levels.new_empty(0) if is_uniform(levels) else middles(levels)
+    between = (levels.new_empty(0) if is_uniform(levels) else middles(levels)).to(w.device)
+    ends, table = (float(levels[0]), float(levels[0]) + len(levels) - 1), levels.to(w.device)
     errors = rest.new_empty(max(block, BLOCK // block * block), rest.shape[1])
     for first in range(0, len(rest), len(errors)):
         last = min(first + len(errors), len(rest))
@@ -118,7 +119,7 @@ def walk(
                 found, error = walk_vector_block(current, here, scale.T, offset.T, levels, book, vectors[1][a:b])
                 found, error = found.T, error.T
             else:
-                found, error = _walk_block(rest[a:b], here, scale, offset, levels, between)
+                found, error = _walk_block(rest[a:b], here, scale, offset, table, between, ends)
             codes[a:b], errors[a - first : b - first] = found, error
             rest[b:last].addmm_(factor[a:b, b:last].T, error, alpha=-1)
         rest[last:].addmm_(factor[first:last, last:].T, errors[: last - first], alpha=-1)
@@ -126,13 +127,19 @@ def walk(
 
 
 def _walk_block(
-    w: Tensor, factor: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, between: Tensor
+    w: Tensor,
+    factor: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    levels: Tensor,
+    between: Tensor,
+    ends: tuple[float, float],
 ) -> tuple[Tensor, Tensor]:
     """(codes, errors), [B, N] each, of one block; see `walk_rows`."""
     if w.is_cuda:
         from qtool.numerics.solving import cuda_walk
 
-        return cuda_walk.walk_block(w, factor, scale, offset, levels, between)
+        return cuda_walk.walk_block(w, factor, scale, offset, levels, between, ends)
     codes, error = np.empty(w.shape, np.uint8), np.empty(w.shape, np.float32)
     arrays = [t.contiguous().cpu().numpy() for t in (w, factor, scale, offset, levels, between)]
     over_rows(lambda a, b: walk_rows(*arrays, codes, error, a, b), codes.shape[1])
