@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from qtool.calibrate import blocks as blocks_module
 from qtool.calibrate import reference as reference_module
+from qtool.calibrate import hidden as hidden_module
 from qtool.calibrate import walker as walker_module
 from qtool.calibrate.meta import build_on_meta, quiet
 from qtool.calibrate.walker import Walker
@@ -162,7 +163,7 @@ def replaced(module):
 @pytest.mark.parametrize("limit", [1 << 30, 0])
 def test_drift_is_measured_against_the_unquantized_model(limit, tiny_checkpoint, monkeypatch):
     monkeypatch.setattr(blocks_module, "BATCH_TOKENS", 80)  # two samples, then one
-    monkeypatch.setattr(walker_module, "MEMORY_LIMIT", limit)
+    monkeypatch.setattr(hidden_module, "MEMORY_LIMIT", limit)
     monkeypatch.setattr(reference_module, "SHARE", 0.3)  # of three samples: the first
     folder = tiny_checkpoint("llama-biased")
     walker, model = Walker(HFCheckpoint(folder), CPU, torch.float32), load_reference(folder)
@@ -189,7 +190,7 @@ def test_drift_is_measured_against_the_unquantized_model(limit, tiny_checkpoint,
 @pytest.mark.parametrize("limit", [1 << 30, 0])
 def test_an_input_is_measured_behind_the_weights_replaced_before_it(limit, tiny_checkpoint, monkeypatch):
     monkeypatch.setattr(blocks_module, "BATCH_TOKENS", 80)  # two samples, then one
-    monkeypatch.setattr(walker_module, "MEMORY_LIMIT", limit)  # 0: waiting batches start anew
+    monkeypatch.setattr(hidden_module, "MEMORY_LIMIT", limit)  # 0: waiting batches start anew
     folder = tiny_checkpoint("llama-biased")
     walker, model = Walker(HFCheckpoint(folder), CPU, torch.float32), load_reference(folder)
     hidden, block, order = walker.embed(TOKENS), walker.load_block(0), []
