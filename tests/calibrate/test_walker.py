@@ -10,8 +10,8 @@ import torch
 from torch.testing import assert_close
 
 from qtool.calibrate import blocks as blocks_module
-from qtool.calibrate import reference as reference_module
 from qtool.calibrate import hidden as hidden_module
+from qtool.calibrate import reference as reference_module
 from qtool.calibrate import walker as walker_module
 from qtool.calibrate.meta import build_on_meta, quiet
 from qtool.calibrate.walker import Walker
