@@ -1,0 +1,54 @@
+"""What transforms are worth on the demo model off any grid, and with outliers in its activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import models
+from qtool.pipeline.quantize import QuantizeOptions, run
+from scripts.prose import prose
+
+
+@pytest.fixture(scope="module")
+def divergence(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., float]:
+    """Mean KL divergence of a recipe's result, two chunks of 256 tokens."""
+    work = tmp_path_factory.mktemp("transforms")
+    (text := work / "prose.txt").write_text(prose()[:20000], encoding="utf-8")
+    folders = {
+        "plain": models.off_grid(demo_checkpoint, work / "plain"),
+        "outliers": models.off_grid(demo_checkpoint, work / "outliers", outliers=30),
+    }
+
+    def measure(variant: str, recipe: str, *overrides: str) -> float:
+        asked: tuple[Any, ...] = (
+            "calibration={data: builtin, samples: 8, length: 512}",
+            f"eval={{text: {text}, context: 256, chunks: 2}}",
+            "export=[{to: qtool}]",
+        )
+        options = QuantizeOptions(str(folders[variant]), recipe, work / "out", (*asked, *overrides), overwrite=True)
+        (found,) = run(options).evaluations
+        assert found.kld_mean is not None
+        return found.kld_mean
+
+    return measure
+
+
+@pytest.mark.demo
+@pytest.mark.slow
+def test_scaled_weights_are_rounded_better_at_four_bits(divergence: Callable[..., float]) -> None:
+    plain = divergence("plain", "w4a16-rtn-g64")
+    assert 0.1 < plain < 1
+    assert divergence("plain", "w4a16-awq") < 0.85 * plain
+    assert divergence("plain", "w4a16-rtn-g64", "transforms=[smooth]") < 0.85 * plain
+
+
+@pytest.mark.demo
+@pytest.mark.slow
+def test_smoothing_takes_away_what_outliers_of_inputs_cost(divergence: Callable[..., float]) -> None:
+    weights_only = divergence("outliers", "w8a16")
+    assert divergence("outliers", "w8a8-int8") > 5 * weights_only
+    assert divergence("outliers", "w8a8-int8-smooth") < 1.2 * weights_only
