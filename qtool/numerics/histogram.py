@@ -10,6 +10,11 @@ import math
 import torch
 from torch import Tensor
 
+from qtool.errors import NumericsError
+
+LARGEST = 2.0**126
+"""What numbers have to be smaller than: their reach is a power of two, and twice that is still a number."""
+
 BINS = 8192
 """Even. Where 8-bit codes cover all of the range, 32 bins share a code; clipped to a thirtieth of it, one."""
 
@@ -33,12 +38,19 @@ class Histogram:
         self.low, self.high = torch.full((rows,), math.inf), torch.full((rows,), -math.inf)
 
     def add(self, x: Tensor) -> None:
-        """Counts a batch of finite numbers, [R, any number] or, with one row, of any shape; of any float type."""
+        """Counts a batch of numbers, [R, any number] or, with one row, of any shape; of any float type.
+
+        Raises:
+            NumericsError: one is NaN, or has no power of two above it in float32.
+        """
         if x.numel() == 0:
             return
         rows, bins = self.counts.shape
         x = x.reshape(rows, -1).float()
         low, high = (end.cpu() for end in torch.aminmax(x, dim=1))
+        largest = float(torch.maximum(-low, high).max())
+        if not largest < LARGEST:
+            raise NumericsError("numbers are too large to be counted", wanted=f"below {LARGEST:g}", found=f"{largest:g}")
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
         self._cover(torch.maximum(-low, high))
         per_unit = (bins / 2 / self.reach).to(x.device)

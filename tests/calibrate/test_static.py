@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from qtool.calibrate.inputs import fit_static, quantize_static
 from qtool.checkpoint._base import Static
+from qtool.errors import NumericsError
 from qtool.formats.fp import FP
 from qtool.formats.int import Int
 from qtool.numerics.histogram import BINS, Histogram
@@ -43,6 +44,12 @@ def test_every_number_is_in_the_bin_that_it_is_nearest_to():
         expected[int((x + values.reach) / width)] += 1
     assert float((values.counts - expected).abs().sum()) <= 4  # numbers on the border of two bins
     assert_close(values.centers()[0, [0, -1]], torch.tensor([-32 + width / 2, 32 - width / 2]))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 2.0**126, -3e38])
+def test_what_cannot_be_counted_is_refused(value):
+    with pytest.raises(NumericsError, match="too large to be counted"):
+        counted(torch.tensor([1.0, value, 2.0]))
 
 
 def test_rows_are_counted_one_by_one():

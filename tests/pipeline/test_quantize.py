@@ -269,7 +269,7 @@ def test_work_of_the_same_run_is_not_done_again(tiny_checkpoint, recipes, tmp_pa
     out, model = tmp_path / "out", str(tiny_checkpoint("llama"))
     first = run(QuantizeOptions(model, recipes["gguf"], out, keep=True))
     shutil.rmtree(out)
-    monkeypatch.setattr("qtool.pipeline.quantize.solve", None)
+    monkeypatch.setattr("qtool.pipeline.solver.solve", None)
     assert run(QuantizeOptions(model, recipes["gguf"], out)).layers == first.layers
 
 
