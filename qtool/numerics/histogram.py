@@ -50,7 +50,9 @@ class Histogram:
         low, high = (end.cpu() for end in torch.aminmax(x, dim=1))
         largest = float(torch.maximum(-low, high).max())
         if not largest < LARGEST:
-            raise NumericsError("numbers are too large to be counted", wanted=f"below {LARGEST:g}", found=f"{largest:g}")
+            raise NumericsError(
+                "numbers are too large to be counted", wanted=f"below {LARGEST:g}", found=f"{largest:g}"
+            )
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
         self._cover(torch.maximum(-low, high))
         per_unit = (bins / 2 / self.reach).to(x.device)

@@ -67,6 +67,7 @@ def every_error():
             "error: reading x.parquet needs the package pyarrow; install it with: pip install 'qtool[data]'\n",
         ),
         (errors.HubError("refused"), 11, "error: refused\n"),
+        (errors.StrictError("a warning"), 12, "error: a warning\n"),
         (
             KeyboardInterrupt(),
             130,

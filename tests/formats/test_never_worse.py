@@ -256,7 +256,8 @@ def test_no_scale_is_worse_than_without_a_search(label: str, matrix: bool) -> No
     ours, plain = found(fmt), found(fmt.model_copy(update=PLAIN_RULES[label]))
     assert (ours <= plain * (1 + 1e-8)).all()
     if "tensor" not in label and "mxfp8" not in label:  # where there is little to be found
-        assert (ours[plain > 0] / plain[plain > 0]).mean() < 0.99
+        coarse = label.startswith(("mxfp6", "mxint8", "bfp8"))  # fine grids, whose scales are powers of two
+        assert (ours[plain > 0] / plain[plain > 0]).mean() < (0.994 if coarse else 0.99)
 
 
 @pytest.mark.parametrize("label", ["fp8-channel", "fp4-g16", "int4-g128", "biased4-g64", "qoq-g128"])
