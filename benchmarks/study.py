@@ -32,8 +32,9 @@ from qtool.evaluate.divergence import Scores
 from qtool.evaluate.run import Logits, Steps, chunked, encode, walk
 from qtool.formats._base import Format
 from qtool.methods.rtn import RTN
-from qtool.pipeline.quantize import QuantizeOptions, with_static
+from qtool.pipeline.quantize import QuantizeOptions
 from qtool.pipeline.quantize import run as quantize
+from qtool.pipeline.solver import with_static
 from qtool.pipeline.solve import informed
 from qtool.plan import LayerPlan
 from qtool.recipe.parse import parse_format

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtool.artifact.qtool import Qtool
-from qtool.calibrate.store import read_stats
+from qtool.calibrate.shards import StatsFolder
 from qtool.calibrate.tokens import load_tokens
 from qtool.checkpoint.open import open_checkpoint
 from qtool.formats.int import Int
@@ -138,8 +138,7 @@ def test_statistics_in_a_file(name, unreached, recipe, tmp_path):
     path = tmp_path / name
     calibrate(CalibrateOptions(str(unreached), recipe, path, device="cpu", dtype="fp32"))
     if name == "stats":
-        stats, _ = read_stats(path)
-        experts = {reads: s.tokens for reads, s in stats.items() if ".experts." in reads}
+        experts = {reads: held.tokens for reads, held in StatsFolder(path).index.inputs.items() if ".experts." in reads}
         assert len(experts) == 2 * (2 * 4) - 2
         assert not [reads for reads in experts if ".1.mlp.experts.3." in reads]
         assert sum(n for reads, n in experts.items() if reads.endswith(".in")) == 2 * 2 * 3 * 48
