@@ -34,8 +34,8 @@ from qtool.formats._base import Format
 from qtool.methods.rtn import RTN
 from qtool.pipeline.quantize import QuantizeOptions
 from qtool.pipeline.quantize import run as quantize
-from qtool.pipeline.solver import with_static
 from qtool.pipeline.solve import informed
+from qtool.pipeline.solver import with_static
 from qtool.plan import LayerPlan
 from qtool.recipe.parse import parse_format
 from qtool.recipe.schema import Calibration
