@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -129,7 +132,8 @@ WRONG = {
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name())
 def test_what_cannot_have_been_measured_is_not_loaded(kind: type) -> None:
-    state = measured(kind, X, X_0)[kind].state()
+    stats = measured(kind, X, X_0)
+    state = stats[kind].state()
     changed = [{name: tensor[..., :-1] for name, tensor in state.items()}, state | {"more": torch.zeros(1)}]
     infinite = {name: tensor.clone() for name, tensor in state.items()}
     next(iter(infinite.values())).flatten()[3] = torch.inf
@@ -155,3 +159,14 @@ def test_weights_of_tokens_are_cut_where_the_reference_ends() -> None:
     (x, x_0, w), (rest, nothing, others) = seen
     assert torch.equal(x, X[:30]) and torch.equal(x_0, X_0[:30]) and torch.equal(w["q"], weights[:30])
     assert torch.equal(rest, X[30:]) and nothing is None and torch.equal(others["q"], weights[30:])
+
+
+def test_a_gram_matrix_goes_with_its_statistics_and_waits_for_no_collector() -> None:
+    gc.disable()
+    try:
+        stats = measured(Gram, X, X_0)
+        gone = weakref.ref(stats[Gram])
+        del stats
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar, cast
+from weakref import proxy
 
 import torch
 from torch import Tensor
@@ -117,7 +118,7 @@ class InputStats:
         self.cache: dict[object, object] = {}
         self._found: dict[type[Statistic], Statistic] = {kind: kind(k, device) for kind in in_order(needs)}
         for statistic in self._found.values():
-            statistic.others = self
+            statistic.others = proxy(self)  # no cycle: Gram matrices go when the last reader is solved
 
     def __contains__(self, kind: type[Statistic]) -> bool:
         return kind in self._found
