@@ -8,11 +8,16 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 FUZZ_ARGS ?= --count 100000
 PROCESSORS ?= generic znver3 skylake-avx512
-# Kernels take longer to compile than to run, so that one format stands for those that share them.
-PROCESSOR_TESTS := -k "not thorough and not iq1_m and not iq2_s and not iq2_xxs and not iq3" \
-	tests/formats/test_never_worse.py tests/formats/test_ranges.py \
-	$(addprefix tests/formats/test_, fp.py int.py biased.py qoq.py microscaling.py) \
-	$(addprefix tests/numerics/test_, affine.py compare.py minifloat.py scale_codes.py search.py sweep.py)
+# What is decided by sums: every search against the rule without one and against ggml's, ties, constant rows, GPTQ's walk. Kernels take
+# longer to compile than to run, so that one setting stands for those that share them.
+PROCESSOR_TESTS := -k "not thorough and not fast and not iq1 and not iq2 and not iq3" \
+	tests/formats/test_never_worse.py::test_no_block_is_worse \
+	tests/formats/test_never_worse.py::test_no_scale_is_worse_than_without_a_search \
+	tests/formats/test_never_worse.py::test_no_scale_of_two_levels_is_worse_than_that_which_covers \
+	tests/formats/test_never_worse.py::test_a_tie_goes_to_the_rule_without_a_search \
+	tests/formats/test_fp.py::test_search_beats_minmax tests/formats/test_fp.py::test_zeros_and_what_is_no_number \
+	$(addprefix tests/numerics/test_, compare.py scale_codes.py search.py sweep.py) \
+	tests/methods/test_gptq.py::test_codes_equal_the_plain_loop tests/methods/test_gptq.py::test_output_error_is_below_rounding
 
 .PHONY: setup demo test test-processors test-newest test-oldest newest check format docs bench bench-gpu fuzz clean
 
@@ -74,12 +79,7 @@ newest: $(READY)
 
 # Searches choose by sums whose order follows the processor's registers: what they promise has to hold in any order.
 test-processors: $(READY)
-	@for name in $(PROCESSORS); do \
-		case $$name in *avx512*) grep -q avx512vl /proc/cpuinfo || { echo "$$name: not on this processor"; continue; };; esac; \
-		echo "kernels for $$name:"; \
-		NUMBA_CPU_NAME=$$name NUMBA_CPU_FEATURES= OMP_WAIT_POLICY=PASSIVE \
-			$(BIN)/python -m pytest --quiet --numprocesses auto --dist worksteal $(PROCESSOR_TESTS) || exit 1; \
-	done
+	$(BIN)/python -m scripts.processors $(PROCESSORS) -- $(PROCESSOR_TESTS)
 
 check: $(READY)
 	$(BIN)/ruff check
