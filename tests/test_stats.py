@@ -10,6 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from qtool import registry
+from qtool.numerics.threads.ranks import Ranks
 from qtool.stats._base import Batch, InputStats
 from qtool.stats.channels import Channels
 from qtool.stats.drift import Drift
@@ -115,6 +116,30 @@ def test_a_state_is_loaded_and_merged_further(kind: type) -> None:
     assert_same(loaded, first)
     loaded.merge(rest)
     assert_same(loaded, measured(kind, X, X_0[:40]))
+
+
+def combined(ranks: Ranks, kind: type, cut: int) -> tuple[int, dict[str, dict[str, torch.Tensor]]]:
+    """Tokens up to a cut in one process, the others in the other."""
+    x, x_0 = (X[:cut], X_0[: min(cut, 40)]) if ranks.first else (X[cut:], X_0[cut:40])
+    stats = measured(kind, x, x_0)
+    stats.combine(ranks)
+    return stats.tokens, {s.name(): s.state() for s in stats}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name())
+@pytest.mark.parametrize("cut", [20, 60, 0])
+def test_processes_combine_what_they_measured(kind: type, cut: int, together) -> None:
+    (tokens, first), (others, second) = together(combined, kind, cut)
+    want = measured(kind, X, X_0[:40])
+    assert tokens == others == want.tokens
+    assert first.keys() == second.keys() == {s.name() for s in want}
+    for statistic in want:
+        state = statistic.state()
+        assert first[statistic.name()].keys() == state.keys()
+        for name, tensor in state.items():
+            found = first[statistic.name()][name]
+            assert torch.equal(found, second[statistic.name()][name])
+            assert_close(found, tensor, rtol=1e-5, atol=1e-6 * float(tensor.abs().max()))
 
 
 WRONG = {

@@ -27,6 +27,7 @@ from qtool.calibrate.operated import Following, Operated, put_behind
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, finite, modules
 from qtool.errors import CheckpointError
 from qtool.numerics.threads.parallel import shares
+from qtool.numerics.threads.ranks import ALONE, Ranks
 
 BATCH_TOKENS = 2048
 """Tokens per forward pass: enough to keep matrix products busy, few enough that a block's intermediates stay small."""
@@ -49,12 +50,18 @@ class Blocks:
         device: where blocks are run.
         dtype: of weights and hidden states.
         all_experts: show every token to every expert, and measure so; the model computes the same.
+        ranks: who walks the same model with other samples.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, all_experts: bool = False
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        all_experts: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+        self.checkpoint, self.device, self.dtype, self.ranks = checkpoint, device, dtype, ranks
         self.layers = checkpoint.layers if isinstance(checkpoint, QuantizedCheckpoint) else {}
         self.family, self.input_ops = checkpoint.family, checkpoint.input_ops
         self.model = build_on_meta(checkpoint.config, dtype, self.family.attention)
@@ -78,7 +85,7 @@ class Blocks:
         """
         name = f"{self.family.embedding}.weight"
         rows, width = self.checkpoint.info(name).shape
-        if int(tokens.max()) >= rows:
+        if tokens.numel() and int(tokens.max()) >= rows:
             wanted = f"token ids below {rows}"
             raise CheckpointError("tokenizer and model do not belong together", wanted=wanted, found=int(tokens.max()))
         samples, length = tokens.shape

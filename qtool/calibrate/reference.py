@@ -22,9 +22,11 @@ percent lower on SmolLM2-135M (0.084 instead of 0.090), for up to half the time 
 class Reference:
     """Hidden states of samples in the unquantized model; advanced block by block beside the quantized ones.
 
+    They are this process's share.
+
     Args:
         blocks: of the unquantized model.
-        tokens: int64 [S, T], all of them.
+        tokens: int64 [S, T], those of all processes.
         every: whether all samples are run; else the first ones, as many as are compared.
 
     Attributes:
@@ -34,8 +36,10 @@ class Reference:
 
     def __init__(self, blocks: Blocks, tokens: Tensor, every: bool = False) -> None:
         self.blocks = blocks
-        self.compared = -int(-len(tokens) * SHARE // 1)
-        self.hidden = self.outputs = blocks.embed(tokens if every else tokens[: self.compared])
+        compared = range(-int(-len(tokens) * SHARE // 1))
+        self.compared = len(compared[blocks.ranks.share(len(tokens))])
+        mine = tokens[blocks.ranks.share(len(tokens))]
+        self.hidden = self.outputs = blocks.embed(mine if every else mine[: self.compared])
         self.block: nn.Module | None = None
         self.readers: tuple[Module, ...] = ()
         self.found: dict[int, tuple[dict[str, Tensor], Tensor | None]] = {}

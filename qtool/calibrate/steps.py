@@ -7,7 +7,7 @@ run side by side, each on one thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from greenlet import getcurrent, greenlet
 
 from qtool.numerics.threads.parallel import AHEAD, in_order, lanes
+from qtool.numerics.threads.ranks import ALONE, Ranks
 
 Stop = tuple[str, Any]
 """A place, and what a batch hands over there."""
@@ -46,6 +47,7 @@ class InStep:
         shares: see `numerics.parallel.shares`; 1 thread is that of whoever iterates.
         suspend: waiting batches keep what they have computed. False: they let go of it and start anew, which takes
             less memory, more time, and gives the same results, as long as `run` has no effects before the last place.
+        ranks: who takes other batches through, and stops at the same places.
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class InStep:
         arrive: Callable[[str, Any, slice], None],
         shares: tuple[int, int] = (1, 1),
         suspend: bool = True,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.run, self.batches, self.arrive, self.shares, self.suspend = run, batches, arrive, shares, suspend
+        self.ranks = ranks
         self.order = {place: i for i, place in enumerate(places)}
         self.passed: set[str] = set()
 
@@ -87,13 +91,18 @@ class InStep:
                         self.arrive(at[i], seen, self.batches[i])
                 return at
 
-            at = advance(range(len(goes)))
-            while at:
-                place = min(at.values(), key=self.order.__getitem__)
+            at, places = advance(range(len(goes))), list(self.order)
+            while (place := self._next(at, places)) is not None:
                 yield place
                 self.passed.add(place)
                 here = [i for i in at if at[i] == place]
                 at = {i: at[i] for i in at if at[i] != place} | advance(here)
+
+    def _next(self, at: Mapping[int, str], places: Sequence[str]) -> str | None:
+        """The first place where a batch waits, in whatever process; None: all are through."""
+        mine = min((self.order[place] for place in at.values()), default=len(places))
+        first = self.ranks.least(mine)
+        return places[first] if first < len(places) else None
 
     def _suspended(self, batch: slice) -> Go:
         """What takes a batch to its next place (None: through) when called, always by the same thread."""

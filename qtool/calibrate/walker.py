@@ -97,7 +97,7 @@ class Walker(Blocks):
         self.block_arguments(hidden.length)  # recorded before threads ask for them
         parts = self.parts(hidden)
         threads = (1, 1) if cache else self.shares(parts)  # a cache is no place for two batches
-        flow = InStep(run, parts, list(readers), meter.count, threads, suspend)
+        flow = InStep(run, parts, list(readers), meter.count, threads, suspend, self.ranks)
         with ExitStack() as hooks:
             for r, m in readers.items():
                 first, hook = any(s.unrounded for s in needs[r]), meter.hook(r, flow)
@@ -107,11 +107,15 @@ class Walker(Blocks):
         for reads in (reads for reads in readers if reads not in flow.passed):
             yield reads, self.complete(meter.take(reads), block, readers[reads], hidden)
 
-    @staticmethod
-    def complete(stats: InputStats, block: nn.Module, module: Module, hidden: Hidden) -> InputStats:
-        """The same statistics. Raises QtoolError: the block left tokens out, though only experts may be passed by."""
+    def complete(self, stats: InputStats, block: nn.Module, module: Module, hidden: Hidden) -> InputStats:
+        """The statistics of all processes.
+
+        Raises:
+            QtoolError: the block left tokens out, though only experts may be passed by.
+        """
         if module.expert is None:
             check_tokens(block, module.name, stats.tokens, hidden.samples * hidden.length)
+        stats.combine(self.ranks)
         return stats
 
     @torch.inference_mode()
@@ -143,6 +147,7 @@ class Walker(Blocks):
         stats = InputStats(hidden.values.shape[-1], needs, self.device)
         for s in range(hidden.samples):
             stats.add(norm(hidden[s : s + 1].to(self.device)).flatten(0, -2))
+        stats.combine(self.ranks)
         return stats
 
     @torch.inference_mode()

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from qtool.numerics.threads.ranks import Ranks
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -83,6 +85,16 @@ class Statistic(ABC):
     @abstractmethod
     def merge(self, other: Self) -> None:
         """Adds what another part of the calibration tokens measured, which is not used any longer."""
+
+    def combine(self, ranks: Ranks) -> None:
+        """Adds what other processes measured on their tokens, by rank; afterwards it is the same in all of them."""
+        mine = self.state()
+        told = ranks.all({name: t.cpu() for name, t in mine.items()} if self.others.tokens else None)
+        for number, state in enumerate(state for state in told if state is not None):
+            part = type(self)(self.others.k) if number else self
+            part.load({name: t.to(mine[name].device) for name, t in state.items()})
+            if number:
+                self.merge(part)
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
@@ -152,6 +164,15 @@ class InputStats:
         for kind, statistic in self._found.items():
             statistic.merge(other[kind])
         self.tokens += other.tokens
+
+    def combine(self, ranks: Ranks) -> None:
+        """Adds what other processes measured on their tokens; afterwards all of them have the same."""
+        if ranks.size == 1:
+            return
+        tokens = sum(ranks.all(self.tokens))
+        for statistic in self._found.values():
+            statistic.combine(ranks)
+        self.tokens = tokens
 
 
 def in_order(needs: frozenset[type[Statistic]]) -> list[type[Statistic]]:

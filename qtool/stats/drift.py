@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qtool.numerics.solving.gram import add_product, fuses
+from qtool.numerics.threads.ranks import Ranks
 from qtool.stats._base import Batch, Statistic, expect
 from qtool.stats.gram import Gram
 
@@ -58,6 +59,15 @@ class Drift(Statistic):
             self.cross, self._gram = kept if kept else (None, None)
         else:
             self.cross, self._gram = mine[0] + more[0], mine[1] + more[1]
+
+    def combine(self, ranks: Ranks) -> None:
+        """See `Statistic.combine`; comes before that of the Gram matrix, which may be that of the compared tokens."""
+        mine = self.pair
+        if not any(ranks.all(mine is not None)):
+            return
+        gram = self.others[Gram].matrix
+        cross, compared = (gram.new_zeros(gram.shape),) * 2 if mine is None else mine
+        self.cross, self._gram = ranks.add(cross.clone()), ranks.add(compared.clone())
 
     def state(self) -> dict[str, Tensor]:
         """See `Statistic.state`. Nothing where no tokens were compared."""

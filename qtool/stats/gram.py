@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qtool.numerics.solving import gram
+from qtool.numerics.threads.ranks import Ranks
 from qtool.stats._base import Batch, InputStats, Statistic, expect
 
 
@@ -44,6 +45,10 @@ class Gram(Statistic):
     def merge(self, other: Gram) -> None:
         """See `Statistic.merge`."""
         self.matrix = self.matrix + other.matrix
+
+    def combine(self, ranks: Ranks) -> None:
+        """See `Statistic.combine`."""
+        self.matrix = ranks.add(self.matrix)
 
     def state(self) -> dict[str, Tensor]:
         """See `Statistic.state`."""
