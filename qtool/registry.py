@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 ROOT = Path(__file__).parent
-ROOMS = ("ops", "formats", "stats", "methods", "residuals", "transforms", "checkpoint/families", "artifact")
+ROOMS = ("ops", "formats", "stats", "methods", "residuals", "transforms", "stages", "checkpoint/families", "artifact")
 """What other packages can add to."""
 
 

@@ -26,7 +26,7 @@ from qtool.recipe.load import list_recipes
 from qtool.recipe.parse import parse_format
 
 ROOT = Path(__file__).parents[1]
-NAMED = {"methods": "Method", "residuals": "Residual", "transforms": "Transform"}
+NAMED = {"methods": "Method", "residuals": "Residual", "transforms": "Transform", "stages": "Spec"}
 """Rooms whose things recipes name with options, and what the schema calls them."""
 PART = re.compile(r"(<!-- begin ([\w-]+) -->\n)(.*?)(<!-- end \2 -->)", re.DOTALL)
 
@@ -218,6 +218,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "recipe": recipe,
     "recipes": recipes,
     "residuals": lambda: chapters("residuals"),
+    "stages": lambda: chapters("stages"),
     "support": support,
     "transforms": lambda: chapters("transforms"),
 }

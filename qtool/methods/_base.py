@@ -12,14 +12,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from qtool import registry
 from qtool.formats._base import Format, Quantized
+from qtool.spec import Spec
 from qtool.stats._base import InputStats, Statistic
 
 
@@ -122,10 +121,10 @@ class BlockTask:
         return order[held:].sort().values, order[:held].sort().values
 
 
-class Method(BaseModel):
+class Method(Spec):
     """Chooses codes. The fields of a subclass are its options in a recipe."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    room: ClassVar[str] = "methods"
 
     @property
     @abstractmethod
@@ -159,8 +158,3 @@ class Method(BaseModel):
         Called where `first` is another method. Solutions that are missing stay as they were found.
         """
         return dict(task.found)
-
-    @classmethod
-    def name(cls) -> str:
-        """The name that recipes use."""
-        return registry.name_of("methods", cls)

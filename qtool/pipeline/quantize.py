@@ -20,6 +20,7 @@ from qtool.pipeline.card import card_of, origin
 from qtool.pipeline.content import read_content
 from qtool.pipeline.entries import kept_entry, mean_db
 from qtool.pipeline.events import Event, Listener, silent
+from qtool.pipeline.finish import finish
 from qtool.pipeline.prepare import Job, prepare
 from qtool.pipeline.publish import publish
 from qtool.pipeline.saving import Saving
@@ -149,18 +150,19 @@ def produce(
     """Solves what is not solved yet, evaluates, and writes artifacts and report under their final name."""
     with watch.stage("quantize"):
         entries, caches = solve_all(job, work, source, listener)
-    model, evaluations = work.model(), []
+    model, finishing = finish(job, work.model(), work.folder, work.run, watch, listener)
+    evaluations = []
     if job.plan.recipe.eval:
         with watch.stage("evaluate"):
             evaluations.append(evaluate.as_asked(job, model, job.plan.recipe.eval, listener))
     told = origin(job.original, options.base_model, options.license)
-    report = make_report(job, entries, caches, evaluations, source.about, told)
+    report = make_report(job, entries, caches, evaluations, source.about, told, finishing)
     report = report.model_copy(update={"repository": options.push_to or ""})
     card = card_of(report, importance=source.about if "entries" in source.about else None)
     with new_folder(options.out, options.overwrite) as folder:
         artifacts = publish(job.artifacts, model, folder, card, options.verify, watch, listener)
-        finish = {"artifacts": artifacts, "stages": tuple(watch.entries), "run": result_identity(job, work.run)}
-        report = report.model_copy(update=finish)
+        written = {"artifacts": artifacts, "stages": tuple(watch.entries), "run": result_identity(job, work.run)}
+        report = report.model_copy(update=written)
         write_report(report, folder)
     return report
 

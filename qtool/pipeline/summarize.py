@@ -16,7 +16,7 @@ from qtool.evaluate.result import Evaluation
 from qtool.pipeline.card import Origin
 from qtool.pipeline.prepare import Job
 from qtool.recipe.schema import Recipe
-from qtool.report.model import CacheEntry, LayerEntry, Report
+from qtool.report.model import CacheEntry, FinishEntry, LayerEntry, Report
 
 PACKAGES = ("torch", "transformers", "safetensors", "numba", "numpy")
 CPU_INFO = Path("/proc/cpuinfo")
@@ -29,6 +29,7 @@ def make_report(
     evaluations: Sequence[Evaluation],
     calibration: dict[str, object],
     source: Origin,
+    finish: Sequence[FinishEntry] = (),
 ) -> Report:
     """The report of a run that has not written anything yet."""
     recipe = job.plan.recipe
@@ -50,6 +51,7 @@ def make_report(
         warnings=job.plan.warnings,
         environment=environment(job.device),
         kv_cache=tuple(caches),
+        finish=tuple(finish),
         base_model=source.base_model,
         license=dict(source.license),
     )
@@ -58,7 +60,7 @@ def make_report(
 def told(recipe: Recipe) -> dict[str, Any]:
     """A recipe without what it does not say."""
     content = recipe.model_dump(mode="json", exclude_none=True)
-    return {key: value for key, value in content.items() if key != "transforms" or value}
+    return {key: value for key, value in content.items() if key not in ("transforms", "finish") or value}
 
 
 def source_bytes(checkpoint: Checkpoint) -> int:

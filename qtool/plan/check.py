@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 from qtool.checkpoint._base import Checkpoint, Layer, Module
 from qtool.plan.findings import Findings
-from qtool.plan.layers import LayerPlan
+from qtool.plan.layers import LayerPlan, Plan
 from qtool.recipe.cache import KVCache
+
+
+class Finisher(Protocol):
+    """What the plan asks a stage behind the last block; `qtool.stages._base.Stage` is one."""
+
+    def name(self) -> str:
+        """The name that recipes use."""
+
+    def misfit(self, plan: Plan) -> str | None:
+        """Why it has nothing to work on in a model that is quantized by this plan; None if it has."""
 
 
 class Verdict(Protocol):
@@ -63,6 +73,18 @@ def check(
             if not verdict.possible:
                 findings.add(-1, f"{name} cannot hold this model: {verdict.reason}")
         _check_carrier(name, carrier, layers, findings)
+
+
+def check_stages(plan: Plan, findings: Findings) -> None:
+    """Notes the stages that have nothing to work on.
+
+    Args:
+        plan: what was decided.
+        findings: gets a line for each.
+    """
+    for stage in cast(tuple[Finisher, ...], plan.recipe.finish):
+        if reason := stage.misfit(plan):
+            findings.add(-1, f"finish: {stage.name()}: {reason}")
 
 
 def _check_carrier(name: str, carrier: Carrier, layers: Sequence[LayerPlan], findings: Findings) -> None:

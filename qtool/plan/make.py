@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from qtool.checkpoint._base import Checkpoint, modules
 from qtool.errors import PlanError, UsageError
-from qtool.plan.check import Carrier, check
+from qtool.plan.check import Carrier, check, check_stages
 from qtool.plan.decide import decide
 from qtool.plan.findings import Findings
 from qtool.plan.layers import LayerPlan, Plan
@@ -33,6 +33,7 @@ def make_plan(
     layers, warnings = decide(found, recipe, checkpoint, findings)
     layers = operate(layers, recipe, checkpoint, findings)
     artifacts = tuple(export.to for export in recipe.export)
+    check_stages(Plan(recipe, layers, artifacts, 0, ()), findings)
     check(layers, recipe.kv_cache, checkpoint, {name: carriers[name] for name in artifacts}, findings)
     if lines := findings.lines():
         raise PlanError(lines, f"recipe {recipe.name} does not fit {checkpoint.source}")

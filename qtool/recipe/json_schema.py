@@ -29,6 +29,7 @@ def json_schema() -> dict[str, Any]:
         "Method": _named("methods", "How codes are chosen: a method's"),
         "Residual": _named("residuals", "What is kept beside the codes: a residual's"),
         "Transform": _named("transforms", "A rewrite of the model: a transform's"),
+        "Spec": _named("stages", "What is done behind the last block: a stage's"),
     }
     for part in (schema, *definitions.values()):
         _describe(part, part["description"])

@@ -1,4 +1,4 @@
-"""Formats, methods and residuals as recipes spell them."""
+"""Formats, methods, residuals, transforms and stages as recipes spell them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from qtool.formats._base import Format
 from qtool.methods._base import Method
 from qtool.recipe.problems import Mistakes, checked, mistake, show
 from qtool.residuals._base import Residual
+from qtool.spec import Spec
 from qtool.transforms._base import Transform
 
 
@@ -69,6 +70,13 @@ def parse_transform(value: Any) -> Transform:
     return cast(Transform, _named(value, "transform", "transforms", "a name such as rotate, or {smooth: {alpha: 0.5}}"))
 
 
+def parse_stage(value: Any) -> Spec:
+    """`{distill: {steps: 100}}`, or its name alone: a `qtool.stages._base.Stage`."""
+    if isinstance(value, Spec):
+        return value
+    return cast(Spec, _named(value, "stage", "stages", "a name, or {NAME: {option: value}}"))
+
+
 def _named(value: Any, what: str, room: str, wanted: str) -> Any:
     """A registered thing by its name, or by a mapping from its name to its options."""
     options = {value: {}} if isinstance(value, str) else value
@@ -83,8 +91,8 @@ def _named(value: Any, what: str, room: str, wanted: str) -> Any:
         raise Mistakes([((name, *path), text) for path, text in error.found]) from None
 
 
-def dump_named(thing: Method | Residual | Transform) -> dict[str, Any]:
-    """What `parse_method`, `parse_residual` and `parse_transform` read back: the name, with every option."""
+def dump_named(thing: Spec) -> dict[str, Any]:
+    """What `parse_method` and its like read back: the name, with every option."""
     return {thing.name(): thing.model_dump(mode="json")}
 
 

@@ -21,11 +21,20 @@ from qtool.recipe.cache import KVCache, dump_cache, either
 from qtool.recipe.export import Export
 from qtool.recipe.gates import Gates
 from qtool.recipe.match import compile_pattern
-from qtool.recipe.parse import dump_format, dump_named, parse_format, parse_method, parse_residual, parse_transform
+from qtool.recipe.parse import (
+    dump_format,
+    dump_named,
+    parse_format,
+    parse_method,
+    parse_residual,
+    parse_stage,
+    parse_transform,
+)
 from qtool.recipe.problems import Keys, mistake, show
 from qtool.recipe.scope import Blocks, When
 from qtool.recipe.strict import Strict
 from qtool.residuals._base import Residual
+from qtool.spec import Spec
 from qtool.transforms._base import Transform
 
 
@@ -83,6 +92,7 @@ InputsField = Annotated[
 MethodField = Annotated[Method, BeforeValidator(parse_method), PlainSerializer(dump_named)]
 ResidualField = Annotated[Residual, BeforeValidator(parse_residual), PlainSerializer(dump_named)]
 TransformField = Annotated[Transform, BeforeValidator(parse_transform), PlainSerializer(dump_named)]
+StageField = Annotated[Spec, BeforeValidator(parse_stage), PlainSerializer(dump_named)]
 CacheField = Annotated[
     KVCache, BeforeValidator(either, json_schema_input_type=Format | KVCache), PlainSerializer(dump_cache)
 ]
@@ -218,6 +228,8 @@ class Recipe(Strict):
         layers: rules; the first one that matches a layer decides.
         kv_cache: the format of the KV cache, or one of keys and one of values. Layers are calibrated with an unrounded
             cache.
+        finish: stages behind the last block, in order: each looks at the whole quantized model and moves scales, norms
+            or biases, never codes.
         export: artifacts to write.
         eval: what to measure after quantizing.
     """
@@ -231,6 +243,7 @@ class Recipe(Strict):
     transforms: tuple[TransformField, ...] = ()
     layers: tuple[Rule, ...] = Field(min_length=1)
     kv_cache: CacheField | None = None
+    finish: tuple[StageField, ...] = ()
     export: tuple[Export, ...] = ()
     eval: Eval | None = None
 

@@ -66,6 +66,20 @@ class CacheEntry(Entry):
     outputs_error_db: float
 
 
+class FinishEntry(Entry):
+    """What a stage behind the last block did.
+
+    Attributes:
+        name: of the stage; the recipe has its options.
+        changed: matrices and other tensors in which it replaced numbers.
+        about: what it measured.
+    """
+
+    name: str
+    changed: int
+    about: dict[str, float | str]
+
+
 class FileEntry(Entry):
     """A written file."""
 
@@ -108,6 +122,7 @@ class Report(Entry):
         repository: where the result was to be uploaded.
         run: hash of what identifies the run: model, recipe, calibration, program.
         kv_cache: of each decoder block; empty if the cache is left alone, or no tokens were run.
+        finish: stages behind the last block. Errors of layers are those before them.
         environment: versions of python and packages, cpu, threads, device.
     """
 
@@ -129,6 +144,7 @@ class Report(Entry):
     environment: dict[str, str]
     other_bytes: int = 0
     kv_cache: tuple[CacheEntry, ...] = ()
+    finish: tuple[FinishEntry, ...] = ()
     run: str = ""
     base_model: str = ""
     license: dict[str, str] = {}

@@ -9,7 +9,7 @@ from statistics import median
 
 from qtool.evaluate.result import Evaluation
 from qtool.report.meaning import meaning
-from qtool.report.model import LayerEntry, Report
+from qtool.report.model import FinishEntry, LayerEntry, Report
 from qtool.report.units import duration, size
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down", "embedding", "head")
@@ -211,6 +211,12 @@ def cards(report: Report) -> list[tuple[str, str, str]]:
         found.append(("time", duration(sum(s.seconds for s in report.stages)), "all stages"))
         found.append(("peak memory", size(max(s.peak_bytes for s in report.stages)), "resident, whole process"))
     return found
+
+
+def measured(stage: FinishEntry) -> str:
+    """What a stage has to say, in a line."""
+    pairs = ((key, number(v) if isinstance(v, float) else v) for key, v in stage.about.items())
+    return ", ".join(f"{key} {value}" for key, value in pairs)
 
 
 def number(x: float) -> str:

@@ -13,14 +13,15 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
-from qtool import registry
 from qtool.errors import PlanError
 from qtool.formats._base import Quantized
+from qtool.spec import Spec
 from qtool.stats._base import Statistic
 
 Tensors = Mapping[str, Tensor]
@@ -29,7 +30,7 @@ Infos = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Shapes and types of such tensors."""
 
 
-class Residual(BaseModel):
+class Residual(Spec):
     """A kind of correction. Instances are immutable, hashable and comparable; the fields of a subclass are its options.
 
     A subclass implements the abstract methods. What it stores has shapes that follow from N and K, so that plans know
@@ -40,14 +41,9 @@ class Residual(BaseModel):
             long as that helps.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    room: ClassVar[str] = "residuals"
 
     turns: int = Field(0, ge=0, le=20)
-
-    @classmethod
-    def name(cls) -> str:
-        """The name that recipes use."""
-        return registry.name_of("residuals", cls)
 
     @property
     def label(self) -> str:

@@ -12,14 +12,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from qtool import registry
 from qtool.ops._base import InputOp
+from qtool.spec import Spec
 from qtool.stats._base import InputStats, Statistic
 
 Kind = Literal["norm", "heads", "product", "stream", "input"]
@@ -89,10 +88,10 @@ class Site:
         return torch.Generator().manual_seed(self.seed)
 
 
-class Transform(BaseModel):
+class Transform(Spec):
     """Rewrites a model. The fields of a subclass are its options in a recipe."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    room: ClassVar[str] = "transforms"
 
     @property
     @abstractmethod
@@ -118,8 +117,3 @@ class Transform(BaseModel):
     def misfit(self, kind: Kind, width: int, dim: int) -> str | None:
         """Why it cannot work on a site, with what would; None if it can."""
         return None
-
-    @classmethod
-    def name(cls) -> str:
-        """The name that recipes use."""
-        return registry.name_of("transforms", cls)
