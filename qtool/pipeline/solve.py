@@ -16,12 +16,12 @@ from qtool.methods._base import Solution
 from qtool.numerics.metrics import all_finite
 from qtool.numerics.threads.parallel import row_shares, shares, side_by_side
 from qtool.pipeline.correct import correct, joined
-from qtool.pipeline.entries import Sums, solved_entry
+from qtool.pipeline.entries import Sums
+from qtool.pipeline.found import Found
 from qtool.pipeline.requantize import Origin, origin
 from qtool.pipeline.rows import row_parts
 from qtool.plan import LayerPlan
-from qtool.report.model import LayerEntry
-from qtool.residuals._base import Correction, Matrix
+from qtool.residuals._base import Correction
 from qtool.stats._base import InputStats
 from qtool.stats.gram import gram_of
 
@@ -37,8 +37,9 @@ def solve(
     stats: InputStats | None,
     device: torch.device,
     merged: Sequence[str] = (),
-) -> tuple[Matrix, LayerEntry]:
-    """Quantizes one module; a large matrix in parts, if nothing ties its rows together.
+    rows: tuple[int, int] | None = None,
+) -> Found:
+    """Quantizes some rows of one module; many of them in parts, if nothing ties them together.
 
     Args:
         plan: with a format and a method.
@@ -46,6 +47,7 @@ def solve(
         stats: of its input; None without data.
         device: where to compute.
         merged: modules that share what is chosen for a whole matrix; see `Unit.merged`.
+        rows: (start, stop); None: all of them, as has to be where they are `tied`.
 
     Raises:
         NumericsError: the result is not finite.
@@ -53,17 +55,19 @@ def solve(
     assert plan.format is not None
     assert plan.method is not None
     name, method = plan.module.name, plan.method
+    first, last = rows or (0, plan.module.shape[0])
     fmt = informed(plan.format, checkpoint, merged or (name,))
     blind = "chosen without data: nothing was measured on its inputs" if stats is None and method.needs else None
     lost = "corrected without data" if stats is None and any(r.needs for r in plan.residuals) else None
     stats = stats if plan.weight_needs else None
     source = origin(checkpoint, name, plan.format)
-    codes, params, sums, seconds = torch.empty(plan.module.shape, dtype=torch.uint8), [], Sums(), 0.0
+    codes, params, sums, seconds = torch.empty(last - first, plan.module.shape[1], dtype=torch.uint8), [], Sums(), 0.0
     remarks, start = [plan.fallback, blind, lost, source.remark], 0
     corrections: tuple[Correction, ...] = ()
-    tied = source.same is None and (gram_of(stats) is not None or not fmt.by_rows)
-    whole = tied or bool(plan.residuals)
-    for part in [(0, plan.module.shape[0])] if whole else row_parts(plan.module.shape):
+    at_once = source.same is None and (gram_of(stats) is not None or not fmt.by_rows)
+    whole = at_once or bool(plan.residuals)
+    for a, b in [(0, len(codes))] if whole else row_parts(codes.shape):
+        part = first + a, first + b
         w = read(checkpoint, source, name, *part).to(device).float()  # the bus carries the narrower type
         begin = time.monotonic()
         same = source.same and source.same.rows(*part)
@@ -77,9 +81,15 @@ def solve(
             remarks.append(solution.fallback)
             sums, start = sums + squares, stop
         seconds += time.monotonic() - begin
-    entry = solved_entry(plan, TAKEN_OVER if source.same else method.name(), stats, sums, remarks, seconds)
     joined = {key: torch.cat([part[key] for part in params]) for key in params[0]}
-    return Matrix(Quantized(codes, joined, source.same.format if source.same else plan.format), corrections), entry
+    quantized = Quantized(codes, joined, source.same.format if source.same else plan.format)
+    how = TAKEN_OVER if source.same else method.name()
+    return Found(quantized, corrections, sums, how, tuple(remarks), seconds)
+
+
+def tied(plan: LayerPlan) -> bool:
+    """True if the rows of a module are solved together, whoever does it."""
+    return plan.format is None or not plan.format.by_rows or bool(plan.residuals)
 
 
 def read(checkpoint: Checkpoint, source: Origin, module: str, start: int, stop: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -13,9 +13,11 @@ from qtool.calibrate.inputs import fit_static
 from qtool.checkpoint._base import Layer
 from qtool.errors import NumericsError
 from qtool.methods._base import BlockTask, Solution
+from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline.entries import Sums
+from qtool.pipeline.found import Found, assembled, exchanged, rows_to_solve
 from qtool.pipeline.prepare import Job
-from qtool.pipeline.solve import TAKEN_OVER, informed, refuse_infinite, solve
+from qtool.pipeline.solve import TAKEN_OVER, informed, refuse_infinite, solve, tied
 from qtool.pipeline.units import Unit
 from qtool.plan import LayerPlan
 from qtool.recipe.parse import parse_method
@@ -25,6 +27,8 @@ from qtool.stats._base import InputStats
 from qtool.stats.gram import gram_of
 from qtool.stats.values import Values
 
+Input = tuple[tuple[LayerPlan, ...], InputStats | None]
+"""The modules that read an input, and what was measured there."""
 Solved = Mapping[str, tuple[Matrix, Layer]]
 """Matrix and layer of modules, by name."""
 
@@ -36,8 +40,8 @@ class Solver(Protocol):
     def resumed(self) -> bool:
         """True if an earlier run solved the unit, so that nothing has to be measured."""
 
-    def solve(self, plans: tuple[LayerPlan, ...], stats: InputStats | None) -> Solved:
-        """Solves the modules that read an input, given what was measured there."""
+    def solve(self, inputs: Sequence[Input]) -> Solved:
+        """Solves the modules that read some inputs, given what was measured there."""
 
     def solve_block(self, task: BlockTask) -> Iterator[Solved]:
         """Solves modules once more, given the whole block; `task` names none of them yet."""
@@ -49,6 +53,7 @@ class UnitSolver:
     Args:
         unit: what to solve.
         job: the run.
+        ranks: who solves it together.
 
     Attributes:
         matrices, layers, entries: by module.
@@ -56,28 +61,49 @@ class UnitSolver:
 
     resumed = False
 
-    def __init__(self, unit: Unit, job: Job) -> None:
-        self.unit, self.job = unit, job
+    def __init__(self, unit: Unit, job: Job, ranks: Ranks = ALONE) -> None:
+        self.unit, self.job, self.ranks = unit, job, ranks
         self.matrices: dict[str, Matrix] = {}
         self.layers: dict[str, Layer] = {}
         self.entries: dict[str, LayerEntry] = {}
         self.stats: dict[str, InputStats | None] = {}
         """Of modules that are solved once more."""
 
-    def solve(self, plans: tuple[LayerPlan, ...], stats: InputStats | None) -> Solved:
+    def solve(self, inputs: Sequence[Input]) -> Solved:
         """See `Solver.solve`."""
-        for p in plans:
-            name, unit, job = p.module.name, self.unit, self.job
-            self.layers[name] = with_static(p, stats)
-            usable = with_enough_data(p, stats, job.plan.recipe.calibration.min_tokens)
-            first = replace(usable, method=usable.method and usable.method.first)
-            seen = stats if usable is p else None
-            self.matrices[name], entry = solve(first, job.checkpoint, seen, job.device, unit.merged(p))
-            measured = usable is p or stats is None
-            self.entries[name] = entry if measured else entry.model_copy(update={"tokens": stats and stats.tokens})
-            if p in unit.blockwise and usable is p and entry.method != TAKEN_OVER:
-                self.stats[name] = stats
-        return self.found(p.module.name for p in plans)
+        readers = [(p, stats) for plans, stats in inputs for p in plans]
+        least = self.job.plan.recipe.calibration.min_tokens
+        usable = {p.module.name: with_enough_data(p, stats, least) for p, stats in readers}
+        rows = rows_to_solve([p for p, _ in readers], [tied(p) for p, _ in readers], self.ranks)
+        found = {}
+        for p, stats in readers:
+            name, (start, stop) = p.module.name, rows[p.module.name]
+            self.layers[name], plan = with_static(p, stats), usable[name]
+            if start < stop:
+                first = replace(plan, method=plan.method and plan.method.first)
+                seen = stats if plan is p else None
+                merged = self.unit.merged(p)
+                found[name] = solve(first, self.job.checkpoint, seen, self.job.device, merged, (start, stop))
+        together = exchanged(found, self.ranks, self.job.device)
+        for p, stats in readers:
+            self.keep(p, usable[p.module.name], stats, together[p.module.name])
+        return self.found(p.module.name for p, _ in readers)
+
+    def keep(self, plan: LayerPlan, usable: LayerPlan, stats: InputStats | None, parts: Sequence[Found]) -> None:
+        """Keeps a module.
+
+        Args:
+            plan: of it.
+            usable: what was done instead, if too few tokens came by.
+            stats: of its input.
+            parts: its rows.
+        """
+        name, enough = plan.module.name, usable is plan
+        self.matrices[name], entry = assembled(usable, stats if enough and plan.weight_needs else None, parts)
+        measured = enough or stats is None
+        self.entries[name] = entry if measured else entry.model_copy(update={"tokens": stats and stats.tokens})
+        if plan in self.unit.blockwise and enough and entry.method != TAKEN_OVER:
+            self.stats[name] = stats
 
     def found(self, names: Iterator[str]) -> Solved:
         """What is known of modules."""

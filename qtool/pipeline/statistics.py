@@ -70,7 +70,7 @@ class Stored(Statistics):
         """See `Statistics.visit`."""
         for reads, plans in unit.inputs().items():
             needs = of_original(needs_of(plans))
-            solver.solve(plans, self.files.read(reads, needs) if self.files and needs else None)
+            solver.solve([(plans, self.files.read(reads, needs) if self.files and needs else None)])
 
 
 class Walked(Statistics):
@@ -106,13 +106,13 @@ class Walked(Statistics):
         if i is None:
             for reads, plans in inputs.items():
                 stats = self.walker.collect_head(self.hidden, measured[reads]) if reads in measured else None
-                solver.solve(plans, stats)
+                solver.solve([(plans, stats)])
             return
         block = self.walker.load_block(i)
         layers = {p.module.name: p.layer for p in unit.quantized if p.layer}
         rounding = layers if self.quantized else {}
-        for reads in (reads for reads in inputs if reads not in measured):
-            self.put(block, layers, unit, solver.solve(inputs[reads], None))
+        if unmeasured := [(plans, None) for reads, plans in inputs.items() if reads not in measured]:
+            self.put(block, layers, unit, solver.solve(unmeasured))
         blockwise = bool(unit.blockwise) and not solver.resumed
         metered = MeteredCache(unit.cache) if unit.cache and not solver.resumed else None
         if not (measured or blockwise or metered or propagate):
@@ -121,7 +121,7 @@ class Walked(Statistics):
         with self.walker.quantized_inputs(block, i, rounding):
             steps = self.walker.steps(block, i, self.hidden, measured, self.reference, metered, keep=blockwise)
             for reads, stats in steps:
-                self.put(block, layers, unit, solver.solve(inputs[reads], stats))
+                self.put(block, layers, unit, solver.solve([(inputs[reads], stats)]))
         if blockwise:
             self.solve_block(block, layers, unit, solver)
         if metered and unit.cache:

@@ -20,12 +20,10 @@ from qtool.methods._base import BlockTask
 from qtool.numerics.threads.processor import processor
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.prepare import Job
-from qtool.pipeline.solver import Solved
+from qtool.pipeline.solver import Input, Solved
 from qtool.pipeline.units import Unit, cache_format
-from qtool.plan import LayerPlan
 from qtool.report.model import CacheEntry, Entry, LayerEntry
 from qtool.residuals._base import Matrix
-from qtool.stats._base import InputStats
 from qtool.store.files import lock, storage_errors
 from qtool.store.manifest import MANIFEST, Manifest
 from qtool.store.neutral import NeutralCheckpoint, NeutralWriter
@@ -66,10 +64,10 @@ class Work:
             return Record(layers=())
         return Record.model_validate(self.finished[unit.name]) if unit.name in self.finished else None
 
-    def solve(self, plans: tuple[LayerPlan, ...], stats: InputStats | None) -> Solved:
+    def solve(self, inputs: Sequence[Input]) -> Solved:
         """See `Solver.solve`: what the earlier run found."""
         assert self.earlier is not None
-        names = [p.module.name for p in plans]
+        names = [p.module.name for plans, _ in inputs for p in plans]
         return {name: (self.earlier.matrix(name), self.earlier.layers[name]) for name in names}
 
     def solve_block(self, task: BlockTask) -> Iterator[Solved]:
