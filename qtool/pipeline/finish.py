@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from qtool.calibrate.tokens import load_tokens
@@ -16,6 +17,7 @@ from qtool.errors import CheckpointError
 from qtool.pipeline.events import Event, Listener, remarks
 from qtool.pipeline.prepare import Job
 from qtool.pipeline.stopwatch import Stopwatch
+from qtool.plan import Plan
 from qtool.recipe.parse import dump_named
 from qtool.report.model import FinishEntry
 from qtool.report.summary import measured
@@ -37,7 +39,7 @@ def finish(
         listener: told about progress.
 
     Raises:
-        CheckpointError, NumericsError: a stage gives what does not fit the model; see `Overlaid`.
+        CheckpointError, NumericsError: a stage gives what does not fit the model; see `Overlaid` and `keep_shared`.
         StorageError: its result cannot be stored.
     """
     stages = cast(tuple[Stage, ...], job.plan.recipe.finish)
@@ -53,13 +55,40 @@ def finish(
             found = left_behind(path, key, listener)
             if found is None:
                 found = solved(stage, task_of(job, model, tokens if stage.needs_tokens else None, listener, name))
-                Overlaid(model, found.params, found.tensors, name)
+                keep_shared(job.plan, model, Overlaid(model, found.params, found.tensors, name), found, name)
                 write_overlay(path, found.params, found.tensors, found.about, key)
             model = Overlaid(model, found.params, found.tensors, name)
         changed = len(found.params) + len(found.tensors)
         entries.append(FinishEntry(name=stage.name(), changed=changed, about=dict(found.about)))
         listener(Event(name, 1, 1, measured(entries[-1])))
     return model, tuple(entries)
+
+
+def keep_shared(
+    plan: Plan, before: QuantizedCheckpoint, after: QuantizedCheckpoint, found: StageResult, name: str
+) -> None:
+    """Refuses a stage that tells matrices apart which runtimes merge into one with one scale for all of it.
+
+    Raises:
+        CheckpointError: a parameter had one value in a whole set, and has several now.
+    """
+    sets: dict[str, list[str]] = {}
+    for p in plan.layers:
+        if p.format and p.module.fused:
+            sets.setdefault(p.module.fused, []).append(p.module.name)
+    for fused, members in sets.items():
+        if any(module in found.params for module in members):
+            for param, value in one_valued(before, members).items():
+                if one_valued(after, members).get(param) is None:
+                    wanted = f"one value for all of {fused}, as {value!r} was"
+                    raise CheckpointError(f"{name}: {param}", wanted=wanted, found="several")
+
+
+def one_valued(model: QuantizedCheckpoint, members: Sequence[str]) -> dict[str, float]:
+    """Parameters that have one value in all of these matrices."""
+    params = [model.matrix(module).quantized.params for module in members]
+    values = {param: torch.cat([own[param].float().flatten() for own in params if param in own]) for param in params[0]}
+    return {param: float(found[0]) for param, found in values.items() if bool((found == found[0]).all())}
 
 
 def key_of(before: str, job: Job, stage: Stage, tokens: Tensor | None) -> str:

@@ -72,7 +72,8 @@ class Careless(Stage):
             "codes": StageResult(tensors={q + ".weight": task.model.tensor(q + ".weight")}),
             "module": StageResult({"model.norm": {"scale": norm}}),
             "parameter": StageResult({q: {"zoom": norm}}),
-            "inf": StageResult({q: {"d": task.model.matrix(q).quantized.params["d"] / 0}}),
+            "inf": StageResult({q: {k: v / 0 for k, v in task.model.matrix(q).quantized.params.items()}}),
+            "split": StageResult({q: {"tensor": 2 * task.model.matrix(q).quantized.params.get("tensor", norm)}}),
         }[self.how]
 
 class Counting(Stage):
@@ -209,6 +210,14 @@ def test_what_does_not_fit_the_model_is_refused(how, error, message, tiny_checkp
         run(options(tiny_checkpoint("llama"), tmp_path, [{"careless": {"how": how}}]))
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / "out.work").glob("finish*"))
+
+
+def test_one_scale_of_merged_matrices_stays_one(tiny_checkpoint, tmp_path, stages):
+    layers = [{"match": "lm_head", "keep": True}, {"match": "*", "weights": "nvfp4"}]
+    with pytest.raises(
+        CheckpointError, match=r"careless: tensor: wanted one value for all of model\.layers\.0\.qkv, as"
+    ):
+        run(options(tiny_checkpoint("llama"), tmp_path, [{"careless": {"how": "split"}}], layers=layers))
 
 
 def test_mistakes_are_told_before_weights_are_read(tiny_checkpoint, tmp_path, stages):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.pipeline.test_finish import POINTS, STAGES
+from tests.test_extending import install
 
 RECIPES = {
     "data-free": """
@@ -28,6 +32,16 @@ layers:
   - {match: "*", weights: int4-g32, method: gptq}
 export: [{to: qtool}]
 """,
+    "finished": """
+recipe: 1
+name: finished
+calibration: {samples: 4, length: 32}
+layers:
+  - {match: "*.down_proj", weights: q8_0}
+  - {match: "*", keep: true}
+finish: [louder, {louder: {factor: 0.5}}, counting]
+export: [{to: qtool}]
+""",
 }
 
 
@@ -45,7 +59,10 @@ def test_killed_before_and_after_every_name_it_ends_in_the_same_bytes(name, part
     place.mkdir()
     script = Path(__file__).with_name("interrupted.py")
     command = [sys.executable, script, tiny_checkpoint("qwen3"), recipe, place, str(part), str(PARTS)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    site = install(tmp_path / "site", "careless", {"careless.py": STAGES.replace("== 5", "== 0")}, POINTS)
+    paths = os.pathsep.join(map(str, (site, Path(__file__).parents[2])))
+    env = {**os.environ, "PYTHONPATH": paths}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert len(found["wanted"]) > 3
