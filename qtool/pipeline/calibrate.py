@@ -16,6 +16,7 @@ from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import Checkpoint, modules
 from qtool.errors import StorageError
 from qtool.pipeline.card import model_name
+from qtool.pipeline.content import refuse_changed
 from qtool.pipeline.events import Event, Listener, remarks, silent
 from qtool.pipeline.importance import write_importance
 from qtool.pipeline.measured import kind_of
@@ -83,6 +84,7 @@ def run(options: CalibrateOptions, listener: Listener = silent) -> Measured:
         check_file(out)
     else:
         check_free(out, options.overwrite)
+    refuse_changed(job.original.source, listener)
     calibration = job.plan.recipe.calibration
     walker = Walker(job.original, job.device, job.dtype, calibration.experts == "all")
     tokens = load_tokens(calibration, job.original, remarks(listener, "calibrate"))

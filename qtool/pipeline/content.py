@@ -1,16 +1,25 @@
-"""The first look at a source: every tensor is read once, refused if it is not finite, and goes into a checksum."""
+"""The first look at a source: whether its files are as qtool wrote them, and whether its numbers are finite."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from qtool.checkpoint._base import Checkpoint, finite
+from qtool.checkpoint.open import local
+from qtool.errors import CheckpointError, reading
 from qtool.numerics.checksum import Checksum
 from qtool.numerics.metrics import all_finite
+from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.requantize import is_finite, stored_matrix
 from qtool.pipeline.rows import row_parts
+from qtool.store.files import SUMS, read_sums, sha256
+
+SIDE = {".md", ".html", "report.json"}
+"""Suffixes and names of what says something about a model and is none of it: people add to it, or leave it out."""
 
 
 def read_content(checkpoint: Checkpoint) -> str:
-    """Reads every tensor once.
+    """Reads every tensor once, part by part.
 
     Returns:
         A checksum of all that was read, so that a run which continues sees whether it still has the same source;
@@ -36,3 +45,40 @@ def read_content(checkpoint: Checkpoint) -> str:
             if not all_finite(rows):
                 finite(checkpoint.tensor(name), name)  # says where in the whole
     return checksum.hexdigest()
+
+
+def refuse_changed(source: str, listener: Listener) -> None:
+    """Holds the files of a model against the SHA256SUMS that qtool wrote beside them, which takes a read of each.
+
+    Of a folder all that is named there has to be as it was written; of a GGUF file, it and those of its kind.
+
+    Args:
+        source: what the user called it; a hub id is left to the hub's client, which checks what it downloads.
+        listener: told of each file, for that takes a second per gigabyte or two.
+
+    Raises:
+        CheckpointError: a file is missing, is not as it was written, or is none of the folder's.
+    """
+    path = local(source)
+    with reading(path):
+        folder = path if path.is_dir() else path.parent
+        sums = {name: digest for name, digest in read_sums(folder).items() if not SIDE & {name, Path(name).suffix}}
+        if path != folder:
+            sums = {name: digest for name, digest in sums.items() if path.is_file() and name.endswith(path.suffix)}
+        for done, (name, digest) in enumerate(sums.items()):
+            listener(Event("check", done, len(sums), name))
+            changed = wrong(folder, name, digest)
+            if changed:
+                hint = "make or copy it anew, or remove SHA256SUMS to use it as it is"
+                raise CheckpointError(f"{folder / name} is not as it was written: {changed}", hint=hint)
+        if sums:
+            listener(Event("check", len(sums), len(sums), SUMS))
+
+
+def wrong(folder: Path, name: str, digest: str) -> str | None:
+    """How a file differs from what SHA256SUMS says; None if it does not."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        return f"{SUMS} names a file elsewhere"
+    if not (folder / name).is_file():
+        return "it is missing"
+    return None if sha256(folder / name) == digest else f"{SUMS} has another hash"

@@ -16,6 +16,7 @@ from qtool.errors import UsageError
 from qtool.evaluate.gates import judge, validate_gates
 from qtool.evaluate.result import Evaluation
 from qtool.evaluate.run import Progress, evaluate
+from qtool.pipeline.content import refuse_changed
 from qtool.pipeline.events import Event, Listener, silent
 from qtool.pipeline.prepare import Job, device_of, dtype_of
 from qtool.pipeline.update import result_of, update
@@ -68,9 +69,12 @@ def run(options: EvaluateOptions, listener: Listener = silent) -> Evaluation:
     if out:
         check_file(out)
     device = device_of(options.device)
+    model, baseline = opened(options.artifact), None if options.baseline is None else opened(options.baseline)
+    for source in (model.source, *([baseline.source] if baseline else [])):
+        refuse_changed(source, listener)
     evaluation = evaluate(
-        opened(options.artifact),
-        None if options.baseline is None else opened(options.baseline),
+        model,
+        baseline,
         options.text,
         context=options.context,
         chunks=options.chunks,

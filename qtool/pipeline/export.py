@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,19 +9,17 @@ from pathlib import Path
 from qtool import registry
 from qtool.artifact._base import Artifact
 from qtool.artifact._open import open_artifact
-from qtool.checkpoint.open import local
-from qtool.errors import CheckpointError, UsageError, nearest
+from qtool.errors import UsageError, nearest
 from qtool.pipeline.card import origin
+from qtool.pipeline.content import refuse_changed
 from qtool.pipeline.events import Event, Listener, silent
 from qtool.pipeline.prepare import flags
 from qtool.pipeline.publish import publish
 from qtool.pipeline.stopwatch import Stopwatch
 from qtool.recipe.export import options_of, owners
 from qtool.report.model import ArtifactEntry
-from qtool.store.files import SUMS, check_free, new_folder, read_sums, sha256
+from qtool.store.files import check_free, new_folder
 from qtool.store.names import output_path
-
-PROSE = {".md", ".html"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ def run(options: ExportOptions, listener: Listener = silent) -> ArtifactEntry:
         raise UsageError(flags(strange), wanted=wanted, found=f"--to {options.to}")
     artifact: Artifact = registry.load("artifact", options.to)(**given)
     model = open_artifact(options.source)
-    refuse_changed(model.source)
+    refuse_changed(model.source, listener)
     artifact.check(model)
     for caveat in artifact.caveats(model, model.layers):
         listener(Event("export", 0, 1, f"{options.to}: {caveat}", warning=True))
@@ -74,20 +71,3 @@ def run(options: ExportOptions, listener: Listener = silent) -> ArtifactEntry:
     with new_folder(out, options.overwrite) as folder:
         (entry,) = publish({options.to: artifact}, model, folder, card, options.verify, Stopwatch(), listener)
     return entry
-
-
-def refuse_changed(source: str) -> None:
-    """Holds the files of a source against the SHA256SUMS that qtool wrote beside them, which takes a read of each.
-
-    What is there for people to read is left out, for they may have added to it.
-
-    Raises:
-        CheckpointError: a file is not as it was written.
-    """
-    path = local(source)
-    folder = path if path.is_dir() else path.parent
-    for name, digest in read_sums(folder).items():
-        file = folder / name
-        if file.suffix not in PROSE and os.path.isfile(file) and sha256(file) != digest:
-            hint = "make it anew, or remove SHA256SUMS to use it as it is"
-            raise CheckpointError(f"{file} is not as it was written: {SUMS} has another hash", hint=hint)

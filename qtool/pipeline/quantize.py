@@ -17,7 +17,7 @@ from qtool.errors import StorageError, UsageError
 from qtool.evaluate.gates import refuse_missed
 from qtool.pipeline import evaluate
 from qtool.pipeline.card import card_of, origin
-from qtool.pipeline.content import read_content
+from qtool.pipeline.content import read_content, refuse_changed
 from qtool.pipeline.entries import kept_entry, mean_db
 from qtool.pipeline.events import Event, Listener, silent
 from qtool.pipeline.finish import finish
@@ -99,6 +99,7 @@ def run(options: QuantizeOptions, listener: Listener = silent) -> Report:
         evaluate.check(job.plan.recipe.eval)
     for warning in job.plan.warnings:
         listener(Event("plan", 1, 1, warning, warning=True))
+    refuse_changed(job.original.source, listener)
     made = Made()
     if job.plan.recipe.transforms:
         with watch.stage("transform"):

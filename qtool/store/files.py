@@ -22,6 +22,8 @@ from qtool.store.exchange import recover, replace_folder
 
 SUMS = "SHA256SUMS"
 SIGNATURE = "# written by qtool; check with: sha256sum --check SHA256SUMS\n"
+MOST = 1 << 24
+"""Characters that are read of SHA256SUMS: a hundred thousand files."""
 
 
 @contextmanager
@@ -172,10 +174,11 @@ def _write_sums(folder: Path, sums: Mapping[str, str], path: Path | None = None)
 def read_sums(folder: Path) -> dict[str, str]:
     """Hex digest by file name, as SHA256SUMS has it; empty if qtool wrote none."""
     path = folder / SUMS
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    if not text.startswith(SIGNATURE):
+    if not path.is_file():
         return {}
-    rows = (line.partition("  ") for line in text[len(SIGNATURE) :].splitlines())
+    with path.open(encoding="utf-8", errors="replace") as file:
+        text = file.read(MOST) if file.read(len(SIGNATURE)) == SIGNATURE else ""
+    rows = (line.partition("  ") for line in text.splitlines())
     return {name: digest for digest, _, name in rows}
 
 

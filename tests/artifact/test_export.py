@@ -17,8 +17,14 @@ from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError, PlanError
 from qtool.formats.int import Int
 from qtool.formats.q4_1 import Q4_1
+from qtool.pipeline.calibrate import CalibrateOptions
+from qtool.pipeline.calibrate import run as calibrate
+from qtool.pipeline.evaluate import EvaluateOptions
+from qtool.pipeline.evaluate import run as run_evaluation
 from qtool.pipeline.export import ExportOptions
 from qtool.pipeline.export import run as export
+from qtool.pipeline.quantize import QuantizeOptions
+from qtool.pipeline.quantize import run as quantize_model
 from qtool.recipe.schema import parse_format
 from qtool.store.files import new_folder
 from tests.artifact.conftest import assert_same_model, quantize
@@ -135,22 +141,91 @@ def test_a_model_without_codes_is_refused(name, tiny_checkpoint):
         registry.load("artifact", name)().check(quantize(tiny_checkpoint("llama"), None))
 
 
-def test_a_source_that_differs_from_its_sums_is_refused(tiny_checkpoint, tmp_path):
-    """Exactly the files that are read count; a model card may be written on."""
+@pytest.fixture
+def sealed(tiny_checkpoint, tmp_path):
+    """An artifact with SHA256SUMS, some of whose model card was written by hand."""
     folder = tmp_path / "first"
     with new_folder(folder) as partial:
         Qtool().write(quantize(tiny_checkpoint("llama"), Int(bits=4, group=32)), partial, {})
+        (partial / "report.json").write_text("{}")
     with (folder / "README.md").open("a") as card:
         card.write("Thanks.")
-    export(ExportOptions(str(folder), "gguf", tmp_path / "second"))
-    path = folder / "block-1.safetensors"
+    (folder / "report.json").unlink()
+    return folder
+
+
+def flip(path):
+    """Changes the last bit of a file."""
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(CheckpointError, match=r"block-1\.safetensors is not as it was written: SHA256SUMS has another"):
-        export(ExportOptions(str(folder), "gguf", tmp_path / "third"))
-    assert not (tmp_path / "third").exists()
-    (gguf,) = (tmp_path / "second").glob("*.gguf")
-    content = gguf.read_bytes()
-    gguf.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(CheckpointError, match=r"\.gguf is not as it was written"):
-        export(ExportOptions(str(gguf), "qtool", tmp_path / "third"))
+
+
+RECIPE = """
+recipe: 1
+name: again
+layers: [{match: "*", weights: q8_0}]
+export: [{to: gguf}]
+"""
+
+
+def uses(source, place):
+    """What reads all of a model, by name."""
+    text, recipe = place / "text", place / "recipe.yaml"
+    text.write_text("Some words of it. " * 200)
+    recipe.write_text(RECIPE)
+    plain = {"context": 32, "chunks": 1, "device": "cpu"}
+    return {
+        "export": lambda: export(ExportOptions(source, "qtool", place / "out")),
+        "quantize": lambda: quantize_model(QuantizeOptions(source, str(recipe), place / "out", device="cpu")),
+        "calibrate": lambda: calibrate(CalibrateOptions(source, str(recipe), place / "out", device="cpu")),
+        "eval": lambda: evaluate(source, baseline=None, text=text, **plain),
+        "baseline": lambda: evaluate(place / "plain", baseline=source, text=text, **plain),
+    }
+
+
+def evaluate(model, **options):
+    return run_evaluation(EvaluateOptions(str(model), out=None, **options))
+
+
+@pytest.mark.parametrize("use", ["export", "quantize", "calibrate", "eval", "baseline"])
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_a_source_that_differs_from_its_sums_is_refused_before_any_work(use, kind, sealed, tiny_checkpoint, tmp_path):
+    source = sealed
+    if kind == "gguf":
+        export(ExportOptions(str(sealed), "gguf", tmp_path / "second"))
+        (source,) = (tmp_path / "second").glob("*.gguf")
+        flip(tmp_path / "second" / "README.md")
+    shutil.copytree(tiny_checkpoint("llama"), tmp_path / "plain")
+    before = sorted(tmp_path.iterdir())
+    flip(source / "block-1.safetensors" if kind == "folder" else source)
+    message = (
+        r"(block-1\.safetensors|\.gguf) is not as it was written: SHA256SUMS has another hash; make or copy it anew"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        uses(str(source), tmp_path)[use]()
+    assert {p for p in tmp_path.iterdir() if p.name not in ("text", "recipe.yaml")} == set(before)
+
+
+def test_a_source_that_is_whole_is_used_by_all(sealed, tiny_checkpoint, tmp_path):
+    shutil.copytree(tiny_checkpoint("llama"), tmp_path / "plain")
+    for use in uses(str(sealed), tmp_path).values():
+        use()
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        (tmp_path / "out").unlink(missing_ok=True)
+
+
+def test_what_sums_name_is_there_and_in_the_folder(sealed, tmp_path):
+    def refused(match):
+        with pytest.raises(CheckpointError, match=match):
+            export(ExportOptions(str(sealed), "gguf", tmp_path / "out"))
+
+    sums = sealed / "SHA256SUMS"
+    written = sums.read_text()
+    for name in ("../elsewhere", "/dev/zero", "a/../../b"):
+        sums.write_text(f"{written}{'0' * 64}  {name}\n")
+        refused("SHA256SUMS names a file elsewhere")
+    sums.write_text(written)
+    (sealed / "chat_template.jinja").unlink()
+    refused(r"chat_template\.jinja is not as it was written: it is missing")
+    sums.unlink()
+    export(ExportOptions(str(sealed), "gguf", tmp_path / "out"))
