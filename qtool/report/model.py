@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from qtool.evaluate.result import Evaluation
+
+
+Count = Annotated[int, Field(gt=0)]
 
 
 class Entry(BaseModel):
@@ -34,7 +39,7 @@ class LayerEntry(Entry):
     name: str
     role: str
     block: int | None
-    shape: tuple[int, int]
+    shape: tuple[Count, Count]
     format: str | None
     method: str | None
     activations: str | None

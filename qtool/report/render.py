@@ -49,9 +49,7 @@ def read_report(path: Path) -> Report:
         CheckpointError: no such file, no report, damaged, or written by a newer qtool.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"cannot read the report {path}", found=error.strerror) from error
+        content = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no report", wanted="JSON", found=error) from error
     version = content.get("version") if isinstance(content, dict) else None
