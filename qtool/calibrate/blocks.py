@@ -21,11 +21,13 @@ from qtool.calibrate.ahead import Ahead
 from qtool.calibrate.experts import split_experts
 from qtool.calibrate.foreign import Calls, KVStore, assign, run_block
 from qtool.calibrate.hidden import Hidden
+from qtool.calibrate.infinite import origin
 from qtool.calibrate.inputs import rounded
 from qtool.calibrate.meta import ATTENTION, Recorder, build_on_meta
 from qtool.calibrate.operated import Following, Operated, put_behind
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, finite, modules
 from qtool.errors import CheckpointError
+from qtool.numerics.metrics import all_finite
 from qtool.numerics.threads.parallel import shares
 from qtool.numerics.threads.ranks import ALONE, Ranks
 
@@ -164,10 +166,20 @@ class Blocks:
         return shares(min(len(parts), ABREAST), self.device)
 
     def output(self, block: nn.Module, i: int, hidden: Hidden, part: slice, cache: KVStore | None = None) -> Tensor:
-        """Block i's output for some samples, [s, T, H]; keys and values go through `cache`. Raises NumericsError."""
+        """Block i's output for some samples, [s, T, H]; keys and values go through `cache`.
+
+        Raises:
+            NumericsError: it is not finite; says where that begins.
+        """
         x, arguments = hidden[part].to(self.device), self.block_arguments(hidden.length)[i]
-        where = f"of hidden states behind block {i} of {self.checkpoint.source}"
-        return finite(run_block(block, x, arguments, cache, self.attends), where)
+        output = run_block(block, x, arguments, cache, self.attends)
+        if not all_finite(output):
+            finite(x, f"of hidden states before block {i} of {self.checkpoint.source}")
+            again, names = twin(block), {self.path(m): m.name for m in self.modules[i]}
+            first = origin(again, lambda: run_block(again, x, arguments, cache, self.attends), names)
+            where = f"of hidden states behind block {i} of {self.checkpoint.source}"
+            finite(output, where, f"it begins in {first}, computed in {str(x.dtype)[6:]}" if first else None)
+        return output
 
     def differentiable(
         self, block: nn.Module, i: int, x: Tensor, weights: Mapping[str, Tensor], layers: Mapping[str, Layer]

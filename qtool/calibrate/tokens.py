@@ -8,6 +8,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,12 @@ from torch import Tensor
 
 from qtool.calibrate.documents import Tell, documents
 from qtool.calibrate.foreign import CACHE_NAMES, assign, cache_argument, misfit
+from qtool.calibrate.infinite import origin
 from qtool.calibrate.meta import build_on_meta
 from qtool.calibrate.tokenizer import batch_ids, load_tokenizer, token_ids
 from qtool.checkpoint._base import Checkpoint, finite
 from qtool.errors import CheckpointError
+from qtool.numerics.metrics import all_finite
 from qtool.recipe.schema import Calibration, Source
 
 CHOICE = 8
@@ -149,6 +152,10 @@ def sample_from(model: torch.nn.Module, tokens: Tensor, length: int) -> Tensor:
         cache = output[name]
         if (kept := cache.get_seq_length()) != tokens.shape[1]:
             raise misfit(model, f"keeps {kept} tokens in its cache instead of {tokens.shape[1]}")
-        fresh = torch.multinomial(finite(output["logits"][:, -1], "logits").softmax(-1), 1)
+        logits: Tensor = output["logits"][:, -1]
+        if not all_finite(logits):
+            first = origin(model, partial(model, input_ids=tokens, use_cache=False), {})
+            finite(logits, "logits", f"it begins in {first}" if first else None)
+        fresh = torch.multinomial(logits.softmax(-1), 1)
         tokens = torch.cat([tokens, fresh], dim=1)
     return tokens

@@ -15,6 +15,7 @@ from qtool.calibrate.blocks import TABLE_VALUES, Blocks
 from qtool.calibrate.cache import MeteredCache, rounded_cache
 from qtool.calibrate.foreign import check_tokens
 from qtool.calibrate.hidden import Hidden, waiting_limit
+from qtool.calibrate.infinite import finite_statistics
 from qtool.calibrate.inputs import rounded
 from qtool.calibrate.meter import Meter
 from qtool.calibrate.reference import Reference
@@ -112,11 +113,12 @@ class Walker(Blocks):
 
         Raises:
             QtoolError: the block left tokens out, though only experts may be passed by.
+            NumericsError: what was measured is not finite.
         """
         if module.expert is None:
             check_tokens(block, module.name, stats.tokens, hidden.samples * hidden.length)
         stats.combine(self.ranks)
-        return stats
+        return finite_statistics(stats, f"{module.name} of {self.checkpoint.source}")
 
     @torch.inference_mode()
     def advance(self, block: nn.Module, i: int, hidden: Hidden, layers: Mapping[str, Layer] | None = None) -> None:
@@ -148,7 +150,7 @@ class Walker(Blocks):
         for s in range(hidden.samples):
             stats.add(norm(hidden[s : s + 1].to(self.device)).flatten(0, -2))
         stats.combine(self.ranks)
-        return stats
+        return finite_statistics(stats, f"{self.family.head} of {self.checkpoint.source}")
 
     @torch.inference_mode()
     def logits(self, hidden: Hidden, sample: int, start: int = 0) -> Tensor:

@@ -282,8 +282,13 @@ def verify(checkpoint: Checkpoint) -> None:
             )
 
 
-def finite(tensor: Tensor, name: str) -> Tensor:
+def finite(tensor: Tensor, name: str, hint: str | None = None) -> Tensor:
     """Returns the tensor unchanged.
+
+    Args:
+        tensor: of any float type.
+        name: what to call it in an error.
+        hint: what else to say there.
 
     Raises:
         NumericsError: it holds NaN or Inf.
@@ -295,4 +300,5 @@ def finite(tensor: Tensor, name: str) -> Tensor:
     index = [int(i) for i in torch.unravel_index(torch.tensor(first), tensor.shape)]
     value = float(tensor.reshape(-1)[first])
     bad = int((~good).sum())
-    raise NumericsError(f"tensor {name} is not finite", found=f"{value} at {index}, {bad} of {tensor.numel()} values")
+    found = f"{value} at {index}, {bad} of {tensor.numel()} values"
+    raise NumericsError(f"tensor {name} is not finite", found=found, hint=hint)

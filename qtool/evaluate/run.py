@@ -147,7 +147,7 @@ def llama_cpp(file: Path, tokens: Tensor, first: int) -> Logits:
 
     try_file(file)
     runtime = LlamaCpp(file, tokens.shape[1])
-    return lambda s: runtime.logits(tokens[s])[first:-1]
+    return lambda s: finite(runtime.logits(tokens[s])[first:-1], f"logits of {file}, chunk {s + 1}")
 
 
 def score_chunks(sources: Sequence[Logits], targets: Tensor, steps: Steps) -> dict[str, float]:

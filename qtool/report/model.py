@@ -8,7 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from qtool.evaluate.result import Evaluation
 
-
 Count = Annotated[int, Field(gt=0)]
 
 

@@ -15,6 +15,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import ValidationError
 
+from qtool.checkpoint.config import read_text
 from qtool.errors import CheckpointError
 from qtool.report import meaning, quality, summary, units
 from qtool.report.charts import charts

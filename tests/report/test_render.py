@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import re
 from html.parser import HTMLParser
 
@@ -120,12 +121,16 @@ def test_json_is_standard_json(report, tmp_path):
         (lambda c: c | {"version": 3}, "has another version: wanted at most 2, found 3; read it with a newer qtool"),
         (lambda c: c | {"more": 1}, "is damaged at more"),
         (lambda c: c | {"parameters": 0}, "is damaged at parameters"),
+        (
+            lambda c: c | {"layers": [c["layers"][0] | {"shape": [576, 0]}]},
+            r"is damaged at layers\.0\.shape\.1: found .* greater than 0",
+        ),
         (lambda c: c | {"stages": [{"name": "plan"}]}, r"is damaged at stages\.0\.seconds"),
         (lambda c: {k: v for k, v in c.items() if k != "source"}, "is damaged at source: found Field required"),
         (lambda c: {k: v for k, v in c.items() if k != "version"}, "is no report: wanted an object with a version"),
         (lambda c: [c], "is no report: wanted an object with a version, found list"),
     ],
-    ids=["newer", "unknown-key", "no-parameters", "half-stage", "no-source", "no-version", "list"],
+    ids=["newer", "unknown-key", "no-parameters", "no-columns", "half-stage", "no-source", "no-version", "list"],
 )
 def test_what_is_no_readable_report(report, tmp_path, change, message):
     path = tmp_path / "report.json"
@@ -138,12 +143,18 @@ def test_what_is_no_readable_report(report, tmp_path, change, message):
 def test_what_is_no_json(tmp_path, content):
     path = tmp_path / "report.json"
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="is no report: wanted JSON"):
+    with pytest.raises(CheckpointError, match=r"is no report: wanted JSON|is damaged: wanted UTF-8 text"):
         read_report(path)
 
 
+def test_what_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "report.json")
+    with pytest.raises(CheckpointError, match=r"report\.json is no regular file"):
+        read_report(tmp_path / "report.json")
+
+
 def test_a_report_that_is_missing(tmp_path):
-    with pytest.raises(CheckpointError, match=r"cannot read the report .*: found No such file"):
+    with pytest.raises(CheckpointError, match=r"report\.json cannot be read: No such file"):
         read_report(tmp_path / "report.json")
 
 
