@@ -283,12 +283,7 @@ def verify(checkpoint: Checkpoint) -> None:
 
 
 def finite(tensor: Tensor, name: str, hint: str | None = None) -> Tensor:
-    """Returns the tensor unchanged.
-
-    Args:
-        tensor: of any float type.
-        name: what to call it in an error.
-        hint: what else to say there.
+    """Returns the tensor unchanged. An error says its name, and the hint.
 
     Raises:
         NumericsError: it holds NaN or Inf.
