@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from qtool import registry
 from qtool.numerics.threads.ranks import Ranks
-from qtool.stats._base import Batch, InputStats
+from qtool.stats._base import InputStats
 from qtool.stats.channels import Channels
 from qtool.stats.drift import Drift
 from qtool.stats.gram import Gram
@@ -172,18 +172,37 @@ def test_what_a_statistic_uses_is_measured_and_told_later() -> None:
     assert [type(s) for s in InputStats(8, NEEDS)] == [Channels, Drift, Gram]
 
 
-def test_weights_of_tokens_are_cut_where_the_reference_ends() -> None:
-    seen = []
-
-    class Watch(Channels):
-        def add(self, batch: Batch) -> None:
-            seen.append((batch.x, batch.reference, batch.weights))
-
-    weights = torch.rand(90, 2)
-    InputStats(200, frozenset({Watch})).add(X, X_0[:30], {"q": weights})
-    (x, x_0, w), (rest, nothing, others) = seen
-    assert torch.equal(x, X[:30]) and torch.equal(x_0, X_0[:30]) and torch.equal(w["q"], weights[:30])
-    assert torch.equal(rest, X[30:]) and nothing is None and torch.equal(others["q"], weights[30:])
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)], ids=str)
+def test_tokens_count_by_their_weights(dtype: torch.dtype, close: float) -> None:
+    """Two groups of outputs of one module, one of another; the first 30 of 90 tokens are compared; two parts."""
+    weights = {"q": torch.rand(90, 2, generator=GENERATOR) ** 4 * 50, "k": torch.rand(90, 1, generator=GENERATOR)}
+    x, x_0 = X.to(dtype), X_0.to(dtype)
+    parts = [InputStats(200, NEEDS, groups={"q": 2, "k": 1}) for _ in range(2)]
+    for stats, compared, part in zip(parts, (x_0[:30], None), (slice(0, 50), slice(50, 90)), strict=True):
+        stats.add(x[part], compared, {name: w[part] for name, w in weights.items()})
+    parts[0].merge(parts[1])
+    found = parts[0]
+    assert (found.get(Gram), found.get(Drift), found.tokens, found.of("v")) == (None, None, 90, (found,))
+    assert_close(found[Channels].importance, x.float().square().mean(0))
+    assert torch.equal(found[Channels].high, x.amax(0).float())
+    for name, columns in weights.items():
+        for stats, w in zip(found.of(name), columns.unbind(1), strict=True):
+            gram, compared, cross = (torch.zeros(200, 200, dtype=torch.float64) for _ in range(3))
+            for t in range(90):
+                outer = float(w[t]) * torch.outer(x[t].double(), x[t].double())
+                gram += outer
+                if t < 30:
+                    compared += outer
+                    cross += float(w[t]) * torch.outer((x_0[t] - x[t]).double(), x[t].double())
+            size = close * float(gram.diagonal().mean())
+            assert_close(stats[Gram].matrix.double(), gram, rtol=close / 4, atol=size)
+            assert_close(stats[Channels].sum_squares.double(), gram.diagonal(), rtol=close, atol=0)
+            assert_close(stats[Drift].pair[0].double(), cross, rtol=close / 4, atol=size)
+            assert_close(stats[Drift].pair[1].double(), compared, rtol=close / 4, atol=size)
+            assert stats.tokens == 90
+    alone = InputStats(200, frozenset({Channels}), groups={"q": 1})
+    alone.add(X, None, {"q": weights["k"]})
+    assert_close(alone.of("q")[0][Channels].sum_squares, (weights["k"] * X.square()).sum(0))
 
 
 def test_a_gram_matrix_goes_with_its_statistics_and_waits_for_no_collector() -> None:

@@ -233,4 +233,5 @@ def twin(module: nn.Module) -> nn.Module:
     same._modules = {name: child and twin(child) for name, child in module._modules.items()}
     same._parameters = module._parameters.copy()
     same._forward_pre_hooks = module._forward_pre_hooks.copy()
+    same._forward_hooks = module._forward_hooks.copy()
     return same

@@ -1,6 +1,6 @@
 """Measures the inputs of linear layers while batches run through a block in step.
 
-Shape letters: T tokens, K input features, B groups of a module's outputs.
+Shape letters: S samples, T tokens of them, K input features, B groups of a module's outputs.
 """
 
 from __future__ import annotations
@@ -21,25 +21,29 @@ class Meter:
         widths: K of each input, by `Module.reads`.
         needs: what to measure there.
         device: where.
+        weights: how much each token counts for the modules that read an input, by its name and theirs: float32
+            [S, T, B]; inputs that are not named weigh all alike.
     """
 
     def __init__(
-        self, widths: Mapping[str, int], needs: Mapping[str, frozenset[type[Statistic]]], device: torch.device
+        self,
+        widths: Mapping[str, int],
+        needs: Mapping[str, frozenset[type[Statistic]]],
+        device: torch.device,
+        weights: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
-        self.widths, self.needs, self.device = widths, needs, device
+        self.widths, self.needs, self.device, self.weights = widths, needs, device, weights or {}
         self.stats: dict[str, InputStats] = {}
         self.expected: dict[int, dict[str, Tensor]] = {}
-        self.weights: dict[int, Mapping[str, Tensor]] = {}
 
-    def expect(self, part: slice, inputs: dict[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    def expect(self, part: slice, inputs: dict[str, Tensor]) -> None:
         """Tells what is known of a batch before it runs.
 
         Args:
             part: its samples.
             inputs: what the unquantized model reads there, by `Module.reads`, [T', K] for its first T' tokens.
-            weights: of its tokens, by name of the module, float32 [T, B].
         """
-        self.expected[part.start], self.weights[part.start] = inputs, weights
+        self.expected[part.start] = inputs
 
     def hook(self, reads: str, flow: InStep) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         """A forward pre-hook that hands over a layer's input, then waits until all batches have been measured."""
@@ -53,10 +57,16 @@ class Meter:
     def count(self, reads: str, x: Tensor, part: slice) -> None:
         """Counts a batch, [T, K], and compares its first tokens with what they should be."""
         if reads not in self.stats:
-            self.stats[reads] = InputStats(self.widths[reads], self.needs[reads], self.device)
+            self.stats[reads] = self.fresh(reads)
         reference = self.expected[part.start].pop(reads, None)
-        self.stats[reads].add(x, reference, self.weights[part.start] or None)
+        weights = {name: w[part].flatten(0, 1).to(x.device) for name, w in self.weights.get(reads, {}).items()}
+        self.stats[reads].add(x, reference, weights)
 
     def take(self, reads: str) -> InputStats:
         """The statistics of an input; not kept here any longer."""
-        return self.stats.pop(reads, None) or InputStats(self.widths[reads], self.needs[reads], self.device)
+        return self.stats.pop(reads, None) or self.fresh(reads)
+
+    def fresh(self, reads: str) -> InputStats:
+        """Statistics of an input that count no token yet."""
+        groups = {name: w.shape[-1] for name, w in self.weights.get(reads, {}).items()}
+        return InputStats(self.widths[reads], self.needs[reads], self.device, groups)

@@ -1,21 +1,23 @@
 """All statistics of a model's inputs in a folder: a safetensors file for each decoder block, and one that says what.
 
     statistics.json    {"version": 2, "model": name, "fingerprint": hex, "calibration": object, "inputs":
-                        {<reads>: {"shard": file, "channels": K, "tokens": T, "kinds": [name, ...]}, ...}}
-    <shard>            <reads>.<kind>.<tensor> for everything that `Statistic.state` of a kind gives
+                        {<reads>: {"shard": file, "channels": K, "tokens": T, "kinds": [name, ...],
+                        "groups": {<module>: B, ...}}, ...}}
+    <shard>            <reads>.<kind>.<tensor> for everything that `Statistic.state` of a kind gives, and
+                       <module>.<b>.<kind>.<tensor> for each group of outputs of a module that weighs tokens
     SHA256SUMS         of all of them
 
 What takes little room, sums and ranges of channels alone, is a single file: see `qtool.calibrate.store`.
 
-Shape letters: K input features, T tokens.
+Shape letters: K input features, T tokens, B groups of a module's outputs.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -33,7 +35,7 @@ SHARD = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors$"
 
 
 class Held(BaseModel):
-    """What is held of an input: its shard, K, T, and the names of its statistics."""
+    """What is held of an input: its shard, K, T, the names of its statistics, and B of modules that weigh tokens."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -41,6 +43,7 @@ class Held(BaseModel):
     channels: int = Field(ge=1)
     tokens: int = Field(ge=1)
     kinds: tuple[str, ...]
+    groups: dict[str, Annotated[int, Field(ge=1, le=64)]] = {}
 
 
 class Index(BaseModel):
@@ -79,9 +82,10 @@ class StatsWriter:
         """
         stats = {reads: s for reads, s in stats.items() if s.tokens}
         tensors = {
-            f"{reads}.{statistic.name()}.{name}": tensor.cpu()
+            f"{prefix}.{statistic.name()}.{name}": tensor.cpu()
             for reads, s in stats.items()
-            for statistic in s
+            for prefix, view in views(reads, s)
+            for statistic in view
             for name, tensor in statistic.state().items()
         }
         infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
@@ -89,8 +93,14 @@ class StatsWriter:
             for name, tensor in tensors.items():
                 writer.add(name, tensor)
         for reads, s in stats.items():
-            kinds = tuple(statistic.name() for statistic in s)
-            self.inputs[reads] = Held(shard=f"{unit}.safetensors", channels=s.k, tokens=s.tokens, kinds=kinds)
+            kinds = tuple(sorted({statistic.name() for _, view in views(reads, s) for statistic in view}))
+            self.inputs[reads] = Held(
+                shard=f"{unit}.safetensors",
+                channels=s.k,
+                tokens=s.tokens,
+                kinds=kinds,
+                groups={name: len(groups) for name, groups in s.weighted.items()},
+            )
 
     def close(self) -> None:
         """Writes what the files hold."""
@@ -134,15 +144,16 @@ class StatsFolder:
         """Those statistics of an input that are needed; all of them are held."""
         held = self.index.inputs[reads]
         file = self._shard(held.shard)
-        stats = InputStats(held.channels, needs)
-        for statistic in reversed(list(stats)):  # what is used is read before what uses it
-            prefix = f"{reads}.{statistic.name()}."
-            names = [name for name in file.entries if name.startswith(prefix)]
-            try:
-                statistic.load({name.removeprefix(prefix): file.read(name) for name in names})
-            except ValueError as error:
-                raise CheckpointError(f"{file.path}: {statistic.name()} of {reads}: {error}") from error
-        stats.tokens = held.tokens
+        stats = InputStats(held.channels, needs, groups=held.groups)
+        for name, view in views(reads, stats):
+            for statistic in reversed(list(view)):  # what is used is read before what uses it
+                prefix = f"{name}.{statistic.name()}."
+                names = [entry for entry in file.entries if entry.startswith(prefix)]
+                try:
+                    statistic.load({entry.removeprefix(prefix): file.read(entry) for entry in names})
+                except ValueError as error:
+                    raise CheckpointError(f"{file.path}: {statistic.name()} of {name}: {error}") from error
+            view.tokens = held.tokens
         return stats
 
     def _shard(self, name: str) -> SafetensorsFile:
@@ -163,8 +174,16 @@ def is_stats_folder(path: Path) -> bool:
     return os.path.isfile(path / INDEX)  # False as well where the system refuses to look
 
 
-def nbytes(channels: int, needs: frozenset[type[Statistic]]) -> int:
-    """Bytes that statistics of an input of K channels take on disk."""
+def views(reads: str, stats: InputStats) -> Iterator[tuple[str, InputStats]]:
+    """What is kept of an input, by what files call it: of all tokens alike, and of each group that weighs them."""
+    yield reads, stats
+    for module, groups in stats.weighted.items():
+        yield from ((f"{module}.{b}", view) for b, view in enumerate(groups))
+
+
+def nbytes(channels: int, needs: frozenset[type[Statistic]], groups: Mapping[str, int] | None = None) -> int:
+    """Bytes that statistics of an input of K channels take on disk, with B groups of the modules that weigh tokens."""
     with torch.device("meta"):
-        stats = InputStats(channels, needs, "meta")
-        return sum(tensor.nbytes for statistic in stats for tensor in statistic.state().values())
+        stats = InputStats(channels, needs, "meta", groups)
+        kept = (statistic for _, view in views("", stats) for statistic in view)
+        return sum(tensor.nbytes for statistic in kept for tensor in statistic.state().values())

@@ -25,6 +25,9 @@ from qtool.numerics.product import float32_product
 from qtool.numerics.threads.parallel import side_by_side
 from qtool.stats._base import InputStats, Statistic
 
+TokenWeights = Mapping[str, Mapping[str, Tensor]]
+"""How much each token counts, float32 [S, T, B], by `Module.reads` and the module that reads it."""
+
 
 class Walker(Blocks):
     """One model, walked block by block; see `Blocks` for the arguments."""
@@ -33,7 +36,12 @@ class Walker(Blocks):
 
     @torch.inference_mode()
     def collect(
-        self, block: nn.Module, i: int, hidden: Hidden, needs: frozenset[type[Statistic]]
+        self,
+        block: nn.Module,
+        i: int,
+        hidden: Hidden,
+        needs: frozenset[type[Statistic]],
+        token_weights: TokenWeights | None = None,
     ) -> dict[str, InputStats]:
         """Runs block i once over all tokens, measures the inputs of its linear layers, and replaces `hidden`.
 
@@ -42,12 +50,13 @@ class Walker(Blocks):
             i: its index.
             hidden: inputs of the block, replaced by its outputs.
             needs: what to measure.
+            token_weights: see `steps`.
 
         Returns:
             Statistics by `Module.reads`.
         """
         wanted = dict.fromkeys((m.reads for m in self.modules[i]), needs)
-        return dict(self.steps(block, i, hidden, wanted))
+        return dict(self.steps(block, i, hidden, wanted, token_weights=token_weights))
 
     @torch.inference_mode()
     def steps(
@@ -58,7 +67,7 @@ class Walker(Blocks):
         needs: Mapping[str, frozenset[type[Statistic]]],
         reference: Reference | None = None,
         cache: MeteredCache | None = None,
-        token_weights: Mapping[str, Tensor] | None = None,
+        token_weights: TokenWeights | None = None,
         keep: bool = False,
     ) -> Iterator[tuple[str, InputStats]]:
         """Runs block i once over all tokens, and stops before each wanted input is read.
@@ -74,17 +83,17 @@ class Walker(Blocks):
             reference: the unquantized model in front of block i, to compare with where drift is needed; is advanced.
             cache: measures keys and values.
             keep: leave `hidden` as it is, and that of the reference.
-            token_weights: of modules that read all tokens, by name, float32 [S, T, B]; see `Batch.weights`.
+            token_weights: how much each token counts, see `Meter`.
 
         Yields:
             (`Module.reads`, statistics), in the order of the forward pass; of an input that no token reaches, last.
         """
         readers = dict(reversed({m.reads: m for m in reversed(self.modules[i]) if m.reads in needs}.items()))
-        meter = Meter({reads: m.shape[1] for reads, m in readers.items()}, needs, self.device)
+        meter = Meter({reads: m.shape[1] for reads, m in readers.items()}, needs, self.device, token_weights)
 
         def run(part: slice) -> None:
             expected, ahead = reference.run(part) if reference else ({}, None)
-            meter.expect(part, expected, {name: w[part].flatten(0, 1) for name, w in (token_weights or {}).items()})
+            meter.expect(part, expected)
             output = self.output(block, i, hidden, part, cache)
             if not keep:
                 hidden[part] = output
@@ -158,13 +167,17 @@ class Walker(Blocks):
 
         The product is a float32 one, since bfloat16 would round logits to 3 digits.
         """
-        if self.head is None:
-            name = self.family.embedding if self.checkpoint.tied else self.family.head
-            self.head = self.load_norm(), self.tensor(f"{name}.weight")
-        norm, weight = self.head
+        norm, weight = self.output_layer()
         x: Tensor = norm(hidden[sample : sample + 1][0, start:].to(self.device))
         if layer := self.layers.get(self.family.head):
             x = rounded(x, layer)
         logits = float32_product(x, weight, TABLE_VALUES)
         cap = self.family.logit_softcap(self.checkpoint.config)
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+    def output_layer(self) -> tuple[nn.Module, Tensor]:
+        """The final norm, and the matrix of the output layer, [V, H]; loaded once."""
+        if self.head is None:
+            name = self.family.embedding if self.checkpoint.tied else self.family.head
+            self.head = self.load_norm(), self.tensor(f"{name}.weight")
+        return self.head

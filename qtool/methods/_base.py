@@ -72,7 +72,8 @@ class BlockTask:
         formats: of their weights; those that want it know the largest weight.
         weights: theirs, float32 [N, K], on the device.
         found: what the start method found while tokens stepped through the block, on the device.
-        stats: of their inputs, behind the matrices before them that had been solved.
+        stats: of their inputs, behind the matrices before them that had been solved; for the first group of outputs,
+            where groups weigh tokens differently.
         inputs: hidden states in front of the block as the quantized model has them.
         original: the same in the unquantized model; the same object where every block reads the unquantized model's.
         targets: what the unquantized block makes of `original`.

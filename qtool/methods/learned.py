@@ -10,7 +10,8 @@ start.
   groups, and offsets where they are free, may be trained along, relative to the start.
 - `sign` moves every variable by the same amount a step, `rate` falling to zero on a line; `adam` is Adam, its rate too.
 - Errors of a token count relative to that token's energy, because the norm behind the block divides by it; without that
-  few tokens of huge hidden states would decide everything.
+  few tokens of huge hidden states would decide everything. Where a recipe weighs tokens by the gradient of the model's
+  loss, errors count by that instead.
 
 Shape letters: S samples, T tokens of a sample, H hidden size, N rows, K columns, G groups.
 """
@@ -118,7 +119,7 @@ class Learned(BlockMethod):
         for i in range(self.steps):
             part = seen[torch.randperm(len(seen), generator=generator)[: self.batch]]
             weights = {name: x.weights() for name, x in variables.items()}
-            loss = relative_error(task.run(part, weights), task.targets[part].to(task.device), self.trim)
+            loss = block_error(task, weights, part, self.trim)
             loss.backward()  # type: ignore[no-untyped-call]
             step(1 - i / self.steps)
             if (i + 1) % max(1, self.steps // CHECKS) == 0 or i + 1 == self.steps:
@@ -149,10 +150,21 @@ class Learned(BlockMethod):
         return step
 
 
-def relative_error(output: Tensor, target: Tensor, trim: float = 0.0) -> Tensor:
-    """Mean over tokens of |output - target|^2 / |target|^2, [s, T, H] each, without a share `trim` of largest terms."""
+def relative_error(output: Tensor, target: Tensor, trim: float = 0.0, weights: Tensor | None = None) -> Tensor:
+    """Mean over tokens of |output - target|^2 / |target|^2.
+
+    Args:
+        output, target: [s, T, H].
+        trim: share of the largest terms that are left out.
+        weights: how much each token's squared error counts, float32 [s, T]; the sum is relative to that of targets.
+    """
     target = target.float()
-    errors = (output.float() - target).square() / target.square().sum(-1, keepdim=True).clamp_min(1e-20)
+    energy = target.square().sum(-1)
+    if weights is None:
+        share = 1 / energy.clamp_min(1e-20)
+    else:
+        share = weights / (weights * energy).mean().clamp_min(1e-20)
+    errors = (output.float() - target).square() * share[..., None]
     if trim:
         keep = errors.numel() - int(trim * errors.numel())
         limit = errors.detach().flatten().kthvalue(keep).values
@@ -161,9 +173,15 @@ def relative_error(output: Tensor, target: Tensor, trim: float = 0.0) -> Tensor:
     return mean
 
 
+def block_error(task: BlockTask, weights: Mapping[str, Tensor], part: Tensor, trim: float = 0.0) -> Tensor:
+    """Relative error of the block with these weights on some samples."""
+    share = None if task.token_weights is None else task.token_weights[part].to(task.device)
+    return relative_error(task.run(part, weights), task.targets[part].to(task.device), trim, share)
+
+
 @torch.no_grad()
 def held_out(task: BlockTask, weights: Mapping[str, Tensor], part: Tensor) -> float:
     """Relative error of the block with these weights on some samples, one after the other."""
     weights = {name: w.to(task.device) for name, w in weights.items()}
-    errors = [relative_error(task.run(s[None], weights), task.targets[s[None]].to(task.device)) for s in part]
+    errors = [block_error(task, weights, s[None]) for s in part]
     return float(torch.stack(errors).double().mean())

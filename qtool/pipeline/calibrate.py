@@ -13,7 +13,7 @@ from qtool.calibrate.shards import StatsWriter, nbytes
 from qtool.calibrate.store import write_stats
 from qtool.calibrate.tokens import load_tokens
 from qtool.calibrate.walker import Walker
-from qtool.checkpoint._base import Checkpoint, modules
+from qtool.checkpoint._base import Checkpoint, Module, modules
 from qtool.errors import StorageError
 from qtool.pipeline.card import model_name
 from qtool.pipeline.content import refuse_changed
@@ -22,6 +22,7 @@ from qtool.pipeline.importance import write_importance
 from qtool.pipeline.measured import kind_of
 from qtool.pipeline.prepare import Job, prepare
 from qtool.pipeline.stored import ORIGINAL
+from qtool.pipeline.weigh import Weights, groups_of, token_weights
 from qtool.recipe.schema import Recipe
 from qtool.report.units import size
 from qtool.stats._base import InputStats, Statistic, in_order
@@ -80,12 +81,13 @@ def run(options: CalibrateOptions, listener: Listener = silent) -> Measured:
     o = options
     job = prepare(o.model, o.recipe, o.overrides, o.seed, device=o.device, dtype=o.dtype)
     needs = kept(job, out, listener)
-    if needs == CHANNELS:
+    calibration = job.plan.recipe.calibration
+    in_file = out.suffix == ".gguf" or (needs == CHANNELS and not calibration.token_weights)
+    if in_file:
         check_file(out)
     else:
         check_free(out, options.overwrite)
     refuse_changed(job.original.source, listener)
-    calibration = job.plan.recipe.calibration
     walker = Walker(job.original, job.device, job.dtype, calibration.experts == "all")
     tokens = load_tokens(calibration, job.original, remarks(listener, "calibrate"))
     about = {
@@ -93,8 +95,9 @@ def run(options: CalibrateOptions, listener: Listener = silent) -> Measured:
         "fingerprint": job.plan.source_fingerprint,
         "calibration": {**calibration.model_dump(mode="json"), "tokens": tokens.numel()},
     }
-    found = measure(walker, walker.embed(tokens), needs, listener)
-    if needs != CHANNELS:
+    weights = token_weights(walker, tokens, calibration, groups_in(job, out), listener)
+    found = measure(walker, walker.embed(tokens), needs, weights, listener)
+    if not in_file:
         inputs = write_folder(out, found, about, options.overwrite)
         return Measured(inputs, tokens.numel(), sum(file.stat().st_size for file in out.iterdir()))
     stats = {reads: s for _, part in found for reads, s in part.items() if s.tokens}
@@ -124,10 +127,13 @@ def kept(job: Job, out: Path, listener: Listener) -> frozenset[type[Statistic]]:
         if later and out.suffix != ".gguf":
             told(f"not kept: {later}, which quantize measures behind quantized layers; {ORIGINAL} would keep it")
         wanted = frozenset({k for k in wanted if not k.sequential})
-    if out.suffix == ".gguf" or not wanted:
+    if out.suffix == ".gguf" or not (wanted or job.plan.recipe.calibration.token_weights):
         return CHANNELS
     widths = {m.reads: m.shape[1] for m in modules(job.original) if m.kind != "embedding"}
-    need = sum(nbytes(k, CHANNELS | wanted) for k in widths.values())
+    groups: dict[str, dict[str, int]] = {reads: {} for reads in widths}
+    for module, count in groups_in(job, out).items():
+        groups[module.reads][module.name] = count
+    need = sum(nbytes(k, CHANNELS | wanted, groups[reads]) for reads, k in widths.items())
     names = ", ".join(sorted(k.name() for k in CHANNELS | wanted))
     told(f"{out} will take {size(need)}: {names} of {len(widths)} inputs")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -149,8 +155,22 @@ def write_folder(
     return len(writer.inputs)
 
 
+def groups_in(job: Job, out: Path) -> dict[Module, int]:
+    """Modules that weigh tokens, and groups of their outputs: whatever recipe comes; importances have one of each."""
+    asked, plans = job.plan.recipe.calibration.token_weights, {p.module.name: p for p in job.plan.layers}
+    if not asked:
+        return {}
+    found = (m for m in modules(job.original) if m.block is not None and m.expert is None)
+    single = out.suffix == ".gguf"
+    return {m: 1 if single or m.name not in plans else groups_of(plans[m.name], asked.groups) for m in found}
+
+
 def measure(
-    walker: Walker, hidden: Hidden, needs: frozenset[type[Statistic]], listener: Listener
+    walker: Walker,
+    hidden: Hidden,
+    needs: frozenset[type[Statistic]],
+    weights: Weights | None,
+    listener: Listener,
 ) -> Iterator[tuple[str, dict[str, InputStats]]]:
     """Statistics of every input, block by block ("block-0", ...), and last of the output layer ("head").
 
@@ -159,7 +179,8 @@ def measure(
     blocks = len(walker.blocks)
     listener(Event("calibrate", 0, blocks))
     for i in range(blocks):
-        yield f"block-{i}", walker.collect(walker.load_block(i), i, hidden, needs)
+        by_input = weights.modules if weights else None
+        yield f"block-{i}", walker.collect(walker.load_block(i), i, hidden, needs, by_input)
         listener(Event("calibrate", i + 1, blocks, f"block {i}"))
     if heads := [m.reads for m in modules(walker.checkpoint) if m.role == "head"]:
         yield "head", {reads: walker.collect_head(hidden, needs) for reads in heads}

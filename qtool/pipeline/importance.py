@@ -35,7 +35,8 @@ def write_importance(
     """
     entries = {}
     for name, members in _readers(checkpoint).items():
-        found = [stats.get(module.reads) or InputStats(module.shape[1], CHANNELS) for module in members]
+        inputs = [stats.get(module.reads) or InputStats(module.shape[1], CHANNELS) for module in members]
+        found = [s.of(module.name)[0] for s, module in zip(inputs, members, strict=True)]
         if any(s.tokens for s in found):
             sums = torch.stack([s[Channels].sum_squares.float().cpu() for s in found])
             entries[name] = Entry(sums, torch.tensor([float(s.tokens) for s in found]))
@@ -47,8 +48,9 @@ def write_importance(
 def read_importance(path: Path, checkpoint: Checkpoint) -> tuple[dict[str, InputStats], dict[str, object]]:
     """Reads an importance matrix, ours or llama.cpp's, for a model.
 
-    Matrices that read the same input share what the file says about the first of them. An input that the file does not
-    mention, or experts that no token reached, are left out.
+    Matrices that read the same input have what the file says about each of them, which is the same unless it weighs
+    tokens; others have what it says about the first. An input that the file does not mention, or experts that no token
+    reached, are left out.
 
     Returns:
         (statistics by `Module.reads`, sums of squares only; what the report says about them).
@@ -66,8 +68,10 @@ def read_importance(path: Path, checkpoint: Checkpoint) -> tuple[dict[str, Input
     stats: dict[str, InputStats] = {}
     for name, members in readers.items():
         if name in matrix.entries:
-            for reads, s in _split(matrix.entries[name], members, f"{path}: {name}"):
-                stats.setdefault(reads, s)
+            for module, s in _split(matrix.entries[name], members, f"{path}: {name}"):
+                first = stats.setdefault(module.reads, s)
+                if first is not s:
+                    first.weighted[module.name] = (s,)
     about: dict[str, object] = {"data": path.name, "datasets": list(matrix.datasets), "entries": len(matrix.entries)}
     return stats, about | {"samples": matrix.chunks, "length": matrix.chunk_size}
 
@@ -81,7 +85,7 @@ def _readers(checkpoint: Checkpoint) -> dict[str, list[Module]]:
     return readers
 
 
-def _split(entry: Entry, members: list[Module], what: str) -> Iterator[tuple[str, InputStats]]:
+def _split(entry: Entry, members: list[Module], what: str) -> Iterator[tuple[Module, InputStats]]:
     """The statistics of each matrix of a stack, or of the only one."""
     k, count = members[0].shape[1], len(members)
     if entry.sums.numel() != k * count or len(entry.counts) not in (1, count):
@@ -91,4 +95,4 @@ def _split(entry: Entry, members: list[Module], what: str) -> Iterator[tuple[str
             stats = InputStats(k, CHANNELS)
             stats[Channels].sums = sums
             stats.tokens = max(1, round(float(tokens)))
-            yield module.reads, stats
+            yield module, stats

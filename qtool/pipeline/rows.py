@@ -1,15 +1,35 @@
-"""Large matrices in parts of whole rows."""
+"""Matrices in parts of whole rows."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 PART = 1 << 22
 """Numbers of a large matrix that are worked on at a time: 16 MiB in float32, and a few such temporaries."""
+
+View = TypeVar("View")
 
 
 def row_parts(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
     """(start, stop) of the parts in which a large matrix is worked on."""
     rows, step = shape[0], max(1, PART // math.prod(shape[1:]))
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def row_groups(
+    rows: int, views: Sequence[View], first: int = 0, last: int | None = None
+) -> Iterator[tuple[View, slice]]:
+    """What counts for groups of rows, see `InputStats.of`: (its view, which of some rows belong to it).
+
+    Args:
+        rows: of the matrix.
+        views: of its groups.
+        first, last: of the rows that are at hand.
+    """
+    last = rows if last is None else last
+    for b, view in enumerate(views):
+        start, stop = max(rows * b // len(views), first), min(rows * (b + 1) // len(views), last)
+        if start < stop:
+            yield view, slice(start - first, stop - first)

@@ -19,7 +19,7 @@ from qtool.pipeline.correct import correct, joined
 from qtool.pipeline.entries import Sums
 from qtool.pipeline.found import Found
 from qtool.pipeline.requantize import Origin, origin
-from qtool.pipeline.rows import row_parts
+from qtool.pipeline.rows import row_groups, row_parts
 from qtool.plan import LayerPlan
 from qtool.residuals._base import Correction
 from qtool.stats._base import InputStats
@@ -44,7 +44,7 @@ def solve(
     Args:
         plan: with a format and a method.
         checkpoint: where its weight is.
-        stats: of its input; None without data.
+        stats: of its input; None without data. Groups of rows that weigh tokens otherwise are solved one by one.
         device: where to compute.
         merged: modules that share what is chosen for a whole matrix; see `Unit.merged`.
         rows: (start, stop); None: all of them, as has to be where they are `tied`.
@@ -59,7 +59,8 @@ def solve(
     fmt = informed(plan.format, checkpoint, merged or (name,))
     blind = "chosen without data: nothing was measured on its inputs" if stats is None and method.needs else None
     lost = "corrected without data" if stats is None and any(r.needs for r in plan.residuals) else None
-    stats = stats if plan.weight_needs else None
+    views = stats.of(name) if stats and plan.weight_needs else ()
+    stats = views[0] if views else None
     source = origin(checkpoint, name, plan.format)
     codes, params, sums, seconds = torch.empty(last - first, plan.module.shape[1], dtype=torch.uint8), [], Sums(), 0.0
     remarks, start = [plan.fallback, blind, lost, source.remark], 0
@@ -71,7 +72,7 @@ def solve(
         w = read(checkpoint, source, name, *part).to(device).float()  # the bus carries the narrower type
         begin = time.monotonic()
         same = source.same and source.same.rows(*part)
-        solved = take_over(w, same) if same else solve_rows(plan, fmt, w, stats)
+        solved = take_over(w, same) if same else solve_groups(plan, fmt, w, views, first + a)
         if plan.residuals:
             solved, corrections = corrected(plan, fmt, w, solved, stats, same is None)
         for solution, squares in solved:
@@ -112,6 +113,17 @@ def take_over(w: Tensor, same: Quantized) -> list[tuple[Solution, Sums]]:
         return Solution(rows), Sums.of(w[slice(*part)], rows.decode().to(w.device), None)
 
     return side_by_side(compare, parts := row_shares(len(w), w.device), shares(len(parts), w.device))
+
+
+def solve_groups(
+    plan: LayerPlan, fmt: Format, w: Tensor, views: Sequence[InputStats], first: int
+) -> list[tuple[Solution, Sums]]:
+    """Quantizes some rows of a module, from its row `first` on; groups that weigh tokens otherwise one by one.
+
+    Without views that goes without data.
+    """
+    shares = row_groups(plan.module.shape[0], views or (None,), first, first + len(w))
+    return [found for stats, part in shares for found in solve_rows(plan, fmt, w[part], stats)]
 
 
 def solve_rows(plan: LayerPlan, fmt: Format, w: Tensor, stats: InputStats | None) -> list[tuple[Solution, Sums]]:

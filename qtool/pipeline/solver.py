@@ -17,6 +17,7 @@ from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline.entries import Sums
 from qtool.pipeline.found import Found, assembled, exchanged, rows_to_solve
 from qtool.pipeline.prepare import Job
+from qtool.pipeline.rows import row_groups
 from qtool.pipeline.solve import TAKEN_OVER, informed, refuse_infinite, solve, tied
 from qtool.pipeline.units import Unit
 from qtool.plan import LayerPlan
@@ -99,7 +100,8 @@ class UnitSolver:
             parts: its rows.
         """
         name, enough = plan.module.name, usable is plan
-        self.matrices[name], entry = assembled(usable, stats if enough and plan.weight_needs else None, parts)
+        view = stats.of(name)[0] if stats and enough and plan.weight_needs else None
+        self.matrices[name], entry = assembled(usable, view, parts)
         measured = enough or stats is None
         self.entries[name] = entry if measured else entry.model_copy(update={"tokens": stats and stats.tokens})
         if plan in self.unit.blockwise and enough and entry.method != TAKEN_OVER:
@@ -136,7 +138,7 @@ class UnitSolver:
             formats=formats,
             weights={name: checkpoint.tensor(f"{name}.weight").to(device, torch.float32) for name in plans},
             found={name: Solution(self.matrices[name].quantized.to(device)) for name in plans},
-            stats={name: stats for name in plans if (stats := self.stats[name]) is not None},
+            stats={name: stats.of(name)[0] for name in plans if (stats := self.stats[name]) is not None},
         )
 
     def accept(self, plan: LayerPlan, solution: Solution, task: BlockTask) -> None:
@@ -150,10 +152,14 @@ class UnitSolver:
         found = replace(solution.quantized.to(torch.device("cpu")), format=plan.format)
         w_hat = found.decode().to(w.device)
         refuse_infinite(w_hat, plan)
-        gram, entry = gram_of(self.stats[name]), self.entries[name]
+        stats, entry = self.stats[name], self.entries[name]
+        sums, views = Sums(), stats.of(name) if stats else (None,)
+        for view, part in row_groups(len(w), views):
+            target = None if solution.target is None else solution.target[part]
+            sums += Sums.of(w[part], w_hat[part], gram_of(view), target)
         update = {
             "fallback": "; ".join(filter(None, (entry.fallback, solution.fallback))) or None,
-            **Sums.of(w, w_hat, gram, solution.target).errors(gram is not None),
+            **sums.errors(gram_of(views[0]) is not None),
         }
         self.matrices[name], self.entries[name] = Matrix(found), entry.model_copy(update=update)
 

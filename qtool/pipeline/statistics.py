@@ -22,6 +22,7 @@ from qtool.pipeline.prepare import Job
 from qtool.pipeline.solver import Solved, Solver
 from qtool.pipeline.stored import Files, of_original, stored_for
 from qtool.pipeline.units import Unit, needs_of, units
+from qtool.pipeline.weigh import Weights, token_weights, weighing
 from qtool.plan import LayerPlan
 from qtool.recipe.schema import Calibration
 from qtool.stats._base import Statistic
@@ -87,14 +88,22 @@ class Walked(Statistics):
         calibration: whether a layer's successors see its quantized outputs; for the rest, see the report.
         compare: whether a method asks how inputs drift.
         blockwise: whether a method solves blocks, and so wants all samples as the unquantized model has them.
+        weights: how much each token counts; None: all alike.
     """
 
     def __init__(
-        self, walker: Walker, tokens: Tensor, calibration: Calibration, compare: bool, blockwise: bool = False
+        self,
+        walker: Walker,
+        tokens: Tensor,
+        calibration: Calibration,
+        compare: bool,
+        blockwise: bool = False,
+        weights: Weights | None = None,
     ) -> None:
         about = {**calibration.model_dump(mode="json"), "tokens": tokens.numel()}
         super().__init__(hashlib.sha256(tokens.numpy().tobytes()).hexdigest(), about)
         self.walker, self.hidden, self.seed = walker, walker.embed(tokens), calibration.seed
+        self.weights = weights
         self.quantized = calibration.propagate == "quantized"
         beside = self.quantized and (compare or blockwise)
         self.reference = Reference(walker, tokens, every=blockwise) if beside else None
@@ -119,7 +128,8 @@ class Walked(Statistics):
             return
         first = few(self.hidden)
         with self.walker.quantized_inputs(block, i, rounding):
-            steps = self.walker.steps(block, i, self.hidden, measured, self.reference, metered, keep=blockwise)
+            weights = self.weights.modules if self.weights else None
+            steps = self.walker.steps(block, i, self.hidden, measured, self.reference, metered, weights, blockwise)
             for reads, stats in steps:
                 self.put(block, layers, unit, solver.solve([(inputs[reads], stats)]))
         if blockwise:
@@ -158,6 +168,7 @@ class Walked(Statistics):
             device=walker.device,
             dtype=walker.dtype,
             seed=self.seed,
+            token_weights=self.weights.blocks[i] if self.weights else None,
         )
         for solved in solver.solve_block(task):
             self.put(block, layers, unit, solved)
@@ -220,6 +231,8 @@ def statistics_for(job: Job, stored: Path | None, listener: Listener) -> Statist
     walker = Walker(job.checkpoint, job.device, job.dtype, calibration.experts == "all")
     compare = any(kind.compares for unit in units(job.plan) for kind in unit.needs)
     blockwise = any(unit.blockwise for unit in units(job.plan))
-    source = Walked(walker, tokens, calibration, compare, blockwise)
+    groups = weighing(job.plan.layers, calibration.token_weights.groups if calibration.token_weights else 1)
+    weights = token_weights(walker, tokens, calibration, groups, listener)
+    source = Walked(walker, tokens, calibration, compare, blockwise, weights)
     listener(Event("calibrate", 1, 1, f"{tokens.numel()} tokens"))
     return source

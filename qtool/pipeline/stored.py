@@ -153,6 +153,9 @@ def lacking(job: Job, files: Files) -> list[str]:
     """What a run needs and these statistics do not say; a line for each of them."""
     found = [holding[1] for m in readers(job) if (holding := files.holds(m.reads))]
     held = frozenset.intersection(*found) if found else frozenset[str]()
+    wanted = job.plan.recipe.calibration.model_dump(mode="json")["token_weights"]
+    if not files.partial and wanted != (there := files.about.get("token_weights")):
+        return [f"calibration.token_weights is {wanted or 'left out'}, it was measured with {there or 'none'}"]
     behind = job.plan.recipe.calibration.propagate == "quantized"
     lines = []
     for kind in sorted(of_original(needs_of(job.plan.layers)), key=lambda kind: kind.name()):

@@ -113,6 +113,22 @@ class Source(Strict):
     weight: float = Field(default=1.0, gt=0)
 
 
+class TokenWeights(Strict):
+    """How much the error of each token counts: squared gradients of the whole model's loss by a layer's outputs.
+
+    Attributes:
+        groups: of a layer's outputs that have weights of their own, where its format treats rows alone.
+        power: of the squares; 0 weighs all tokens alike.
+        cap: the largest weight, relative to the mean.
+        labels: the loss is that of the text's own next tokens, or of tokens that the model draws.
+    """
+
+    groups: int = Field(default=1, ge=1, le=64)
+    power: float = Field(default=1.0, ge=0, le=2)
+    cap: float = Field(default=1000.0, ge=1)
+    labels: Literal["text", "sampled"] = "text"
+
+
 class Calibration(Strict):
     """Which tokens are run through the model, and how.
 
@@ -126,6 +142,7 @@ class Calibration(Strict):
         experts: the tokens that an expert is measured on: those that are routed to it, or all of them.
         min_tokens: an expert that fewer tokens reach is rounded to nearest, without data.
         propagate: what a block reads: the output of the quantized blocks before it, or of the original ones.
+        token_weights: how much the error of each token counts; all alike if nothing is said.
     """
 
     data: Annotated[
@@ -139,6 +156,7 @@ class Calibration(Strict):
     experts: Literal["routed", "all"] = "routed"
     min_tokens: int = Field(default=128, ge=1)
     propagate: Literal["quantized", "float"] = "quantized"
+    token_weights: TokenWeights | None = None
 
 
 class Rule(Strict):

@@ -2,7 +2,10 @@
 
 Layers that read the same input share one `InputStats`, so its Gram matrix is accumulated once and factorized once.
 
-Shape letters, here and in every statistic: T tokens, K input features, B groups of a module's outputs.
+Where the error of some tokens counts more than that of others, it does so differently for each module that reads the
+input, and for groups of a module's outputs. Then `InputStats.of` gives statistics that are measured with those weights.
+
+Shape letters, here and in every statistic: T tokens, K input features, N outputs of a module, B groups of them.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar, cast
+from functools import cached_property
+from typing import ClassVar, Literal, TypeVar, cast
 from weakref import proxy
 
 import torch
@@ -27,13 +31,23 @@ class Batch:
     Attributes:
         x: inputs, [T, K] of any float type.
         reference: the same tokens as the unquantized model reads them, [T, K]; None where they are not compared.
-        weights: how much each token counts, by the name of a module that reads the input: float32 [T, B] for B groups
-            of its outputs; modules that are not named weigh all tokens alike.
+        weights: how much each token counts, float32 [T]; None: all alike.
     """
 
     x: Tensor
     reference: Tensor | None = None
-    weights: Mapping[str, Tensor] | None = None
+    weights: Tensor | None = None
+
+    @cached_property
+    def weighted(self) -> Tensor:
+        """Inputs times the roots of their weights, of which squares are what counts: [T, K], of the same type."""
+        return self.x if self.weights is None else self.times_root(self.x)
+
+    def times_root(self, x: Tensor) -> Tensor:
+        """Numbers of each token, [T, K], times the root of its weight."""
+        if self.weights is None:
+            return x
+        return x * self.weights.to(x.device).sqrt().to(x.dtype)[:, None]
 
     def parts(self) -> Iterator[Batch]:
         """The tokens that have a reference, then those beyond it."""
@@ -42,8 +56,7 @@ class Batch:
             yield self if compared else Batch(self.x, None, self.weights)
             return
         for part, reference in ((slice(compared), self.reference), (slice(compared, None), None)):
-            weights = None if self.weights is None else {name: w[part] for name, w in self.weights.items()}
-            yield Batch(self.x[part], reference, weights)
+            yield Batch(self.x[part], reference, None if self.weights is None else self.weights[part])
 
 
 class Statistic(ABC):
@@ -67,6 +80,10 @@ class Statistic(ABC):
     """Whether it is about the difference from the unquantized model, so that on that model there is none."""
     unrounded: ClassVar[bool] = False
     """Whether it is about inputs as they are before a runtime rounds them."""
+
+    weighs: ClassVar[Literal["never", "also", "instead"]] = "never"
+    """Whether it is measured with weights, where tokens have some: never; also so, as channel ranges do not depend on
+    weights; or only so."""
 
     others: InputStats
 
@@ -119,16 +136,28 @@ class InputStats:
         k: K.
         needs: which statistics.
         device: where inputs are.
+        groups: B of each module that weighs tokens, by name; either all that read the input do, or none.
 
     Attributes:
         tokens: T so far.
         cache: what methods derived from the finished statistics, kept for the next layer that reads this input.
+        weighted: statistics that are measured with weights, for each group of a module's outputs.
     """
 
-    def __init__(self, k: int, needs: frozenset[type[Statistic]], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        k: int,
+        needs: frozenset[type[Statistic]],
+        device: torch.device | str = "cpu",
+        groups: Mapping[str, int] | None = None,
+    ) -> None:
         self.k, self.needs, self.tokens = k, needs, 0
         self.cache: dict[object, object] = {}
-        self._found: dict[type[Statistic], Statistic] = {kind: kind(k, device) for kind in in_order(needs)}
+        kinds, groups = in_order(needs), groups or {}
+        weighted = frozenset({kind for kind in kinds if kind.weighs != "never"})
+        self.weighted = {name: tuple(InputStats(k, weighted, device) for _ in range(b)) for name, b in groups.items()}
+        kinds = [kind for kind in kinds if not (groups and kind.weighs == "instead")]
+        self._found: dict[type[Statistic], Statistic] = {kind: kind(k, device) for kind in kinds}
         for statistic in self._found.values():
             statistic.others = proxy(self)  # no cycle: Gram matrices go when the last reader is solved
 
@@ -145,6 +174,13 @@ class InputStats:
         """A statistic; None if it was not measured."""
         return cast("S | None", self._found.get(kind))
 
+    def of(self, module: str) -> tuple[InputStats, ...]:
+        """What counts for each group of a module's outputs; statistics of all tokens alike if it weighs none.
+
+        Groups are rows N b / B to N (b + 1) / B of its matrix, rounded down.
+        """
+        return self.weighted.get(module, (self,))
+
     def add(self, x: Tensor, reference: Tensor | None = None, weights: Mapping[str, Tensor] | None = None) -> None:
         """Counts a batch of inputs.
 
@@ -152,9 +188,17 @@ class InputStats:
             x: [T, K] of any float type.
             reference: the first of these tokens as the unquantized model reads them, [T', K]; batches that have some
                 come before those that have none.
-            weights: see `Batch`.
+            weights: how much each token counts, float32 [T, B], for the modules that weigh tokens, by name.
         """
-        for part in Batch(x, reference, weights).parts():
+        for name, groups in self.weighted.items():
+            assert weights is not None
+            for stats, w in zip(groups, weights[name].unbind(1), strict=True):
+                stats.count(Batch(x, reference, w))
+        self.count(Batch(x, reference))
+
+    def count(self, batch: Batch) -> None:
+        """Has every statistic count a batch, the tokens that have a reference first."""
+        for part in batch.parts():
             for statistic in self._found.values():
                 statistic.add(part)
             self.tokens += len(part.x)
@@ -163,6 +207,9 @@ class InputStats:
         """Adds what another part of the calibration tokens measured, which is not used any longer."""
         for kind, statistic in self._found.items():
             statistic.merge(other[kind])
+        for name, groups in self.weighted.items():
+            for stats, more in zip(groups, other.weighted[name], strict=True):
+                stats.merge(more)
         self.tokens += other.tokens
 
     def combine(self, ranks: Ranks) -> None:
@@ -172,6 +219,9 @@ class InputStats:
         tokens = sum(ranks.all(self.tokens))
         for statistic in self._found.values():
             statistic.combine(ranks)
+        for groups in self.weighted.values():
+            for stats in groups:
+                stats.combine(ranks)
         self.tokens = tokens
 
 

@@ -23,6 +23,7 @@ class Channels(Statistic):
     """
 
     sequential = False
+    weighs = "also"
 
     def __init__(self, k: int, device: torch.device | str = "cpu") -> None:
         self.sums = torch.zeros(k, device=device)
@@ -51,7 +52,10 @@ class Channels(Statistic):
         self.low = torch.minimum(self.low, low.float())
         self.high = torch.maximum(self.high, high.float())
         if Gram not in self.others:
-            self.sums += batch.x.float().square().sum(0)
+            squares = batch.x.float().square()
+            if batch.weights is not None:
+                squares *= batch.weights.to(squares.device)[:, None]
+            self.sums += squares.sum(0)
 
     def merge(self, other: Channels) -> None:
         """See `Statistic.merge`."""

@@ -22,6 +22,7 @@ class Drift(Statistic):
 
     uses = frozenset({Gram})
     compares = True
+    weighs = "instead"
 
     def __init__(self, k: int, device: torch.device | str = "cpu") -> None:
         self._k = k
@@ -40,13 +41,13 @@ class Drift(Statistic):
         if batch.reference is not None:
             if self._gram is not None:
                 raise RuntimeError("compared tokens come before all others")
-            difference = batch.reference - batch.x
-            if fuses(batch.x):
+            x, difference = batch.weighted, batch.times_root(batch.reference - batch.x)
+            if fuses(x):
                 if self.cross is None:
-                    self.cross = batch.x.new_zeros(self._k, self._k, dtype=torch.float32)
-                add_product(self.cross, difference, batch.x)
+                    self.cross = x.new_zeros(self._k, self._k, dtype=torch.float32)
+                add_product(self.cross, difference, x)
                 return
-            cross = (difference.T @ batch.x).float()
+            cross = (difference.T @ x).float()
             self.cross = cross if self.cross is None else self.cross + cross
         elif self.cross is not None and self._gram is None:  # up to here all tokens were compared
             self._gram = self.others[Gram].matrix.clone()

@@ -18,6 +18,8 @@ from qtool.stats._base import Batch, InputStats, Statistic, expect
 class Gram(Statistic):
     """X^T X over all tokens."""
 
+    weighs = "instead"
+
     def __init__(self, k: int, device: torch.device | str = "cpu") -> None:
         self.sums: gram.Gram | None = gram.Gram(k, device)
         self._k = k
@@ -39,7 +41,7 @@ class Gram(Statistic):
         """See `Statistic.add`."""
         if self.sums is None:
             raise RuntimeError("a Gram matrix that was set or loaded takes no more tokens")
-        self.sums.add(batch.x)
+        self.sums.add(batch.weighted)
         self._matrix = None
 
     def merge(self, other: Gram) -> None:

@@ -1,5 +1,7 @@
 """Learned rounding: what a step does, what is kept, and what it wins, on a block of two layers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -133,3 +135,28 @@ def test_errors_count_relative_to_a_tokens_energy():
     output = torch.tensor([[[3.0, 5.0]], [[30.0, 40.0]]])
     assert float(relative_error(output, target)) == pytest.approx((1 / 25) / 2)
     assert float(relative_error(output, target, trim=0.25)) == 0
+
+
+def test_errors_count_by_the_weights_of_tokens():
+    target = torch.tensor([[[3.0, 4.0], [1.0, 0.0]], [[30.0, 40.0], [0.0, 2.0]]])
+    output = torch.tensor([[[3.0, 5.0], [1.0, 2.0]], [[30.0, 40.0], [0.0, 0.0]]])
+    weights = torch.tensor([[2.0, 1.0], [0.1, 0.5]])
+    error, energy = 2 * 1 + 1 * 4 + 0.5 * 4, 2 * 25 + 1 * 1 + 0.1 * 2500 + 0.5 * 4
+    assert float(relative_error(output, target, weights=weights)) == pytest.approx(error / energy)
+
+
+def test_training_follows_the_weights_of_tokens():
+    """Codes that are learned for a half of the tokens serve that half best, on samples that are not seen."""
+    task = make_task("int2-g32")
+    first = torch.arange(TOKENS) < TOKENS // 2
+    kinds = [torch.where(half, 1.0, 0.01).expand(SAMPLES, -1) for half in (first, ~first)]
+    turned = task.inputs.values.clone()
+    turned[:, ~first] = turned[:, ~first].flip(-1)  # the other half reads other channels
+    task = replace(task, inputs=Held(turned), original=Held(turned), targets=Held(forward(turned, task.weights)))
+    weighed = [replace(task, token_weights=weights) for weights in kinds]
+    found = [Learned(steps=40, batch=16, holdout=0.25).solve_block(t) for t in weighed]
+    decoded = [{name: s.quantized.decode() for name, s in solutions.items()} for solutions in found]
+    _, unseen = task.split(0.25)
+    errors = [[held_out(t, weights, unseen) for weights in decoded] for t in weighed]
+    assert errors[0][0] < 0.9 * errors[0][1]
+    assert errors[1][1] < 0.9 * errors[1][0]
