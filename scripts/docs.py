@@ -153,7 +153,12 @@ def families() -> str:
 def recipe() -> str:
     """The recipe grammar: a table for the whole, and one for each of its parts."""
     schema = json_schema()
-    places = {"calibration": "Calibration", "calibration.data[]": "Source", "layers[]": "Rule"}
+    places = {
+        "calibration": "Calibration",
+        "calibration.data[]": "Source",
+        "calibration.token_weights": "TokenWeights",
+        "layers[]": "Rule",
+    }
     places |= {"layers[].when": "When", "kv_cache": "KVCache", "export[]": "Export", "eval": "Eval"}
     parts = [options(schema)]
     for place, name in places.items():

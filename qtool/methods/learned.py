@@ -154,16 +154,14 @@ def relative_error(output: Tensor, target: Tensor, trim: float = 0.0, weights: T
     """Mean over tokens of |output - target|^2 / |target|^2.
 
     Args:
-        output, target: [s, T, H].
+        output: [s, T, H].
+        target: the same.
         trim: share of the largest terms that are left out.
         weights: how much each token's squared error counts, float32 [s, T]; the sum is relative to that of targets.
     """
     target = target.float()
-    energy = target.square().sum(-1)
-    if weights is None:
-        share = 1 / energy.clamp_min(1e-20)
-    else:
-        share = weights / (weights * energy).mean().clamp_min(1e-20)
+    energy = target.square().sum(-1).clamp_min(1e-20)
+    share = 1 / energy if weights is None else weights / (weights * energy).mean()
     errors = (output.float() - target).square() * share[..., None]
     if trim:
         keep = errors.numel() - int(trim * errors.numel())

@@ -26,7 +26,8 @@ def row_groups(
     Args:
         rows: of the matrix.
         views: of its groups.
-        first, last: of the rows that are at hand.
+        first: of the rows that are at hand.
+        last: behind them.
     """
     last = rows if last is None else last
     for b, view in enumerate(views):

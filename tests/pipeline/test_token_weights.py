@@ -27,7 +27,8 @@ name: weighed
 calibration: {samples: 6, length: 48}
 layers:
   - {match: lm_head, keep: true}
-  - {match: "*", weights: WEIGHTS, method: METHOD}
+  - {match: "*", weights: WEIGHTS}
+method: METHOD
 export: [{to: qtool}]
 """
 WEIGHED = "calibration.token_weights={groups: 2, cap: 20}"
