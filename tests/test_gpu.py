@@ -52,7 +52,8 @@ def test_rounding_is_as_good(label: str) -> None:
     want = RTN(importance=True).solve(w, measured(x), fmt).quantized.decode()
     found = RTN(importance=True).solve(w.cuda(), measured(x.cuda()), fmt).quantized.decode()
     assert found.device.type == "cuda"
-    importance = measured(x)[Channels].importance
+    stats = measured(x)
+    importance = stats[Channels].importance
     errors = [float(((q.cpu() - w).square() * importance).sum()) for q in (found, want)]
     assert errors[0] == pytest.approx(errors[1], rel=0.01)  # sums in another order tip a choice between two scales
 

@@ -12,6 +12,8 @@ from pydantic import BaseModel, PrivateAttr
 from torch import Tensor
 from typing_extensions import Self
 
+from qtool.numerics.grids.scale_codes import CodedScales
+
 
 class Granular(BaseModel):
     """What shares parameters."""
@@ -66,6 +68,14 @@ class Scheduled(Granular):
         fmt = self.model_copy()
         fmt._alone = True
         return fmt
+
+    def coded_scales(self) -> CodedScales | None:
+        """How `fit` searches, where scales are all that it finds and each is a number that has a code."""
+        return None
+
+    def of_codes(self, codes: Tensor) -> dict[str, Tensor]:
+        """Parameters with scales of those codes, uint8 [N, G]; for formats with `coded_scales`."""
+        raise NotImplementedError
 
 
 class RunTime(Granular):

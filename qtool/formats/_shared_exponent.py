@@ -24,7 +24,7 @@ from qtool.formats._base import Params
 from qtool.formats._scaled import Scaled
 from qtool.numerics.grids import minifloat
 from qtool.numerics.grids.minifloat import ceil_power, floor_power, nearest_power
-from qtool.numerics.grids.scale_codes import best_code
+from qtool.numerics.grids.scale_codes import CodedScales, best_code
 
 BIAS = 127
 LAST = 254
@@ -91,6 +91,20 @@ class SharedExponent(Scaled):
         around = ((ends.view(torch.int32) >> 23) - self.grid.exponent).clamp(0, len(scales) - 1).to(torch.uint8)
         found = best_code(w, importance, around, scales, TRIED[self.search], self.grid) + self.point
         return found.masked_fill_(ends[..., 0] == 0, self.smallest)
+
+    def coded_scales(self) -> CodedScales | None:
+        """See `Format.coded_scales`."""
+        if self.search not in ("default", "thorough"):
+            return None
+        values = powers(self.point)[self.point : LAST + 1]
+        empty = self.smallest - self.point
+        return CodedScales(
+            values, self.group_columns, TRIED[self.search], self.grid, unit=1.0, powers=True, empty=empty
+        )
+
+    def of_codes(self, codes: Tensor) -> Params:
+        """See `Format.of_codes`."""
+        return {"exponent": codes + self.point}
 
     def _wanted(self, w: Tensor) -> Tensor:
         """Powers of two by a rule, float32 [N, C] -> [N, G]; zero for a group of zeros."""

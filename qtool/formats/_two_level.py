@@ -24,7 +24,8 @@ from typing_extensions import Self
 
 from qtool.formats._base import Params
 from qtool.formats._scaled import Scaled
-from qtool.numerics.grids.scale_codes import best_code
+from qtool.numerics.grids.scale_codes import CodedScales, best_code
+from qtool.numerics.threads.parallel import CPU
 
 E4M3_MAX = 448.0
 SMALLEST, LARGEST = 1, 0x7E
@@ -132,6 +133,20 @@ class TwoLevel(Scaled):
         values = scales(t, w.device)
         found = best_code(w, importance, nearest_bits(ends / t), values, TRIED[self.search], self.grid)
         return torch.where(ends[..., 0] > 0, found, EMPTY)
+
+    def coded_scales(self) -> CodedScales | None:
+        """See `Format.coded_scales`."""
+        if self.search == "minmax" or self._largest is None:
+            return None
+        t = self._tensor_scale(self._largest)
+        return CodedScales(
+            scales(t, CPU), self.group_columns, TRIED[self.search], self.grid, unit=t, powers=False, empty=EMPTY
+        )
+
+    def of_codes(self, codes: Tensor) -> Params:
+        """See `Format.of_codes`."""
+        assert self._largest is not None
+        return {"scale": codes, "tensor": self._matrix(codes, self._tensor_scale(self._largest))}
 
     def join(self, parts: list[Params]) -> Params:
         """See `Format.join`; blocks of a matrix have its scale in common."""

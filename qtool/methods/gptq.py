@@ -31,7 +31,7 @@ from qtool.formats._base import Format, Params, Quantized
 from qtool.methods._base import Method, Solution
 from qtool.methods._refine import refine
 from qtool.numerics.solving.linalg import inverse_factor, ridge
-from qtool.numerics.solving.walk import BLOCK, walk
+from qtool.numerics.solving.walk import BLOCK, walk, walk_coded
 from qtool.numerics.threads.parallel import shares, side_by_side
 from qtool.stats._base import InputStats, Statistic
 from qtool.stats.drift import Drift
@@ -157,14 +157,20 @@ class GPTQ(Method):
                 vectors,
             )
             return codes, params
-        fitted: dict[int, Params] = {}
         fitting = fmt.on_the_way()
+        if w.is_cuda and (rule := fitting.coded_scales()):
+            codes[:, order], found = walk_coded(w[:, order], factor, fmt.levels(), rule, weight[order])
+            scales = torch.empty_like(found)
+            scales[:, order[::block] // block] = found
+            return codes, fmt.of_codes(scales)
+        fitted: dict[int, Params] = {}
+        places = order.view(-1, block) % block
+        natural, blocks = places.argsort(1), (order[::block] // block).tolist()
 
         def fit_block(a: int, b: int, current: Tensor) -> tuple[Tensor, Tensor]:
-            place = order[a:b] - order[a:b].min()
-            natural = place.argsort()
-            columns = current.T[natural].T  # several times quicker than current[:, natural], of which columns are rows
-            fitted[int(order[a]) // block] = params = fitting.fit(columns, weight[order[a:b][natural]])
+            place, this = places[a // block], blocks[a // block]
+            columns = current.T[natural[a // block]].T  # several times quicker than current[:, natural[...]]
+            fitted[this] = params = fitting.fit(columns, weight[this * block : (this + 1) * block])
             scale, offset = fmt.affine(params)
             return by_column(scale, place, block), by_column(offset, place, block)
 

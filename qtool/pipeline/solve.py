@@ -62,7 +62,9 @@ def solve(
     views = stats.of(name) if stats and plan.weight_needs else ()
     stats = views[0] if views else None
     source = origin(checkpoint, name, plan.format)
-    codes, params, sums, seconds = torch.empty(last - first, plan.module.shape[1], dtype=torch.uint8), [], Sums(), 0.0
+    # what devices copy to and from; pages that cannot move are several times as fast
+    codes = torch.empty(last - first, plan.module.shape[1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    params, sums, seconds = [], Sums(), 0.0
     remarks, start = [plan.fallback, blind, lost, source.remark], 0
     corrections: tuple[Correction, ...] = ()
     at_once = source.same is None and (gram_of(stats) is not None or not fmt.by_rows)

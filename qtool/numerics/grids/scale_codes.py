@@ -8,6 +8,8 @@ Shape letters: N rows, C columns, G groups of a row, W columns of a group, E end
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from numba import njit
@@ -25,6 +27,28 @@ ROUNDER = F32(1.5 * 2**23)
 """A sum with it, times a step, is a multiple of the step, ties even: there float32 has no finer ones."""
 EXACT = {"nnan", "nsz", "contract"}
 """Freedoms of the compiler that leave sums with `ROUNDER` as they are."""
+
+
+class CodedScales(NamedTuple):
+    """How the scales of groups are chosen among numbers that have codes.
+
+    Attributes:
+        values: float32 [codes], ascending; the first is never taken for a group that is not all zero.
+        columns: W.
+        tried: the first and the last code that are tried, relative to those of a group's ends.
+        grid: levels to round to.
+        unit: codes are E4M3 numbers that count in it.
+        powers: codes are exponents of two instead.
+        empty: the code of a group of zeros.
+    """
+
+    values: Tensor
+    columns: int
+    tried: tuple[int, int]
+    grid: Grid
+    unit: float
+    powers: bool
+    empty: int
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT)

@@ -114,9 +114,9 @@ def descend(
         New codes and their pull.
     """
     if codes.is_cuda:
-        from qtool.numerics.solving import cuda_walk
+        from qtool.numerics.solving import cuda_descent
 
-        return cuda_walk.descend(gram, scale, levels, middles(levels), codes, pull, sweeps)
+        return cuda_descent.descend(gram, scale, levels, middles(levels), codes, pull, sweeps)
     better, gradient = (t.cpu().numpy().copy() for t in (codes, pull))
     arrays = [t.contiguous().cpu().numpy() for t in (gram, gram.diagonal(), scale, levels)]
     over_rows(lambda a, b: descend_rows(*arrays, better, gradient, sweeps, a, b), len(better))

@@ -20,6 +20,9 @@ RIDGE = 1e-5
 ROWS = 64
 """Rows whose products with the Gram matrix are held at once, so that they stay in the cache."""
 
+TILED = (16, 32, 64)
+"""Columns of a group that a kernel of CUDA devices takes; larger ones leave so few that products are as fast."""
+
 
 @njit(nogil=True, cache=True, fastmath=FAST)
 def fold_rows(seen, levels, width, g, normal):  # type: ignore[no-untyped-def]
@@ -69,6 +72,11 @@ def normal_equations(
 def scale_by_scale(levels: Tensor, gram: Tensor, groups: int, normal: Tensor) -> None:
     """Fills normal[:, :G, :G]; see `normal_equations`."""
     width = levels.shape[1] // groups
+    if levels.is_cuda and width in TILED:
+        from qtool.numerics.solving import cuda_normal
+
+        cuda_normal.scale_by_scale(levels, gram, groups, normal)
+        return
     if levels.is_cuda:
         for g in range(groups):
             start = g * width

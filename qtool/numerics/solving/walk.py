@@ -17,8 +17,8 @@ from torch import Tensor
 
 from qtool.numerics.codebooks.codebook import Codebook
 from qtool.numerics.grids.affine import middles
-from qtool.numerics.grids.scale_codes import EXACT
-from qtool.numerics.scales.search import FAST
+from qtool.numerics.grids.scale_codes import EXACT, CodedScales
+from qtool.numerics.scales.search import FAST, reach, relative
 from qtool.numerics.solving.vector_walk import walk_vector_block
 from qtool.numerics.threads.parallel import over_rows
 
@@ -124,6 +124,28 @@ def walk(
             rest[b:last].addmm_(factor[a:b, b:last].T, error, alpha=-1)
         rest[last:].addmm_(factor[first:last, last:].T, errors[: last - first], alpha=-1)
     return codes.T
+
+
+def walk_coded(w: Tensor, factor: Tensor, levels: Tensor, rule: CodedScales, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The walk of matrices on CUDA devices where each group's scale is searched when the walk gets there.
+
+    It gives what `walk` does with `scale_codes.best_code` as its parameters, in one launch per `BLOCK` columns.
+
+    Args:
+        w: float32 [N, K], columns in walking order, those of a group side by side.
+        factor: float32 [K, K], see `walk`.
+        levels: float32 [L].
+        rule: how scales are searched.
+        weight: float32 [K], importance of the columns' squared errors, in the same order.
+
+    Returns:
+        Codes, uint8 [N, K], in walking order, and codes of scales, uint8 [N, G].
+    """
+    from qtool.numerics.solving import cuda_walk
+
+    counts = relative(weight, len(weight), len(weight) // rule.columns)
+    table, between = levels.to(w.device), middles(levels).to(w.device)
+    return cuda_walk.walk_coded(w, factor, table, between, rule, counts, reach(counts))
 
 
 def _walk_block(
