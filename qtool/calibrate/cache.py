@@ -18,6 +18,7 @@ from qtool.calibrate.inputs import fit_static, quantize_rows, quantize_tokens
 from qtool.checkpoint._base import CacheScales, Checkpoint, QuantizedCheckpoint, Static
 from qtool.formats._base import Format
 from qtool.numerics.histogram import BINS, Histogram
+from qtool.numerics.threads.ranks import Ranks
 from qtool.recipe.cache import KVCache
 
 ORDERS = {"tensor": (0, (0, 1, 2, 3)), "head": (1, (1, 0, 2, 3)), "channel": (2, (1, 3, 0, 2))}
@@ -66,6 +67,18 @@ class MeteredCache:
                 found = self.found[i] = self.found[i] or Histogram(len(rows), bins)
                 found.add(rows)
         return keys, values
+
+    def combine(self, ranks: Ranks) -> None:
+        """Adds what other processes counted, by rank; afterwards all of them have the same."""
+        if ranks.size == 1:
+            return
+        self.found, *others = ranks.all(self.found)
+        for found in others:
+            for i, theirs in enumerate(found):
+                mine = self.found[i]
+                if mine and theirs:
+                    mine.merge(theirs)
+                self.found[i] = mine or theirs
 
     def scales(self) -> CacheScales:
         """Chosen by what was counted."""

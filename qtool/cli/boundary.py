@@ -18,12 +18,14 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperArgument, TyperCommand, TyperOption
 
+from qtool.cli import ranks
 from qtool.cli.options import filled
 from qtool.errors import QtoolError, UsageError, cannot_write, is_utf8
 
 INTERRUPTED = 128 + signal.SIGINT
 ENDING = (signal.SIGHUP, signal.SIGTERM)
 """Signals that end a run as an interruption by the user does."""
+AGAIN = "run the same command again to continue"
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """What only writing can fail with."""
 
@@ -73,6 +75,9 @@ def _end(number: int, _: FrameType | None) -> None:
 class Command(TyperCommand):
     """A command whose failures end here. Pass it as `cls` to `app.command`; its function has a `debug` parameter."""
 
+    together = False
+    """Whether several processes may run it together; their `Ranks` are in its context then."""
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Writes the help, with the names that registries hold; see `TyperCommand.format_help`."""
         for parameter in self.params:
@@ -82,6 +87,8 @@ class Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the command; see `TyperCommand.invoke`."""
+        if ranks.launched() > 1:
+            return self.invoke_together(ctx)
         try:
             refuse_other_encodings(ctx.params)
             result = super().invoke(ctx)
@@ -100,6 +107,35 @@ class Command(TyperCommand):
             _complain(line)
             raise typer.Exit(code) from error
 
+    def invoke_together(self, ctx: Any) -> Any:
+        """Runs the command in one of several processes; the first to fail says why, and all end."""
+        try:
+            with ranks.joined() as ctx.obj:
+                if not self.together:
+                    raise UsageError(f"qtool {ctx.info_name}", wanted="one process", found="torchrun; run it without")
+                refuse_other_encodings(ctx.params)
+                result = super().invoke(ctx)
+                ctx.obj.leave()
+                return result
+        except (typer.Exit, typer.Abort, typer.TyperException):
+            raise
+        except (KeyboardInterrupt, Exception) as error:
+            code, line = verdict(error)
+            if isinstance(error, Ended):
+                line = f"ended by {error.signal.name}, as by torchrun when another process has ended; {AGAIN}"
+            if ctx.obj is None or ctx.obj.ended():
+                if ctx.params.get("debug"):
+                    traceback.print_exc()
+                _complain(line)
+            ranks.end(code)
+            raise typer.Exit(code) from error
+
+
+class Together(Command):
+    """A command that several processes may run together."""
+
+    together = True
+
 
 def verdict(error: BaseException) -> tuple[int, str]:
     """Exit code and message for what a command raised."""
@@ -108,9 +144,9 @@ def verdict(error: BaseException) -> tuple[int, str]:
     if isinstance(error, QtoolError):
         return error.exit_code, str(error)
     if isinstance(error, Ended):
-        return 128 + error.signal, f"ended by {error.signal.name}; run the same command again to continue"
+        return 128 + error.signal, f"ended by {error.signal.name}; {AGAIN}"
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, "interrupted; run the same command again to continue"
+        return INTERRUPTED, f"interrupted; {AGAIN}"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, for CUDA
         return 1, "out of memory; lower calibration.samples or calibration.length, or use --device cpu"
     first_line = (str(error).strip().splitlines() or ["no message"])[0]

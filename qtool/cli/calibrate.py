@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from qtool.cli import options
+import typer
+
+from qtool.cli import options, ranks
 from qtool.cli.console import Console, document, result
 from qtool.report.units import size
 
 
 def command(
+    ctx: typer.Context,
     model: options.Model,
     recipe: options.Recipe,
     out: options.Out,
@@ -43,6 +46,7 @@ def command(
                 dtype=dtype,
                 seed=seed,
                 overwrite=overwrite,
+                ranks=ranks.of(ctx),
             ),
             console,
         )

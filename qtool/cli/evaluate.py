@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from qtool.cli import options
+from qtool.cli import options, ranks
 from qtool.cli.console import Console, document, result, table
 from qtool.report.meaning import meaning
 from qtool.report.units import verdicts
@@ -43,6 +43,7 @@ Gates = Annotated[
 
 
 def command(
+    ctx: typer.Context,
     artifact: options.ArtifactPath,
     text: Text,
     baseline: Baseline = None,
@@ -83,6 +84,7 @@ def command(
                 dtype=dtype,
                 out=out,
                 update=update,
+                ranks=ranks.of(ctx),
             ),
             console,
         )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qtool.cli import options
+from qtool.cli import options, ranks
 from qtool.cli.console import Console, document, result, table
 from qtool.report.meaning import meaning
 from qtool.report.units import duration, size, verdicts
@@ -42,6 +42,7 @@ PushToHub = Annotated[
 
 
 def command(
+    ctx: typer.Context,
     model: options.Model,
     recipe: options.Recipe,
     out: options.OutOrName = None,
@@ -94,6 +95,7 @@ def command(
         push_to=push_to_hub,
         base_model=base_model,
         license=license,
+        ranks=ranks.of(ctx),
     )
     run(asked, console, json)
 

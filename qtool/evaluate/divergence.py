@@ -13,10 +13,12 @@ from __future__ import annotations
 import math
 from array import array
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qtool.errors import NumericsError
+from qtool.numerics.threads.ranks import Ranks
 
 ROW_ELEMENTS = 1 << 19
 """Logits that are worked on at a time: the float64 temporaries (4 MiB each) stay in cache and memory stays flat."""
@@ -48,6 +50,24 @@ class Scores:
                 if not values.isfinite().all():
                     raise NumericsError(f"the logits of a position give a {name} that is NaN or infinite")
                 self.columns.setdefault(name, array("d")).extend(values.tolist())
+
+    def combine(self, ranks: Ranks, chunks: int, positions: int) -> None:
+        """Takes in what other processes scored; positions are in the order of the text then.
+
+        Args:
+            ranks: who scored its share of the chunks each.
+            chunks: how many all of them scored.
+            positions: of a chunk.
+        """
+        told = ranks.all(self.columns)
+        if ranks.size == 1:
+            return
+        for name in {name: None for columns in told for name in columns}:
+            whole = np.empty((chunks, positions))
+            for rank, columns in enumerate(told):
+                part = np.asarray(columns.get(name, ()), np.float64)
+                whole[Ranks(rank, ranks.size).share(chunks)] = part.reshape(-1, positions)
+            self.columns[name] = array("d", whole.tobytes())
 
     def column(self, name: str) -> Tensor:
         """One number per position so far, float64; names as in `score`."""

@@ -29,6 +29,7 @@ from qtool.checkpoint.gguf import GGUFCheckpoint
 from qtool.errors import CheckpointError, UsageError
 from qtool.evaluate.divergence import Scores
 from qtool.evaluate.result import Evaluation
+from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.store.files import sha256
 
 Progress = Callable[[int, int, str], None]
@@ -49,6 +50,7 @@ def evaluate(
     dtype: torch.dtype,
     progress: Progress,
     runtime: Literal["qtool", "llama.cpp"] = "qtool",
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Perplexity of a model on a text, and its divergence from a baseline.
 
@@ -62,6 +64,7 @@ def evaluate(
         dtype: of weights and hidden states in both.
         progress: is told about each block and chunk.
         runtime: "llama.cpp" runs the tested model's GGUF file in llama.cpp; the baseline is run here in any case.
+        ranks: who runs other chunks of the text.
 
     Raises:
         UsageError: the text cannot be read, or is too short; llama.cpp is to run something else than GGUF.
@@ -69,17 +72,21 @@ def evaluate(
         NumericsError: a model's logits are not finite.
     """
     file = gguf_file(quantized) if runtime == "llama.cpp" else None
-    tokens = chunked(*encode(text, baseline or quantized, chunks and chunks * context), context, chunks)
+    if ranks.first:
+        tokens = chunked(*encode(text, baseline or quantized, chunks and chunks * context), context, chunks)
+    tokens = ranks.tell(tokens if ranks.first else torch.empty(0))
     first = context // 2
     models = [m for m in (quantized, baseline) if m is not None]
     check_vocabulary(models, int(tokens.max()))
     walked = models[1:] if file else models
-    steps = Steps(progress, sum(m.family.blocks(m.config) for m in walked) + len(tokens))
-    sources = [walk(m, tokens, first, device, dtype, steps) for m in walked]
+    targets, mine = tokens[:, first + 1 :], tokens[ranks.share(len(tokens))]
+    steps = Steps(progress, sum(m.family.blocks(m.config) for m in walked) + len(mine))
+    sources = [walk(m, mine, first, device, dtype, steps) for m in walked]
     if file:
-        sources.insert(0, llama_cpp(file, tokens, first))
-    targets = tokens[:, first + 1 :]
-    measured: dict[str, Any] = score_chunks(sources, targets, steps)
+        sources.insert(0, llama_cpp(file, mine, first))
+    scores = score_chunks(sources, mine[:, first + 1 :], steps)
+    scores.combine(ranks, *targets.shape)
+    measured: dict[str, Any] = scores.summary()
     return Evaluation(
         text=text.name,
         tokens=targets.numel(),
@@ -150,8 +157,8 @@ def llama_cpp(file: Path, tokens: Tensor, first: int) -> Logits:
     return lambda s: finite(runtime.logits(tokens[s])[first:-1], f"logits of {file}, chunk {s + 1}")
 
 
-def score_chunks(sources: Sequence[Logits], targets: Tensor, steps: Steps) -> dict[str, float]:
-    """The measured fields of an `Evaluation`, by name.
+def score_chunks(sources: Sequence[Logits], targets: Tensor, steps: Steps) -> Scores:
+    """Scores of all chunks.
 
     Args:
         sources: the model under test, then the baseline if there is one.
@@ -165,7 +172,7 @@ def score_chunks(sources: Sequence[Logits], targets: Tensor, steps: Steps) -> di
     for s, chunk in enumerate(targets):
         scores.add(sources[0](s), chunk, *(source(s) for source in sources[1:]))
         steps.step(f"chunk {s + 1}")
-    return scores.summary()
+    return scores
 
 
 def encode(text: Path, model: Checkpoint, most: int | None = None) -> tuple[Sequence[int], int | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,10 +12,10 @@ from pathlib import Path
 from qtool.calibrate.hidden import Hidden
 from qtool.calibrate.shards import StatsWriter, nbytes
 from qtool.calibrate.store import write_stats
-from qtool.calibrate.tokens import load_tokens
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import Checkpoint, Module, modules
 from qtool.errors import StorageError
+from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline.card import model_name
 from qtool.pipeline.content import refuse_changed
 from qtool.pipeline.events import Event, Listener, remarks, silent
@@ -22,6 +23,7 @@ from qtool.pipeline.importance import write_importance
 from qtool.pipeline.measured import kind_of
 from qtool.pipeline.prepare import Job, prepare
 from qtool.pipeline.stored import ORIGINAL
+from qtool.pipeline.tokens import tokens_of
 from qtool.pipeline.weigh import Weights, groups_of, token_weights
 from qtool.recipe.schema import Recipe
 from qtool.report.units import size
@@ -43,6 +45,7 @@ class CalibrateOptions:
             of llama.cpp if its name ends in .gguf.
         device, dtype: "auto", or where and in which type to compute.
         overwrite: replace an earlier file.
+        ranks: who measures together; all are asked for the same.
     """
 
     model: str | Checkpoint
@@ -53,6 +56,7 @@ class CalibrateOptions:
     dtype: str = "auto"
     seed: int | None = None
     overwrite: bool = False
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True)
@@ -71,42 +75,71 @@ def run(options: CalibrateOptions, listener: Listener = silent) -> Measured:
         QtoolError: of most kinds; see `prepare` and `load_tokens`.
     """
     options = replace(options, out=output_path(options.out, options.model))
-    out = options.out
-    if os.path.exists(out) and kind_of(out) is None:
-        raise StorageError(f"{out} holds something else", hint="choose another name")
-    if os.path.exists(out) and not options.overwrite:
-        raise StorageError(f"{out} exists", hint="pass --overwrite to replace it, or choose another name")
-    if not os.path.isdir(out):
-        check_file(out)
-    o = options
-    job = prepare(o.model, o.recipe, o.overrides, o.seed, device=o.device, dtype=o.dtype)
+    o, out, ranks = options, options.out, options.ranks
+    if ranks.first:
+        check(out, options.overwrite)
+    job = prepare(o.model, o.recipe, o.overrides, o.seed, device=o.device, dtype=o.dtype, ranks=ranks)
     needs = kept(job, out, listener)
+    in_file = out.suffix == ".gguf" or (needs == CHANNELS and not job.plan.recipe.calibration.token_weights)
+    if ranks.first:
+        check_file(out) if in_file else check_free(out, options.overwrite)
+        refuse_changed(job.original.source, listener)
     calibration = job.plan.recipe.calibration
-    in_file = out.suffix == ".gguf" or (needs == CHANNELS and not calibration.token_weights)
-    if in_file:
-        check_file(out)
-    else:
-        check_free(out, options.overwrite)
-    refuse_changed(job.original.source, listener)
-    walker = Walker(job.original, job.device, job.dtype, calibration.experts == "all")
-    tokens = load_tokens(calibration, job.original, remarks(listener, "calibrate"))
+    tokens = tokens_of(job, remarks(listener, "calibrate"))
     about = {
         "model": model_name(job.original.source),
         "fingerprint": job.plan.source_fingerprint,
         "calibration": {**calibration.model_dump(mode="json"), "tokens": tokens.numel()},
     }
-    weights = token_weights(walker, tokens, calibration, groups_in(job, out), listener)
-    found = measure(walker, walker.embed(tokens), needs, weights, listener)
+    walker = Walker(job.original, job.device, job.dtype, calibration.experts == "all", ranks)
+    mine = tokens[ranks.share(len(tokens))]
+    weights = token_weights(walker, mine, calibration, groups_in(job, out), listener)
+    found = measure(walker, walker.embed(mine), needs, weights, listener)
+    if not ranks.first:
+        deque(found, maxlen=0)
+        return ranks.tell(Measured(0, 0, 0))
+    inputs = write(out, found, in_file, about, job, options.overwrite)
+    written = list(out.iterdir()) if out.is_dir() else [out]
+    return ranks.tell(Measured(inputs, tokens.numel(), sum(file.stat().st_size for file in written)))
+
+
+def check(out: Path, overwrite: bool) -> None:
+    """Refuses an output that cannot be written. Raises StorageError."""
+    if os.path.exists(out) and kind_of(out) is None:
+        raise StorageError(f"{out} holds something else", hint="choose another name")
+    if os.path.exists(out) and not overwrite:
+        raise StorageError(f"{out} exists", hint="pass --overwrite to replace it, or choose another name")
+    if not os.path.isdir(out):
+        check_file(out)
+
+
+def write(
+    out: Path,
+    found: Iterable[tuple[str, dict[str, InputStats]]],
+    in_file: bool,
+    about: Mapping[str, object],
+    job: Job,
+    overwrite: bool,
+) -> int:
+    """Writes statistics as they are measured, whole or not at all: how many inputs.
+
+    Args:
+        out: see `CalibrateOptions`.
+        found: by unit, and `Module.reads`.
+        in_file: whether a file holds them, else a folder.
+        about: what the file says about it.
+        job: the run.
+        overwrite: replace an earlier file.
+    """
     if not in_file:
-        inputs = write_folder(out, found, about, options.overwrite)
-        return Measured(inputs, tokens.numel(), sum(file.stat().st_size for file in out.iterdir()))
+        return write_folder(out, found, about, overwrite)
     stats = {reads: s for _, part in found for reads, s in part.items() if s.tokens}
     with new_file(out) as partial:
         if out.suffix == ".gguf":
-            write_importance(partial, stats, job.original, calibration)
+            write_importance(partial, stats, job.original, job.plan.recipe.calibration)
         else:
             write_stats(partial, stats, about)
-    return Measured(len(stats), tokens.numel(), out.stat().st_size)
+    return len(stats)
 
 
 def kept(job: Job, out: Path, listener: Listener) -> frozenset[type[Statistic]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from qtool.checkpoint._base import Checkpoint, finite
@@ -9,6 +10,7 @@ from qtool.checkpoint.open import local
 from qtool.errors import CheckpointError, reading
 from qtool.numerics.checksum import Checksum
 from qtool.numerics.metrics import all_finite
+from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.requantize import is_finite, stored_matrix
 from qtool.pipeline.rows import row_parts
@@ -18,8 +20,12 @@ SIDE = {".md", ".html", "report.json"}
 """Suffixes and names of what says something about a model and is none of it: people add to it, or leave it out."""
 
 
-def read_content(checkpoint: Checkpoint) -> str:
+def read_content(checkpoint: Checkpoint, ranks: Ranks = ALONE) -> str:
     """Reads every tensor once, part by part.
+
+    Args:
+        checkpoint: whose.
+        ranks: who reads some of them.
 
     Returns:
         A checksum of all that was read, so that a run which continues sees whether it still has the same source;
@@ -29,21 +35,29 @@ def read_content(checkpoint: Checkpoint) -> str:
         NumericsError: a tensor holds NaN or infinity.
         CheckpointError: one cannot be read.
     """
+    names = checkpoint.names()
+    found: dict[str, str] = {}
+    for part in ranks.all({name: read_tensor(checkpoint, name) for name in names[ranks.share(len(names))]}):
+        found |= part
+    return hashlib.blake2b("".join(found[name] for name in names).encode(), digest_size=16).hexdigest()
+
+
+def read_tensor(checkpoint: Checkpoint, name: str) -> str:
+    """Checksum of one tensor. For errors, see `read_content`."""
     checksum = Checksum()
-    for name in checkpoint.names():
-        stored = stored_matrix(checkpoint, name.removesuffix(".weight"))
-        if stored:
-            quantized = stored.quantized
-            checksum.add(f"{name} {quantized.format.label}", quantized.codes)
-            for key, parameter in sorted(quantized.params.items()):
-                checksum.add(f"{name} {key}", parameter)
-            if is_finite(stored):
-                continue
-        for start, stop in row_parts(checkpoint.info(name).shape):
-            rows = checkpoint.rows(name, start, stop)
-            checksum.add(name, rows)
-            if not all_finite(rows):
-                finite(checkpoint.tensor(name), name)  # says where in the whole
+    stored = stored_matrix(checkpoint, name.removesuffix(".weight"))
+    if stored:
+        quantized = stored.quantized
+        checksum.add(f"{name} {quantized.format.label}", quantized.codes)
+        for key, parameter in sorted(quantized.params.items()):
+            checksum.add(f"{name} {key}", parameter)
+        if is_finite(stored):
+            return checksum.hexdigest()
+    for start, stop in row_parts(checkpoint.info(name).shape):
+        rows = checkpoint.rows(name, start, stop)
+        checksum.add(name, rows)
+        if not all_finite(rows):
+            finite(checkpoint.tensor(name), name)  # says where in the whole
     return checksum.hexdigest()
 
 

@@ -16,6 +16,7 @@ from qtool.errors import UsageError
 from qtool.evaluate.gates import judge, validate_gates
 from qtool.evaluate.result import Evaluation
 from qtool.evaluate.run import Progress, evaluate
+from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline.content import refuse_changed
 from qtool.pipeline.events import Event, Listener, silent
 from qtool.pipeline.prepare import Job, device_of, dtype_of
@@ -41,6 +42,7 @@ class EvaluateOptions:
         dtype: of forward passes; "auto" is float32.
         out: JSON file to write.
         update: add the result to the artifact's report and model card.
+        ranks: who evaluates together; all are asked for the same.
     """
 
     artifact: str | Checkpoint
@@ -54,6 +56,7 @@ class EvaluateOptions:
     dtype: str = "auto"
     out: Path | None = None
     update: bool = False
+    ranks: Ranks = ALONE
 
 
 def run(options: EvaluateOptions, listener: Listener = silent) -> Evaluation:
@@ -66,11 +69,12 @@ def run(options: EvaluateOptions, listener: Listener = silent) -> Evaluation:
     check_text(options.text)
     place = updated_place(options)
     out = options.out and output_path(options.out, options.artifact, options.baseline or options.artifact, options.text)
-    if out:
+    ranks = options.ranks
+    if out and ranks.first:
         check_file(out)
-    device = device_of(options.device)
+    device = device_of(options.device, ranks)
     model, baseline = opened(options.artifact), None if options.baseline is None else opened(options.baseline)
-    for source in (model.source, *([baseline.source] if baseline else [])):
+    for source in (model.source, *([baseline.source] if baseline else [])) if ranks.first else ():
         refuse_changed(source, listener)
     evaluation = evaluate(
         model,
@@ -82,14 +86,15 @@ def run(options: EvaluateOptions, listener: Listener = silent) -> Evaluation:
         dtype=EXACT if options.dtype == "auto" else dtype_of(options.dtype, device),
         progress=tell(listener),
         runtime=options.runtime,
+        ranks=ranks,
     )
     evaluation = evaluation.model_copy(update={"gates": judge(evaluation, options.gates)})
-    if place:
+    if place and ranks.first:
         update(place, evaluation)
-    if out:
+    if out and ranks.first:
         with new_file(out) as partial:
             partial.write_text(evaluation.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    return evaluation
+    return ranks.tell(evaluation)
 
 
 def updated_place(options: EvaluateOptions) -> Path | None:
@@ -128,6 +133,7 @@ def as_asked(job: Job, model: Checkpoint, asked: Eval, listener: Listener) -> Ev
         device=job.device,
         dtype=EXACT,
         progress=tell(listener),
+        ranks=job.ranks,
     )
     return evaluation.model_copy(update={"artifact": None, "gates": judge(evaluation, asked.gates)})
 

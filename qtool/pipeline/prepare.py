@@ -15,6 +15,7 @@ from qtool.checkpoint.edits import STREAM, Edit
 from qtool.checkpoint.rewritten import Rewritten
 from qtool.errors import UsageError
 from qtool.numerics.threads.processor import compute_dtype
+from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline.requantize import second_generation
 from qtool.plan import Plan, make_plan
 from qtool.recipe.export import options_of, owners
@@ -31,6 +32,7 @@ class Job:
     Attributes:
         original: the model as it was given.
         checkpoint: what is quantized: the same, or what transforms make of it.
+        ranks: who does it together.
     """
 
     original: Checkpoint
@@ -39,6 +41,7 @@ class Job:
     artifacts: dict[str, Artifact]
     device: torch.device
     dtype: torch.dtype
+    ranks: Ranks = ALONE
 
 
 def prepare(
@@ -50,6 +53,7 @@ def prepare(
     device: str = "auto",
     dtype: str = "auto",
     options: Mapping[str, object] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Job:
     """Opens a model and plans a recipe for it.
 
@@ -62,11 +66,12 @@ def prepare(
         device: "auto", "cpu" or "cuda".
         dtype: of forward passes: "auto", "bf16" or "fp32".
         options: of the artifacts that the recipe exports, by name; None as a value leaves what the recipe says.
+        ranks: who prepares the same.
 
     Raises:
         RecipeError, CheckpointError, PlanError, UsageError: see `load_recipe`, `open_model`, `make_plan`.
     """
-    place = device_of(device)
+    place = device_of(device, ranks)
     if seed is not None:
         overrides = (*overrides, f"calibration.seed={seed}")
     if isinstance(recipe, Recipe) and overrides:
@@ -84,7 +89,7 @@ def prepare(
     if again and parsed.transforms:
         again = ["the model is quantized already: transforms rewrite it, so all of it is decoded and rounded again"]
     plan = replace(plan, warnings=(*checkpoint.notes, *plan.warnings, *again, *caveats))
-    return Job(original, checkpoint, plan, artifacts, place, dtype_of(dtype, place))
+    return Job(original, checkpoint, plan, artifacts, place, dtype_of(dtype, place), ranks)
 
 
 def preview(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
@@ -118,12 +123,15 @@ def flags(options: Iterable[str]) -> str:
     return ", ".join(f"--{key.replace('_', '-')}" for key in options)
 
 
-def device_of(name: str) -> torch.device:
-    """The device that "auto", "cpu" or "cuda" means. Raises UsageError: there is no CUDA device."""
+def device_of(name: str, ranks: Ranks = ALONE) -> torch.device:
+    """The device that "auto", "cpu" or "cuda" means. Raises UsageError: some process has no CUDA device."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda", wanted="a CUDA device that torch sees", found="none", hint="use --device cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if len(set(ranks.all(name))) > 1:
+        wanted = f"a CUDA device for each of {ranks.size} processes"
+        raise UsageError("--device auto", wanted=wanted, found="fewer", hint="start fewer, or use --device cpu")
     return torch.device(name)
 
 

@@ -5,35 +5,32 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qtool.artifact._card import HUB_ID
-from qtool.calibrate.attention import AttentionErrors
 from qtool.calibrate.shards import is_stats_folder
 from qtool.checkpoint._base import Checkpoint
-from qtool.errors import StorageError, UsageError
+from qtool.errors import PlanError, StorageError, UsageError
 from qtool.evaluate.gates import refuse_missed
+from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline import evaluate
 from qtool.pipeline.card import card_of, origin
 from qtool.pipeline.content import read_content, refuse_changed
-from qtool.pipeline.entries import kept_entry, mean_db
 from qtool.pipeline.events import Event, Listener, silent
 from qtool.pipeline.finish import finish
+from qtool.pipeline.loop import solve_all
 from qtool.pipeline.prepare import Job, prepare
 from qtool.pipeline.publish import publish
-from qtool.pipeline.saving import Saving
-from qtool.pipeline.solver import UnitSolver
 from qtool.pipeline.statistics import Statistics, statistics_for
 from qtool.pipeline.stopwatch import Stopwatch
 from qtool.pipeline.summarize import make_report
 from qtool.pipeline.transform import Made, keep_edits, transformed
-from qtool.pipeline.units import Unit, steps
+from qtool.pipeline.units import units
 from qtool.pipeline.upload import upload
-from qtool.pipeline.work import Record, Work, begun, identity, open_work, remove_work, result_identity
+from qtool.pipeline.work import Work, begun, identity, open_work, remove_work, result_identity
 from qtool.recipe.schema import Recipe
-from qtool.report.model import CacheEntry, LayerEntry, Report
+from qtool.report.model import Report
 from qtool.report.render import read_report, write_report
 from qtool.store.files import check_free, damaged_file, new_folder
 from qtool.store.names import output_path
@@ -58,6 +55,7 @@ class QuantizeOptions:
         verify: read artifacts back.
         push_to: hub repository to upload to.
         base_model, license: what the model card says instead of what the source's own card does.
+        ranks: who does it together; all are asked for the same.
     """
 
     model: str | Checkpoint
@@ -77,6 +75,7 @@ class QuantizeOptions:
     push_to: str | None = None
     base_model: str | None = None
     license: str | None = None
+    ranks: Ranks = ALONE
 
 
 def run(options: QuantizeOptions, listener: Listener = silent) -> Report:
@@ -87,36 +86,47 @@ def run(options: QuantizeOptions, listener: Listener = silent) -> Report:
     """
     options = replace(options, out=output_path(options.out, options.model))
     check(options)
-    out = options.out
+    out, ranks = options.out, options.ranks
     place = out.with_name(f"{out.name}.work")
-    if not os.path.exists(place):  # nor where the system refuses to look, as Path.exists does not say everywhere
+    if ranks.first and not os.path.exists(place):  # nor where the system refuses to look, unlike everywhere Path.exists
         check_free(out, options.overwrite)
     watch = Stopwatch()
     with watch.stage("plan"):
         o = options
         overrides = (BY_IMPORTANCE, *o.overrides) if o.imatrix else o.overrides
-        job = prepare(o.model, o.recipe, overrides, o.seed, o.limit, o.device, o.dtype, o.options)
+        job = prepare(o.model, o.recipe, overrides, o.seed, o.limit, o.device, o.dtype, o.options, ranks)
         evaluate.check(job.plan.recipe.eval)
+        refuse_together(job)
     for warning in job.plan.warnings:
         listener(Event("plan", 1, 1, warning, warning=True))
-    refuse_changed(job.original.source, listener)
+    if ranks.first:
+        refuse_changed(job.original.source, listener)
     made = Made()
     if job.plan.recipe.transforms:
         with watch.stage("transform"):
             job, made = transformed(job, place, options.stats or options.imatrix, listener)
     with watch.stage("calibrate"):
         source = statistics_for(job, options.stats or options.imatrix, listener)
-    run_identity = identity(job, source.digest, read_content(job.original), made.edits)
-    report = finished(out, job, run_identity) if begun(place, run_identity) and not options.overwrite else None
+    run_identity = ranks.tell(identity(job, source.digest, read_content(job.original, ranks), made.edits))
+    earlier = ranks.first and begun(place, run_identity) and not options.overwrite
+    report = ranks.tell(finished(out, job, run_identity) if earlier else None)
     if report is None:  # else an earlier run was ended before it could tidy up
-        check_free(out, options.overwrite)
+        if ranks.first:
+            check_free(out, options.overwrite)
         with open_work(place, job, run_identity, listener) as work:
-            if made.run:
+            if made.run and ranks.first:
                 keep_edits(made, place)
             report = produce(job, work, source, options, watch, listener)
-    if not options.keep:
+    if ranks.first and not options.keep:
         remove_work(place, out)
     return report
+
+
+def refuse_together(job: Job) -> None:
+    """Refuses what processes cannot do together. Raises PlanError."""
+    if job.ranks.size > 1 and (alone := {p.method.name() for u in units(job.plan) for p in u.blockwise if p.method}):
+        lines = [f"{name} trains blocks, which one process does; run it without torchrun" for name in sorted(alone)]
+        raise PlanError(lines, f"{job.ranks.size} processes")
 
 
 def check(options: QuantizeOptions) -> None:
@@ -141,7 +151,7 @@ def conclude(report: Report, options: QuantizeOptions, listener: Listener = sile
     """
     for evaluation in report.evaluations:
         refuse_missed(evaluation.gates)
-    if options.push_to:
+    if options.push_to and options.ranks.first:
         upload(output_path(options.out), options.push_to, listener)
 
 
@@ -151,7 +161,11 @@ def produce(
     """Solves what is not solved yet, evaluates, and writes artifacts and report under their final name."""
     with watch.stage("quantize"):
         entries, caches = solve_all(job, work, source, listener)
+    if not job.ranks.first:
+        job.ranks.wait()  # for what the first one finds, which is taken over here
     model, finishing = finish(job, work.model(), work.folder, work.run, watch, listener)
+    if job.ranks.first:
+        job.ranks.wait()
     evaluations = []
     if job.plan.recipe.eval:
         with watch.stage("evaluate"):
@@ -159,13 +173,15 @@ def produce(
     told = origin(job.original, options.base_model, options.license)
     report = make_report(job, entries, caches, evaluations, source.about, told, finishing)
     report = report.model_copy(update={"repository": options.push_to or ""})
+    if not job.ranks.first:
+        return job.ranks.tell(report)
     card = card_of(report, importance=source.about if "entries" in source.about else None)
     with new_folder(options.out, options.overwrite) as folder:
         artifacts = publish(job.artifacts, model, folder, card, options.verify, watch, listener)
         written = {"artifacts": artifacts, "stages": tuple(watch.entries), "run": result_identity(job, work.run)}
         report = report.model_copy(update=written)
         write_report(report, folder)
-    return report
+    return job.ranks.tell(report)
 
 
 def finished(out: Path, job: Job, run: Mapping[str, Any]) -> Report | None:
@@ -184,59 +200,3 @@ def finished(out: Path, job: Job, run: Mapping[str, Any]) -> Report | None:
         hint = "pass --overwrite to write it again"
         raise StorageError(f"{out} holds the result of this run, but {damage} is missing or was changed", hint=hint)
     return report
-
-
-def solve_all(
-    job: Job, work: Work, source: Statistics, listener: Listener
-) -> tuple[tuple[LayerEntry, ...], tuple[CacheEntry, ...]]:
-    """Goes through the plan unit by unit; what an earlier run finished is only walked through."""
-    caches: list[CacheEntry] = []
-    entries = {p.module.name: kept_entry(p) for p in job.plan.layers if p.format is None}
-    todo = steps(job.plan)
-    earlier = f"{len(work.finished)} finished earlier" if work.finished else ""
-    listener(Event("quantize", 0, len(todo), earlier))
-    with Saving(job.device) as saving:
-        for done, unit in enumerate(todo, 1):
-            propagate = any(later.walked and later.name not in work.finished for later in todo[done:])
-            record = solve_unit(unit, job, work, source, propagate, saving)
-            entries |= {entry.name: entry for entry in record.layers}
-            caches += [record.cache] if record.cache else []
-            error = mean_db(record.layers)
-            listener(Event("quantize", done, len(todo), unit.name, {} if error is None else {"error_db": error}))
-    return tuple(entries[p.module.name] for p in job.plan.layers), tuple(caches)
-
-
-def solve_unit(unit: Unit, job: Job, work: Work, source: Statistics, propagate: bool, saving: Saving) -> Record:
-    """Solves and saves a unit, unless an earlier run finished it.
-
-    Args:
-        unit: what to solve.
-        job: the run.
-        work: where finished units are.
-        source: of statistics.
-        propagate: whether hidden states have to go on behind it, because a later unit is measured there.
-        saving: saves it.
-    """
-    if (finished := work.record(unit)) is not None:
-        if propagate:
-            source.visit(unit, work, propagate)
-        return finished
-    solver = UnitSolver(unit, job)
-    source.visit(unit, solver, propagate)
-    cached = source.cached if unit.cache else None
-    record = Record(layers=tuple(solver.entries.values()), cache=cache_entry(unit, cached[1]) if cached else None)
-    saving(partial(work.save, unit, solver.matrices, solver.layers, record, cached[0] if cached else None))
-    return record
-
-
-def cache_entry(unit: Unit, errors: AttentionErrors) -> CacheEntry:
-    """What the report says about the KV cache of a block."""
-    assert unit.block is not None
-    assert unit.cache is not None
-    return CacheEntry(
-        block=unit.block,
-        keys=unit.cache.keys.label,
-        values=unit.cache.values.label,
-        scores_error_db=errors.scores_db,
-        outputs_error_db=errors.outputs_db,
-    )

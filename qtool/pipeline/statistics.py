@@ -13,14 +13,15 @@ from qtool.calibrate.attention import AttentionErrors, attention_errors, few
 from qtool.calibrate.cache import MeteredCache, RoundedCache
 from qtool.calibrate.hidden import Hidden
 from qtool.calibrate.reference import Reference
-from qtool.calibrate.tokens import load_tokens
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import CacheScales, Layer
 from qtool.methods._base import BlockTask
+from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline.events import Event, Listener, remarks
 from qtool.pipeline.prepare import Job
 from qtool.pipeline.solver import Solved, Solver
 from qtool.pipeline.stored import Files, of_original, stored_for
+from qtool.pipeline.tokens import tokens_of
 from qtool.pipeline.units import Unit, needs_of, units
 from qtool.pipeline.weigh import Weights, token_weights, weighing
 from qtool.plan import LayerPlan
@@ -38,9 +39,13 @@ class Statistics(ABC):
 
     Attributes:
         cached: what was found for the KV cache of the block that was visited last; None if nobody asked for it.
+        ranks: who solves a unit together.
+        independent: whether units can be visited in any order, and each by another process.
     """
 
     cached: tuple[CacheScales, AttentionErrors] | None = None
+    ranks: Ranks = ALONE
+    independent = True
 
     def __init__(self, digest: str | None, about: dict[str, object]) -> None:
         self.digest, self.about = digest, about
@@ -84,12 +89,14 @@ class Walked(Statistics):
 
     Args:
         walker: over the unquantized model.
-        tokens: int64 [S, T].
+        tokens: int64 [S, T], those of all processes.
         calibration: whether a layer's successors see its quantized outputs; for the rest, see the report.
         compare: whether a method asks how inputs drift.
         blockwise: whether a method solves blocks, and so wants all samples as the unquantized model has them.
         weights: how much each token counts; None: all alike.
     """
+
+    independent = False
 
     def __init__(
         self,
@@ -102,8 +109,9 @@ class Walked(Statistics):
     ) -> None:
         about = {**calibration.model_dump(mode="json"), "tokens": tokens.numel()}
         super().__init__(hashlib.sha256(tokens.numpy().tobytes()).hexdigest(), about)
-        self.walker, self.hidden, self.seed = walker, walker.embed(tokens), calibration.seed
+        self.walker, self.ranks, self.seed = walker, walker.ranks, calibration.seed
         self.weights = weights
+        self.hidden = walker.embed(tokens[self.ranks.share(len(tokens))])
         self.quantized = calibration.propagate == "quantized"
         beside = self.quantized and (compare or blockwise)
         self.reference = Reference(walker, tokens, every=blockwise) if beside else None
@@ -126,7 +134,7 @@ class Walked(Statistics):
         metered = MeteredCache(unit.cache) if unit.cache and not solver.resumed else None
         if not (measured or blockwise or metered or propagate):
             return
-        first = few(self.hidden)
+        first = few(self.hidden) if self.ranks.first else None
         with self.walker.quantized_inputs(block, i, rounding):
             weights = self.weights.modules if self.weights else None
             steps = self.walker.steps(block, i, self.hidden, measured, self.reference, metered, weights, blockwise)
@@ -135,7 +143,10 @@ class Walked(Statistics):
         if blockwise:
             self.solve_block(block, layers, unit, solver)
         if metered and unit.cache:
-            self.cached = self.compare_attention(block, rounding, i, first, RoundedCache(unit.cache, metered.scales()))
+            metered.combine(self.ranks)
+            rounded = RoundedCache(unit.cache, metered.scales())
+            found = None if first is None else self.compare_attention(block, rounding, i, first, rounded)
+            self.cached = self.ranks.tell(found)
 
     def put(self, block: nn.Module, layers: dict[str, Layer], unit: Unit, solved: Solved) -> None:
         """Puts what was solved into the block, if its successors are to see that."""
@@ -227,12 +238,12 @@ def statistics_for(job: Job, stored: Path | None, listener: Listener) -> Statist
         return Stored(stored_for(job, stored, remarks(listener, "calibrate")))
     calibration = job.plan.recipe.calibration
     listener(Event("calibrate", 0, 1, str(calibration.data)))
-    tokens = load_tokens(calibration, job.original, remarks(listener, "calibrate"))
-    walker = Walker(job.checkpoint, job.device, job.dtype, calibration.experts == "all")
+    tokens = tokens_of(job, remarks(listener, "calibrate"))
+    walker = Walker(job.checkpoint, job.device, job.dtype, calibration.experts == "all", job.ranks)
     compare = any(kind.compares for unit in units(job.plan) for kind in unit.needs)
     blockwise = any(unit.blockwise for unit in units(job.plan))
     groups = weighing(job.plan.layers, calibration.token_weights.groups if calibration.token_weights else 1)
-    weights = token_weights(walker, tokens, calibration, groups, listener)
+    weights = token_weights(walker, tokens[job.ranks.share(len(tokens))], calibration, groups, listener)
     source = Walked(walker, tokens, calibration, compare, blockwise, weights)
     listener(Event("calibrate", 1, 1, f"{tokens.numel()} tokens"))
     return source

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qtool.calibrate.tokens import load_tokens
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint.edits import STREAM, Edit, model_edges, read_edits, write_edits
 from qtool.checkpoint.families._edges import Edge
@@ -25,6 +24,7 @@ from qtool.checkpoint.rewritten import Rewritten
 from qtool.errors import CheckpointError, PlanError
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.prepare import Job
+from qtool.pipeline.tokens import tokens_of
 from qtool.pipeline.work import code_digest
 from qtool.plan import LayerPlan
 from qtool.stats._base import InputStats
@@ -67,9 +67,9 @@ def transformed(job: Job, folder: Path, stored: Path | None, listener: Listener)
         line = f"they are of the model as it was before {names}; run without them"
         raise PlanError([line], f"statistics in {stored}")
     needs = any(transform.needs for transform in job.plan.recipe.transforms)
-    tokens = load_tokens(job.plan.recipe.calibration, job.original) if needs else None
+    tokens = tokens_of(job) if needs else None
     run = key(job, tokens)
-    edits = left_behind(folder / FILE, run)
+    edits = job.ranks.tell(left_behind(folder / FILE, run) if job.ranks.first else None)
     if edits is None:
         edits = ()
         for transform in job.plan.recipe.transforms:
@@ -127,8 +127,10 @@ class Rewriting:
         if not self.transform.kinds - {STREAM}:
             return
         needs, calibration = self.transform.needs, self.job.plan.recipe.calibration
-        walker = Walker(self.model, self.job.device, self.job.dtype, calibration.experts == "all") if needs else None
-        hidden = walker.embed(tokens) if walker and tokens is not None else None
+        walker = hidden = None
+        if needs and tokens is not None:
+            walker = Walker(self.model, self.job.device, self.job.dtype, calibration.experts == "all", self.job.ranks)
+            hidden = walker.embed(tokens[self.job.ranks.share(len(tokens))])
         count = self.model.family.blocks(self.model.config)
         for i in range(count):
             stats: dict[str, InputStats] = {}
@@ -149,20 +151,30 @@ class Rewriting:
             yield Edit(STREAM, op)
 
     def at(self, i: int | None, stats: Mapping[str, InputStats]) -> Iterator[Edit]:
-        """What it does in block i, or behind the last one (None); `stats` by `Module.reads`."""
+        """What it does in block i, or behind the last one (None); `stats` by `Module.reads`.
+
+        Each process finds what to do at some sites.
+        """
+        ranks = self.job.ranks
+        sites = [*self.on_edges(i, stats), *self.in_front(i, stats)]
+        found = ranks.all([self.transform.op(site) for _, _, site in sites[ranks.share(len(sites))]])
+        for number, (edge, modules, _) in enumerate(sites):
+            if op := found[number % ranks.size][number // ranks.size]:
+                yield Edit(edge, op, modules)
+
+    def on_edges(self, i: int | None, stats: Mapping[str, InputStats]) -> Iterator[tuple[str, tuple[str, ...], Site]]:
+        """Sites on edges of the graph: the edge, no modules, and the site."""
         for edge in self.model.family.edges(self.model.config, i):
             readers = [self.plans[name] for name in edge.readers if name in self.plans]
             rounded = any(self.plans[m].format for m in (*edge.source, *edge.readers) if m in self.plans)
             if edge.kind in self.transform.kinds - {STREAM} and rounded:
                 whole = next((p for p in readers if p.module.expert is None), readers[0])
-                op = self.transform.op(self.site(edge, readers, stats.get(whole.module.reads)))
-                if op:
-                    yield Edit(edge.name, op)
-        if "input" in self.transform.kinds:
-            yield from self.in_front(i, stats)
+                yield edge.name, (), self.site(edge, readers, stats.get(whole.module.reads))
 
-    def in_front(self, i: int | None, stats: Mapping[str, InputStats]) -> Iterator[Edit]:
-        """What it leaves in front of layers of a block, or of the output layer (None)."""
+    def in_front(self, i: int | None, stats: Mapping[str, InputStats]) -> Iterator[tuple[str, tuple[str, ...], Site]]:
+        """Sites in front of layers: no edge, the layers, and the site."""
+        if "input" not in self.transform.kinds:
+            return
         inputs: dict[str, list[LayerPlan]] = defaultdict(list)
         for p in self.job.plan.layers:
             if p.format and p.module.block == i and p.module.kind != "embedding":
@@ -170,8 +182,7 @@ class Rewriting:
         for reads, plans in inputs.items():
             width = plans[0].module.shape[1]
             site = Site("input", width, width, 1, self.readers(plans), None, stats.get(reads), self.seed(reads))
-            if op := self.transform.op(site):
-                yield Edit("", op, tuple(p.module.name for p in plans))
+            yield "", tuple(p.module.name for p in plans), site
 
     def site(self, edge: Edge, readers: Sequence[LayerPlan], stats: InputStats | None) -> Site:
         """An edge as transforms see it."""

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from qtool.checkpoint.edits import Edit, digest
 from qtool.errors import CheckpointError, StorageError
 from qtool.methods._base import BlockTask
 from qtool.numerics.threads.processor import processor
+from qtool.numerics.threads.ranks import Ranks
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.prepare import Job
 from qtool.pipeline.solver import Input, Solved
@@ -25,7 +26,7 @@ from qtool.pipeline.units import Unit, cache_format
 from qtool.report.model import CacheEntry, Entry, LayerEntry
 from qtool.residuals._base import Matrix
 from qtool.store.files import lock, storage_errors
-from qtool.store.manifest import MANIFEST, Manifest
+from qtool.store.manifest import MANIFEST, BlockEntry, Manifest
 from qtool.store.neutral import NeutralCheckpoint, NeutralWriter
 
 
@@ -53,9 +54,14 @@ class Work:
         layers = job.plan.layers
         keep = {p.module.name: p.keep for p in layers if p.format is None}
         self.writer = NeutralWriter(folder, run, keep, cache_format(job.plan))
-        self.finished: dict[str, Any] = self.writer.finished()
+        self.finished: dict[str, Any] = self.writer.finished() if job.ranks.first else {}
         for key, damage in self.writer.damaged.items():
             listener(Event("quantize", 0, 0, f"{key} in {folder} is done again: {damage}", warning=True))
+        self.earlier: NeutralCheckpoint | None = None
+
+    def begin(self, ranks: Ranks) -> None:
+        """Has every process know what is finished, as the first one found it."""
+        self.finished = ranks.tell(self.finished)
         self.earlier = self.model() if self.finished else None
 
     def record(self, unit: Unit) -> Record | None:
@@ -83,8 +89,23 @@ class Work:
         cache: CacheScales | None,
     ) -> None:
         """Writes a unit, whole or not at all."""
+        self.enter(unit, self.store(unit, solved, layers, record, cache))
+
+    def store(
+        self,
+        unit: Unit,
+        solved: Mapping[str, Matrix],
+        layers: Mapping[str, Layer],
+        record: Record,
+        cache: CacheScales | None,
+    ) -> BlockEntry:
+        """Writes a unit that is finished when the first process has entered it."""
         told = record.model_dump(mode="json")
-        self.writer.write_block(unit.name, solved, told, layers=layers, cache=cache)
+        return self.writer.store_block(unit.name, solved, told, layers=layers, cache=cache)
+
+    def enter(self, unit: Unit, entry: BlockEntry) -> None:
+        """Counts a stored unit as finished."""
+        self.writer.enter(unit.name, entry)
 
     def model(self) -> NeutralCheckpoint:
         """What is finished, together with the source's other tensors."""
@@ -93,16 +114,24 @@ class Work:
 
 @contextmanager
 def open_work(folder: Path, job: Job, run: Mapping[str, Any], listener: Listener) -> Iterator[Work]:
-    """Opens the work folder, or begins it; holds it for this process.
+    """Opens the work folder, or begins it; the first process holds it for all.
 
     Raises:
         StorageError: it holds something else, is damaged, another process holds it, or it cannot be written.
     """
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder):
-        discard_other(folder, run, listener)
-        yield Work(folder, job, run, listener)
+    with ExitStack() as held:
+        if job.ranks.first:
+            with storage_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(lock(folder))
+            discard_other(folder, run, listener)
+            work = Work(folder, job, run, listener)
+            job.ranks.wait()
+        else:
+            job.ranks.wait()  # for the manifest
+            work = Work(folder, job, run, listener)
+        work.begin(job.ranks)
+        yield work
 
 
 def begun(folder: Path, run: Mapping[str, Any]) -> bool:
@@ -154,7 +183,7 @@ def discard_other(folder: Path, run: Mapping[str, Any], listener: Listener) -> N
 
 def _difference(key: str, there: object, here: object) -> str:
     """What a warning calls it; digests tell nobody anything."""
-    told = key in ("processor", "threads", "device", "dtype") and there is not None
+    told = key in ("processor", "threads", "processes", "device", "dtype") and there is not None
     return f"{key} ({there}, now {here})" if told else key
 
 
@@ -175,7 +204,7 @@ def identity(job: Job, calibration: str | None, content: str, edits: Sequence[Ed
         "device": str(job.device),
         "processor": processor(),
     }
-    measured = {"dtype": str(job.dtype), "threads": torch.get_num_threads()}
+    measured = {"dtype": str(job.dtype), "threads": torch.get_num_threads(), "processes": job.ranks.size}
     if edits:
         run |= {"transforms": digest(edits), **measured}
     if calibration is None:

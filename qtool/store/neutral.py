@@ -107,7 +107,25 @@ class NeutralWriter:
         layers: Mapping[str, Layer] | None = None,
         cache: CacheScales | None = None,
     ) -> None:
-        """Writes one block and enters it in the manifest.
+        """Writes one block and enters it in the manifest; see `store_block`."""
+        self.enter(key, self.store_block(key, matrices, record, kept, source, layers, cache))
+
+    def enter(self, key: str, block: BlockEntry) -> None:
+        """Enters a block that is stored in the manifest, which makes it count. Raises StorageError."""
+        self.manifest = self.manifest.model_copy(update={"blocks": self.manifest.blocks | {key: block}})
+        self.manifest.save(self.folder)
+
+    def store_block(
+        self,
+        key: str,
+        matrices: Mapping[str, Matrix],
+        record: Any = None,
+        kept: Sequence[str] = (),
+        source: Checkpoint | None = None,
+        layers: Mapping[str, Layer] | None = None,
+        cache: CacheScales | None = None,
+    ) -> BlockEntry:
+        """Writes one block: what to enter in the manifest.
 
         Args:
             key: file stem: "block-3".
@@ -138,10 +156,7 @@ class NeutralWriter:
         entries = {m: LayerEntry.of(matrix, layers[m]) for m, matrix in matrices.items()}
         told = json.loads(json.dumps(record))
         block = BlockEntry(nbytes=nbytes, sha256=digest, layers=entries, record=told, cache=cache)
-        if record is not None:
-            block = block.sealed(key)
-        self.manifest = self.manifest.model_copy(update={"blocks": self.manifest.blocks | {key: block}})
-        self.manifest.save(self.folder)
+        return block if record is None else block.sealed(key)
 
     def _whole(self, key: str, entry: BlockEntry) -> bool:
         path = self._path(key)

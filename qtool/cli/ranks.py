@@ -1,0 +1,61 @@
+"""Processes of one run that torchrun started: this one finds the others, and only the first one speaks.
+
+Nothing else reads what torchrun puts into the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qtool.numerics.threads.ranks import Ranks
+
+DEVICES = "CUDA_VISIBLE_DEVICES"
+
+
+def launched() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """All processes of the run; those behind the first print nothing meanwhile.
+
+    Each sees one CUDA device, so that "cuda" is its own in every thread.
+
+    Raises:
+        ProcessError: they do not find each other.
+    """
+    own, seen = os.environ.get("LOCAL_RANK", "0"), os.environ.get(DEVICES)
+    devices = seen.split(",") if seen else []
+    os.environ[DEVICES] = devices[int(own)] if int(own) < len(devices) else "" if seen else own
+    from qtool.numerics.threads.ranks import join
+
+    rank = int(os.environ["RANK"])
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        if rank == 0:
+            yield join(rank, launched())
+        else:
+            with redirect_stdout(nowhere), redirect_stderr(nowhere):
+                yield join(rank, launched())
+
+
+def of(context: Any) -> Ranks:
+    """The processes of a command: those in its context, or this one alone."""
+    from qtool.numerics.threads.ranks import ALONE
+
+    found: Ranks = context.obj or ALONE
+    return found
+
+
+def end(code: int) -> None:
+    """Ends a process whose run has failed at once: others are gone, and libraries would wait for them."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    os._exit(code)

@@ -1,0 +1,17 @@
+"""The calibration tokens of a run, in all of its processes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qtool.calibrate.documents import Tell
+from qtool.calibrate.tokens import load_tokens
+from qtool.pipeline.prepare import Job
+
+
+def tokens_of(job: Job, tell: Tell = lambda _: None) -> Tensor:
+    """What the first process loads, int64 [samples, length]; for `tell` and errors, see `load_tokens`."""
+    if not job.ranks.first:
+        return job.ranks.tell(torch.empty(0))
+    return job.ranks.tell(load_tokens(job.plan.recipe.calibration, job.original, tell))
