@@ -68,6 +68,7 @@ def every_error():
         ),
         (errors.HubError("refused"), 11, "error: refused\n"),
         (errors.StrictError("a warning"), 12, "error: a warning\n"),
+        (errors.ProcessError("process 0 of 2"), 13, "error: process 0 of 2\n"),
         (
             KeyboardInterrupt(),
             130,

@@ -18,7 +18,7 @@ from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import Checkpoint
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import PlanError
-from qtool.pipeline import quantize, transform
+from qtool.pipeline import loop, transform
 from qtool.pipeline.calibrate import CalibrateOptions
 from qtool.pipeline.calibrate import run as calibrate
 from qtool.pipeline.events import silent
@@ -155,7 +155,7 @@ def test_an_interrupted_run_goes_on_with_the_same_edits(
     options = QuantizeOptions(folder, asked, tmp_path / "whole", dtype="fp32")
     run(options)
     expected = bytes_of(tmp_path / "whole")
-    plain, calls = quantize.solve_unit, []
+    plain, calls = loop.solve_unit, []
 
     def killed(*given: Any) -> Any:
         calls.append(given)
@@ -163,10 +163,10 @@ def test_an_interrupted_run_goes_on_with_the_same_edits(
             raise KeyboardInterrupt
         return plain(*given)
 
-    monkeypatch.setattr(quantize, "solve_unit", killed)
+    monkeypatch.setattr(loop, "solve_unit", killed)
     with pytest.raises(KeyboardInterrupt):
         run(QuantizeOptions(folder, asked, tmp_path / "out", dtype="fp32"))
-    monkeypatch.setattr(quantize, "solve_unit", plain)
+    monkeypatch.setattr(loop, "solve_unit", plain)
     kept = tmp_path / "out.work" / transform.FILE
     assert kept.is_file()
     with monkeypatch.context() as context:
