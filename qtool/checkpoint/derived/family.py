@@ -1,0 +1,94 @@
+"""The family of a model that has no file of its own: what `derive` finds, as other families say it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
+
+from qtool.checkpoint.derived.derive import Facts, derive
+from qtool.checkpoint.families._base import Family, Value
+from qtool.checkpoint.families._edges import Edge
+from qtool.checkpoint.families._parts import Linear, Slice
+from qtool.errors import CheckpointError
+
+HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+KV_HEADS = ("num_key_value_heads", "num_kv_heads")
+TEXT = ("text_config", "llm_config", "language_config")
+"""Where configs of several parts describe the language model."""
+
+
+class Derived(Family):
+    """See the module; `derived_family` makes one for a config."""
+
+    facts: ClassVar[Facts]
+    derived = True
+
+    def blocks(self, config: dict[str, Any]) -> int:
+        """See `Family.blocks`."""
+        return len(self.facts.linears)
+
+    def heads(self, config: dict[str, Any]) -> tuple[int, int, int]:
+        """See `Family.heads`; 1 where config.json does not say."""
+        told = next((config[name] for name in TEXT if isinstance(config.get(name), dict)), config)
+        heads = next((told[name] for name in HEADS if isinstance(told.get(name), int)), 1)
+        kv_heads = next((told[name] for name in KV_HEADS if isinstance(told.get(name), int)), heads)
+        width = self.facts.shapes[f"{self.embedding}.weight"][1]
+        return max(heads, 1), max(min(kv_heads, heads), 1), int(told.get("head_dim") or max(width // max(heads, 1), 1))
+
+    def experts(self, config: dict[str, Any]) -> int:
+        """See `Family.experts`."""
+        return self.facts.experts
+
+    def shapes(self, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """See `Family.shapes`."""
+        return dict(self.facts.shapes)
+
+    def block_linears(self, config: dict[str, Any], i: int) -> tuple[Linear, ...]:
+        """See `Family.block_linears`."""
+        return self.facts.linears[i]
+
+    def block_shapes(self, config: dict[str, Any], i: int) -> dict[str, tuple[int, ...]]:
+        """See `Family.block_shapes`."""
+        prefix = self.block_prefix.format(i=i)
+        shapes = self.facts.shapes.items()
+        return {name.removeprefix(prefix): shape for name, shape in shapes if name.startswith(prefix)}
+
+    def edges(self, config: dict[str, Any], i: int | None) -> tuple[Edge, ...]:
+        """See `Family.edges`: none, since none was proven."""
+        return ()
+
+    def slices(self, config: dict[str, Any], stored: Collection[str]) -> dict[str, Slice]:
+        """See `Family.slices`."""
+        found = self.facts.slices.items()
+        return {name: part for name, part in found if part.tensor in stored and name not in stored}
+
+    def submodule(self, path: str) -> str:
+        """See `Family.submodule`."""
+        return self.facts.paths.get(path, path)
+
+    def gguf_names(self, config: dict[str, Any]) -> dict[str, str]:
+        """Raises CheckpointError: only a family's file says what GGUF calls tensors."""
+        raise CheckpointError(f"nothing says what GGUF calls the tensors of {config['model_type']} models")
+
+    def gguf_metadata(self, config: dict[str, Any]) -> dict[str, Value]:
+        """Raises CheckpointError; see `gguf_names`."""
+        raise CheckpointError(f"nothing says how GGUF describes {config['model_type']} models")
+
+
+def derived_family(config: Mapping[str, Any]) -> Derived:
+    """The family of a model. Raises CheckpointError: see `derive`."""
+    facts = derive(config)
+    told = {
+        "facts": facts,
+        "architecture": facts.architecture,
+        "linears": (),
+        "norms": {},
+        "block_prefix": facts.block_prefix,
+        "blocks_path": facts.blocks_path,
+        "embedding": facts.embedding,
+        "head": facts.head,
+        "mixture": facts.experts > 0,
+        "separate_experts": facts.separate,
+    }
+    family: type[Derived] = type("Derived", (Derived,), told)
+    return family()

@@ -1,0 +1,110 @@
+"""transformers' own model classes, built without memory for weights."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from qtool.errors import CheckpointError, one_line
+
+LEFT_OUT = ("quantization_config", "auto_map")
+"""Fields of config.json that are not transformers' business here."""
+WRAPPER = "ForConditionalGeneration"
+"""How classes of models end that a language model is a part of."""
+
+
+def skeleton(config: dict[str, Any], dtype: torch.dtype, attention: str | None = None) -> Any:
+    """transformers' model for a config.json, on the meta device.
+
+    Args:
+        config: config.json.
+        dtype: of the parameters.
+        attention: implementation of attention; None: the one that transformers prefers.
+
+    Raises:
+        CheckpointError: transformers does not know or refuses the config.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    known = {field: value for field, value in config.items() if field not in LEFT_OUT}
+    try:
+        with quiet(), torch.device("meta"):
+            parsed = AutoConfig.for_model(**known)
+            options = {"dtype": dtype, "attn_implementation": attention}
+            if wrapper := wrapper_class(config):
+                return wrapper._from_config(parsed, **options)
+            return AutoModelForCausalLM.from_config(parsed, **options)
+    except Exception as error:  # its own checks raise many kinds
+        what = "config.json does not describe a model that transformers builds"
+        raise CheckpointError(what, found=one_line(error)) from error
+
+
+def wrapper_class(config: dict[str, Any]) -> Any | None:
+    """The class of a model that a language model is a part of, if config.json names one that transformers has."""
+    import transformers
+
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    found = getattr(transformers, name, None) if name.endswith(WRAPPER) else None
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else None
+
+
+def fill_buffers(model: Any) -> None:
+    """Computes what a skeleton's buffers hold that no checkpoint stores, such as the frequencies of rotary embeddings.
+
+    Raises:
+        CheckpointError: transformers does not say how.
+    """
+    lost = []
+    for name, module in model.named_modules():
+        own = {key: buffer for key, buffer in module._buffers.items() if buffer is not None and buffer.is_meta}
+        own = {key: buffer for key, buffer in own.items() if key in module._non_persistent_buffers_set}
+        for key, buffer in own.items():
+            unset = float("nan") if buffer.dtype.is_floating_point else torch.iinfo(torch.int8).min
+            empty = torch.zeros(buffer.shape, dtype=buffer.dtype)
+            module._buffers[key] = empty if buffer.dtype == torch.bool else empty.fill_(unset)
+        if own:
+            with quiet(), torch.no_grad():
+                model._init_weights(module)
+            lost += [f"{name}.{key}" for key in own if unfilled(module._buffers[key])]
+    if lost:
+        what = f"transformers does not say what {lost[0]} of {type(model).__name__} holds"
+        raise CheckpointError(what, wanted="a model whose buffers can be computed without its weights")
+
+
+def unfilled(buffer: torch.Tensor) -> bool:
+    """Whether a buffer holds what `fill_buffers` put there."""
+    if buffer.dtype == torch.bool or not buffer.numel():
+        return False
+    if buffer.dtype.is_floating_point:
+        return bool(buffer.isnan().all())
+    return bool((buffer == torch.iinfo(torch.int8).min).all())
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers says nothing about how it would like config.json to be written."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module holds all experts of a block by transformers' protocol: three-dimensional parameters.
+
+    https://huggingface.co/docs/transformers/main/experts_interface
+    """
+    return all(hasattr(module, name) for name in ("_apply_gate", "has_gate", "is_transposed", "is_concatenated"))
