@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from qtool.calibrate.ahead import Ahead
+from qtool.calibrate.around import Around
 from qtool.calibrate.experts import split_experts
-from qtool.calibrate.foreign import Calls, KVStore, assign, run_block
+from qtool.calibrate.foreign import Calls, KVStore, assign, misfit, run_block
 from qtool.calibrate.hidden import Hidden
 from qtool.calibrate.infinite import origin
 from qtool.calibrate.inputs import rounded
-from qtool.calibrate.meta import ATTENTION, Recorder, build_on_meta
+from qtool.calibrate.meta import ATTENTION, Recorder, build
 from qtool.calibrate.operated import Following, Operated, put_behind
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, finite, modules
 from qtool.errors import CheckpointError
@@ -66,16 +67,17 @@ class Blocks:
         self.checkpoint, self.device, self.dtype, self.ranks = checkpoint, device, dtype, ranks
         self.layers = checkpoint.layers if isinstance(checkpoint, QuantizedCheckpoint) else {}
         self.family, self.input_ops = checkpoint.family, checkpoint.input_ops
-        self.model = build_on_meta(checkpoint.config, dtype, self.family.attention)
+        self.model = build(self.family, checkpoint.config, dtype)
         self.attends = self.model.config._attn_implementation == ATTENTION
-        self.blocks = list(self.model.model.layers)
-        self.norm = self.model.model.norm
+        self.blocks = list(self.model.get_submodule(self.family.blocks_path))
         self.modules: dict[int, list[Module]] = {i: [] for i in range(len(self.blocks))}
         for module in modules(checkpoint):
             if module.block is not None:
                 self.modules[module.block].append(module)
         for block, found in zip(self.blocks, self.modules.values(), strict=True):
             split_experts(block, {self.path(module): module for module in found}, all_experts)
+        self.around = Around(self.model, checkpoint, device, dtype) if self.family.derived else None
+        self.norm = None if self.around else self.model.model.norm
         self.arguments: dict[int, list[dict[str, Any]]] = {}
         self.weights = Ahead(self.block_tensors, len(self.blocks), device)
 
@@ -91,6 +93,8 @@ class Blocks:
             wanted = f"token ids below {rows}"
             raise CheckpointError("tokenizer and model do not belong together", wanted=wanted, found=int(tokens.max()))
         samples, length = tokens.shape
+        if self.around:
+            return self.embed_by(self.around, tokens)
         hidden = Hidden(samples, length, width, self.dtype, device=self.device)
         step = max(1, TABLE_VALUES // width)
         scale = torch.tensor(self.family.embedding_scale(self.checkpoint.config), dtype=self.dtype)
@@ -102,10 +106,22 @@ class Blocks:
                     hidden.values[s, here[s]] = table[tokens[s, here[s]] - start].to(hidden.values.device)
         return hidden
 
+    def embed_by(self, around: Around, tokens: Tensor) -> Hidden:
+        """The same by the model's own forward pass, some samples at a time."""
+        samples, length = tokens.shape
+        width = around.embed(torch.zeros((1, length), dtype=torch.long)).shape[-1]
+        hidden = Hidden(samples, length, width, self.dtype, device=self.device)
+        hidden.tokens = tokens
+        for part in self.parts(hidden):
+            hidden[part] = around.embed(tokens[part])
+        return hidden
+
     def load_block(self, i: int) -> nn.Module:
         """Block i with its weights, on the device."""
         block: nn.Module = copy.deepcopy(self.blocks[i])
         assign(block, self.weights.take(i))
+        if self.around:
+            buffers_to(block, self.device)
         put_behind(block, {self.path(m): self.input_ops.get(m.name, ()) for m in self.modules[i]})
         return block.eval().requires_grad_(False)
 
@@ -171,7 +187,7 @@ class Blocks:
         Raises:
             NumericsError: it is not finite; says where that begins.
         """
-        x, arguments = hidden[part].to(self.device), self.block_arguments(hidden.length)[i]
+        x, arguments = hidden[part].to(self.device), self.given(hidden, part)[i]
         output = run_block(block, x, arguments, cache, self.attends)
         if not all_finite(output):
             finite(x, f"of hidden states before block {i} of {self.checkpoint.source}")
@@ -198,12 +214,22 @@ class Blocks:
             module = innermost(block.get_submodule(self.family.submodule(name.removeprefix(prefix))))
             del module._parameters["weight"]
             module.weight = w.to(self.device, self.dtype)
-        arguments = self.block_arguments(x.shape[1])[i]
+        around = self.around
+        arguments = around.anyhow(len(x), x.shape[1])[i] if around else self.block_arguments(x.shape[1])[i]
         with self.quantized_inputs(block, i, layers, times=1):
             return run_block(block, x.to(self.device, self.dtype), arguments, None, self.attends)
 
+    def given(self, hidden: Hidden, part: slice) -> list[dict[str, Any]]:
+        """What each block is given beside hidden states of some samples."""
+        if self.around is None:
+            return self.block_arguments(hidden.length)
+        assert hidden.tokens is not None
+        return self.around.arguments(hidden.tokens[part])
+
     def block_arguments(self, length: int) -> list[dict[str, Any]]:
         """What the model's own forward passes to each block beside hidden states, for samples of `length` tokens."""
+        if self.around:
+            return self.around.anyhow(1, length)
         if length not in self.arguments:
             body = self.model.model
             recorders = [Recorder(block) for block in self.blocks]
@@ -216,10 +242,23 @@ class Blocks:
         return self.arguments[length]
 
     def load_norm(self) -> nn.Module:
-        """The final norm with its weights, and what is done to its output before it is read."""
-        norm: nn.Module = copy.deepcopy(self.norm)
+        """The final norm with its weights, and what is done to its output before it is read.
+
+        Raises:
+            QtoolError: nobody knows what lies between the blocks and the output layer.
+        """
+        if self.norm is None:
+            raise misfit(self.model, "has no family file, which gradients of its loss need")
+        norm: Any = copy.deepcopy(self.norm)
         assign(norm, {"weight": self.tensor(f"{self.family.norm}.weight")})
         return Following(norm, self.input_ops.get(self.family.head, ()))
+
+
+def buffers_to(module: nn.Module, device: torch.device) -> None:
+    """Moves what is computed and not stored to the device."""
+    for own in module.modules():
+        for name, buffer in own._buffers.items():
+            own._buffers[name] = buffer if buffer is None else buffer.to(device)
 
 
 def innermost(module: nn.Module) -> nn.Module:

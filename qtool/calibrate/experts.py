@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from qtool.checkpoint._base import Module
 
-Combine = Callable[[Tensor, Tensor], Tensor]
-"""(gate [T, F], up [T, F]) -> [T, F], what an expert's down projection reads."""
+Combine = Callable[..., Tensor]
+"""(gate [T, F], up [T, F]), or (up [T, F]) of experts without a gate -> [T, F], what the down projection reads."""
 
 
 class Expert(nn.Module):
@@ -38,8 +38,8 @@ class Expert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, H] -> [T, H]."""
-        gate, up, down = (self.get_submodule(self.names[role]) for role in ("gate", "up", "down"))
-        result: Tensor = down(self.combine(gate(x), up(x)))
+        made = [self.get_submodule(self.names[role])(x) for role in ("gate", "up") if role in self.names]
+        result: Tensor = self.get_submodule(self.names["down"])(self.combine(*made))
         return result
 
 
@@ -93,13 +93,34 @@ def split_experts(block: nn.Module, found: Mapping[str, Module], show_all: bool)
     place = next(iter(members)).rpartition(".")[0]
     theirs: Any = block.get_submodule(place)
     bias = any(name.endswith("_bias") for name, _ in theirs.named_parameters())
-    combine = gated(theirs.act_fn) if hasattr(theirs, "act_fn") else interleaved(theirs._apply_gate)
+    combine = combination(theirs)
     experts = []
     for paths in members.values():
         layers = {role: nn.Linear(*found[path].shape[::-1], bias, device="meta") for role, path in paths.items()}
         experts.append(Expert(layers, {role: path.rpartition(".")[2] for role, path in paths.items()}, combine))
     owner, _, name = place.rpartition(".")
     setattr(block.get_submodule(owner), name, Experts(experts, show_all))
+
+
+def combination(theirs: Any) -> Combine:
+    """What a module of transformers makes of gate and up."""
+    if not getattr(theirs, "has_gate", True):
+        act: Combine = theirs.act_fn
+        return act
+    if hasattr(theirs, "act_fn") and plain_gate(theirs):
+        return gated(theirs.act_fn)
+    return interleaved(theirs._apply_gate) if not getattr(theirs, "is_concatenated", False) else joined(theirs)
+
+
+def plain_gate(theirs: Any) -> bool:
+    """Whether a module's class leaves it to transformers how gate and up are put together."""
+    own = getattr(type(theirs), "_apply_gate", None)
+    return own is None or own.__name__ == "_default_apply_gate"
+
+
+def joined(theirs: Any) -> Combine:
+    """What transformers' own function makes of gate and up, one behind the other."""
+    return lambda gate, up: theirs._apply_gate(torch.cat((gate, up), dim=-1))
 
 
 def gated(act: Callable[[Tensor], Tensor]) -> Combine:

@@ -30,9 +30,14 @@ class Hidden:
         limit: bytes above which a file takes them.
         device: where blocks are run; if it has room for them, they stay there.
 
+    Attributes:
+        tokens: that they come from, int64 [S, T], where blocks may want to know.
+
     Raises:
         StorageError: the file needs more room than there is.
     """
+
+    tokens: Tensor | None = None
 
     def __init__(
         self,
@@ -56,7 +61,9 @@ class Hidden:
 
     def like(self) -> Hidden:
         """Room for as many others."""
-        return Hidden(self.samples, self.length, self.width, self.values.dtype, self.limit, self.device)
+        other = Hidden(self.samples, self.length, self.width, self.values.dtype, self.limit, self.device)
+        other.tokens = self.tokens
+        return other
 
     def __getitem__(self, part: slice | Tensor) -> Tensor:
         return self.values[part]

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import inspect
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qtool.calibrate.foreign import ATTENDED, misfit
+from qtool.checkpoint.derived.skeleton import fill_buffers, quiet, skeleton
+from qtool.checkpoint.families._base import Family
 from qtool.errors import CheckpointError, one_line
 from qtool.numerics.attention import causal_attention
 
 ATTENTION = "qtool"
 """What transformers calls `attention` below."""
+
+
+def build(family: Family, config: dict[str, Any], dtype: torch.dtype) -> Any:
+    """transformers' model of a family, see `build_on_meta`; of a derived one with transformers' own attention."""
+    if not family.derived:
+        return build_on_meta(config, dtype, family.attention)
+    model = skeleton(config, dtype)
+    fill_buffers(model)
+    return model
 
 
 def build_on_meta(config: dict[str, Any], dtype: torch.dtype, attention: str | None = None) -> Any:
@@ -80,20 +87,6 @@ def attend(
         return causal_attention(query, key, value, scaling), None
     given = {"scaling": scaling, "is_causal": is_causal, **others}
     return sdpa_attention_forward(module, query, key, value, attention_mask, **given)  # type: ignore[no-any-return]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """transformers says nothing about how it would like config.json to be written."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 class Recorder(nn.Module):

@@ -104,7 +104,7 @@ class Walker(Blocks):
             reference.begin(i, [m for reads, m in readers.items() if any(s.compares for s in needs[reads])], keep)
         width = 3 * hidden.width + max((m.shape[1] for m in readers.values()), default=0)
         suspend = hidden.samples * hidden.length * width * self.dtype.itemsize <= waiting_limit(self.device)
-        self.block_arguments(hidden.length)  # recorded before threads ask for them
+        self.given(hidden, slice(0, 1))  # recorded before threads ask for them
         parts = self.parts(hidden)
         threads = (1, 1) if cache else self.shares(parts)  # a cache is no place for two batches
         flow = InStep(run, parts, list(readers), meter.count, threads, suspend, self.ranks)
@@ -140,7 +140,7 @@ class Walker(Blocks):
             layers: how linear layers round their inputs, by name. None: as the checkpoint declares, which then rounds
                 the KV cache as well, if it does.
         """
-        self.block_arguments(hidden.length)  # recorded before threads ask for them
+        self.given(hidden, slice(0, 1))  # recorded before threads ask for them
         parts = self.parts(hidden)
         with self.quantized_inputs(block, i, layers, times=len(parts)):
             cache = rounded_cache(self.checkpoint, i) if layers is None else None
@@ -154,7 +154,8 @@ class Walker(Blocks):
     @torch.inference_mode()
     def collect_head(self, hidden: Hidden, needs: frozenset[type[Statistic]]) -> InputStats:
         """Measures what the output layer reads: the normed hidden states behind the last block."""
-        norm = self.load_norm()
+        around = self.around
+        norm = around.head_input if around else self.load_norm()
         stats = InputStats(hidden.values.shape[-1], needs, self.device)
         for s in range(hidden.samples):
             stats.add(norm(hidden[s : s + 1].to(self.device)).flatten(0, -2))
@@ -167,6 +168,8 @@ class Walker(Blocks):
 
         The product is a float32 one, since bfloat16 would round logits to 3 digits.
         """
+        if self.around:
+            return self.around.logits(hidden[sample : sample + 1], start)
         norm, weight = self.output_layer()
         x: Tensor = norm(hidden[sample : sample + 1][0, start:].to(self.device))
         if layer := self.layers.get(self.family.head):

@@ -92,7 +92,7 @@ class Checkpoint(ABC):
     @property
     def tied(self) -> bool:
         """True if the output layer uses the token embedding's matrix."""
-        return "lm_head.weight" not in self.names()
+        return f"{self.family.head}.weight" not in self.names()
 
 
 class Static(NamedTuple):
@@ -267,7 +267,7 @@ def verify(checkpoint: Checkpoint) -> None:
             found=f"no {first}",
             hint="is config.json the one that belongs to these weights?",
         )
-    if unknown := [name for name in found if name not in expected]:
+    if unknown := [name for name in found if name not in expected and not checkpoint.family.derived]:
         raise CheckpointError(
             f"{checkpoint.source} holds a tensor that {kind} models do not have",
             found=unknown[0],

@@ -9,6 +9,8 @@ from stat import S_ISREG
 from typing import Any
 
 from qtool import registry
+from qtool.checkpoint.derived.family import derived_family
+from qtool.checkpoint.derived.skeleton import known_to_transformers
 from qtool.checkpoint.families._base import Family
 from qtool.checkpoint.families._rope import rope_parameters
 from qtool.checkpoint.links import own_file
@@ -106,17 +108,31 @@ def complete(config: dict[str, Any], where: Path) -> tuple[dict[str, Any], Famil
     """See `read_config`; `where` is named in errors."""
     config, known = text_part(config), registry.names(FAMILIES)
     kind = config.get("model_type")
+    if kind not in known and isinstance(kind, str) and known_to_transformers(kind):
+        _check_counts(config, where)
+        return config, derived_family(config)
     if kind not in known:
         raise CheckpointError(
             f"{where}: unknown model family",
             wanted=f"model_type one of {', '.join(known)}",
             found=repr(kind)[:60],
-            hint="a package can add families, see the page on extending qtool",
+            hint="a newer transformers may know it, or a package can add it, see the page on extending qtool",
         )
     family: Family = registry.load(FAMILIES, kind)()
     config = family.defaults | {family.spellings.get(field, field): value for field, value in config.items()}
     _check(config, family, where)
     return config, family
+
+
+def _check_counts(config: dict[str, Any], where: Path) -> None:
+    """Raises CheckpointError: a model of any type cannot be so large."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            _check_counts(value, where)
+        most = BLOCK_LIMIT if name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") else LIMIT
+        counts = name.startswith(("num_", "n_", "max_")) or name.endswith(("_size", "_dim"))
+        if counts and isinstance(value, int) and abs(value) > most:
+            raise CheckpointError(f"{where}: impossible {name}", wanted=f"at most {most}", found=repr(value)[:40])
 
 
 def _check(config: dict[str, Any], family: Family, where: Path) -> None:

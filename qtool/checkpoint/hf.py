@@ -58,6 +58,11 @@ class HFCheckpoint(Checkpoint):
             kinds = ", ".join(sorted({name.removeprefix("model.").partition(".")[0] for name in others}))
             left = f"only the text model of {self.source} is read, and what else it has left out: {kinds:.100}"
             self.notes = (left, *self.notes)
+        if self.family.derived and (strange := sorted(stored.keys() - ignored - self._own())):
+            kinds = ", ".join(dict.fromkeys(".".join(name.split(".")[:2]) for name in strange))
+            count = "1 tensor" if len(strange) == 1 else f"{len(strange)} tensors"
+            text = f"{count} that {self.family.architecture} does not know, copied as they are: {kinds:.100}"
+            self.notes = (text, *self.notes)
         order = {name: place for place, name in enumerate(self._shapes)}
 
         def place(name: str) -> tuple[int, str]:
@@ -68,7 +73,7 @@ class HFCheckpoint(Checkpoint):
         self._names = sorted(self._stored.keys() - whole | self._slices.keys(), key=place)
         verify(self)
         for name in self._names:
-            if (dtype := self.info(name).dtype) not in FLOATS:
+            if (dtype := self.info(name).dtype) not in FLOATS and name in self._shapes:
                 raise CheckpointError(f"{self.source}: {name} holds numbers without a scale", found=dtype)
 
     def _weights(self, folder: Path) -> dict[str, SafetensorsFile]:
@@ -115,11 +120,15 @@ class HFCheckpoint(Checkpoint):
         """See `Checkpoint.fingerprint`. Moving the folder or cutting it into other shards changes nothing."""
         return digest(self.config, self.files, self._stored)
 
+    def _own(self) -> set[str]:
+        """Stored tensors that the model's class knows."""
+        return self._shapes.keys() | {part.tensor for part in self._slices.values()}
+
     def _text_slices(self, stored: dict[str, SafetensorsFile]) -> dict[str, Slice]:
         """Where the tensors of a text model are that is one of several parts; empty if it is the only one."""
         embedding = f"{self.family.embedding.removeprefix('model.')}.weight"
         prefix = next((prefix for prefix in TEXT_PREFIXES if prefix + embedding in stored), None)
-        if prefix is None:
+        if prefix is None or self.family.derived:
             return {}
         found: dict[str, Slice] = {}
         for name, shape in self._shapes.items():

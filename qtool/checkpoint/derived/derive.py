@@ -20,7 +20,7 @@ from qtool.checkpoint.derived.experts import Stack, expert_layers, stacks_of
 from qtool.checkpoint.derived.names import Origin, origins
 from qtool.checkpoint.derived.roles import is_router, merged, role_of
 from qtool.checkpoint.derived.skeleton import is_experts, skeleton
-from qtool.checkpoint.derived.trace import LENGTH, Call, Station, lists, run, watch
+from qtool.checkpoint.derived.trace import LENGTH, Call, Station, lists, watch
 from qtool.checkpoint.families._parts import Linear, Slice
 from qtool.errors import CheckpointError, one_line
 
@@ -85,7 +85,7 @@ def _derive(text: str) -> Facts:
         return facts_of(model)
     except Unfit as unfit:
         what = f"{config['model_type']} models do not go through block by block"
-        raise CheckpointError(what, found=str(unfit), hint="--model-free quantizes without data") from unfit
+        raise CheckpointError(what, found=str(unfit)) from unfit
 
 
 def facts_of(model: Any) -> Facts:
@@ -243,7 +243,8 @@ def block_prefix(owners: Mapping[str, int]) -> str:
         names[i].append(name)
     templates = set()
     for i, members in names.items():
-        before, number, _ = os.path.commonprefix([*members, members[0] + "."]).partition(f".{i}.")
+        before, number, _ = members[0].partition(f".{i}.")
+        number = number if all(name.startswith(before + number) for name in members) else ""
         templates.add(f"{before}.{{i}}." if number else "")
     if len(templates) != 1 or "" in templates:
         raise Unfit("checkpoints do not number its blocks as the class does")
@@ -276,8 +277,11 @@ def block_linears(
     linears: list[Linear] = []
     for name in ran:
         if name in experts:
-            linears += [layer.linear(before) for layer in expert_layers(s for s in stacks if s.owner == name)
-                        if layer.name.endswith(".weight")]
+            linears += [
+                layer.linear(before)
+                for layer in expert_layers(s for s in stacks if s.owner == name)
+                if layer.name.endswith(".weight")
+            ]
         elif name in paths:
             path = paths[name]
             reads = f"{inputs[calls[name].hidden][0]}.in"

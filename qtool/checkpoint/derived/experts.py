@@ -81,7 +81,11 @@ def stacks_of(model: Any, place: str, found: Mapping[str, Origin]) -> dict[str, 
         cut.setdefault(origin.key, []).append((name, origin))
     stacks = {}
     for owner, module in model.named_modules():
-        if not owner.startswith(f"{place}.") or not is_experts(module) or getattr(module, "has_post_expert_norm", False):
+        if (
+            not owner.startswith(f"{place}.")
+            or not is_experts(module)
+            or getattr(module, "has_post_expert_norm", False)
+        ):
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if name.removesuffix("_bias") in PARAMETERS and (key := f"{owner}.{name}") in cut:
@@ -124,7 +128,9 @@ def expert_layers(stacks: Iterable[Stack]) -> list[Layer]:
     layers = []
     for stack in stacks:
         bias = stack.key.endswith("_bias")
-        n, k = (stack.shape[1], 0) if bias else (stack.shape[2], stack.shape[1]) if stack.transposed else stack.shape[1:]
+        n, k = (
+            (stack.shape[1], 0) if bias else (stack.shape[2], stack.shape[1]) if stack.transposed else stack.shape[1:]
+        )
         n //= 2 if stack.key.rpartition(".")[2].startswith("gate_up") else 1
         for (e, role), (name, part) in stack.names.items():
             last, kind = name.split(".")[-2:]

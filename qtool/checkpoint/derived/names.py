@@ -58,7 +58,7 @@ def origins(model: Any) -> tuple[dict[str, Origin], list[str]]:
     Args:
         model: on the meta device.
     """
-    state = {name: tensor.as_subclass(Still) for name, tensor in own_tensors(model).items()}
+    state: dict[str, Tensor] = {name: tensor.as_subclass(Still) for name, tensor in own_tensors(model).items()}
     storages = {tensor.untyped_storage()._cdata: name for name, tensor in state.items()}
     found: dict[str, Origin] = {}
     lost = []
@@ -93,7 +93,7 @@ def part_of(key: str, whole: Tensor, tensor: Tensor) -> Slice:
     """
     stacked = tensor.dim() < whole.dim()
     inner = whole[0].numel() if stacked else whole.numel()
-    index, first = divmod(tensor.storage_offset() - whole.storage_offset(), inner)
+    index, first = divmod(int(tensor.storage_offset() - whole.storage_offset()), inner)
     columns = whole.shape[-1] if tensor.dim() == 2 else 1
     transposed = tensor.dim() == 2 and tensor.stride(0) < tensor.stride(1)
     step = tensor.stride(0) if transposed or tensor.dim() == 1 else tensor.stride(0) // columns

@@ -15,6 +15,7 @@ from qtool.errors import CheckpointError, one_line
 
 LEFT_OUT = ("quantization_config", "auto_map")
 """Fields of config.json that are not transformers' business here."""
+TAG = "__float__"
 WRAPPER = "ForConditionalGeneration"
 """How classes of models end that a language model is a part of."""
 
@@ -35,7 +36,7 @@ def skeleton(config: dict[str, Any], dtype: torch.dtype, attention: str | None =
     known = {field: value for field, value in config.items() if field not in LEFT_OUT}
     try:
         with quiet(), torch.device("meta"):
-            parsed = AutoConfig.for_model(**known)
+            parsed = AutoConfig.for_model(**finite_again(known))
             options = {"dtype": dtype, "attn_implementation": attention}
             if wrapper := wrapper_class(config):
                 return wrapper._from_config(parsed, **options)
@@ -43,6 +44,20 @@ def skeleton(config: dict[str, Any], dtype: torch.dtype, attention: str | None =
     except Exception as error:  # its own checks raise many kinds
         what = "config.json does not describe a model that transformers builds"
         raise CheckpointError(what, found=one_line(error)) from error
+
+
+def finite_again(value: Any) -> Any:
+    """JSON with infinities, which transformers writes as {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        return float(value[TAG]) if value.keys() == {TAG} else {key: finite_again(x) for key, x in value.items()}
+    return [finite_again(x) for x in value] if isinstance(value, list) else value
+
+
+def known_to_transformers(kind: str) -> bool:
+    """Whether the installed transformers has classes for a `model_type`."""
+    from transformers import CONFIG_MAPPING
+
+    return kind in CONFIG_MAPPING
 
 
 def wrapper_class(config: dict[str, Any]) -> Any | None:

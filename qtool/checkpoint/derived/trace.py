@@ -26,7 +26,7 @@ Key = tuple[int, int, int, int]
 """What a tensor is: its storage, where it begins there, how many numbers it has, and its last extent."""
 
 
-class Undecided(TorchDispatchMode):
+class Undecided(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Answers questions about values of tensors that have none: yes.
 
     transformers asks, before it builds masks, whether nothing is padded and no sequences are packed.
@@ -40,7 +40,7 @@ class Undecided(TorchDispatchMode):
 
 def key_of(tensor: Tensor) -> Key:
     """What tells it from other tensors that are alive."""
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.numel(), tensor.shape[-1]
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tensor.numel(), tensor.shape[-1]
 
 
 @dataclass
@@ -111,7 +111,7 @@ def watch(model: Any, modules: Mapping[str, nn.Module]) -> dict[str, Call]:
 
 def run(model: Any) -> None:
     """A forward pass of a few tokens, of which nothing is kept."""
-    with quiet(), torch.no_grad(), Undecided():
+    with quiet(), torch.no_grad(), Undecided():  # type: ignore[no-untyped-call]
         model.eval()(input_ids=torch.zeros((1, LENGTH), dtype=torch.long, device="meta"), use_cache=False)
 
 

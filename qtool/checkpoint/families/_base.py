@@ -50,6 +50,8 @@ class Family:
         gated_product: whether down reads act(gate) * up.
         sinks: whether attention gives part of its weight to nothing, so that a token's weights do not add up to one.
         block_prefix: name prefix of block i, with "{i}".
+        blocks_path: what transformers' class calls the list of blocks.
+        derived: whether all this was found by looking at transformers' class; tensors that it does not know are copied.
         embedding, norm, head: module names around the blocks.
         gguf_arch: `general.architecture` of its GGUF files.
         mixture: True if blocks hold experts, of which each token visits some.
@@ -71,6 +73,8 @@ class Family:
     gated_product: ClassVar[bool] = True
     sinks: ClassVar[bool] = False
     block_prefix: ClassVar[str] = "model.layers.{i}."
+    blocks_path: ClassVar[str] = "model.layers"
+    derived: ClassVar[bool] = False
     embedding: ClassVar[str] = "model.embed_tokens"
     norm: ClassVar[str] = "model.norm"
     head: ClassVar[str] = "lm_head"
