@@ -167,6 +167,8 @@ def part_products(v, weight, inverse, smallest, mantissa, highest):  # type: ign
 @njit(nogil=True, cache=True)
 def products(v, weight, inverse, smallest, mantissa, highest):  # type: ignore[no-untyped-def]
     """As `part_products`, in float64 beyond a length at which sums in float32 would tell too little."""
+    if len(v) <= PART:  # parts cost small groups most of their time
+        return part_products(v, weight, inverse, smallest, mantissa, highest)
     xl, ll = 0.0, 0.0
     for a in range(0, len(v), PART):
         x, w = v[a : a + PART], weight[a : a + PART]
