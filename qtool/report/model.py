@@ -8,7 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from qtool.evaluate.result import Evaluation
 
-Count = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(gt=0, lt=2**63)]
+Size = Annotated[int, Field(ge=0, lt=2**63)]
+Amount = Annotated[float, Field(ge=0, lt=2**63)]
 
 
 class Entry(BaseModel):
@@ -42,13 +44,13 @@ class LayerEntry(Entry):
     format: str | None
     method: str | None
     activations: str | None
-    bits_per_weight: float
-    nbytes: int
+    bits_per_weight: Amount
+    nbytes: Size
     weight_error_db: float | None
     output_error_db: float | None
-    tokens: int
+    tokens: Size
     fallback: str | None
-    seconds: float
+    seconds: Amount
     expert: int | None = None
     target_error_db: float | None = None
 
@@ -88,7 +90,7 @@ class FileEntry(Entry):
     """A written file."""
 
     name: str
-    nbytes: int
+    nbytes: Size
     sha256: str
 
 
@@ -106,8 +108,8 @@ class StageEntry(Entry):
     """Time and the process's peak resident memory so far, at the end of a stage."""
 
     name: str
-    seconds: float
-    peak_bytes: int
+    seconds: Amount
+    peak_bytes: Size
 
 
 class Report(Entry):
@@ -136,8 +138,8 @@ class Report(Entry):
     recipe: dict[str, object]
     source: str
     source_fingerprint: str
-    source_bytes: int = Field(gt=0)
-    parameters: int = Field(gt=0)
+    source_bytes: Count
+    parameters: Count
     calibration: dict[str, object]
     limited_blocks: int | None
     layers: tuple[LayerEntry, ...]
@@ -146,7 +148,7 @@ class Report(Entry):
     evaluations: tuple[Evaluation, ...]
     warnings: tuple[str, ...]
     environment: dict[str, str]
-    other_bytes: int = 0
+    other_bytes: Size = 0
     kv_cache: tuple[CacheEntry, ...] = ()
     finish: tuple[FinishEntry, ...] = ()
     run: str = ""

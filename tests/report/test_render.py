@@ -125,12 +125,31 @@ def test_json_is_standard_json(report, tmp_path):
             lambda c: c | {"layers": [c["layers"][0] | {"shape": [576, 0]}]},
             r"is damaged at layers\.0\.shape\.1: found .* greater than 0",
         ),
+        (
+            lambda c: c | {"source_bytes": 10**400},
+            r"is damaged at source_bytes: found .* less than 9223372036854775808",
+        ),
+        (
+            lambda c: c | {"stages": [c["stages"][0] | {"seconds": "Infinity"}]},
+            r"is damaged at stages\.0\.seconds: found .* less than 9",
+        ),
         (lambda c: c | {"stages": [{"name": "plan"}]}, r"is damaged at stages\.0\.seconds"),
         (lambda c: {k: v for k, v in c.items() if k != "source"}, "is damaged at source: found Field required"),
         (lambda c: {k: v for k, v in c.items() if k != "version"}, "is no report: wanted an object with a version"),
         (lambda c: [c], "is no report: wanted an object with a version, found list"),
     ],
-    ids=["newer", "unknown-key", "no-parameters", "no-columns", "half-stage", "no-source", "no-version", "list"],
+    ids=[
+        "newer",
+        "unknown-key",
+        "no-parameters",
+        "no-columns",
+        "huge",
+        "endless",
+        "half-stage",
+        "no-source",
+        "no-version",
+        "list",
+    ],
 )
 def test_what_is_no_readable_report(report, tmp_path, change, message):
     path = tmp_path / "report.json"
