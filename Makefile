@@ -7,6 +7,7 @@ DEMO_OUT := demo/SmolLM2-135M-Instruct-$(DEMO_RECIPE)
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 FUZZ_ARGS ?= --count 100000
+KILLS_ARGS ?= --turns 2
 PROCESSORS ?= generic znver3 skylake-avx512
 # What is decided by sums: every search against the rule without one and against ggml's, ties, constant rows, GPTQ's walk. Kernels take
 # longer to compile than to run, so that one setting stands for those that share them.
@@ -19,7 +20,7 @@ PROCESSOR_TESTS := -k "not thorough and not fast and not iq1 and not iq2 and not
 	$(addprefix tests/numerics/test_, compare.py scale_codes.py search.py sweep.py) \
 	tests/methods/test_gptq.py::test_codes_equal_the_plain_loop tests/methods/test_gptq.py::test_output_error_is_below_rounding
 
-.PHONY: setup demo test test-processors test-newest test-oldest newest check format docs bench bench-gpu fuzz clean
+.PHONY: setup demo test test-processors test-newest test-oldest newest check format docs bench bench-gpu fuzz kills clean
 
 setup: $(READY)
 
@@ -96,6 +97,10 @@ docs: $(READY)
 # FUZZ_ARGS="--seed 2 --first 4711 --count 1" repeats one case; see tests/fuzz/fuzz.py.
 fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz.fuzz $(FUZZ_ARGS)
+
+# Runs that are killed at every moment at which they change a file; a quarter of an hour for KILLS_ARGS="--turns 2".
+kills: $(READY)
+	$(BIN)/python -m tests.pipeline.kills $(KILLS_ARGS)
 
 # BENCH_ARGS="--only gptq --calibration some.txt --evaluation other.txt" for one of them on your own text.
 bench: $(READY) .venv-peer/ready

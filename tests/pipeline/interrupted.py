@@ -87,10 +87,11 @@ def named_moments(kinds):
     return sorted({*here, *(i + 1 for i in here if i < len(kinds)), len(kinds)})
 
 
-def experiments(arguments, folder, out, part, parts):
+def experiments(arguments, folder, out, part, parts, turn=None):
     """Undisturbed; then a run killed at each named moment, of which this process takes every `parts`th.
 
-    Every third run finds an older result to replace; every fifth is ended by SIGTERM, which lets it tidy up.
+    Every third run finds an older result to replace; every fifth is ended by SIGTERM, which lets it tidy up. With a
+    turn, every moment is taken, and those are others in each turn.
     """
     code, kinds = run(arguments, folder)
     assert code == 0, code
@@ -98,7 +99,8 @@ def experiments(arguments, folder, out, part, parts):
     older = out.with_name("older")
     out.rename(older)
     runs = []
-    for i, moment in enumerate(named_moments(kinds)):
+    moments = named_moments(kinds) if turn is None else range(1, len(kinds) + 1)
+    for i, moment in enumerate(moments, turn or 0):
         if i % parts != part:
             continue
         replaces = i % 3 == 0
@@ -122,10 +124,10 @@ if __name__ == "__main__":
     import qtool.pipeline.quantize  # noqa: F401
     from qtool.cli.app import main
 
-    model, recipe, place, part, parts = sys.argv[1:]
+    model, recipe, place, part, parts, *turn = sys.argv[1:]
     target = Path(place) / "out"
     command = ["quantize", model, "--recipe", recipe, "-o", str(target), "--quiet"]
     stdout = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    result = experiments(command, place, target, int(part), int(parts))
+    result = experiments(command, place, target, int(part), int(parts), *map(int, turn))
     os.write(stdout, json.dumps(result).encode())
