@@ -6,14 +6,26 @@ that want something particular are listed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
+import json
+import os
+import signal
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from qtool.api import quantize
+from qtool.artifact._open import open_model
+from qtool.calibrate.walker import Walker
+from qtool.checkpoint._base import Checkpoint, modules
+from qtool.errors import QtoolError, one_line
 
 KINDS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "n_head": 4, "n_heads": 4, "num_heads": 4}
@@ -72,10 +84,23 @@ OTHERS = {
 SMALL: dict[str, Any] = (
     HEADS | WIDTHS | FEED_FORWARD | LAYERS | LENGTHS | DECODER | EXPERTS | LATENT | RECURRENT | OTHERS
 )
+LATENT_KINDS = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "minicpm3", "youtu", "axk1", "axk2")
 PARTICULAR: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
+        "intermediate_size": [96] * 4,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "zaya": {"num_experts_per_tok": 1},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "codegen": {"rotary_dim": 8},
+    "gptj": {"rotary_dim": 8},
+    "glm4_moe_lite": {"num_key_value_heads": 4},
     "mamba2": {"num_heads": 8, "head_dim": 16},
-    **{kind: {"num_key_value_heads": 4} for kind in ("deepseek_v2", "deepseek_v3")},
+    **{kind: {"num_key_value_heads": 4} for kind in LATENT_KINDS},
 }
 """What some types want."""
 
@@ -120,3 +145,122 @@ def save_tiny(kind: str, folder: Path) -> Any:
                     parameter.add_(torch.randn(parameter.shape) * 0.1)
     model.save_pretrained(folder)
     return model
+
+
+SECONDS = 120
+"""For one type."""
+ALIKE = 1e-4
+"""Nats per token: less says that transformers, which decodes our file, and our evaluation of it run one model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What became of a type.
+
+    Attributes:
+        kind: `model_type`.
+        passed: whether all of it went well.
+        why: what did not, or what the model is made of.
+        divergence: KL divergence between transformers and qtool, nats per token, the larger one of two files.
+    """
+
+    kind: str
+    passed: bool
+    why: str
+    divergence: float | None = None
+
+
+def logits_of(model: Checkpoint, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits by our own evaluation, block by block: float32 [S, T, V]."""
+    walker = Walker(model, torch.device("cpu"), torch.float32)
+    hidden = walker.embed(tokens)
+    for i in range(len(walker.blocks)):
+        walker.advance(walker.load_block(i), i, hidden)
+    return torch.stack([walker.logits(hidden, s) for s in range(len(tokens))])
+
+
+def divergence(wanted: torch.Tensor, found: torch.Tensor) -> float:
+    """Mean KL divergence of logits, nats per token."""
+    p, q = wanted.double().log_softmax(-1), found.double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def recipe(method: str, text: Path) -> dict[str, Any]:
+    """4-bit weights in groups of 8 columns."""
+    layers = [{"match": "lm_head", "keep": True}, {"match": "*", "weights": "int4-g8", "fallback": "int4-channel"}]
+    calibration = {"data": str(text), "samples": 2, "length": 32}
+    return {
+        "recipe": 1,
+        "name": "study",
+        "method": method,
+        "calibration": calibration,
+        "layers": layers,
+        "export": [{"to": "compressed-tensors"}],
+    }
+
+
+def attempt(kind: str, tokenizer: Any, folder: Path) -> Row:
+    """Saves a tiny model, compares logits, quantizes it twice, and compares logits of what transformers reads."""
+    text = folder / "text.txt"
+    text.write_text(" ".join(f"{i} times {i + 1} is {i * (i + 1)}." for i in range(400)))
+    source = folder / "model"
+    model = save_tiny(kind, source)
+    tokenizer.save_pretrained(source)
+    tokens = torch.randint(3, 500, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = model(input_ids=tokens, use_cache=False).logits
+    checkpoint = open_model(str(source))
+    if (worst := divergence(wanted, logits_of(checkpoint, tokens))) > ALIKE:
+        return Row(kind, False, "block by block it computes something else", worst)
+    for method in ("rtn", "gptq"):
+        out = folder / method
+        quantize(str(source), recipe(method, text), out, dtype="fp32")
+        with contextlib.redirect_stderr(open(os.devnull, "w")):
+            loaded = type(model).from_pretrained(out, dtype=torch.float32)
+            with torch.no_grad():
+                found = loaded(input_ids=tokens, use_cache=False).logits
+        worst = max(worst, abs(divergence(logits_of(open_model(str(out)), tokens), found)))
+    linears = [module for module in modules(checkpoint) if module.kind == "linear" and module.block is not None]
+    experts = f", {checkpoint.family.experts(checkpoint.config)} experts" if checkpoint.family.mixture else ""
+    about = f"{len(linears)} matrices in {checkpoint.family.blocks(checkpoint.config)} blocks{experts}"
+    return Row(kind, worst < ALIKE, about if worst < ALIKE else "transformers reads something else", worst)
+
+
+def tried(kind: str, tokenizer: Any) -> Row:
+    """The row of one type, which may not take longer than `SECONDS`."""
+    signal.alarm(SECONDS)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return attempt(kind, tokenizer, Path(folder))
+        except QtoolError as error:
+            return Row(kind, False, one_line(error).replace(f"{folder}/model", "it"))
+        except Exception as error:  # noqa: BLE001 (whatever transformers raises)
+            return Row(kind, False, f"{type(error).__name__}: {one_line(error)}".replace(f"{folder}/model", "it"))
+        finally:
+            signal.alarm(0)
+
+
+def rows(store: Path) -> dict[str, Row]:
+    """Rows that were found before, from lines of JSON."""
+    lines = store.read_text().splitlines() if store.exists() else []
+    return {row["kind"]: Row(**row) for row in map(json.loads, lines)}
+
+
+def study(store: Path, kinds: list[str]) -> None:
+    """Tries types whose rows are not known yet."""
+    from tests.conftest import make_tokenizer
+
+    tokenizer, known = make_tokenizer(), rows(store)
+    for kind in [kind for kind in kinds if kind not in known]:
+        with store.open("a") as file:
+            file.write(json.dumps(dataclasses.asdict(tried(kind, tokenizer))) + "\n")
+
+
+def late(*_: object) -> None:
+    """A type took too long."""
+    raise TimeoutError(f"more than {SECONDS} seconds")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGALRM, late)
+    study(Path(sys.argv[1]), sys.argv[2:] or KINDS)

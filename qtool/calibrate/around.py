@@ -44,7 +44,7 @@ class Post(Station):
 
     def __init__(self, block: nn.Module, outputs: int | None) -> None:
         super().__init__(block, outputs)
-        self.recorder = Recorder(block)
+        self.recorder, self.received = Recorder(block), torch.empty(0)
         self.hidden: Tensor | None = None
         self.last = False
 
@@ -105,27 +105,31 @@ class Around:
         blocks = list(model.get_submodule(facts.blocks_path))
         self.posts = [Post(block, outputs) for block, outputs in zip(blocks, facts.outputs, strict=True)]
         put(model, facts.blocks_path, nn.ModuleList(self.posts))
+        self.shared: dict[int, list[str]] = {}
+        for key, parameter in model.named_parameters(remove_duplicate=False):
+            self.shared.setdefault(id(parameter), []).append(key)
         self.known: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self.depends: bool | None = None
+        self.left: dict[tuple[int, str], Any] = {}
         self.lock = threading.RLock()
         self.head: Head | None = None
 
     def load(self) -> Head:
         """Reads the tensors, once. Raises CheckpointError: one is missing or damaged."""
         if self.head is None:
-            facts, tensors = self.family.facts, {}
+            facts, own = self.family.facts, self.model.get_output_embeddings()
             for name, key in facts.around.items():
-                if not name.startswith(f"{facts.head}."):
-                    tensors[name] = self.checkpoint.tensor(name).to(self.device, self.dtype)
-                    set_tensor(self.model, key, tensors[name])
+                if name not in (f"{facts.head}.weight", facts.head_bias):
+                    tensor, keys = self._read(name), self._keys(key)
+                    for other in keys:
+                        set_tensor(self.model, other, tensor)
             for module in self.model.modules():
                 for key, buffer in module._buffers.items():
                     if buffer is not None and not buffer.is_meta:
                         module._buffers[key] = buffer.to(self.device)
-            embedding, own = self.model.get_input_embeddings(), self.model.get_output_embeddings()
             tied = self.checkpoint.tied
-            weight = embedding.weight if tied else self._read(f"{facts.head}.weight")
-            bias = self._read(f"{facts.head}.bias") if own.bias is not None else None
+            weight = self.model.get_input_embeddings().weight if tied else self._read(f"{facts.head}.weight")
+            bias = self._read(facts.head_bias) if facts.head_bias else None
             layer = getattr(self.checkpoint, "layers", {}).get(facts.head)
             head = Head(weight.detach(), bias, layer, self.checkpoint.input_ops.get(facts.head, ()))
             path = next(name for name, module in self.model.named_modules() if module is own)
@@ -133,15 +137,20 @@ class Around:
             self.head = head
         return self.head
 
+    def _keys(self, key: str) -> list[str]:
+        """All names in the class of a tensor that several modules share."""
+        owner, _, name = key.rpartition(".")
+        return self.shared.get(id(getattr(self.model.get_submodule(owner), name)), [key])
+
     def _read(self, name: str) -> Tensor:
-        return self.checkpoint.tensor(name).to(self.device, self.dtype)
+        found = self.checkpoint.tensor(name)
+        return found.to(self.device, self.dtype if found.is_floating_point() else found.dtype)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """int64 [S, T] -> hidden states in front of the first block, [S, T, H]."""
         with self.lock:
             self._record(tokens)
-            received: Tensor = self.posts[0].received
-            return received
+            return self.family.facts.streams.pack(self.posts[0].received)
 
     def arguments(self, tokens: Tensor) -> list[dict[str, Any]]:
         """What each block is given beside hidden states for samples [S, T]."""
@@ -158,10 +167,25 @@ class Around:
                 self.known[samples, length] = self._record(tokens)
             return self.known[samples, length]
 
+    def carrying(self, arguments: Mapping[str, Any], start: int, first: bool) -> dict[str, Any]:
+        """Arguments of a block with what earlier blocks left for it.
+
+        Args:
+            arguments: of the block.
+            start: the first of its samples, which are the same in every block.
+            first: whether it is the first block.
+        """
+        given = dict(arguments)
+        for name in self.family.facts.carried & given.keys():
+            if first or (start, name) not in self.left:
+                self.left[start, name] = type(given[name])()
+            given[name] = self.left[start, name]
+        return given
+
     def anyhow(self, samples: int, length: int) -> list[dict[str, Any]]:
         """The same for samples whose tokens are forgotten. Raises QtoolError: they matter."""
         found = self.arguments(torch.zeros((samples, length), dtype=torch.long))
-        if self.depends:
+        if self.depends or self.family.facts.carried:
             raise misfit(self.model, "gives blocks what depends on tokens, which methods that train blocks do not keep")
         return found
 
@@ -197,7 +221,7 @@ class Around:
     def _behind(self, hidden: Tensor) -> Tensor:
         """Has hidden states handed on behind the last block; tokens to run the model with."""
         for post in self.posts:
-            post.hidden = hidden.to(self.device, self.dtype)
+            post.hidden = self.family.facts.streams.unpack(hidden.to(self.device, self.dtype))
         return torch.zeros(hidden.shape[:2], dtype=torch.long)
 
     def _run(self, tokens: Tensor) -> Any:

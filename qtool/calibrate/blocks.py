@@ -132,8 +132,9 @@ class Blocks:
         return {self.family.submodule(name): self.tensor(prefix + name) for name in names}
 
     def tensor(self, name: str) -> Tensor:
-        """A weight in the walker's dtype, on its device."""
-        return self.checkpoint.tensor(name).to(self.device, self.dtype)
+        """A weight in the walker's dtype, on its device; a table of integers as it is."""
+        found = self.checkpoint.tensor(name)
+        return found.to(self.device, self.dtype if found.is_floating_point() else found.dtype)
 
     def set_weight(self, block: nn.Module, module: Module, w: Tensor) -> None:
         """Replaces a linear layer's weight, [N, K], by what a runtime would multiply with."""
@@ -187,12 +188,12 @@ class Blocks:
         Raises:
             NumericsError: it is not finite; says where that begins.
         """
-        x, arguments = hidden[part].to(self.device), self.given(hidden, part)[i]
-        output = run_block(block, x, arguments, cache, self.attends)
+        x, arguments = hidden[part].to(self.device), self.given(hidden, part, i)
+        output = self.run(block, x, arguments, cache)
         if not all_finite(output):
             finite(x, f"of hidden states before block {i} of {self.checkpoint.source}")
             again, names = twin(block), {self.path(m): m.name for m in self.modules[i]}
-            first = origin(again, lambda: run_block(again, x, arguments, cache, self.attends), names)
+            first = origin(again, lambda: self.run(again, x, arguments, cache), names)
             where = f"of hidden states behind block {i} of {self.checkpoint.source}"
             finite(output, where, f"it begins in {first}, computed in {str(x.dtype)[6:]}" if first else None)
         return output
@@ -217,14 +218,29 @@ class Blocks:
         around = self.around
         arguments = around.anyhow(len(x), x.shape[1])[i] if around else self.block_arguments(x.shape[1])[i]
         with self.quantized_inputs(block, i, layers, times=1):
-            return run_block(block, x.to(self.device, self.dtype), arguments, None, self.attends)
+            return self.run(block, x.to(self.device, self.dtype), arguments)
 
-    def given(self, hidden: Hidden, part: slice) -> list[dict[str, Any]]:
-        """What each block is given beside hidden states of some samples."""
+    def run(self, block: nn.Module, x: Tensor, arguments: Mapping[str, Any], cache: KVStore | None = None) -> Tensor:
+        """What a loaded block makes of hidden states, [s, T, H]; see `run_block`."""
         if self.around is None:
-            return self.block_arguments(hidden.length)
+            return run_block(block, x, arguments, cache, self.attends)
+        streams = self.around.family.facts.streams
+        return streams.pack(run_block(block, streams.unpack(x), arguments, cache, self.attends))
+
+    def record(self, hidden: Hidden) -> None:
+        """Finds out what blocks are given, before threads ask for it."""
+        if self.around is None:
+            self.block_arguments(hidden.length)
+        elif hidden.tokens is not None and hidden.samples:
+            self.around.arguments(hidden.tokens[:1])
+
+    def given(self, hidden: Hidden, part: slice, i: int) -> Mapping[str, Any]:
+        """What block i is given beside hidden states of some samples."""
+        if self.around is None:
+            return self.block_arguments(hidden.length)[i]
         assert hidden.tokens is not None
-        return self.around.arguments(hidden.tokens[part])
+        found = self.around.arguments(hidden.tokens[part])[i]
+        return self.around.carrying(found, part.start or 0, i == 0) if self.around.family.facts.carried else found
 
     def block_arguments(self, length: int) -> list[dict[str, Any]]:
         """What the model's own forward passes to each block beside hidden states, for samples of `length` tokens."""

@@ -104,7 +104,7 @@ class Walker(Blocks):
             reference.begin(i, [m for reads, m in readers.items() if any(s.compares for s in needs[reads])], keep)
         width = 3 * hidden.width + max((m.shape[1] for m in readers.values()), default=0)
         suspend = hidden.samples * hidden.length * width * self.dtype.itemsize <= waiting_limit(self.device)
-        self.given(hidden, slice(0, 1))  # recorded before threads ask for them
+        self.record(hidden)
         parts = self.parts(hidden)
         threads = (1, 1) if cache else self.shares(parts)  # a cache is no place for two batches
         flow = InStep(run, parts, list(readers), meter.count, threads, suspend, self.ranks)
@@ -140,7 +140,7 @@ class Walker(Blocks):
             layers: how linear layers round their inputs, by name. None: as the checkpoint declares, which then rounds
                 the KV cache as well, if it does.
         """
-        self.given(hidden, slice(0, 1))  # recorded before threads ask for them
+        self.record(hidden)
         parts = self.parts(hidden)
         with self.quantized_inputs(block, i, layers, times=len(parts)):
             cache = rounded_cache(self.checkpoint, i) if layers is None else None

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qtool.checkpoint.families._base import Family
+from qtool.checkpoint.families._base import OUTPUT, Family
 from qtool.checkpoint.families._parts import stacked
 from qtool.errors import CheckpointError, NumericsError
 from qtool.formats._base import Format
@@ -233,7 +233,8 @@ def modules(checkpoint: Checkpoint) -> Iterator[Module]:
     """
     verify(checkpoint)
     family, config = checkpoint.family, checkpoint.config
-    aliases = (family.head,) if checkpoint.tied else ()
+    others = () if family.head == OUTPUT else (OUTPUT,)
+    aliases = (family.head, *others) if checkpoint.tied else ()
     shape = _matrix(checkpoint, family.embedding)
     yield Module(family.embedding, aliases, "embedding", "embedding", None, "tokens", None, shape)
     for i in range(family.blocks(config)):
@@ -244,7 +245,7 @@ def modules(checkpoint: Checkpoint) -> Iterator[Module]:
             shape = _matrix(checkpoint, name)
             yield Module(name, (), linear.kind, linear.role, i, prefix + linear.reads, fused, shape, linear.expert)
     if not checkpoint.tied:
-        yield Module(family.head, (), "linear", "head", None, "head_in", None, _matrix(checkpoint, family.head))
+        yield Module(family.head, others, "linear", "head", None, "head_in", None, _matrix(checkpoint, family.head))
 
 
 def _matrix(checkpoint: Checkpoint, module: str) -> tuple[int, int]:

@@ -48,8 +48,8 @@ class HFCheckpoint(Checkpoint):
         self.notes = (code,) if code else ()
         stored = self._weights(folder)
         ignored = {name for name in stored if name.endswith(".rotary_emb.inv_freq")}  # a constant that old files keep
-        self._drop_tied_copy(stored, ignored)
         self._shapes = self.family.shapes(self.config)
+        self._drop_tied_copy(stored, ignored)
         self._slices = self.family.slices(self.config, stored)
         if parts := self._text_slices(stored):
             self._slices = parts
@@ -73,7 +73,7 @@ class HFCheckpoint(Checkpoint):
         self._names = sorted(self._stored.keys() - whole | self._slices.keys(), key=place)
         verify(self)
         for name in self._names:
-            if (dtype := self.info(name).dtype) not in FLOATS and name in self._shapes:
+            if (dtype := self.info(name).dtype) not in FLOATS and not self.family.derived:
                 raise CheckpointError(f"{self.source}: {name} holds numbers without a scale", found=dtype)
 
     def _weights(self, folder: Path) -> dict[str, SafetensorsFile]:
@@ -160,7 +160,13 @@ class HFCheckpoint(Checkpoint):
         use it: the model is not well defined.
         """
         head, embedding = f"{self.family.head}.weight", f"{self.family.embedding}.weight"
-        if not self.config.get("tie_word_embeddings") or head not in stored or embedding not in stored:
+        if self.family.derived and head in self._shapes:
+            return
+        if (
+            not (self.family.derived or self.config.get("tie_word_embeddings"))
+            or head not in stored
+            or embedding not in stored
+        ):
             return
         if not _equal(stored[head], head, stored[embedding], embedding):
             raise CheckpointError(

@@ -25,6 +25,8 @@ KINDS = [
     "mamba2",
     "bloom",
     "gemma4_unified_text",
+    "gemma3n_text",
+    "deepseek_v4",
 ]
 """Linear attention with experts, latent attention, norms behind, one stream for all, multipliers, biases, states."""
 

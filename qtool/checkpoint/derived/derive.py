@@ -6,21 +6,21 @@ Shape letters: T tokens, E hidden size, N rows and K columns of a matrix.
 from __future__ import annotations
 
 import json
-import os.path
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
 
+from qtool.checkpoint.derived.chain import Streams, Unfit, blocks_place, check_chain, streams_of
 from qtool.checkpoint.derived.experts import Stack, expert_layers, stacks_of
 from qtool.checkpoint.derived.names import Origin, origins
 from qtool.checkpoint.derived.roles import is_router, merged, role_of
 from qtool.checkpoint.derived.skeleton import is_experts, skeleton
-from qtool.checkpoint.derived.trace import LENGTH, Call, Station, lists, watch
+from qtool.checkpoint.derived.trace import LENGTH, Call, lists, watch
 from qtool.checkpoint.families._parts import Linear, Slice
 from qtool.errors import CheckpointError, one_line
 
@@ -34,6 +34,8 @@ class Facts:
         blocks_path: where its blocks are, in the class.
         block_prefix: what names of tensors of block i begin with in checkpoints, with "{i}".
         embedding, head: modules, as checkpoints call them.
+        head_bias: tensor that the output layer adds; None: none.
+        streams: see `Streams`.
         shapes: of every tensor.
         linears: of every block, in the order of computation.
         paths: what the class calls a module or tensor below its block; those that checkpoints call the same are left
@@ -43,6 +45,7 @@ class Facts:
         experts: most experts of a block.
         separate: whether checkpoints have a matrix for each expert.
         outputs: how many things each block returns; None: a tensor.
+        carried: arguments in which blocks leave something for later ones.
     """
 
     architecture: str
@@ -50,6 +53,8 @@ class Facts:
     block_prefix: str
     embedding: str
     head: str
+    head_bias: str | None
+    streams: Streams
     shapes: Mapping[str, tuple[int, ...]]
     linears: tuple[tuple[Linear, ...], ...]
     paths: Mapping[str, str]
@@ -58,10 +63,7 @@ class Facts:
     experts: int
     separate: bool
     outputs: tuple[int | None, ...]
-
-
-class Unfit(Exception):
-    """Why a model does not go through, in a few words."""
+    carried: frozenset[str] = frozenset()
 
 
 def derive(config: Mapping[str, Any]) -> Facts:
@@ -104,58 +106,9 @@ def facts_of(model: Any) -> Facts:
         raise Unfit(f"its forward pass cannot be followed: {type(error).__name__}: {one_line(error)}") from error
     place = blocks_place(model, calls)
     blocks = model.get_submodule(place)
-    check_chain(model, place, calls)
-    return collect(model, place, blocks, calls, (names[id(embedding)], names[id(head)]))
-
-
-def blocks_place(model: Any, calls: Mapping[str, Call]) -> str:
-    """The list whose members run one after the other and hold most of the model. Raises Unfit: there is none."""
-    sizes: dict[str, int] = {}
-    for place, members in lists(model):
-        inner = any(place.startswith(f"{other}.") for other in sizes)
-        ran = [calls.get(f"{place}.{i}") for i in range(len(members))]
-        orders = [call.order for call in ran if call and call.times == 1 and len(call.shape) >= 3]
-        if not inner and len(orders) == len(members) and orders == sorted(orders):
-            sizes[place] = sum(p.numel() for p in members.parameters())
-    if not sizes:
-        raise Unfit("it has no list of blocks that run once each, one after the other")
-    return max(sizes, key=sizes.__getitem__)
-
-
-def check_chain(model: Any, place: str, calls: Mapping[str, Call]) -> None:
-    """Raises Unfit: blocks exchange something else than hidden states [1, T, E]."""
-    blocks = model.get_submodule(place)
-    members = [calls[f"{place}.{i}"] for i in range(len(blocks))]
-    for i, call in enumerate(members):
-        if len(call.shape) != 3 or call.shape[:2] != (1, LENGTH):
-            raise Unfit(f"block {i} works on hidden states {list(call.shape)}")
-        if i and call.hidden != members[i - 1].output:
-            raise Unfit(f"hidden states are changed between blocks {i - 1} and {i}")
-    owners: dict[int, int] = {}
-    for i, block in enumerate(blocks):
-        for parameter in block.parameters():
-            if owners.setdefault(id(parameter), i) != i:
-                raise Unfit(f"blocks {owners[id(parameter)]} and {i} share weights")
-    alone = arguments_without_blocks(model, place, members)
-    for i, (call, found) in enumerate(zip(members, alone, strict=True)):
-        wanted = call.arguments
-        if missing := [name for name in wanted if found.get(name) != wanted[name]]:
-            raise Unfit(f"block {i} is given {missing[0]} that other blocks compute")
-
-
-def arguments_without_blocks(model: Any, place: str, members: list[Call]) -> list[dict[str, Any]]:
-    """What each block is given when no block computes anything. Raises Unfit: the model does not run so."""
-    owner, _, name = place.rpartition(".")
-    parent, blocks = model.get_submodule(owner), model.get_submodule(place)
-    stations = nn.ModuleList([Station(b, call.outputs) for b, call in zip(blocks, members, strict=True)])
-    setattr(parent, name, stations)
-    try:
-        calls = watch(model, {str(i): station for i, station in enumerate(stations)})
-    except Exception as error:  # code of others, on tensors without values
-        raise Unfit(f"it looks at what its blocks return: {type(error).__name__}: {one_line(error)}") from error
-    finally:
-        setattr(parent, name, blocks)
-    return [calls[str(i)].arguments for i in range(len(blocks))]
+    carried = check_chain(model, place, calls)
+    facts = collect(model, place, blocks, calls, (names[id(embedding)], names[id(head)]))
+    return replace(facts, carried=carried)
 
 
 def collect(model: Any, place: str, blocks: nn.ModuleList, calls: Mapping[str, Call], ends: tuple[str, str]) -> Facts:
@@ -167,35 +120,25 @@ def collect(model: Any, place: str, blocks: nn.ModuleList, calls: Mapping[str, C
     names = {origin.key: name for name, origin in found.items() if origin.part is None}
     owners = block_owners(place, len(blocks), found)
     prefix = block_prefix(owners)
-    linears, shapes, paths, slices = [], dict[str, tuple[int, ...]](), dict[str, str](), dict[str, Slice]()
-    head = module_name(names, ends[1]) if f"{ends[1]}.weight" in names else "lm_head"
+    head, bias = output_names(model, names, ends)
     embedding = module_name(names, ends[0])
     outside = [name for name in found if name not in owners]
-    last = {f"{head}.weight", f"{head}.bias"}
-    shapes |= {name: found[name].shape for name in sorted(outside, key=lambda n: n != f"{embedding}.weight")}
-    heads = {name: shapes.pop(name) for name in last if name in shapes}
+    shapes = {name: found[name].shape for name in sorted(outside, key=lambda n: n != f"{embedding}.weight")}
+    heads = {name: shapes.pop(name) for name in (f"{head}.weight", f"{head}.bias") if name in shapes}
+    linears, paths, slices = [], dict[str, str](), dict[str, Slice]()
     for i in range(len(blocks)):
         before, inside = prefix.format(i=i), f"{place}.{i}."
-        own = [name for name, block in owners.items() if block == i]
-        for name in own:
-            origin = found[name]
-            if origin.key in stacks:
-                continue
-            if origin.part:
-                raise Unfit(f"its checkpoints store {name} as a part of {origin.key}")
-            shapes[name] = origin.shape
-            paths[name.removeprefix(before)] = origin.key.removeprefix(inside)
-            slices[name] = Slice(origin.key, origin.shape)
         mine = [stack for stack in stacks.values() if stack.key.startswith(inside)]
+        own = {name: found[name] for name, block in owners.items() if block == i and found[name].key not in stacks}
+        for name, shape, key, part in block_tensors(own, mine):
+            shapes[name], slices[name] = shape, part
+            paths[name.removeprefix(before)] = key.removeprefix(inside)
         linears.append(block_linears(model, inside, before, calls, names, mine))
-        for layer in expert_layers(mine):
-            shapes[layer.name] = layer.shape
-            paths[layer.name.removeprefix(before)] = layer.path.removeprefix(inside)
-            slices[layer.name] = layer.slice
     if not any(linears):
         raise Unfit("its blocks have no linear layers that run once")
     for below, own_path in list(paths.items()):
-        paths[os.path.splitext(below)[0]] = os.path.splitext(own_path)[0]
+        if below.endswith(".weight") and own_path.endswith(".weight"):
+            paths[below.removesuffix(".weight")] = own_path.removesuffix(".weight")
     members = [calls[f"{place}.{i}"] for i in range(len(blocks))]
     return Facts(
         architecture=type(model).__name__,
@@ -203,6 +146,8 @@ def collect(model: Any, place: str, blocks: nn.ModuleList, calls: Mapping[str, C
         block_prefix=prefix,
         embedding=embedding,
         head=head,
+        head_bias=bias,
+        streams=streams_of(calls[f"{place}.0"].shape),
         shapes=shapes | heads,
         linears=tuple(linears),
         paths={below: path for below, path in paths.items() if below != path},
@@ -212,6 +157,27 @@ def collect(model: Any, place: str, blocks: nn.ModuleList, calls: Mapping[str, C
         separate=all(stack.separate for stack in stacks.values()),
         outputs=tuple(call.outputs for call in members),
     )
+
+
+def output_names(model: Any, names: Mapping[str, str], ends: tuple[str, str]) -> tuple[str, str | None]:
+    """What checkpoints call the output layer, and its bias if it has one."""
+    output = model.get_submodule(ends[1])
+    if f"{ends[1]}.weight" not in names and output.weight is not model.get_input_embeddings().weight:
+        raise Unfit("its output layer shares the matrix of something else than the embedding")
+    head = module_name(names, ends[1]) if f"{ends[1]}.weight" in names else ends[1]
+    return head, next((names.get(name) for name, p in model.named_parameters() if p is output.bias), None)
+
+
+def block_tensors(
+    own: Mapping[str, Origin], stacks: Iterable[Stack]
+) -> Iterator[tuple[str, tuple[int, ...], str, Slice]]:
+    """(name in checkpoints, shape, name in the class, where it may be instead) of the tensors of a block."""
+    for name, origin in own.items():
+        if origin.part:
+            raise Unfit(f"its checkpoints store {name} as a part of {origin.key}")
+        yield name, origin.shape, origin.key, Slice(origin.key, origin.shape)
+    for layer in expert_layers(stacks):
+        yield layer.name, layer.shape, layer.path, layer.slice
 
 
 def module_name(names: Mapping[str, str], module: str) -> str:
@@ -292,5 +258,5 @@ def block_linears(
 
 
 def is_plain(module: nn.Module, call: Call) -> bool:
-    """Whether it is a linear layer that ran once, on rows of its own width."""
-    return isinstance(module, nn.Linear) and call.times == 1 and call.shape[-1:] == module.weight.shape[1:]
+    """Whether it is a linear layer that ran once, on every token."""
+    return isinstance(module, nn.Linear) and call.times == 1 and call.tokens == LENGTH

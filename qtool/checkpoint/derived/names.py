@@ -47,9 +47,16 @@ class Origin:
 
 def own_tensors(model: Any) -> dict[str, Tensor]:
     """Parameters and buffers that checkpoints store, each under one name where several modules share it."""
-    shared = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    shared -= {name for name, _ in model.named_parameters()}
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in shared}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    owners: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name not in tied:
+            owners.setdefault(id(parameter), name)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), name)
+    own = {name for name, parameter in model.named_parameters(remove_duplicate=False) if owners[id(parameter)] == name}
+    own |= {name for name, _ in model.named_buffers()}
+    return {name: tensor for name, tensor in model.state_dict().items() if name in own}
 
 
 def origins(model: Any) -> tuple[dict[str, Origin], list[str]]:

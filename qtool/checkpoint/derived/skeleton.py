@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from qtool.errors import CheckpointError, one_line
 LEFT_OUT = ("quantization_config", "auto_map")
 """Fields of config.json that are not transformers' business here."""
 TAG = "__float__"
-WRAPPER = "ForConditionalGeneration"
-"""How classes of models end that a language model is a part of."""
+CLASSES = ("ForConditionalGeneration", "ForCausalLM", "LMHeadModel")
+"""How names of classes end that are, or have as a part, a language model with an output layer."""
 
 
 def skeleton(config: dict[str, Any], dtype: torch.dtype, attention: str | None = None) -> Any:
@@ -38,8 +38,8 @@ def skeleton(config: dict[str, Any], dtype: torch.dtype, attention: str | None =
         with quiet(), torch.device("meta"):
             parsed = AutoConfig.for_model(**finite_again(known))
             options = {"dtype": dtype, "attn_implementation": attention}
-            if wrapper := wrapper_class(config):
-                return wrapper._from_config(parsed, **options)
+            if (named := named_class(config)) and isinstance(parsed, named.config_class):
+                return named._from_config(parsed, **options)
             return AutoModelForCausalLM.from_config(parsed, **options)
     except Exception as error:  # its own checks raise many kinds
         what = "config.json does not describe a model that transformers builds"
@@ -60,13 +60,13 @@ def known_to_transformers(kind: str) -> bool:
     return kind in CONFIG_MAPPING
 
 
-def wrapper_class(config: dict[str, Any]) -> Any | None:
-    """The class of a model that a language model is a part of, if config.json names one that transformers has."""
+def named_class(config: dict[str, Any]) -> Any | None:
+    """The class that config.json names, if transformers has it."""
     import transformers
 
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
-    found = getattr(transformers, name, None) if name.endswith(WRAPPER) else None
+    found = getattr(transformers, name, None) if name.endswith(CLASSES) else None
     is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
     return found if is_model else None
 
@@ -77,21 +77,30 @@ def fill_buffers(model: Any) -> None:
     Raises:
         CheckpointError: transformers does not say how.
     """
-    lost = []
+    filled = []
     for name, module in model.named_modules():
-        own = {key: buffer for key, buffer in module._buffers.items() if buffer is not None and buffer.is_meta}
-        own = {key: buffer for key, buffer in own.items() if key in module._non_persistent_buffers_set}
-        for key, buffer in own.items():
-            unset = float("nan") if buffer.dtype.is_floating_point else torch.iinfo(torch.int8).min
-            empty = torch.zeros(buffer.shape, dtype=buffer.dtype)
-            module._buffers[key] = empty if buffer.dtype == torch.bool else empty.fill_(unset)
-        if own:
-            with quiet(), torch.no_grad():
-                model._init_weights(module)
-            lost += [f"{name}.{key}" for key in own if unfilled(module._buffers[key])]
-    if lost:
+        for key in module._non_persistent_buffers_set:
+            buffer = module._buffers.get(key)
+            if buffer is not None and buffer.is_meta:
+                unset = float("nan") if buffer.dtype.is_floating_point else torch.iinfo(torch.int8).min
+                empty = torch.zeros(buffer.shape, dtype=buffer.dtype)
+                module._buffers[key] = empty if buffer.dtype == torch.bool else empty.fill_(unset)
+                filled.append((name, module, key))
+    for module in {id(module): module for _, module, _ in filled}.values():
+        initialize(model, module)
+    if any(unfilled(module._buffers[key]) for _, module, key in filled):
+        for module in model.modules():  # some modules fill buffers of others
+            initialize(model, module)
+    if lost := [f"{name}.{key}" for name, module, key in filled if unfilled(module._buffers[key])]:
         what = f"transformers does not say what {lost[0]} of {type(model).__name__} holds"
         raise CheckpointError(what, wanted="a model whose buffers can be computed without its weights")
+
+
+def initialize(model: Any, module: nn.Module) -> None:
+    """Has the innermost model that a module is part of fill what it holds, as far as it knows how."""
+    owners = [m for m in model.modules() if hasattr(m, "_init_weights") and any(part is module for part in m.modules())]
+    with quiet(), torch.no_grad(), suppress(Exception):  # code of others, in an order that is not theirs
+        owners[-1]._init_weights(module)
 
 
 def unfilled(buffer: torch.Tensor) -> bool:

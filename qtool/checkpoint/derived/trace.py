@@ -8,6 +8,7 @@ Shape letters: T tokens, E hidden size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -64,6 +65,11 @@ class Call:
     output: Key | None = None
     outputs: int | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """Rows that its first argument has."""
+        return math.prod(self.shape[:-1])
 
 
 def watch(model: Any, modules: Mapping[str, nn.Module]) -> dict[str, Call]:
@@ -127,7 +133,7 @@ def looks(value: Any) -> Any:
         return tuple(value.shape)
     if isinstance(value, tuple | list):
         return [looks(x) for x in value]
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {str(name): looks(x) for name, x in value.items()}
     return None if value is None else type(value).__name__
 

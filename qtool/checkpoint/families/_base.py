@@ -20,6 +20,9 @@ from qtool.checkpoint.families._parts import ATTENTION, GATED_MLP, Linear, Slice
 from qtool.checkpoint.families._rope import LLAMA3_TENSOR, llama3_factors, rope_metadata
 from qtool.errors import CheckpointError
 
+OUTPUT = "lm_head"
+"""What recipes call the output layer, whatever a model calls it."""
+
 Value = int | float | bool | str
 """A GGUF metadata value: int is stored as UINT32, float as FLOAT32."""
 
