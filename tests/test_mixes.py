@@ -35,6 +35,8 @@ BASE = {
 """Mix -> the type that most matrices get, where the two differ in name."""
 PLAIN = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q6_k", "iq4_nl", "iq4_xs", "tq1_0", "tq2_0")
 MIXES = (*BASE, *PLAIN, "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq3_xxs", "iq3_s")
+LEARNED = ("q4_k_m", "q3_k_m", "q2_k")
+"""Those that have a recipe `gguf-MIX-best` as well, with learned codes."""
 LOW = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m")
 FALLBACK = {
     **dict.fromkeys(("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_xs"), "iq4_nl"),
@@ -225,7 +227,8 @@ def planned(mix, checkpoint, imatrix=True):
 
 def test_all_of_them_ship():
     assert {entry.name for entry in list_recipes() if entry.name.startswith("gguf-")} == {
-        f"gguf-{mix}" for mix in MIXES
+        *(f"gguf-{mix}" for mix in MIXES),
+        *(f"gguf-{mix}-best" for mix in LEARNED),
     }
 
 
@@ -333,3 +336,16 @@ def test_header_says_how_large(mix):
         round(bits(mix, LLAMA_3_1_8B), 2),
         round(bits(mix, SMOLLM2_135M), 2),
     ]
+
+
+@pytest.mark.parametrize("mix", LEARNED)
+def test_a_mix_with_learned_codes_has_the_same_types(mix):
+    plain, learned = (
+        make_plan(recipe, Shapes(LLAMA_3_1_8B), carriers(recipe))
+        for recipe in (load_recipe(f"gguf-{mix}"), load_recipe(f"gguf-{mix}-best"))
+    )
+    assert [p.format for p in learned.layers] == [p.format for p in plain.layers]
+    inside = [p for p in learned.layers if p.module.block is not None]
+    assert {p.method.name() for p in inside} == {"learned"}
+    texts = [entry.path.read_text() for entry in list_recipes() if entry.name in (f"gguf-{mix}", f"gguf-{mix}-best")]
+    assert len({re.search("^# Size: .*$", text, re.M)[0] for text in texts}) == 1

@@ -50,6 +50,8 @@ WANTED = W4A16 | {
     "w4a16-best": ("int4-g64", "learned"),
     "w3a16-best": ("int3-g64", "learned"),
     "w2a16-best": ("int2-g64", "learned"),
+    "nvfp4-best": ("nvfp4", "learned"),
+    "mxfp4-best": ("mxfp4", "learned"),
     "w2a16-gptq": ("int2-g64", "gptq"),
     "fp8-dynamic": ("fp8-channel", "rtn", "fp8-token"),
     "fp8-block": ("fp8-block", "rtn", "fp8-g128"),

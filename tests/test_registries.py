@@ -40,7 +40,7 @@ def each(test):
     return pytest.mark.parametrize(("room", "name"), ENTRIES, ids=[f"{room}/{name}" for room, name in ENTRIES])(test)
 
 
-@pytest.mark.parametrize("room", [room for room in BASES if room != "stages"])  # other packages' alone, so far
+@pytest.mark.parametrize("room", BASES)
 def test_no_registry_is_empty(room):
     assert registry.names(room)
 

@@ -174,9 +174,13 @@ class Blocks:
 
     def parts(self, hidden: Hidden) -> list[slice]:
         """Samples that are run together."""
+        return self.pieces(hidden.samples, hidden.length)
+
+    def pieces(self, samples: int, length: int) -> list[slice]:
+        """The same, of some samples of so many tokens."""
         tokens = BATCH_TOKENS if self.device.type == "cpu" else DEVICE_TOKENS
-        step = max(1, tokens // hidden.length)
-        return [slice(start, start + step) for start in range(0, hidden.samples, step)]
+        step = max(1, tokens // length)
+        return [slice(start, start + step) for start in range(0, samples, step)]
 
     def shares(self, parts: Sequence[slice]) -> tuple[int, int]:
         """Threads to run some batches on; see `numerics.parallel.shares`."""

@@ -133,7 +133,7 @@ def backward_sweep(
     gradient, count = fronts.pop(), len(walker.blocks)
     for s in range(gradient.samples):
         error = partial(log_likelihood_error, tokens[s].to(walker.device), drawn[s] if drawn else None)
-        gradient[s : s + 1] = head_gradient(walker, gradient[s : s + 1], error)
+        gradient[s : s + 1], _ = head_gradient(walker, gradient[s : s + 1], error)
     for i in reversed(range(count)):
         x, block = fronts.pop(), walker.load_block(i)
         names = [m.name for m in walker.modules[i] if m.name in squares.modules]
@@ -185,13 +185,16 @@ def group_means(x: Tensor, groups: int) -> Tensor:
     return torch.stack([x[..., n * b // groups : n * (b + 1) // groups].mean(-1) for b in range(groups)], -1)
 
 
-def head_gradient(walker: Walker, x: Tensor, error: Callable[[Tensor, slice], Tensor]) -> Tensor:
-    """The gradient of a loss by hidden states behind the last block, [1, T, H], of one sample.
+def head_gradient(walker: Walker, x: Tensor, error: Callable[[Tensor, slice], Tensor]) -> tuple[Tensor, Tensor]:
+    """The gradient of a loss by hidden states behind the last block of one sample, and by the final norm's weights.
 
     Args:
         walker: over the model.
         x: [1, T, H].
         error: the gradient by logits, float32 [t, V], given these and which positions they are of; may change them.
+
+    Returns:
+        ([1, T, H]; [H]).
     """
     norm, weight = walker.output_layer()
     cap = walker.family.logit_softcap(walker.checkpoint.config)
@@ -211,8 +214,8 @@ def head_gradient(walker: Walker, x: Tensor, error: Callable[[Tensor, slice], Te
         if slope is not None:
             found = found * slope
         gradient[0, part] = (found.to(weight.dtype) @ weight).float()
-    (result,) = torch.autograd.grad(y, x, gradient.to(y.dtype))
-    return result
+    front, own = torch.autograd.grad(y, (x, norm.get_parameter("module.weight")), gradient.to(y.dtype))
+    return front, own
 
 
 def log_likelihood_error(tokens: Tensor, generator: torch.Generator | None, logits: Tensor, positions: slice) -> Tensor:

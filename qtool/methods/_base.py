@@ -62,6 +62,13 @@ class MatrixPlan(Protocol):
         """What its inputs are rounded to; None: nothing."""
 
 
+def split(samples: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Samples to learn from, and to judge by; see `BlockTask.split`."""
+    held = min(samples - 1, max(1, round(samples * share)))
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
+    return order[held:].sort().values, order[:held].sort().values
+
+
 @dataclass(frozen=True)
 class BlockTask:
     """One decoder block, and those of its modules that a method owns.
@@ -116,10 +123,7 @@ class BlockTask:
         Args:
             share: of the samples that is held out: at least one, if there are two.
         """
-        samples = self.inputs.samples
-        held = min(samples - 1, max(1, round(samples * share)))
-        order = torch.randperm(samples, generator=torch.Generator().manual_seed(self.seed))
-        return order[held:].sort().values, order[:held].sort().values
+        return split(self.inputs.samples, share, self.seed)
 
 
 class Method(Spec):
