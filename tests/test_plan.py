@@ -374,12 +374,13 @@ class TestRules:
     def test_a_rule_for_the_rest_may_find_none(self):
         assert plan({"match": "re:.*_proj|lm_head", "weights": "q4_0"}, REST).warnings == ()
 
-    def test_a_method_that_solves_blocks_knows_no_residuals(self):
-        rule = {"match": "*", "weights": "int4-g16", "method": "learned", "residuals": [{"low_rank": {"rank": 2}}]}
-        assert refusals(rule)[0] == (
-            'layers[0] (match "*"): model.layers.0.self_attn.q_proj and 14 more: learned trains codes as if nothing '
-            "were beside them; give the rule another method, or no residuals"
-        )
+    def test_a_residual_fits_every_method_but_not_every_matrix(self):
+        def rule(method, rank):
+            return {"match": "*", "weights": "int4-g16", "method": method, "residuals": [{"low_rank": {"rank": rank}}]}
+
+        for method in ("learned", "gptq"):
+            assert all(p.residuals for p in plan(rule(method, 2), export=()).layers if p.format)
+        assert refusals(rule("learned", 1000))[0].endswith("low_rank: rank 1000 is more than 64 x 64 matrices have")
 
     def test_an_embedding_has_no_inputs(self):
         rule = {"match": "re:.*", "weights": "int8-channel", "method": "gptq", "activations": "int8-token"}

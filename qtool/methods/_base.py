@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qtool.formats._base import Format, Quantized
+from qtool.residuals._base import Correction, Residual
 from qtool.spec import Spec
 from qtool.stats._base import InputStats, Statistic
 
@@ -30,11 +31,15 @@ class Solution:
         quantized: codes and parameters.
         target: the matrix that the codes approximate, float32 [N, K], where that is not the layer's own.
         fallback: what had to be done instead of the method as asked, and why; None if nothing. Goes to the report.
+        residuals: what is kept beside the codes, of the kinds that the plan declares, where a method of blocks found it
+            itself. Empty: what was found first stays. Methods of matrices find none, because rows are solved apart and
+            corrections are of whole matrices; they are asked for codes again instead, see `Residual.turns`.
     """
 
     quantized: Quantized
     fallback: str | None = None
     target: Tensor | None = None
+    residuals: tuple[Correction, ...] = ()
 
 
 Part = slice | Tensor
@@ -61,6 +66,10 @@ class MatrixPlan(Protocol):
     def activations(self) -> Format | None:
         """What its inputs are rounded to; None: nothing."""
 
+    @property
+    def residuals(self) -> tuple[Residual, ...]:
+        """What is kept beside the codes, in order."""
+
 
 def split(samples: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Samples to learn from, and to judge by; see `BlockTask.split`."""
@@ -78,7 +87,7 @@ class BlockTask:
         plans: of the modules that the method owns, by name.
         formats: of their weights; those that want it know the largest weight.
         weights: theirs, float32 [N, K], on the device.
-        found: what the start method found while tokens stepped through the block, on the device.
+        found: what the start method found while tokens stepped through the block, corrections included, on the device.
         stats: of their inputs, behind the matrices before them that had been solved; for the first group of outputs,
             where groups weigh tokens differently.
         inputs: hidden states in front of the block as the quantized model has them.
@@ -105,7 +114,9 @@ class BlockTask:
     seed: int
     token_weights: Tensor | None = None
 
-    def run(self, part: Part, weights: Mapping[str, Tensor]) -> Tensor:
+    def run(
+        self, part: Part, weights: Mapping[str, Tensor], residuals: Mapping[str, tuple[Correction, ...]] | None = None
+    ) -> Tensor:
         """The block's output for some samples as the quantized model has them, [s, T, H]; differentiable in `weights`.
 
         Inputs of layers are rounded where the plan says so, with straight-through gradients. Modules that are not
@@ -113,9 +124,16 @@ class BlockTask:
 
         Args:
             part: which samples.
-            weights: [N, K] by module; norms go by their names as well ("model.layers.0.input_layernorm").
+            weights: [N, K] by module, as codes alone decode; norms go by their names too
+                ("model.layers.0.input_layernorm").
+            residuals: what corrects these weights, by module, in the place of what was found first for it.
         """
-        return self.forward(self.inputs[part], weights)
+        corrections = {name: s.residuals for name, s in self.found.items()} | dict(residuals or {})
+        whole = dict(weights)
+        for name in weights.keys() & corrections.keys():
+            for correction in corrections[name]:
+                whole[name] = correction.apply(whole[name])
+        return self.forward(self.inputs[part], whole)
 
     def split(self, share: float) -> tuple[Tensor, Tensor]:
         """(samples to learn from, samples to judge by), int64 indices, ascending; the same in every block.

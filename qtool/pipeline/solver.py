@@ -28,6 +28,7 @@ from qtool.stats._base import InputStats
 from qtool.stats.gram import gram_of
 from qtool.stats.values import Values
 
+CPU = torch.device("cpu")
 Input = tuple[tuple[LayerPlan, ...], InputStats | None]
 """The modules that read an input, and what was measured there."""
 Solved = Mapping[str, tuple[Matrix, Layer]]
@@ -131,13 +132,14 @@ class UnitSolver:
     def completed(self, task: BlockTask, plans: Mapping[str, LayerPlan]) -> BlockTask:
         """The task with modules to solve."""
         checkpoint, device = self.job.checkpoint, self.job.device
+        matrices = {name: self.matrices[name].to(device) for name in plans}
         formats = {name: informed(p.format, checkpoint, self.unit.merged(p)) for name, p in plans.items() if p.format}
         return replace(
             task,
             plans=plans,
             formats=formats,
             weights={name: checkpoint.tensor(f"{name}.weight").to(device, torch.float32) for name in plans},
-            found={name: Solution(self.matrices[name].quantized.to(device)) for name in plans},
+            found={name: Solution(m.quantized, residuals=m.residuals) for name, m in matrices.items()},
             stats={name: stats.of(name)[0] for name in plans if (stats := self.stats[name]) is not None},
         )
 
@@ -149,8 +151,14 @@ class UnitSolver:
         """
         name, w = plan.module.name, task.weights[plan.module.name]
         assert plan.format is not None
-        found = replace(solution.quantized.to(torch.device("cpu")), format=plan.format)
-        w_hat = found.decode().to(w.device)
+        assert plan.method is not None
+        kinds = [correction.residual for correction in solution.residuals]
+        if kinds and kinds != list(plan.residuals):
+            wanted, found = (", ".join(r.label for r in some) or "none" for some in (plan.residuals, kinds))
+            raise NumericsError(f"{plan.method.name()}: corrections of {name}", wanted=wanted, found=found)
+        quantized = replace(solution.quantized.to(CPU), format=plan.format)
+        matrix = Matrix(quantized, solution.residuals or self.matrices[name].residuals).to(CPU)
+        w_hat = matrix.decode().to(w.device)
         refuse_infinite(w_hat, plan)
         stats, entry = self.stats[name], self.entries[name]
         sums, views = Sums(), stats.of(name) if stats else (None,)
@@ -161,7 +169,7 @@ class UnitSolver:
             "fallback": "; ".join(filter(None, (entry.fallback, solution.fallback))) or None,
             **sums.errors(gram_of(views[0]) is not None),
         }
-        self.matrices[name], self.entries[name] = Matrix(found), entry.model_copy(update=update)
+        self.matrices[name], self.entries[name] = matrix, entry.model_copy(update=update)
 
 
 def with_static(plan: LayerPlan, stats: InputStats | None) -> Layer:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from qtool.checkpoint._base import Checkpoint, Layer, Module
-from qtool.methods._base import Method
 from qtool.plan.assign import assign
 from qtool.plan.fallback import choose
 from qtool.plan.findings import Findings
@@ -13,7 +12,6 @@ from qtool.plan.layers import LayerPlan
 from qtool.recipe.parse import parse_method
 from qtool.recipe.schema import Recipe
 from qtool.recipe.scope import Facts
-from qtool.residuals._base import Residual
 
 DTYPE_BITS = {"f32": 32, "f16": 16, "bf16": 16}
 
@@ -76,21 +74,12 @@ def decide_module(module: Module, index: int, recipe: Recipe, checkpoint: Checkp
     if choice.format is None:
         bits = _kept_bits(module, choice.keep, checkpoint)
         return LayerPlan(module, None, None, None, choice.keep, choice.fallback, index, bits)
-    for problem in _misfits(rule.residuals, method, module):
-        findings.add(index, problem, module.name)
+    for residual in rule.residuals:
+        if reason := residual.misfit(*module.shape):
+            findings.add(index, f"{residual.name()}: {reason}", module.name)
     bits = Layer(choice.format, residuals=rule.residuals).storage_bits(*module.shape)
     kept, why = "source", choice.fallback
     return LayerPlan(module, choice.format, method, rule.activations, kept, why, index, bits, rule.residuals)
-
-
-def _misfits(residuals: Sequence[Residual], method: Method, module: Module) -> Iterator[str]:
-    """Why a module cannot have its residuals."""
-    if residuals and method.first is not method:
-        advice = "give the rule another method, or no residuals"
-        yield f"{method.name()} trains codes as if nothing were beside them; {advice}"
-    for residual in residuals:
-        if reason := residual.misfit(*module.shape):
-            yield f"{residual.name()}: {reason}"
 
 
 def _kept_bits(module: Module, keep: str, checkpoint: Checkpoint) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -15,6 +18,8 @@ from qtool.errors import NumericsError
 from qtool.methods._base import Solution
 from qtool.pipeline.quantize import QuantizeOptions, run
 from qtool.recipe.load import load_recipe
+from qtool.residuals._base import Correction, Matrix
+from qtool.residuals.low_rank import LowRank
 from tests.test_extending import extra, installed  # noqa: F401
 
 RECIPE = """
@@ -161,4 +166,65 @@ def test_a_result_that_is_not_finite_is_refused(recipe, tiny_checkpoint, tmp_pat
     path = recipe()
     monkeypatch.setattr(registry.load("methods", "nudge"), "solve_block", broken)
     with pytest.raises(NumericsError, match=r"nudge made model\.layers\.0\..* infinite or NaN in int3-g32"):
+        run(QuantizeOptions(str(tiny_checkpoint("llama")), path, tmp_path / "out", device="cpu", dtype="fp32"))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_corrections_run_beside_codes_and_stay_unless_the_method_finds_its_own(
+    own, recipe, tasks, tiny_checkpoint, tmp_path, monkeypatch
+):
+    asked = "{low_rank: {rank: 4, dtype: fp32, whiten: false}}, {sparse: {share: 0.02}}"
+    path = recipe()
+    text = Path(path).read_text().replace("method: nudge", f"method: nudge, residuals: [{asked}]")
+    (tmp_path / "corrected.yaml").write_text(text)
+    kind = registry.load("methods", "nudge")
+    spied = kind.solve_block
+
+    def doubled(self, task):
+        found = spied(self, task)
+        for name, s in task.found.items():
+            left, rest = s.residuals
+            twice = replace(left, tensors={**left.tensors, "left": 2 * left.tensors["left"]})
+            found[name] = Solution(s.quantized, residuals=(twice, rest))
+        return found
+
+    if own:
+        monkeypatch.setattr(kind, "solve_block", doubled)
+    options = QuantizeOptions(str(tiny_checkpoint("llama")), str(tmp_path / "corrected.yaml"), tmp_path / "out")
+    report = run(replace(options, device="cpu", dtype="fp32"))
+    result = open_artifact(str(tmp_path / "out"))
+    for kept, (inputs, _, targets), output in tasks:
+        task = replace(kept, inputs=inputs)  # as they were in front of the block
+        alone = {n: s.quantized.decode() for n, s in task.found.items()}
+        whole = {n: Matrix(s.quantized, s.residuals).decode() for n, s in task.found.items()}
+        assert all(len(s.residuals) == 2 for s in task.found.values())
+        with torch.no_grad():
+            assert torch.equal(task.forward(inputs, whole), output)
+            assert torch.equal(task.run(slice(None), alone, dict.fromkeys(alone, ())), task.forward(inputs, alone))
+            after = task.forward(inputs, {n: result.tensor(f"{n}.weight") for n in whole})
+        print("RATIO", float((after - targets).square().mean()) / float((output - targets).square().mean()))
+        assert own or float((after - targets).square().mean()) < 1.95 * float((output - targets).square().mean())
+        leaf = {n: w.clone().requires_grad_() for n, w in alone.items()}
+        slopes = torch.autograd.grad(task.run(slice(None), leaf).float().square().mean(), list(leaf.values()))
+        assert all(bool(slope.abs().max() > 0) for slope in slopes)
+        for name, s in task.found.items():
+            stored = result.matrix(name)
+            for correction, before in zip(stored.residuals, s.residuals, strict=True):
+                for part, tensor in correction.tensors.items():
+                    assert torch.equal(tensor, before.tensors[part] * (2 if own and part == "left" else 1))
+            entry = next(e for e in report.layers if e.name == name)
+            w = open_checkpoint(str(tiny_checkpoint("llama"))).tensor(f"{name}.weight").float()
+            wanted = 10 * torch.log10(w.square().sum() / (w - stored.decode()).square().sum())
+            assert entry.weight_error_db == pytest.approx(float(wanted), abs=1e-3)
+
+
+def test_corrections_of_other_kinds_than_the_recipe_s_are_refused(recipe, tiny_checkpoint, tmp_path, monkeypatch):
+    def broken(self, task):
+        name, solution = next(iter(task.found.items()))
+        more = Correction(LowRank(rank=1), {"left": torch.zeros(1, 1), "right": torch.zeros(1, 1)})
+        return {name: Solution(solution.quantized, residuals=(more,))}
+
+    path = recipe()
+    monkeypatch.setattr(registry.load("methods", "nudge"), "solve_block", broken)
+    with pytest.raises(NumericsError, match=r"nudge: corrections of model\.layers\.0\..*: wanted none, found low_rank"):
         run(QuantizeOptions(str(tiny_checkpoint("llama")), path, tmp_path / "out", device="cpu", dtype="fp32"))
