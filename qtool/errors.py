@@ -152,7 +152,7 @@ def cannot_write(path: object, error: OSError) -> StorageError:
     return StorageError(f"cannot write {where}: {error.strerror or one_line(error)}", hint=hint)
 
 
-def nearest(name: str, known: Sequence[str], otherwise: str | None = None) -> str:
+def suggestion(name: str, known: Sequence[str], otherwise: str | None = None) -> str:
     """Returns "did you mean X?" for a near spelling, else what else to do: choose one of the known names by default."""
     close = get_close_matches(name, known, n=1)
     return f"did you mean {close[0]!r}?" if close else otherwise or "known: " + ", ".join(sorted(known))

@@ -19,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtool.errors import QtoolError, nearest, one_line
+from qtool.errors import QtoolError, one_line, suggestion
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -71,7 +71,7 @@ def load(room: str, name: str) -> Any:
             offers it is broken.
     """
     if name not in names(room):
-        raise QtoolError(f"no {room.split('/')[-1]} entry is called {name!r}", hint=nearest(name, names(room)))
+        raise QtoolError(f"no {room.split('/')[-1]} entry is called {name!r}", hint=suggestion(name, names(room)))
     if offered := _offered(room).get(name, ()):
         sources = [*(["qtool"] if name in _own(room) else []), *(_package(entry) for entry in offered)]
         if len(sources) > 1:

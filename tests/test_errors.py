@@ -7,7 +7,7 @@ import re
 import pytest
 
 from qtool import errors
-from qtool.errors import MissingExtra, PlanError, QtoolError, nearest, one_line, printable
+from qtool.errors import MissingExtra, PlanError, QtoolError, one_line, printable, suggestion
 
 
 @pytest.mark.parametrize(
@@ -43,9 +43,9 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it():
 
 
 def test_near_spellings_come_before_other_advice():
-    assert nearest("gtpq", ["rtn", "gptq"]) == "did you mean 'gptq'?"
-    assert nearest("xyz", ["rtn", "gptq"]) == "known: gptq, rtn"
-    assert nearest("xyz", ["rtn", "gptq"], "choose one") == "choose one"
+    assert suggestion("gtpq", ["rtn", "gptq"]) == "did you mean 'gptq'?"
+    assert suggestion("xyz", ["rtn", "gptq"]) == "known: gptq, rtn"
+    assert suggestion("xyz", ["rtn", "gptq"], "choose one") == "choose one"
 
 
 def test_what_other_libraries_say_becomes_one_short_line():

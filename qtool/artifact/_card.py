@@ -141,10 +141,10 @@ def _quality(evaluations: list[dict[str, Any]]) -> str:
     lines += [[_cell(e, *column[1:]) for column in columns] for e in evaluations]
     gates = [gate for e in evaluations for gate in e.get("gates", ())]
     outcome = "FAIL" if any(not gate["passed"] for gate in gates) else "PASS"
-    told = [f"**{outcome}**: " + "; ".join(map(_gate, gates)) + "."] if gates else []
-    told += [f"{escape_markdown(e['text'])}: {e['words']}." for e in evaluations if e.get("words")]
+    sentences = [f"**{outcome}**: " + "; ".join(map(_gate, gates)) + "."] if gates else []
+    sentences += [f"{escape_markdown(e['text'])}: {e['words']}." for e in evaluations if e.get("words")]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return "\n\n".join(["## Quality", *told, table])
+    return "\n\n".join(["## Quality", *sentences, table])
 
 
 def _cell(evaluation: dict[str, Any], field: str, shown: str, error: str | None = None) -> str:

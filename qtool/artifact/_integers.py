@@ -37,10 +37,10 @@ def as_integers(quantized: Quantized, module: str, dtype: torch.dtype) -> Quanti
     """
     fmt = integers(quantized.format)
     assert fmt is not None
-    held = quantized if fmt is quantized.format else fmt.hold(quantized)
-    if isinstance(held, str):
-        raise PlanError([f"{module}: {held}"], f"integers cannot hold {quantized.format.label} exactly")
-    return replace(held, params=held.params | {"scale": exact(held.params["scale"], module, dtype)})
+    stored = quantized if fmt is quantized.format else fmt.hold(quantized)
+    if isinstance(stored, str):
+        raise PlanError([f"{module}: {stored}"], f"integers cannot hold {quantized.format.label} exactly")
+    return replace(stored, params=stored.params | {"scale": exact(stored.params["scale"], module, dtype)})
 
 
 def exact(scale: Tensor, module: str, dtype: torch.dtype) -> Tensor:

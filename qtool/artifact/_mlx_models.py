@@ -67,8 +67,8 @@ def _rotary_refusal(model: Checkpoint) -> str | None:
     known = ["default"] if kind in UNSCALED else list(SCALINGS)
     if scaling not in known:
         return f"mlx-lm computes {kind} models with rotary scaling {' or '.join(known)} only, not {scaling:.40}"
-    told = {name for name, value in rope.items() if value is not None and (name, value) != ("truncate", True)}
-    if unread := told - SCALINGS[scaling] - {"rope_type", "rope_theta"}:
+    declared = {name for name, value in rope.items() if value is not None and (name, value) != ("truncate", True)}
+    if unread := declared - SCALINGS[scaling] - {"rope_type", "rope_theta"}:
         return f"mlx-lm does not read {', '.join(sorted(unread))} of the rotary embedding"
     return None
 
@@ -85,14 +85,14 @@ def caveats(model: Checkpoint) -> list[str]:
 def rope_fields(model: Checkpoint) -> dict[str, Any]:
     """The rotary embedding as transformers 4 spelled it, because mlx-lm hardly knows `rope_parameters`."""
     config = model.config
-    if not (told := config.get("rope_parameters")):
+    if not (declared := config.get("rope_parameters")):
         return {}
     rope = rope_parameters(model.family.rope(config))
     fields = {"rope_theta": rope.pop("rope_theta")}
-    share = told.get("partial_rotary_factor", 1)
+    share = declared.get("partial_rotary_factor", 1)
     if share != 1 and "partial_rotary_factor" not in config:
         fields["partial_rotary_factor"] = share
-    if sliding := told.get("sliding_attention"):
+    if sliding := declared.get("sliding_attention"):
         fields["rope_local_base_freq"] = rope_parameters({"rope_parameters": sliding})["rope_theta"]
     if rope["rope_type"] == "yarn":
         rope[ORIGINAL] = rope.get(ORIGINAL) or config["max_position_embeddings"]

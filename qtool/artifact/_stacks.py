@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qtool.artifact._shards import Pieces
 from qtool.checkpoint._base import TensorInfo
-from qtool.checkpoint.safetensors_io import Entry, SafetensorsFile
+from qtool.checkpoint.safetensors_io import SafetensorsFile, TensorPlace
 from qtool.errors import CheckpointError
 
 Stacks = Mapping[str, Sequence[str]]
@@ -65,5 +65,7 @@ def split(located: dict[str, SafetensorsFile], stacks: Stacks, parts: Sequence[s
                     raise CheckpointError(what, wanted=f"{len(members)} matrices", found=list(whole.info.shape))
                 one = TensorInfo(whole.info.shape[1:], whole.info.dtype)
                 names = [f"{member}.{part}" for member in members]
-                file.entries |= {n: Entry(one, whole.offset + i * one.nbytes, (name, i)) for i, n in enumerate(names)}
+                file.entries |= {
+                    n: TensorPlace(one, whole.offset + i * one.nbytes, (name, i)) for i, n in enumerate(names)
+                }
                 located |= dict.fromkeys(names, file)

@@ -89,10 +89,10 @@ class MLX(PackedArtifact):
 
         def encoded(module: str, quantized: Quantized) -> Mapping[str, Tensor]:
             wanted = _target(quantized.format, quantized.codes.shape[1])
-            held = wanted.hold(quantized)
-            if isinstance(held, str) or held.format != wanted:
+            stored = wanted.hold(quantized)
+            if isinstance(stored, str) or stored.format != wanted:
                 raise PlanError([f"{module}: offsets are too large for the type of its scales"], "MLX cannot hold this")
-            return encode(held)
+            return encode(stored)
 
         return Layout(parts, encoded, stacks=stacks_of(model))
 

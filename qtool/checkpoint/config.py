@@ -100,8 +100,8 @@ def text_part(config: dict[str, Any]) -> dict[str, Any]:
         return config
     family: Family = registry.load(FAMILIES, text["model_type"])()
     shared = {field: config[field] for field in OUTER if config.get(field) is not None}
-    told = {field: value for field, value in text.items() if value is not None}
-    return shared | told | {"architectures": [family.architecture]}
+    stated = {field: value for field, value in text.items() if value is not None}
+    return shared | stated | {"architectures": [family.architecture]}
 
 
 def complete(config: dict[str, Any], where: Path) -> tuple[dict[str, Any], Family]:
@@ -155,10 +155,12 @@ def _check(config: dict[str, Any], family: Family, where: Path) -> None:
     if not config.get("head_dim") and config["hidden_size"] % heads:
         raise CheckpointError(f"{where}: hidden_size {config['hidden_size']} is no multiple of {heads} attention heads")
     for field in ("rope_scaling", "rope_parameters"):
-        told = config.get(field)
-        nested = (told.get("full_attention"), told.get("sliding_attention")) if isinstance(told, dict) else (told,)
+        stated = config.get(field)
+        nested = (
+            (stated.get("full_attention"), stated.get("sliding_attention")) if isinstance(stated, dict) else (stated,)
+        )
         if not all(isinstance(rope, dict | None) for rope in nested):
-            raise CheckpointError(f"{where}: wrong {field}", wanted="an object", found=repr(told)[:40])
+            raise CheckpointError(f"{where}: wrong {field}", wanted="an object", found=repr(stated)[:40])
     rope_parameters(family.rope(config))
     family.rotary_dim(config)
     epsilon = config["rms_norm_eps"]

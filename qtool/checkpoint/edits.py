@@ -50,26 +50,26 @@ def model_edges(model: Checkpoint) -> dict[str, Edge]:
 
 def _dump(edits: Sequence[Edit]) -> tuple[str, dict[str, Tensor]]:
     """(JSON, tensors) of a list."""
-    told: list[dict[str, Any]] = []
+    listed: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     for index, edit in enumerate(edits):
         plain, own = edit.op.data() if edit.op else ({}, {})
-        told.append({"edge": edit.edge, "op": edit.op and edit.op.name(), "fields": plain, "modules": edit.modules})
+        listed.append({"edge": edit.edge, "op": edit.op and edit.op.name(), "fields": plain, "modules": edit.modules})
         tensors |= {f"{index}.{name}": tensor.cpu().contiguous() for name, tensor in own.items()}
-    return json.dumps(told, sort_keys=True), tensors
+    return json.dumps(listed, sort_keys=True), tensors
 
 
 def digest(edits: Sequence[Edit]) -> str:
     """Hex digest of a list."""
-    told = [[edit.edge, edit.op and edit.op.digest, edit.modules] for edit in edits]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    listed = [[edit.edge, edit.op and edit.op.digest, edit.modules] for edit in edits]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
 def write_edits(edits: Sequence[Edit], path: Path, run: str = "") -> None:
     """Writes a list, and what identifies the run that made it. Raises StorageError."""
-    told, tensors = _dump(edits)
+    listed, tensors = _dump(edits)
     infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    with SafetensorsWriter(path, infos, {"edits": told, "run": run, "digest": digest(edits)}) as writer:
+    with SafetensorsWriter(path, infos, {"edits": listed, "run": run, "digest": digest(edits)}) as writer:
         for name, tensor in tensors.items():
             writer.add(name, tensor)
 
@@ -78,8 +78,8 @@ def read_edits(path: Path) -> tuple[tuple[Edit, ...], str]:
     """Reads a list, and what identifies the run that made it. Raises CheckpointError: damaged."""
     file = SafetensorsFile(path)
     try:
-        told = json.loads(file.metadata["edits"])
-        edits = tuple(_parse(entry, file, f"{index}.") for index, entry in enumerate(told))
+        listed = json.loads(file.metadata["edits"])
+        edits = tuple(_parse(entry, file, f"{index}.") for index, entry in enumerate(listed))
         whole, run = file.metadata["digest"] == digest(edits), file.metadata["run"]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path} is no list of edits: {error}") from error

@@ -183,16 +183,16 @@ def _family(file: GGUFFile) -> Family:
 
 def _config(file: GGUFFile, family: Family) -> dict[str, Any]:
     """What config.json would say, in the spelling that transformers 4 and 5 both read."""
-    arch, told = family.gguf_arch, file.metadata
+    arch, fields = family.gguf_arch, file.metadata
     embedding = file.tensors.get("token_embd.weight")
     values = {"vocab_size": embedding.shape[0] if embedding else 0}
     values |= {key: _number(file, f"{arch}.{key}") for key in GGUF_FIELDS if key != "vocab_size"}
     config: dict[str, Any] = {field: values[key] for key, field in GGUF_FIELDS.items()}
     config["head_dim"] = dim = _head_dim(file, arch, config)
     factors = {name: file.read(name) for name in ROPE_TENSORS if name in file.tensors}
-    config |= rope_config(told, arch, told.get(f"{arch}.rope.dimension_count", dim), factors)
+    config |= rope_config(fields, arch, fields.get(f"{arch}.rope.dimension_count", dim), factors)
     config |= {
-        field: told[f"tokenizer.ggml.{key}"] for key, field in SPECIAL.items() if f"tokenizer.ggml.{key}" in told
+        field: fields[f"tokenizer.ggml.{key}"] for key, field in SPECIAL.items() if f"tokenizer.ggml.{key}" in fields
     }
     activation, function = family.activation
     return config | {
@@ -201,7 +201,7 @@ def _config(file: GGUFFile, family: Family) -> dict[str, Any]:
         activation: function,
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "dtype": _dtype(file),
-        **family.gguf_fields(told, file.tensors),
+        **family.gguf_fields(fields, file.tensors),
     }
 
 

@@ -42,27 +42,27 @@ def save_tokenizer(file: GGUFFile, folder: Path) -> None:
     Raises:
         CheckpointError: no vocabulary, a damaged one, or one whose rules are unknown.
     """
-    told: dict[str, Any] = {key.removeprefix("tokenizer.ggml."): value for key, value in file.metadata.items()}
-    model, tokens = told.get("model"), told.get("tokens", [])
+    fields: dict[str, Any] = {key.removeprefix("tokenizer.ggml."): value for key, value in file.metadata.items()}
+    model, tokens = fields.get("model"), fields.get("tokens", [])
     if model not in ("gpt2", "llama"):
         raise _unusable(file, "unknown kind of tokenizer", "gpt2 or llama", model)
     if not _strings(tokens) or len(set(tokens)) < len(tokens):
         raise _unusable(file, "damaged vocabulary", "a list of different tokens", tokens)
-    types = told.get("token_type", [NORMAL] * len(tokens))
+    types = fields.get("token_type", [NORMAL] * len(tokens))
     if not isinstance(types, list) or len(types) != len(tokens):
         raise _unusable(file, "damaged vocabulary", f"{len(tokens)} token types", types)
-    pre = SAME.get(str(told.get("pre")), str(told.get("pre")))
-    spelled = _byte_level(file, told, pre) if model == "gpt2" else _sentencepiece(file, told, types)
-    special = {name: _token(file, told, key) for key, name in SPECIAL.items() if f"{key}_token_id" in told}
+    pre = SAME.get(str(fields.get("pre")), str(fields.get("pre")))
+    spelled = _byte_level(file, fields, pre) if model == "gpt2" else _sentencepiece(file, fields, types)
+    special = {name: _token(file, fields, key) for key, name in SPECIAL.items() if f"{key}_token_id" in fields}
     drops = bool(PHI3.search(str(file.metadata.get("general.name"))))
     marked = [(i, t) for i, t in enumerate(types) if t in (UNKNOWN, CONTROL, USER_DEFINED)]
-    first = told.get("add_bos_token", model == "llama" or pre in BOS_FIRST)
+    first = fields.get("add_bos_token", model == "llama" or pre in BOS_FIRST)
     spelled |= {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [_added(i, tokens[i], t, drops and tokens[i] not in PHI3_KEEPS) for i, t in marked],
-        "post_processor": _beginning(special.get("bos_token") if first else None, told.get("bos_token_id")),
+        "post_processor": _beginning(special.get("bos_token") if first else None, fields.get("bos_token_id")),
     }
     _check(file, json.dumps(spelled))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | special
@@ -72,23 +72,23 @@ def save_tokenizer(file: GGUFFile, folder: Path) -> None:
         (folder / "chat_template.jinja").write_text(str(template), encoding="utf-8")
 
 
-def _byte_level(file: GGUFFile, told: dict[str, Any], pre: str) -> dict[str, Any]:
+def _byte_level(file: GGUFFile, fields: dict[str, Any], pre: str) -> dict[str, Any]:
     if pre not in RULES:
         raise _unusable(file, "unknown pre-tokenizer", ", ".join(sorted({*RULES, *SAME})), pre)
-    if not _strings(told.get("merges")):
-        raise _unusable(file, "damaged vocabulary", "merges", told.get("merges"))
+    if not _strings(fields.get("merges")):
+        raise _unusable(file, "damaged vocabulary", "merges", fields.get("merges"))
     steps, ignore_merges = RULES[pre]
-    merges = [merge.split(" ") for merge in told["merges"]]
+    merges = [merge.split(" ") for merge in fields["merges"]]
     return {
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": _bpe(told["tokens"], merges, ignore_merges=bool(ignore_merges)),
+        "model": _bpe(fields["tokens"], merges, ignore_merges=bool(ignore_merges)),
     }
 
 
-def _sentencepiece(file: GGUFFile, told: dict[str, Any], types: list[int]) -> dict[str, Any]:
-    tokens, scores = told["tokens"], told.get("scores") or []
+def _sentencepiece(file: GGUFFile, fields: dict[str, Any], types: list[int]) -> dict[str, Any]:
+    tokens, scores = fields["tokens"], fields.get("scores") or []
     if len(scores) != len(tokens) or not all(isinstance(score, float) for score in scores):
         raise _unusable(file, "damaged vocabulary", f"{len(tokens)} scores", scores)
     known = {token: score for token, score, t in zip(tokens, scores, types, strict=True) if t in (NORMAL, USER_DEFINED)}
@@ -98,7 +98,7 @@ def _sentencepiece(file: GGUFFile, told: dict[str, Any], types: list[int]) -> di
         for i in range(1, len(token))
         if token[:i] in known and token[i:] in known
     ]
-    prefix = bool(told.get("add_space_prefix", True))
+    prefix = bool(fields.get("add_space_prefix", True))
     blanks = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     spaces = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
@@ -110,7 +110,7 @@ def _sentencepiece(file: GGUFFile, told: dict[str, Any], types: list[int]) -> di
         "model": _bpe(
             tokens,
             [pair for _, pair in sorted(merges, key=lambda merge: merge[0])],
-            unk_token=_token(file, told, "unknown"),
+            unk_token=_token(file, fields, "unknown"),
             fuse_unk=True,
             byte_fallback=True,
         ),
@@ -140,8 +140,8 @@ def _beginning(bos: str | None, number: int | None) -> dict[str, Any]:
     }
 
 
-def _token(file: GGUFFile, told: dict[str, Any], which: str) -> str:
-    number, tokens = told.get(f"{which}_token_id", 0), told["tokens"]
+def _token(file: GGUFFile, fields: dict[str, Any], which: str) -> str:
+    number, tokens = fields.get(f"{which}_token_id", 0), fields["tokens"]
     if type(number) is not int or not 0 <= number < len(tokens):
         raise _unusable(file, f"impossible {which}_token_id", f"less than {len(tokens)}", number)
     return str(tokens[number])

@@ -54,7 +54,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorPlace:
     """A tensor of a file: what it is, and where its bytes begin, counted from the start of the file."""
 
     info: TensorInfo
@@ -179,14 +179,14 @@ def _parse_header(raw: bytes, path: Path) -> dict[str, Any]:
     return header
 
 
-def _checked_entries(header: dict[str, Any], start: int, size: int, path: Path) -> dict[str, Entry]:
+def _checked_entries(header: dict[str, Any], start: int, size: int, path: Path) -> dict[str, TensorPlace]:
     """Every tensor begins where the one before it ends, and the last one ends with the file."""
     spans = sorted((_checked_entry(name, claim, path) for name, claim in header.items()), key=lambda span: span[1:3])
     entries, position = {}, 0
     for name, begin, end, info in spans:
         if begin != position:
             raise CheckpointError(f"{path}: tensor {name!r} leaves a gap or overlaps", wanted=position, found=begin)
-        entries[name] = Entry(info, start + begin)
+        entries[name] = TensorPlace(info, start + begin)
         position = end
     if start + position != size:
         raise CheckpointError(f"{path} is truncated or too long", wanted=f"{start + position} bytes", found=size)

@@ -58,7 +58,7 @@ def code_of(config: Mapping[str, Any], files: Mapping[str, Path]) -> str | None:
         config.get("auto_map"),
         _auto_map(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {},
     ]
-    named = {found for told in maps for found in re.findall(r"'([\w.]+)\.\w+'", str(told or ""))}
+    named = {found for places in maps for found in re.findall(r"'([\w.]+)\.\w+'", str(places or ""))}
     wanted = {f"{module.replace('.', '/')}.py" for module in named}
     if not wanted:
         return None

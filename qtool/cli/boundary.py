@@ -153,9 +153,9 @@ def verdict(error: BaseException) -> tuple[int, str]:
     return 1, f"unexpected {type(error).__name__}: {first_line}; run again with --debug for the traceback"
 
 
-def refuse_other_encodings(given: Mapping[str, Any]) -> None:
+def refuse_other_encodings(arguments: Mapping[str, Any]) -> None:
     """Refuses arguments that are not UTF-8, which no file that is written can name. Raises UsageError."""
-    for name, value in given.items():
+    for name, value in arguments.items():
         for part in value if isinstance(value, list | tuple) else (value,):
             if isinstance(part, str | Path) and not is_utf8(str(part)):
                 raise UsageError(name.replace("_", " "), wanted="UTF-8", found=ascii(str(part)))

@@ -13,7 +13,7 @@ from qtool.errors import printable
 from qtool.report.units import size
 
 if TYPE_CHECKING:
-    from qtool.pipeline.inspect import Contents, Stored
+    from qtool.pipeline.inspect import Contents, StoredTensor
     from qtool.pipeline.measured import Measurements
 
 WIDTH = 160
@@ -98,7 +98,7 @@ def shortened(line: str) -> str:
     return line if len(line) <= WIDTH else line[: WIDTH - 3] + "..."
 
 
-def row(stored: Stored) -> list[str]:
+def row(stored: StoredTensor) -> list[str]:
     """A line of the table."""
     where = [stored.name, stored.type, stored.activations or "-", ranges(stored.blocks) or "-"]
     return [*where, *sums(stored.tensors, stored.parameters, stored.bits)]

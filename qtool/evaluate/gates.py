@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from qtool.errors import GateError, UsageError, nearest
+from qtool.errors import GateError, UsageError, suggestion
 from qtool.evaluate.result import Evaluation, Gate
 from qtool.recipe.gates import AT_LEAST, GATES
 
@@ -44,7 +44,7 @@ def validate_gates(gates: Mapping[str, float], compared: bool) -> None:
     """
     for name, limit in gates.items():
         if name not in GATES:
-            raise UsageError(f"no gate is called {name!r}", hint=nearest(name, list(GATES)))
+            raise UsageError(f"no gate is called {name!r}", hint=suggestion(name, list(GATES)))
         if not math.isfinite(limit):
             raise UsageError(f"the limit of gate {name}", wanted="a finite number", found=limit)
         if name != "ppl" and not compared:

@@ -53,8 +53,8 @@ class IQ4(BlockFormat):
         groups, effort = (32, self.columns // 32), EFFORT[self.search]
         if self._alone:
             return self.stored(*table_scales(w, importance, self.levels(), groups, self.limit, effort))
-        low, given = float(self.levels()[0]), None if importance is None else self.usable(importance)
-        d, m = ggml_table_scales(w, given, half_steps(self.levels()), low, groups[1], self.limit)
+        low, scaled = float(self.levels()[0]), None if importance is None else self.usable(importance)
+        d, m = ggml_table_scales(w, scaled, half_steps(self.levels()), low, groups[1], self.limit)
         theirs = d.half().float(), m
         found = self.stored(*table_scales(w, importance, self.levels(), groups, self.limit, effort, theirs))
         return self.no_worse(found, self.stored(*theirs), w, importance)

@@ -88,11 +88,11 @@ class Vector(BlockFormat):
         found = self.stored(d, s, signs < 0)
         if self._alone or self.search == "fast" or (importance is None and self.ggml.required):
             return found
-        given = None if importance is None else self.usable(importance)
+        scaled = None if importance is None else self.usable(importance)
         if isinstance(self.ggml, Ternary):
-            *choice, theirs = ggml_ternary_scales(w, given, weight, book, self.rule, self.ggml)
+            *choice, theirs = ggml_ternary_scales(w, scaled, weight, book, self.rule, self.ggml)
         else:
-            *choice, theirs = ggml_codebook_scales(w, given, weight, book, self.rule, self.ggml)
+            *choice, theirs = ggml_codebook_scales(w, scaled, weight, book, self.rule, self.ggml)
         close = (ours + DOUBT > theirs).any(1)
         if bool(close.any()):
             ours_there = {name: p[close] for name, p in found.items()}

@@ -111,8 +111,8 @@ class Biased(Format):
         offset = offset + float(fmt.levels()[0]) * scale
         wanted = fmt.decode(codes, params)
         for dtype in (self.scale_dtype, *DTYPES):
-            held = self.model_copy(update={"scale_dtype": dtype})
-            result = Quantized(codes, {"scale": scale.to(DTYPES[dtype]), "offset": offset.to(DTYPES[dtype])}, held)
+            rounded = self.model_copy(update={"scale_dtype": dtype})
+            result = Quantized(codes, {"scale": scale.to(DTYPES[dtype]), "offset": offset.to(DTYPES[dtype])}, rounded)
             if torch.equal(result.decode(), wanted):
                 return result
         return "some offsets are not exact in fp32"

@@ -188,8 +188,8 @@ class Int(Grouped):
         else:
             fits = bool(((move > self.lowest) & (move <= -self.lowest)).all())
             stored["zero"] = (-move).clamp(-128, 127).to(torch.int8)
-        held = Quantized(codes, stored, self.model_copy(update={"scale_dtype": dtype}))
-        return held if fits else f"some zero points are out of the range of {self.label}"
+        result = Quantized(codes, stored, self.model_copy(update={"scale_dtype": dtype}))
+        return result if fits else f"some zero points are out of the range of {self.label}"
 
 
 def round_scales(values: Tensor, dtype: str, label: str) -> Tensor:

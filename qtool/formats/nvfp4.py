@@ -52,15 +52,15 @@ class NVFP4(TwoLevel, BlockFormat):
 
     def hold(self, quantized: Quantized) -> Quantized | str:
         """See `Format.hold`. Layouts that store the reciprocal of t may have one that is not exact in 32 bits."""
-        held = super().hold(quantized)
-        if isinstance(held, str):
-            return held
-        if (k := held.codes.shape[1]) % self.columns:
+        stored = super().hold(quantized)
+        if isinstance(stored, str):
+            return stored
+        if (k := stored.codes.shape[1]) % self.columns:
             return f"rows of {k} columns are not divisible by {self.columns}"
-        t = held.params["tensor"]
+        t = stored.params["tensor"]
         if not torch.equal(t.float().double(), t) or bool((t != t[0]).any()):
             return "its matrix scale is no single number that is exact in 32 bits; other settings than minmax find one"
-        return held
+        return stored
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:
         """See `BlockFormat.pack`."""

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer
 from torch import Tensor
 
 from qtool import registry
-from qtool.errors import nearest
+from qtool.errors import suggestion
 from qtool.formats._base import Format
 from qtool.methods._base import BlockTask, Method, Solution
 from qtool.stats._base import InputStats, Statistic
@@ -25,7 +25,7 @@ def _parse(value: Any) -> Any:
         raise ValueError("wanted a method's name, or {NAME: {...}}")
     ((name, fields),) = options.items()
     if name not in (known := registry.names("methods")):
-        raise ValueError(f"no method is called {name!r}; {nearest(str(name), known)}")
+        raise ValueError(f"no method is called {name!r}; {suggestion(str(name), known)}")
     return registry.load("methods", name).model_validate(fields or {})
 
 

@@ -60,10 +60,10 @@ def importances(importance: Tensor | None, columns: int) -> Tensor:
     """
     if importance is None:
         return torch.ones(columns)
-    given = importance.double()
-    least, most = torch.stack(given.aminmax()).tolist()  # one look at a device; NaN shows in both
+    exact = importance.double()
+    least, most = torch.stack(exact.aminmax()).tolist()  # one look at a device; NaN shows in both
     if not (least >= 0 and most < math.inf):
-        odd = given[~((given >= 0) & (given < torch.inf))][0]
+        odd = exact[~((exact >= 0) & (exact < torch.inf))][0]
         raise NumericsError("importances of inputs", wanted="finite numbers from 0 on", found=f"{float(odd):g}")
     exponent = math.frexp(most)[1]
-    return (given if abs(exponent) < USUAL else given * 2.0**-exponent).float()
+    return (exact if abs(exponent) < USUAL else exact * 2.0**-exponent).float()

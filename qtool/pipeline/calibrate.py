@@ -154,11 +154,11 @@ def kept(job: Job, out: Path, listener: Listener) -> frozenset[type[Statistic]]:
         StorageError: the disk has less room than they need.
     """
     wanted = frozenset({k for p in job.plan.layers for k in in_order(p.needs) if not k.compares}) - CHANNELS
-    told = remarks(listener, "calibrate")
+    warn = remarks(listener, "calibrate")
     if job.plan.recipe.calibration.propagate == "quantized":
         later = ", ".join(sorted(k.name() for k in wanted if k.sequential))
         if later and out.suffix != ".gguf":
-            told(f"not kept: {later}, which quantize measures behind quantized layers; {ORIGINAL} would keep it")
+            warn(f"not kept: {later}, which quantize measures behind quantized layers; {ORIGINAL} would keep it")
         wanted = frozenset({k for k in wanted if not k.sequential})
     if out.suffix == ".gguf" or not (wanted or job.plan.recipe.calibration.token_weights):
         return CHANNELS
@@ -168,7 +168,7 @@ def kept(job: Job, out: Path, listener: Listener) -> frozenset[type[Statistic]]:
         groups[module.reads][module.name] = count
     need = sum(nbytes(k, CHANNELS | wanted, groups[reads]) for reads, k in widths.items())
     names = ", ".join(sorted(k.name() for k in CHANNELS | wanted))
-    told(f"{out} will take {size(need)}: {names} of {len(widths)} inputs")
+    warn(f"{out} will take {size(need)}: {names} of {len(widths)} inputs")
     out.parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(out.parent).free) < need:
         hint = "choose another disk, or a recipe that measures less"

@@ -39,13 +39,13 @@ def origin(checkpoint: Checkpoint, base_model: str | None = None, license: str |
         license: what the user says instead.
     """
     known = source_metadata(checkpoint)
-    told = {key: str(known[key]) for key in LICENSE if isinstance(known.get(key), str)}
+    own = {key: str(known[key]) for key in LICENSE if isinstance(known.get(key), str)}
     name = model_name(checkpoint.source)
     listed = known.get("base_model")
     first = listed[0] if isinstance(listed, list) and listed else listed
     if not HUB_ID.fullmatch(name) and isinstance(first, str) and HUB_ID.fullmatch(first):
         name = first
-    return Origin(base_model or name, {"license": license} if license else told)
+    return Origin(base_model or name, {"license": license} if license else own)
 
 
 def source_metadata(checkpoint: Checkpoint) -> dict[str, Any]:

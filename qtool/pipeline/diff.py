@@ -11,7 +11,7 @@ from qtool.checkpoint._base import Checkpoint
 from qtool.errors import UsageError
 from qtool.numerics.metrics import energy, ratio_db
 from qtool.pipeline.events import Event, Listener, silent
-from qtool.pipeline.inspect import Contents, Stored
+from qtool.pipeline.inspect import Contents, StoredTensor
 from qtool.pipeline.inspect import run as inspect
 from qtool.pipeline.rows import row_parts
 
@@ -84,7 +84,7 @@ def run(first: str, second: str, listener: Listener = silent) -> Diff:
     )
 
 
-def tensor_diff(name: str, a: Stored, b: Stored, models: tuple[Checkpoint, Checkpoint]) -> TensorDiff:
+def tensor_diff(name: str, a: StoredTensor, b: StoredTensor, models: tuple[Checkpoint, Checkpoint]) -> TensorDiff:
     """Compares the values of one tensor. Raises UsageError: the shapes differ."""
     if a.shape != b.shape:
         raise UsageError(f"{name} has other shapes in the two models", wanted=list(a.shape), found=list(b.shape))
@@ -97,11 +97,13 @@ def tensor_diff(name: str, a: Stored, b: Stored, models: tuple[Checkpoint, Check
 
 def metadata_diff(a: Contents, b: Contents) -> dict[str, tuple[object, object]]:
     """Keys of config.json, and of GGUF headers, that differ."""
-    told = [each.metadata | {f"gguf: {key}": value for key, value in each.header.items()} for each in (a, b)]
+    headers = [each.metadata | {f"gguf: {key}": value for key, value in each.header.items()} for each in (a, b)]
     if not (a.header and b.header):  # a layout without a header has nothing that could differ from one
-        told = [a.metadata, b.metadata]
-    keys = dict.fromkeys([*told[0], *told[1]])
-    return {key: (told[0].get(key), told[1].get(key)) for key in keys if told[0].get(key) != told[1].get(key)}
+        headers = [a.metadata, b.metadata]
+    keys = dict.fromkeys([*headers[0], *headers[1]])
+    return {
+        key: (headers[0].get(key), headers[1].get(key)) for key in keys if headers[0].get(key) != headers[1].get(key)
+    }
 
 
 def groups(diff: Diff) -> dict[tuple[str, str], list[TensorDiff]]:

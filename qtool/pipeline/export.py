@@ -9,7 +9,7 @@ from pathlib import Path
 from qtool import registry
 from qtool.artifact._base import Artifact
 from qtool.artifact._open import open_artifact
-from qtool.errors import UsageError, nearest
+from qtool.errors import UsageError, suggestion
 from qtool.pipeline.card import origin
 from qtool.pipeline.content import refuse_changed
 from qtool.pipeline.events import Event, Listener, silent
@@ -53,14 +53,14 @@ def run(options: ExportOptions, listener: Listener = silent) -> ArtifactEntry:
     """
     layouts = registry.names("artifact")
     if options.to not in layouts:
-        raise UsageError(f"--to: no layout is called {options.to!r}", hint=nearest(options.to, layouts))
+        raise UsageError(f"--to: no layout is called {options.to!r}", hint=suggestion(options.to, layouts))
     out = output_path(options.out, options.source)
     check_free(out, options.overwrite)
-    given = {key: value for key, value in options.options.items() if value is not None}
-    if strange := [key for key in given if key not in options_of(options.to).model_fields]:
+    chosen = {key: value for key, value in options.options.items() if value is not None}
+    if strange := [key for key in chosen if key not in options_of(options.to).model_fields]:
         wanted = " or ".join(f"--to {name}" for key in strange for name in owners(key))
         raise UsageError(flags(strange), wanted=wanted, found=f"--to {options.to}")
-    artifact: Artifact = registry.load("artifact", options.to)(**given)
+    artifact: Artifact = registry.load("artifact", options.to)(**chosen)
     model = open_artifact(options.source)
     refuse_changed(model.source, listener)
     artifact.check(model)

@@ -93,9 +93,9 @@ def one_valued(model: QuantizedCheckpoint, members: Sequence[str]) -> dict[str, 
 
 def key_of(before: str, job: Job, stage: Stage, tokens: Tensor | None) -> str:
     """Hex digest of all that a stage's result depends on: the run, the stages before, itself, what it reads."""
-    told = json.dumps([before, dump_named(stage), str(job.device), str(job.dtype)], sort_keys=True)
+    content = json.dumps([before, dump_named(stage), str(job.device), str(job.dtype)], sort_keys=True)
     data = b"" if tokens is None else tokens.numpy().tobytes()
-    return hashlib.sha256(told.encode() + data).hexdigest()
+    return hashlib.sha256(content.encode() + data).hexdigest()
 
 
 def left_behind(path: Path, key: str, listener: Listener) -> StageResult | None:

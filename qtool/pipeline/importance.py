@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from qtool.artifact.gguf._imatrix import Entry, ImportanceMatrix, read_imatrix, write_imatrix
+from qtool.artifact.gguf._imatrix import ImportanceEntry, ImportanceMatrix, read_imatrix, write_imatrix
 from qtool.checkpoint._base import Checkpoint, Module, modules
 from qtool.errors import CheckpointError
 from qtool.recipe.schema import Calibration
@@ -39,7 +39,7 @@ def write_importance(
         found = [s.of(module.name)[0] for s, module in zip(inputs, members, strict=True)]
         if any(s.tokens for s in found):
             sums = torch.stack([s[Channels].sum_squares.float().cpu() for s in found])
-            entries[name] = Entry(sums, torch.tensor([float(s.tokens) for s in found]))
+            entries[name] = ImportanceEntry(sums, torch.tensor([float(s.tokens) for s in found]))
     data = calibration.data
     datasets = (data,) if isinstance(data, str) else tuple(source.data for source in data)
     write_imatrix(path, ImportanceMatrix(entries, datasets, calibration.samples, calibration.length))
@@ -85,7 +85,7 @@ def _readers(checkpoint: Checkpoint) -> dict[str, list[Module]]:
     return readers
 
 
-def _split(entry: Entry, members: list[Module], what: str) -> Iterator[tuple[Module, InputStats]]:
+def _split(entry: ImportanceEntry, members: list[Module], what: str) -> Iterator[tuple[Module, InputStats]]:
     """The statistics of each matrix of a stack, or of the only one."""
     k, count = members[0].shape[1], len(members)
     if entry.sums.numel() != k * count or len(entry.counts) not in (1, count):

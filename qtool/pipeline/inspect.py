@@ -28,7 +28,7 @@ METADATA = (
 )
 
 
-class Stored(BaseModel):
+class StoredTensor(BaseModel):
     """One tensor, or (with `tensors`) all of one role and type.
 
     Attributes:
@@ -78,8 +78,8 @@ class Contents(BaseModel):
     header: dict[str, object]
     parts: dict[str, int]
     files: tuple[str, ...]
-    roles: tuple[Stored, ...]
-    tensors: tuple[Stored, ...]
+    roles: tuple[StoredTensor, ...]
+    tensors: tuple[StoredTensor, ...]
 
     @property
     def parameters(self) -> int:
@@ -108,7 +108,7 @@ def run(source: str) -> Contents:
         kind=kind,
         family=str(model.config["model_type"]),
         metadata={key: model.config[key] for key in METADATA if key in model.config},
-        header={key: told(key, value) for key, value in file.metadata.items()} if file else {},
+        header={key: readable(key, value) for key, value in file.metadata.items()} if file else {},
         parts={path.name: path.stat().st_size for path in file.parts} if file else {},
         files=tuple(sorted(model.files)),
         roles=grouped(tensors, roles),
@@ -116,7 +116,7 @@ def run(source: str) -> Contents:
     )
 
 
-def told(key: str, value: object) -> object:
+def readable(key: str, value: object) -> object:
     """A key-value of a GGUF file, as short as it can be read: of a long list its length, of a file type its name."""
     if isinstance(value, list) and len(value) > LONG:
         return f"{len(value)} items"
@@ -125,7 +125,7 @@ def told(key: str, value: object) -> object:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def stored(model: Checkpoint, name: str, module: Module | None) -> Stored:
+def stored(model: Checkpoint, name: str, module: Module | None) -> StoredTensor:
     """How one tensor is stored; `module` is the matrix that it is, if any."""
     info = model.info(name)
     count = info.nbytes // info.dtype.itemsize
@@ -134,7 +134,7 @@ def stored(model: Checkpoint, name: str, module: Module | None) -> Stored:
     if layer:
         kind, bits = layer.weight_label, layer.storage_bits(info.shape[0], info.shape[1])
         inputs = layer.activations.label if layer.activations else None
-    return Stored(
+    return StoredTensor(
         name=name,
         type=NAMES.get(kind, kind),
         activations=inputs,
@@ -146,11 +146,11 @@ def stored(model: Checkpoint, name: str, module: Module | None) -> Stored:
     )
 
 
-def grouped(tensors: Sequence[Stored], roles: Sequence[str]) -> tuple[Stored, ...]:
+def grouped(tensors: Sequence[StoredTensor], roles: Sequence[str]) -> tuple[StoredTensor, ...]:
     """One entry per role and type, in the model's order of roles."""
     order = {role: place for place, role in enumerate(dict.fromkeys(roles))}
 
-    def key(pair: tuple[Stored, str]) -> tuple[int, str, str]:
+    def key(pair: tuple[StoredTensor, str]) -> tuple[int, str, str]:
         return order[pair[1]], pair[0].type, pair[0].activations or ""
 
     pairs = sorted(zip(tensors, roles, strict=True), key=key)

@@ -104,14 +104,14 @@ def preview(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
     return Rewritten(checkpoint, [Edit(edge.name) for edge in edges if edge.kind == "norm"])
 
 
-def with_options(recipe: Recipe, given: Mapping[str, object]) -> Recipe:
+def with_options(recipe: Recipe, chosen: Mapping[str, object]) -> Recipe:
     """The recipe with these options in the exports that have them. Raises UsageError: none has one of them."""
     exports, used = [], set[str]()
     for export in recipe.export:
-        own = {key: value for key, value in given.items() if key in options_of(export.to).model_fields}
+        own = {key: value for key, value in chosen.items() if key in options_of(export.to).model_fields}
         exports.append(export.model_copy(update=own))
         used |= own.keys()
-    if idle := [key for key in given if key not in used]:
+    if idle := [key for key in chosen if key not in used]:
         names = " or ".join(dict.fromkeys(name for key in idle for name in owners(key)))
         wanted, found = f"a recipe that exports {names}", ", ".join(e.to for e in recipe.export) or "no export"
         raise UsageError(flags(idle), wanted=wanted, found=found)

@@ -170,8 +170,8 @@ def produce(
     if job.plan.recipe.eval:
         with watch.stage("evaluate"):
             evaluations.append(evaluate.as_asked(job, model, job.plan.recipe.eval, listener))
-    told = origin(job.original, options.base_model, options.license)
-    report = make_report(job, entries, caches, evaluations, source.about, told, finishing)
+    provenance = origin(job.original, options.base_model, options.license)
+    report = make_report(job, entries, caches, evaluations, source.about, provenance, finishing)
     report = report.model_copy(update={"repository": options.push_to or ""})
     if not job.ranks.first:
         return job.ranks.tell(report)

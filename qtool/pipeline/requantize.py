@@ -74,9 +74,11 @@ def second_generation(plan: Plan, checkpoint: Checkpoint) -> list[str]:
     for p in plan.layers:
         name = p.module.name
         if name in checkpoint.layers:
-            given = checkpoint.layers[name].format
-            before = given.label
-            why = corrected(checkpoint.layers[name].residuals) or (p.format.may_hold(given) if p.format else None)
+            source_format = checkpoint.layers[name].format
+            before = source_format.label
+            why = corrected(checkpoint.layers[name].residuals) or (
+                p.format.may_hold(source_format) if p.format else None
+            )
         elif name in checkpoint.decoded:
             before = why = checkpoint.decoded[name]
         else:

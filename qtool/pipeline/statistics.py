@@ -61,7 +61,7 @@ class Statistics(ABC):
         """
 
 
-class Stored(Statistics):
+class FromFiles(Statistics):
     """Statistics from an earlier run of `calibrate`, or none at all.
 
     Args:
@@ -233,9 +233,9 @@ def statistics_for(job: Job, stored: Path | None, listener: Listener) -> Statist
         if stored:
             text = f"{stored} is not used, because the recipe's methods measure no inputs"
             listener(Event("calibrate", 1, 1, text, warning=True))
-        return Stored()
+        return FromFiles()
     if stored:
-        return Stored(stored_for(job, stored, remarks(listener, "calibrate")))
+        return FromFiles(stored_for(job, stored, remarks(listener, "calibrate")))
     calibration = job.plan.recipe.calibration
     listener(Event("calibrate", 0, 1, str(calibration.data)))
     tokens = tokens_of(job, remarks(listener, "calibrate"))

@@ -77,8 +77,8 @@ class Sharded:
 
     def holds(self, reads: str) -> tuple[int, frozenset[str]] | None:
         """See `Files.holds`."""
-        held = self.folder.index.inputs.get(reads)
-        return (held.channels, frozenset(held.kinds)) if held else None
+        counted = self.folder.index.inputs.get(reads)
+        return (counted.channels, frozenset(counted.kinds)) if counted else None
 
     def read(self, reads: str, needs: frozenset[type[Statistic]]) -> InputStats | None:
         """See `Files.read`."""
@@ -95,13 +95,13 @@ def readers(job: Job) -> list[Module]:
     return [p.module for p in job.plan.layers if p.needs]
 
 
-def stored_for(job: Job, path: Path, told: Callable[[str], None]) -> Files:
+def stored_for(job: Job, path: Path, warn: Callable[[str], None]) -> Files:
     """Opens statistics for a run.
 
     Args:
         job: the run.
         path: what `calibrate` or llama-imatrix wrote.
-        told: takes warnings.
+        warn: takes warnings.
 
     Raises:
         CheckpointError: damaged, or measured on another model.
@@ -112,16 +112,16 @@ def stored_for(job: Job, path: Path, told: Callable[[str], None]) -> Files:
         raise PlanError(lines, f"statistics in {path}")
     missing = []
     for module in readers(job):
-        k = held[0] if (held := files.holds(module.reads)) else 0
+        k = counted[0] if (counted := files.holds(module.reads)) else 0
         if not k and (files.partial or module.expert is not None):
             missing.append(module)
         elif k != module.shape[1]:
             what = f"the statistics in {path} do not fit {module.name}"
             raise CheckpointError(what, wanted=f"{module.shape[1]} inputs", found=k)
     if missing:
-        told(f"{path} says nothing about the inputs of {and_more(missing)}: their codes are chosen without data")
+        warn(f"{path} says nothing about the inputs of {and_more(missing)}: their codes are chosen without data")
     if zero := [m for m in readers(job) if m not in missing and all_zero(files, m)]:
-        told(f"{path} says that every input of {and_more(zero)} is zero")
+        warn(f"{path} says that every input of {and_more(zero)} is zero")
     return files
 
 
@@ -152,7 +152,7 @@ def beyond(job: Job) -> list[str]:
 def lacking(job: Job, files: Files) -> list[str]:
     """What a run needs and these statistics do not say; a line for each of them."""
     found = [holding[1] for m in readers(job) if (holding := files.holds(m.reads))]
-    held = frozenset.intersection(*found) if found else frozenset[str]()
+    counted = frozenset.intersection(*found) if found else frozenset[str]()
     wanted = job.plan.recipe.calibration.model_dump(mode="json")["token_weights"]
     if not files.partial and wanted != (there := files.about.get("token_weights")):
         return [f"calibration.token_weights is {wanted or 'left out'}, it was measured with {there or 'none'}"]
@@ -160,7 +160,7 @@ def lacking(job: Job, files: Files) -> list[str]:
     lines = []
     for kind in sorted(of_original(needs_of(job.plan.layers)), key=lambda kind: kind.name()):
         users = ", ".join(dict.fromkeys(user for p in job.plan.layers for user in users_of(p, kind)))
-        if kind.name() not in held:
+        if kind.name() not in counted:
             measure = f"measure it: qtool calibrate MODEL --recipe RECIPE {ORIGINAL} -o STATS, or {ROUND}"
             lines.append(f"{users} needs {kind.name()}, which it does not hold; {measure}")
         elif kind.sequential and behind:

@@ -36,7 +36,7 @@ def make_report(
     return Report(
         qtool=__version__,
         recipe_name=recipe.name,
-        recipe=told(recipe),
+        recipe=as_written(recipe),
         source=job.original.source,
         source_fingerprint=job.plan.source_fingerprint,
         source_bytes=source_bytes(job.original),
@@ -57,7 +57,7 @@ def make_report(
     )
 
 
-def told(recipe: Recipe) -> dict[str, Any]:
+def as_written(recipe: Recipe) -> dict[str, Any]:
     """A recipe without what it does not say."""
     content = recipe.model_dump(mode="json", exclude_none=True)
     return {key: value for key, value in content.items() if key not in ("transforms", "finish") or value}

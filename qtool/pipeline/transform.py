@@ -209,8 +209,8 @@ class Rewriting:
 
     def seed(self, name: str) -> int:
         """For random choices at a place of that name."""
-        told = f"{self.job.plan.recipe.calibration.seed} {name}"
-        return int.from_bytes(hashlib.sha256(told.encode()).digest()[:7], "little")
+        text = f"{self.job.plan.recipe.calibration.seed} {name}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
 
 
 def rounded(plan: LayerPlan, w: Tensor, importance: Tensor | None) -> Tensor:

@@ -29,12 +29,12 @@ def verify(stage: str, written: QuantizedCheckpoint, model: QuantizedCheckpoint,
         VerifyError: a tensor is missing or differs.
     """
     names = model.names()
-    held = set(written.names())
+    present = set(written.names())
     if cached(written) != cached(model):
         raise VerifyError(f"{written.source}: KV cache", wanted=cached(model), found=cached(written))
     listener(Event(stage, 0, len(names)))
     for done, name in enumerate(names, 1):
-        if name not in held:
+        if name not in present:
             raise VerifyError(f"{written.source}: {name}", wanted="a tensor", found="missing")
         compare(name, written, model)
         listener(Event(stage, done, len(names), name))

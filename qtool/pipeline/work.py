@@ -26,7 +26,7 @@ from qtool.pipeline.units import Unit, cache_format
 from qtool.report.model import CacheEntry, Entry, LayerEntry
 from qtool.residuals._base import Matrix
 from qtool.store.files import lock, storage_errors
-from qtool.store.manifest import MANIFEST, BlockEntry, Manifest
+from qtool.store.manifest import MANIFEST, Manifest, StoredBlock
 from qtool.store.neutral import NeutralCheckpoint, NeutralWriter
 
 
@@ -98,12 +98,12 @@ class Work:
         layers: Mapping[str, Layer],
         record: Record,
         cache: CacheScales | None,
-    ) -> BlockEntry:
+    ) -> StoredBlock:
         """Writes a unit that is finished when the first process has entered it."""
-        told = record.model_dump(mode="json")
-        return self.writer.store_block(unit.name, solved, told, layers=layers, cache=cache)
+        content = record.model_dump(mode="json")
+        return self.writer.store_block(unit.name, solved, content, layers=layers, cache=cache)
 
-    def enter(self, unit: Unit, entry: BlockEntry) -> None:
+    def enter(self, unit: Unit, entry: StoredBlock) -> None:
         """Counts a stored unit as finished."""
         self.writer.enter(unit.name, entry)
 
@@ -183,8 +183,8 @@ def discard_other(folder: Path, run: Mapping[str, Any], listener: Listener) -> N
 
 def _difference(key: str, there: object, here: object) -> str:
     """What a warning calls it; digests tell nobody anything."""
-    told = key in ("processor", "threads", "processes", "device", "dtype") and there is not None
-    return f"{key} ({there}, now {here})" if told else key
+    readable = key in ("processor", "threads", "processes", "device", "dtype") and there is not None
+    return f"{key} ({there}, now {here})" if readable else key
 
 
 def identity(job: Job, calibration: str | None, content: str, edits: Sequence[Edit] = ()) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from qtool.errors import nearest
+from qtool.errors import suggestion
 from qtool.plan.findings import Findings
 from qtool.recipe.match import EVERY_LINEAR, Named, matches
 from qtool.recipe.scope import Facts, chosen
@@ -25,7 +25,7 @@ def assign(found: Sequence[Named], facts: Facts, findings: Findings) -> tuple[di
             continue
         named = [m for m in found if matches(rule.match, m)]
         if not named:
-            findings.add(i, f"matches nothing in this model; {nearest(rule.match, _patterns(found))}")
+            findings.add(i, f"matches nothing in this model; {suggestion(rule.match, _patterns(found))}")
         hits = [m.name for m in _in_blocks(named, i, facts, findings)]
         new = [name for name in hits if name not in decisions]
         rest = rule.match == EVERY_LINEAR  # there may be none

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, WithJsonSchema
 
-from qtool.errors import nearest
+from qtool.errors import suggestion
 from qtool.recipe.problems import mistake, show
 
 AT_MOST = {
@@ -28,7 +28,7 @@ GATES = AT_MOST | AT_LEAST
 
 def _check_name(name: str) -> str:
     if name not in GATES:
-        raise mistake(f"no gate is called {show(name)}", hint=nearest(name, list(GATES)))
+        raise mistake(f"no gate is called {show(name)}", hint=suggestion(name, list(GATES)))
     return name
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtool.errors import RecipeError, nearest, one_line
+from qtool.errors import RecipeError, one_line, suggestion
 from qtool.recipe.nodes import BROKEN, Node, Reader
 from qtool.recipe.problems import Keys, explain, show
 
@@ -34,7 +34,7 @@ DEEPEST = 32
 
 
 @dataclass(frozen=True)
-class Entry:
+class ShippedRecipe:
     """A recipe that ships with qtool."""
 
     name: str
@@ -49,12 +49,12 @@ def shelf() -> Path:
     return installed if installed.is_dir() else package.parent / "recipes"
 
 
-def list_recipes() -> list[Entry]:
+def list_recipes() -> list[ShippedRecipe]:
     """The recipes that ship, by name."""
     reader, entries = Reader(), []
     for path in sorted(shelf().glob("*.yaml")):
         fields = reader.read(path).plain()
-        entries.append(Entry(path.stem, str(fields.get("description", "")), path))
+        entries.append(ShippedRecipe(path.stem, str(fields.get("description", "")), path))
     return entries
 
 
@@ -77,7 +77,7 @@ def find_recipe(name: str, folder: Path | None = None) -> Path:
     shipped = {path.stem: path for path in shelf().glob("*.yaml")}
     if (plain := re.sub(r"\.ya?ml$", "", name)) in shipped:
         return shipped[plain]
-    hint = nearest(plain, list(shipped), "`qtool recipes list` shows those that ship")
+    hint = suggestion(plain, list(shipped), "`qtool recipes list` shows those that ship")
     raise RecipeError([f"no file and no shipped recipe is called {show(name)}; {hint}"], "recipe not found")
 
 

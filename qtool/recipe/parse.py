@@ -8,7 +8,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from qtool import registry
-from qtool.errors import nearest
+from qtool.errors import suggestion
 from qtool.formats._base import Format
 from qtool.methods._base import Method
 from qtool.recipe.problems import Mistakes, checked, mistake, show
@@ -28,7 +28,7 @@ def parse_format(value: Any) -> Format:
         raise mistake("no format", wanted=wanted, found=show(value))
     name, known = value["type"], registry.names("formats")
     if name not in known:
-        raise Mistakes([(("type",), f"no format is called {show(name)}; {nearest(name, known)}")])
+        raise Mistakes([(("type",), f"no format is called {show(name)}; {suggestion(name, known)}")])
     fields = {key: field for key, field in value.items() if key != "type"}
     return cast(Format, checked(registry.load("formats", name), fields))
 
@@ -46,7 +46,7 @@ def _shorthand(text: str) -> Format:
         if found := checked(family, text, family.parse):
             return cast(Format, found)
     examples = [example for family in families.values() for example in family.examples]
-    raise mistake(f"no format is called {show(text)}", hint=nearest(text, [*families, *examples]))
+    raise mistake(f"no format is called {show(text)}", hint=suggestion(text, [*families, *examples]))
 
 
 def parse_method(value: Any) -> Method:
@@ -84,7 +84,7 @@ def _named(value: Any, what: str, room: str, wanted: str) -> Any:
         raise mistake(f"no {what}", wanted=wanted, found=show(value))
     ((name, fields),) = options.items()
     if name not in registry.names(room):
-        raise mistake(f"no {what} is called {show(name)}", hint=nearest(str(name), registry.names(room)))
+        raise mistake(f"no {what} is called {show(name)}", hint=suggestion(str(name), registry.names(room)))
     try:
         return checked(registry.load(room, name), {} if fields is None else fields)
     except Mistakes as error:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from qtool.errors import QtoolError, nearest
+from qtool.errors import QtoolError, suggestion
 
 Keys = tuple[str | int, ...]
 """Keys and list indices from a model's top to a value inside of it."""
@@ -72,7 +72,7 @@ def explain(error: ValidationError, model: type[BaseModel], value: Any) -> list[
         if isinstance(cause, Mistakes):
             texts += [((*path, *inner), text) for inner, text in cause.found]
         elif entry["type"] == "extra_forbidden":
-            texts.append((path, f"unknown key; {nearest(str(path[-1]), list(model.model_fields))}"))
+            texts.append((path, f"unknown key; {suggestion(str(path[-1]), list(model.model_fields))}"))
         elif entry["type"] == "missing":
             texts.append((path, f"the key {entry['loc'][-1]!r} is missing"))
         elif cause is not None:

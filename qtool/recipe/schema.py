@@ -195,10 +195,10 @@ class Rule(Strict):
     def conflicts(cls, value: Mapping[str, Any]) -> list[tuple[Keys, str]]:
         """A rule gives a format or keeps, and only a format has options."""
         keys = ("weights", "method", "activations", "residuals", "fallback")
-        given = [key for key in keys if value.get(key) not in (None, "error", (), [])]
+        present = [key for key in keys if value.get(key) not in (None, "error", (), [])]
         if value.get("keep") is not None:
-            return [((key,), "a rule with keep: quantizes nothing; remove one of the two") for key in given]
-        if "weights" in given:
+            return [((key,), "a rule with keep: quantizes nothing; remove one of the two") for key in present]
+        if "weights" in present:
             return []
         return [((), "a rule says what to do with its layers; add weights: FORMAT or keep: true")]
 

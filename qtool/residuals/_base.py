@@ -48,8 +48,8 @@ class Residual(Spec):
     @property
     def label(self) -> str:
         """What plans and reports call it: the name, and the options that are not the default ones."""
-        given = self.model_dump(mode="json", exclude_defaults=True)
-        return " ".join((self.name(), *(f"{key} {value}" for key, value in given.items())))
+        changed = self.model_dump(mode="json", exclude_defaults=True)
+        return " ".join((self.name(), *(f"{key} {value}" for key, value in changed.items())))
 
     @property
     def needs(self) -> frozenset[type[Statistic]]:

@@ -31,11 +31,11 @@ def op_tensors(ops: Sequence[InputOp]) -> dict[str, Tensor]:
     return {f"{op_prefix(i)}{name}": t.contiguous() for i, op in enumerate(ops) for name, t in op.data()[1].items()}
 
 
-def read_ops(told: Sequence[Mapping[str, Any]], file: SafetensorsFile, module: str, k: int) -> tuple[InputOp, ...]:
+def read_ops(listed: Sequence[Mapping[str, Any]], file: SafetensorsFile, module: str, k: int) -> tuple[InputOp, ...]:
     """The operations on the input of a module with k columns.
 
     Args:
-        told: what the manifest says.
+        listed: what the manifest says.
         file: holds their tensors.
         module: its name.
         k: K.
@@ -44,7 +44,7 @@ def read_ops(told: Sequence[Mapping[str, Any]], file: SafetensorsFile, module: s
         CheckpointError: no such operation, or its tensors do not fit.
     """
     found = []
-    for i, entry in enumerate(told):
+    for i, entry in enumerate(listed):
         if len(entry) != 1 or (name := next(iter(entry))) not in registry.names("ops"):
             wanted = f"one of {', '.join(registry.names('ops'))}"
             raise CheckpointError(f"{file.path}: input_ops of {module}", wanted=wanted, found=f"{dict(entry)!r:.60}")

@@ -30,7 +30,7 @@ WEIGHT = "weight."
 """What names of a matrix's codes and parameters begin with, below its module."""
 BLOCK = "block-"
 """What keys of decoder blocks begin with."""
-Stored = tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], Annotated[int, Field(ge=-128, le=127)]]
+StaticPair = tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], Annotated[int, Field(ge=-128, le=127)]]
 """A `Static`."""
 
 KEY = re.compile(rf"{BLOCK}[0-9]{{1,9}}|(?!{BLOCK})[A-Za-z0-9_-][A-Za-z0-9_.-]*")
@@ -42,13 +42,13 @@ def _listed(sides: Any) -> Any:
     return [[side] for side in sides] if bare else sides
 
 
-class Entry(BaseModel):
+class ManifestPart(BaseModel):
     """Part of a manifest."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class LayerEntry(Entry):
+class StoredLayer(ManifestPart):
     """A quantized module.
 
     Attributes:
@@ -62,12 +62,12 @@ class LayerEntry(Entry):
     format: str | dict[str, Any]
     activations: str | dict[str, Any] | None
     shape: tuple[int, int]
-    static: Stored | None = None
+    static: StaticPair | None = None
     residuals: tuple[dict[str, Any], ...] = ()
     input_ops: tuple[dict[str, Any], ...] = ()
 
     @classmethod
-    def of(cls, matrix: Matrix, layer: Layer) -> LayerEntry:
+    def of(cls, matrix: Matrix, layer: Layer) -> StoredLayer:
         """The entry of a matrix."""
         inputs = None if layer.activations is None else dump_format(layer.activations)
         n, k = matrix.quantized.codes.shape
@@ -87,7 +87,7 @@ class LayerEntry(Entry):
             static = None if self.static is None else Static(*self.static)
             if (static is None) == (inputs is not None and inputs.static):
                 raise ValueError("inputs with one scale for all tokens, and no others, have `static`")
-            residuals = tuple(parse_residual(told) for told in self.residuals)
+            residuals = tuple(parse_residual(entry) for entry in self.residuals)
             if reason := next(filter(None, (residual.misfit(*self.shape) for residual in residuals)), None):
                 raise ValueError(reason)
             return Layer(parse_format(self.format), inputs, static, residuals)
@@ -95,7 +95,7 @@ class LayerEntry(Entry):
             raise CheckpointError(f"{MANIFEST}: format of {module}: {error}") from error
 
 
-class BlockEntry(Entry):
+class StoredBlock(ManifestPart):
     """A file of the folder, `<key>.safetensors`: its modules, the writer's `record`, scales of its keys and values.
 
     Attributes:
@@ -105,18 +105,18 @@ class BlockEntry(Entry):
 
     nbytes: int
     sha256: str
-    layers: dict[str, LayerEntry]
+    layers: dict[str, StoredLayer]
     record: Any = None
-    cache: Annotated[tuple[tuple[Stored, ...], tuple[Stored, ...]] | None, BeforeValidator(_listed)] = None
+    cache: Annotated[tuple[tuple[StaticPair, ...], tuple[StaticPair, ...]] | None, BeforeValidator(_listed)] = None
     seal: str | None = None
 
-    def sealed(self, key: str) -> BlockEntry:
+    def sealed(self, key: str) -> StoredBlock:
         """The entry with its seal."""
         content = json.dumps([key, self.model_dump(exclude={"seal"})], sort_keys=True)
         return self.model_copy(update={"seal": hashlib.sha256(content.encode()).hexdigest()})
 
 
-class Manifest(Entry):
+class Manifest(ManifestPart):
     """What manifest.json holds.
 
     Attributes:
@@ -130,7 +130,7 @@ class Manifest(Entry):
     version: Literal[1, 2] = 2
     run: dict[str, Any]
     keep: dict[str, Literal["f32", "f16", "bf16"]]
-    blocks: dict[str, BlockEntry]
+    blocks: dict[str, StoredBlock]
     kv_cache: str | dict[str, Any] | None = None
 
     def save(self, folder: Path) -> None:
@@ -162,7 +162,7 @@ class Manifest(Entry):
         blocks = content.get("blocks")
         for key, block in list(blocks.items()) if isinstance(blocks, dict) else []:
             try:
-                entry = BlockEntry.model_validate(block)
+                entry = StoredBlock.model_validate(block)
                 if entry == entry.sealed(key):
                     continue
             except ValidationError:

@@ -30,9 +30,9 @@ from qtool.store.inputs import op_prefix, op_tensors, read_ops
 from qtool.store.manifest import (
     MANIFEST,
     WEIGHT,
-    BlockEntry,
-    LayerEntry,
     Manifest,
+    StoredBlock,
+    StoredLayer,
     cache_of,
     checked,
     checked_correction,
@@ -110,7 +110,7 @@ class NeutralWriter:
         """Writes one block and enters it in the manifest; see `store_block`."""
         self.enter(key, self.store_block(key, matrices, record, kept, source, layers, cache))
 
-    def enter(self, key: str, block: BlockEntry) -> None:
+    def enter(self, key: str, block: StoredBlock) -> None:
         """Enters a block that is stored in the manifest, which makes it count. Raises StorageError."""
         self.manifest = self.manifest.model_copy(update={"blocks": self.manifest.blocks | {key: block}})
         self.manifest.save(self.folder)
@@ -124,7 +124,7 @@ class NeutralWriter:
         source: Checkpoint | None = None,
         layers: Mapping[str, Layer] | None = None,
         cache: CacheScales | None = None,
-    ) -> BlockEntry:
+    ) -> StoredBlock:
         """Writes one block: what to enter in the manifest.
 
         Args:
@@ -153,12 +153,12 @@ class NeutralWriter:
                     for name in kept:
                         writer.add(name, source.tensor(name))
             nbytes, digest = partial.stat().st_size, sha256(partial)
-        entries = {m: LayerEntry.of(matrix, layers[m]) for m, matrix in matrices.items()}
-        told = json.loads(json.dumps(record))
-        block = BlockEntry(nbytes=nbytes, sha256=digest, layers=entries, record=told, cache=cache)
+        entries = {m: StoredLayer.of(matrix, layers[m]) for m, matrix in matrices.items()}
+        plain = json.loads(json.dumps(record))
+        block = StoredBlock(nbytes=nbytes, sha256=digest, layers=entries, record=plain, cache=cache)
         return block if record is None else block.sealed(key)
 
-    def _whole(self, key: str, entry: BlockEntry) -> bool:
+    def _whole(self, key: str, entry: StoredBlock) -> bool:
         path = self._path(key)
         return path.is_file() and path.stat().st_size == entry.nbytes and sha256(path) == entry.sha256
 
@@ -212,9 +212,9 @@ class NeutralCheckpoint(QuantizedCheckpoint):
             prefixes |= {f"{module}.{residual_prefix(i)}" for i in range(len(layer.residuals))}
             prefixes |= {f"{module}.{op_prefix(i)}" for i in range(len(layer.input_ops))}
         kept = {name for name in self._stored if name.rpartition(".")[0] + "." not in prefixes}
-        held = kept | {f"{module}.weight" for module in self.layers}
-        order = [name for name in self.family.shapes(self.config) if name in held]
-        return order + sorted(held.difference(order))
+        present = kept | {f"{module}.weight" for module in self.layers}
+        order = [name for name in self.family.shapes(self.config) if name in present]
+        return order + sorted(present.difference(order))
 
     def names(self) -> list[str]:
         """See `Checkpoint.names`."""

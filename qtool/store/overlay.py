@@ -130,9 +130,9 @@ def write_overlay(
     Raises:
         StorageError: the disk is full or not writable.
     """
-    told, content = json.dumps([run, dict(about)]), flat(params, tensors)
+    header, content = json.dumps([run, dict(about)]), flat(params, tensors)
     infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in content.items()}
-    metadata = {"told": told, "seal": _digest(content, told)}
+    metadata = {"content": header, "seal": _digest(content, header)}
     with new_file(path) as partial, SafetensorsWriter(partial, infos, metadata) as writer:
         for name, tensor in content.items():
             writer.add(name, tensor)
@@ -150,12 +150,12 @@ def read_overlay(
         return None
     file = SafetensorsFile(path)
     try:
-        told, seal = file.metadata["told"], file.metadata["seal"]
-        found, about = json.loads(told)
+        header, seal = file.metadata["content"], file.metadata["seal"]
+        found, about = json.loads(header)
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     content = {name: file.read(name) for name in file.entries}
-    if _digest(content, told) != seal:
+    if _digest(content, header) != seal:
         raise CheckpointError(f"{path} is damaged: its seal is another one")
     if found != run:
         return None
@@ -166,9 +166,9 @@ def read_overlay(
     return params, content, about
 
 
-def _digest(content: Mapping[str, Tensor], told: str) -> str:
+def _digest(content: Mapping[str, Tensor], header: str) -> str:
     """Hex digest of tensors, whatever their order, and of a text."""
     found = Checksum()
     for name in sorted(content):
         found.add(name, content[name])
-    return hashlib.sha256((found.hexdigest() + told).encode()).hexdigest()
+    return hashlib.sha256((found.hexdigest() + header).encode()).hexdigest()

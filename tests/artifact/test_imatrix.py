@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from qtool.artifact.gguf._imatrix import Entry, ImportanceMatrix, is_imatrix, read_imatrix, write_imatrix
+from qtool.artifact.gguf._imatrix import ImportanceEntry, ImportanceMatrix, is_imatrix, read_imatrix, write_imatrix
 from qtool.errors import CheckpointError
 
 DOWN, EXPERTS = "blk.0.ffn_down.weight", "blk.1.ffn_up_exps.weight"
 MATRIX = ImportanceMatrix(
     {
-        EXPERTS: Entry(torch.arange(12.0).view(3, 4), torch.tensor([5.0, 0.0, 7.0])),
-        DOWN: Entry(torch.tensor([[0.5, 2.0, 3.0]]), torch.tensor([9.0])),
+        EXPERTS: ImportanceEntry(torch.arange(12.0).view(3, 4), torch.tensor([5.0, 0.0, 7.0])),
+        DOWN: ImportanceEntry(torch.tensor([[0.5, 2.0, 3.0]]), torch.tensor([9.0])),
     },
     ("prose.txt", "code"),
     3,

@@ -249,7 +249,10 @@ def test_a_file_of_replaced_numbers_is_what_was_written(tiny_checkpoint, tmp_pat
     assert read_overlay(tmp_path / "none", "run-1") is None
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    for changed in ({**metadata, "told": metadata["told"].replace("0.25", "0.26")}, {"told": metadata["told"]}):
+    for changed in (
+        {**metadata, "content": metadata["content"].replace("0.25", "0.26")},
+        {"content": metadata["content"]},
+    ):
         save_file(load_file(path), path, changed)
         with pytest.raises(CheckpointError, match="is damaged"):
             read_overlay(path, "run-1")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from qtool.artifact.gguf._imatrix import Entry, ImportanceMatrix, read_imatrix, write_imatrix
+from qtool.artifact.gguf._imatrix import ImportanceEntry, ImportanceMatrix, read_imatrix, write_imatrix
 from qtool.calibrate.tokens import load_tokens
 from qtool.checkpoint.open import open_checkpoint
 from qtool.errors import CheckpointError, PlanError, UsageError
@@ -218,7 +218,7 @@ def test_of_another_model(measured, tiny_checkpoint, tmp_path):
     for name, change, expected in (
         (
             "size",
-            {n: Entry(e.sums[:, :-1].contiguous(), e.counts) for n, e in entries.items()},
+            {n: ImportanceEntry(e.sums[:, :-1].contiguous(), e.counts) for n, e in entries.items()},
             "does not fit the model",
         ),
         ("names", {"x" + n: e for n, e in entries.items()}, "is of another model: wanted token_embd.weight, found x"),
@@ -255,7 +255,7 @@ def test_a_matrix_of_zeros_is_told_of(measured, tmp_path):
     model, recipe, path = measured
     found, events = read_imatrix(path), []
     entries = {
-        name: Entry(torch.zeros_like(entry.sums), entry.counts) if "blk.1" in name else entry
+        name: ImportanceEntry(torch.zeros_like(entry.sums), entry.counts) if "blk.1" in name else entry
         for name, entry in found.entries.items()
     }
     write_imatrix(tmp_path / "zeros.gguf", ImportanceMatrix(entries, found.datasets, 3, 48))

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from qtool.artifact.gguf._imatrix import Entry, ImportanceMatrix, write_imatrix
+from qtool.artifact.gguf._imatrix import ImportanceEntry, ImportanceMatrix, write_imatrix
 from qtool.calibrate.store import write_stats
 from qtool.cli.app import app
 from qtool.cli.inspect import ranges, show
@@ -154,14 +154,14 @@ def test_inspect_shows_what_calibration_measured(tmp_path):
 
 def test_inspect_shows_an_importance_matrix(tmp_path):
     x = torch.randn(2, 30, 12, generator=torch.Generator().manual_seed(2))  # two experts
-    entry = Entry((x**2).sum(1), torch.tensor([30.0, 30.0]))
+    entry = ImportanceEntry((x**2).sum(1), torch.tensor([30.0, 30.0]))
     write_imatrix(tmp_path / "i.gguf", ImportanceMatrix({"blk.0.ffn_up_exps.weight": entry}, ("a.txt", "b.txt"), 1, 30))
     found = measured.run(str(tmp_path / "i.gguf"))
     assert found.about == {"datasets": ["a.txt", "b.txt"], "chunks": 1, "tokens per chunk": 30}
     (line,) = found.inputs
     assert (line.channels, line.tokens, line.largest) == (24, 60, None)
     assert line.rms == pytest.approx(float((x.double() ** 2).mean().sqrt()), rel=1e-6)
-    huge = Entry(torch.full((1, 12), 3e38), torch.ones(1))
+    huge = ImportanceEntry(torch.full((1, 12), 3e38), torch.ones(1))
     write_imatrix(tmp_path / "huge.gguf", ImportanceMatrix({"blk.0.ffn_up.weight": huge}, ("a.txt",), 1, 1))
     assert measured.run(str(tmp_path / "huge.gguf")).inputs[0].rms == pytest.approx(3e38**0.5, rel=1e-6)
     assert "datasets: a.txt, b.txt" in CliRunner().invoke(app, ["inspect", str(tmp_path / "i.gguf")]).stdout

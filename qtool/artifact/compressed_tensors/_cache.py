@@ -86,13 +86,20 @@ def read(model: Checkpoint, how: Mapping[str, Any], tensor: Callable[[str], Tens
     if not (scheme := how.get(SCHEME)):
         return None
     try:
-        told = Arguments.model_validate(scheme)
+        arguments = Arguments.model_validate(scheme)
     except ValidationError as error:
         raise CheckpointError(f"{model.source}: wrong {SCHEME}", found=error.errors()[0]["msg"]) from error
-    known = told.grouping in STRATEGIES
-    if (told.num_bits, told.type, told.symmetric, told.dynamic) != (8, "float", True, False) or not known:
-        raise CheckpointError(f"{model.source}: {SCHEME}", wanted="8-bit float per tensor or attn_head", found=told)
-    fmt, shape, statics = STRATEGIES[told.grouping], scale_shape(model, told.grouping), {}
+    known = arguments.grouping in STRATEGIES
+    if (arguments.num_bits, arguments.type, arguments.symmetric, arguments.dynamic) != (
+        8,
+        "float",
+        True,
+        False,
+    ) or not known:
+        raise CheckpointError(
+            f"{model.source}: {SCHEME}", wanted="8-bit float per tensor or attn_head", found=arguments
+        )
+    fmt, shape, statics = STRATEGIES[arguments.grouping], scale_shape(model, arguments.grouping), {}
     for block in range(model.family.blocks(model.config)):
         keys, values = (_scales(tensor(name), shape, f"{model.source}: {name}") for name in names(model, block))
         statics[block] = keys, values

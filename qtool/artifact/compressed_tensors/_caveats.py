@@ -33,8 +33,8 @@ def caveats(model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
     found = set(layers.values())
     experts = {layer for name, layer in layers.items() if stacked(name)[1] is not None}
     others = {layer for name, layer in layers.items() if stacked(name)[1] is None}
-    held = Packed | FP8 | MX4 | MX6
-    loaded = {layer for layer in experts if isinstance(kind_of(layer), held) and not _asymmetric(layer)}
+    supported = Packed | FP8 | MX4 | MX6
+    loaded = {layer for layer in experts if isinstance(kind_of(layer), supported) and not _asymmetric(layer)}
     scaled_twice = {layer for layer in experts if isinstance(kind_of(layer), NV4)}
     decoded = {layer for layer in found if isinstance(kind_of(layer), MX | NV4)}
     return naming(

@@ -126,19 +126,21 @@ def _scheme(layer: Layer) -> dict[str, Any]:
     return {
         "format": kind.name,
         "weights": kind.arguments(layer.format),
-        "input_activations": None if inputs is None else next(told for fmt, told in INPUTS if alike(fmt, inputs)),
+        "input_activations": None
+        if inputs is None
+        else next(declared for fmt, declared in INPUTS if alike(fmt, inputs)),
         "output_activations": None,
     }
 
 
-def input_format(told: Arguments) -> Format | None:
+def input_format(declared: Arguments) -> Format | None:
     """The format of inputs that config.json describes; None: no such format."""
     for fmt, keys in INPUTS:
         wanted = Arguments.model_validate({k: v for k, v in keys.items() if v is not None})
-        if (told.grouping, *_content(told)) == (wanted.grouping, *_content(wanted)):
+        if (declared.grouping, *_content(declared)) == (wanted.grouping, *_content(wanted)):
             return fmt
     return None
 
 
-def _content(told: Arguments) -> tuple[Any, ...]:
-    return told.num_bits, told.type, told.symmetric, told.group_size, told.dynamic
+def _content(declared: Arguments) -> tuple[Any, ...]:
+    return declared.num_bits, declared.type, declared.symmetric, declared.group_size, declared.dynamic

@@ -81,14 +81,14 @@ class FP8(Kind):
             return spelled(8, "float", "block", block_structure=[BLOCK, BLOCK])
         return spelled(8, "float", str(fmt.group))
 
-    def format(self, told: Arguments, scale_dtype: str) -> Format | None:
+    def format(self, scheme: Arguments, scale_dtype: str) -> Format | None:
         """See `Kind.format`."""
-        if (told.type, told.num_bits, told.symmetric) != ("float", 8, True) or told.scale_dtype:
+        if (scheme.type, scheme.num_bits, scheme.symmetric) != ("float", 8, True) or scheme.scale_dtype:
             return None
-        fields: dict[str, Any] = {"element": "e4m3", "group": told.grouping, "scale_dtype": scale_dtype}
-        if told.grouping == "block" and told.block_structure == [BLOCK, BLOCK]:
+        fields: dict[str, Any] = {"element": "e4m3", "group": scheme.grouping, "scale_dtype": scale_dtype}
+        if scheme.grouping == "block" and scheme.block_structure == [BLOCK, BLOCK]:
             fields |= {"group": BLOCK, "rows": BLOCK}
-        elif told.grouping not in ("channel", "tensor"):
+        elif scheme.grouping not in ("channel", "tensor"):
             return None
         return FP.model_validate(fields)
 
@@ -158,9 +158,9 @@ class MX(Kind):
         """See `Kind.arguments`."""
         return spelled(self.fmt.code_bits, "float", "group", 32, scale_dtype=EXPONENT)
 
-    def format(self, told: Arguments, scale_dtype: str) -> Format | None:
+    def format(self, scheme: Arguments, scale_dtype: str) -> Format | None:
         """See `Kind.format`. Whoever wrote the file may have left the scale's type out."""
-        found = (told.type, told.num_bits, told.grouping, told.group_size, told.symmetric)
+        found = (scheme.type, scheme.num_bits, scheme.grouping, scheme.group_size, scheme.symmetric)
         return self.fmt if found == ("float", self.fmt.code_bits, "group", 32, True) else None
 
     def infos(self, fmt: Format, n: int, k: int, dtype: torch.dtype) -> Infos:
@@ -222,9 +222,9 @@ class NV4(Kind):
         """See `Kind.arguments`."""
         return spelled(4, "float", "tensor_group", 16, scale_dtype=LOCAL)
 
-    def format(self, told: Arguments, scale_dtype: str) -> Format | None:
+    def format(self, scheme: Arguments, scale_dtype: str) -> Format | None:
         """See `Kind.format`."""
-        found = (told.type, told.num_bits, told.grouping, told.group_size, told.symmetric)
+        found = (scheme.type, scheme.num_bits, scheme.grouping, scheme.group_size, scheme.symmetric)
         return NVFP4() if found == ("float", 4, "tensor_group", 16, True) else None
 
     def infos(self, fmt: Format, n: int, k: int, dtype: torch.dtype) -> Infos:

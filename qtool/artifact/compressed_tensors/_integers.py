@@ -67,12 +67,12 @@ class Packed(Kind):
         # packed weights have one scale a row at least; they may all be equal
         return spelled(ints.bits, "int", "channel", symmetric=ints.symmetric)
 
-    def format(self, told: Arguments, scale_dtype: str) -> Format | None:
+    def format(self, scheme: Arguments, scale_dtype: str) -> Format | None:
         """See `Kind.format`."""
-        if told.type != "int" or told.grouping not in ("group", "channel", "tensor") or told.num_bits > 8:
+        if scheme.type != "int" or scheme.grouping not in ("group", "channel", "tensor") or scheme.num_bits > 8:
             return None
-        group = told.group_size if told.grouping == "group" else told.grouping
-        fields = {"bits": told.num_bits, "group": group, "symmetric": told.symmetric, "scale_dtype": scale_dtype}
+        group = scheme.group_size if scheme.grouping == "group" else scheme.grouping
+        fields = {"bits": scheme.num_bits, "group": group, "symmetric": scheme.symmetric, "scale_dtype": scale_dtype}
         return Int.model_validate(fields)
 
     def infos(self, fmt: Format, n: int, k: int, dtype: torch.dtype) -> Infos:
@@ -91,8 +91,8 @@ class Packed(Kind):
 
     def encode(self, quantized: Quantized, module: str, dtype: torch.dtype) -> dict[str, Tensor]:
         """See `Kind.encode`."""
-        held = as_integers(quantized, module, dtype)
-        codes, params, fmt = held.codes, held.params, held.format
+        whole = as_integers(quantized, module, dtype)
+        codes, params, fmt = whole.codes, whole.params, whole.format
         assert isinstance(fmt, Int)
         stored = {"weight_packed": pack_words(codes, fmt.bits), SCALE: params["scale"]}
         stored["weight_shape"] = torch.tensor(codes.shape)
@@ -129,11 +129,16 @@ class Plain(Kind):
         assert isinstance(fmt, Int)
         return spelled(8, "int", str(fmt.group))
 
-    def format(self, told: Arguments, scale_dtype: str) -> Format | None:
+    def format(self, scheme: Arguments, scale_dtype: str) -> Format | None:
         """See `Kind.format`."""
-        if told.type != "int" or told.grouping not in ("channel", "tensor") or told.num_bits > 8 or not told.symmetric:
+        if (
+            scheme.type != "int"
+            or scheme.grouping not in ("channel", "tensor")
+            or scheme.num_bits > 8
+            or not scheme.symmetric
+        ):
             return None
-        return Int.model_validate({"bits": told.num_bits, "group": told.grouping, "scale_dtype": scale_dtype})
+        return Int.model_validate({"bits": scheme.num_bits, "group": scheme.grouping, "scale_dtype": scale_dtype})
 
     def infos(self, fmt: Format, n: int, k: int, dtype: torch.dtype) -> Infos:
         """See `Kind.infos`."""
@@ -143,8 +148,8 @@ class Plain(Kind):
 
     def encode(self, quantized: Quantized, module: str, dtype: torch.dtype) -> dict[str, Tensor]:
         """See `Kind.encode`."""
-        held = as_integers(quantized, module, dtype)
-        codes, params, fmt = held.codes, held.params, held.format
+        whole = as_integers(quantized, module, dtype)
+        codes, params, fmt = whole.codes, whole.params, whole.format
         assert isinstance(fmt, Int)
         weight = (codes.to(torch.int16) + fmt.lowest).to(torch.int8)
         return {"weight": weight, SCALE: params["scale"][0] if fmt.group == "tensor" else params["scale"]}

@@ -70,11 +70,11 @@ class Kind(ABC):
         """What config.json says about weights in a format."""
 
     @abstractmethod
-    def format(self, told: Arguments, scale_dtype: str) -> Format | None:
+    def format(self, scheme: Arguments, scale_dtype: str) -> Format | None:
         """The format of weights that config.json describes; None: not one of this layout.
 
         Args:
-            told: from config.json.
+            scheme: from config.json.
             scale_dtype: type of the stored scales, as formats spell it.
 
         Raises:

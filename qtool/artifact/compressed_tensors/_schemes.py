@@ -81,15 +81,15 @@ class Schemes:
         found = named + [group for pattern, group in self._targets if pattern is None]
         if not found:
             raise CheckpointError(f"{self.where}: no group of config_groups has {module} as target")
-        group, told = found[0], found[0].weights
+        group, arguments = found[0], found[0].weights
         kind = KINDS.get(group.format or str(self.format))
         try:
-            fmt = kind.format(told, scale_dtype) if kind else None
+            fmt = kind.format(arguments, scale_dtype) if kind else None
         except ValidationError as error:
             what = f"{self.where}: {module}: {error.errors()[0]['msg']}"
             raise CheckpointError(what, found=f"{error.errors()[0]['input']!r:.40}") from error
-        if kind is None or fmt is None or told.dynamic or group.output_activations:
-            found_text = f"{group.format or self.format}, {told}"
+        if kind is None or fmt is None or arguments.dynamic or group.output_activations:
+            found_text = f"{group.format or self.format}, {arguments}"
             raise CheckpointError(f"{self.where}: {module}", wanted=f"one of {', '.join(KINDS)}", found=found_text)
         inputs = group.input_activations
         if inputs is None:

@@ -78,8 +78,8 @@ class Transforms:
         self.where = where
         self._places: list[tuple[Group, Place]] = []
         try:
-            told = dict((config.get(KEY) or {}).get("config_groups") or {})
-            groups = [Group.model_validate(group) for group in told.values()]
+            declared = dict((config.get(KEY) or {}).get("config_groups") or {})
+            groups = [Group.model_validate(group) for group in declared.values()]
         except (ValidationError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{where}: wrong {KEY}", found=one_line(error)) from error
         for group in groups:

@@ -38,7 +38,7 @@ NAME_LIMIT = 64
 
 
 @dataclass(frozen=True)
-class Entry:
+class ImportanceEntry:
     """What was measured on the inputs of one tensor.
 
     Attributes:
@@ -60,24 +60,24 @@ class ImportanceMatrix:
         chunks, chunk_size: of the texts, in tokens each.
     """
 
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, ImportanceEntry]
     datasets: tuple[str, ...]
     chunks: int
     chunk_size: int
 
 
-def about_importance(told: Mapping[str, Any] | None) -> dict[str, Value]:
+def about_importance(source: Mapping[str, Any] | None) -> dict[str, Value]:
     """What a GGUF file says about the importance matrix that it was made with, in the keys of llama-quantize.
 
     Args:
-        told: file name, datasets, number of entries, and chunks; see `Artifact.write`. None: without.
+        source: file name, datasets, number of entries, and chunks; see `Artifact.write`. None: without.
     """
-    if told is None:
+    if source is None:
         return {}
-    dataset = next(iter(told["datasets"]), "")
+    dataset = next(iter(source["datasets"]), "")
     dataset = dataset if dataset.startswith("hf:") else Path(dataset).name  # not where it lies on this machine
-    known = {"file": Path(told["data"]).name, "dataset": dataset}
-    known |= {"entries_count": told["entries"], "chunks_count": told["samples"]}
+    known = {"file": Path(source["data"]).name, "dataset": dataset}
+    known |= {"entries_count": source["entries"], "chunks_count": source["samples"]}
     return {f"quantize.imatrix.{key}": value for key, value in known.items() if value}
 
 
@@ -142,7 +142,7 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
     return ImportanceMatrix(entries, tuple(names), chunks, size)
 
 
-def _entry(file: GGUFFile, weight: str) -> Entry:
+def _entry(file: GGUFFile, weight: str) -> ImportanceEntry:
     """The two tensors of a weight; only their numbers are still to be believed."""
     sums, counts = file.tensors[weight + SUMS], file.tensors.get(weight + COUNTS)
     if (
@@ -153,7 +153,7 @@ def _entry(file: GGUFFile, weight: str) -> Entry:
         or max(counts.shape) != math.prod(counts.shape)
     ):
         raise CheckpointError(f"{file.path}: {weight}", wanted=f"F32 {SUMS} [M, K] and F32 {COUNTS} [M, 1]")
-    found = Entry(file.read(weight + SUMS).view(-1, sums.shape[-1]), file.read(weight + COUNTS).flatten())
+    found = ImportanceEntry(file.read(weight + SUMS).view(-1, sums.shape[-1]), file.read(weight + COUNTS).flatten())
     if len(found.counts) not in (1, len(found.sums)):
         raise CheckpointError(f"{file.path}: {weight}", wanted=f"{len(found.sums)} counts", found=len(found.counts))
     return found
@@ -203,7 +203,7 @@ class Bytes:
         except UnicodeDecodeError:
             raise CheckpointError(f"{self.path}: a name is not UTF-8") from None
 
-    def entries(self) -> Iterator[tuple[str, Entry]]:
+    def entries(self) -> Iterator[tuple[str, ImportanceEntry]]:
         """All entries; sums and counts as if every chunk had `LEGACY_CHUNK` tokens."""
         seen = set()
         for _ in range(self.number("number of entries", 1, 2**24)):
@@ -214,4 +214,4 @@ class Bytes:
             calls = self.number(f"number of calls of {name}", 1, 2**31)
             count = self.number(f"number of values of {name}", 1, 2**31)
             values = torch.frombuffer(bytearray(self.take(4 * count)), dtype=torch.float32)
-            yield name, Entry(values[None] * LEGACY_CHUNK, torch.tensor([float(calls * LEGACY_CHUNK)]))
+            yield name, ImportanceEntry(values[None] * LEGACY_CHUNK, torch.tensor([float(calls * LEGACY_CHUNK)]))

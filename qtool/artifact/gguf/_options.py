@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, WithJsonSchema
 
-from qtool.errors import nearest
+from qtool.errors import suggestion
 from qtool.recipe.problems import mistake, show
 from qtool.recipe.size import Size
 from qtool.recipe.strict import Strict
@@ -21,7 +21,7 @@ FILE_TYPES |= {"tq1_0": 36, "tq2_0": 37, "mxfp4_moe": 38, "nvfp4": 39}
 
 def _check_file_type(name: str) -> str:
     if name not in FILE_TYPES:
-        raise mistake(f"no file type is called {show(name)}", hint=nearest(name, list(FILE_TYPES)))
+        raise mistake(f"no file type is called {show(name)}", hint=suggestion(name, list(FILE_TYPES)))
     return name
 
 

@@ -18,9 +18,9 @@ def footprint(writer: Writer, modules: dict[str, int]) -> Footprint:
     parts = cut(sizes, writer.options.split_max_size)
     total = sum(size + -size % ALIGNMENT for size in sizes.values())
     for i, names in enumerate(parts):
-        told = split_metadata(i, len(parts), len(writer.shapes))
+        split = split_metadata(i, len(parts), len(writer.shapes))
         shapes = {name: writer.shapes[name] for name in names}
-        total += len(header((writer.metadata if i == 0 else {}) | told, shapes, dict.fromkeys(names, (0, 0))))
+        total += len(header((writer.metadata if i == 0 else {}) | split, shapes, dict.fromkeys(names, (0, 0))))
     matrices = {f"{module}.weight" for module in modules}
     rest = sum(sizes[there] for there, names in writer.members.items() if matrices.isdisjoint(names))
     rest += sum(size for there, size in sizes.items() if there not in writer.members)

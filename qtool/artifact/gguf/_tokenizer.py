@@ -137,9 +137,9 @@ def _added_ends(
     tokenizer_config.json decides if it says anything, as in transformers, else the template in tokenizer.json.
     A SentencePiece model alone knows nothing of it; Llama's tokenizer then adds the first.
     """
-    told = {end: settings.get(f"add_{end}_token") for end in ("bos", "eos")}
-    if any(value is not None for value in told.values()):
-        return {f"tokenizer.ggml.add_{end}_token": bool(value) for end, value in told.items()}
+    flags = {end: settings.get(f"add_{end}_token") for end in ("bos", "eos")}
+    if any(value is not None for value in flags.values()):
+        return {f"tokenizer.ggml.add_{end}_token": bool(value) for end, value in flags.items()}
     processor = tokenizer.get("post_processor") or {}
     template = [part for step in processor.get("processors", [processor]) for part in step.get("single", [])]
     ends = {"bos": template[:1], "eos": template[-1:]}

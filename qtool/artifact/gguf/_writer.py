@@ -53,7 +53,7 @@ def block_bytes(fmt: Format, n: int, k: int) -> set[int]:
     return {n * (k // b.columns) * b.block_bytes for b in candidates(fmt) if k % b.columns == 0}
 
 
-def held(quantized: Quantized, module: str) -> Quantized:
+def in_block_type(quantized: Quantized, module: str) -> Quantized:
     """The same values in the smallest block type that holds them exactly.
 
     Raises:
@@ -152,8 +152,8 @@ class Writer:
         sizes: Counter[int] = Counter()
         with Container(paths[0], self.metadata, self._shapes(parts[0])) as first:
             self._fill(first, sizes)
-            for path, names, told in zip(paths[1:], parts[1:], about[1:], strict=True):
-                with Container(path, told, self._shapes(names)) as file:
+            for path, names, own in zip(paths[1:], parts[1:], about[1:], strict=True):
+                with Container(path, own, self._shapes(names)) as file:
                     self._fill(file, sizes)
             if self.options.file_type is None:
                 self.metadata["general.file_type"] = usual(sizes.most_common(1)[0][0])
@@ -194,7 +194,7 @@ class Writer:
         return len(self.members[there]) * max(block_bytes(layer.format, n, k), default=0)
 
     def _quantized(self, modules: Sequence[str]) -> tuple[int, Iterator[Tensor]]:
-        first = held(self.model.matrix(modules[0]).alone, modules[0]) if len(modules) == 1 else None
+        first = in_block_type(self.model.matrix(modules[0]).alone, modules[0]) if len(modules) == 1 else None
         block = first.format if first else common_block(self.model, modules)
         assert isinstance(block, BlockFormat)
         matrices = [first] if first else (block.hold(self.model.matrix(module).alone) for module in modules)

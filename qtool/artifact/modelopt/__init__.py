@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from qtool.artifact._base import Carry, naming
 from qtool.artifact._packed_artifact import Layout, PackedArtifact
 from qtool.artifact.modelopt._algos import ALGOS, algo_of, fp8
-from qtool.artifact.modelopt._reader import CONFIG, ModelOptCheckpoint, told
+from qtool.artifact.modelopt._reader import CONFIG, ModelOptCheckpoint, read_quantization
 from qtool.artifact.modelopt._writer import Writer, cache_scales, flat, settings
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
 from qtool.formats._base import alike
@@ -69,4 +69,4 @@ class ModelOpt(PackedArtifact):
     @classmethod
     def recognizes(cls, path: Path) -> bool:
         """See `Artifact.recognizes`."""
-        return bool(told(path))
+        return bool(read_quantization(path))

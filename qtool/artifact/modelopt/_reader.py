@@ -36,7 +36,7 @@ def cache_names(model: Checkpoint) -> list[tuple[str, str]]:
     return found
 
 
-def told(folder: Path) -> dict[str, Any]:
+def read_quantization(folder: Path) -> dict[str, Any]:
     """What a folder says about its quantization by ModelOpt; empty if it is by another tool, or if there is none."""
     how = quantization_config(folder) or {}
     if how and how.get("quant_method") != "modelopt":
@@ -64,7 +64,7 @@ class ModelOptCheckpoint(PackedCheckpoint):
 
     def _settings(self, folder: Path) -> dict[str, Any]:
         """See `PackedCheckpoint._settings`."""
-        return told(folder)
+        return read_quantization(folder)
 
     def _understand(self, how: Mapping[str, Any]) -> None:
         """See `PackedCheckpoint._understand`."""

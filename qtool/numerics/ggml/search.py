@@ -183,11 +183,11 @@ def second_level(weight, kind, searched, scale, minimum, d, dmin, a, b, work):  
 @njit(nogil=True, cache=True, error_model="numpy")
 def ggml_rows(x, importance, kind, block, d, dmin, a, b, start, stop):  # type: ignore[no-untyped-def]
     """Fills d, dmin [N, S] and a, b [N, G] for rows start to stop of x [N, K]; see `ggml_scales`."""
-    groups, given = x.shape[1] // kind.width, len(importance) > 0
+    groups, weighted = x.shape[1] // kind.width, len(importance) > 0
     side, weight = np.empty((kind.width, groups), F32), np.empty((kind.width, groups), F32)
     work, scale, other = np.empty((kind.width + 11, groups), F32), np.empty(groups, F32), np.zeros(groups, F32)
     for n in range(start, stop):
-        if given:
+        if weighted:
             weigh_row(x[n], importance, kind, block, side, weight)
         else:
             weigh_plain_row(x[n], kind, side, weight)
@@ -200,7 +200,7 @@ def ggml_rows(x, importance, kind, block, d, dmin, a, b, start, stop):  # type: 
         if kind.top == 0:
             d[n], dmin[n] = scale, other
         else:
-            searched = given and kind.spread >= 0
+            searched = weighted and kind.spread >= 0
             second_level(weight, kind, searched, scale, other, d[n], dmin[n], a[n], b[n], work)
 
 
@@ -220,9 +220,9 @@ def ggml_scales(x: Tensor, importance: Tensor | None, kind: Kind, block: int) ->
     values, groups = searchable(x), x.shape[1] // kind.width
     steps = x.shape[1] // block if kind.top else groups
     found = [np.zeros((len(x), count), np.float32) for count in (steps, steps, groups, groups)]
-    given = np.empty(0, np.float32)
+    importances = np.empty(0, np.float32)
     if importance is not None:
-        given, kind = importance.float().contiguous().cpu().numpy(), kind._replace(sweep=WEIGHTED)
-    over_rows(lambda p, q: ggml_rows(values, given, kind, block, *found, p, q), len(values))
+        importances, kind = importance.float().contiguous().cpu().numpy(), kind._replace(sweep=WEIGHTED)
+    over_rows(lambda p, q: ggml_rows(values, importances, kind, block, *found, p, q), len(values))
     d, dmin, a, b = (torch.from_numpy(part).to(x.device) for part in found)
     return d, dmin, a, b

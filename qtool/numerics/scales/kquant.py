@@ -256,9 +256,9 @@ def search_super_blocks(
     if x.is_cuda:
         from qtool.numerics.scales import cuda_kquant
 
-        given, reached = weights(x, importance, SUPER)
+        importances, reached = weights(x, importance, SUPER)
         tables = torch.from_numpy(table), torch.from_numpy(STRETCH)
-        return cuda_kquant.search(x, given.clamp_min(FLOOR), reached, tables, kind, effort, other)
+        return cuda_kquant.search(x, importances.clamp_min(FLOOR), reached, tables, kind, effort, other)
     values, weight, reach = prepared(x, importance, SUPER)
     weight = np.maximum(weight, np.float32(FLOOR))
     supers, groups = x.shape[1] // SUPER, x.shape[1] // kind.width
