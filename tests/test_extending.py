@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from qtool.errors import QtoolError
 from qtool.formats.int import Int
 from qtool.methods.rtn import RTN
 from qtool.numerics.metrics import energy
+from qtool.pipeline.quantize import QuantizeOptions, run
 from qtool.pipeline.work import code_digest
 from qtool.report.model import Report
 from qtool.stats._base import InputStats
@@ -238,6 +240,31 @@ def test_the_page_s_statistic_and_the_method_that_asks_for_it(extra, installed):
     found = method.solve(w, parts[0], fmt).quantized
     assert torch.equal(found.params["scale"], fmt.fit(w, x.abs().mean(0))["scale"])
     assert not torch.equal(found.params["scale"], fmt.fit(w)["scale"])
+
+
+@pytest.mark.slow
+def test_the_page_s_statistic_weighs_tokens_where_a_recipe_does(extra, tiny_checkpoint, installed, tmp_path):
+    installed(extra)
+    method = registry.load("methods", "absolute")()
+    (magnitudes,) = method.needs
+    x, weights = torch.randn(7, 64), torch.rand(7)
+    stats = InputStats(64, method.needs, groups={"m": 1})
+    stats.add(x, weights={"m": weights[:, None]})
+    wanted = [sum(float(weights[t]) * abs(float(x[t, k])) for t in range(7)) for k in range(64)]
+    assert_close(stats.of("m")[0][magnitudes].sums, torch.tensor(wanted))
+    assert magnitudes not in stats
+    told = {"recipe": 1, "name": "weighted", "method": "absolute", "export": [{"to": "qtool"}]}
+    told["layers"] = [{"match": "*.gate_proj", "weights": "int3-g32"}, {"match": "*", "keep": True}]
+    found = {}
+    for name, asked in {"plain": {}, "even": {"power": 0.0}, "weighted": {"power": 1.0}}.items():
+        calibration = {"samples": 3, "length": 32} | ({"token_weights": asked} if asked else {})
+        (tmp_path / "recipe.json").write_text(json.dumps(told | {"calibration": calibration}))
+        options = QuantizeOptions(str(tiny_checkpoint("llama")), str(tmp_path / "recipe.json"), tmp_path / name)
+        report = run(replace(options, device="cpu", dtype="fp32"))
+        assert report.artifacts[0].verified
+        found[name] = open_artifact(str(tmp_path / name)).tensor("model.layers.1.mlp.gate_proj.weight")
+    assert torch.equal(found["plain"], found["even"])
+    assert not torch.equal(found["plain"], found["weighted"])
 
 
 def test_the_page_s_operation_on_inputs(extra, installed):
