@@ -38,6 +38,7 @@ ORDER = (
     "stages",
     "artifact",
     "evaluate",
+    "allocate",
     "report",
     "pipeline",
     "api",

@@ -16,7 +16,7 @@ from qtool.methods.gptq import GPTQ
 from qtool.methods.rtn import RTN
 from qtool.pipeline.quantize import QuantizeOptions
 from qtool.pipeline.quantize import run as quantize
-from qtool.recipe.schema import parse_format
+from qtool.recipe.parse import parse_format
 from qtool.stats._base import InputStats
 from qtool.stats.channels import Channels
 from qtool.stats.gram import Gram

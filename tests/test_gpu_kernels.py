@@ -15,7 +15,7 @@ from qtool.numerics.solving.linalg import inverse_factor
 from qtool.numerics.solving.normal import normal_equations, per_group
 from qtool.numerics.solving.split import Split
 from qtool.numerics.solving.walk import walk, walk_coded
-from qtool.recipe.schema import parse_format
+from qtool.recipe.parse import parse_format
 from tests.methods.test_refine import descend_slowly, gram_of
 
 pytestmark = [

@@ -18,7 +18,7 @@ from qtool.artifact.gguf._options import FILE_TYPES
 from qtool.checkpoint.families.llama import Llama
 from qtool.plan import make_plan
 from qtool.recipe.load import list_recipes, load_recipe
-from qtool.recipe.schema import parse_format
+from qtool.recipe.parse import parse_format
 from tests.recipe.shapes import SMOLLM2_135M, Shapes, carriers
 
 BASE = {
@@ -229,6 +229,7 @@ def test_all_of_them_ship():
     assert {entry.name for entry in list_recipes() if entry.name.startswith("gguf-")} == {
         *(f"gguf-{mix}" for mix in MIXES),
         *(f"gguf-{mix}-best" for mix in LEARNED),
+        "gguf-fit",
     }
 
 

@@ -15,7 +15,8 @@ from qtool.plan import layers as decided
 from qtool.plan import make_plan
 from qtool.plan.fallback import choose
 from qtool.recipe.load import load_recipe
-from qtool.recipe.schema import Recipe, parse_format, parse_method
+from qtool.recipe.parse import parse_format, parse_method
+from qtool.recipe.schema import Recipe
 from tests.recipe.shapes import SMOLLM2_135M, TINY, Shapes
 
 TIED = TINY | {"tie_word_embeddings": True}

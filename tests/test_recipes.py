@@ -14,7 +14,9 @@ from qtool.recipe.load import find_recipe, list_recipes, load_recipe
 from tests.recipe.shapes import QWEN3_600M, SMOLLM2_135M, TINY, Shapes, carriers
 
 ALL = list_recipes()
-ENTRIES = [entry for entry in ALL if not entry.name.startswith("gguf-")]
+BUDGETS = {"gguf-fit", "w4-mixed", "nvfp4-fp8-mixed"}
+"""Those that leave formats open; tests/pipeline/test_allocate.py is about them."""
+ENTRIES = [entry for entry in ALL if not entry.name.startswith("gguf-") and entry.name not in BUDGETS]
 """Those that give one format to all blocks; tests/test_mixes.py is about the others."""
 UNTIED = TINY | {"hidden_size": 256, "intermediate_size": 512}
 EXPERTS = {
@@ -109,7 +111,8 @@ def test_names_agree_and_header_says_what_it_is_for(entry):
     text = entry.path.read_text()
     purpose, _, rest = text.partition("\n#\n")
     assert re.fullmatch(r"(# .+\n?)+", purpose)
-    assert rest.startswith(f"#     qtool quantize MODEL --recipe {entry.name} -o OUT\n#\n# Size: ")
+    limit = r" --(fit|bits) \S+" if entry.name in BUDGETS else ""
+    assert re.match(rf"#     qtool quantize MODEL --recipe {entry.name}{limit} -o OUT\n#\n# Size: ", rest)
     assert "Needs no calibration data." in purpose or "Calibrates on 128 x 512 tokens" in purpose
 
 
@@ -151,6 +154,11 @@ def test_data_is_needed_where_the_header_says_so(entry):
     assert needs == ("Calibrates on 128 x 512 tokens of built-in prose." in entry.path.read_text())
     calibration = made.recipe.calibration
     assert (calibration.data, calibration.samples, calibration.length) == ("builtin", 128, 512)
+
+
+def test_budgets_are_those_of_recipes_that_leave_formats_open():
+    assert {entry.name for entry in ALL if parsed(entry.name).budget} == BUDGETS
+    assert all((b := parsed(name).budget).size is b.bits is b.kld is None for name in BUDGETS)
 
 
 @each

@@ -107,6 +107,44 @@ Imatrix = Annotated[
         show_default=False,
     ),
 ]
+Fit = Annotated[
+    int | None,
+    typer.Option(
+        "--fit",
+        metavar="SIZE",
+        parser=_size,
+        help="Divide the recipe's budget: the file has at most so many bytes, as in 4.2GB, headers included.",
+        show_default=False,
+    ),
+]
+Bits = Annotated[
+    float | None,
+    typer.Option(
+        "--bits",
+        metavar="BITS",
+        min=0,
+        help="The same in bits of the whole file per weight of the model, as in 4.25.",
+        show_default=False,
+    ),
+]
+Kld = Annotated[
+    float | None,
+    typer.Option(
+        "--kld",
+        metavar="NATS",
+        min=0,
+        help="The smallest file whose KL divergence on held-out samples, rounded to nearest, is at most this.",
+        show_default=False,
+    ),
+]
+Scores = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Where to keep what a budget is divided by, so that another budget takes seconds; read if it is there.",
+        show_default=False,
+    ),
+]
 SplitMaxSize = Annotated[
     int | None,
     typer.Option(

@@ -9,6 +9,8 @@ import typer
 
 from qtool.cli import options
 from qtool.cli.console import Console, document, result, table
+from qtool.errors import UsageError
+from qtool.report.budget import budget_lines
 from qtool.report.units import size
 
 if TYPE_CHECKING:
@@ -28,12 +30,16 @@ def command(
     recipe: options.Recipe,
     overrides: options.Overrides = None,
     limit_layers: options.LimitLayers = None,
+    fit: options.Fit = None,
+    bits: options.Bits = None,
+    kld: options.Kld = None,
+    scores: options.Scores = None,
     check: Check = False,
     strict: options.Strict = False,
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Show what RECIPE would do to MODEL: formats, methods, sizes. No weight is read.
+    """Show what RECIPE would do to MODEL: formats, methods, sizes. No weight is read, unless a budget is divided.
 
     Example: `qtool plan ./SmolLM2-135M -r w4a16-gptq-g64`
     """
@@ -41,14 +47,22 @@ def command(
     recipe = options.named(recipe, console)
     from qtool.pipeline.prepare import prepare
 
-    job = prepare(model, recipe, tuple(overrides or ()), limit=limit_layers)
-    plan = job.plan
-    for warning in plan.warnings:
+    limit_of = {"size": fit, "bits": bits, "kld": kld}
+    job, allocation = prepare(model, recipe, tuple(overrides or ()), limit=limit_layers, budget=limit_of), None
+    for warning in job.plan.warnings:
         console.warn(warning)
+    if job.plan.recipe.budget:
+        from qtool.pipeline.budget import divided
+
+        with console:
+            job, allocation = divided(job, scores, console)
+    elif scores:
+        raise UsageError("--scores", wanted="a recipe with a budget: such as gguf-fit", found=job.plan.recipe.name)
+    plan = job.plan
     if json:
-        document(as_json(plan))
+        document(as_json(plan) | {"allocation": allocation and allocation.model_dump(mode="json")})
     else:
-        result(show(plan))
+        result("\n".join([show(plan), *(budget_lines(allocation) if allocation else [])]))
     if check:
         from qtool.errors import PlanError
         from qtool.pipeline.check import check as try_all

@@ -9,6 +9,7 @@ import typer
 
 from qtool.cli import options, ranks
 from qtool.cli.console import Console, document, result, table
+from qtool.report.budget import budget_lines
 from qtool.report.meaning import meaning
 from qtool.report.units import duration, size, verdicts
 
@@ -53,6 +54,10 @@ def command(
     limit_layers: options.LimitLayers = None,
     stats: options.Stats = None,
     imatrix: options.Imatrix = None,
+    fit: options.Fit = None,
+    bits: options.Bits = None,
+    kld: options.Kld = None,
+    scores: options.Scores = None,
     pre_tokenizer: options.PreTokenizer = None,
     split_max_size: options.SplitMaxSize = None,
     keep: Keep = False,
@@ -88,6 +93,8 @@ def command(
         limit=limit_layers,
         stats=stats,
         imatrix=imatrix,
+        limit_of={"size": fit, "bits": bits, "kld": kld},
+        scores=scores,
         options={"pre_tokenizer": pre_tokenizer, "split_max_size": split_max_size},
         keep=keep,
         overwrite=overwrite,
@@ -128,6 +135,7 @@ def summary(report: Report, out: Path) -> str:
     whole = 8 * (sum(e.nbytes for e in report.layers) + report.other_bytes) / report.parameters
     lines.append(f"{len(quantized)} of {len(report.layers)} matrices quantized")
     lines.append(f"bits per weight: {bits:.2f} of quantized matrices, {whole:.2f} of the whole model")
+    lines += budget_lines(report.allocation) if report.allocation else []
     errors = [(e.weight_error_db, e.name) for e in quantized if e.weight_error_db is not None]
     if errors:
         worst, name = min(errors)

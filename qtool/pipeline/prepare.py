@@ -22,6 +22,8 @@ from qtool.recipe.export import options_of, owners
 from qtool.recipe.load import load_recipe
 from qtool.recipe.schema import Recipe
 
+LIMITS = {"size": "--fit", "bits": "--bits", "kld": "--kld"}
+"""What a budget may limit, and the flag that does."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -54,6 +56,7 @@ def prepare(
     dtype: str = "auto",
     options: Mapping[str, object] | None = None,
     ranks: Ranks = ALONE,
+    budget: Mapping[str, object] | None = None,
 ) -> Job:
     """Opens a model and plans a recipe for it.
 
@@ -67,6 +70,7 @@ def prepare(
         dtype: of forward passes: "auto", "bf16" or "fp32".
         options: of the artifacts that the recipe exports, by name; None as a value leaves what the recipe says.
         ranks: who prepares the same.
+        budget: limit of the recipe's budget, "size", "bits" or "kld"; None as a value: not given.
 
     Raises:
         RecipeError, CheckpointError, PlanError, UsageError: see `load_recipe`, `open_model`, `make_plan`.
@@ -78,6 +82,7 @@ def prepare(
         parsed = load_recipe(recipe.model_dump(mode="json", exclude_none=True), overrides)
     else:
         parsed = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    parsed = with_limit(parsed, {key: value for key, value in (budget or {}).items() if value is not None})
     parsed = with_options(parsed, {key: value for key, value in (options or {}).items() if value is not None})
     checkpoint = model if isinstance(model, Checkpoint) else open_model(model)
     artifacts = {export.to: registry.load("artifact", export.to)(**export.options) for export in parsed.export}
@@ -102,6 +107,19 @@ def preview(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
         return checkpoint
     edges = checkpoint.family.edges(checkpoint.config, None)
     return Rewritten(checkpoint, [Edit(edge.name) for edge in edges if edge.kind == "norm"])
+
+
+def with_limit(recipe: Recipe, given: Mapping[str, object]) -> Recipe:
+    """The recipe with another limit of its budget. Raises UsageError: it has no budget, or these are several limits."""
+    if not given:
+        return recipe
+    names = ", ".join(LIMITS[key] for key in given)
+    if len(given) > 1:
+        raise UsageError(f"{names} exclude each other")
+    if recipe.budget is None:
+        raise UsageError(names, wanted="a recipe with a budget: such as gguf-fit", found=recipe.name)
+    limits = dict.fromkeys(LIMITS) | dict(given)
+    return recipe.model_copy(update={"budget": recipe.budget.model_copy(update=limits)})
 
 
 def with_options(recipe: Recipe, chosen: Mapping[str, object]) -> Recipe:

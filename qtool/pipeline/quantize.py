@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,12 @@ from typing import Any
 from qtool.artifact._card import HUB_ID
 from qtool.calibrate.shards import is_stats_folder
 from qtool.checkpoint._base import Checkpoint
-from qtool.errors import PlanError, StorageError, UsageError
+from qtool.errors import PlanError, StorageError, UsageError, VerifyError
 from qtool.evaluate.gates import refuse_missed
 from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline import evaluate
+from qtool.pipeline.allocate import allocated
+from qtool.pipeline.budget import sizing_card
 from qtool.pipeline.card import card_of, origin
 from qtool.pipeline.content import read_content, refuse_changed
 from qtool.pipeline.events import Event, Listener, silent
@@ -30,7 +32,7 @@ from qtool.pipeline.units import units
 from qtool.pipeline.upload import upload
 from qtool.pipeline.work import Work, begun, identity, open_work, remove_work, result_identity
 from qtool.recipe.schema import Recipe
-from qtool.report.model import Report
+from qtool.report.model import AllocationEntry, ArtifactEntry, Report
 from qtool.report.render import read_report, write_report
 from qtool.store.files import check_free, damaged_file, new_folder
 from qtool.store.names import output_path
@@ -49,6 +51,8 @@ class QuantizeOptions:
         device, dtype: "auto", or where and in which type to compute.
         stats: statistics of an earlier `calibrate` to use instead of running the model.
         imatrix: an importance matrix of llama.cpp to use instead; sets the recipe's method to rounding with it.
+        limit_of: "size", "bits" or "kld" of the recipe's budget; None as a value: not given.
+        scores: file with what a budget is divided by; read if it is there, else written.
         options: of the artifacts that the recipe exports, by name; None as a value: not given.
         keep: leave the work folder.
         overwrite: replace an earlier result.
@@ -68,6 +72,8 @@ class QuantizeOptions:
     limit: int | None = None
     stats: Path | None = None
     imatrix: Path | None = None
+    limit_of: Mapping[str, object] = field(default_factory=dict)
+    scores: Path | None = None
     options: Mapping[str, object] = field(default_factory=dict)
     keep: bool = False
     overwrite: bool = False
@@ -94,7 +100,7 @@ def run(options: QuantizeOptions, listener: Listener = silent) -> Report:
     with watch.stage("plan"):
         o = options
         overrides = (BY_IMPORTANCE, *o.overrides) if o.imatrix else o.overrides
-        job = prepare(o.model, o.recipe, overrides, o.seed, o.limit, o.device, o.dtype, o.options, ranks)
+        job = prepare(o.model, o.recipe, overrides, o.seed, o.limit, o.device, o.dtype, o.options, ranks, o.limit_of)
         evaluate.check(job.plan.recipe.eval)
         refuse_together(job)
     for warning in job.plan.warnings:
@@ -105,6 +111,7 @@ def run(options: QuantizeOptions, listener: Listener = silent) -> Report:
     if job.plan.recipe.transforms:
         with watch.stage("transform"):
             job, made = transformed(job, place, options.stats or options.imatrix, listener)
+    job, allocation = decided(job, options, made, watch, listener)
     with watch.stage("calibrate"):
         source = statistics_for(job, options.stats or options.imatrix, listener)
     run_identity = ranks.tell(identity(job, source.digest, read_content(job.original, ranks), made.edits))
@@ -116,10 +123,29 @@ def run(options: QuantizeOptions, listener: Listener = silent) -> Report:
         with open_work(place, job, run_identity, listener) as work:
             if made.run and ranks.first:
                 keep_edits(made, place)
-            report = produce(job, work, source, options, watch, listener)
+            report = produce(job, work, source, options, allocation, watch, listener)
     if ranks.first and not options.keep:
         remove_work(place, out)
+        if not options.scores:
+            scores_of(out).unlink(missing_ok=True)
     return report
+
+
+def decided(
+    job: Job, options: QuantizeOptions, made: Made, watch: Stopwatch, listener: Listener
+) -> tuple[Job, AllocationEntry | None]:
+    """The run with its budget divided, if it has one, and how that came about."""
+    if job.plan.recipe.budget is None:
+        return job, None
+    with watch.stage("allocate"):
+        told = origin(job.original, options.base_model, options.license)
+        card, place = sizing_card(job, told.base_model, options.imatrix), options.scores or scores_of(options.out)
+        return allocated(job, card, place, bool(options.scores), made.run, listener)
+
+
+def scores_of(out: Path) -> Path:
+    """Where scores are until a run is done."""
+    return out.with_name(f"{out.name}.scores.safetensors")
 
 
 def refuse_together(job: Job) -> None:
@@ -127,6 +153,8 @@ def refuse_together(job: Job) -> None:
     if job.ranks.size > 1 and (alone := {p.method.name() for u in units(job.plan) for p in u.blockwise if p.method}):
         lines = [f"{name} trains blocks, which one process does; run it without torchrun" for name in sorted(alone)]
         raise PlanError(lines, f"{job.ranks.size} processes")
+    if job.ranks.size > 1 and job.plan.recipe.budget:
+        raise PlanError(["one process divides a budget; run it without torchrun"], f"{job.ranks.size} processes")
 
 
 def check(options: QuantizeOptions) -> None:
@@ -156,7 +184,13 @@ def conclude(report: Report, options: QuantizeOptions, listener: Listener = sile
 
 
 def produce(
-    job: Job, work: Work, source: Statistics, options: QuantizeOptions, watch: Stopwatch, listener: Listener
+    job: Job,
+    work: Work,
+    source: Statistics,
+    options: QuantizeOptions,
+    allocation: AllocationEntry | None,
+    watch: Stopwatch,
+    listener: Listener,
 ) -> Report:
     """Solves what is not solved yet, evaluates, and writes artifacts and report under their final name."""
     with watch.stage("quantize"):
@@ -172,16 +206,27 @@ def produce(
             evaluations.append(evaluate.as_asked(job, model, job.plan.recipe.eval, listener))
     provenance = origin(job.original, options.base_model, options.license)
     report = make_report(job, entries, caches, evaluations, source.about, provenance, finishing)
-    report = report.model_copy(update={"repository": options.push_to or ""})
+    report = report.model_copy(update={"repository": options.push_to or "", "allocation": allocation})
     if not job.ranks.first:
         return job.ranks.tell(report)
     card = card_of(report, importance=source.about if "entries" in source.about else None)
     with new_folder(options.out, options.overwrite) as folder:
         artifacts = publish(job.artifacts, model, folder, card, options.verify, watch, listener)
+        refuse_too_large(artifacts, allocation)
         written = {"artifacts": artifacts, "stages": tuple(watch.entries), "run": result_identity(job, work.run)}
         report = report.model_copy(update=written)
         write_report(report, folder)
     return job.ranks.tell(report)
+
+
+def refuse_too_large(artifacts: Sequence[ArtifactEntry], allocation: AllocationEntry | None) -> None:
+    """Raises VerifyError: the files with tensors have more bytes than the budget allows."""
+    if allocation is None or allocation.limit is None:
+        return
+    suffixes = (".gguf", ".safetensors", ".safetensors.index.json")
+    found = sum(f.nbytes for a in artifacts for f in a.files if f.name.endswith(suffixes))
+    if found > allocation.limit:
+        raise VerifyError("the artifact is larger than its budget", wanted=allocation.limit, found=found)
 
 
 def finished(out: Path, job: Job, run: Mapping[str, Any]) -> Report | None:

@@ -56,7 +56,7 @@ def decide_module(module: Module, index: int, recipe: Recipe, checkpoint: Checkp
     rule = recipe.layers[index] if index >= 0 else None
     if rule is None or rule.weights is None:
         keep = rule.keep if rule and isinstance(rule.keep, str) else "source"
-        return LayerPlan(module, None, None, None, keep, None, index, _kept_bits(module, keep, checkpoint))
+        return LayerPlan(module, None, None, None, keep, None, index, kept_bits(module, keep, checkpoint))
     method = rule.method or (recipe.method if module.kind == "linear" else None) or parse_method("rtn")
     if module.kind == "embedding":
         if method.needs:
@@ -72,7 +72,7 @@ def decide_module(module: Module, index: int, recipe: Recipe, checkpoint: Checkp
     if choice.problem:
         findings.add(index, choice.problem, module.name)
     if choice.format is None:
-        bits = _kept_bits(module, choice.keep, checkpoint)
+        bits = kept_bits(module, choice.keep, checkpoint)
         return LayerPlan(module, None, None, None, choice.keep, choice.fallback, index, bits)
     for residual in rule.residuals:
         if reason := residual.misfit(*module.shape):
@@ -82,7 +82,7 @@ def decide_module(module: Module, index: int, recipe: Recipe, checkpoint: Checkp
     return LayerPlan(module, choice.format, method, rule.activations, kept, why, index, bits, rule.residuals)
 
 
-def _kept_bits(module: Module, keep: str, checkpoint: Checkpoint) -> int:
+def kept_bits(module: Module, keep: str, checkpoint: Checkpoint) -> int:
     """Bits of a matrix in its own type, or in the one that it is cast to."""
     n, k = module.shape
     return checkpoint.info(f"{module.name}.weight").nbytes * 8 if keep == "source" else n * k * DTYPE_BITS[keep]

@@ -5,63 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Discriminator,
-    Field,
-    PlainSerializer,
-    PrivateAttr,
-    Tag,
-)
+from pydantic import AfterValidator, Discriminator, Field, PrivateAttr, Tag
 
-from qtool.formats._base import Format
-from qtool.methods._base import Method
-from qtool.recipe.cache import KVCache, dump_cache, either
+from qtool.recipe.budget import Budget
 from qtool.recipe.export import Export
+from qtool.recipe.fields import (
+    CacheField,
+    FallbackField,
+    InputsField,
+    MethodField,
+    ResidualField,
+    StageField,
+    TransformField,
+    WeightsField,
+)
 from qtool.recipe.gates import Gates
 from qtool.recipe.match import compile_pattern
-from qtool.recipe.parse import (
-    dump_format,
-    dump_named,
-    parse_format,
-    parse_method,
-    parse_residual,
-    parse_stage,
-    parse_transform,
-)
 from qtool.recipe.problems import Keys, mistake, show
 from qtool.recipe.scope import Blocks, When
 from qtool.recipe.strict import Strict
-from qtool.residuals._base import Residual
-from qtool.spec import Spec
-from qtool.transforms._base import Transform
-
-
-def _parse_fallback(value: Any) -> Any:
-    return value if value == "error" else _check_weights(parse_format(value))
-
-
-def _dump_fallback(value: Any) -> Any:
-    return dump_format(value) if isinstance(value, Format) else value
-
-
-def _check_weights(fmt: Format) -> Format:
-    if fmt.granularity == "head":
-        raise mistake("no format of weights", wanted="one such as int8-channel", found=fmt.label)
-    if not isinstance(fmt.ranges, str):
-        wanted = "minmax or search; percentages are of what calibration saw of inputs and KV caches"
-        raise mistake("scales of weights", wanted=wanted, found=fmt.ranges)
-    return fmt
-
-
-def _check_inputs(fmt: Format) -> Format:
-    if fmt.granularity == "head" or fmt.group_rows not in (None, 1):  # rounding of a token by its neighbours
-        raise mistake("no format of inputs", wanted="one such as int8-token or int8-tensor", found=fmt.label)
-    if not (isinstance(fmt.ranges, str) or fmt.static):
-        wanted = "minmax or search; percentages are for one scale of all tokens (group: tensor)"
-        raise mistake(f"scales of {fmt.label} inputs", wanted=wanted, found=fmt.ranges)
-    return fmt
 
 
 def _check_pattern(pattern: str) -> str:
@@ -83,20 +45,6 @@ def _shape_of(value: Any) -> str:
     return "list" if isinstance(value, list | tuple) else "text"
 
 
-WeightsField = Annotated[
-    Format, BeforeValidator(parse_format), AfterValidator(_check_weights), PlainSerializer(dump_format)
-]
-InputsField = Annotated[
-    Format, BeforeValidator(parse_format), AfterValidator(_check_inputs), PlainSerializer(dump_format)
-]
-MethodField = Annotated[Method, BeforeValidator(parse_method), PlainSerializer(dump_named)]
-ResidualField = Annotated[Residual, BeforeValidator(parse_residual), PlainSerializer(dump_named)]
-TransformField = Annotated[Transform, BeforeValidator(parse_transform), PlainSerializer(dump_named)]
-StageField = Annotated[Spec, BeforeValidator(parse_stage), PlainSerializer(dump_named)]
-CacheField = Annotated[
-    KVCache, BeforeValidator(either, json_schema_input_type=Format | KVCache), PlainSerializer(dump_cache)
-]
-FallbackField = Annotated[Literal["error"] | Format, BeforeValidator(_parse_fallback), PlainSerializer(_dump_fallback)]
 TokenSource = Annotated[str, AfterValidator(_check_source)]
 
 
@@ -244,6 +192,7 @@ class Recipe(Strict):
         transforms: rewrites of the model before it is quantized, in order, such as rotate or {smooth: {alpha: 0.5}}; it
             computes the same afterwards.
         layers: rules; the first one that matches a layer decides.
+        budget: how large the artifact may be, and which formats layers may get so that it is as good as possible.
         kv_cache: the format of the KV cache, or one of keys and one of values. Layers are calibrated with an unrounded
             cache.
         finish: stages behind the last block, in order: each looks at the whole quantized model and moves scales, norms
@@ -260,6 +209,7 @@ class Recipe(Strict):
     calibration: Calibration = Calibration()
     transforms: tuple[TransformField, ...] = ()
     layers: tuple[Rule, ...] = Field(min_length=1)
+    budget: Budget | None = None
     kv_cache: CacheField | None = None
     finish: tuple[StageField, ...] = ()
     export: tuple[Export, ...] = ()
@@ -267,7 +217,11 @@ class Recipe(Strict):
 
     @classmethod
     def conflicts(cls, value: Mapping[str, Any]) -> list[tuple[Keys, str]]:
-        """Two artifacts of one layout would have the same place."""
+        """Two artifacts of one layout would have the same place; a budget is that of one."""
         exports = value.get("export")
         names = [e.get("to") for e in exports if isinstance(e, Mapping)] if isinstance(exports, list | tuple) else []
-        return [(("export", i), f"{n!r} is listed twice") for i, n in enumerate(names) if n in names[:i]]
+        found: list[tuple[Keys, str]]
+        found = [(("export", i), f"{n!r} is listed twice") for i, n in enumerate(names) if n in names[:i]]
+        if value.get("budget") is not None and len(names) != 1:
+            found.append((("budget",), f"the size is that of one artifact: wanted one export, found {len(names)}"))
+        return found

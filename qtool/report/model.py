@@ -86,6 +86,36 @@ class FinishEntry(Entry):
     about: dict[str, float | str]
 
 
+class AllocationEntry(Entry):
+    """How a budget was divided. Divergences are of rounded models, on calibration samples that were held out.
+
+    Attributes:
+        wanted: the budget in words: "120.0 MB", "4.25 bits per weight", "a KL divergence of 0.02".
+        limit: bytes that the artifact's files of tensors may have; None: as few as the divergence allows.
+        nbytes: that they have at most.
+        kld, kld_error: mean KL divergence from the original, nats per token, and its standard error.
+        uniform: what it was compared with: the best plan that nobody allocated and that is no larger; None: none is.
+        uniform_nbytes, uniform_kld, uniform_kld_error: the same of that.
+        fell_back: whether that was better, and was taken.
+        tried: plans that were measured.
+        samples, held_out: sequences that scores and divergences were measured on.
+    """
+
+    wanted: str
+    limit: int | None
+    nbytes: int
+    kld: float
+    kld_error: float
+    uniform: str | None = None
+    uniform_nbytes: int | None = None
+    uniform_kld: float | None = None
+    uniform_kld_error: float | None = None
+    fell_back: bool = False
+    tried: int
+    samples: int
+    held_out: int
+
+
 class FileEntry(Entry):
     """A written file."""
 
@@ -127,6 +157,7 @@ class Report(Entry):
         base_model, license: of the source, as the model card says it: the hub's metadata.
         repository: where the result was to be uploaded.
         run: hash of what identifies the run: model, recipe, calibration, program.
+        allocation: how the recipe's budget was divided; None without one.
         kv_cache: of each decoder block; empty if the cache is left alone, or no tokens were run.
         finish: stages behind the last block. Errors of layers are those before them.
         environment: versions of python and packages, cpu, threads, device.
@@ -155,3 +186,4 @@ class Report(Entry):
     base_model: str = ""
     license: dict[str, str] = {}
     repository: str = ""
+    allocation: AllocationEntry | None = None

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from qtool.checkpoint.config import read_text
 from qtool.errors import CheckpointError
-from qtool.report import meaning, quality, summary, units
+from qtool.report import budget, meaning, quality, summary, units
 from qtool.report.charts import charts
 from qtool.report.model import Report
 from qtool.store.files import new_file
@@ -86,6 +86,7 @@ def context(report: Report) -> dict[str, Any]:
         "report": report,
         "s": summary,
         "q": quality,
+        "b": budget,
         "u": units,
         "m": meaning,
         "title": f"{report.recipe_name}: {Path(report.source).name}",

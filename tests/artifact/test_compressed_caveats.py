@@ -11,7 +11,7 @@ from qtool.artifact.compressed_tensors import CompressedTensors
 from qtool.pipeline import export
 from qtool.pipeline.export import ExportOptions
 from qtool.pipeline.prepare import prepare
-from qtool.recipe.schema import parse_format
+from qtool.recipe.parse import parse_format
 from tests.artifact.conftest import quantize
 from tests.artifact.test_gguf_moe import TOKENS, distance, reference_logits, state_dict
 

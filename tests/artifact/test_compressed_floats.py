@@ -19,7 +19,7 @@ from qtool.errors import CheckpointError, PlanError
 from qtool.formats._base import Quantized
 from qtool.formats.int import Int
 from qtool.formats.nvfp4 import NVFP4
-from qtool.recipe.schema import parse_format
+from qtool.recipe.parse import parse_format
 from tests.artifact.conftest import assert_same_model, quantize, save_llama
 from tests.artifact.test_compressed_tensors import (
     TOKENS,

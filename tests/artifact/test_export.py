@@ -25,7 +25,7 @@ from qtool.pipeline.export import ExportOptions
 from qtool.pipeline.export import run as export
 from qtool.pipeline.quantize import QuantizeOptions
 from qtool.pipeline.quantize import run as quantize_model
-from qtool.recipe.schema import parse_format
+from qtool.recipe.parse import parse_format
 from qtool.store.files import new_folder
 from tests.artifact.conftest import assert_same_model, quantize
 

@@ -17,7 +17,7 @@ from qtool.artifact.awq import AWQ
 from qtool.artifact.fp8 import FP8
 from qtool.artifact.modelopt import ModelOpt
 from qtool.formats.int import Int
-from qtool.recipe.schema import parse_format
+from qtool.recipe.parse import parse_format
 from tests.artifact.conftest import InMemory, quantize, save_llama
 from tests.artifact.test_compressed_floats import quantized
 

@@ -18,7 +18,7 @@ from qtool.formats.int import Int
 from qtool.formats.mxfp4 import MXFP4
 from qtool.formats.mxfp8 import MXFP8
 from qtool.numerics.grids.bits import pack
-from qtool.recipe.schema import parse_format
+from qtool.recipe.parse import parse_format
 from tests.artifact.conftest import quantize
 
 BLOCK, INPUTS = parse_format("fp8-block"), parse_format("fp8-g128")

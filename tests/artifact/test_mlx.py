@@ -18,7 +18,7 @@ from qtool.formats.biased import Biased
 from qtool.formats.int import Int
 from qtool.formats.mxfp4 import MXFP4
 from qtool.formats.mxfp8 import MXFP8
-from qtool.recipe.schema import parse_format
+from qtool.recipe.parse import parse_format
 from tests.artifact.conftest import InMemory, assert_same_model, quantize
 from tests.conftest import TINY
 from tests.reference import packed

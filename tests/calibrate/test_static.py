@@ -15,7 +15,7 @@ from qtool.errors import NumericsError
 from qtool.formats.fp import FP
 from qtool.formats.int import Int
 from qtool.numerics.histogram import BINS, Histogram
-from qtool.recipe.schema import parse_format
+from qtool.recipe.parse import parse_format
 from qtool.stats._base import InputStats
 from qtool.stats.channels import Channels
 from qtool.stats.values import Values

@@ -8,7 +8,7 @@ import torch
 from qtool.formats._base import Format
 from qtool.methods.gptq import GPTQ
 from qtool.methods.rtn import RTN
-from qtool.recipe.schema import parse_format
+from qtool.recipe.parse import parse_format
 from qtool.stats.gram import Gram
 from tests.methods.test_gptq import by_activation, loss, problem
 from tests.reference.gptq import gptq

@@ -8,7 +8,7 @@ import torch
 from qtool.methods._refine import refine
 from qtool.methods.rtn import RTN
 from qtool.numerics.solving.descent import descend
-from qtool.recipe.schema import parse_format
+from qtool.recipe.parse import parse_format
 
 
 def gram_of(k: int, tokens: int, seed: int = 0) -> torch.Tensor:

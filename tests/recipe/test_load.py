@@ -565,17 +565,27 @@ class TestFinding:
 
 
 @pytest.mark.parametrize(
-    ("written", "wanted"), [("2G", 2 * 10**9), ("500M", 500 * 10**6), ("1048576", 1048576), ("'7'", 7)]
+    ("written", "wanted"),
+    [
+        ("2G", 2 * 10**9),
+        ("500M", 500 * 10**6),
+        ("1048576", 1048576),
+        ("'7'", 7),
+        ("4.2GB", 4_200_000_000),
+        ("1.5GiB", 3 * 2**29),
+        ("0.3kB".upper(), 300),
+    ],
 )
 def test_sizes_of_parts(write, written, wanted):
     (export,) = load_recipe(write(HEAD + LAYERS + f"export: [{{to: gguf, split_max_size: {written}}}]")).export
     assert export.options == {"split_max_size": wanted}
 
 
-@pytest.mark.parametrize("written", ["2T", "0", "-1", "1.5G", "G", "true", "[1]", "2 G"])
+@pytest.mark.parametrize("written", ["2P", "0", "-1", "1.5.5G", "G", "true", "[1]", "2 G", "0.0001K"])
 def test_what_is_no_size(write, written):
     (line,) = problems(write(HEAD + LAYERS + f"export: [{{to: gguf, split_max_size: {written}}}]"))
-    start = "r.yaml:5: export[0].split_max_size: no size: wanted a number of bytes, or one such as 2G or 500M, found "
+    wanted = "wanted a number of bytes, or one such as 2G, 500M or 4.2GB, found "
+    start = f"r.yaml:5: export[0].split_max_size: no size: {wanted}"
     assert line.startswith(start)
 
 

@@ -19,7 +19,7 @@ from qtool.errors import CheckpointError, NumericsError, StorageError
 from qtool.formats.int import Int
 from qtool.numerics.grids.bits import pack
 from qtool.recipe.cache import parse_cache
-from qtool.recipe.schema import parse_format
+from qtool.recipe.parse import parse_format
 from qtool.store.neutral import NeutralCheckpoint, NeutralWriter
 from tests.artifact.conftest import assert_same_model, quantize, save_llama
 

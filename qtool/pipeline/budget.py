@@ -1,0 +1,41 @@
+"""A plan whose budget is divided, without carrying it out; and what its files' sizes depend on."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from qtool.pipeline.allocate import allocated
+from qtool.pipeline.card import origin
+from qtool.pipeline.events import Listener
+from qtool.pipeline.prepare import Job
+from qtool.pipeline.stored import opened
+from qtool.pipeline.transform import transformed
+from qtool.report.model import AllocationEntry
+
+
+def sizing_card(job: Job, base_model: str, imatrix: Path | None = None) -> dict[str, Any]:
+    """What of the model card goes into files with tensors, before anything else is known of it."""
+    importance = dict(opened(imatrix, job).about) if imatrix else None
+    return {"base_model": base_model, "recipe_name": job.plan.recipe.name, "importance": importance}
+
+
+def divided(job: Job, scores: Path | None, listener: Listener) -> tuple[Job, AllocationEntry]:
+    """The run with every layer decided, as `quantize` would decide it.
+
+    Args:
+        job: the run, whose recipe has a budget.
+        scores: file to keep what was found out; None: nothing is kept.
+        listener: told about progress.
+
+    Raises:
+        QtoolError: see `allocated` and `transformed`.
+    """
+    card, edits = sizing_card(job, origin(job.original).base_model), ""
+    with tempfile.TemporaryDirectory() as folder:
+        if job.plan.recipe.transforms:
+            job, made = transformed(job, Path(folder), None, listener)
+            edits = made.run
+        place = scores or Path(folder) / "scores.safetensors"
+        return allocated(job, card, place, bool(scores), edits, listener)

@@ -1,0 +1,107 @@
+"""What was found out about a model's layers, in a file, so that another budget takes seconds.
+
+A safetensors file; `<reads>` float32 [K] are mean squares of input channels, and the metadata holds JSON:
+
+    __metadata__["qtool.scores"]    the version, 1
+    __metadata__["identity"]        hash of model, tokens, candidates and program
+    __metadata__["costs"]           {module: {label: nats per token}}
+    __metadata__["statics"]         {module: {label: [scale, zero point]}}
+    __metadata__["measured"]        {hash of a plan: [nats per token, one for each held-out sample]}
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from qtool.checkpoint._base import Static, TensorInfo
+from qtool.checkpoint.safetensors_io import SafetensorsFile, SafetensorsWriter
+from qtool.errors import CheckpointError
+from qtool.pipeline.sensitivity import Priced
+from qtool.store.files import new_file
+
+VERSION = "1"
+
+
+class Scores:
+    """A file, and what it holds.
+
+    Args:
+        path: where it is or will be; read if it exists.
+        identity: what it has to be about.
+        strict: refuse a file that is about something else, instead of beginning anew.
+
+    Attributes:
+        found: costs and what goes with them; None: not measured yet.
+        measured: divergences per held-out sample, by plan.
+
+    Raises:
+        CheckpointError: damaged, of another kind, or about something else.
+    """
+
+    def __init__(self, path: Path, identity: str, strict: bool) -> None:
+        self.path, self.identity = path, identity
+        self.found: Priced | None = None
+        self.measured: dict[str, list[float]] = {}
+        if not path.exists():
+            return
+        file = SafetensorsFile(path)
+        if file.metadata.get("qtool.scores") != VERSION:
+            raise CheckpointError(f"{path} holds no scores of layers", hint="name another file")
+        if file.metadata.get("identity") != identity:
+            if strict:
+                hint = "name another file, or the model, recipe and calibration that it was made with"
+                raise CheckpointError(f"the scores in {path} were measured on something else", hint=hint)
+            return
+        self.found, self.measured = read(file)
+
+    def save(self) -> None:
+        """Writes everything, whole or not at all. Raises StorageError."""
+        assert self.found is not None
+        statics = {m: {label: list(s) for label, s in own.items()} for m, own in self.found.statics.items()}
+        metadata = {
+            "qtool.scores": VERSION,
+            "identity": self.identity,
+            "costs": json.dumps(self.found.costs),
+            "statics": json.dumps(statics),
+            "measured": json.dumps(self.measured),
+        }
+        tensors = self.found.importance
+        infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+        with new_file(self.path) as partial, SafetensorsWriter(partial, infos, metadata) as writer:
+            for name, tensor in tensors.items():
+                writer.add(name, tensor)
+
+
+def read(file: SafetensorsFile) -> tuple[Priced, dict[str, list[float]]]:
+    """What a file holds. Raises CheckpointError: damaged."""
+    costs, statics, measured = (parsed(file, key) for key in ("costs", "statics", "measured"))
+    try:
+        found = Priced(
+            {module: {label: number(c) for label, c in own.items()} for module, own in costs.items()},
+            {name: file.read(name) for name in file.entries},
+            {m: {label: Static(number(s), int(z)) for label, (s, z) in own.items()} for m, own in statics.items()},
+        )
+        return found, {plan: [number(x) for x in samples] for plan, samples in measured.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file.path} holds damaged scores", found=error, hint="remove it") from None
+
+
+def parsed(file: SafetensorsFile, key: str) -> dict[str, Any]:
+    """An entry of the metadata, a mapping. Raises CheckpointError: it is none."""
+    try:
+        value = json.loads(file.metadata.get(key, ""))
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file.path} holds damaged scores", wanted=f"a mapping of {key}", hint="remove it")
+    return value
+
+
+def number(value: object) -> float:
+    """A finite number that is not negative. Raises ValueError: something else."""
+    if not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError(f"{value!r}")
+    return float(value)

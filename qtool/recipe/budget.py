@@ -1,0 +1,106 @@
+"""Budgets: how large an artifact may be, and the formats that its layers may get."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, PlainSerializer
+
+from qtool.recipe.fields import InputsField, WeightsField
+from qtool.recipe.parse import dump_format
+from qtool.recipe.problems import Keys, Mistakes, checked
+from qtool.recipe.size import Size
+from qtool.recipe.strict import Strict
+
+
+class Candidate(Strict):
+    """What a layer may become.
+
+    Attributes:
+        weights: the format of its weight.
+        activations: the format that its inputs are rounded to at run time.
+        keep: true leaves it as it is; f32, f16 or bf16 casts it.
+    """
+
+    weights: WeightsField | None = None
+    activations: InputsField | None = None
+    keep: Literal[True, "f32", "f16", "bf16"] | None = None
+
+    @property
+    def label(self) -> str:
+        """In a word or two: "q4_k", "nvfp4 with nvfp4 inputs", "kept", "kept as f16"."""
+        if self.weights is None:
+            return "kept" if self.keep is True else f"kept as {self.keep}"
+        return self.weights.label + (f" with {self.activations.label} inputs" if self.activations else "")
+
+    @classmethod
+    def conflicts(cls, value: Mapping[str, Any]) -> list[tuple[Keys, str]]:
+        """Either a format or kept."""
+        given = [key for key in ("weights", "keep") if value.get(key) is not None]
+        if len(given) != 1:
+            return [((), f"wanted one of weights and keep, found {' and '.join(given) or 'none'}")]
+        if given == ["keep"] and value.get("activations") is not None:
+            return [(("activations",), "a layer that is kept rounds no inputs")]
+        return []
+
+
+def _parse_candidate(value: Any) -> Any:
+    """A format alone, "keep", or a mapping."""
+    if isinstance(value, Candidate):
+        return value
+    if value == "keep":
+        return Candidate(keep=True)
+    if isinstance(value, Mapping) and "type" not in value:
+        return checked(Candidate, value)
+    try:
+        return checked(Candidate, {"weights": value})
+    except Mistakes as error:
+        raise Mistakes([(path[1:] if path[:1] == ("weights",) else path, text) for path, text in error.found]) from None
+
+
+def _dump_candidate(candidate: Candidate) -> Any:
+    if candidate.weights is None:
+        return {"keep": candidate.keep}
+    if candidate.activations is None:
+        return dump_format(candidate.weights)
+    return {"weights": dump_format(candidate.weights), "activations": dump_format(candidate.activations)}
+
+
+CandidateField = Annotated[
+    Candidate,
+    BeforeValidator(_parse_candidate, json_schema_input_type=WeightsField | Candidate),
+    PlainSerializer(_dump_candidate),
+]
+
+
+class Budget(Strict):
+    """How large the artifact may be, or how far from the original, and what its layers may become.
+
+    A layer whose rule gives it one of these formats may get any other of them; all other layers, kept ones among them,
+    stay as their rules say. Exactly one of size, bits and kld is given, here or as --fit, --bits or --kld.
+
+    Attributes:
+        size: bytes that the artifact's files of tensors have at most, headers and tokenizer included, such as 4.2GB.
+        bits: the same, per number in the model's tensors.
+        kld: KL divergence from the original in nats per token, on calibration samples that were held out, that is not
+            exceeded, with 95 % confidence; the artifact is as small as that allows.
+        formats: what layers may become: a format, keep, or a mapping with weights and activations.
+        against: recipes whose rules are tried as well; the plan is never worse than the best of them that fits.
+        samples: calibration sequences from which it is learned how much each layer matters.
+        held_out: sequences that plans are compared on, which are in no other use.
+    """
+
+    size: Size | None = None
+    bits: float | None = Field(default=None, gt=0)
+    kld: float | None = Field(default=None, gt=0)
+    formats: Annotated[tuple[CandidateField, ...], Field(min_length=1)]
+    against: tuple[str, ...] = ()
+    samples: int = Field(default=8, ge=1)
+    held_out: int = Field(default=16, ge=1)
+
+    @classmethod
+    def conflicts(cls, value: Mapping[str, Any]) -> list[tuple[Keys, str]]:
+        """At most one limit."""
+        given = [key for key in ("size", "bits", "kld") if value.get(key) is not None]
+        return [((), f"wanted one limit, found {' and '.join(given)}")] if len(given) > 1 else []

@@ -1,0 +1,51 @@
+"""Budgets on the command line."""
+
+from __future__ import annotations
+
+import json
+
+from tests.cli.test_commands import qtool
+
+RECIPE = """\
+recipe: 1
+name: fit
+calibration: {data: builtin, samples: 4, length: 64}
+layers:
+  - {match: "role:embedding", weights: q8_0}
+  - {match: "*", weights: q8_0}
+budget: {formats: [q4_0, q8_0], samples: 2, held_out: 2}
+export: [{to: gguf}]
+"""
+
+
+def test_plan_and_quantize_say_what_became_of_a_budget(tiny_checkpoint, tmp_path):
+    recipe, scores, out = tmp_path / "fit.yaml", tmp_path / "scores", tmp_path / "out"
+    recipe.write_text(RECIPE)
+    common = [tiny_checkpoint("llama"), "-r", recipe, "--scores", scores]
+    shown = qtool("plan", *common, "--fit", "125KB")
+    assert shown.exit_code == 0, shown.output
+    assert "budget 125.0 kB: " in shown.stdout
+    assert " bytes of 125,000 allowed, held-out KL divergence " in shown.stdout
+    assert "q4_0 for all layers (" in shown.stdout
+    as_json = json.loads(qtool("plan", *common, "--fit", "125000", "--json", "--strict").stdout)
+    assert as_json["allocation"]["nbytes"] <= 125_000
+    assert {layer["format"] for layer in as_json["layers"]} == {"q4_0", "q8_0"}
+    done = qtool("quantize", *common, "--fit", "125KB", "-o", out, "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    assert f"budget 125.0 kB: {as_json['allocation']['nbytes']:,} bytes of 125,000 allowed" in done.stdout
+    (file,) = out.glob("*.gguf")
+    assert file.stat().st_size == as_json["allocation"]["nbytes"]
+
+
+def test_flags_that_do_not_fit(tiny_checkpoint, tmp_path):
+    model = tiny_checkpoint("llama")
+    refused = qtool("plan", model, "-r", "gguf-q8_0", "--scores", tmp_path / "scores")
+    assert (refused.exit_code, refused.stderr) == (
+        2,
+        "error: --scores: wanted a recipe with a budget: such as gguf-fit, found gguf-q8_0\n",
+    )
+    refused = qtool("quantize", model, "-r", "gguf-q8_0", "--bits", "4", "-o", tmp_path / "out")
+    assert refused.stderr == "error: --bits: wanted a recipe with a budget: such as gguf-fit, found gguf-q8_0\n"
+    refused = qtool("plan", model, "-r", "gguf-fit", "--fit", "4XB")
+    assert refused.exit_code == 2
+    assert "'4XB'" in refused.stderr
