@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -96,15 +97,11 @@ def command(
         limit_of={"size": fit, "bits": bits, "kld": kld},
         scores=scores,
         options={"pre_tokenizer": pre_tokenizer, "split_max_size": split_max_size},
-        keep=keep,
-        overwrite=overwrite,
-        verify=verify,
-        push_to=push_to_hub,
-        base_model=base_model,
-        license=license,
         ranks=ranks.of(ctx),
     )
-    run(asked, console, json)
+    written = {"keep": keep, "overwrite": overwrite, "verify": verify}
+    told = {"push_to": push_to_hub, "base_model": base_model, "license": license}
+    run(replace(asked, **written, **told), console, json)
 
 
 def run(asked: QuantizeOptions, console: Console, json: bool) -> None:
