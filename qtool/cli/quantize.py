@@ -99,9 +99,8 @@ def command(
         options={"pre_tokenizer": pre_tokenizer, "split_max_size": split_max_size},
         ranks=ranks.of(ctx),
     )
-    written = {"keep": keep, "overwrite": overwrite, "verify": verify}
-    told = {"push_to": push_to_hub, "base_model": base_model, "license": license}
-    run(replace(asked, **written, **told), console, json)
+    asked = replace(asked, keep=keep, overwrite=overwrite, verify=verify, push_to=push_to_hub)
+    run(replace(asked, base_model=base_model, license=license), console, json)
 
 
 def run(asked: QuantizeOptions, console: Console, json: bool) -> None:
