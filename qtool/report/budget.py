@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from qtool.report.model import AllocationEntry
+from typing import TYPE_CHECKING
+
 from qtool.report.units import size
+
+if TYPE_CHECKING:
+    from qtool.report.model import AllocationEntry
 
 
 def budget_lines(entry: AllocationEntry) -> list[str]:
