@@ -50,12 +50,15 @@ def attempt(do, *given):
 
 for line in sys.stdin:
     read_one, said = attempt(read, sys.argv[1])
-    for text in json.loads(line) if read_one else ():
-        ids, _ = attempt(read_one[1], text)
+    texts = json.loads(line) if read_one else ()
+    wrong = []
+    for text in texts:
+        ids, why = attempt(read_one[1], text)
+        wrong += [why] * bool(why)
         attempt(read_one[0].decode, ids or [])
-    print(json.dumps(said), flush=True)
+    print(json.dumps(said or (wrong[0] if texts and len(wrong) == len(texts) else "")), flush=True)
 """
-"""Answers with what is wrong with the file; what is wrong with a text is only told when it is asked for."""
+"""Answers with what is wrong with the file, or with every text; with some text, that is told when it is asked for."""
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:

@@ -11,6 +11,8 @@ import yaml
 
 from qtool.artifact._card import HUB_ID, LICENSE
 from qtool.checkpoint._base import Checkpoint
+from qtool.checkpoint.config import read_text
+from qtool.errors import CheckpointError
 from qtool.evaluate.result import Evaluation
 from qtool.report.meaning import meaning
 from qtool.report.model import LayerEntry, Report
@@ -53,9 +55,9 @@ def source_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     places = {path.parent for path in checkpoint.files.values()}
     for readme in sorted(place / "README.md" for place in places):
         try:
-            parts = readme.read_text(encoding="utf-8").split("---\n", 2)
+            parts = read_text(readme).split("---\n", 2)
             found = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        except (CheckpointError, yaml.YAMLError, ValueError, RecursionError):  # dates of no calendar; deep nesting
             continue
         if isinstance(found, dict):
             return found

@@ -29,6 +29,7 @@ def output_path(out: Path, *sources: str | Path | Checkpoint) -> Path:
     if not is_utf8(os.path.abspath(out)):
         raise UsageError("the output", wanted="a path in UTF-8", found=ascii(str(out)))
     try:
+        out = out.expanduser()  # shells leave --out=~/x as it is
         out = out.resolve() if out.name in ("", "..") else out.parent.resolve() / out.name
         real = out.resolve()
     except (OSError, RuntimeError) as error:

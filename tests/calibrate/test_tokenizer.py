@@ -148,6 +148,15 @@ def test_texts_that_cannot_be_tokenized(changed, folder):
         token_ids(load_tokenizer(HFCheckpoint(folder)), "Hello", special=True)
 
 
+def test_one_that_reads_no_text_at_all_does_its_worst_in_another_process(folder, capfd):
+    piece = {"SpecialToken": {"id": "nope", "type_id": 0}}
+    template = {"type": "TemplateProcessing", "single": [piece], "pair": [], "special_tokens": {}}
+    write("gpt-2", folder, post_processor=template)
+    with pytest.raises(CheckpointError, match=r"^the tokenizer of .* cannot be read: found no entry found for key$"):
+        load_tokenizer(HFCheckpoint(folder))
+    assert capfd.readouterr().err == ""
+
+
 def test_a_tokenizer_that_never_ends(folder, monkeypatch):
     monkeypatch.setattr(tokenizer_module, "TRIAL", "import time; time.sleep(60)")
     monkeypatch.setattr(tokenizer_module, "SECONDS", 0.5)

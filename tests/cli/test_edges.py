@@ -48,6 +48,7 @@ def place(tiny_checkpoint, tmp_path, monkeypatch):
         ("quantize m -r r.yaml -o LONG/x", 7, "File name too long; choose another output"),
         ("quantize m -r r.yaml -o LATIN", 2, r"out: wanted UTF-8, found 'caf\udce9'"),
         ("quantize LATIN -r r.yaml -o o", 2, r"model: wanted UTF-8, found 'caf\udce9'"),
+        ("quantize m -r r.yaml -o ~nosuchuser/x", 7, "cannot write ~nosuchuser/x: Could not determine home"),
         ("quantize LONG -r r.yaml -o o", 5, "is neither a file or folder nor a valid hub id"),
         ("quantize ~nosuchuser/x -r r.yaml -o o", 5, "~nosuchuser/x is no checkpoint"),
         ("quantize m -r r.yaml -o o --stats LONG", 2, "--stats: wanted a file"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import pytest
@@ -36,9 +37,22 @@ def test_origin_is_what_the_source_s_card_says(model):
     assert origin(checkpoint).base_model == "some-org/Tiny"
 
 
-@pytest.mark.parametrize("text", ["# none", "---\n- a\n---\n", "---\n[\n---\n", "---\nlicense: 3\n", b"\xff\xfe"])
+NESTED = f"---\nlicense: {'[' * 5000}\n---\n"
+NO_DATE = "---\nlicense: mit\ndate: 2020-13-45\n---\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["# none", "---\n- a\n---\n", "---\n[\n---\n", "---\nlicense: 3\n", b"\xff\xfe", NESTED, NO_DATE],
+    ids=["none", "list", "broken", "number", "bytes", "nested", "no date"],
+)
 def test_a_source_s_card_that_says_nothing(model, text):
     (model / "README.md").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert origin(HFCheckpoint(model)).license == {}
+
+
+def test_a_source_s_card_that_is_no_file(model):
+    os.mkfifo(model / "README.md")
     assert origin(HFCheckpoint(model)).license == {}
 
 
