@@ -24,17 +24,18 @@ MARGIN = 0.01
 """How far from the next code's range a weight begins, in steps, if its own place is in that range."""
 
 
-def place(x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+def place(x: Tensor, levels: Tensor, even: bool | None = None) -> tuple[Tensor, Tensor]:
     """Where numbers lie among levels, beyond the ends as if these were followed by steps as wide as the last ones.
 
     Args:
         x: float32 of any shape.
         levels: float32 [L], ascending.
+        even: see `level_at`.
 
     Returns:
         (places in steps; the width of the step that each is in).
     """
-    if is_uniform(levels):
+    if is_uniform(levels) if even is None else even:
         return (x - levels[0]) / (levels[1] - levels[0]), (levels[1] - levels[0]).expand_as(x)
     below = torch.bucketize(x.detach(), levels[1:-1].contiguous(), right=True)
     width = levels.diff()[below]
@@ -42,9 +43,15 @@ def place(x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     return below + inside, width
 
 
-def level_at(y: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse of `place`: (numbers at places y; the width of the step that each is in)."""
-    if is_uniform(levels):
+def level_at(y: Tensor, levels: Tensor, even: bool | None = None) -> tuple[Tensor, Tensor]:
+    """The inverse of `place`: (numbers at places y; the width of the step that each is in).
+
+    Args:
+        y: float32 of any shape.
+        levels: float32 [L], ascending.
+        even: whether they `is_uniform`, which is seldom known without waiting for a device; None: find out.
+    """
+    if is_uniform(levels) if even is None else even:
         width = levels[1] - levels[0]
         return levels[0] + y * width, width.expand_as(y)
     below = y.detach().floor().clamp(0, len(levels) - 2).long()
@@ -64,14 +71,14 @@ class Rounded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, v: Tensor, scale: Tensor, offset: Tensor, fmt: Format, params: Params) -> Tensor:
         """Shapes: w, v [N, K]; scale, offset [N, G], which are those of `params`."""
-        levels = fmt.levels().to(w.device)
+        levels, even = fmt.levels().to(w.device), is_uniform(fmt.levels())
         s, o = expand(scale, w.shape[1]), expand(offset, w.shape[1])
         x = relative(w, s, o)
-        at, width = place(x, levels)
+        at, width = place(x, levels, even)
         y = at.add_(v)
         codes = y.round().clamp_(0, len(levels) - 1)
         free = (y > -0.5) & (y < len(levels) - 0.5)
-        slope = torch.where(free, level_at(y, levels)[1], 0.0)
+        slope = torch.where(free, level_at(y, levels, even)[1], 0.0)
         ratio = torch.where(width > 0, slope / torch.where(width > 0, width, 1.0), 0.0)
         ctx.save_for_backward(slope * s, levels[codes.long()] - ratio * x, ratio)
         ctx.groups, ctx.tied = scale.shape[1], None if fmt.free_offset else relative(offset, scale, 0.0)

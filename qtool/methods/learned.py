@@ -29,6 +29,7 @@ from torch import Tensor
 from qtool.formats._base import Format, Params
 from qtool.methods._base import BlockTask, Solution
 from qtool.methods._block import BlockMethod
+from qtool.methods._fixed import FixedRounding
 from qtool.methods._soft import harden, soft_decode, soft_start
 
 CHECKS = 8
@@ -45,6 +46,7 @@ class Variables:
         v: added to places before rounding, float32 [N, K].
         factor: of each scale, float32 [N, G], from 1; None if scales stay.
         shift: of each offset, in scales, float32 [N, G], from 0; None if offsets stay.
+        fixed: gives weights where scales and offsets stay.
     """
 
     w: Tensor
@@ -53,6 +55,7 @@ class Variables:
     v: Tensor
     factor: Tensor | None
     shift: Tensor | None
+    fixed: FixedRounding | None
 
     @classmethod
     def of(cls, w: Tensor, start: Solution, scales: bool) -> Variables:
@@ -62,7 +65,8 @@ class Variables:
         scale, _ = fmt.affine(params)
         factor = torch.ones_like(scale).requires_grad_() if scales else None
         shift = torch.zeros_like(scale).requires_grad_() if scales and fmt.free_offset else None
-        return cls(w, fmt, params, soft_start(w, start.quantized).requires_grad_(), factor, shift)
+        fixed = None if scales else FixedRounding(w, fmt, params)
+        return cls(w, fmt, params, soft_start(w, start.quantized).requires_grad_(), factor, shift, fixed)
 
     def affine(self) -> tuple[Tensor | None, Tensor | None]:
         """The wanted scale and offset, float32 [N, G]; None where they stay."""
@@ -74,6 +78,8 @@ class Variables:
 
     def weights(self) -> Tensor:
         """As decoded, float32 [N, K], with gradients."""
+        if self.fixed:
+            return self.fixed(self.v)
         return soft_decode(self.w, self.v, self.fmt, self.params, *self.affine())
 
     def leaves(self) -> Iterator[tuple[Tensor, bool]]:
@@ -144,7 +150,7 @@ class Learned(BlockMethod):
                 adam.step()
             for leaf, rate in rates:
                 if not adam and leaf.grad is not None:
-                    leaf -= leaf.grad.sign_().mul_(rate * share)
+                    leaf.sub_(leaf.grad.sign_(), alpha=rate * share)
                 leaf.grad = None
 
         return step

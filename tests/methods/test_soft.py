@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qtool.formats._base import Quantized, expand
+from qtool.methods._fixed import FixedRounding
 from qtool.methods._soft import MARGIN, harden, level_at, place, soft_decode, soft_start
 from qtool.recipe.parse import parse_format
 
@@ -65,6 +66,27 @@ def test_values_are_what_the_format_decodes_and_start_where_a_method_ended(label
         assert torch.equal(harden(w, v, fmt, params).codes, quantized.codes)
     noise = v + torch.randn(v.shape, generator=generator)
     assert torch.equal(soft_decode(w, noise, fmt, params), harden(w, noise, fmt, params).decode())
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_scales_that_stay_give_the_same_values_and_gradients(label):
+    w, fmt, params, codes = fitted(label)
+    generator = torch.Generator().manual_seed(1)
+    fixed, v = FixedRounding(w, fmt, params), soft_start(w, Quantized(codes, params, fmt))
+    for noise in (0, 1, 30):  # at the start, on other codes, and beyond the ends
+        own, theirs = ((v + noise * torch.randn(v.shape, generator=g)).requires_grad_() for g in twice(generator))
+        gradient = torch.randn(w.shape, generator=generator)
+        found, wanted = fixed(own), soft_decode(w, theirs, fmt, params)
+        assert torch.equal(found, wanted)
+        found.backward(gradient)
+        wanted.backward(gradient)
+        assert torch.equal(own.grad, theirs.grad)
+        assert float((own.grad != 0).float().mean()) > (0.5 if noise < 30 else 0.01)
+
+
+def twice(generator):
+    """Two generators in the same state."""
+    return [torch.Generator().manual_seed(generator.initial_seed() + 1) for _ in range(2)]
 
 
 def test_a_start_is_zero_where_places_round_to_the_code():
