@@ -66,13 +66,13 @@ class TokenWeights(Strict):
 
     Attributes:
         groups: of a layer's outputs that have weights of their own, where its format treats rows alone.
-        power: of the squares; 0 weighs all tokens alike.
+        power: of the squares; 0 weighs all tokens alike, 1 trusts gradients of the unquantized model fully.
         cap: the largest weight, relative to the mean.
         labels: the loss is that of the text's own next tokens, or of tokens that the model draws.
     """
 
     groups: int = Field(default=1, ge=1, le=64)
-    power: float = Field(default=1.0, ge=0, le=2)
+    power: float = Field(default=0.5, ge=0, le=2)
     cap: float = Field(default=1000.0, ge=1)
     labels: Literal["text", "sampled"] = "text"
 

@@ -31,7 +31,7 @@ layers:
 method: METHOD
 export: [{to: qtool}]
 """
-WEIGHED = "calibration.token_weights={groups: 2, cap: 20}"
+WEIGHED = "calibration.token_weights={groups: 2, power: 1, cap: 20}"
 FLOAT = "calibration.propagate=float"
 
 
@@ -119,12 +119,12 @@ ORDER = [f"self_attn.{x}" for x in "qkvo"] + [f"mlp.{x}" for x in ("gate", "up",
 
 def test_tempered_weights():
     squares = torch.tensor([[[1.0, 0.0], [3.0, 0.0]], [[4.0, 0.0], [8.0, 0.0]]])
-    plain = tempered(squares, TokenWeights(cap=1000))
+    plain = tempered(squares, TokenWeights(power=1))
     assert_close(plain[..., 0], torch.tensor([[0.25, 0.75], [1.0, 2.0]]))
     assert_close(plain[..., 1], torch.ones(2, 2))
-    roots = tempered(squares, TokenWeights(power=0.5))[..., 0]
+    roots = tempered(squares, TokenWeights())[..., 0]
     assert_close(roots, torch.tensor([[1, 3], [4, 8]]).sqrt() / torch.tensor([1.0, 3, 4, 8]).sqrt().mean())
-    capped = tempered(squares, TokenWeights(cap=1))[..., 0]
+    capped = tempered(squares, TokenWeights(power=1, cap=1))[..., 0]
     assert_close(capped, torch.tensor([[1.0, 3], [4, 4]]) / 3)
 
 
