@@ -78,6 +78,10 @@ def split(samples: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     return order[held:].sort().values, order[:held].sort().values
 
 
+def ignore(losses: Mapping[str, float]) -> None:
+    """Takes what nobody asked for."""
+
+
 @dataclass(frozen=True)
 class BlockTask:
     """One decoder block, and those of its modules that a method owns.
@@ -97,6 +101,7 @@ class BlockTask:
         device, dtype: where blocks run, and in which type.
         seed: for what is drawn at random.
         token_weights: how much each token's error counts, float32 [S, T]; None: all alike.
+        note: takes what the method measured, for the report: losses before and after, by name.
     """
 
     block: int
@@ -113,6 +118,7 @@ class BlockTask:
     dtype: torch.dtype
     seed: int
     token_weights: Tensor | None = None
+    note: Callable[[Mapping[str, float]], None] = ignore
 
     def run(
         self, part: Part, weights: Mapping[str, Tensor], residuals: Mapping[str, tuple[Correction, ...]] | None = None

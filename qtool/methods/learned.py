@@ -120,7 +120,8 @@ class Learned(BlockMethod):
         seen, unseen = task.split(self.holdout)
         generator = torch.Generator().manual_seed(task.seed + task.block)
         step = self._stepper([leaf for x in variables.values() for leaf in x.leaves()])
-        start = held_out(task, {name: s.quantized.decode() for name, s in trained.items()}, unseen)
+        begun, some = {name: s.quantized.decode() for name, s in trained.items()}, seen[: len(unseen)]
+        start = held_out(task, begun, unseen)
         best, kept = start, dict[str, Solution]()
         for i in range(self.steps):
             part = seen[torch.randperm(len(seen), generator=generator)[: self.batch]]
@@ -133,6 +134,9 @@ class Learned(BlockMethod):
                 error = held_out(task, {name: q.decode() for name, q in found.items()}, unseen)
                 if error < best:
                     best, kept = error, {name: Solution(q, trained[name].fallback) for name, q in found.items()}
+        after = begun | {name: s.quantized.decode() for name, s in kept.items()}
+        losses = {"training before": held_out(task, begun, some), "training after": held_out(task, after, some)}
+        task.note(losses | {"held out before": start, "held out after": best})
         return kept
 
     def _stepper(self, leaves: list[tuple[Tensor, bool]]) -> Callable[[float], None]:

@@ -19,14 +19,14 @@ from qtool.pipeline.solver import UnitSolver
 from qtool.pipeline.statistics import Statistics
 from qtool.pipeline.units import Unit, steps
 from qtool.pipeline.work import Record, Work
-from qtool.report.model import CacheEntry, LayerEntry
+from qtool.report.model import BlockEntry, CacheEntry, LayerEntry
 
 
 def solve_all(
     job: Job, work: Work, source: Statistics, listener: Listener
-) -> tuple[tuple[LayerEntry, ...], tuple[CacheEntry, ...]]:
+) -> tuple[tuple[LayerEntry, ...], tuple[CacheEntry, ...], tuple[BlockEntry, ...]]:
     """Goes through the plan unit by unit; what an earlier run finished is only walked through."""
-    caches: list[CacheEntry] = []
+    caches, blocks = list[CacheEntry](), list[BlockEntry]()
     entries = {p.module.name: kept_entry(p) for p in job.plan.layers if p.format is None}
     todo = steps(job.plan)
     earlier = f"{len(work.finished)} finished earlier" if work.finished else ""
@@ -35,10 +35,11 @@ def solve_all(
     for done, (unit, record) in enumerate(solved(todo, job, work, source), 1):
         entries |= {entry.name: entry for entry in record.layers}
         caches += [record.cache] if record.cache else []
+        blocks += record.blocks
         error = mean_db(record.layers)
         listener(Event("quantize", done, len(todo), unit.name, {} if error is None else {"error_db": error}))
     job.ranks.wait()  # until all is saved, which every process may read from here on
-    return tuple(entries[p.module.name] for p in job.plan.layers), tuple(caches)
+    return tuple(entries[p.module.name] for p in job.plan.layers), tuple(caches), tuple(blocks)
 
 
 def together(todo: Sequence[Unit], job: Job, work: Work, source: Statistics) -> Iterator[tuple[Unit, Record]]:
@@ -88,7 +89,7 @@ def solve_unit(
     source.visit(unit, solver, propagate)
     cached = source.cached if unit.cache else None
     cache = cache_entry(unit, cached[1]) if cached else None
-    return Record(layers=tuple(solver.entries.values()), cache=cache), solver
+    return Record(layers=tuple(solver.entries.values()), cache=cache, blocks=tuple(solver.blocks)), solver
 
 
 def cache_entry(unit: Unit, errors: AttentionErrors) -> CacheEntry:

@@ -194,7 +194,7 @@ def produce(
 ) -> Report:
     """Solves what is not solved yet, evaluates, and writes artifacts and report under their final name."""
     with watch.stage("quantize"):
-        entries, caches = solve_all(job, work, source, listener)
+        entries, caches, blocks = solve_all(job, work, source, listener)
     if not job.ranks.first:
         job.ranks.wait()  # for what the first one finds, which is taken over here
     model, finishing = finish(job, work.model(), work.folder, work.run, watch, listener)
@@ -205,8 +205,9 @@ def produce(
         with watch.stage("evaluate"):
             evaluations.append(evaluate.as_asked(job, model, job.plan.recipe.eval, listener))
     provenance = origin(job.original, options.base_model, options.license)
-    report = make_report(job, entries, caches, evaluations, source.about, provenance, finishing)
-    report = report.model_copy(update={"repository": options.push_to or "", "allocation": allocation})
+    report = make_report(job, entries, caches, evaluations, source.about, provenance)
+    found = {"repository": options.push_to or "", "allocation": allocation, "blocks": blocks, "finish": finishing}
+    report = report.model_copy(update=found)
     if not job.ranks.first:
         return job.ranks.tell(report)
     card = card_of(report, importance=source.about if "entries" in source.about else None)

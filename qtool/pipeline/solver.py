@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -22,7 +23,7 @@ from qtool.pipeline.solve import TAKEN_OVER, informed, refuse_infinite, solve, t
 from qtool.pipeline.units import Unit
 from qtool.plan import LayerPlan
 from qtool.recipe.parse import parse_method
-from qtool.report.model import LayerEntry
+from qtool.report.model import BlockEntry, LayerEntry
 from qtool.residuals._base import Matrix
 from qtool.stats._base import InputStats
 from qtool.stats.gram import gram_of
@@ -59,6 +60,7 @@ class UnitSolver:
 
     Attributes:
         matrices, layers, entries: by module.
+        blocks: what methods that solve blocks measured.
     """
 
     resumed = False
@@ -68,6 +70,7 @@ class UnitSolver:
         self.matrices: dict[str, Matrix] = {}
         self.layers: dict[str, Layer] = {}
         self.entries: dict[str, LayerEntry] = {}
+        self.blocks: list[BlockEntry] = []
         self.stats: dict[str, InputStats | None] = {}
         """Of modules that are solved once more."""
 
@@ -118,7 +121,7 @@ class UnitSolver:
         for method in dict.fromkeys(p.method for p in owned if p.method):
             mine = {p.module.name: p for p in owned if p.method == method}
             begin = time.monotonic()
-            full = self.completed(task, mine)
+            full = replace(self.completed(task, mine), note=partial(self.note, task.block, method.name()))
             solutions = method.solve_block(full)
             seconds = (time.monotonic() - begin) / len(mine)
             for name, p in mine.items():
@@ -128,6 +131,10 @@ class UnitSolver:
                 if name in solutions:
                     self.accept(p, solutions[name], full)
             yield self.found(iter(solutions))
+
+    def note(self, block: int, method: str, losses: Mapping[str, float]) -> None:
+        """Keeps what a method measured."""
+        self.blocks.append(BlockEntry(block=block, method=method, losses=dict(losses)))
 
     def completed(self, task: BlockTask, plans: Mapping[str, LayerPlan]) -> BlockTask:
         """The task with modules to solve."""

@@ -16,7 +16,7 @@ from qtool.evaluate.result import Evaluation
 from qtool.pipeline.card import Origin
 from qtool.pipeline.prepare import Job
 from qtool.recipe.schema import Recipe
-from qtool.report.model import CacheEntry, FinishEntry, LayerEntry, Report
+from qtool.report.model import CacheEntry, LayerEntry, Report
 
 PACKAGES = ("torch", "transformers", "safetensors", "numba", "numpy")
 CPU_INFO = Path("/proc/cpuinfo")
@@ -29,7 +29,6 @@ def make_report(
     evaluations: Sequence[Evaluation],
     calibration: dict[str, object],
     source: Origin,
-    finish: Sequence[FinishEntry] = (),
 ) -> Report:
     """The report of a run that has not written anything yet."""
     recipe = job.plan.recipe
@@ -51,7 +50,6 @@ def make_report(
         warnings=job.plan.warnings,
         environment=environment(job.device),
         kv_cache=tuple(caches),
-        finish=tuple(finish),
         base_model=source.base_model,
         license=dict(source.license),
     )

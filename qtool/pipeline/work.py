@@ -23,7 +23,7 @@ from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.prepare import Job
 from qtool.pipeline.solver import Input, Solved
 from qtool.pipeline.units import Unit, cache_format
-from qtool.report.model import CacheEntry, Entry, LayerEntry
+from qtool.report.model import BlockEntry, CacheEntry, Entry, LayerEntry
 from qtool.residuals._base import Matrix
 from qtool.store.files import lock, storage_errors
 from qtool.store.manifest import MANIFEST, Manifest, StoredBlock
@@ -35,6 +35,7 @@ class Record(Entry):
 
     layers: tuple[LayerEntry, ...]
     cache: CacheEntry | None = None
+    blocks: tuple[BlockEntry, ...] = ()
 
 
 class Work:

@@ -55,6 +55,20 @@ class LayerEntry(Entry):
     target_error_db: float | None = None
 
 
+class BlockEntry(Entry):
+    """What a method that solves decoder blocks as a whole says of one.
+
+    Attributes:
+        block: its index.
+        method: its name.
+        losses: what it measured, by name: before and after, on samples that it learned from and on others.
+    """
+
+    block: int
+    method: str
+    losses: dict[str, float]
+
+
 class CacheEntry(Entry):
     """What rounding its KV cache does to the attention of a decoder block, measured on some calibration tokens.
 
@@ -159,6 +173,7 @@ class Report(Entry):
         run: hash of what identifies the run: model, recipe, calibration, program.
         allocation: how the recipe's budget was divided; None without one.
         kv_cache: of each decoder block; empty if the cache is left alone, or no tokens were run.
+        blocks: what methods that solve blocks measured.
         finish: stages behind the last block. Errors of layers are those before them.
         environment: versions of python and packages, cpu, threads, device.
     """
@@ -181,6 +196,7 @@ class Report(Entry):
     environment: dict[str, str]
     other_bytes: Size = 0
     kv_cache: tuple[CacheEntry, ...] = ()
+    blocks: tuple[BlockEntry, ...] = ()
     finish: tuple[FinishEntry, ...] = ()
     run: str = ""
     base_model: str = ""

@@ -213,6 +213,11 @@ def cards(report: Report) -> list[tuple[str, str, str]]:
     return found
 
 
+def loss_names(report: Report) -> list[str]:
+    """What methods that solve blocks measured: heads of a table's columns."""
+    return list(dict.fromkeys(name for entry in report.blocks for name in entry.losses))
+
+
 def measured(stage: FinishEntry) -> str:
     """What a stage has to say, in a line."""
     pairs = ((key, number(v) if isinstance(v, float) else v) for key, v in stage.about.items())

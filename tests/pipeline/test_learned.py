@@ -49,3 +49,15 @@ def test_divergence_falls_and_bytes_repeat(tiny_checkpoint, texts, tmp_path, wei
     assert same == after
     assert again.evaluations == found.evaluations
     assert {entry.method for entry in found.layers if entry.format} == {"learned"}
+    assert [(entry.block, entry.method) for entry in found.blocks] == [(0, "learned"), (1, "learned")]
+    assert again.blocks == found.blocks
+    for entry in found.blocks:
+        assert 0 < entry.losses["held out after"] < entry.losses["held out before"] < 1
+        assert 0 < entry.losses["training after"] < entry.losses["training before"] < 1
+    assert start.blocks == ()
+    for page in ("report.md", "report.html"):
+        assert "held out after" in (tmp_path / "found" / page).read_text()
+    lines = (tmp_path / "found" / "report.md").read_text().split("## Blocks")[1].splitlines()
+    rows = [line for line in lines if line.startswith("| 1 | learned |")]
+    assert len(rows) == 1
+    assert float(rows[0].split("|")[-2]) == pytest.approx(found.blocks[1].losses["held out after"], rel=0.01)
