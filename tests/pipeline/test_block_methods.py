@@ -174,8 +174,8 @@ def test_corrections_run_beside_codes_and_stay_unless_the_method_finds_its_own(
     own, recipe, tasks, tiny_checkpoint, tmp_path, monkeypatch
 ):
     asked = "{low_rank: {rank: 4, dtype: fp32, whiten: false}}, {sparse: {share: 0.02}}"
-    path = recipe()
-    text = Path(path).read_text().replace("method: nudge", f"method: nudge, residuals: [{asked}]")
+    method = "method: {nudge: {start: {rtn: {importance: true}}}}"
+    text = Path(recipe()).read_text().replace("method: nudge", f"{method}, residuals: [{asked}]")
     (tmp_path / "corrected.yaml").write_text(text)
     kind = registry.load("methods", "nudge")
     spied = kind.solve_block
@@ -202,7 +202,7 @@ def test_corrections_run_beside_codes_and_stay_unless_the_method_finds_its_own(
             assert torch.equal(task.forward(inputs, whole), output)
             assert torch.equal(task.run(slice(None), alone, dict.fromkeys(alone, ())), task.forward(inputs, alone))
             after = task.forward(inputs, {n: result.tensor(f"{n}.weight") for n in whole})
-        assert own or float((after - targets).square().mean()) < float((output - targets).square().mean())
+        assert own or float((after - targets).square().mean()) < 0.98 * float((output - targets).square().mean())
         leaf = {n: w.clone().requires_grad_() for n, w in alone.items()}
         slopes = torch.autograd.grad(task.run(slice(None), leaf).float().square().mean(), list(leaf.values()))
         assert all(bool(slope.abs().max() > 0) for slope in slopes)
