@@ -21,6 +21,11 @@ def command(
     split_max_size: options.SplitMaxSize = None,
     overwrite: options.Overwrite = False,
     verify: Annotated[bool, typer.Option(help="Read the result back and compare.")] = True,
+    push_to_hub: options.PushToHub = None,
+    private: options.Private = False,
+    revision: options.Revision = None,
+    base_model: options.BaseModel = None,
+    license: options.License = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -36,7 +41,17 @@ def command(
         from qtool.pipeline import export as stage
 
         asked = stage.ExportOptions(
-            artifact, to, out, overwrite, verify, {"pre_tokenizer": pre_tokenizer, "split_max_size": split_max_size}
+            artifact,
+            to,
+            out,
+            overwrite,
+            verify,
+            {"pre_tokenizer": pre_tokenizer, "split_max_size": split_max_size},
+            push_to=push_to_hub,
+            private=private,
+            revision=revision,
+            base_model=base_model,
+            license=license,
         )
         written = stage.run(asked, console)
     if json:

@@ -165,6 +165,34 @@ PreTokenizer = Annotated[
         show_default=False,
     ),
 ]
+BaseModel = Annotated[
+    str | None,
+    typer.Option(
+        metavar="REPO",
+        help="The original's hub id, for the model card; else what the source's own card says.",
+        rich_help_panel=OUTPUT,
+        show_default=False,
+    ),
+]
+License = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="The license that the model card names, as in apache-2.0; else what the source's own card says.",
+        rich_help_panel=OUTPUT,
+        show_default=False,
+    ),
+]
+PushToHub = Annotated[
+    str | None, typer.Option(metavar="REPO", help="Upload the result to this hub repository.", show_default=False)
+]
+Private = Annotated[
+    bool, typer.Option("--private", help="Create the hub repository so that nobody else sees it.", show_default=False)
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(metavar="BRANCH", help="Branch of the hub repository that gets the upload.", show_default=False),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel=OUTPUT)]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Say nothing on stderr but warnings and errors.", rich_help_panel=OUTPUT)

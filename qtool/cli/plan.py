@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 Check = Annotated[
     bool,
     typer.Option(
-        "--check", help="Also try what would fail later: texts of calibration and evaluation, tokenizer, free disk."
+        "--check",
+        help="Also try what would fail later: texts of calibration and evaluation, tokenizer, free disk, and with "
+        "--push-to-hub whether the hub would take an upload.",
     ),
 ]
 
@@ -34,6 +36,7 @@ def command(
     bits: options.Bits = None,
     kld: options.Kld = None,
     scores: options.Scores = None,
+    push_to_hub: options.PushToHub = None,
     check: Check = False,
     strict: options.Strict = False,
     json: options.Json = False,
@@ -67,7 +70,7 @@ def command(
         from qtool.errors import PlanError
         from qtool.pipeline.check import check as try_all
 
-        if found := try_all(job, Path()):
+        if found := try_all(job, Path(), push_to_hub):
             raise PlanError(found, "this run would fail")
 
 

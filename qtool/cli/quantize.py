@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,27 +19,13 @@ if TYPE_CHECKING:
 
 Keep = Annotated[bool, typer.Option("--keep", help="Keep the work folder OUT.work after success.")]
 Verify = Annotated[bool, typer.Option(help="Read artifacts back and compare them with what was computed.")]
-BaseModel = Annotated[
-    str | None,
-    typer.Option(
-        metavar="REPO",
-        help="The original's hub id, for the model card; else what the source's own card says.",
-        rich_help_panel=options.OUTPUT,
-        show_default=False,
-    ),
-]
-License = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="The license that the model card names, as in apache-2.0; else what the source's own card says.",
-        rich_help_panel=options.OUTPUT,
-        show_default=False,
-    ),
-]
-PushToHub = Annotated[
-    str | None, typer.Option(metavar="REPO", help="Upload the result to this hub repository.", show_default=False)
-]
+
+
+ALIKE = (
+    *("device", "dtype", "seed", "stats", "imatrix", "scores"),
+    *("keep", "overwrite", "verify", "private", "revision", "base_model", "license"),
+)
+"""Options that the command and `QuantizeOptions` call alike."""
 
 
 def command(
@@ -64,9 +49,11 @@ def command(
     keep: Keep = False,
     overwrite: options.Overwrite = False,
     verify: Verify = True,
-    push_to_hub: PushToHub = None,
-    base_model: BaseModel = None,
-    license: License = None,
+    push_to_hub: options.PushToHub = None,
+    private: options.Private = False,
+    revision: options.Revision = None,
+    base_model: options.BaseModel = None,
+    license: options.License = None,
     strict: options.Strict = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -88,19 +75,14 @@ def command(
         recipe=recipe,
         out=options.default_out(model, recipe) if out is None else out,
         overrides=tuple(overrides or ()),
-        device=device,
-        dtype=dtype,
-        seed=seed,
         limit=limit_layers,
-        stats=stats,
-        imatrix=imatrix,
         limit_of={"size": fit, "bits": bits, "kld": kld},
-        scores=scores,
         options={"pre_tokenizer": pre_tokenizer, "split_max_size": split_max_size},
+        push_to=push_to_hub,
         ranks=ranks.of(ctx),
+        **{name: ctx.params[name] for name in ALIKE},
     )
-    asked = replace(asked, keep=keep, overwrite=overwrite, verify=verify, push_to=push_to_hub)
-    run(replace(asked, base_model=base_model, license=license), console, json)
+    run(asked, console, json)
 
 
 def run(asked: QuantizeOptions, console: Console, json: bool) -> None:

@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
+from qtool.artifact._hub import refuse_stranger
 from qtool.calibrate.documents import documents
 from qtool.calibrate.tokenizer import load_tokenizer
 from qtool.errors import QtoolError
 from qtool.pipeline import evaluate
 from qtool.pipeline.prepare import Job
+from qtool.pipeline.upload import check_repository
 from qtool.recipe.schema import Calibration
 from qtool.report.units import size
 
 
-def check(job: Job, place: Path) -> list[str]:
+def check(job: Job, place: Path, push_to: str | None = None) -> list[str]:
     """Tries what a run will need, and returns what is wrong with it, a line each.
 
     Args:
         job: the run.
         place: the folder that the result goes into, or one on the same disk.
+        push_to: hub repository that it will be uploaded to.
     """
     found = []
-    for step in (_evaluation, _calibration):
+    steps: list[Callable[[Job], None]] = [_evaluation, _calibration]
+    if push_to:
+        steps.append(partial(_hub, push_to))
+    for step in steps:
         try:
             step(job)
         except QtoolError as error:
             found.append(str(error))
     return [*found, *_disk(job, place)]
+
+
+def _hub(repo: str, _: Job) -> None:
+    check_repository(repo)
+    refuse_stranger(repo)
 
 
 def _evaluation(job: Job) -> None:

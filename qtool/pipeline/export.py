@@ -16,6 +16,7 @@ from qtool.pipeline.events import Event, Listener, silent
 from qtool.pipeline.prepare import flags
 from qtool.pipeline.publish import publish
 from qtool.pipeline.stopwatch import Stopwatch
+from qtool.pipeline.upload import check_repository, upload
 from qtool.recipe.export import options_of, owners
 from qtool.report.model import ArtifactEntry
 from qtool.store.files import check_free, new_folder
@@ -33,6 +34,11 @@ class ExportOptions:
         overwrite: replace an earlier result.
         verify: read the result back.
         options: of the layout, by name; None as a value: not given.
+        push_to: hub repository to upload to.
+        private: create it so that nobody else sees it.
+        revision: its branch that gets the upload; None: the main one.
+        base_model: what the model card says instead of what the source's own card does.
+        license: the same.
     """
 
     source: str
@@ -41,6 +47,11 @@ class ExportOptions:
     overwrite: bool = False
     verify: bool = True
     options: Mapping[str, object] = field(default_factory=dict)
+    push_to: str | None = None
+    private: bool = False
+    revision: str | None = None
+    base_model: str | None = None
+    license: str | None = None
 
 
 def run(options: ExportOptions, listener: Listener = silent) -> ArtifactEntry:
@@ -49,11 +60,12 @@ def run(options: ExportOptions, listener: Listener = silent) -> ArtifactEntry:
     Raises:
         UsageError: no such layout, or an option that it does not have.
         PlanError: the layout cannot hold these codes, with every reason.
-        CheckpointError, StorageError, VerifyError: see there.
+        CheckpointError, StorageError, VerifyError, HubError: see there.
     """
     layouts = registry.names("artifact")
     if options.to not in layouts:
         raise UsageError(f"--to: no layout is called {options.to!r}", hint=suggestion(options.to, layouts))
+    check_repository(options.push_to, options.private, options.revision)
     out = output_path(options.out, options.source)
     check_free(out, options.overwrite)
     chosen = {key: value for key, value in options.options.items() if value is not None}
@@ -66,8 +78,10 @@ def run(options: ExportOptions, listener: Listener = silent) -> ArtifactEntry:
     artifact.check(model)
     for caveat in artifact.caveats(model, model.layers):
         listener(Event("export", 0, 1, f"{options.to}: {caveat}", warning=True))
-    source = origin(model)
-    card = {"base_model": source.base_model, **source.license}
+    source = origin(model, options.base_model, options.license)
+    card = {"base_model": source.base_model, **source.license, "repository": options.push_to or ""}
     with new_folder(out, options.overwrite) as folder:
         (entry,) = publish({options.to: artifact}, model, folder, card, options.verify, Stopwatch(), listener)
+    if options.push_to:
+        upload(out, options.push_to, listener, private=options.private, revision=options.revision)
     return entry

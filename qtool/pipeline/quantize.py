@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qtool.artifact._card import HUB_ID
 from qtool.calibrate.shards import is_stats_folder
 from qtool.checkpoint._base import Checkpoint
 from qtool.errors import PlanError, StorageError, UsageError, VerifyError
@@ -29,7 +28,7 @@ from qtool.pipeline.stopwatch import Stopwatch
 from qtool.pipeline.summarize import make_report
 from qtool.pipeline.transform import Made, keep_edits, transformed
 from qtool.pipeline.units import units
-from qtool.pipeline.upload import upload
+from qtool.pipeline.upload import check_repository, upload
 from qtool.pipeline.work import Work, begun, identity, open_work, remove_work, result_identity
 from qtool.recipe.schema import Recipe
 from qtool.report.model import AllocationEntry, ArtifactEntry, Report
@@ -58,6 +57,8 @@ class QuantizeOptions:
         overwrite: replace an earlier result.
         verify: read artifacts back.
         push_to: hub repository to upload to.
+        private: create it so that nobody else sees it.
+        revision: its branch that gets the upload; None: the main one.
         base_model, license: what the model card says instead of what the source's own card does.
         ranks: who does it together; all are asked for the same.
     """
@@ -79,6 +80,8 @@ class QuantizeOptions:
     overwrite: bool = False
     verify: bool = True
     push_to: str | None = None
+    private: bool = False
+    revision: str | None = None
     base_model: str | None = None
     license: str | None = None
     ranks: Ranks = ALONE
@@ -166,8 +169,7 @@ def check(options: QuantizeOptions) -> None:
             continue
         if file and not os.path.isfile(file):
             raise UsageError(flag, wanted="a file of `qtool calibrate` or llama-imatrix", found=f"no file {file}")
-    if options.push_to and not HUB_ID.fullmatch(options.push_to):
-        raise UsageError("--push-to-hub", wanted="OWNER/NAME of a repository", found=repr(options.push_to))
+    check_repository(options.push_to, options.private, options.revision)
 
 
 def conclude(report: Report, options: QuantizeOptions, listener: Listener = silent) -> None:
@@ -180,7 +182,7 @@ def conclude(report: Report, options: QuantizeOptions, listener: Listener = sile
     for evaluation in report.evaluations:
         refuse_missed(evaluation.gates)
     if options.push_to and options.ranks.first:
-        upload(output_path(options.out), options.push_to, listener)
+        upload(output_path(options.out), options.push_to, listener, private=options.private, revision=options.revision)
 
 
 def produce(

@@ -4,11 +4,30 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from qtool.artifact._card import HUB_ID
 from qtool.artifact._hub import push_to_hub
+from qtool.errors import UsageError
 from qtool.pipeline.events import Event, Listener
 
 
-def upload(folder: Path, repo: str, listener: Listener, endpoint: str | None = None, token: str | None = None) -> str:
+def check_repository(repo: str | None, private: bool = False, revision: str | None = None) -> None:
+    """Refuses what is no repository's name, and flags that have none. Raises UsageError."""
+    if repo is None and (private or revision):
+        flag = "--private" if private else "--revision"
+        raise UsageError(flag, wanted="--push-to-hub OWNER/NAME beside it", found="none")
+    if repo is not None and not HUB_ID.fullmatch(repo):
+        raise UsageError("--push-to-hub", wanted="OWNER/NAME of a repository", found=repr(repo))
+
+
+def upload(
+    folder: Path,
+    repo: str,
+    listener: Listener,
+    endpoint: str | None = None,
+    token: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
+) -> str:
     """Creates the repository if it is missing, uploads the folder in one commit, and returns the address.
 
     Args:
@@ -17,11 +36,13 @@ def upload(folder: Path, repo: str, listener: Listener, endpoint: str | None = N
         listener: told about progress.
         endpoint: address of the hub; None: the hub library's own.
         token: None: the one that `hf auth login` saved.
+        private: create it so that nobody else sees it.
+        revision: branch that gets the commit; None: the main one.
 
     Raises:
         HubError: refused, or out of reach; the folder stays as it is.
     """
     listener(Event("upload", 0, 1, repo))
-    address = push_to_hub(folder, repo, token=token, endpoint=endpoint)
+    address = push_to_hub(folder, repo, token, endpoint, private, revision)
     listener(Event("upload", 1, 1, address))
     return address

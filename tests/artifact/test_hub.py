@@ -9,8 +9,9 @@ from threading import Thread
 import pytest
 from huggingface_hub import constants
 
-from qtool.artifact._hub import push_to_hub
-from qtool.errors import HubError
+from qtool.artifact._hub import push_to_hub, refuse_stranger
+from qtool.errors import HubError, UsageError
+from qtool.pipeline.upload import check_repository
 
 REPO = "someone/tiny-quantized"
 
@@ -30,7 +31,10 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer({"url": f"{self.server.address}/{REPO}"})
         if self.path == "/api/validate-yaml":
             return self.answer({"errors": [], "warnings": []})
-        if self.path == f"/api/models/{REPO}/preupload/main":
+        if self.path == f"/api/models/{REPO}/branch/next":
+            self.server.branches.append("next")
+            return self.answer({})
+        if self.path in (f"/api/models/{REPO}/preupload/main", f"/api/models/{REPO}/preupload/next"):
             paths = [file["path"] for file in json.loads(body)["files"]]
             modes = {path: "lfs" if path.endswith(".safetensors") else "regular" for path in paths}
             return self.answer(
@@ -40,10 +44,16 @@ class Hub(BaseHTTPRequestHandler):
             objects = json.loads(body)["objects"]
             hrefs = [{"upload": {"href": f"{self.server.address}/lfs/{o['oid']}"}} for o in objects]
             return self.answer({"objects": [{**o, "actions": a} for o, a in zip(objects, hrefs, strict=True)]})
-        if self.path == f"/api/models/{REPO}/commit/main":
+        if self.path in (f"/api/models/{REPO}/commit/main", f"/api/models/{REPO}/commit/next"):
+            self.server.committed = self.path.rpartition("/")[2]
             self.commit([json.loads(line) for line in body.splitlines()])
             return self.answer({"commitUrl": f"{self.server.address}/{REPO}/commit/1", "commitOid": "1" * 40})
         return self.answer({"error": f"no such route: {self.path}"}, 404)
+
+    def do_GET(self):
+        if self.path != "/api/whoami-v2" or self.headers["Authorization"] != "Bearer hf_secret":
+            return self.answer({"error": "Invalid user token"}, 401)
+        return self.answer({"type": "user", "name": "someone", "orgs": [{"name": "lab"}]})
 
     def do_PUT(self):
         if "Content-Length" in self.headers:
@@ -84,6 +94,7 @@ def hub(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its server side is not public
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.address = f"http://127.0.0.1:{server.server_address[1]}"
+    server.branches, server.committed = [], None
     server.created, server.files, server.large, server.refuse = [], {}, {}, None
     thread = Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -108,6 +119,38 @@ def test_every_file_arrives_byte_by_byte(hub, folder, tree):
     ((request, authorization),) = hub.created
     assert (request["organization"], request["name"]) == ("someone", "tiny-quantized")
     assert authorization == "Bearer hf_secret"
+    assert not request.get("private")
+    assert request.get("visibility") != "private"
+    assert (hub.branches, hub.committed) == ([], "main")
+
+
+def test_a_private_repository_and_a_branch(hub, folder, tree):
+    push_to_hub(folder, REPO, "hf_secret", hub.address, private=True, revision="next")
+    ((request, _),) = hub.created
+    assert request.get("private") is True or request["visibility"] == "private"  # as releases of the library say it
+    assert (hub.branches, hub.committed) == (["next"], "next")
+    assert hub.files == tree(folder)
+
+
+def test_who_may_upload_is_asked_before(hub):
+    refuse_stranger(REPO, "hf_secret", hub.address)
+    refuse_stranger("lab/tiny", "hf_secret", hub.address)
+    with pytest.raises(HubError, match="cannot upload to other/tiny: wanted an owner among someone, lab, found other"):
+        refuse_stranger("other/tiny", "hf_secret", hub.address)
+    with pytest.raises(HubError, match=r"cannot upload to .*; log in with `hf auth login`"):
+        refuse_stranger(REPO, "hf_wrong", hub.address)
+    with pytest.raises(HubError, match=r"cannot upload to .*refused"):
+        refuse_stranger(REPO, "hf_secret", "http://127.0.0.1:9")
+    assert hub.created == []
+
+
+def test_flags_that_need_a_repository():
+    check_repository(REPO, private=True, revision="next")
+    for given, flag in (({"private": True}, "--private"), ({"revision": "next"}, "--revision")):
+        with pytest.raises(UsageError, match=f"{flag}: wanted --push-to-hub OWNER/NAME beside it"):
+            check_repository(None, **given)
+    with pytest.raises(UsageError, match="wanted OWNER/NAME of a repository, found 'me and you/tiny'"):
+        check_repository("me and you/tiny")
 
 
 @pytest.mark.parametrize("route", ["/api/repos/create", f"/api/models/{REPO}/preupload", f"/api/models/{REPO}/commit"])
