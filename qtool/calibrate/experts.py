@@ -9,14 +9,17 @@ Shape letters: T tokens, X experts, A experts that a token visits, H hidden size
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from qtool.checkpoint._base import Module
 
+FIRST = ("gate", "up")
+"""Roles that read what the expert reads."""
 Combine = Callable[..., Tensor]
 """(gate [T, F], up [T, F]), or (up [T, F]) of experts without a gate -> [T, F], what the down projection reads."""
 
@@ -36,11 +39,36 @@ class Expert(nn.Module):
         for role, layer in layers.items():
             self.add_module(names[role], layer)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, H] -> [T, H]."""
-        made = [self.get_submodule(self.names[role])(x) for role in ("gate", "up") if role in self.names]
-        result: Tensor = self.get_submodule(self.names["down"])(self.combine(*made))
-        return result
+    def layer(self, role: str) -> nn.Module:
+        """The projection of a role, behind the operations on its input."""
+        return self.get_submodule(self.names[role])
+
+    def inside(self, x: Tensor) -> Tensor:
+        """What the down projection reads: [T, H] -> [T, F]."""
+        return self.combine(*(self.layer(role)(x) for role in FIRST if role in self.names))
+
+
+class Noted(Exception):
+    """Leaves a layer before it computes, with what it would read.
+
+    Args:
+        reads: `Module.reads`.
+        x: its input, [T, K].
+    """
+
+    def __init__(self, reads: str, x: Tensor) -> None:
+        super().__init__(reads)
+        self.reads, self.x = reads, x
+
+
+class Meeting(Protocol):
+    """Whoever measures the inputs of several experts before any of them is used."""
+
+    def wants(self, place: str) -> Collection[int]:
+        """Experts whose layers raise `Noted` now, at a place: "in 0", "down 0", by the first of several experts."""
+
+    def wait(self, place: str, seen: Mapping[str, Tensor]) -> None:
+        """Takes inputs by `Module.reads`; returns when these layers may compute."""
 
 
 class Experts(nn.ModuleList):
@@ -49,11 +77,16 @@ class Experts(nn.ModuleList):
     Args:
         experts: in order.
         show_all: whether an expert is shown all tokens. The result is that of the true routing in any case.
+
+    Attributes:
+        abreast: how many experts are run side by side, role by role.
+        meeting: where their inputs are measured before; None: nowhere.
     """
 
     def __init__(self, experts: Iterable[Expert], show_all: bool) -> None:
         super().__init__(experts)
-        self.show_all = show_all
+        self.show_all, self.abreast = show_all, 1
+        self.meeting: Meeting | None = None
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Sums up what the chosen experts make of each token.
@@ -64,16 +97,47 @@ class Experts(nn.ModuleList):
             weights: [T, A], of their results.
         """
         result = torch.zeros_like(x)
-        for e, expert in enumerate(self):
-            token, place = torch.where(chosen == e)
-            if self.show_all:
-                y = expert(x)[token]
-            elif len(token):
-                y = expert(x[token])
-            else:
-                continue
-            result.index_add_(0, token, (y * weights[token, place, None]).to(result.dtype))
+        for start in range(0, len(self), self.abreast):
+            several: dict[int, Any] = dict(list(enumerate(self))[start : start + self.abreast])
+            visits = {e: torch.where(chosen == e) for e in several}
+            here = [e for e, (token, _) in visits.items() if self.show_all or len(token)]
+            shown = partial(self.shown, x, visits)
+            self.meet("in", start, shown, here)
+            inside = {e: several[e].inside(shown(e)) for e in here}
+            self.meet("down", start, inside.__getitem__, here)
+            for e in here:
+                token, place = visits[e]
+                y = several[e].layer("down")(inside.pop(e))
+                y = y[token] if self.show_all else y
+                result.index_add_(0, token, (y * weights[token, place, None]).to(result.dtype))
         return result
+
+    def shown(self, x: Tensor, visits: Mapping[int, Sequence[Tensor]], e: int) -> Tensor:
+        """What an expert reads of [T, H], given (tokens, ...) that visit each."""
+        return x if self.show_all else x[visits[e][0]]
+
+    def meet(self, side: str, first: int, read: Callable[[int], Tensor], here: Collection[int]) -> None:
+        """Has inputs of some experts measured, if somebody wants them, before any of these is used.
+
+        Args:
+            side: "in" or "down".
+            first: of the experts.
+            read: gives the input of an expert.
+            here: experts that tokens visit.
+        """
+        place = f"{side} {first}"
+        wanted = self.meeting.wants(place) if self.meeting else ()
+        if not (self.meeting and wanted):
+            return
+        seen = {}
+        for e in (e for e in here if e in wanted):
+            expert: Any = self[e]
+            role = "down" if side == "down" else next(role for role in FIRST if role in expert.names)
+            try:
+                expert.layer(role)(read(e))
+            except Noted as noted:
+                seen[noted.reads] = noted.x
+        self.meeting.wait(place, seen)
 
 
 def split_experts(block: nn.Module, found: Mapping[str, Module], show_all: bool) -> None:

@@ -5,12 +5,11 @@ Shape letters: S samples, T tokens of them, K input features, B groups of a modu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qtool.calibrate.steps import InStep
 from qtool.stats._base import InputStats, Statistic
 
 
@@ -45,16 +44,12 @@ class Meter:
         """
         self.expected[part.start] = inputs
 
-    def hook(self, reads: str, flow: InStep) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        """A forward pre-hook that hands over a layer's input, then waits until all batches have been measured."""
+    def count(self, _: str, seen: Mapping[str, Tensor], part: slice) -> None:
+        """Counts a batch at a place: inputs [T, K] by `Module.reads`."""
+        for reads, x in seen.items():
+            self.count_input(reads, x, part)
 
-        def measure(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if reads not in flow.passed:
-                flow.wait(reads, inputs[0].flatten(0, -2))
-
-        return measure
-
-    def count(self, reads: str, x: Tensor, part: slice) -> None:
+    def count_input(self, reads: str, x: Tensor, part: slice) -> None:
         """Counts a batch, [T, K], and compares its first tokens with what they should be."""
         if reads not in self.stats:
             self.stats[reads] = self.fresh(reads)

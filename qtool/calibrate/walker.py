@@ -5,19 +5,20 @@ Shape letters: S samples, T tokens per sample, V vocabulary, K input features, B
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from qtool.calibrate.blocks import TABLE_VALUES, Blocks
 from qtool.calibrate.cache import MeteredCache, rounded_cache
+from qtool.calibrate.experts import Experts
 from qtool.calibrate.foreign import check_tokens
 from qtool.calibrate.hidden import Hidden, waiting_limit
 from qtool.calibrate.infinite import finite_statistics
 from qtool.calibrate.inputs import rounded
 from qtool.calibrate.meter import Meter
+from qtool.calibrate.places import Together, at_a_time, experts_in, meeting, places_of, stopping
 from qtool.calibrate.reference import Reference
 from qtool.calibrate.steps import InStep
 from qtool.checkpoint._base import Layer, Module
@@ -56,7 +57,10 @@ class Walker(Blocks):
             Statistics by `Module.reads`.
         """
         wanted = dict.fromkeys((m.reads for m in self.modules[i]), needs)
-        return dict(self.steps(block, i, hidden, wanted, token_weights=token_weights))
+        found: dict[str, InputStats] = {}
+        for several in self.steps(block, i, hidden, wanted, token_weights=token_weights):
+            found |= several
+        return found
 
     @torch.inference_mode()
     def steps(
@@ -69,11 +73,12 @@ class Walker(Blocks):
         cache: MeteredCache | None = None,
         token_weights: TokenWeights | None = None,
         keep: bool = False,
-    ) -> Iterator[tuple[str, InputStats]]:
+    ) -> Iterator[dict[str, InputStats]]:
         """Runs block i once over all tokens, and stops before each wanted input is read.
 
         Whoever iterates may replace the weights of the layers that read the input before asking for the next one, which
-        then is what the model computes with these. At the end `hidden` is replaced by the block's outputs.
+        then is what the model computes with these. Inputs of several experts come together. At the end `hidden` is
+        replaced by the block's outputs.
 
         Args:
             block: from `load_block(i)`.
@@ -86,7 +91,7 @@ class Walker(Blocks):
             token_weights: how much each token counts, see `Meter`.
 
         Yields:
-            (`Module.reads`, statistics), in the order of the forward pass; of an input that no token reaches, last.
+            Statistics by `Module.reads`, in the order of the forward pass; of an input that no token reaches, last.
         """
         readers = dict(reversed({m.reads: m for m in reversed(self.modules[i]) if m.reads in needs}.items()))
         meter = Meter({reads: m.shape[1] for reads, m in readers.items()}, needs, self.device, token_weights)
@@ -102,20 +107,39 @@ class Walker(Blocks):
 
         if reference:
             reference.begin(i, [m for reads, m in readers.items() if any(s.compares for s in needs[reads])], keep)
-        width = 3 * hidden.width + max((m.shape[1] for m in readers.values()), default=0)
-        suspend = hidden.samples * hidden.length * width * self.dtype.itemsize <= waiting_limit(self.device)
+        abreast, suspend = self.abreast(experts := experts_in(block), list(readers.values()), hidden)
         self.record(hidden)
-        parts = self.parts(hidden)
+        parts, places = self.parts(hidden), places_of(readers, abreast)
         threads = (1, 1) if cache else self.shares(parts)  # a cache is no place for two batches
-        flow = InStep(run, parts, list(readers), meter.count, threads, suspend, self.ranks)
-        with ExitStack() as hooks:
-            for r, m in readers.items():
-                first, hook = any(s.unrounded for s in needs[r]), meter.hook(r, flow)
-                hooks.enter_context(self.linear(block, m).register_forward_pre_hook(hook, prepend=first))
-            for reads in flow:
-                yield reads, self.complete(meter.take(reads), block, readers[reads], hidden)
-        for reads in (reads for reads in readers if reads not in flow.passed):
-            yield reads, self.complete(meter.take(reads), block, readers[reads], hidden)
+        flow = InStep(run, parts, list(places), meter.count, threads, suspend, self.ranks)
+
+        def complete(place: str) -> dict[str, InputStats]:
+            return {r: self.complete(meter.take(r), block, readers[r], hidden) for r in places[place].values()}
+
+        layers = {r: self.linear(block, m) for r, m in readers.items()}
+        unrounded = {r for r in readers if any(s.unrounded for s in needs[r])}
+        with stopping(flow, places, layers, unrounded), meeting(experts, abreast, Together(flow, places)):
+            yield from map(complete, flow)
+        yield from map(complete, (place for place in places if place not in flow.passed))
+
+    def abreast(self, experts: Experts | None, readers: Sequence[Module], hidden: Hidden) -> tuple[int | None, bool]:
+        """How many experts are measured together, and whether there is room for batches to wait.
+
+        Args:
+            experts: of the block.
+            readers: a linear layer of it for each input that is measured.
+            hidden: inputs of the block.
+        """
+        inside, several = max((m.shape[1] for m in readers), default=0), None
+        theirs = [m for m in readers if m.expert is not None]
+        if experts and theirs:
+            found = self.checkpoint.config.get("num_experts_per_tok")
+            visits = found if isinstance(found, int) and found > 0 and not experts.show_all else len(experts)
+            several = self.ranks.least(at_a_time(experts, theirs, hidden, visits))
+            inner = max((m.shape[1] for m in theirs if m.role == "down"), default=0)
+            inside = max(inside, inner * min(several, visits))
+        waiting = hidden.samples * hidden.length * (3 * hidden.width + inside) * self.dtype.itemsize
+        return several, waiting <= waiting_limit(self.device)
 
     def complete(self, stats: InputStats, block: nn.Module, module: Module, hidden: Hidden) -> InputStats:
         """The statistics of all processes.

@@ -8,6 +8,7 @@ from typing import Any
 
 from qtool.artifact._base import Artifact
 from qtool.checkpoint._base import QuantizedCheckpoint
+from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.stopwatch import Stopwatch
 from qtool.pipeline.verify import verify
@@ -23,6 +24,7 @@ def publish(
     check: bool,
     watch: Stopwatch,
     listener: Listener,
+    ranks: Ranks = ALONE,
 ) -> tuple[ArtifactEntry, ...]:
     """Writes artifacts into a temporary folder: one into the folder itself, several into a subfolder each.
 
@@ -34,6 +36,7 @@ def publish(
         check: read every artifact back and compare.
         watch: counts each write and each verification as a stage.
         listener: told about progress.
+        ranks: who reads back together what the first process writes; only it returns something.
 
     Raises:
         VerifyError: an artifact read back differs.
@@ -42,14 +45,19 @@ def publish(
     entries = []
     for name, artifact in artifacts.items():
         place = folder if len(artifacts) == 1 else folder / name
-        place.mkdir(exist_ok=True)
         listener(Event(f"write {name}", 0, 1))
         with watch.stage(f"write {name}"):
-            files = artifact.write(model, place, card)
+            if ranks.first:
+                place.mkdir(exist_ok=True)
+                files = artifact.write(model, place, card)
+            ranks.wait()
         listener(Event(f"write {name}", 1, 1))
         if check:
             with watch.stage(f"verify {name}"):
-                verify(f"verify {name}", artifact.open(place), model, listener)
+                verify(f"verify {name}", artifact.open(place), model, listener, ranks)
+                ranks.wait()
+        if not ranks.first:
+            continue
         if place != folder:
             write_sums(place)
         entries.append(describe(name, artifact, place, sorted(files), folder, check))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -210,15 +211,17 @@ def produce(
     report = make_report(job, entries, caches, evaluations, source.about, provenance)
     found = {"repository": options.push_to or "", "allocation": allocation, "blocks": blocks, "finish": finishing}
     report = report.model_copy(update=found)
-    if not job.ranks.first:
-        return job.ranks.tell(report)
     card = card_of(report, importance=source.about if "entries" in source.about else None)
-    with new_folder(options.out, options.overwrite) as folder:
-        artifacts = publish(job.artifacts, model, folder, card, options.verify, watch, listener)
-        refuse_too_large(artifacts, allocation)
+    with ExitStack() as making:
+        folder = making.enter_context(new_folder(options.out, options.overwrite)) if job.ranks.first else Path()
+        folder = job.ranks.tell(folder)
+        artifacts = publish(job.artifacts, model, folder, card, options.verify, watch, listener, job.ranks)
+        if job.ranks.first:
+            refuse_too_large(artifacts, allocation)
         written = {"artifacts": artifacts, "stages": tuple(watch.entries), "run": result_identity(job, work.run)}
         report = report.model_copy(update=written)
-        write_report(report, folder)
+        if job.ranks.first:
+            write_report(report, folder)
     return job.ranks.tell(report)
 
 

@@ -138,8 +138,9 @@ class Walked(Statistics):
         with self.walker.quantized_inputs(block, i, rounding):
             weights = self.weights.modules if self.weights else None
             steps = self.walker.steps(block, i, self.hidden, measured, self.reference, metered, weights, blockwise)
-            for reads, stats in steps:
-                self.put(block, layers, unit, solver.solve([(inputs[reads], stats)]))
+            for several in steps:
+                solved = solver.solve([(inputs[reads], stats) for reads, stats in several.items()])
+                self.put(block, layers, unit, solved)
         if blockwise:
             self.solve_block(block, layers, unit, solver)
         if metered and unit.cache:

@@ -10,13 +10,16 @@ from torch import Tensor
 from qtool.checkpoint._base import QuantizedCheckpoint
 from qtool.errors import VerifyError
 from qtool.formats._base import alike
+from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.requantize import stored_matrix
 from qtool.pipeline.rows import row_parts
 from qtool.residuals._base import Matrix
 
 
-def verify(stage: str, written: QuantizedCheckpoint, model: QuantizedCheckpoint, listener: Listener) -> None:
+def verify(
+    stage: str, written: QuantizedCheckpoint, model: QuantizedCheckpoint, listener: Listener, ranks: Ranks = ALONE
+) -> None:
     """Compares every tensor, weights as a runtime decodes them.
 
     Args:
@@ -24,11 +27,12 @@ def verify(stage: str, written: QuantizedCheckpoint, model: QuantizedCheckpoint,
         written: the artifact, read back.
         model: what it was written from.
         listener: told about each tensor.
+        ranks: who compares others.
 
     Raises:
         VerifyError: a tensor is missing or differs.
     """
-    names = model.names()
+    names = model.names()[ranks.share(len(model.names()))]
     present = set(written.names())
     if cached(written) != cached(model):
         raise VerifyError(f"{written.source}: KV cache", wanted=cached(model), found=cached(written))

@@ -9,6 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from qtool.calibrate import blocks as blocks_module
+from qtool.calibrate import places
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.stats.channels import Channels
@@ -94,13 +95,16 @@ def test_an_expert_is_measured_on_its_tokens(all_experts, name, folder, monkeypa
     assert count == 2 * 3 * walker.family.experts(walker.checkpoint.config)
 
 
-def test_steps_hold_few_experts_at_a_time(tiny_checkpoint):
-    """Grams of one expert after the other, so that memory does not grow with the number of experts."""
+def test_steps_hold_few_experts_at_a_time(tiny_checkpoint, monkeypatch):
+    """Grams of as many experts as there is room for, so that memory does not grow with the number of experts."""
     walker = Walker(HFCheckpoint(tiny_checkpoint("qwen3_moe")), CPU, torch.float32)
-    block, hidden = walker.load_block(0), walker.embed(TOKENS)
+    hidden = walker.embed(TOKENS)
     needs = {m.reads: ALL for m in walker.modules[0] if m.expert is not None}
-    order = [reads for reads, _ in walker.steps(block, 0, hidden, needs)]
-    assert order == [f"model.layers.0.mlp.experts.{e}.{x}" for e in range(6) for x in ("in", "mid")]
+    names = [[f"model.layers.0.mlp.experts.{e}.{x}" for e in range(6)] for x in ("in", "mid")]
+    for room, abreast in ((1 << 30, 6), (100_000, 2), (1, 1)):
+        monkeypatch.setattr(places, "EXPERTS_LIMIT", room)
+        order = [list(found) for found in walker.steps(walker.load_block(0), 0, hidden, needs)]
+        assert order == [side[a : a + abreast] for a in range(0, 6, abreast) for side in names]
 
 
 def test_an_expert_without_tokens(tiny_checkpoint):

@@ -173,7 +173,7 @@ def test_drift_is_measured_against_the_unquantized_model(limit, tiny_checkpoint,
     for i in range(2):
         block = walker.load_block(i)
         wanted = dict.fromkeys((m.reads for m in walker.modules[i]), frozenset({Gram, Drift}))
-        for reads, stats in walker.steps(block, i, hidden, wanted, reference):
+        for ((reads, stats),) in map(dict.items, walker.steps(block, i, hidden, wanted, reference)):
             here = [m for m in walker.modules[i] if m.reads == reads]
             seen, _ = inputs_and_logits(model, TOKENS)
             x, x_0 = seen[here[0].name][:first], original[here[0].name][:first]
@@ -195,7 +195,7 @@ def test_an_input_is_measured_behind_the_weights_replaced_before_it(limit, tiny_
     walker, model = Walker(HFCheckpoint(folder), CPU, torch.float32), load_reference(folder)
     hidden, block, order = walker.embed(TOKENS), walker.load_block(0), []
     wanted = dict.fromkeys(("model.layers.0.attn_in", "model.layers.0.mlp_in", "model.layers.0.mlp_mid"), ALL)
-    for reads, stats in walker.steps(block, 0, hidden, wanted):
+    for ((reads, stats),) in map(dict.items, walker.steps(block, 0, hidden, wanted)):
         order.append(reads)
         here = [m for m in walker.modules[0] if m.reads == reads]
         seen, _ = inputs_and_logits(model, TOKENS)

@@ -1,0 +1,226 @@
+"""What several CUDA devices of one host gain: runs of one process and of several, one after the other.
+
+    python -m benchmarks.scale --work /tmp/scale --processes 2                  everything, about ten minutes
+    python -m benchmarks.scale --work /tmp/scale --processes 2 --only dense,eval
+
+Models are synthetic, as in `benchmarks.gpu`. Each row names its command; times are those of the whole command, imports
+and kernels compiled by the first of them included, and of its stages. docs/scale.md says what may differ between runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import gpu
+
+RECIPE = """
+recipe: 1
+name: scale
+calibration: {{data: {text}, samples: 256, length: 2048}}
+method: {method}
+layers:
+  - {{match: lm_head, keep: true}}
+  - {{match: "*", weights: int4-g128}}
+export: [{{to: compressed-tensors}}]
+"""
+MIXTURE = {
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+}
+"""Of Qwen3-30B-A3B."""
+
+
+def mixture(folder: Path, blocks: int) -> Path:
+    """A checkpoint of some blocks of a mixture of experts, in bfloat16."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not (folder / "config.json").exists():
+        torch.manual_seed(0)
+        fields = {"vocab_size": gpu.VOCABULARY, "num_hidden_layers": blocks, "norm_topk_prob": True}
+        config = AutoConfig.for_model("qwen3_moe", **fields, **MIXTURE)
+        with torch.device("cuda"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(folder)
+        gpu.tokenizer(folder)
+    return folder
+
+
+class Memory:
+    """Largest use of each device while the context lasts, MiB, as the driver sees it."""
+
+    def __enter__(self) -> Memory:
+        self.peaks: dict[str, int] = defaultdict(int)
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+        return self
+
+    def _watch(self) -> None:
+        ask = ["nvidia-smi", "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"]
+        while not self.over.wait(0.5):
+            for line in subprocess.run(ask, capture_output=True, text=True, check=False).stdout.splitlines():
+                index, used = line.split(",")
+                self.peaks[index] = max(self.peaks[index], int(used))
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.thread.join()
+
+
+def launched(processes: int, *arguments: str) -> list[str]:
+    """The command for so many processes."""
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *(several if processes > 1 else []), "-m", "qtool", *arguments]
+
+
+def environment(processes: int) -> dict[str, str]:
+    """Cores are shared out as well."""
+    return os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+
+
+def run(processes: int, *arguments: str) -> tuple[float, dict[str, int], str]:
+    """Runs a command: (seconds, MiB by device, what it printed)."""
+    command = launched(processes, *arguments)
+    print("$", " ".join(command[1:]), flush=True)
+    begin = time.perf_counter()
+    with Memory() as memory:
+        found = subprocess.run(command, env=environment(processes), capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - begin
+    if found.returncode:
+        raise SystemExit(f"exit code {found.returncode}\n{found.stdout}\n{found.stderr[-6000:]}")
+    print(f"  {seconds:.1f} s; MiB by device: {dict(memory.peaks)}", flush=True)
+    return seconds, dict(memory.peaks), found.stdout
+
+
+def quantized(name: str, source: Path, recipe: Path, work: Path, processes: int) -> dict[str, Any]:
+    """Quantizes with one process and with several, and compares times and results."""
+    folders, walls, stages = {}, {}, {}
+    for count in (1, processes):
+        out = folders[count] = work / f"{name}-{count}"
+        walls[count], *_ = run(count, "quantize", str(source), "-r", str(recipe), "-o", str(out), "--overwrite", "-q")
+        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        stages[count] = {s["name"]: round(s["seconds"], 2) for s in report["stages"]}
+        print(f"  stages: {stages[count]}", flush=True)
+    found = compared(folders[1], folders[processes])
+    gains = {n: round(stages[1][n] / s, 2) for n, s in stages[processes].items() if stages[1].get(n, 0) > 1}
+    found |= {"wall": walls, "gain": round(walls[1] / walls[processes], 2), "gain by stage": gains}
+    print(f"{name}: {json.dumps(found)}", flush=True)
+    return found
+
+
+def compared(one: Path, two: Path) -> dict[str, Any]:
+    """How much two results of the same recipe have in common."""
+    from qtool.artifact._open import open_artifact
+
+    reports = [json.loads((folder / "report.json").read_text(encoding="utf-8")) for folder in (one, two)]
+    errors = [[e["output_error_db"] or e["weight_error_db"] for e in r["layers"] if e["format"]] for r in reports]
+    tensors = [{f.name: f.read_bytes() for f in folder.glob("*.safetensors")} for folder in (one, two)]
+    first, second = open_artifact(one), open_artifact(two)
+    modules = [m for m in first.layers if m.startswith("model.layers.0.self_attn.") and m[-6] in "qkv"]
+    same = [torch.eq(first.matrix(m).quantized.codes, second.matrix(m).quantized.codes) for m in modules]
+    return {
+        "same bytes": tensors[0] == tensors[1],
+        "same codes behind the first input": round(sum(float(e.float().mean()) for e in same) / max(1, len(same)), 6),
+        "mean error, dB": [round(sum(e) / len(e), 4) for e in errors],
+        "same tokens": [e["tokens"] for e in reports[0]["layers"]] == [e["tokens"] for e in reports[1]["layers"]],
+    }
+
+
+def killed(source: Path, recipe: Path, work: Path, processes: int) -> dict[str, Any]:
+    """Kills the last process of a run when two blocks are finished, and continues it."""
+    out = work / "killed"
+    arguments = ("quantize", str(source), "-r", str(recipe), "-o", str(out), "--overwrite")
+    with (work / "killed.log").open("w", encoding="utf-8") as log:
+        command = launched(processes, *arguments)
+        child = subprocess.Popen(command, env=environment(processes), stdout=log, stderr=log)
+        while not (work / "killed.work" / "block-1.safetensors").exists():
+            if child.poll() is not None:
+                raise SystemExit((work / "killed.log").read_text(encoding="utf-8"))
+            time.sleep(0.05)
+        victim = next(pid for pid in descendants(child.pid) if environ(pid).get("RANK") == str(processes - 1))
+        begin = time.perf_counter()
+        os.kill(victim, signal.SIGKILL)
+        code = child.wait()
+        seconds = time.perf_counter() - begin
+    lines = [line for line in (work / "killed.log").read_text(encoding="utf-8").splitlines() if "error:" in line]
+    wall, _, _ = run(processes, *arguments, "-v")
+    found = {"exit code": code, "seconds until all had ended": round(seconds, 2), "lines": lines, "continued": wall}
+    print(f"killed: {json.dumps(found)}", flush=True)
+    return found
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that a process started, and those that these did."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
+    return [found for child in map(int, children) for found in (child, *descendants(child))]
+
+
+def environ(pid: int) -> dict[str, str]:
+    """The environment that a process was started with."""
+    pairs = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+
+
+def evaluated(source: Path, artifact: Path, text: Path, processes: int) -> dict[str, Any]:
+    """Evaluates with one process and with several."""
+    shared = ("eval", str(artifact), "--baseline", str(source), "--text", str(text), "--context", "2048")
+    walls, results = {}, []
+    for count in (1, processes):
+        walls[count], _, told = run(count, *shared, "--chunks", "64", "--dtype", "bf16", "--json", "-q")
+        results.append(json.loads(told[told.index("{") :]))
+    differ = {key: (results[0][key], results[1][key]) for key in results[0] if results[0][key] != results[1][key]}
+    found = {"wall": walls, "gain": round(walls[1] / walls[processes], 2), "differs": differ}
+    print(f"eval: {json.dumps(found)}", flush=True)
+    return found
+
+
+def main() -> None:
+    """Measures the rows that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="folder for models and results")
+    parser.add_argument("--processes", type=int, default=2, help="how many, a device each")
+    parser.add_argument("--only", default="dense,eval,mixture,rtn,killed", help="rows, divided by commas")
+    parser.add_argument("--blocks", type=int, default=32, help="of the dense model")
+    options = parser.parse_args()
+    work, count, rows = options.work, options.processes, options.only.split(",")
+    work.mkdir(parents=True, exist_ok=True)
+    words = gpu.text(work / "text.txt")
+    recipes = {}
+    for name, method in {"gptq": "gptq", "rtn": "rtn"}.items():
+        recipes[name] = work / f"{name}.yaml"
+        recipes[name].write_text(RECIPE.format(text=words, method=method), encoding="utf-8")
+    found = {}
+    dense = gpu.model(work / f"dense-{options.blocks}", options.blocks) if {"dense", "eval", "rtn"} & {*rows} else work
+    if "dense" in rows:
+        found["dense"] = quantized("dense", dense, recipes["gptq"], work, count)
+    if "eval" in rows:
+        found["eval"] = evaluated(dense, work / f"dense-{count}", words, count)
+    if "mixture" in rows:
+        found["mixture"] = quantized("mixture", mixture(work / "mixture", 2), recipes["gptq"], work, count)
+    if "rtn" in rows:
+        found["rtn"] = quantized("rtn", dense, recipes["rtn"], work, count)
+    if "killed" in rows:
+        found["killed"] = killed(gpu.model(work / "dense-5", 5), recipes["gptq"], work, count)
+    (work / "scale.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

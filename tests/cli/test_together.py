@@ -1,0 +1,85 @@
+"""The command line in two processes of torchrun: who speaks, and what is left when one of them is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import pydoc_data.topics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qtool.pipeline.quantize import QuantizeOptions
+from qtool.pipeline.quantize import run as quantize
+
+RECIPE = """
+recipe: 1
+name: together
+calibration: {{data: {text}, samples: 4, length: 32}}
+layers:
+  - {{match: lm_head, keep: true}}
+  - {{match: "*", weights: int4-g32, method: gptq}}
+export: [{{to: qtool}}]
+"""
+ROOT = Path(__file__).parents[2]
+PROGRAM = Path(__file__).with_name("together.py")
+
+
+def torchrun(program, *arguments):
+    """Two processes of a program."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def errors(result):
+    return [line for line in result.stderr.splitlines() if line.startswith("error:")]
+
+
+def weights(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def quantized(ranks, source, recipe, out):
+    quantize(QuantizeOptions(str(source), str(recipe), out, dtype="fp32", ranks=ranks))
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_run_with_one_line_and_the_same_command_continues(
+    tiny_checkpoint, together, tmp_path
+):
+    (tmp_path / "text.txt").write_text("\n\n".join(list(pydoc_data.topics.topics.values())[:9]))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(text=tmp_path / "text.txt"))
+    source, out = tiny_checkpoint("llama"), tmp_path / "out"
+    arguments = ("quantize", source, "-r", recipe, "-o", out, "--dtype", "fp32", "--json")
+
+    ended = torchrun([str(PROGRAM)], *arguments)
+    assert ended.returncode == 1
+    assert len(errors(ended)) == 1
+    assert errors(ended)[0].endswith("; run the same command again to continue")
+    assert "Traceback" not in ended.stderr.partition("torch.distributed")[0]
+    assert not out.exists()
+    assert (tmp_path / "out.work" / "block-0.safetensors").exists()
+    assert not (tmp_path / "out.work" / "block-1.safetensors").exists()
+
+    continued = torchrun(["-m", "qtool"], *arguments)
+    assert continued.returncode == 0, continued.stderr
+    assert "finished earlier" in continued.stderr
+    assert continued.stderr.count("quantize 0/") == 1
+    assert json.loads(continued.stdout)["layers"]
+    together(quantized, source, recipe, tmp_path / "whole")
+    assert weights(out) == weights(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_what_all_processes_find_wrong_is_said_once(tiny_checkpoint, tmp_path):
+    wrong = torchrun(["-m", "qtool"], "quantize", tiny_checkpoint("llama"), "-r", tmp_path / "none.yaml")
+    assert len(errors(wrong)) == 1
+    assert "none.yaml" in errors(wrong)[0]
+    alone = torchrun(["-m", "qtool"], "plan", tiny_checkpoint("llama"), "-r", "gguf-q4_0")
+    assert errors(alone) == ["error: qtool plan: wanted one process, found torchrun; run it without"]
