@@ -10,9 +10,17 @@ from qtool.checkpoint._base import Checkpoint, Module, QuantizedCheckpoint, modu
 
 
 def kept_linears(model: QuantizedCheckpoint) -> list[str]:
-    """Linear modules that stay as they are, routers and a tied output layer among them."""
-    linears = [module.name for module in modules(model) if module.kind != "embedding"]
+    """Linear modules that stay as they are, routers and a tied output layer among them.
+
+    A model without a family file may have some that no rule can name: of a vision tower, or before the output layer.
+    """
+    found = list(modules(model))
+    linears = [module.name for module in found if module.kind != "embedding"]
     linears += [model.family.head] if model.tied else []
+    if model.family.derived:
+        known = {f"{module.name}.weight" for module in found}
+        others = [name for name in model.names() if name.endswith(".weight") and name not in known]
+        linears += [name.removesuffix(".weight") for name in others if len(model.info(name).shape) == 2]
     return [name for name in linears if name not in model.layers]
 
 

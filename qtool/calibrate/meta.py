@@ -20,6 +20,9 @@ ATTENTION = "qtool"
 
 def build(family: Family, config: dict[str, Any], dtype: torch.dtype) -> Any:
     """transformers' model of a family, see `build_on_meta`; of a derived one with transformers' own attention."""
+    if family.model_free:
+        what = "a model that is known by names of its tensors only cannot be run"
+        raise CheckpointError(what, hint="install a transformers that knows it, and leave out --model-free")
     if not family.derived:
         return build_on_meta(config, dtype, family.attention)
     model = skeleton(config, dtype)

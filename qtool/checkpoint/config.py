@@ -116,7 +116,8 @@ def complete(config: dict[str, Any], where: Path) -> tuple[dict[str, Any], Famil
             f"{where}: unknown model family",
             wanted=f"model_type one of {', '.join(known)}",
             found=repr(kind)[:60],
-            hint="a newer transformers may know it, or a package can add it, see the page on extending qtool",
+            hint="a newer transformers may know it, a package can add it (see the page on extending qtool), and "
+            "--model-free quantizes without data",
         )
     family: Family = registry.load(FAMILIES, kind)()
     config = family.defaults | {family.spellings.get(field, field): value for field, value in config.items()}

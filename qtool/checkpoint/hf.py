@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from qtool.checkpoint._base import Checkpoint, TensorInfo, verify
 from qtool.checkpoint.config import read_config, read_json
+from qtool.checkpoint.derived.free import FREE, PARTS, free_family
+from qtool.checkpoint.families._base import Family
 from qtool.checkpoint.families._parts import Slice
 from qtool.checkpoint.links import own_file
 from qtool.checkpoint.raw_bytes import read_bytes
@@ -35,14 +37,15 @@ class HFCheckpoint(Checkpoint):
     Args:
         folder: where it is.
         source: what the user called it, if not that.
+        model_free: know the model by names and shapes of its tensors only.
 
     Raises:
         CheckpointError: something is missing, damaged, or not a model that qtool knows.
     """
 
-    def __init__(self, folder: Path, source: str | None = None) -> None:
+    def __init__(self, folder: Path, source: str | None = None, model_free: bool = False) -> None:
         self.source = source or str(folder)
-        self.config, self.family = read_config(folder / "config.json")
+        self.config, self.family = described(folder, model_free)
         self.files = side_files(folder)
         code = code_of(self.config, self.files)
         self.notes = (code,) if code else ()
@@ -207,6 +210,30 @@ def _equal(a: SafetensorsFile, a_name: str, b: SafetensorsFile, b_name: str) -> 
     slices = [(start, min(start + 4096, rows)) for start in range(0, rows, 4096)]
     types = {a.info(a_name).dtype, b.info(b_name).dtype}
     return any(all(torch.equal(a.read(a_name, *s).to(t), b.read(b_name, *s).to(t)) for s in slices) for t in types)
+
+
+def described(folder: Path, model_free: bool) -> tuple[dict[str, Any], Family]:
+    """Configuration and family of a folder; see `read_config`."""
+    path = folder / "config.json"
+    if not model_free and not (own_file(path) and FREE in read_json(path)):
+        return read_config(path)
+    config = read_json(path) | {FREE: True}
+    return config, free_family(config, stored_shapes(locate(folder)))
+
+
+def stored_shapes(stored: Mapping[str, SafetensorsFile]) -> dict[str, tuple[int, ...]]:
+    """Shapes of tensors, those of packed matrices among them under the names of their weights."""
+    shapes = {}
+    for name, file in stored.items():
+        module, _, part = name.rpartition(".")
+        if part in PARTS and (f"{module}.weight" in stored or f"{module}.weight_packed" in stored):
+            continue
+        shape = file.info(name).shape
+        if part == "weight_packed":
+            name, told = f"{module}.weight", stored.get(f"{module}.weight_shape")
+            shape = tuple(told.read(f"{module}.weight_shape").tolist()) if told else (shape[0], shape[1] * 2)
+        shapes[name] = shape
+    return shapes
 
 
 def locate(folder: Path) -> dict[str, SafetensorsFile]:

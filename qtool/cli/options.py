@@ -12,6 +12,7 @@ import typer
 from qtool import registry
 
 if TYPE_CHECKING:
+    from qtool.checkpoint._base import Checkpoint
     from qtool.cli.console import Console
 
 OUTPUT = "Output"
@@ -24,6 +25,15 @@ def filled(text: str) -> str:
         if f"{{{room}}}" in text:
             text = text.replace(f"{{{room}}}", ", ".join(registry.names(room)))
     return text
+
+
+def opened(model: str, model_free: bool) -> str | Checkpoint:
+    """The model as stages take it. Raises CheckpointError: it cannot be opened without its class."""
+    if not model_free:
+        return model
+    from qtool.checkpoint.open import open_model_free
+
+    return open_model_free(model)
 
 
 def _size(text: str) -> int:
@@ -40,6 +50,14 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL", help="A checkpoint, quantized or not: local folder, hub id, or GGUF file.", show_default=False
+    ),
+]
+ModelFree = Annotated[
+    bool,
+    typer.Option(
+        "--model-free",
+        help="Know the model by names and shapes of its tensors only, whether or not transformers has a class for it; "
+        "for recipes without data that export compressed-tensors.",
     ),
 ]
 ArtifactPath = Annotated[

@@ -37,6 +37,7 @@ def command(
     kld: options.Kld = None,
     scores: options.Scores = None,
     push_to_hub: options.PushToHub = None,
+    model_free: options.ModelFree = False,
     check: Check = False,
     strict: options.Strict = False,
     json: options.Json = False,
@@ -51,7 +52,8 @@ def command(
     from qtool.pipeline.prepare import prepare
 
     limit_of = {"size": fit, "bits": bits, "kld": kld}
-    job, allocation = prepare(model, recipe, tuple(overrides or ()), limit=limit_layers, budget=limit_of), None
+    source = options.opened(model, model_free)
+    job, allocation = prepare(source, recipe, tuple(overrides or ()), limit=limit_layers, budget=limit_of), None
     for warning in job.plan.warnings:
         console.warn(warning)
     if job.plan.recipe.budget:

@@ -46,6 +46,7 @@ def command(
     scores: options.Scores = None,
     pre_tokenizer: options.PreTokenizer = None,
     split_max_size: options.SplitMaxSize = None,
+    model_free: options.ModelFree = False,
     keep: Keep = False,
     overwrite: options.Overwrite = False,
     verify: Verify = True,
@@ -71,7 +72,7 @@ def command(
     from qtool.pipeline.quantize import QuantizeOptions
 
     asked = QuantizeOptions(
-        model=model,
+        model=options.opened(model, model_free),
         recipe=recipe,
         out=options.default_out(model, recipe) if out is None else out,
         overrides=tuple(overrides or ()),

@@ -16,6 +16,7 @@ from qtool.checkpoint.rewritten import Rewritten
 from qtool.errors import UsageError
 from qtool.numerics.threads.processor import compute_dtype
 from qtool.numerics.threads.ranks import ALONE, Ranks
+from qtool.pipeline.model_free import refuse_class
 from qtool.pipeline.requantize import second_generation
 from qtool.plan import Plan, make_plan
 from qtool.recipe.export import options_of, owners
@@ -88,6 +89,7 @@ def prepare(
     artifacts = {export.to: registry.load("artifact", export.to)(**export.options) for export in parsed.export}
     original, checkpoint = checkpoint, preview(checkpoint, parsed)
     plan = replace(make_plan(parsed, checkpoint, artifacts, limit), source_fingerprint=original.fingerprint())
+    refuse_class(plan, original)
     layers = {p.module.name: p.layer for p in plan.layers if p.layer}
     caveats = [f"{name}: {text}" for name, a in artifacts.items() for text in a.caveats(checkpoint, layers)]
     again = second_generation(plan, original)

@@ -13,8 +13,8 @@ View = TypeVar("View")
 
 
 def row_parts(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the parts in which a large matrix is worked on."""
-    rows, step = shape[0], max(1, PART // math.prod(shape[1:]))
+    """(start, stop) of the parts in which a large matrix is worked on; a single number is one row."""
+    rows, step = shape[0] if shape else 1, max(1, PART // max(math.prod(shape[1:]), 1))
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 

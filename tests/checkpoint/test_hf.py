@@ -200,7 +200,7 @@ def test_tensors_that_do_not_fit(case: str, copy: Find) -> None:
 
 DAMAGED_CONFIG: dict[str, tuple[dict[str, Any], str]] = {
     "no-family": ({"model_type": None}, r"wanted model_type one of .*llama, mistral, .*qwen3.*, found None"),
-    "other-family": ({"model_type": "nobody"}, r"unknown model family: .*found 'nobody'; .*a package can add it"),
+    "other-family": ({"model_type": "nobody"}, r"unknown model family: .*found 'nobody'; .*--model-free"),
     "path-as-family": ({"model_type": "../_base"}, "unknown model family"),
     "list-as-family": ({"model_type": ["llama"]}, "unknown model family"),
     "quantized": ({"quantization_config": {"quant_method": "gptq"}}, r"already quantized, in a way .*found gptq"),

@@ -87,7 +87,7 @@ def _derive(text: str) -> Facts:
         return facts_of(model)
     except Unfit as unfit:
         what = f"{config['model_type']} models do not go through block by block"
-        raise CheckpointError(what, found=str(unfit)) from unfit
+        raise CheckpointError(what, found=str(unfit), hint="--model-free quantizes without data") from unfit
 
 
 def facts_of(model: Any) -> Facts:
@@ -116,7 +116,7 @@ def collect(model: Any, place: str, blocks: nn.ModuleList, calls: Mapping[str, C
     found, lost = origins(model)
     if lost:
         raise Unfit(f"its checkpoints store {lost[0]} otherwise than the class")
-    stacks = stacks_of(model, place, found)
+    stacks = {key: stack for key, stack in stacks_of(model, place, found).items() if stack.separate}
     names = {origin.key: name for name, origin in found.items() if origin.part is None}
     owners = block_owners(place, len(blocks), found)
     prefix = block_prefix(owners)

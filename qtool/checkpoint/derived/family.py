@@ -77,7 +77,16 @@ class Derived(Family):
 
 def derived_family(config: Mapping[str, Any]) -> Derived:
     """The family of a model. Raises CheckpointError: see `derive`."""
-    facts = derive(config)
+    return family_of(derive(config))
+
+
+def family_of(facts: Facts, model_free: bool = False) -> Derived:
+    """The family that facts describe.
+
+    Args:
+        facts: what it says.
+        model_free: whether they come from names of tensors, so that the model cannot be run.
+    """
     told = {
         "facts": facts,
         "architecture": facts.architecture,
@@ -89,6 +98,7 @@ def derived_family(config: Mapping[str, Any]) -> Derived:
         "head": facts.head,
         "mixture": facts.experts > 0,
         "separate_experts": facts.separate,
+        "model_free": model_free,
     }
     family: type[Derived] = type("Derived", (Derived,), told)
     return family()

@@ -55,6 +55,7 @@ class Family:
         block_prefix: name prefix of block i, with "{i}".
         blocks_path: what transformers' class calls the list of blocks.
         derived: whether all this was found by looking at transformers' class; tensors that it does not know are copied.
+        model_free: whether all that is known comes from names and shapes of tensors, so that the model cannot be run.
         embedding, norm, head: module names around the blocks.
         gguf_arch: `general.architecture` of its GGUF files.
         mixture: True if blocks hold experts, of which each token visits some.
@@ -78,6 +79,7 @@ class Family:
     block_prefix: ClassVar[str] = "model.layers.{i}."
     blocks_path: ClassVar[str] = "model.layers"
     derived: ClassVar[bool] = False
+    model_free: ClassVar[bool] = False
     embedding: ClassVar[str] = "model.embed_tokens"
     norm: ClassVar[str] = "model.norm"
     head: ClassVar[str] = "lm_head"

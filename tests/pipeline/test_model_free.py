@@ -1,0 +1,103 @@
+"""Models that nobody has a class for: quantized by names and shapes of tensors, as with the class."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from qtool.api import open_model, quantize
+from qtool.checkpoint._base import modules
+from qtool.checkpoint.open import open_model_free
+from qtool.cli.app import app
+from qtool.errors import CheckpointError, PlanError
+from qtool.pipeline.prepare import prepare
+
+
+def recipe(weights, activations=None, method="rtn"):
+    rule = {"match": "*", "weights": weights, "method": method} | ({"activations": activations} if activations else {})
+    layers = [{"match": "lm_head", "keep": True}, rule]
+    return {"recipe": 1, "name": "free", "layers": layers, "export": [{"to": "compressed-tensors"}]}
+
+
+@pytest.fixture
+def unknown(tiny_checkpoint, tmp_path):
+    """A model under a type that nobody knows."""
+
+    def make(name):
+        folder = tmp_path / "unknown"
+        shutil.copytree(tiny_checkpoint(name), folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": "nobody", "architectures": ["Nobody"]}))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("weights", "inputs"),
+    [
+        ("fp8-channel", "fp8-token"),
+        ("int8-channel", "int8-token"),
+        ("int4-g32", None),
+        ("mxfp4", None),
+        ("nvfp4", None),
+    ],
+)
+@pytest.mark.parametrize("name", ["qwen3", "qwen2_moe"])
+def test_bytes_are_those_of_a_run_with_the_class(name, weights, inputs, unknown, tiny_checkpoint, tmp_path):
+    quantize(str(tiny_checkpoint(name)), recipe(weights, inputs), tmp_path / "class")
+    quantize(open_model_free(str(unknown(name))), recipe(weights, inputs), tmp_path / "free")
+    runs = tmp_path / "class", tmp_path / "free"
+    wanted, found = (load_file(run / "model.safetensors") for run in runs)
+    assert found.keys() == wanted.keys()
+    flat = {key: tensor.reshape(-1).view(torch.uint8) for key, tensor in wanted.items()}
+    assert all(torch.equal(found[key].reshape(-1).view(torch.uint8), tensor) for key, tensor in flat.items())
+    told = [json.loads((run / "config.json").read_text())["quantization_config"]["config_groups"] for run in runs]
+    assert told[0] == told[1]
+    shapes = [{module.name: module.shape for module in modules(open_model(run))} for run in runs]
+    assert shapes[0] == shapes[1]
+
+
+def test_what_is_beside_the_language_model_is_copied(unknown, tmp_path):
+    folder = unknown("llama")
+    beside = {
+        "visual.blocks.0.attn.qkv.weight": torch.randn(48, 32),
+        "model.layers.0.mlp.router.weight": torch.randn(4, 64),
+        "mtp.layers.0.proj.weight": torch.randn(32, 32),
+    }
+    save_file(load_file(folder / "model.safetensors") | beside, folder / "model.safetensors")
+    quantize(open_model_free(str(folder)), recipe("int4-g32"), tmp_path / "free")
+    found = load_file(tmp_path / "free" / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in beside.items())
+    assert "model.layers.0.mlp.up_proj.weight_packed" in found
+
+
+def test_an_unknown_type_offers_it(unknown):
+    folder = unknown("llama")
+    found = CliRunner().invoke(app, ["plan", str(folder), "-r", "w4a16-rtn-g32"])
+    assert found.exit_code == CheckpointError.exit_code
+    assert "--model-free" in found.output
+    found = CliRunner().invoke(app, ["plan", str(folder), "-r", "w4a16-rtn-g32", "--model-free"])
+    assert found.exit_code == 0
+
+
+def test_what_needs_the_class_is_refused_at_once(unknown):
+    model = open_model_free(str(unknown("llama")))
+    with pytest.raises(PlanError, match=r"gptq measures inputs(.|\n)*eval: runs the model"):
+        prepare(model, "w4a16-gptq-g32", ["eval={text: text.txt}"])
+    with pytest.raises(PlanError, match="gguf cannot hold this model: nothing says"):
+        prepare(model, "gguf-q8_0")
+    with pytest.raises(PlanError, match="qtool: export to compressed-tensors instead"):
+        prepare(model, "w4a16-rtn-g32", ["export=[{to: qtool}]"])
+
+
+def test_tensors_without_blocks_are_refused(tmp_path):
+    save_file({"a.weight": torch.zeros(4, 4)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"do not look like a language model: .* found a\.weight"):
+        open_model_free(str(tmp_path))
