@@ -110,7 +110,7 @@ class Around:
             self.shared.setdefault(id(parameter), []).append(key)
         self.known: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self.depends: bool | None = None
-        self.left: dict[tuple[int, str], Any] = {}
+        self.left: dict[tuple[int, int, str], Any] = {}
         self.lock = threading.RLock()
         self.head: Head | None = None
 
@@ -167,19 +167,19 @@ class Around:
                 self.known[samples, length] = self._record(tokens)
             return self.known[samples, length]
 
-    def carrying(self, arguments: Mapping[str, Any], start: int, first: bool) -> dict[str, Any]:
+    def carrying(self, arguments: Mapping[str, Any], samples: tuple[int, int], first: bool) -> dict[str, Any]:
         """Arguments of a block with what earlier blocks left for it.
 
         Args:
             arguments: of the block.
-            start: the first of its samples, which are the same in every block.
+            samples: which ones, the same in every block: where their tokens are, and the first of them.
             first: whether it is the first block.
         """
         given = dict(arguments)
         for name in self.family.facts.carried & given.keys():
-            if first or (start, name) not in self.left:
-                self.left[start, name] = type(given[name])()
-            given[name] = self.left[start, name]
+            if first or (*samples, name) not in self.left:
+                self.left[(*samples, name)] = type(given[name])()
+            given[name] = self.left[(*samples, name)]
         return given
 
     def anyhow(self, samples: int, length: int) -> list[dict[str, Any]]:

@@ -62,7 +62,7 @@ def few(hidden: Hidden) -> Hidden:
     samples, length, width = values.shape
     part = Hidden(samples, length, width, values.dtype)
     part[slice(None)] = values
-    part.tokens = None if hidden.tokens is None else hidden.tokens[:samples, :length]
+    part.tokens = None if hidden.tokens is None else hidden.tokens[:samples, :length].clone()
     return part
 
 

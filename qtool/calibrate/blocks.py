@@ -111,7 +111,7 @@ class Blocks:
         samples, length = tokens.shape
         width = around.embed(torch.zeros((1, length), dtype=torch.long)).shape[-1]
         hidden = Hidden(samples, length, width, self.dtype, device=self.device)
-        hidden.tokens = tokens
+        hidden.tokens = tokens.clone()  # whoever has the same tensor has the same hidden states
         for part in self.parts(hidden):
             hidden[part] = around.embed(tokens[part])
         return hidden
@@ -244,7 +244,11 @@ class Blocks:
             return self.block_arguments(hidden.length)[i]
         assert hidden.tokens is not None
         found = self.around.arguments(hidden.tokens[part])[i]
-        return self.around.carrying(found, part.start or 0, i == 0) if self.around.family.facts.carried else found
+        return (
+            self.around.carrying(found, (hidden.tokens.data_ptr(), part.start or 0), i == 0)
+            if self.around.family.facts.carried
+            else found
+        )
 
     def block_arguments(self, length: int) -> list[dict[str, Any]]:
         """What the model's own forward passes to each block beside hidden states, for samples of `length` tokens."""
