@@ -22,10 +22,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qtool.api import quantize
-from qtool.artifact._open import open_model
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import Checkpoint, modules
 from qtool.errors import QtoolError, one_line
+from qtool.models import open_model
 
 KINDS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "n_head": 4, "n_heads": 4, "num_heads": 4}

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from benchmarks.mixes import calibrated_on, run
 from qtool import registry
-from qtool.artifact.gguf._imatrix import read_imatrix
 from qtool.checkpoint.open import open_checkpoint
 from qtool.evaluate.llamacpp import library
 from qtool.formats._ggml import BlockFormat
 from qtool.numerics.threads.parallel import over_rows, side_by_side
 from qtool.pipeline.solve import rows_abreast
+from qtool.store.imatrix import read_imatrix
 
 REPEATS = 3
 MATRICES = {"mlp.down_proj": "ffn_down", "mlp.gate_proj": "ffn_gate"}

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from gguf import GGUFReader
 
-from qtool.artifact.gguf._imatrix import Entry, read_imatrix
 from qtool.evaluate.llamacpp import library
+from qtool.store.imatrix import Entry, read_imatrix
 
 MIXES = ("q4_k_m", "q4_k_s", "q3_k_m", "q2_k", "iq4_xs")
 SAMPLES, LENGTH = 64, 512

@@ -128,7 +128,7 @@ def quantized(name: str, source: Path, recipe: Path, work: Path, processes: int)
 
 def compared(one: Path, two: Path) -> dict[str, Any]:
     """How much two results of the same recipe have in common."""
-    from qtool.artifact._open import open_artifact
+    from qtool.models import open_artifact
 
     reports = [json.loads((folder / "report.json").read_text(encoding="utf-8")) for folder in (one, two)]
     errors = [[e["output_error_db"] or e["weight_error_db"] for e in r["layers"] if e["format"]] for r in reports]

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from benchmarks import models, tensors
 from benchmarks.comparisons import FORMATS, METHODS, PAIRS, VARIANTS, Run, runs, tensor_formats
-from qtool.artifact._open import open_artifact
 from qtool.calibrate.tokens import load_tokens
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, TensorInfo, modules
@@ -32,6 +31,7 @@ from qtool.evaluate.divergence import Scores
 from qtool.evaluate.run import Logits, Steps, chunked, encode, walk
 from qtool.formats._base import Format
 from qtool.methods.rtn import RTN
+from qtool.models import open_artifact
 from qtool.pipeline.quantize import QuantizeOptions
 from qtool.pipeline.quantize import run as quantize
 from qtool.pipeline.solve import informed

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from qtool.artifact import _open
+from qtool import models
 from qtool.checkpoint._base import Checkpoint
 from qtool.errors import QtoolError
 from qtool.evaluate.gates import refuse_missed
@@ -65,7 +65,7 @@ def open_model(model: str | Path) -> Checkpoint:
         CheckpointError: it is damaged, of an unknown kind, or cannot be found.
         HubError: the hub refused or cannot be reached.
     """
-    return _open.open_model(str(model))
+    return models.open_model(str(model))
 
 
 def plan(

@@ -243,7 +243,7 @@ def demo_checkpoint(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -
     import torch
 
     from qtool.checkpoint._base import TensorInfo
-    from qtool.checkpoint.gguf import GGUFCheckpoint
+    from qtool.checkpoint.gguf_checkpoint import GGUFCheckpoint
     from qtool.checkpoint.safetensors_io import SafetensorsWriter
 
     folder = tmp_path_factory.mktemp("demo")

@@ -37,6 +37,7 @@ ORDER = (
     "calibrate",
     "stages",
     "artifact",
+    "models",
     "evaluate",
     "allocate",
     "report",

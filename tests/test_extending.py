@@ -17,11 +17,11 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qtool import registry
-from qtool.artifact._open import open_artifact, open_model
 from qtool.calibrate.walker import Walker
 from qtool.errors import QtoolError
 from qtool.formats.int import Int
 from qtool.methods.rtn import RTN
+from qtool.models import open_artifact, open_model
 from qtool.numerics.metrics import energy
 from qtool.pipeline.quantize import QuantizeOptions, run
 from qtool.pipeline.work import code_digest

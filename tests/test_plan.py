@@ -45,7 +45,7 @@ class Carrier:
     uniform: bool = False
     stranger: bool = False
 
-    def knows(self, model) -> Verdict:
+    def supports(self, model) -> Verdict:
         return Verdict(not self.stranger, f"it knows no {model.config['model_type']}")
 
     def caches(self, fmt):

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 from benchmarks import models, page, study, tensors
 from benchmarks.comparisons import FORMATS, METHODS, PAIRS, TABLES, VARIANTS, Row, Run, Table, runs, tensor_formats
 from benchmarks.tensors import Pair
-from qtool.artifact._open import open_artifact
 from qtool.calibrate.inputs import quantize_tokens
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.evaluate.run import evaluate
+from qtool.models import open_artifact
 from qtool.pipeline.quantize import QuantizeOptions, run
 from qtool.recipe.parse import parse_format, parse_method
 from scripts.prose import prose

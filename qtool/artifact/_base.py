@@ -87,7 +87,7 @@ class Artifact(ABC):
     def holds(self, module: Module, layer: Layer | None, keep: str) -> Carry:
         """See `can_carry`: whether it can hold the formats of weight and input."""
 
-    def knows(self, model: Checkpoint) -> Carry:
+    def supports(self, model: Checkpoint) -> Carry:
         """Whether it can hold a model of this family, with this tokenizer, whatever the formats of its layers.
 
         Unless an artifact says more, its runtimes find tensors under transformers' names, one matrix each.
@@ -149,7 +149,7 @@ class Artifact(ABC):
     def _refusals(self, model: QuantizedCheckpoint) -> list[str]:
         """Why it cannot hold a model, whatever single layers are like."""
         cache = model.cache.format if model.cache else None
-        verdicts = (self.knows(model), self.caches(cache), self.agree(model.layers.values()))
+        verdicts = (self.supports(model), self.caches(cache), self.agree(model.layers.values()))
         return [verdict.reason for verdict in verdicts if not verdict.possible]
 
     def nbytes(self, model: Checkpoint, module: Module, layer: Layer | None, keep: str = "source") -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ from qtool.artifact._base import Artifact
 from qtool.checkpoint._base import QuantizedCheckpoint
 from qtool.errors import reading
 from qtool.store.files import storage_errors
+from qtool.store.hub import HUB_ID, LICENSE
 from qtool.store.markdown import code_span, escape_markdown, fence
 
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 QUALITY = (
     ("text", "text", "{}"),
     ("runtime", "runtime", "{}"),
@@ -33,8 +32,6 @@ QUALITY = (
     ("same top token", "top1", "{:.2%}", "top1_error"),
 )
 """Columns of the quality table: heading, field of an evaluation, how it is shown, field with its standard error."""
-LICENSE = ("license", "license_name", "license_link")
-"""What the hub's metadata says of a license."""
 
 
 def write_side_files(model: QuantizedCheckpoint, out: Path, config: dict[str, Any]) -> list[Path]:

@@ -67,9 +67,9 @@ class MLX(PackedArtifact):
         wanted = "integers in groups that are multiples of 32 columns, mxfp4 and mxfp8"
         return f"MLX holds {wanted}, not {layer.format.label}" if target is None else None
 
-    def knows(self, model: Checkpoint) -> Carry:
-        """See `Artifact.knows`."""
-        known = super().knows(model)
+    def supports(self, model: Checkpoint) -> Carry:
+        """See `Artifact.supports`."""
+        known = super().supports(model)
         reason = _mlx_models.refusal(model) if known.possible else known.reason
         return Carry(not reason, reason or "")
 

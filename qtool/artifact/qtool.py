@@ -46,8 +46,8 @@ class Qtool(Artifact):
         """See `Artifact.operates`: every operation."""
         return True
 
-    def knows(self, model: Checkpoint) -> Carry:
-        """See `Artifact.knows`: every family."""
+    def supports(self, model: Checkpoint) -> Carry:
+        """See `Artifact.supports`: every family."""
         return Carry(True)
 
     def caches(self, fmt: KVCache | None) -> Carry:

@@ -25,7 +25,11 @@ CACHE_NAMES = ("cache", "past_key_values")
 """What releases of transformers call the argument that takes a cache."""
 
 ATTENDED: ContextVar[list[nn.Module]] = ContextVar("attended")
-"""Which modules came by our attention in the call of a block that runs."""
+"""Which modules came by our attention in the call of a block that runs.
+
+No argument leads there: transformers calls a registered attention function through the block's own code, with arguments
+of its choice, and threads run several blocks' calls at once, each of which has its own list by way of the context.
+"""
 
 
 class KVStore(Protocol):

@@ -8,7 +8,7 @@ from errno import ENOSPC
 from pathlib import Path
 
 from qtool.checkpoint._base import Checkpoint
-from qtool.checkpoint.gguf import GGUFCheckpoint
+from qtool.checkpoint.gguf_checkpoint import GGUFCheckpoint
 from qtool.checkpoint.hf import INDEX, HFCheckpoint
 from qtool.checkpoint.side_files import CHATS, SIDE_FILES
 from qtool.errors import CheckpointError, HubError, StorageError

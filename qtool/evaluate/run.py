@@ -25,7 +25,7 @@ from qtool.calibrate.tokenizer import load_tokenizer
 from qtool.calibrate.tokens import beginning
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import Checkpoint, finite
-from qtool.checkpoint.gguf import GGUFCheckpoint
+from qtool.checkpoint.gguf_checkpoint import GGUFCheckpoint
 from qtool.errors import CheckpointError, UsageError
 from qtool.evaluate.divergence import Scores
 from qtool.evaluate.result import Evaluation

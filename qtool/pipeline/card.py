@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 
-from qtool.artifact._card import HUB_ID, LICENSE
 from qtool.checkpoint._base import Checkpoint
 from qtool.checkpoint.config import read_text
 from qtool.errors import CheckpointError
@@ -17,6 +16,7 @@ from qtool.evaluate.result import Evaluation
 from qtool.report.meaning import meaning
 from qtool.report.model import LayerEntry, Report
 from qtool.report.summary import bits_per_weight, model_bytes
+from qtool.store.hub import HUB_ID, LICENSE
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from qtool.artifact._hub import refuse_stranger
 from qtool.calibrate.documents import documents
 from qtool.calibrate.tokenizer import load_tokenizer
 from qtool.errors import QtoolError
@@ -16,6 +15,7 @@ from qtool.pipeline.prepare import Job
 from qtool.pipeline.upload import check_repository
 from qtool.recipe.schema import Calibration
 from qtool.report.units import size
+from qtool.store.hub import refuse_stranger
 
 
 def check(job: Job, place: Path, push_to: str | None = None) -> list[str]:

@@ -6,9 +6,9 @@ import math
 
 from pydantic import BaseModel, ConfigDict
 
-from qtool.artifact._open import open_model
 from qtool.checkpoint._base import Checkpoint
 from qtool.errors import UsageError
+from qtool.models import open_model
 from qtool.numerics.metrics import energy, ratio_db
 from qtool.pipeline.events import Event, Listener, silent
 from qtool.pipeline.inspect import Contents, StoredTensor

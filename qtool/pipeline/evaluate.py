@@ -9,13 +9,13 @@ from typing import Literal
 
 import torch
 
-from qtool.artifact._open import open_model
 from qtool.checkpoint._base import Checkpoint
 from qtool.checkpoint.open import local
 from qtool.errors import UsageError
 from qtool.evaluate.gates import judge, validate_gates
 from qtool.evaluate.result import Evaluation
 from qtool.evaluate.run import Progress, evaluate
+from qtool.models import open_model
 from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline.content import refuse_changed
 from qtool.pipeline.events import Event, Listener, silent

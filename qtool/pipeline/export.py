@@ -8,8 +8,8 @@ from pathlib import Path
 
 from qtool import registry
 from qtool.artifact._base import Artifact
-from qtool.artifact._open import open_artifact
 from qtool.errors import UsageError, suggestion
+from qtool.models import open_artifact
 from qtool.pipeline.card import origin
 from qtool.pipeline.content import refuse_changed
 from qtool.pipeline.events import Event, Listener, silent

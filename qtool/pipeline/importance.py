@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from qtool.artifact.gguf._imatrix import ImportanceEntry, ImportanceMatrix, read_imatrix, write_imatrix
 from qtool.checkpoint._base import Checkpoint, Module, modules
 from qtool.errors import CheckpointError
 from qtool.recipe.schema import Calibration
 from qtool.stats._base import InputStats
 from qtool.stats.channels import Channels
+from qtool.store.imatrix import ImportanceEntry, ImportanceMatrix, read_imatrix, write_imatrix
 
 CHANNELS = frozenset({Channels})
 

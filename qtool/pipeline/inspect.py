@@ -9,9 +9,9 @@ from itertools import groupby
 import gguf
 from pydantic import BaseModel, ConfigDict
 
-from qtool.artifact._open import identify
 from qtool.checkpoint._base import Checkpoint, Module, QuantizedCheckpoint, modules
-from qtool.checkpoint.gguf import GGUFCheckpoint
+from qtool.checkpoint.gguf_checkpoint import GGUFCheckpoint
+from qtool.models import identify
 
 NAMES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 FILE_TYPES: dict[object, str] = {int(kind): kind.name for kind in gguf.LlamaFileType}

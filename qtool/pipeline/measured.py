@@ -6,12 +6,12 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from qtool.artifact.gguf._imatrix import IMATRIX, is_imatrix, read_imatrix
 from qtool.calibrate.shards import StatsFolder, is_stats_folder
 from qtool.calibrate.store import is_stats, read_stats
 from qtool.checkpoint.gguf_io import GGUFFile
 from qtool.errors import reading
 from qtool.stats.channels import Channels
+from qtool.store.imatrix import IMATRIX, is_imatrix, read_imatrix
 
 STATISTICS, IMPORTANCE = "statistics", "importance matrix"
 

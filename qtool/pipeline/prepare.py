@@ -9,11 +9,11 @@ import torch
 
 from qtool import registry
 from qtool.artifact._base import Artifact
-from qtool.artifact._open import open_model
 from qtool.checkpoint._base import Checkpoint
 from qtool.checkpoint.edits import STREAM, Edit
 from qtool.checkpoint.rewritten import Rewritten
 from qtool.errors import UsageError
+from qtool.models import open_model
 from qtool.numerics.threads.processor import compute_dtype
 from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline.model_free import refuse_class

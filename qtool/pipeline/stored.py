@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from qtool.artifact.gguf._imatrix import is_imatrix
 from qtool.calibrate.shards import StatsFolder, is_stats_folder
 from qtool.calibrate.store import read_stats
 from qtool.checkpoint._base import Module
@@ -19,6 +18,7 @@ from qtool.stats._base import InputStats, Statistic
 from qtool.stats.channels import Channels
 from qtool.stats.values import Values
 from qtool.store.files import sha256
+from qtool.store.imatrix import is_imatrix
 
 ORIGINAL = "--set calibration.propagate=float"
 """Has every block read the original model's hidden states, so that statistics serve whatever is done before."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qtool.artifact._card import HUB_ID
-from qtool.artifact._hub import push_to_hub
 from qtool.errors import UsageError
 from qtool.pipeline.events import Event, Listener
+from qtool.store.hub import HUB_ID, push_to_hub
 
 
 def check_repository(repo: str | None, private: bool = False, revision: str | None = None) -> None:

@@ -36,7 +36,7 @@ class Verdict(Protocol):
 class Carrier(Protocol):
     """What the plan asks an artifact; `qtool.artifact._base.Artifact` is one."""
 
-    def knows(self, model: Checkpoint) -> Verdict:
+    def supports(self, model: Checkpoint) -> Verdict:
         """Whether it can hold a model of this family and tokenizer, whatever the formats of its layers."""
 
     def one_format(self, module: Module) -> str | None:
@@ -69,7 +69,7 @@ def check(
         findings: gets a line for every kind of mistake.
     """
     for name, carrier in carriers.items():
-        for verdict in (carrier.knows(checkpoint), carrier.caches(cache)):
+        for verdict in (carrier.supports(checkpoint), carrier.caches(cache)):
             if not verdict.possible:
                 findings.add(-1, f"{name} cannot hold this model: {verdict.reason}")
         _check_carrier(name, carrier, layers, findings)

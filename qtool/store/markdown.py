@@ -1,4 +1,4 @@
-"""Text of somebody else's inside a Markdown page: names of folders, recipes, what a file says of itself."""
+"""Text that qtool did not write inside a Markdown page: names of folders, recipes, what a file says of itself."""
 
 from __future__ import annotations
 

@@ -12,12 +12,12 @@ import torch
 from packaging.version import Version
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from qtool.artifact._open import open_artifact
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import Checkpoint, Layer, QuantizedCheckpoint, modules
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.formats._base import Quantized
 from qtool.methods.rtn import RTN
+from qtool.models import open_artifact
 from qtool.residuals._base import Matrix
 from tests.conftest import make_tokenizer
 

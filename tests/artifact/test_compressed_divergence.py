@@ -15,9 +15,9 @@ from packaging.version import Version
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qtool.artifact._open import open_artifact
 from qtool.checkpoint.open import open_checkpoint
 from qtool.evaluate.run import chunked, encode, evaluate
+from qtool.models import open_artifact
 from qtool.pipeline.quantize import QuantizeOptions, run
 from tests.artifact.conftest import save_llama, skip_if_cache_is_ignored
 

@@ -7,8 +7,6 @@ import pytest
 import torch
 
 from qtool import registry
-from qtool.artifact import _open
-from qtool.artifact._open import find_artifact, open_artifact, open_model
 from qtool.artifact.compressed_tensors import CompressedTensors
 from qtool.artifact.gguf import GGUF
 from qtool.artifact.qtool import Qtool
@@ -17,6 +15,7 @@ from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError, PlanError
 from qtool.formats.int import Int
 from qtool.formats.q4_1 import Q4_1
+from qtool.models import find_artifact, open_artifact, open_model
 from qtool.pipeline.calibrate import CalibrateOptions
 from qtool.pipeline.calibrate import run as calibrate
 from qtool.pipeline.evaluate import EvaluateOptions
@@ -119,7 +118,7 @@ def test_nothing_there(tmp_path):
 def test_a_quantized_model_from_the_hub_is_one(tiny_checkpoint, tmp_path, monkeypatch):
     model = quantize(tiny_checkpoint("llama"), Int(bits=4, group=32))
     folder = written(registry.load("artifact", "gptq")(), model, tmp_path / "cache")
-    monkeypatch.setattr(_open, "find_model", {"org/tiny": folder}.get)
+    monkeypatch.setattr("qtool.models.find_model", {"org/tiny": folder}.get)
     found = open_model("org/tiny")
     assert isinstance(found, QuantizedCheckpoint)
     assert found.source == "org/tiny"

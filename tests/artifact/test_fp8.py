@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from qtool.artifact._floats import from_bits, to_bits
-from qtool.artifact._open import find_artifact, open_artifact, open_model
 from qtool.artifact.fp8 import FP8
 from qtool.artifact.gguf import GGUF
 from qtool.checkpoint.hf import HFCheckpoint
@@ -17,6 +16,7 @@ from qtool.errors import CheckpointError, PlanError
 from qtool.formats.int import Int
 from qtool.formats.mxfp4 import MXFP4
 from qtool.formats.mxfp8 import MXFP8
+from qtool.models import find_artifact, open_artifact, open_model
 from qtool.numerics.grids.bits import pack
 from qtool.recipe.parse import parse_format
 from tests.artifact.conftest import quantize

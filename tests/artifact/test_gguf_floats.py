@@ -10,7 +10,7 @@ import torch
 
 from qtool.artifact.gguf import GGUF, _writer
 from qtool.checkpoint._base import Layer, Module
-from qtool.checkpoint.gguf import GGUFCheckpoint, scale_name
+from qtool.checkpoint.gguf_checkpoint import GGUFCheckpoint, scale_name
 from qtool.errors import CheckpointError, PlanError
 from qtool.evaluate.llamacpp import LlamaCpp
 from qtool.formats.mxfp4 import MXFP4

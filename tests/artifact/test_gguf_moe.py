@@ -15,7 +15,7 @@ from qtool import registry
 from qtool.artifact.gguf import GGUF
 from qtool.checkpoint._base import modules
 from qtool.checkpoint.families._parts import stacked
-from qtool.checkpoint.gguf import GGUFCheckpoint
+from qtool.checkpoint.gguf_checkpoint import GGUFCheckpoint
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError, PlanError
 from qtool.evaluate.llamacpp import LlamaCpp

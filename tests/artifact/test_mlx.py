@@ -247,13 +247,13 @@ OTHERWISE = {
 def test_what_mlx_lm_computes_otherwise_is_refused(name, fields, reason, tiny_checkpoint):
     model = HFCheckpoint(tiny_checkpoint(name))
     if fields:
-        assert MLX().knows(model).possible
+        assert MLX().supports(model).possible
     model.config = model.config | fields
-    assert re.search(reason, MLX().knows(model).reason)
+    assert re.search(reason, MLX().supports(model).reason)
 
 
 def test_experts_that_transformers_knows_as_one_tensor_are_refused(tiny_checkpoint):
-    assert "gguf holds them" in MLX().knows(HFCheckpoint(tiny_checkpoint("gpt_oss"))).reason
+    assert "gguf holds them" in MLX().supports(HFCheckpoint(tiny_checkpoint("gpt_oss"))).reason
 
 
 @pytest.mark.parametrize(("name", "window"), [("gemma2", 8), ("mixtral", 64), ("gemma3_text", 0), ("qwen3", 0)])

@@ -8,8 +8,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from qtool.artifact._open import open_model
 from qtool.errors import QtoolError
+from qtool.models import open_model
 from qtool.pipeline.content import read_content
 from tests.fuzz.samples import write_samples
 

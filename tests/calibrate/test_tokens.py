@@ -17,7 +17,7 @@ from qtool.calibrate import documents as documents_module
 from qtool.calibrate import tokens as tokens_module
 from qtool.calibrate.tokenizer import load_tokenizer
 from qtool.calibrate.tokens import beginning, load_tokens, shares
-from qtool.checkpoint.gguf import GGUFCheckpoint
+from qtool.checkpoint.gguf_checkpoint import GGUFCheckpoint
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError
 from qtool.recipe.schema import Calibration, Source

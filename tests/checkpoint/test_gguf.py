@@ -14,7 +14,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from qtool.checkpoint.gguf import GGUFCheckpoint
+from qtool.checkpoint.gguf_checkpoint import GGUFCheckpoint
 from qtool.checkpoint.gguf_io import GGUFFile
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.checkpoint.pretokenizers import RULES

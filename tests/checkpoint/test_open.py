@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qtool.checkpoint.gguf import GGUFCheckpoint
+from qtool.checkpoint.gguf_checkpoint import GGUFCheckpoint
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.checkpoint.open import open_checkpoint
 from qtool.errors import CheckpointError, HubError, StorageError

@@ -8,11 +8,11 @@ from fnmatch import fnmatch
 
 import pytest
 
-from qtool.artifact._open import open_model
 from qtool.artifact.gguf._tokenizer import tokenizer_metadata
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.checkpoint.open import UNWANTED, WANTED
 from qtool.errors import CheckpointError
+from qtool.models import open_model
 from qtool.pipeline.quantize import QuantizeOptions, run
 from qtool.store.files import read_sums
 

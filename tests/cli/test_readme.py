@@ -12,10 +12,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from qtool.artifact._open import open_artifact
 from qtool.cli.app import app
 from qtool.cli.options import default_out
 from qtool.formats.int import Int
+from qtool.models import open_artifact
 from tests.artifact.conftest import save_llama
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from typer.testing import CliRunner
 
-from qtool.artifact._open import open_artifact
 from qtool.cli.app import app
+from qtool.models import open_artifact
 
 RECIPE = 'recipe: 1\nname: t\nlayers: [{match: "*", weights: q8_0}]\nexport: [{to: qtool}, {to: gguf}]\n'
 

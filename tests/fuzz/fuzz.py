@@ -23,11 +23,11 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from qtool.artifact._open import open_model
 from qtool.calibrate.store import read_stats
 from qtool.calibrate.tokenizer import load_tokenizer, token_ids
 from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint
 from qtool.errors import PlanError, QtoolError
+from qtool.models import open_model
 from qtool.pipeline import inspect, measured
 from qtool.pipeline.importance import read_importance
 from qtool.report.render import html, markdown, read_report

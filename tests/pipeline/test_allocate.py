@@ -205,7 +205,7 @@ def test_held_out_samples_are_in_no_other_use(written, tiny_checkpoint):
 
 def test_divergence_of_a_trial_is_that_of_the_written_file(written, tiny_checkpoint, tmp_path):
     """With a method that is rounding, the trial is the truth."""
-    from qtool.artifact._open import open_artifact
+    from qtool.models import open_artifact
 
     folder = tiny_checkpoint("llama")
     overrides, limit = ("method={rtn: {importance: true}}",), half(folder, written)

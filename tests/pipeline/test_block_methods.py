@@ -10,12 +10,12 @@ import torch
 from torch.testing import assert_close
 
 from qtool import registry
-from qtool.artifact._open import open_artifact
 from qtool.calibrate.tokens import load_tokens
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint.open import open_checkpoint
 from qtool.errors import NumericsError
 from qtool.methods._base import Solution
+from qtool.models import open_artifact
 from qtool.pipeline.quantize import QuantizeOptions, run
 from qtool.recipe.load import load_recipe
 from qtool.residuals._base import Correction, Matrix

@@ -9,9 +9,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from qtool.artifact._open import open_model
 from qtool.cli.app import app
 from qtool.errors import UsageError
+from qtool.models import open_model
 from qtool.pipeline.diff import run
 from qtool.pipeline.quantize import QuantizeOptions
 from qtool.pipeline.quantize import run as quantize

@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qtool import registry
-from qtool.artifact._open import open_artifact
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError, NumericsError, PlanError, RecipeError
+from qtool.models import open_artifact
 from qtool.pipeline import finish
 from qtool.pipeline.prepare import prepare
 from qtool.pipeline.quantize import QuantizeOptions, run

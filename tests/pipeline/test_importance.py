@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from qtool.artifact.gguf._imatrix import ImportanceEntry, ImportanceMatrix, read_imatrix, write_imatrix
 from qtool.calibrate.tokens import load_tokens
 from qtool.checkpoint.open import open_checkpoint
 from qtool.errors import CheckpointError, PlanError, UsageError
@@ -22,6 +21,7 @@ from qtool.recipe.load import load_recipe
 from qtool.recipe.schema import Calibration
 from qtool.stats._base import InputStats
 from qtool.stats.channels import Channels
+from qtool.store.imatrix import ImportanceEntry, ImportanceMatrix, read_imatrix, write_imatrix
 
 RECIPE = """
 recipe: 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gguf
 import torch
 
-from qtool.artifact._open import open_artifact
 from qtool.evaluate.llamacpp import LlamaCpp
+from qtool.models import open_artifact
 from qtool.pipeline.quantize import QuantizeOptions, run
 from tests.artifact.test_gguf import TOKENS, distance, reference_logits
 from tests.conftest import TINY, make_checkpoint, make_tokenizer

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtool import registry
-from qtool.artifact._open import open_artifact, open_model
 from qtool.errors import NumericsError, PlanError
 from qtool.formats.biased import Biased
 from qtool.formats.int import Int
 from qtool.formats.q4_1 import Q4_1
+from qtool.models import open_artifact, open_model
 from qtool.pipeline import export
 from qtool.pipeline.prepare import prepare
 from qtool.pipeline.quantize import QuantizeOptions, run

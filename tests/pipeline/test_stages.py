@@ -14,7 +14,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from qtool.artifact.gguf._imatrix import ImportanceEntry, ImportanceMatrix, write_imatrix
 from qtool.calibrate.store import write_stats
 from qtool.cli.app import app
 from qtool.cli.inspect import ranges, show
@@ -30,6 +29,7 @@ from qtool.pipeline.quantize import run as quantize
 from qtool.pipeline.upload import upload
 from qtool.stats._base import InputStats
 from qtool.stats.channels import Channels
+from qtool.store.imatrix import ImportanceEntry, ImportanceMatrix, write_imatrix
 
 
 @pytest.fixture(scope="module")

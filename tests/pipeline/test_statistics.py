@@ -12,12 +12,12 @@ import torch
 from safetensors.numpy import load_file as load_numpy
 from transformers import AutoModelForCausalLM
 
-from qtool.artifact._open import open_artifact
 from qtool.artifact.qtool import Qtool
 from qtool.calibrate.store import read_stats, write_stats
 from qtool.calibrate.tokens import load_tokens
 from qtool.checkpoint.open import open_checkpoint
 from qtool.errors import CheckpointError, PlanError, StorageError
+from qtool.models import open_artifact
 from qtool.pipeline.calibrate import CalibrateOptions
 from qtool.pipeline.calibrate import run as calibrate
 from qtool.pipeline.entries import Sums

@@ -7,10 +7,10 @@ import torch
 from torch.testing import assert_close
 
 from qtool import registry
-from qtool.artifact._open import open_artifact
 from qtool.calibrate.tokens import load_tokens
 from qtool.checkpoint.open import open_checkpoint
 from qtool.errors import PlanError
+from qtool.models import open_artifact
 from qtool.pipeline.calibrate import CalibrateOptions
 from qtool.pipeline.calibrate import run as calibrate
 from qtool.pipeline.quantize import QuantizeOptions

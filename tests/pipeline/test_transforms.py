@@ -12,12 +12,12 @@ import torch
 import yaml
 from torch import Tensor
 
-from qtool.artifact._open import open_artifact
 from qtool.artifact.qtool import Qtool
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import Checkpoint
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import PlanError
+from qtool.models import open_artifact
 from qtool.pipeline import loop, transform
 from qtool.pipeline.calibrate import CalibrateOptions
 from qtool.pipeline.calibrate import run as calibrate

@@ -70,5 +70,5 @@ def carriers(recipe: Recipe) -> dict[str, Artifact]:
     """The artifacts of a recipe, asked about formats only: `Shapes` has no tokenizer."""
     made = {export.to: registry.load("artifact", export.to)(**export.options) for export in recipe.export}
     for artifact in made.values():
-        artifact.knows = lambda model: Carry(True)
+        artifact.supports = lambda model: Carry(True)
     return made

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from qtool import registry
-from qtool.artifact._open import open_artifact
 from qtool.checkpoint.hf import HFCheckpoint
+from qtool.models import open_artifact
 from qtool.pipeline.quantize import QuantizeOptions, run
 from tests.test_extending import extra, install, installed  # noqa: F401 (fixtures)
 

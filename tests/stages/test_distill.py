@@ -7,11 +7,11 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from qtool.artifact._open import open_artifact
 from qtool.calibrate import blocks
 from qtool.checkpoint.open import open_checkpoint
 from qtool.errors import PlanError
 from qtool.formats._base import Quantized, expand
+from qtool.models import open_artifact
 from qtool.pipeline.prepare import prepare
 from qtool.pipeline.quantize import QuantizeOptions, run
 from qtool.recipe.parse import parse_format

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 from qtool.artifact._base import Artifact, Carry
 from qtool.artifact._card import write_card
 from qtool.artifact._footprint import Footprint
-from qtool.artifact.gguf._imatrix import about_importance
 from qtool.artifact.gguf._options import GGUFOptions
 from qtool.artifact.gguf._reader import QuantizedGGUF
 from qtool.artifact.gguf._sizes import footprint
@@ -25,6 +24,7 @@ from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoin
 from qtool.checkpoint.gguf_parts import first_parts
 from qtool.errors import CheckpointError
 from qtool.store.files import storage_errors
+from qtool.store.imatrix import about_importance
 
 
 class GGUF(Artifact):
@@ -53,8 +53,8 @@ class GGUF(Artifact):
         misfit = block.misfit(k) or f"rows of {k} columns are not divisible by {block.columns}"
         return Carry(False, f"{block.label}: {misfit}")
 
-    def knows(self, model: Checkpoint) -> Carry:
-        """See `Artifact.knows`. Raises CheckpointError: the model has no tokenizer."""
+    def supports(self, model: Checkpoint) -> Carry:
+        """See `Artifact.supports`. Raises CheckpointError: the model has no tokenizer."""
         if not model.files.keys() & {"tokenizer.json", "tokenizer.model"}:
             raise CheckpointError(f"{model.source} has no tokenizer", wanted="tokenizer.json or tokenizer.model")
         family, config = model.family, model.config

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qtool.artifact.gguf._writer import block_types
 from qtool.checkpoint._base import Layer, QuantizedCheckpoint
-from qtool.checkpoint.gguf import GGUFCheckpoint
+from qtool.checkpoint.gguf_checkpoint import GGUFCheckpoint
 from qtool.checkpoint.raw_bytes import read_bytes
 from qtool.errors import NumericsError
 from qtool.formats._base import Quantized

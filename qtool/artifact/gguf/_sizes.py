@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from qtool.artifact._footprint import Footprint
-from qtool.artifact.gguf._container import ALIGNMENT, header
 from qtool.artifact.gguf._writer import Writer, block_bytes, cut, split_metadata
+from qtool.store.gguf_writer import ALIGNMENT, header
 
 
 def footprint(writer: Writer, modules: dict[str, int]) -> Footprint:

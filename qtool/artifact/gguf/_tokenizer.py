@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qtool.artifact.gguf._container import Value
 from qtool.artifact.gguf._vocabulary import Vocabulary, from_json, from_sentencepiece, merges
 from qtool.checkpoint import pretokenizers
 from qtool.checkpoint.config import read_json, read_text
 from qtool.checkpoint.gguf_tokenizer import PHI3, PHI3_KEEPS
 from qtool.checkpoint.side_files import CHATS
 from qtool.errors import CheckpointError
+from qtool.store.gguf_writer import Value
 
 Files = Mapping[str, Path]
 SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}

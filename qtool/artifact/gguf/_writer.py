@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from qtool import registry
-from qtool.artifact.gguf._container import ALIGNMENT, Container, Value
 from qtool.artifact.gguf._options import FILE_TYPES, GGUFOptions
 from qtool.artifact.gguf._tokenizer import model_name, tokenizer_metadata
 from qtool.checkpoint._base import QuantizedCheckpoint, modules
 from qtool.checkpoint.families._parts import stacked
-from qtool.checkpoint.gguf import scale_name
+from qtool.checkpoint.gguf_checkpoint import scale_name
 from qtool.checkpoint.gguf_parts import COUNT, NUMBER, TENSORS, part_path
 from qtool.errors import PlanError
 from qtool.formats._base import Format, Quantized
 from qtool.formats._ggml import BlockFormat
+from qtool.store.gguf_writer import ALIGNMENT, Container, Value
 
 PLAIN = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
 """GGUF's numbers of the types that are not quantized."""

@@ -84,7 +84,7 @@ def swept(x, weight, reach, near, kind, table, sums):  # type: ignore[no-untyped
 def block_rows(x, weight, reach, kind, effort, table, other, scale, offset, start, stop):  # type: ignore[no-untyped-def]
     """Fills scale, offset [N, G] for rows start to stop. x [N, C], weight and reach [C], table [2, T].
 
-    other: somebody else's scale and offset, or empty ones.
+    other: scale and offset found another way (ggml's), or empty ones.
     """
     sums = np.empty((4, table.shape[1]), F32)
     for n in range(start, stop):
@@ -117,7 +117,7 @@ def search_blocks(
         importance: float32 [C] or None.
         kind: the block type.
         effort: how hard to search.
-        other: somebody else's result, from which the search goes on where it is the better start.
+        other: parameters found another way (ggml's), from which the search goes on where they are the better start.
 
     Returns:
         (d, m), float32 [N, G], on the device of x.

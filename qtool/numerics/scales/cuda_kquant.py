@@ -197,7 +197,7 @@ def search(
         tables: trials, float32 [2, T], and `sweep.STRETCH`.
         grid: a `kquant.SuperBlock`.
         effort: a `kquant.SuperBlockEffort`.
-        other: somebody else's result.
+        other: parameters found another way.
     """
     values, *rest = (t.to(x.device, torch.float32).contiguous() for t in (x, weight, reach, *tables))
     width, *limits, minima = grid

@@ -246,7 +246,7 @@ def search_super_blocks(
         importance: float32 [C] or None.
         kind: the block type.
         effort: how hard to search.
-        other: somebody else's result, from which the search goes on where it is the better start.
+        other: parameters found another way (ggml's), from which the search goes on where they are the better start.
 
     Returns:
         (d, dmin, float32 [N, S] with values of fp16; a, b, float32 [N, S * G] with integer values), on the device of x.

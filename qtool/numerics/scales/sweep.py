@@ -1,6 +1,9 @@
 """Free scales and minima of single groups by least squares over many clippings at once, and steps that they share.
 
-Trials lie side by side in vector registers, so that short groups leave no lane idle.
+Trials lie side by side in vector registers, so that short groups leave no lane idle. The one in `search` goes through
+clippings one after the other, for groups of any length and for integer zero points, each of which is scored by itself;
+here offsets are free, and all trials share one pass over a group. Sums have another order in each, so neither can give
+the other's bytes.
 
 Shape letters: C columns of a group (a multiple of 4), G groups of a super-block, T trials.
 """

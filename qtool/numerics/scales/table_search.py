@@ -172,7 +172,7 @@ def multiply(scale, d, limit, m):  # type: ignore[no-untyped-def]
 def table_rows(x, weight, reach, table, low, high, limit, effort, other, d, m, start, stop):  # type: ignore[no-untyped-def]
     """Fills d [N, S] and m [N, G] for rows start to stop. x [N, C]; weight, reach [C].
 
-    other: somebody else's d and m, from which the search goes on where they are the better start.
+    other: d and m found another way (ggml's), from which the search goes on where they are the better start.
     """
     blocks = d.shape[1]
     width, groups = x.shape[1] // m.shape[1], m.shape[1] // blocks
@@ -231,7 +231,7 @@ def table_scales(
         groups: columns of a group, and groups of a block; one alone has the multiplier 1.
         limit: multipliers lie in [-limit, limit - 1].
         effort: how much is tried.
-        other: somebody else's d, in fp16, and multipliers, to be improved where they are better than ours.
+        other: d in fp16 and multipliers found another way (ggml's), to be improved where they are better.
 
     Returns:
         (float32 [N, S] of values that fp16 holds, float32 [N, G] of integers), on the device of x.

@@ -1,10 +1,16 @@
-"""Uploads a finished folder to the model hub, in one commit."""
+"""The model hub: what it calls things, and uploading a finished folder in one commit."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from qtool.errors import HubError, one_line
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+"""Name of a repository, "owner/name"."""
+LICENSE = ("license", "license_name", "license_link")
+"""What the hub's metadata says of a license."""
 
 
 def push_to_hub(

@@ -9,9 +9,9 @@ from threading import Thread
 import pytest
 from huggingface_hub import constants
 
-from qtool.artifact._hub import push_to_hub, refuse_stranger
 from qtool.errors import HubError, UsageError
 from qtool.pipeline.upload import check_repository
+from qtool.store.hub import push_to_hub, refuse_stranger
 
 REPO = "someone/tiny-quantized"
 

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtool.artifact.gguf._container import Container, Value
 from qtool.checkpoint.gguf_io import GGUFFile
 from qtool.errors import CheckpointError
+from qtool.store.gguf_writer import Container, Value
 
 IMATRIX, SUMS, COUNTS = "imatrix", ".in_sum2", ".counts"
 LEGACY_CHUNK = 512

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from qtool.artifact.gguf._imatrix import ImportanceEntry, ImportanceMatrix, is_imatrix, read_imatrix, write_imatrix
 from qtool.errors import CheckpointError
+from qtool.store.imatrix import ImportanceEntry, ImportanceMatrix, is_imatrix, read_imatrix, write_imatrix
 
 DOWN, EXPERTS = "blk.0.ffn_down.weight", "blk.1.ffn_up_exps.weight"
 MATRIX = ImportanceMatrix(
