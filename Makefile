@@ -20,7 +20,7 @@ PROCESSOR_TESTS := -k "not thorough and not fast and not iq1 and not iq2 and not
 	$(addprefix tests/numerics/test_, compare.py scale_codes.py search.py sweep.py) \
 	tests/methods/test_gptq.py::test_codes_equal_the_plain_loop tests/methods/test_gptq.py::test_output_error_is_below_rounding
 
-.PHONY: setup demo test test-processors test-newest test-oldest newest check format docs bench bench-gpu fuzz kills clean
+.PHONY: setup demo test test-processors test-bounds test-newest test-oldest newest check format docs bench bench-gpu fuzz kills clean
 
 setup: $(READY)
 
@@ -81,6 +81,14 @@ newest: $(READY)
 # Searches choose by sums whose order follows the processor's registers: what they promise has to hold in any order.
 test-processors: $(READY)
 	$(BIN)/python -m scripts.processors $(PROCESSORS) -- $(PROCESSOR_TESTS)
+
+# Kernels that check every index, which no compiled loop does by itself; numba does not see that its cache is without.
+test-bounds: $(READY)
+	rm -rf build/numba-bounds
+	NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=build/numba-bounds OMP_WAIT_POLICY=PASSIVE \
+		$(BIN)/python -m pytest --numprocesses auto --dist worksteal --timeout 1800 -m "not slow and not demo" \
+		tests/numerics $(addprefix tests/formats/test_, ranges.py fp.py int.py biased.py qoq.py microscaling.py ggml_blocks.py \
+		kquant.py iq_blocks.py) tests/methods/test_gptq.py tests/methods/test_gptq_vectors.py $(PYTEST_ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check
