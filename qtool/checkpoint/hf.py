@@ -19,7 +19,7 @@ from qtool.checkpoint.families._parts import Slice
 from qtool.checkpoint.links import own_file
 from qtool.checkpoint.raw_bytes import read_bytes
 from qtool.checkpoint.safetensors_io import SafetensorsFile
-from qtool.checkpoint.side_files import code_of, side_files
+from qtool.checkpoint.side_files import code_of, lost, side_files
 from qtool.errors import CheckpointError, reading
 
 TEXT_PREFIXES = ("language_model.model.", "model.language_model.")
@@ -48,6 +48,8 @@ class HFCheckpoint(Checkpoint):
         self.config, self.family = described(folder, model_free)
         self.files = side_files(folder)
         code = code_of(self.config, self.files)
+        if lost(self.config, self.files):
+            del self.config["auto_map"]
         self.notes = (code,) if code else ()
         stored = self._weights(folder)
         ignored = {name for name in stored if name.endswith(".rotary_emb.inv_freq")}  # a constant that old files keep

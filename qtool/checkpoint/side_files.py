@@ -58,17 +58,27 @@ def code_of(config: Mapping[str, Any], files: Mapping[str, Path]) -> str | None:
         config.get("auto_map"),
         _auto_map(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {},
     ]
-    named = {found for places in maps for found in re.findall(r"'([\w.]+)\.\w+'", str(places or ""))}
-    wanted = {f"{module.replace('.', '/')}.py" for module in named}
+    wanted = set[str]().union(*map(_named, maps))
     if not wanted:
         return None
     there = sorted(name for name in files if name.endswith(".py"))
     missing = sorted(wanted - set(there))
     said = [
-        f"{', '.join(there)} go along unread" if there else "",
-        f"{', '.join(missing)} are not there" if missing else "",
+        f"along goes, unread, {', '.join(there)}" if there else "",
+        f"missing is {', '.join(missing)}" if missing else "",
+        "auto_map of config.json is left out" if lost(config, files) else "",
     ]
     return f"auto_map names code, which qtool never runs: {'; '.join(filter(None, said))}"
+
+
+def lost(config: Mapping[str, Any], files: Mapping[str, Path]) -> bool:
+    """Whether `auto_map` of config.json names code that is not there: nobody can make use of it."""
+    return not _named(config.get("auto_map")) <= files.keys()
+
+
+def _named(auto_map: Any) -> set[str]:
+    """Files of code."""
+    return {f"{module.replace('.', '/')}.py" for module in re.findall(r"'([\w.]+)\.\w+'", str(auto_map or ""))}
 
 
 def _auto_map(path: Path) -> Any:

@@ -56,7 +56,7 @@ def test_all_of_it_goes_along(to, model, tmp_path):
         assert found[name] == out / name
         assert name in read_sums(out)
     assert json.loads((out / "config.json").read_text())["auto_map"]["AutoConfig"] == "configuration_mine.MyConfig"
-    listed = "configuration_mine.py, helpers.py, modeling_mine.py go along unread"
+    listed = "along goes, unread, configuration_mine.py, helpers.py, modeling_mine.py"
     assert f"auto_map names code, which qtool never runs: {listed}" in warnings
 
 
@@ -77,10 +77,13 @@ def test_templates_by_name_in_gguf(model):
     assert sorted(found["tokenizer.chat_templates"]) == sorted(TEMPLATES)
 
 
-def test_code_that_is_missing_is_told_of(model):
+def test_code_that_is_missing_is_told_of(model, tmp_path):
     (model / "modeling_mine.py").unlink()
-    (note,) = HFCheckpoint(model).notes
-    assert note.endswith("configuration_mine.py, helpers.py go along unread; modeling_mine.py are not there")
+    out, warnings = quantized(model, tmp_path, "qtool")
+    along = "along goes, unread, configuration_mine.py, helpers.py"
+    said = f"which qtool never runs: {along}; missing is modeling_mine.py; auto_map of config.json is left out"
+    assert f"auto_map names code, {said}" in warnings
+    assert "auto_map" not in json.loads((out / "config.json").read_text())
 
 
 def test_code_that_nobody_names_stays(model):
