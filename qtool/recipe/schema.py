@@ -32,11 +32,11 @@ def _check_pattern(pattern: str) -> str:
 
 
 def _check_source(data: str) -> str:
-    if data in ("builtin", "self") or data.startswith("hf:") or data.endswith((".txt", ".jsonl", ".parquet")):
+    if data in ("builtin", "self") or data.startswith("hf:") or data.endswith((".txt", ".json", ".jsonl", ".parquet")):
         return data
     raise mistake(
         "no token source",
-        wanted="builtin, self, a file that ends in .txt, .jsonl or .parquet, or hf:REPO[:CONFIG[:SPLIT]]",
+        wanted="builtin, self, a file that ends in .txt, .json, .jsonl or .parquet, or hf:REPO[:CONFIG[:SPLIT]]",
         found=show(data),
     )
 
@@ -53,7 +53,7 @@ class Source(Strict):
 
     Attributes:
         data: builtin (prose of Python's standard library), self (sampled from the model), a file that ends in .txt,
-            .jsonl or .parquet, or hf:repo[:config[:split]].
+            .json, .jsonl or .parquet, or hf:repo[:config[:split]].
         weight: its share of the samples, relative to the other sources.
     """
 
@@ -82,11 +82,11 @@ class Calibration(Strict):
 
     Attributes:
         data: builtin (prose of Python's standard library), self (sampled from the model), a file that ends in .txt,
-            .jsonl or .parquet, hf:repo[:config[:split]], or a list of these with weights.
+            .json, .jsonl or .parquet, hf:repo[:config[:split]], or a list of these with weights.
         samples: token sequences.
         length: tokens per sequence.
         seed: chooses the sequences.
-        chat_template: whether messages of a .jsonl file are laid out by the model's chat template.
+        chat_template: whether messages of a .json or .jsonl file are laid out by the model's chat template.
         experts: the tokens that an expert is measured on: those that are routed to it, or all of them.
         min_tokens: an expert that fewer tokens reach is rounded to nearest, without data.
         propagate: what a block reads: the output of the quantized blocks before it, or of the original ones.

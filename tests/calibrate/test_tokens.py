@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 import sys
 import types
@@ -20,6 +21,7 @@ from qtool.calibrate.tokens import beginning, load_tokens, shares
 from qtool.checkpoint.gguf_checkpoint import GGUFCheckpoint
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError
+from qtool.recipe.load import load_recipe
 from qtool.recipe.schema import Calibration, Source
 from tests.evaluate.test_run import add_bos
 
@@ -177,3 +179,19 @@ def test_built_in_prose_is_enough_for_what_recipes_ask_by_default(demo_gguf):
     ample = calibration.model_copy(update={"samples": calibration.samples * 3 // 2})
     for asked in (calibration, ample):
         assert load_tokens(asked, GGUFCheckpoint(demo_gguf)).shape == (asked.samples, asked.length)
+
+
+ROWS = {
+    ".txt": "Nothing is said here that is not said again. " * 60,
+    ".json": json.dumps([{"instruction": "Say it.", "output": "It was said, and said again. " * 3}] * 40),
+    ".jsonl": (json.dumps({"prompt": "Say it.", "completion": "It was said, and said again. " * 3}) + "\n") * 40,
+}
+
+
+@pytest.mark.parametrize("suffix", ROWS)
+def test_every_kind_of_file_is_a_source_that_recipes_may_name(suffix, checkpoint, tmp_path):
+    path = tmp_path / f"said{suffix}"
+    path.write_text(ROWS[suffix])
+    told = load_recipe("w4a16-gptq", (f"calibration.data={path}", "calibration.samples=4", "calibration.length=16"))
+    said = load_tokenizer(checkpoint).decode(load_tokens(told.calibration, checkpoint).flatten().tolist())
+    assert "said again" in said
