@@ -94,10 +94,11 @@ def tempered(squares: Tensor, wanted: schema.TokenWeights, ranks: Ranks = ALONE)
 
     def mean(x: Tensor) -> Tensor:
         parts = ranks.all((x.double().sum((0, 1)), x[..., 0].numel()))
-        found = torch.stack([total for total, _ in parts]).sum(0) / sum(count for _, count in parts)
-        return found.where(found > 0, 1.0).to(x.dtype)
+        total: Tensor = torch.stack([part for part, _ in parts]).sum(0) / sum(count for _, count in parts)
+        return total.to(x.dtype)
 
-    weights = (squares / mean(squares)).pow(wanted.power)
+    average = mean(squares)
+    alive = average > 0
+    weights = (squares / average.where(alive, 1.0)).pow(wanted.power)
     weights = weights.minimum(wanted.cap * mean(weights))
-    average = mean(weights)
-    return torch.where(squares.amax((0, 1)) > 0, weights / average, 1.0)
+    return torch.where(alive, weights / mean(weights).where(alive, 1.0), 1.0)
