@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from qtool.checkpoint.open import open_checkpoint
-from scripts.demo_model import demo_model
+from scripts.demo_model import checkpoint  # noqa: F401  who wants models finds it here
 
 LARGE = {
     "hidden_size": 2048,
@@ -26,20 +25,6 @@ SPREAD = 0.25
 
 CHANNELS = 6
 """Channels of an input that are made outliers, where there are to be some."""
-
-
-def checkpoint(out: Path) -> Path:
-    """The demo model as a Hugging Face folder in bfloat16, its tokenizer beside it."""
-    if (out / "model.safetensors").exists():
-        return out
-    out.mkdir(parents=True, exist_ok=True)
-    source = open_checkpoint(str(demo_model()))
-    for name, file in source.files.items():
-        shutil.copy(file, out / name)
-    (out / "config.json").write_text(json.dumps(source.config | {"dtype": "bfloat16"}, indent=2), encoding="utf-8")
-    tensors = {name: source.tensor(name).bfloat16() for name in source.names()}
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    return out
 
 
 def off_grid(source: Path, out: Path, seed: int = 7, outliers: float = 1.0) -> Path:

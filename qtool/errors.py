@@ -24,6 +24,9 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from errno import EDQUOT, ENOSPC
 
+DISTRIBUTION = "qtool-ptq"
+"""The name on package indexes, where `qtool` is another project."""
+
 
 class QtoolError(Exception):
     """One line for the user: what is wrong, what was wanted, what was found, what to do next.
@@ -107,8 +110,20 @@ class MissingExtra(QtoolError):
     exit_code = 10
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        hint = f"install it with: pip install 'qtool[{extra}]'"
+        hint = "install it with: pip install " + " ".join(repr(name) for name in packages_of(extra) or [package])
         super().__init__(f"{purpose} needs the package {package}", hint=hint)
+
+
+def packages_of(extra: str) -> list[str]:
+    """What an extra of this distribution requires, as pip takes it; nothing if qtool runs without being installed."""
+    from importlib.metadata import PackageNotFoundError, requires  # slow, and hardly ever needed
+
+    try:
+        lines = requires(DISTRIBUTION) or []
+    except PackageNotFoundError:
+        return []
+    parts = (line.partition(";") for line in lines)
+    return [name.strip() for name, _, when in parts if f"extra=='{extra}'" in when.replace(" ", "").replace('"', "'")]
 
 
 class HubError(QtoolError):

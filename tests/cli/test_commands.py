@@ -64,7 +64,8 @@ def every_error():
         (
             errors.MissingExtra("pyarrow", "data", "reading x.parquet"),
             10,
-            "error: reading x.parquet needs the package pyarrow; install it with: pip install 'qtool[data]'\n",
+            "error: reading x.parquet needs the package pyarrow; "
+            "install it with: pip install 'datasets>=3.0' 'pyarrow>=15.0'\n",
         ),
         (errors.HubError("refused"), 11, "error: refused\n"),
         (errors.StrictError("a warning"), 12, "error: a warning\n"),
