@@ -118,7 +118,8 @@ def is_free(plan: LayerPlan, recipe: Recipe, limited: int | None) -> bool:
         return False
     rule = recipe.layers[plan.rule]
     pairs = [(candidate.weights, candidate.activations) for candidate in recipe.budget.formats]
-    return rule.weights is not None and (rule.weights, rule.activations) in pairs
+    by_flag = rule.where.startswith("--tensor-type")  # what a user asked for by name is not open
+    return not by_flag and rule.weights is not None and (rule.weights, rule.activations) in pairs
 
 
 def planned(

@@ -14,7 +14,14 @@ from qtool.report.units import size
 def command(
     artifact: options.ArtifactPath,
     to: Annotated[
-        str, typer.Option("--to", metavar="NAME", help="The layout to write: {artifact}.", show_default=False)
+        str,
+        typer.Option(
+            "--to",
+            metavar="NAME",
+            help="The layout to write: {artifact}.",
+            autocompletion=options.layouts,
+            show_default=False,
+        ),
     ],
     out: options.Out,
     pre_tokenizer: options.PreTokenizer = None,

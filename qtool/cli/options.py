@@ -46,6 +46,25 @@ def _size(text: str) -> int:
         raise typer.BadParameter(str(error)) from None
 
 
+def recipe_names(incomplete: str) -> list[str]:
+    """Recipes that ship, for completion by shells; a path they complete themselves."""
+    from qtool.recipe.load import shelf
+
+    return sorted(path.stem for path in shelf().glob("*.yaml") if path.stem.startswith(incomplete))
+
+
+def layouts(incomplete: str) -> list[str]:
+    """Layouts of artifacts, for completion by shells."""
+    return [name for name in registry.names("artifact") if name.startswith(incomplete)]
+
+
+def tensor_types(incomplete: str) -> list[str]:
+    """PATTERN=TYPE with every type, for completion by shells, once the pattern is there."""
+    pattern, equals, begun = incomplete.partition("=")
+    names = [*registry.names("formats"), "f16", "bf16", "f32"] if equals else []
+    return [f"{pattern}={name}" for name in names if name.startswith(begun)]
+
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -71,6 +90,18 @@ Recipe = Annotated[
         metavar="RECIPE",
         help="A recipe file, or the name of one that ships with qtool (`qtool recipes list`). "
         "Formats: {formats}. Methods: {methods}. Artifacts: {artifact}.",
+        autocompletion=recipe_names,
+        show_default=False,
+    ),
+]
+TensorType = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tensor-type",
+        metavar="PATTERN=TYPE",
+        help="Another type for the tensors in whose GGUF name the regular expression is found, as in attn_v=q6_k; the "
+        "first that is found decides, before the recipe. May be repeated.",
+        autocompletion=tensor_types,
         show_default=False,
     ),
 ]

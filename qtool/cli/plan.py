@@ -31,6 +31,7 @@ def command(
     model: options.Model,
     recipe: options.Recipe,
     overrides: options.Overrides = None,
+    tensor_type: options.TensorType = None,
     limit_layers: options.LimitLayers = None,
     fit: options.Fit = None,
     bits: options.Bits = None,
@@ -52,8 +53,9 @@ def command(
     from qtool.pipeline.prepare import prepare
 
     limit_of = {"size": fit, "bits": bits, "kld": kld}
-    source = options.opened(model, model_free)
-    job, allocation = prepare(source, recipe, tuple(overrides or ()), limit=limit_layers, budget=limit_of), None
+    types, source = tuple(tensor_type or ()), options.opened(model, model_free)
+    job = prepare(source, recipe, tuple(overrides or ()), limit=limit_layers, budget=limit_of, tensor_types=types)
+    allocation = None
     for warning in job.plan.warnings:
         console.warn(warning)
     if job.plan.recipe.budget:

@@ -18,6 +18,7 @@ from qtool.numerics.threads.processor import compute_dtype
 from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline.model_free import refuse_class
 from qtool.pipeline.requantize import second_generation
+from qtool.pipeline.tensor_types import with_tensor_types
 from qtool.plan import Plan, make_plan
 from qtool.recipe.export import options_of, owners
 from qtool.recipe.load import load_recipe
@@ -58,6 +59,7 @@ def prepare(
     options: Mapping[str, object] | None = None,
     ranks: Ranks = ALONE,
     budget: Mapping[str, object] | None = None,
+    tensor_types: Sequence[str] = (),
 ) -> Job:
     """Opens a model and plans a recipe for it.
 
@@ -72,6 +74,7 @@ def prepare(
         options: of the artifacts that the recipe exports, by name; None as a value leaves what the recipe says.
         ranks: who prepares the same.
         budget: limit of the recipe's budget, "size", "bits" or "kld"; None as a value: not given.
+        tensor_types: PATTERN=TYPE each, see `qtool.pipeline.tensor_types`.
 
     Raises:
         RecipeError, CheckpointError, PlanError, UsageError: see `load_recipe`, `open_model`, `make_plan`.
@@ -86,6 +89,7 @@ def prepare(
     parsed = with_limit(parsed, {key: value for key, value in (budget or {}).items() if value is not None})
     parsed = with_options(parsed, {key: value for key, value in (options or {}).items() if value is not None})
     checkpoint = model if isinstance(model, Checkpoint) else open_model(model)
+    parsed = with_tensor_types(parsed, checkpoint, tensor_types)
     artifacts = {export.to: registry.load("artifact", export.to)(**export.options) for export in parsed.export}
     original, checkpoint = checkpoint, preview(checkpoint, parsed)
     plan = replace(make_plan(parsed, checkpoint, artifacts, limit), source_fingerprint=original.fingerprint())

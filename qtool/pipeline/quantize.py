@@ -52,6 +52,7 @@ class QuantizeOptions:
         stats: statistics of an earlier `calibrate` to use instead of running the model.
         imatrix: an importance matrix of llama.cpp to use instead; sets the recipe's method to rounding with it.
         limit_of: "size", "bits" or "kld" of the recipe's budget; None as a value: not given.
+        tensor_types: PATTERN=TYPE each, see `qtool.pipeline.tensor_types`.
         scores: file with what a budget is divided by; read if it is there, else written.
         options: of the artifacts that the recipe exports, by name; None as a value: not given.
         keep: leave the work folder.
@@ -75,6 +76,7 @@ class QuantizeOptions:
     stats: Path | None = None
     imatrix: Path | None = None
     limit_of: Mapping[str, object] = field(default_factory=dict)
+    tensor_types: tuple[str, ...] = ()
     scores: Path | None = None
     options: Mapping[str, object] = field(default_factory=dict)
     keep: bool = False
@@ -104,7 +106,19 @@ def run(options: QuantizeOptions, listener: Listener = silent) -> Report:
     with watch.stage("plan"):
         o = options
         overrides = (BY_IMPORTANCE, *o.overrides) if o.imatrix else o.overrides
-        job = prepare(o.model, o.recipe, overrides, o.seed, o.limit, o.device, o.dtype, o.options, ranks, o.limit_of)
+        job = prepare(
+            o.model,
+            o.recipe,
+            overrides,
+            o.seed,
+            o.limit,
+            o.device,
+            o.dtype,
+            o.options,
+            ranks,
+            o.limit_of,
+            o.tensor_types,
+        )
         evaluate.check(job.plan.recipe.eval)
         refuse_together(job)
     for warning in job.plan.warnings:

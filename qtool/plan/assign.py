@@ -53,8 +53,9 @@ def _in_blocks(named: Sequence[Named], index: int, facts: Facts, findings: Findi
 
 
 def _limited(findings: Findings, index: int) -> bool:
-    """True if a rule is for some blocks or models, so that what it leaves to later rules depends on the model."""
-    return findings.rules[index].blocks is not None or findings.rules[index].when is not None
+    """True if a rule is for some blocks or models, or a flag: what it leaves to later rules depends on these."""
+    rule = findings.rules[index]
+    return rule.blocks is not None or rule.when is not None or rule.where.startswith("--tensor-type")
 
 
 def _patterns(found: Iterable[Named]) -> list[str]:
