@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from qtool.artifact.compressed_tensors import CompressedTensors
 from qtool.calibrate.inputs import quantize_tokens
 from qtool.checkpoint._base import Layer
-from qtool.errors import CheckpointError, PlanError
+from qtool.errors import CheckpointError, NumericsError, PlanError
 from qtool.formats._base import Quantized
 from qtool.formats.int import Int
 from qtool.formats.nvfp4 import NVFP4
@@ -412,3 +412,11 @@ def test_damaged_artifacts(weights, damage, message, tiny_checkpoint, tmp_path):
         return
     with pytest.raises(CheckpointError, match=message):
         CompressedTensors().open(tmp_path).matrix(UP)
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan, 0.0, -1.0])
+def test_a_scale_of_a_matrix_that_decodes_to_nothing_names_it(value, tiny_checkpoint, tmp_path):
+    write(quantize(tiny_checkpoint("llama"), NVFP4()), tmp_path)
+    change_tensors(lambda t: t[f"{UP}.weight_global_scale"].fill_(value))(tmp_path)
+    with pytest.raises(NumericsError, match=rf"{UP}\.weight_global_scale: wanted a positive number, found {value}"):
+        CompressedTensors().open(tmp_path).tensor(f"{UP}.weight")

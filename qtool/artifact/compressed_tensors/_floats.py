@@ -245,6 +245,6 @@ class NV4(Kind):
         codes = from_bits(unpack(read("weight_packed", start, stop), 4, k), fmt)
         factor = read(GLOBAL)
         if not 0 < float(factor) < math.inf:
-            raise NumericsError(f"{GLOBAL} of a matrix", wanted="a positive number", found=float(factor))
+            raise NumericsError(GLOBAL, wanted="a positive number", found=float(factor))
         whole = (1.0 / factor.double()).view(1, 1).repeat(stop - start, 1)
         return Quantized(codes, {"scale": read(SCALE, start, stop).view(torch.uint8), "tensor": whole}, fmt)

@@ -20,7 +20,7 @@ from qtool.artifact.compressed_tensors._schemes import Scheme, Schemes
 from qtool.artifact.compressed_tensors._transforms import Transforms
 from qtool.checkpoint._base import TensorInfo
 from qtool.checkpoint.safetensors_io import SafetensorsFile
-from qtool.errors import CheckpointError
+from qtool.errors import CheckpointError, NumericsError
 from qtool.formats._base import Format, Quantized
 
 INDEX, ZERO = "weight_g_idx", "weight_zero_point"
@@ -102,7 +102,10 @@ class CompressedCheckpoint(PackedCheckpoint):
         (n, k), (kind, layer, _) = packing.shape, self._found[module]
         if "weight_shape" in packing.parts and (found := self._read(module, "weight_shape").tolist()) != [n, k]:
             raise CheckpointError(f"{self.source}: {module}.weight_shape", wanted=[n, k], found=found)
-        quantized = kind.decode(layer.format, k, partial(self._read, module), start, stop)
+        try:
+            quantized = kind.decode(layer.format, k, partial(self._read, module), start, stop)
+        except NumericsError as error:
+            raise NumericsError(f"{self.source}: {module}.{error}") from error
         if packing.layer:
             return quantized
         order = self._read(module, INDEX).long().argsort(stable=True)
