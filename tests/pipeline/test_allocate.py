@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -363,3 +364,13 @@ def test_numbers_of_a_layer_without_room_for_a_format(written, tiny_checkpoint):
     assert {tuple(o[0].label for o in d.options) for d in open_} == {("q5_0", "q5_1", "q8_0")}
     assert {d.candidates for d in open_} == {(0, 1, 0, 2)}
     assert {o[0].fallback is not None for o in open_[0].options[:2]} == {True}
+
+
+def test_one_process_divides(written, tiny_checkpoint):
+    from qtool.pipeline.quantize import refuse_together
+
+    job = opened(tiny_checkpoint("llama"), written["fit"], size=10**6)
+    refuse_together(job)
+    ranks = SimpleNamespace(size=2)
+    with pytest.raises(PlanError, match="2 processes: one process divides a budget; run it without torchrun"):
+        refuse_together(replace(job, ranks=ranks))
