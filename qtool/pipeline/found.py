@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -54,12 +55,15 @@ class Found:
 def rows_to_solve(plans: Sequence[LayerPlan], tied: Sequence[bool], ranks: Ranks) -> dict[str, tuple[int, int]]:
     """(start, stop) of the rows of some modules that this process solves: of all rows together, an even part.
 
+    A part ends with a matrix where that is near: two halves of one take as long to walk as two matrices.
+
     Args:
         plans: of the modules.
         tied: whether the rows of each hang together, so that one process solves all of them.
         ranks: who solves the others.
     """
-    start, stop = ranks.part(sum(p.module.shape[0] for p in plans))
+    edges = [0, *accumulate(p.module.shape[0] for p in plans)]
+    start, stop = (near(edge, edges, ranks.size) for edge in ranks.part(edges[-1]))
     found, offset = {}, 0
     for p, together in zip(plans, tied, strict=True):
         rows = p.module.shape[0]
@@ -70,6 +74,13 @@ def rows_to_solve(plans: Sequence[LayerPlan], tied: Sequence[bool], ranks: Ranks
             found[p.module.name] = min(max(start - offset, 0), rows), min(max(stop - offset, 0), rows)
         offset += rows
     return found
+
+
+def near(row: int, edges: Sequence[int], size: int) -> int:
+    """The edge of a matrix that is near a row, if no process gets more than a third more for it; else the row."""
+    edge = min(edges, key=lambda e: abs(e - row))
+    room = edges[-1] / size / (3 if size == 2 else 6)  # parts in the middle have two ends
+    return edge if abs(edge - row) <= room else row
 
 
 def exchanged(found: Mapping[str, Found], ranks: Ranks, device: torch.device) -> dict[str, list[Found]]:
@@ -83,12 +94,12 @@ def exchanged(found: Mapping[str, Found], ranks: Ranks, device: torch.device) ->
     if ranks.size == 1:
         return {name: [rows] for name, rows in found.items()}
     bare = {name: rows.filled(iter([torch.empty(0)] * len(rows.tensors()))) for name, rows in found.items()}
-    together: dict[str, list[Found]] = {}
+    everything: dict[str, list[Found]] = {}
     for there, tensors in ranks.gather(bare, [t for rows in found.values() for t in rows.tensors()], device):
         arrived = iter(tensors)
         for name, rows in there.items():
-            together.setdefault(name, []).append(rows.filled(arrived))
-    return together
+            everything.setdefault(name, []).append(rows.filled(arrived))
+    return everything
 
 
 def assembled(plan: LayerPlan, stats: InputStats | None, parts: Sequence[Found]) -> tuple[Matrix, LayerEntry]:
@@ -99,14 +110,25 @@ def assembled(plan: LayerPlan, stats: InputStats | None, parts: Sequence[Found])
         stats: of its input; None without data.
         parts: all of its rows, in order.
     """
-    codes = torch.cat([part.quantized.codes.cpu() for part in parts])
-    params = {
-        name: torch.cat([part.quantized.params[name].cpu() for part in parts]) for name in parts[0].quantized.params
-    }
+    quantized = together([part.quantized for part in parts])
     corrections = tuple(
         Correction(c.residual, {name: t.cpu() for name, t in c.tensors.items()}) for c in parts[0].corrections
     )
     sums = sum((part.sums for part in parts), Sums())
     remarks = [remark for part in parts for remark in part.remarks]
     entry = solved_entry(plan, parts[0].method, stats, sums, remarks, max(part.seconds for part in parts))
-    return Matrix(Quantized(codes, params, parts[0].quantized.format), corrections), entry
+    return Matrix(quantized, corrections), entry
+
+
+def together(parts: Sequence[Quantized]) -> Quantized:
+    """Rows that follow each other, in memory; where a device copies to and from, in pages that cannot move."""
+    first = parts[0]
+    if len(parts) == 1 and first.codes.device.type == "cpu":
+        return first
+    shape = (sum(len(part.codes) for part in parts), first.codes.shape[1])
+    codes, start = torch.empty(shape, dtype=torch.uint8, pin_memory=first.codes.is_cuda), 0
+    for part in parts:
+        codes[start : start + len(part.codes)] = part.codes
+        start += len(part.codes)
+    params = {name: torch.cat([part.params[name] for part in parts]).cpu() for name in first.params}
+    return Quantized(codes, params, first.format)

@@ -14,7 +14,7 @@ from qtool.errors import NumericsError
 from qtool.formats._base import Format, Quantized
 from qtool.methods._base import Solution
 from qtool.numerics.metrics import all_finite
-from qtool.numerics.threads.parallel import row_shares, shares, side_by_side
+from qtool.numerics.threads.parallel import CPU, row_shares, shares, side_by_side
 from qtool.pipeline.correct import correct, joined
 from qtool.pipeline.entries import Sums
 from qtool.pipeline.found import Found
@@ -38,6 +38,7 @@ def solve(
     device: torch.device,
     merged: Sequence[str] = (),
     rows: tuple[int, int] | None = None,
+    where: torch.device = CPU,
 ) -> Found:
     """Quantizes some rows of one module; many of them in parts, if nothing ties them together.
 
@@ -48,6 +49,7 @@ def solve(
         device: where to compute.
         merged: modules that share what is chosen for a whole matrix; see `Unit.merged`.
         rows: (start, stop); None: all of them, as has to be where they are `tied`.
+        where: what is found goes.
 
     Raises:
         NumericsError: the result is not finite.
@@ -63,7 +65,8 @@ def solve(
     stats = views[0] if views else None
     source = origin(checkpoint, name, plan.format)
     # what devices copy to and from; pages that cannot move are several times as fast
-    codes = torch.empty(last - first, plan.module.shape[1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    pinned = device.type == "cuda" and where.type == "cpu"
+    codes = torch.empty(last - first, plan.module.shape[1], dtype=torch.uint8, device=where, pin_memory=pinned)
     params, sums, seconds = [], Sums(), 0.0
     remarks, start = [plan.fallback, blind, lost, source.remark], 0
     corrections: tuple[Correction, ...] = ()
@@ -80,7 +83,7 @@ def solve(
         for solution, squares in solved:
             stop = start + len(solution.quantized.codes)
             codes[start:stop] = solution.quantized.codes
-            params.append({key: p.cpu() for key, p in solution.quantized.params.items()})
+            params.append({key: p.to(where) for key, p in solution.quantized.params.items()})
             remarks.append(solution.fallback)
             sums, start = sums + squares, stop
         seconds += time.monotonic() - begin
