@@ -54,7 +54,7 @@ class Processes:
     def __call__(self, work: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What `work(ranks, *arguments)` gives in each of them."""
         begun = [pool.submit(_call, work, arguments) for pool in self.pools]
-        return [future.result(timeout=120) for future in begun]
+        return [future.result(timeout=400) for future in begun]
 
     def __enter__(self) -> Self:
         return self

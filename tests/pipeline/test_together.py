@@ -151,7 +151,7 @@ def test_scales_of_inputs_for_all_tokens_are_the_same(together, alone, tiny_chec
 def test_rows_that_share_a_scale_are_solved_by_one(together, alone, tiny_checkpoint, text, tmp_path):
     tied = "weights: fp8-tensor, method: gptq"
     one, two = both_ways(together, tmp_path, tiny_checkpoint("llama"), text, tied)
-    assert_near(one, two)
+    assert_near(one, two, same=0.97)
 
 
 def test_transforms_are_measured_together(together, alone, tiny_checkpoint, text, tmp_path):
