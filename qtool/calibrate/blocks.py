@@ -133,9 +133,6 @@ class Blocks:
 
     def tensor(self, name: str) -> Tensor:
         """A weight in the walker's dtype, on its device; a table of integers as it is."""
-        module = name.removesuffix(".weight")
-        if self.device.type != "cpu" and isinstance(self.checkpoint, QuantizedCheckpoint) and module in self.layers:
-            return self.checkpoint.matrix(module).to(self.device).decode().to(self.dtype)
         found = self.checkpoint.tensor(name)
         return found.to(self.device, self.dtype if found.is_floating_point() else found.dtype)
 

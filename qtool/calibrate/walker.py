@@ -21,7 +21,7 @@ from qtool.calibrate.meter import Meter
 from qtool.calibrate.places import Together, at_a_time, experts_in, meeting, places_of, stopping
 from qtool.calibrate.reference import Reference
 from qtool.calibrate.steps import InStep
-from qtool.checkpoint._base import Layer, Module
+from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint
 from qtool.numerics.product import float32_product
 from qtool.numerics.threads.parallel import side_by_side
 from qtool.stats._base import InputStats, Statistic
@@ -34,6 +34,13 @@ class Walker(Blocks):
     """One model, walked block by block; see `Blocks` for the arguments."""
 
     head: tuple[nn.Module, Tensor] | None = None
+
+    def tensor(self, name: str) -> Tensor:
+        """See `Blocks.tensor`; codes are decoded on the device."""
+        module = name.removesuffix(".weight")
+        if self.device.type != "cpu" and isinstance(self.checkpoint, QuantizedCheckpoint) and module in self.layers:
+            return self.checkpoint.matrix(module).to(self.device).decode().to(self.dtype)
+        return super().tensor(name)
 
     @torch.inference_mode()
     def collect(
