@@ -127,6 +127,9 @@ def sampled(checkpoint: Checkpoint, tokenizer: Any, samples: int, length: int, g
     Raises:
         NumericsError: the model's logits are not finite.
     """
+    if checkpoint.family.derived:
+        what = f"{checkpoint.family.architecture} writes no text here: it has no family file"
+        raise CheckpointError(f"calibration.data: self: {what}", hint="take builtin, or texts of your own")
     model = build_on_meta(checkpoint.config, torch.float32, checkpoint.family.attention)
     tied = {"lm_head.weight": f"{checkpoint.family.embedding}.weight"} if checkpoint.tied else {}
     names = {name: tied.get(name, name) for name, _ in model.named_parameters(remove_duplicate=False)}

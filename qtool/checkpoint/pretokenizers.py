@@ -45,6 +45,18 @@ None: either, since merging leads there; so it is in vocabularies that were made
 """
 
 
+LISTED = """
+a.x-4.0 afmoe bailingmoe bailingmoe2 bloom chameleon chatglm-bpe codeshell command-r dbrx deepseek-coder deepseek-llm
+deepseek-r1-qwen deepseek-v3 default exaone exaone-moe exaone4 falcon falcon-h1 falcon3 gigachat glm4 gpt-2 gpt-4o
+gpt3-finnish granite-docling grok-2 hunyuan hunyuan-dense jais jais-2 jina-de jina-es jina-v1-en jina-v2-code
+jina-v2-de jina-v2-es joyai-llm kanana2 kimi-k2 kormo lfm2 llada-moe llama-bpe llama-v3 llama3 llama4 megrez mellum
+midm-2.0 minerva-7b minimax-m2 modern-bert mpt olmo phi-2 pixtral poro-chat qwen2 qwen35 refact roberta-bpe seed-coder
+smaug-bpe smollm solar-open stablelm2 starcoder superbpe tekken trillion viking youtu
+"""
+NAMES = frozenset(LISTED.split())
+"""What llama.cpp calls ways to split text; a file with another name is not loaded."""
+
+
 def identify(tokenizer: dict[str, Any]) -> str | None:
     """GGUF's name for the pre-tokenizer of a tokenizer.json with byte-level BPE; None if it has none that is known."""
     found = [_essence(step) for step in _steps(tokenizer.get("pre_tokenizer"))]

@@ -273,6 +273,26 @@ def test_rope_there_and_back(scaling: dict[str, Any] | None) -> None:
     assert rope_parameters(back) == rope_parameters(config)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [{"original_max_position_embeddings": 131072}, {"high_freq_factor": 8.0}, {"low_freq_factor": 2.0, "factor": 4.0}],
+)
+@pytest.mark.parametrize(("theta", "dim"), [(500000.0, 128), (10000.0, 32)])
+def test_other_llama3_scalings_come_back_as_the_same_frequencies(changed: Any, theta: float, dim: int) -> None:
+    factors = llama3_factors({"rope_parameters": LLAMA3 | changed | {"rope_theta": theta}}, dim)
+    assert factors is not None
+    back = rope_config({"llama.rope.freq_base": theta}, "llama", dim, {LLAMA3_TENSOR: factors})
+    again = llama3_factors(back, dim)
+    assert again is not None
+    torch.testing.assert_close(again, factors, rtol=1e-5, atol=0)
+
+
+def test_a_scaling_that_no_reader_could_tell_is_refused_before_it_is_written() -> None:
+    told = LLAMA3 | {"rope_theta": 5e5, "original_max_position_embeddings": 5000, "high_freq_factor": 3.3}
+    with pytest.raises(CheckpointError, match=r"cannot say this rotary scaling: .*found .*'high_freq_factor': 3\.3"):
+        family("llama").gguf_extra_tensors(CONFIG | {"rope_parameters": told, "head_dim": 128})
+
+
 @pytest.mark.parametrize("scale", [1.01, 0.99])
 def test_other_rope_factors_are_refused(scale: float) -> None:
     factors = llama3_factors({"rope_parameters": LLAMA3 | {"rope_theta": 5e5}}, 128)

@@ -63,6 +63,14 @@ def test_export_refuses_and_takes_the_name_as_well(model, recipe, tmp_path):
     assert pre_tokenizer(tmp_path / "gguf") == "gpt-2"
 
 
+def test_names_that_llama_cpp_does_not_know_are_refused(model, recipe, tmp_path):
+    refused = qtool("quantize", model, "-r", recipe, "-o", tmp_path / "out", "--pre-tokenizer", "qwen3")
+    assert refused.exit_code == 4
+    assert "llama.cpp knows no pre-tokenizer called 'qwen3'" in refused.stderr
+    assert "did you mean 'qwen" in refused.stderr
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_only_gguf_has_such_names(model, recipe, tmp_path):
     arguments = ("quantize", model, "-r", recipe, "-o", tmp_path / "out", "--pre-tokenizer", "gpt-2")
     refused = qtool(*arguments, "--set", "export=[{to: qtool}]")

@@ -17,7 +17,7 @@ from qtool.checkpoint import pretokenizers
 from qtool.checkpoint.config import read_json, read_text
 from qtool.checkpoint.gguf_tokenizer import PHI3, PHI3_KEEPS
 from qtool.checkpoint.side_files import CHATS
-from qtool.errors import CheckpointError
+from qtool.errors import CheckpointError, suggestion
 from qtool.store.gguf_writer import Value
 
 Files = Mapping[str, Path]
@@ -93,6 +93,10 @@ def _model(
     if model.get("byte_fallback"):
         prefix = _space_prefix(tokenizer)
         return from_json(tokenizer), {"tokenizer.ggml.model": "llama", "tokenizer.ggml.add_space_prefix": prefix}
+    if pre is not None and pre not in pretokenizers.NAMES:
+        what = f"llama.cpp knows no pre-tokenizer called {pre!r:.60}"
+        hint = suggestion(pre, sorted(pretokenizers.NAMES))
+        raise CheckpointError(what, wanted="a name that llama.cpp has for one", hint=hint)
     pre = pre or pretokenizers.identify(tokenizer)
     if pre is None:
         raise CheckpointError(

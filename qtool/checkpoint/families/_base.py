@@ -17,7 +17,7 @@ from torch import Tensor
 from qtool.checkpoint.families._edges import Edge
 from qtool.checkpoint.families._gguf import name_map
 from qtool.checkpoint.families._parts import ATTENTION, GATED_MLP, Linear, Slice, pairs, stacked
-from qtool.checkpoint.families._rope import LLAMA3_TENSOR, llama3_factors, rope_metadata
+from qtool.checkpoint.families._rope import LLAMA3_TENSOR, check_llama3, llama3_factors, rope_metadata
 from qtool.errors import CheckpointError
 
 OUTPUT = "lm_head"
@@ -226,6 +226,7 @@ class Family:
 
     def gguf_extra_tensors(self, config: dict[str, Any]) -> dict[str, Tensor]:
         """Tensors that GGUF wants and the checkpoint only implies, float32."""
+        check_llama3(self.rope(config), self.rotary_dim(config))
         factors = llama3_factors(self.rope(config), self.rotary_dim(config))
         return {} if factors is None else {LLAMA3_TENSOR: factors}
 

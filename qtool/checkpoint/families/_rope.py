@@ -5,6 +5,7 @@ config.json has two spellings: `rope_theta` with `rope_scaling` (transformers 4)
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -196,11 +197,33 @@ def _decimal(value: float) -> float:
     return float(str(np.float32(value)))
 
 
+LENGTHS = (8192, 4096, 2048, 16384, 32768, 65536, 131072, 262144, 1024, 512)
+"""Original lengths that models with Llama 3's rule were trained on."""
+
+
+def check_llama3(config: dict[str, Any], dim: int) -> None:
+    """Raises CheckpointError: a GGUF file would have factors from which nobody finds back to the parameters."""
+    rope = rope_parameters(config)
+    factors = llama3_factors(config, dim)
+    if factors is not None:
+        try:
+            _llama3_from(factors, float(rope["rope_theta"]), dim)
+        except CheckpointError:
+            found = {field: rope[field] for field in sorted(REQUIRED["llama3"])}
+            wanted = "factors of Llama 3's rule that a reader of the file can tell"
+            raise CheckpointError("GGUF cannot say this rotary scaling", wanted=wanted, found=found) from None
+
+
 def _llama3_from(factors: Tensor, theta: float, dim: int) -> dict[str, Any]:
-    """The parameters that Llama 3.1 to 3.3 use, with the factor and original length that reproduce the tensor."""
-    for old in (8192, 4096, 2048, 16384, 32768, 1024, 512):
-        rope: dict[str, Any] = {"rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0}
-        rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": old}
+    """Parameters of Llama 3's rule that reproduce the tensor; those that Llama 3.1 to 3.3 use before others."""
+    largest = float(factors.max())  # that of long waves; no wave of a small model may be long enough
+    stretches = dict.fromkeys((largest, 8.0, 32.0, 16.0, 4.0, 2.0))
+    choices = itertools.product((4.0, 8.0, 2.0, 16.0), (1.0, 2.0), stretches, LENGTHS)
+    for high, low, factor, old in choices:
+        if low >= high:
+            continue
+        rope: dict[str, Any] = {"rope_type": "llama3", "factor": factor, "low_freq_factor": low}
+        rope |= {"high_freq_factor": high, "original_max_position_embeddings": old}
         computed = llama3_factors({"rope_parameters": rope | {"rope_theta": theta}}, dim)
         if computed is not None and computed.shape == factors.shape and torch.allclose(computed, factors, rtol=1e-5):
             return rope
