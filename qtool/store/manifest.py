@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qtool.checkpoint._base import Cache, Layer, Static
 from qtool.checkpoint.config import read_json
-from qtool.errors import CheckpointError, NumericsError
+from qtool.errors import CheckpointError, NumericsError, is_utf8
 from qtool.formats._base import Format, Quantized
 from qtool.numerics.grids.bits import pack
 from qtool.recipe.cache import parse_cache
@@ -34,6 +34,14 @@ StaticPair = tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], Annotated
 """A `Static`."""
 
 KEY = re.compile(rf"{BLOCK}[0-9]{{1,9}}|(?!{BLOCK})[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError: it is none, or has text that cannot be written again."""
+    content = read_json(path)
+    if not is_utf8(json.dumps(content, ensure_ascii=False)):
+        raise CheckpointError(f"{path} is damaged", wanted="text in Unicode", found="half of a surrogate pair")
+    return content
 
 
 def _listed(sides: Any) -> Any:
@@ -145,7 +153,7 @@ class Manifest(ManifestPart):
     @classmethod
     def load(cls, folder: Path) -> Manifest:
         """Reads manifest.json. Raises CheckpointError: damaged, or of a newer version."""
-        return cls._of(read_json(folder / MANIFEST), folder / MANIFEST)
+        return cls._of(_read(folder / MANIFEST), folder / MANIFEST)
 
     @classmethod
     def salvage(cls, folder: Path) -> tuple[Manifest, dict[str, str]]:
@@ -158,7 +166,7 @@ class Manifest(ManifestPart):
             CheckpointError: damaged elsewhere, or of a newer version.
         """
         path, damaged = folder / MANIFEST, {}
-        content = read_json(path)
+        content = _read(path)
         blocks = content.get("blocks")
         for key, block in list(blocks.items()) if isinstance(blocks, dict) else []:
             try:

@@ -200,6 +200,7 @@ def edit(folder, change):
 MODULE = "model.layers.0.mlp.up_proj"
 LIES = {
     "newer version": (lambda m: m.update(version=3), "no manifest of a neutral checkpoint: version"),
+    "half a character": (lambda m: m.update(run={"model": "\ud800"}), "is damaged: wanted text in Unicode"),
     "unknown key": (lambda m: m.update(extra=1), "no manifest of a neutral checkpoint: extra"),
     "block without number": (
         lambda m: m["blocks"].update({"block-x": m["blocks"].pop("block-0")}),
