@@ -155,9 +155,10 @@ def test_rows_that_share_a_scale_are_solved_by_one(together, alone, tiny_checkpo
 
 
 def test_transforms_are_measured_together(together, alone, tiny_checkpoint, text, tmp_path):
+    """Scales are means in another order, so that all weights differ in their last bits, and more codes do."""
     layer = "weights: int4-g32, method: gptq"
     one, two = both_ways(together, tmp_path, tiny_checkpoint("llama"), text, layer, "transforms: [awq]\n")
-    assert_near(one, two, db=0.1)
+    assert_near(one, two, same=0.97, db=0.1)
 
 
 def test_without_data_bytes_are_the_same(together, alone, tiny_checkpoint, text, tree, tmp_path):
