@@ -57,14 +57,14 @@ def read_text(path: Path, limit: int = TEXT) -> str:
     return text
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, limit: int = TEXT) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-        CheckpointError: no such file, or something else is in it.
+        CheckpointError: no such file, more bytes than `limit`, or something else is in it.
     """
     try:
-        value = json.loads(read_text(path))
+        value = json.loads(read_text(path, limit))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -83,8 +83,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], Family]:
     """
     if not own_file(path):
         raise CheckpointError(f"{path.parent} holds no config.json", hint="a checkpoint folder comes with one")
-    check_file(path, CONFIG)
-    return complete(read_json(path), path)
+    return complete(read_json(path, CONFIG), path)
 
 
 OUTER = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "quantization_config")

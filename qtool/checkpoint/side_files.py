@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qtool.checkpoint.config import check_file, read_json
+from qtool.checkpoint.config import CONFIG, check_file, read_json
 from qtool.checkpoint.links import own_file
 from qtool.errors import CheckpointError, reading
 
@@ -83,6 +83,6 @@ def _named(auto_map: Any) -> set[str]:
 
 def _auto_map(path: Path) -> Any:
     try:
-        return read_json(path).get("auto_map") if own_file(path) else None
+        return read_json(path, CONFIG).get("auto_map") if own_file(path) else None
     except CheckpointError:  # whoever needs the file says what is wrong with it
         return None

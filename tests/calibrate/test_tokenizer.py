@@ -240,7 +240,8 @@ def test_sentencepiece_alone_needs_its_packages(missing, folder, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
     package = missing.removeprefix("google.")
     message = f"a model whose only tokenizer is tokenizer.model needs the package {package}"
-    with pytest.raises(MissingExtra, match=rf"^{message}; install it with: pip install 'qtool\[sentencepiece\]'$"):
+    hint = "install it with: pip install 'protobuf>=5.26' 'sentencepiece>=0.2'"
+    with pytest.raises(MissingExtra, match=f"^{message}; {hint}$"):
         load_tokenizer(HFCheckpoint(folder))
 
 

@@ -80,6 +80,6 @@ def test_a_killed_process_ends_the_run_with_one_line_and_the_same_command_contin
 def test_what_all_processes_find_wrong_is_said_once(tiny_checkpoint, tmp_path):
     wrong = torchrun(["-m", "qtool"], "quantize", tiny_checkpoint("llama"), "-r", tmp_path / "none.yaml")
     assert len(errors(wrong)) == 1
-    assert "none.yaml" in errors(wrong)[0]
+    assert errors(wrong)[0].startswith("error: recipe not found")
     alone = torchrun(["-m", "qtool"], "plan", tiny_checkpoint("llama"), "-r", "gguf-q4_0")
     assert errors(alone) == ["error: qtool plan: wanted one process, found torchrun; run it without"]
