@@ -72,6 +72,13 @@ def read_json(path: Path, limit: int = TEXT) -> dict[str, Any]:
     return value
 
 
+def read_own(path: Path) -> dict[str, Any]:
+    """config.json as it stands there. Raises CheckpointError: missing, no file of its folder, or damaged."""
+    if not own_file(path):
+        raise CheckpointError(f"{path.parent} holds no config.json", hint="a checkpoint folder comes with one")
+    return read_json(path, CONFIG)
+
+
 def read_config(path: Path) -> tuple[dict[str, Any], Family]:
     """Reads config.json and completes it.
 
@@ -81,9 +88,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], Family]:
     Raises:
         CheckpointError: missing, damaged, or of a family that qtool does not know.
     """
-    if not own_file(path):
-        raise CheckpointError(f"{path.parent} holds no config.json", hint="a checkpoint folder comes with one")
-    return complete(read_json(path, CONFIG), path)
+    return complete(read_own(path), path)
 
 
 OUTER = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "quantization_config")

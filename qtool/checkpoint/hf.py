@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qtool.checkpoint._base import Checkpoint, TensorInfo, verify
-from qtool.checkpoint.config import CONFIG, read_config, read_json
+from qtool.checkpoint.config import complete, read_json, read_own
 from qtool.checkpoint.derived.free import FREE, PARTS, free_family
 from qtool.checkpoint.families._base import Family
 from qtool.checkpoint.families._parts import Slice
@@ -217,9 +217,10 @@ def _equal(a: SafetensorsFile, a_name: str, b: SafetensorsFile, b_name: str) -> 
 def described(folder: Path, model_free: bool) -> tuple[dict[str, Any], Family]:
     """Configuration and family of a folder; see `read_config`."""
     path = folder / "config.json"
-    if not model_free and not (own_file(path) and FREE in read_json(path, CONFIG)):
-        return read_config(path)
-    config = read_json(path, CONFIG) | {FREE: True}
+    config = read_own(path)
+    if not model_free and FREE not in config:
+        return complete(config, path)
+    config[FREE] = True
     return config, free_family(config, stored_shapes(locate(folder)))
 
 

@@ -101,3 +101,11 @@ def test_tensors_without_blocks_are_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"do not look like a language model: .* found a\.weight"):
         open_model_free(str(tmp_path))
+
+
+def test_a_config_is_no_link_out_of_its_folder(unknown, tmp_path):
+    folder = unknown("llama")
+    (folder / "config.json").rename(tmp_path / "elsewhere.json")
+    (folder / "config.json").symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(CheckpointError, match="is a link out of its folder"):
+        open_model_free(str(folder))
