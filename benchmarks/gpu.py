@@ -48,7 +48,7 @@ method: {method}
 layers:
   - {{match: lm_head, keep: true}}
   - {{match: "*", weights: {format}}}
-export: [{{to: qtool}}]
+export: [{{to: {export}}}]
 """
 
 
@@ -120,7 +120,9 @@ def measured(name: str, source: Path, work: Path) -> dict[str, float | None]:
     """Seconds of a block behind the first one, bytes on the device at their peak, and the seconds wanted."""
     fmt, method, wanted = ROWS[name]
     recipe = work / f"{name}.yaml"
-    recipe.write_text(RECIPE.format(text=work / "text.txt", method=method, format=fmt), encoding="utf-8")
+    recipe.write_text(
+        RECIPE.format(text=work / "text.txt", method=method, format=fmt, export="qtool"), encoding="utf-8"
+    )
     begun: list[float] = []
 
     def listen(event: Event) -> None:

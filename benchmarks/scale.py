@@ -25,16 +25,6 @@ import torch
 
 from benchmarks import gpu
 
-RECIPE = """
-recipe: 1
-name: scale
-calibration: {{data: {text}, samples: 256, length: 2048}}
-method: {method}
-layers:
-  - {{match: lm_head, keep: true}}
-  - {{match: "*", weights: int4-g128}}
-export: [{{to: compressed-tensors}}]
-"""
 MIXTURE = {
     "hidden_size": 2048,
     "intermediate_size": 6144,
@@ -206,7 +196,8 @@ def main() -> None:
     recipes = {}
     for name, method in {"gptq": "gptq", "rtn": "rtn"}.items():
         recipes[name] = work / f"{name}.yaml"
-        recipes[name].write_text(RECIPE.format(text=words, method=method), encoding="utf-8")
+        content = gpu.RECIPE.format(text=words, method=method, format="int4-g128", export="compressed-tensors")
+        recipes[name].write_text(content, encoding="utf-8")
     found = {}
     dense = gpu.model(work / f"dense-{options.blocks}", options.blocks) if {"dense", "eval", "rtn"} & {*rows} else work
     if "dense" in rows:

@@ -257,3 +257,14 @@ def demo_checkpoint(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -
         shutil.copy(path, folder / name)
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """A folder with calibration.txt, and other.txt of the same kind: Python's own documentation."""
+    from pydoc_data.topics import topics
+
+    folder, found = tmp_path_factory.mktemp("texts"), list(topics.values())
+    (folder / "calibration.txt").write_text("\n".join(found[:40]))
+    (folder / "other.txt").write_text("\n".join(found[40:50]))
+    return folder

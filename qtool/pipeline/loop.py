@@ -50,7 +50,7 @@ def together(todo: Sequence[Unit], job: Job, work: Work, source: Statistics) -> 
             record, solver = solve_unit(unit, job, work, source, propagate)
             if solver and job.ranks.first:
                 cached = source.cached[0] if unit.cache and source.cached else None
-                saving(partial(work.save, unit, solver.matrices, solver.layers, record, cached))
+                saving(partial(work.save, unit, solver, record, cached))
             yield unit, record
 
 
@@ -61,7 +61,7 @@ def apart(todo: Sequence[Unit], job: Job, work: Work, source: Statistics) -> Ite
         made = []
         for unit in todo[start : start + ranks.size][ranks.rank : ranks.rank + 1]:
             record, solver = solve_unit(unit, job, work, source, propagate=False)
-            stored = work.store(unit, solver.matrices, solver.layers, record, None) if solver else None
+            stored = work.store(unit, solver, record) if solver else None
             made.append((unit, record, stored))
         for unit, record, stored in chain(*ranks.all(made)):
             if stored and ranks.first:

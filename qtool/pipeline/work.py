@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qtool import registry
-from qtool.checkpoint._base import CacheScales, Layer
+from qtool.checkpoint._base import CacheScales
 from qtool.checkpoint.edits import Edit, digest
 from qtool.errors import CheckpointError, StorageError
 from qtool.methods._base import BlockTask
@@ -21,10 +21,9 @@ from qtool.numerics.threads.processor import processor
 from qtool.numerics.threads.ranks import Ranks
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.prepare import Job
-from qtool.pipeline.solver import Input, Solved
+from qtool.pipeline.solver import Input, Solved, UnitSolver
 from qtool.pipeline.units import Unit, cache_format
 from qtool.report.model import BlockEntry, CacheEntry, Entry, LayerEntry
-from qtool.residuals._base import Matrix
 from qtool.store.files import lock, storage_errors
 from qtool.store.manifest import MANIFEST, Manifest, StoredBlock
 from qtool.store.neutral import NeutralCheckpoint, NeutralWriter
@@ -81,28 +80,14 @@ class Work:
         """See `Solver.solve_block`: what the earlier run found is final."""
         return iter(())
 
-    def save(
-        self,
-        unit: Unit,
-        solved: Mapping[str, Matrix],
-        layers: Mapping[str, Layer],
-        record: Record,
-        cache: CacheScales | None,
-    ) -> None:
+    def save(self, unit: Unit, solver: UnitSolver, record: Record, cache: CacheScales | None) -> None:
         """Writes a unit, whole or not at all."""
-        self.enter(unit, self.store(unit, solved, layers, record, cache))
+        self.enter(unit, self.store(unit, solver, record, cache))
 
-    def store(
-        self,
-        unit: Unit,
-        solved: Mapping[str, Matrix],
-        layers: Mapping[str, Layer],
-        record: Record,
-        cache: CacheScales | None,
-    ) -> StoredBlock:
+    def store(self, unit: Unit, solver: UnitSolver, record: Record, cache: CacheScales | None = None) -> StoredBlock:
         """Writes a unit that is finished when the first process has entered it."""
         content = record.model_dump(mode="json")
-        return self.writer.store_block(unit.name, solved, content, layers=layers, cache=cache)
+        return self.writer.store_block(unit.name, solver.matrices, content, layers=solver.layers, cache=cache)
 
     def enter(self, unit: Unit, entry: StoredBlock) -> None:
         """Counts a stored unit as finished."""

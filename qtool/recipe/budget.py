@@ -86,7 +86,8 @@ class Budget(Strict):
         kld: KL divergence from the original in nats per token, on calibration samples that were held out, that is not
             exceeded, with 95 % confidence; the artifact is as small as that allows.
         formats: what layers may become: a format, keep, or a mapping with weights and activations.
-        against: recipes whose rules are tried as well; the plan is never worse than the best of them that fits.
+        against: recipes whose rules are tried as well; of those that fit, the most promising is measured, and taken
+            if it is better than the plan, both rounded to nearest.
         samples: calibration sequences from which it is learned how much each layer matters.
         held_out: sequences that plans are compared on, which are in no other use.
     """

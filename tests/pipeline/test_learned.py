@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pydoc_data.topics
-
 import pytest
 
 from qtool.pipeline.quantize import QuantizeOptions, run
@@ -19,15 +17,6 @@ export: [{to: qtool}]
 eval: {text: TEXT, context: 32, chunks: 12}
 """
 LEARNED = "{learned: {steps: 60, batch: 16}}"
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("texts")
-    topics = list(pydoc_data.topics.topics.values())
-    (folder / "calibration.txt").write_text("\n".join(topics[:40]))
-    (folder / "other.txt").write_text("\n".join(topics[40:50]))
-    return folder
 
 
 def quantized(model, texts, out, weights, method, name):

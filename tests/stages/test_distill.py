@@ -37,17 +37,6 @@ eval: {text: TEXT, context: 32, chunks: 40}
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    import pydoc_data.topics
-
-    folder = tmp_path_factory.mktemp("texts")
-    topics = list(pydoc_data.topics.topics.values())
-    (folder / "calibration.txt").write_text("\n".join(topics[:40]))
-    (folder / "other.txt").write_text("\n".join(topics[40:50]))
-    return folder
-
-
 @pytest.fixture
 def recipe(texts, tmp_path):
     def write(weights="int3-g32", finish="[]", activations="null"):
