@@ -19,7 +19,8 @@ from torch import Tensor
 
 from qtool.ops._base import InputOp
 from qtool.spec import Spec
-from qtool.stats._base import InputStats, Statistic
+from qtool.stats._base import InputStats, S, Statistic
+from qtool.stats.channels import Channels
 
 Kind = Literal["norm", "heads", "product", "stream", "input"]
 SCALABLE: tuple[Kind, ...] = ("norm", "heads", "product")
@@ -65,6 +66,24 @@ class Site:
     source: Callable[[], Tensor] | None
     stats: InputStats | None
     seed: int
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to go by: no reader is quantized, or statistics were asked for and no token came."""
+        return not self.readers or (self.stats is not None and not self.stats.tokens)
+
+    def measured(self, statistic: type[S]) -> S:
+        """A statistic that the transform needs."""
+        assert self.stats is not None
+        return self.stats[statistic]
+
+    def input_range(self) -> Tensor:
+        """Largest magnitude that was measured of each channel, float32 [C]."""
+        return self.largest(self.measured(Channels).absmax.cpu())
+
+    def weight_range(self) -> Tensor:
+        """Largest magnitude among the columns of all readers that read a channel, float32 [C]."""
+        return torch.stack([self.largest(reader.weight().abs().amax(0)) for reader in self.readers]).amax(0)
 
     def largest(self, values: Tensor) -> Tensor:
         """Of the columns that read the same channel, the largest: [K] -> [C]."""
@@ -117,3 +136,23 @@ class Transform(Spec):
     def misfit(self, kind: Kind, width: int, dim: int) -> str | None:
         """Why it cannot work on a site, with what would; None if it can."""
         return None
+
+
+class EdgeTransform(Transform):
+    """A transform that is folded away, along the edges of a model's graph that a recipe may name.
+
+    Attributes:
+        edges: where.
+    """
+
+    edges: tuple[Kind, ...] = SCALABLE
+
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        """See `Transform.kinds`."""
+        return frozenset(self.edges)
+
+
+def floored(sizes: Tensor, least: float = 1e-3) -> Tensor:
+    """Sizes, of which those below `least` of the largest count as that, so that silent channels get no wild factors."""
+    return sizes.clamp_min(float(sizes.max()) * least)

@@ -20,7 +20,7 @@ from torch import Tensor
 from qtool.ops.scale import Scale
 from qtool.stats._base import Statistic
 from qtool.stats.gram import Gram
-from qtool.transforms._base import SCALABLE, Kind, Reader, Site, Transform
+from qtool.transforms._base import EdgeTransform, Reader, Site, floored
 
 ROWS = 128
 """Rows of a reader that errors are compared on: powers differ by much more than what is left to chance."""
@@ -28,21 +28,14 @@ LEAST = 1e-4
 """Channels smaller than this, relative to the largest, count as so large."""
 
 
-class AWQ(Transform):
+class AWQ(EdgeTransform):
     """Activation-aware scaling.
 
     Attributes:
         steps: powers tried in each of both families, from 0 to less than 1.
-        edges: where.
     """
 
     steps: int = Field(default=10, ge=2)
-    edges: tuple[Kind, ...] = SCALABLE
-
-    @property
-    def kinds(self) -> frozenset[Kind]:
-        """See `Transform.kinds`."""
-        return frozenset(self.edges)
 
     @property
     def needs(self) -> frozenset[type[Statistic]]:
@@ -51,18 +44,16 @@ class AWQ(Transform):
 
     def op(self, site: Site) -> Scale | None:
         """See `Transform.op`."""
-        assert site.stats is not None
-        if not site.stats.tokens or not site.readers:
+        if site.idle:
             return None
-        gram = site.stats[Gram].matrix.cpu()
+        gram = site.measured(Gram).matrix.cpu()
         size = site.mean(gram.diagonal().clamp_min(0)).double().sqrt()
         if not bool(size.max() > 0):
             return None
-        size = size.clamp_min(float(size.max()) * LEAST)
+        size = floored(size, LEAST)
         weights = [(reader, some_rows(reader.weight())) for reader in site.readers]
         energy = torch.stack([w.double().square().sum(0) for _, w in weights]).sum(0)
-        columns = site.mean(energy).sqrt()
-        columns = columns.clamp_min(float(columns.max()) * LEAST + 1e-30)
+        columns = floored(site.mean(energy).sqrt(), LEAST).clamp_min(1e-30)
         powers = [step / self.steps for step in range(self.steps)]
         tried = [size**a for a in powers] + [size**a / columns ** (1 - a) for a in powers]
         tried = [s / (s.max() * s.min()).sqrt() for s in tried]

@@ -9,16 +9,11 @@ with up.
 
 from __future__ import annotations
 
-import torch
-
 from qtool.ops.scale import Scale
-from qtool.transforms._base import Kind, Site, Transform
-
-LEAST = 1e-3
-"""Ranges below this, relative to the largest, count as this."""
+from qtool.transforms._base import EdgeTransform, Kind, Site, floored
 
 
-class Equalize(Transform):
+class Equalize(EdgeTransform):
     """Cross-layer equalization.
 
     Attributes:
@@ -27,18 +22,11 @@ class Equalize(Transform):
 
     edges: tuple[Kind, ...] = ("heads", "product")
 
-    @property
-    def kinds(self) -> frozenset[Kind]:
-        """See `Transform.kinds`."""
-        return frozenset(self.edges)
-
     def op(self, site: Site) -> Scale | None:
         """See `Transform.op`."""
-        if not site.readers or site.source is None:
+        if site.idle or site.source is None:
             return None
-        writes = site.source().abs().amax(1)
-        reads = torch.stack([site.largest(r.weight().abs().amax(0)) for r in site.readers]).amax(0)
-        if not bool(writes.max() > 0) or not bool(reads.max() > 0):
+        writes, reads = floored(site.source().abs().amax(1)), floored(site.weight_range())
+        if not bool(((writes > 0) & (reads > 0)).all()):
             return None
-        writes, reads = (x.clamp_min(float(x.max()) * LEAST).double() for x in (writes, reads))
-        return Scale((writes / reads).sqrt().float())
+        return Scale((writes.double() / reads.double()).sqrt().float())

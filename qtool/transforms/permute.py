@@ -14,10 +14,10 @@ import torch
 from qtool.ops.permutation import Permutation
 from qtool.stats._base import Statistic
 from qtool.stats.channels import Channels
-from qtool.transforms._base import Kind, Site, Transform
+from qtool.transforms._base import EdgeTransform, Site
 
 
-class Permute(Transform):
+class Permute(EdgeTransform):
     """Sorts channels, the largest first.
 
     Attributes:
@@ -29,21 +29,16 @@ class Permute(Transform):
     edges: tuple[Literal["product", "heads"], ...] = ("product", "heads")
 
     @property
-    def kinds(self) -> frozenset[Kind]:
-        """See `Transform.kinds`."""
-        return frozenset(self.edges)
-
-    @property
     def needs(self) -> frozenset[type[Statistic]]:
         """Ranges of inputs, if it sorts by them."""
         return frozenset({Channels}) if self.by == "inputs" else frozenset()
 
     def op(self, site: Site) -> Permutation | None:
         """See `Transform.op`."""
-        if not site.readers or (site.stats is not None and not site.stats.tokens):
+        if site.idle:
             return None
-        if site.stats is not None:
-            size = site.largest(site.stats[Channels].absmax.cpu())
+        if self.by == "inputs":
+            size = site.input_range()
         else:
             size = site.mean(sum((r.weight().square().sum(0) for r in site.readers), torch.zeros(1)))
         runs = size.view(-1, site.dim if site.kind == "heads" else site.width)

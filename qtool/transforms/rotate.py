@@ -15,10 +15,10 @@ from qtool.numerics.hadamard import known_order
 from qtool.ops._base import InputOp
 from qtool.ops.hadamard import Hadamard
 from qtool.ops.orthogonal import Orthogonal
-from qtool.transforms._base import Kind, Site, Transform
+from qtool.transforms._base import EdgeTransform, Kind, Site
 
 
-class Rotate(Transform):
+class Rotate(EdgeTransform):
     """Orthogonal matrices without a trace at run time.
 
     Attributes:
@@ -28,11 +28,6 @@ class Rotate(Transform):
 
     matrix: Literal["hadamard", "random"] = "hadamard"
     edges: tuple[Literal["stream", "heads"], ...] = ("stream", "heads")
-
-    @property
-    def kinds(self) -> frozenset[Kind]:
-        """See `Transform.kinds`."""
-        return frozenset(self.edges)
 
     def misfit(self, kind: Kind, width: int, dim: int) -> str | None:
         """See `Transform.misfit`."""

@@ -10,33 +10,22 @@ Shape letters: C channels.
 
 from __future__ import annotations
 
-import torch
 from pydantic import Field
 
 from qtool.ops.scale import Scale
 from qtool.stats._base import Statistic
 from qtool.stats.channels import Channels
-from qtool.transforms._base import SCALABLE, Kind, Site, Transform
-
-LEAST = 1e-3
-"""Ranges below this, relative to the largest, count as this, so that silent channels do not get wild factors."""
+from qtool.transforms._base import EdgeTransform, Site, floored
 
 
-class Smooth(Transform):
+class Smooth(EdgeTransform):
     """Scale migration.
 
     Attributes:
         alpha: 0 evens out the weights, 1 the inputs.
-        edges: where.
     """
 
     alpha: float = Field(default=0.5, ge=0, le=1)
-    edges: tuple[Kind, ...] = SCALABLE
-
-    @property
-    def kinds(self) -> frozenset[Kind]:
-        """See `Transform.kinds`."""
-        return frozenset(self.edges)
 
     @property
     def needs(self) -> frozenset[type[Statistic]]:
@@ -45,12 +34,9 @@ class Smooth(Transform):
 
     def op(self, site: Site) -> Scale | None:
         """See `Transform.op`."""
-        assert site.stats is not None
-        if not site.stats.tokens or not site.readers:
+        if site.idle:
             return None
-        inputs = site.largest(site.stats[Channels].absmax.cpu())
-        weights = torch.stack([site.largest(r.weight().abs().amax(0)) for r in site.readers]).amax(0)
-        inputs, weights = (x.clamp_min(float(x.max()) * LEAST) for x in (inputs, weights))
+        inputs, weights = floored(site.input_range()), floored(site.weight_range())
         if not bool(((inputs > 0) & (weights > 0)).all()):
             return None
         factors = inputs.double() ** self.alpha / weights.double() ** (1 - self.alpha)
