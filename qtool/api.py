@@ -106,7 +106,7 @@ def calibrate(
         device: where to compute.
         dtype: in which type to run the model.
         overwrite: replace an earlier file.
-        listener: is told about progress and warnings.
+        listener: called with events of progress and with warnings.
     """
     options = calibrating.CalibrateOptions(
         _source(model), _recipe(recipe), Path(out), tuple(overrides), device, dtype, overwrite=overwrite
@@ -143,7 +143,7 @@ def quantize(
         dtype: in which type to run the model.
         overwrite: replace an earlier result.
         verify: read artifacts back and compare.
-        listener: is told about progress and warnings.
+        listener: called with events of progress and with warnings.
 
     Raises:
         GateError: the recipe has gates and one is missed; the result and its report are in `out` all the same.
@@ -184,7 +184,7 @@ def export(
         out: folder of the result.
         overwrite: replace an earlier result.
         verify: read the result back and compare.
-        listener: is told about progress and warnings.
+        listener: called with events of progress and with warnings.
 
     Raises:
         PlanError: the layout cannot hold these codes, with every reason.
@@ -220,7 +220,7 @@ def evaluate(
         update: add the result to the artifact's report and model card.
         device: where to compute.
         dtype: in which type to run the models; "auto" is float32.
-        listener: is told about progress.
+        listener: called with events of progress.
 
     Raises:
         GateError: a limit is missed.

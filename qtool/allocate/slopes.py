@@ -31,7 +31,7 @@ POSITIONS = 64
 """Whose logits are in memory at a time."""
 
 
-class Seen(NamedTuple):
+class LayerRecord(NamedTuple):
     """What a module reads, and how much the loss cares about what it makes of that.
 
     Attributes:
@@ -67,10 +67,10 @@ class Slopes:
             after.values.copy_(hidden.values)
             walker.advance(walker.load_block(i), i, after)
             hidden = after
-        self.behind, self.head = hidden, Head(walker)
+        self.behind, self.head = hidden, HeadSlopes(walker)
         self.embedded: Tensor | None = None
 
-    def blocks(self) -> Iterator[tuple[int, dict[str, Seen]]]:
+    def blocks(self) -> Iterator[tuple[int, dict[str, LayerRecord]]]:
         """From the last block to the first: what its modules read and how much that matters, by name.
 
         Experts that no token went to are missing.
@@ -80,15 +80,15 @@ class Slopes:
         """
         slopes = self._start()
         for i in reversed(range(len(self.fronts))):
-            seen: dict[str, list[Seen]] = defaultdict(list)
+            seen: dict[str, list[LayerRecord]] = defaultdict(list)
             block, front = self.walker.load_block(i), self.fronts.pop()
             for part in self.walker.parts(front):
                 slopes[part] = self._back(block, i, front[part], slopes[part], seen)
             finite(slopes, f"gradients in front of block {i} of {self.walker.checkpoint.source}")
-            yield i, {name: Seen(*map(torch.cat, zip(*parts, strict=True))) for name, parts in seen.items()}
+            yield i, {name: LayerRecord(*map(torch.cat, zip(*parts, strict=True))) for name, parts in seen.items()}
         self.embedded = slopes.square()
 
-    def _back(self, block: nn.Module, i: int, x: Tensor, slope: Tensor, seen: dict[str, list[Seen]]) -> Tensor:
+    def _back(self, block: nn.Module, i: int, x: Tensor, slope: Tensor, seen: dict[str, list[LayerRecord]]) -> Tensor:
         """Gradients in front of a block for those behind it, [s, T, H]; notes what goes by its modules."""
 
         def note(name: str) -> Any:
@@ -96,7 +96,7 @@ class Slopes:
                 read = inputs[0].detach().flatten(0, -2)
 
                 def keep(slope: Tensor) -> None:
-                    seen[name].append(Seen(read, slope.detach().flatten(0, -2).square()))
+                    seen[name].append(LayerRecord(read, slope.detach().flatten(0, -2).square()))
 
                 output.register_hook(keep)  # type: ignore[no-untyped-call]
 
@@ -138,7 +138,7 @@ class Slopes:
         return slopes
 
 
-class Head:
+class HeadSlopes:
     """The output layer: what it reads, and how much the loss cares about each logit.
 
     Args:
@@ -180,9 +180,9 @@ class Head:
         self.read.append(read)
         self.sums.append(sums)
 
-    def seen(self, start: int, stop: int) -> Seen:
+    def seen(self, start: int, stop: int) -> LayerRecord:
         """Of rows `start` to `stop`; squares are expected ones, p (1 - p), rather than those of drawn targets."""
         x, sums = self.inputs(), torch.cat(self.sums)
         z, bend = self.capped(float32_product(x, self.weight[start:stop], TABLE_VALUES))
         p = (z - sums[:, None]).exp_()
-        return Seen(x, p * (1 - p) * (bend * bend))
+        return LayerRecord(x, p * (1 - p) * (bend * bend))

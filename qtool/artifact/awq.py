@@ -147,7 +147,7 @@ def _unpack(words: Tensor) -> Tensor:
     return fields[..., back].flatten(1).T.contiguous()
 
 
-class _Settings(Settings):
+class _AWQSettings(Settings):
     """`quantization_config`, as AutoAWQ and as its earliest versions spelled it."""
 
     bits: Literal[4] = Field(validation_alias=AliasChoices("bits", "w_bit"))
@@ -162,7 +162,7 @@ class AWQCheckpoint(PackedCheckpoint):
 
     def _understand(self, how: Mapping[str, Any]) -> None:
         """See `PackedCheckpoint._understand`."""
-        found = read_settings(_Settings, how, self.source)
+        found = read_settings(_AWQSettings, how, self.source)
         if found.version.lower() != "gemm":
             raise CheckpointError(f"{self.source}: version of AWQ", wanted="gemm", found=repr(found.version)[:40])
         if found.group_size < -1 or found.group_size == 0:

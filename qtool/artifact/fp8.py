@@ -91,7 +91,7 @@ def encode(quantized: Quantized) -> dict[str, Tensor]:
     return {"weight": to_bits(codes, fmt).view(E4M3), SCALE: params["scale"][::BLOCK].float()}
 
 
-class _Settings(Settings):
+class _FP8Settings(Settings):
     """`quantization_config`, as far as it says how to read the tensors."""
 
     weight_block_size: tuple[Literal[128], Literal[128]]
@@ -108,7 +108,7 @@ class FP8Checkpoint(PackedCheckpoint):
         """See `PackedCheckpoint._understand`."""
         sizes = how.get("weight_block_size")
         listed = {"weight_block_size": tuple(sizes)} if isinstance(sizes, list) else {}
-        read_settings(_Settings, {**how, **listed}, self.source)
+        read_settings(_FP8Settings, {**how, **listed}, self.source)
 
     def _packing(self, module: str, n: int, k: int, found: Infos) -> Packing:
         """See `PackedCheckpoint._packing`."""

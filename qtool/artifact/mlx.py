@@ -182,7 +182,7 @@ def encode(quantized: Quantized) -> dict[str, Tensor]:
     return {"weight": pack_words(to_bits(codes, fmt), fmt.code_bits).view(torch.uint32), "scales": params["exponent"]}
 
 
-class _Keys(Settings):
+class _MLXKeys(Settings):
     """How a matrix is packed."""
 
     bits: Literal[2, 3, 4, 5, 6, 8]
@@ -210,9 +210,9 @@ class MLXCheckpoint(PackedCheckpoint):
         """See `PackedCheckpoint._understand`. Entries that are no objects say that a module is not packed."""
         doubled = list(rope_fields(self).items())
         self.config = {key: value for key, value in self.config.items() if (key, value) not in doubled}
-        self._usual = read_settings(_Keys, how, self.source)
+        self._usual = read_settings(_MLXKeys, how, self.source)
         named = {module: keys for module, keys in how.items() if isinstance(keys, dict)}
-        found = {m: read_settings(_Keys, keys, f"{self.source}: {m[:60]}") for m, keys in named.items()}
+        found = {m: read_settings(_MLXKeys, keys, f"{self.source}: {m[:60]}") for m, keys in named.items()}
         self._named = {member: keys for m, keys in found.items() for member in self._stacks.get(m, [m])}
 
     def _packing(self, module: str, n: int, k: int, found: Infos) -> Packing:

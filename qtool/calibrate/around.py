@@ -30,7 +30,7 @@ ROWS = 1 << 24
 """Values of the output matrix in float32 that are in memory at a time."""
 
 
-class Seen(Exception):
+class StopForward(Exception):
     """Ends a forward pass where nothing behind matters."""
 
 
@@ -48,21 +48,21 @@ class Post(Station):
         self.hidden: Tensor | None = None
         self.last = False
 
-    def forward(self, *given: Any, **named: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Takes the place of a block's forward."""
-        if not given:
-            first = next(iter(named))
-            given, named = (named[first],), {name: x for name, x in named.items() if name != first}
+        if not args:
+            first = next(iter(kwargs))
+            args, kwargs = (kwargs[first],), {name: x for name, x in kwargs.items() if name != first}
         if self.hidden is None:
-            self.recorder(*given, **named)
-            self.received = given[0]
+            self.recorder(*args, **kwargs)
+            self.received = args[0]
             if self.last:
-                raise Seen
-            return self.hand_on(given[0])
+                raise StopForward
+            return self.hand_on(args[0])
         return self.hand_on(self.hidden)
 
 
-class Head(nn.Module):
+class HeadModule(nn.Module):
     """The output layer, whose product is a float32 one.
 
     Args:
@@ -82,7 +82,7 @@ class Head(nn.Module):
         x = operated(x[:, self.start :], self.ops)
         self.input = x
         if self.stop:
-            raise Seen
+            raise StopForward
         x = rounded(x, self.layer) if self.layer else x
         logits = torch.stack([float32_product(sample, self.weight, ROWS) for sample in x])
         return logits if self.bias is None else logits + self.bias.float()
@@ -108,13 +108,13 @@ class Around:
         self.shared: dict[int, list[str]] = {}
         for key, parameter in model.named_parameters(remove_duplicate=False):
             self.shared.setdefault(id(parameter), []).append(key)
-        self.known: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        self.recorded: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self.depends: bool | None = None
         self.left: dict[tuple[int, int, str], Any] = {}
         self.lock = threading.RLock()
-        self.head: Head | None = None
+        self.head: HeadModule | None = None
 
-    def load(self) -> Head:
+    def load(self) -> HeadModule:
         """Reads the tensors, once. Raises CheckpointError: one is missing or damaged."""
         if self.head is None:
             facts, own = self.family.facts, self.model.get_output_embeddings()
@@ -131,7 +131,7 @@ class Around:
             weight = self.model.get_input_embeddings().weight if tied else self._read(f"{facts.head}.weight")
             bias = self._read(facts.head_bias) if facts.head_bias else None
             layer = getattr(self.checkpoint, "layers", {}).get(facts.head)
-            head = Head(weight.detach(), bias, layer, self.checkpoint.input_ops.get(facts.head, ()))
+            head = HeadModule(weight.detach(), bias, layer, self.checkpoint.input_ops.get(facts.head, ()))
             path = next(name for name, module in self.model.named_modules() if module is own)
             put(self.model, path, head)
             self.head = head
@@ -163,9 +163,9 @@ class Around:
                 self.depends = not same(one, other)
             if self.depends:
                 return self._record(tokens)
-            if (samples, length) not in self.known:
-                self.known[samples, length] = self._record(tokens)
-            return self.known[samples, length]
+            if (samples, length) not in self.recorded:
+                self.recorded[samples, length] = self._record(tokens)
+            return self.recorded[samples, length]
 
     def carrying(self, arguments: Mapping[str, Any], samples: tuple[int, int], first: bool) -> dict[str, Any]:
         """Arguments of a block with what earlier blocks left for it.
@@ -175,12 +175,12 @@ class Around:
             samples: which ones, the same in every block: where their tokens are, and the first of them.
             first: whether it is the first block.
         """
-        given = dict(arguments)
-        for name in self.family.facts.carried & given.keys():
+        extended = dict(arguments)
+        for name in self.family.facts.carried & extended.keys():
             if first or (*samples, name) not in self.left:
-                self.left[(*samples, name)] = type(given[name])()
-            given[name] = self.left[(*samples, name)]
-        return given
+                self.left[(*samples, name)] = type(extended[name])()
+            extended[name] = self.left[(*samples, name)]
+        return extended
 
     def anyhow(self, samples: int, length: int) -> list[dict[str, Any]]:
         """The same for samples whose tokens are forgotten. Raises QtoolError: they matter."""
@@ -228,7 +228,7 @@ class Around:
         with torch.inference_mode(False), torch.no_grad():
             try:
                 return self.model(input_ids=tokens.to(self.device), use_cache=False)
-            except Seen:
+            except StopForward:
                 return None
 
 

@@ -72,7 +72,7 @@ class MeteredCache:
         """Adds what other processes counted, by rank; afterwards all of them have the same."""
         if ranks.size == 1:
             return
-        self.found, *others = ranks.all(self.found)
+        self.found, *others = ranks.gather(self.found)
         for found in others:
             for i, theirs in enumerate(found):
                 mine = self.found[i]

@@ -101,8 +101,8 @@ class ChatTemplate:
 def spelled(special: Mapping[str, Any]) -> dict[str, Any]:
     """Special tokens by name, as text."""
     return {
-        name: [str(token) for token in told] if isinstance(told, list | tuple) else str(told)
-        for name, told in special.items()
+        name: [str(token) for token in value] if isinstance(value, list | tuple) else str(value)
+        for name, value in special.items()
     }
 
 
@@ -114,9 +114,9 @@ def turns_of(messages: list[Any], where: str) -> list[Turn]:
     """
     turns = []
     for message in messages:
-        said = message if isinstance(message, dict) else {}
-        role, content = said.get("role", said.get("from")), text_of(said.get("content", said.get("value")))
-        kept = {name: said[name] for name in KEPT if said.get(name)}
+        fields = message if isinstance(message, dict) else {}
+        role, content = fields.get("role", fields.get("from")), text_of(fields.get("content", fields.get("value")))
+        kept = {name: fields[name] for name in KEPT if fields.get(name)}
         if content is None and kept.get("tool_calls"):
             content = ""
         if not isinstance(role, str) or content is None:

@@ -154,7 +154,7 @@ def _texts(rows: Iterator[Any], source: str, template: Any, tell: Tell) -> Texts
         template: the tokenizer whose chat template lays messages out; None: join them.
         tell: see `documents`.
     """
-    given, wrong = 0, list[CheckpointError]()
+    yielded, wrong = 0, list[CheckpointError]()
     try:
         with ExitStack() as stack:
             chat = stack.enter_context(ChatTemplate(template)) if template else None
@@ -163,16 +163,16 @@ def _texts(rows: Iterator[Any], source: str, template: Any, tell: Tell) -> Texts
                     text = _text(row, f"row {number} of {source}", chat)
                 except CheckpointError as error:
                     wrong.append(error)
-                    if not given and len(wrong) >= PATIENCE:
+                    if not yielded and len(wrong) >= PATIENCE:
                         break
                     continue
-                given += 1
+                yielded += 1
                 yield text.encode("utf-8", "replace").decode()  # JSON can spell halves of characters
-        if wrong and not given:
+        if wrong and not yielded:
             raise wrong[0]
     finally:
-        if wrong and given:
-            rows_of = f"{len(wrong)} of {given + len(wrong)} rows of {source}"
+        if wrong and yielded:
+            rows_of = f"{len(wrong)} of {yielded + len(wrong)} rows of {source}"
             tell(f"{rows_of} have no text and are left out; the first: {wrong[0]}")
 
 
@@ -181,8 +181,8 @@ def _text(row: Any, where: str, chat: ChatTemplate | None) -> str:
     value = row
     if isinstance(row, dict):
         parts = (*(row.get(f) for f in CHATS), pair_of(row, where), *(row.get(f) for f in PLAIN))
-        told = [value for value in parts if value is not None]
-        value = next(filter(None, told), told[0] if told else None)
+        values = [value for value in parts if value is not None]
+        value = next(filter(None, values), values[0] if values else None)
     if isinstance(value, list):
         turns = turns_of(value, where)
         return chat.lay_out(turns, where) if chat else "\n\n".join(filter(None, (turn["content"] for turn in turns)))

@@ -118,8 +118,8 @@ def assign(module: nn.Module, state: Mapping[str, Tensor]) -> None:
         unexpected = module.load_state_dict(state, strict=False, assign=True).unexpected_keys
     except RuntimeError as error:
         raise misfit(module, f"refuses its weights: {one_line(error)}") from error
-    held = chain(module.named_parameters(), module.named_buffers())
-    missing = [name for name, tensor in held if tensor.is_meta]
+    tensors = chain(module.named_parameters(), module.named_buffers())
+    missing = [name for name, tensor in tensors if tensor.is_meta]
     if unexpected or missing:
         raise misfit(module, f"lacks weights ({', '.join(missing[:3])}) or wants none of {', '.join(unexpected[:3])}")
 
@@ -133,9 +133,9 @@ class Calls:
     def counted(self, name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
         """A hook that is counted under a name."""
 
-        def call(*given: Any) -> Any:
+        def call(*args: Any) -> Any:
             self.seen.append(name)
-            return hook(*given)
+            return hook(*args)
 
         return call
 

@@ -34,7 +34,7 @@ from qtool.numerics.threads.parallel import side_by_side
 POSITIONS = 512
 """Tokens whose logits are in memory at a time."""
 
-Seen = Callable[[str, Tensor], None]
+GradientHook = Callable[[str, Tensor], None]
 """Is shown the gradient by a layer's outputs."""
 
 Tell = Callable[[int, int], None]
@@ -71,7 +71,7 @@ def squared_gradients(
         groups: B of modules, by name; of no others are gradients kept.
         labels: whose -log p is the loss.
         seed: of labels that are sampled.
-        tell: told about progress.
+        tell: called with progress.
     """
     samples, length = tokens.shape
     found = {name: torch.zeros(samples, length, b) for name, b in groups.items()}
@@ -153,7 +153,7 @@ def backward_sweep(
 
 
 def block_gradient(
-    walker: Walker, block: nn.Module, i: int, x: Tensor, gradient: Tensor, seen: Mapping[str, Seen]
+    walker: Walker, block: nn.Module, i: int, x: Tensor, gradient: Tensor, seen: Mapping[str, GradientHook]
 ) -> Tensor:
     """The gradient in front of a block, [s, T, H].
 

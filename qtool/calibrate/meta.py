@@ -88,8 +88,8 @@ def attend(
     ours = query.dtype == torch.bfloat16 and query.device.type == "cpu" and not query.requires_grad
     if causal and whole and scaling and ours:
         return causal_attention(query, key, value, scaling), None
-    given = {"scaling": scaling, "is_causal": is_causal, **others}
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **given)  # type: ignore[no-any-return]
+    options = {"scaling": scaling, "is_causal": is_causal, **others}
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
 
 
 class Recorder(nn.Module):

@@ -69,7 +69,7 @@ def places_of(readers: Mapping[str, Module], abreast: int | None) -> Places:
     return found
 
 
-class Together:
+class WaitingExperts:
     """Has experts wait together; see `qtool.calibrate.experts.Meeting`.
 
     Args:
@@ -110,7 +110,7 @@ def stopping(
 
 
 @contextmanager
-def meeting(experts: Experts | None, abreast: int | None, together: Together) -> Iterator[None]:
+def meeting(experts: Experts | None, abreast: int | None, together: WaitingExperts) -> Iterator[None]:
     """Within the context, so many experts of a block are run side by side, and wait together."""
     if experts and abreast:
         experts.abreast, experts.meeting = abreast, together

@@ -34,7 +34,7 @@ INDEX = "statistics.json"
 SHARD = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors$"
 
 
-class Held(BaseModel):
+class InputEntry(BaseModel):
     """What is held of an input: its shard, K, T, the names of its statistics, and B of modules that weigh tokens."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,7 +55,7 @@ class Index(BaseModel):
     model: str
     fingerprint: str
     calibration: dict[str, Any]
-    inputs: dict[str, Held]
+    inputs: dict[str, InputEntry]
 
 
 class StatsWriter:
@@ -71,7 +71,7 @@ class StatsWriter:
 
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
         self.folder, self.about = folder, about
-        self.inputs: dict[str, Held] = {}
+        self.inputs: dict[str, InputEntry] = {}
 
     def add(self, unit: str, stats: Mapping[str, InputStats]) -> None:
         """Writes a file.
@@ -94,7 +94,7 @@ class StatsWriter:
                 writer.add(name, tensor)
         for reads, s in stats.items():
             kinds = tuple(sorted({statistic.name() for _, view in views(reads, s) for statistic in view}))
-            self.inputs[reads] = Held(
+            self.inputs[reads] = InputEntry(
                 shard=f"{unit}.safetensors",
                 channels=s.k,
                 tokens=s.tokens,
@@ -142,9 +142,9 @@ class StatsFolder:
 
     def read(self, reads: str, needs: frozenset[type[Statistic]]) -> InputStats:
         """Those statistics of an input that are needed; all of them are held."""
-        held = self.index.inputs[reads]
-        file = self._shard(held.shard)
-        stats = InputStats(held.channels, needs, groups=held.groups)
+        entry = self.index.inputs[reads]
+        file = self._shard(entry.shard)
+        stats = InputStats(entry.channels, needs, groups=entry.groups)
         for name, view in views(reads, stats):
             for statistic in reversed(list(view)):  # what is used is read before what uses it
                 prefix = f"{name}.{statistic.name()}."
@@ -153,7 +153,7 @@ class StatsFolder:
                     statistic.load({entry.removeprefix(prefix): file.read(entry) for entry in names})
                 except ValueError as error:
                     raise CheckpointError(f"{file.path}: {statistic.name()} of {name}: {error}") from error
-            view.tokens = held.tokens
+            view.tokens = entry.tokens
         return stats
 
     def _shard(self, name: str) -> SafetensorsFile:

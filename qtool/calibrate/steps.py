@@ -101,7 +101,7 @@ class InStep:
     def _next(self, at: Mapping[int, str], places: Sequence[str]) -> str | None:
         """The first place where a batch waits, in whatever process; None: all are through."""
         mine = min((self.order[place] for place in at.values()), default=len(places))
-        first = self.ranks.least(mine)
+        first = self.ranks.minimum(mine)
         return places[first] if first < len(places) else None
 
     def _suspended(self, batch: slice) -> Go:

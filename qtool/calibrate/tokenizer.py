@@ -42,9 +42,9 @@ def read(path):
     tokenizer = SentencePieceProcessor(model_file=path)
     return tokenizer, tokenizer.encode
 
-def attempt(do, *given):
+def attempt(do, *args):
     try:
-        return do(*given), ""
+        return do(*args), ""
     except BaseException as error:
         return None, " ".join(str(error).split())[:200] or type(error).__name__
 

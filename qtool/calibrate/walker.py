@@ -18,7 +18,7 @@ from qtool.calibrate.hidden import Hidden, waiting_limit
 from qtool.calibrate.infinite import finite_statistics
 from qtool.calibrate.inputs import rounded
 from qtool.calibrate.meter import Meter
-from qtool.calibrate.places import Together, at_a_time, experts_in, meeting, places_of, stopping
+from qtool.calibrate.places import WaitingExperts, at_a_time, experts_in, meeting, places_of, stopping
 from qtool.calibrate.reference import Reference
 from qtool.calibrate.steps import InStep
 from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint
@@ -125,7 +125,7 @@ class Walker(Blocks):
 
         layers = {r: self.linear(block, m) for r, m in readers.items()}
         unrounded = {r for r in readers if any(s.unrounded for s in needs[r])}
-        with stopping(flow, places, layers, unrounded), meeting(experts, abreast, Together(flow, places)):
+        with stopping(flow, places, layers, unrounded), meeting(experts, abreast, WaitingExperts(flow, places)):
             yield from map(complete, flow)
         yield from map(complete, (place for place in places if place not in flow.passed))
 
@@ -142,7 +142,7 @@ class Walker(Blocks):
         if experts and theirs:
             found = self.checkpoint.config.get("num_experts_per_tok")
             visits = found if isinstance(found, int) and found > 0 and not experts.show_all else len(experts)
-            several = self.ranks.least(at_a_time(experts, theirs, hidden, visits))
+            several = self.ranks.minimum(at_a_time(experts, theirs, hidden, visits))
             inner = max((m.shape[1] for m in theirs if m.role == "down"), default=0)
             inside = max(inside, inner * min(several, visits))
         waiting = hidden.samples * hidden.length * (3 * hidden.width + inside) * self.dtype.itemsize

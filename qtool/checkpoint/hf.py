@@ -233,8 +233,8 @@ def stored_shapes(stored: Mapping[str, SafetensorsFile]) -> dict[str, tuple[int,
             continue
         shape = file.info(name).shape
         if part == "weight_packed":
-            name, told = f"{module}.weight", stored.get(f"{module}.weight_shape")
-            shape = tuple(told.read(f"{module}.weight_shape").tolist()) if told else (shape[0], shape[1] * 2)
+            name, unpacked = f"{module}.weight", stored.get(f"{module}.weight_shape")
+            shape = tuple(unpacked.read(f"{module}.weight_shape").tolist()) if unpacked else (shape[0], shape[1] * 2)
         shapes[name] = shape
     return shapes
 

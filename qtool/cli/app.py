@@ -18,7 +18,7 @@ import typer
 
 from qtool import __version__, errors
 from qtool.cli import calibrate, compare, diff, evaluate, export, inspect, plan, quantize, recipes
-from qtool.cli.boundary import ENDING, INTERRUPTED, Command, Together, prepare_process
+from qtool.cli.boundary import ENDING, INTERRUPTED, Command, ParallelCommand, prepare_process
 
 M_ARENA_MAX = -8
 """What glibc's malloc.h calls the number of heaps."""
@@ -40,10 +40,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog=exit_codes(),
 )
-app.command("quantize", cls=Together)(quantize.command)
-app.command("calibrate", cls=Together)(calibrate.command)
+app.command("quantize", cls=ParallelCommand)(quantize.command)
+app.command("calibrate", cls=ParallelCommand)(calibrate.command)
 app.command("export", cls=Command)(export.command)
-app.command("eval", cls=Together)(evaluate.command)
+app.command("eval", cls=ParallelCommand)(evaluate.command)
 app.command("plan", cls=Command)(plan.command)
 app.command("inspect", cls=Command)(inspect.command)
 app.command("compare", cls=Command)(compare.command)

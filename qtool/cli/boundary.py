@@ -131,7 +131,7 @@ class Command(TyperCommand):
             raise typer.Exit(code) from error
 
 
-class Together(Command):
+class ParallelCommand(Command):
     """A command that several processes may run together."""
 
     together = True

@@ -59,12 +59,12 @@ class Scores:
             chunks: how many all of them scored.
             positions: of a chunk.
         """
-        told = ranks.all(self.columns)
+        gathered = ranks.gather(self.columns)
         if ranks.size == 1:
             return
-        for name in {name: None for columns in told for name in columns}:
+        for name in {name: None for columns in gathered for name in columns}:
             whole = np.empty((chunks, positions))
-            for rank, columns in enumerate(told):
+            for rank, columns in enumerate(gathered):
                 part = np.asarray(columns.get(name, ()), np.float64)
                 whole[Ranks(rank, ranks.size).share(chunks)] = part.reshape(-1, positions)
             self.columns[name] = array("d", whole.tobytes())

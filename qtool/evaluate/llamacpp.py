@@ -75,7 +75,7 @@ class ModelParams(ctypes.Structure):
     _fields_ = (("all", ctypes.c_uint64 * 64),)
 
 
-class Batch(ctypes.Structure):
+class LlamaBatch(ctypes.Structure):
     """`llama_batch`; a null array means: positions count on, one sequence."""
 
     _fields_ = (
@@ -210,7 +210,7 @@ class LlamaCpp:
         self.lib.llama_memory_clear(self.memory, ctypes.c_bool(True))
         ids = (ctypes.c_int32 * len(tokens))(*(int(token) for token in tokens))
         every = (ctypes.c_int8 * len(tokens))(*([1] * len(tokens)))
-        status = self.lib.llama_decode(self.context, Batch(n_tokens=len(tokens), token=ids, logits=every))
+        status = self.lib.llama_decode(self.context, LlamaBatch(n_tokens=len(tokens), token=ids, logits=every))
         if status:
             raise QtoolError(f"llama_decode failed with status {status}", found=" / ".join(complaints) or None)
         values: Any = self.lib.llama_get_logits(self.context)

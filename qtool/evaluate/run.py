@@ -62,7 +62,7 @@ def evaluate(
         chunks: how many chunks to use at most; None: all that the text holds.
         device: where both models are run.
         dtype: of weights and hidden states in both.
-        progress: is told about each block and chunk.
+        progress: called for each block and chunk.
         runtime: "llama.cpp" runs the tested model's GGUF file in llama.cpp; the baseline is run here in any case.
         ranks: who runs other chunks of the text.
 
@@ -74,7 +74,7 @@ def evaluate(
     file = gguf_file(quantized) if runtime == "llama.cpp" else None
     if ranks.first:
         tokens = chunked(*encode(text, baseline or quantized, chunks and chunks * context), context, chunks)
-    tokens = ranks.tell(tokens if ranks.first else torch.empty(0))
+    tokens = ranks.broadcast(tokens if ranks.first else torch.empty(0))
     first = context // 2
     models = [m for m in (quantized, baseline) if m is not None]
     check_vocabulary(models, int(tokens.max()))

@@ -21,7 +21,7 @@ from qtool.formats.biased import Biased
 from qtool.formats.int import Int
 from qtool.numerics.ggml import search as ggml_search
 from qtool.numerics.ggml.round import ends, round_blocks
-from qtool.numerics.ggml.search import WEIGHTED, Kind
+from qtool.numerics.ggml.search import WEIGHTED, ScaleSearch
 from qtool.numerics.grids.bits import from_planes, planes, stack_runs
 from qtool.numerics.grids.minifloat import largest
 from qtool.numerics.scales.block_search import EFFORT, Block, search_blocks
@@ -91,7 +91,7 @@ class Classic(BlockFormat):
         if importance is None or self.bits == 8:
             return self.ggml_scales(w)
         levels = np.float32((1 << self.bits) - 1 if self.offset else -self.lowest)
-        kind = Kind(self.columns, levels, np.float32(0), self.offset, np.float32(1), WEIGHTED, np.float32(0))
+        kind = ScaleSearch(self.columns, levels, np.float32(0), self.offset, np.float32(1), WEIGHTED, np.float32(0))
         d, minimum, _, _ = ggml_search.ggml_scales(w, self.usable(importance), kind, w.shape[1])
         return d, -minimum
 

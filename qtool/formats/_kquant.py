@@ -21,7 +21,7 @@ from qtool.formats._ggml import BlockFormat, fp16
 from qtool.formats.int import Int
 from qtool.numerics.ggml import search as ggml_search
 from qtool.numerics.ggml.groups import Sweep
-from qtool.numerics.ggml.search import Kind
+from qtool.numerics.ggml.search import ScaleSearch
 from qtool.numerics.scales.kquant import EFFORT, SuperBlock, search_super_blocks
 from qtool.numerics.scales.sweep import STRETCH
 from qtool.numerics.solving.kquant_refit import refit_multiples
@@ -37,7 +37,7 @@ class KQuant(BlockFormat):
         bits: of a code.
         minima: True if groups have minima; without, codes and scales are signed.
         scale_bits: of sc and m.
-        ggml_spread, ggml_sweep, ggml_flat: see `qtool.numerics.ggml.search.Kind`.
+        ggml_spread, ggml_sweep, ggml_flat: see `qtool.numerics.ggml.search.ScaleSearch`.
     """
 
     columns: ClassVar[int] = 256
@@ -87,7 +87,7 @@ class KQuant(BlockFormat):
         """(d, dmin, a, b) of ggml's encoder, before steps are rounded to fp16; see `ggml_scales`."""
         levels, top = ((1 << self.bits) - 1, self.limits[1]) if self.minima else (-self.lowest, -self.limits[0])
         spread, flat = np.float32(self.ggml_spread), np.float32(self.ggml_flat)
-        kind = Kind(self.group, np.float32(levels), np.float32(top), self.minima, spread, self.ggml_sweep, flat)
+        kind = ScaleSearch(self.group, np.float32(levels), np.float32(top), self.minima, spread, self.ggml_sweep, flat)
         return ggml_search.ggml_scales(w, None if importance is None else self.usable(importance), kind, self.columns)
 
     def stored(self, d: Tensor, dmin: Tensor, sc: Tensor, m: Tensor) -> Params:

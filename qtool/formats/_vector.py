@@ -21,10 +21,10 @@ from qtool.errors import NumericsError
 from qtool.formats._base import Params, expand, row_chunks
 from qtool.formats._ggml import BlockFormat, fp16
 from qtool.numerics.codebooks.codebook import Codebook
-from qtool.numerics.codebooks.vector_search import EFFORT, Rule, vector_scales
+from qtool.numerics.codebooks.vector_search import EFFORT, ScaleRule, vector_scales
 from qtool.numerics.codebooks.vector_snap import snap_vectors
-from qtool.numerics.ggml.codebook import Kind, ggml_codebook_scales
-from qtool.numerics.ggml.ternary import Ternary, ggml_ternary_scales
+from qtool.numerics.ggml.codebook import CodebookSearch, ggml_codebook_scales
+from qtool.numerics.ggml.ternary import TernarySearch, ggml_ternary_scales
 
 BITS = torch.arange(8, dtype=torch.uint8)
 
@@ -58,10 +58,10 @@ class Vector(BlockFormat):
     search: Literal["fast", "default", "thorough"] = "default"
     columns: ClassVar[int] = 256
     fallback: ClassVar[str | None] = "iq4_nl"
-    rule: ClassVar[Rule]
+    rule: ClassVar[ScaleRule]
     signs: ClassVar[Literal["none", "free", "even"]]
     span: ClassVar[int] = 8
-    ggml: ClassVar[Kind | Ternary]
+    ggml: ClassVar[CodebookSearch | TernarySearch]
 
     @property
     def group_columns(self) -> int | None:
@@ -89,7 +89,7 @@ class Vector(BlockFormat):
         if self._alone or self.search == "fast" or (importance is None and self.ggml.required):
             return found
         scaled = None if importance is None else self.usable(importance)
-        if isinstance(self.ggml, Ternary):
+        if isinstance(self.ggml, TernarySearch):
             *choice, theirs = ggml_ternary_scales(w, scaled, weight, book, self.rule, self.ggml)
         else:
             *choice, theirs = ggml_codebook_scales(w, scaled, weight, book, self.rule, self.ggml)

@@ -15,8 +15,8 @@ from torch import Tensor
 from qtool.formats._base import Params
 from qtool.formats._ggml import as_bytes, as_fp16
 from qtool.formats._vector import Vector, bytes_to_fields, fields_to_bytes
-from qtool.numerics.codebooks.vector_search import Rule
-from qtool.numerics.ggml.ternary import Ternary
+from qtool.numerics.codebooks.vector_search import ScaleRule
+from qtool.numerics.ggml.ternary import TernarySearch
 
 
 class IQ1_M(Vector):  # noqa: N801 - spelled as in ggml
@@ -24,9 +24,9 @@ class IQ1_M(Vector):  # noqa: N801 - spelled as in ggml
 
     ggml_type: ClassVar[int] = 29
     block_bytes: ClassVar[int] = 56
-    rule: ClassVar[Rule] = Rule(group=16, unit=1.0, top=7, delta=0.125, segment=8, low=0.85, high=3.2)
+    rule: ClassVar[ScaleRule] = ScaleRule(group=16, unit=1.0, top=7, delta=0.125, segment=8, low=0.85, high=3.2)
     signs: ClassVar[Literal["none", "free", "even"]] = "none"
-    ggml: ClassVar[Ternary] = Ternary(least=1e-7, stretch=1.1125, refitted=True)
+    ggml: ClassVar[TernarySearch] = TernarySearch(least=1e-7, stretch=1.1125, refitted=True)
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:
         """See `BlockFormat.pack`."""

@@ -15,8 +15,8 @@ from torch import Tensor
 from qtool.formats._base import Params
 from qtool.formats._ggml import as_bytes, as_fp16
 from qtool.formats._vector import Vector, bytes_to_fields, fields_to_bytes
-from qtool.numerics.codebooks.vector_search import Rule
-from qtool.numerics.ggml.ternary import Ternary
+from qtool.numerics.codebooks.vector_search import ScaleRule
+from qtool.numerics.ggml.ternary import TernarySearch
 
 
 class IQ1_S(Vector):  # noqa: N801 - spelled as in ggml
@@ -24,9 +24,9 @@ class IQ1_S(Vector):  # noqa: N801 - spelled as in ggml
 
     ggml_type: ClassVar[int] = 19
     block_bytes: ClassVar[int] = 50
-    rule: ClassVar[Rule] = Rule(group=32, unit=1.0, top=7, delta=0.125, segment=32, low=0.92, high=2.8)
+    rule: ClassVar[ScaleRule] = ScaleRule(group=32, unit=1.0, top=7, delta=0.125, segment=32, low=0.92, high=2.8)
     signs: ClassVar[Literal["none", "free", "even"]] = "none"
-    ggml: ClassVar[Ternary] = Ternary(least=1e-12, stretch=1.125, required=True)
+    ggml: ClassVar[TernarySearch] = TernarySearch(least=1e-12, stretch=1.125, required=True)
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:
         """See `BlockFormat.pack`."""

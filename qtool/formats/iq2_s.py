@@ -15,8 +15,8 @@ from torch import Tensor
 from qtool.formats._base import Params
 from qtool.formats._ggml import as_bytes, as_fp16
 from qtool.formats._vector import Vector, bytes_to_fields, fields_to_bytes
-from qtool.numerics.codebooks.vector_search import Rule
-from qtool.numerics.ggml.codebook import Kind
+from qtool.numerics.codebooks.vector_search import ScaleRule
+from qtool.numerics.ggml.codebook import CodebookSearch
 
 
 class IQ2_S(Vector):  # noqa: N801 - spelled as in ggml
@@ -24,9 +24,9 @@ class IQ2_S(Vector):  # noqa: N801 - spelled as in ggml
 
     ggml_type: ClassVar[int] = 22
     block_bytes: ClassVar[int] = 82
-    rule: ClassVar[Rule] = Rule(group=16, unit=0.125, top=15, delta=0.0, segment=16, low=0.026, high=0.09)
+    rule: ClassVar[ScaleRule] = ScaleRule(group=16, unit=0.125, top=15, delta=0.0, segment=16, low=0.026, high=0.09)
     signs: ClassVar[Literal["none", "free", "even"]] = "free"
-    ggml: ClassVar[Kind] = Kind(reach=9, shells=1, least=1e-8, stretch=0.9875, flat=0.25)
+    ggml: ClassVar[CodebookSearch] = CodebookSearch(reach=9, shells=1, least=1e-8, stretch=0.9875, flat=0.25)
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:
         """See `BlockFormat.pack`."""

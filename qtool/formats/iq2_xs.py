@@ -15,8 +15,8 @@ from torch import Tensor
 from qtool.formats._base import Params
 from qtool.formats._ggml import as_bytes, as_fp16
 from qtool.formats._vector import Vector, bytes_to_fields, eighth_sign, fields_to_bytes
-from qtool.numerics.codebooks.vector_search import Rule
-from qtool.numerics.ggml.codebook import Kind
+from qtool.numerics.codebooks.vector_search import ScaleRule
+from qtool.numerics.ggml.codebook import CodebookSearch
 
 
 class IQ2_XS(Vector):  # noqa: N801 - spelled as in ggml
@@ -24,9 +24,11 @@ class IQ2_XS(Vector):  # noqa: N801 - spelled as in ggml
 
     ggml_type: ClassVar[int] = 17
     block_bytes: ClassVar[int] = 74
-    rule: ClassVar[Rule] = Rule(group=16, unit=0.125, top=15, delta=0.0, segment=16, low=0.025, high=0.09)
+    rule: ClassVar[ScaleRule] = ScaleRule(group=16, unit=0.125, top=15, delta=0.0, segment=16, low=0.025, high=0.09)
     signs: ClassVar[Literal["none", "free", "even"]] = "even"
-    ggml: ClassVar[Kind] = Kind(reach=9, even=True, shells=2, least=1e-15, spread=1.0, required=True)
+    ggml: ClassVar[CodebookSearch] = CodebookSearch(
+        reach=9, even=True, shells=2, least=1e-15, spread=1.0, required=True
+    )
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:
         """See `BlockFormat.pack`."""

@@ -15,8 +15,8 @@ from torch import Tensor
 from qtool.formats._base import Params
 from qtool.formats._ggml import as_bytes, as_fp16
 from qtool.formats._vector import Vector, bytes_to_fields, eighth_sign, fields_to_bytes
-from qtool.numerics.codebooks.vector_search import Rule
-from qtool.numerics.ggml.codebook import Kind
+from qtool.numerics.codebooks.vector_search import ScaleRule
+from qtool.numerics.ggml.codebook import CodebookSearch
 
 
 class IQ2_XXS(Vector):  # noqa: N801 - spelled as in ggml
@@ -24,9 +24,9 @@ class IQ2_XXS(Vector):  # noqa: N801 - spelled as in ggml
 
     ggml_type: ClassVar[int] = 16
     block_bytes: ClassVar[int] = 66
-    rule: ClassVar[Rule] = Rule(group=32, unit=0.125, top=15, delta=0.0, segment=32, low=0.028, high=0.085)
+    rule: ClassVar[ScaleRule] = ScaleRule(group=32, unit=0.125, top=15, delta=0.0, segment=32, low=0.028, high=0.085)
     signs: ClassVar[Literal["none", "free", "even"]] = "even"
-    ggml: ClassVar[Kind] = Kind(
+    ggml: ClassVar[CodebookSearch] = CodebookSearch(
         reach=6, fitted=True, even=True, shells=2, again=True, least=1e-15, spread=1.0, required=True
     )
 

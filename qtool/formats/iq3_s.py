@@ -15,8 +15,8 @@ from torch import Tensor
 from qtool.formats._base import Params
 from qtool.formats._ggml import as_bytes, as_fp16
 from qtool.formats._vector import Vector, bytes_to_fields, fields_to_bytes
-from qtool.numerics.codebooks.vector_search import Rule
-from qtool.numerics.ggml.codebook import Kind
+from qtool.numerics.codebooks.vector_search import ScaleRule
+from qtool.numerics.ggml.codebook import CodebookSearch
 
 
 class IQ3_S(Vector):  # noqa: N801 - spelled as in ggml
@@ -24,10 +24,10 @@ class IQ3_S(Vector):  # noqa: N801 - spelled as in ggml
 
     ggml_type: ClassVar[int] = 21
     block_bytes: ClassVar[int] = 110
-    rule: ClassVar[Rule] = Rule(group=32, unit=1.0, top=15, delta=0.0, segment=32, low=0.07, high=0.6)
+    rule: ClassVar[ScaleRule] = ScaleRule(group=32, unit=1.0, top=15, delta=0.0, segment=32, low=0.07, high=0.6)
     signs: ClassVar[Literal["none", "free", "even"]] = "free"
     span: ClassVar[int] = 4
-    ggml: ClassVar[Kind] = Kind(reach=9, step=0.2, shells=3, again=True, least=0.0, stretch=1.033)
+    ggml: ClassVar[CodebookSearch] = CodebookSearch(reach=9, step=0.2, shells=3, again=True, least=0.0, stretch=1.033)
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:
         """See `BlockFormat.pack`."""

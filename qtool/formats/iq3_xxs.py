@@ -15,8 +15,8 @@ from torch import Tensor
 from qtool.formats._base import Params
 from qtool.formats._ggml import as_bytes, as_fp16
 from qtool.formats._vector import Vector, bytes_to_fields, eighth_sign, fields_to_bytes
-from qtool.numerics.codebooks.vector_search import Rule
-from qtool.numerics.ggml.codebook import Kind
+from qtool.numerics.codebooks.vector_search import ScaleRule
+from qtool.numerics.ggml.codebook import CodebookSearch
 
 
 class IQ3_XXS(Vector):  # noqa: N801 - spelled as in ggml
@@ -24,9 +24,9 @@ class IQ3_XXS(Vector):  # noqa: N801 - spelled as in ggml
 
     ggml_type: ClassVar[int] = 18
     block_bytes: ClassVar[int] = 98
-    rule: ClassVar[Rule] = Rule(group=32, unit=0.25, top=15, delta=0.0, segment=32, low=0.017, high=0.15)
+    rule: ClassVar[ScaleRule] = ScaleRule(group=32, unit=0.25, top=15, delta=0.0, segment=32, low=0.017, high=0.15)
     signs: ClassVar[Literal["none", "free", "even"]] = "even"
-    ggml: ClassVar[Kind] = Kind(reach=15, step=0.2, even=True, shells=2, least=1e-8, stretch=1.0125)
+    ggml: ClassVar[CodebookSearch] = CodebookSearch(reach=15, step=0.2, even=True, shells=2, least=1e-8, stretch=1.0125)
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:
         """See `BlockFormat.pack`."""

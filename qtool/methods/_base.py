@@ -73,9 +73,9 @@ class MatrixPlan(Protocol):
 
 def split(samples: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Samples to learn from, and to judge by; see `BlockTask.split`."""
-    held = min(samples - 1, max(1, round(samples * share)))
+    judging = min(samples - 1, max(1, round(samples * share)))
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
-    return order[held:].sort().values, order[:held].sort().values
+    return order[judging:].sort().values, order[:judging].sort().values
 
 
 def ignore(losses: Mapping[str, float]) -> None:

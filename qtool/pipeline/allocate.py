@@ -22,7 +22,7 @@ from qtool.formats._base import Format
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.prepare import Job
 from qtool.pipeline.roughly import Roughly
-from qtool.pipeline.scores import Scores
+from qtool.pipeline.scores import ScoreFile
 from qtool.pipeline.sensitivity import Pricing
 from qtool.pipeline.summarize import parameters
 from qtool.pipeline.trial import NORMAL, Divergence, Trials
@@ -52,11 +52,11 @@ def allocated(
         place: file of scores: read if it is there, written otherwise.
         strict: refuse a file about something else.
         edits: what identifies the transforms of the model.
-        listener: told about progress.
+        listener: called with events of progress.
 
     Raises:
         PlanError: the budget is too small, has no limit, or leaves nothing open.
-        CheckpointError, MissingExtra, HubError, NumericsError, StorageError: see `load_tokens`, `Pricing`, `Scores`.
+        CheckpointError, MissingExtra, HubError, NumericsError, StorageError: see `load_tokens`, `Pricing`, `ScoreFile`.
     """
     allocator = Allocator(job, card)
     allocator.refuse_too_small()
@@ -78,8 +78,8 @@ def tokens_for(job: Job) -> tuple[Tensor, Tensor]:
     used = load_tokens(calibration, job.original) if any(p.needs for p in job.plan.layers) else None
     count = budget.samples + budget.held_out + (0 if used is None else len(used))
     drawn = load_tokens(calibration.model_copy(update={"samples": count, "seed": calibration.seed + 1}), job.original)
-    known = set() if used is None else {row.numpy().tobytes() for row in used}
-    fresh = [i for i, row in enumerate(drawn) if row.numpy().tobytes() not in known]
+    used_rows = set() if used is None else {row.numpy().tobytes() for row in used}
+    fresh = [i for i, row in enumerate(drawn) if row.numpy().tobytes() not in used_rows]
     held_out = fresh[: budget.held_out]
     rest = [i for i in range(len(drawn)) if i not in set(held_out)]
     return drawn[rest[: budget.samples]], drawn[held_out]
@@ -97,7 +97,7 @@ class Allocator:
     """
 
     answer: Chosen
-    scores: Scores
+    scores: ScoreFile
     groups: Sequence[Group]
     trials: Trials | None = None
 
@@ -151,7 +151,7 @@ class Allocator:
     ) -> None:
         """Finds out what options cost, unless a file says so."""
         self.samples, self.held_out, self.listener = samples, held_out, listener
-        self.scores = Scores(place, self.identity(edits), strict)
+        self.scores = ScoreFile(place, self.identity(edits), strict)
         if self.scores.found is None:
             self.scores.found = Pricing(self.job, self.open, samples).run(listener)
             self.scores.save()
@@ -204,12 +204,12 @@ class Allocator:
             name, chosen = other
             compared = self.measure(chosen)
             fell_back = compared.mean < found.mean
-            told: dict[str, object] = {"uniform_kld": compared.mean, "uniform_kld_error": compared.error}
-            told |= {"uniform": name, "uniform_nbytes": self.size(chosen), "fell_back": fell_back}
+            fields: dict[str, object] = {"uniform_kld": compared.mean, "uniform_kld_error": compared.error}
+            fields |= {"uniform": name, "uniform_nbytes": self.size(chosen), "fell_back": fell_back}
             if fell_back:
                 self.answer = chosen
-                told |= {"nbytes": self.size(chosen), "kld": compared.mean, "kld_error": compared.error}
-            entry = entry.model_copy(update=told)
+                fields |= {"nbytes": self.size(chosen), "kld": compared.mean, "kld_error": compared.error}
+            entry = entry.model_copy(update=fields)
         return entry.model_copy(update={"tried": len(self.tried)})
 
     def wanted(self) -> str:
@@ -226,8 +226,8 @@ class Allocator:
 
     def best_uniform(self, limit: int) -> tuple[str, Chosen] | None:
         """Name and choice of the plan that promises most among those that nobody allocated and that fit."""
-        known = [c for c in self.uniforms() if self.size(c[1]) <= limit]
-        return min(known, key=lambda c: total(self.groups, c[1]), default=None)
+        fitting = [c for c in self.uniforms() if self.size(c[1]) <= limit]
+        return min(fitting, key=lambda c: total(self.groups, c[1]), default=None)
 
     def uniforms(self) -> Iterator[tuple[str, Chosen]]:
         """Every format for all layers, and the rules of other recipes."""
@@ -253,12 +253,12 @@ class Allocator:
         """
         best = tuple(int(g.costs.argmin()) for g in self.groups)
         if (found := self.measure(best)).upper > most:
-            told = f"wanted a KL divergence of at most {most:g}, found {found.mean:.3g} + {NORMAL * found.error:.2g}"
+            missed = f"wanted a KL divergence of at most {most:g}, found {found.mean:.3g} + {NORMAL * found.error:.2g}"
             hint = "allow more, add larger formats to budget.formats, or hold out more samples"
-            raise PlanError([f"budget: {told} with the best formats; {hint}"], f"recipe {self.job.plan.recipe.name}")
-        good, low, known = best, sum(int(g.sizes.min()) for g in self.groups), (best, found)
+            raise PlanError([f"budget: {missed} with the best formats; {hint}"], f"recipe {self.job.plan.recipe.name}")
+        good, low, latest = best, sum(int(g.sizes.min()) for g in self.groups), (best, found)
         for _ in range(MEASURED - 1):
-            chosen, divergence = known
+            chosen, divergence = latest
             promised = total(self.groups, chosen) * most / divergence.upper
             room = min(max(self.room(promised), low), matrices(self.groups, good))
             if matrices(self.groups, good) <= low * NEAR:
@@ -270,8 +270,8 @@ class Allocator:
                 assert answer is not None
                 if answer.chosen in self.tried:
                     break
-            known = answer.chosen, self.measure(answer.chosen)
-            if known[1].upper <= most:
+            latest = answer.chosen, self.measure(answer.chosen)
+            if latest[1].upper <= most:
                 good = answer.chosen
             else:
                 low = max(low, matrices(self.groups, answer.chosen))

@@ -27,7 +27,7 @@ def divided(job: Job, scores: Path | None, listener: Listener) -> tuple[Job, All
     Args:
         job: the run, whose recipe has a budget.
         scores: file to keep what was found out; None: nothing is kept.
-        listener: told about progress.
+        listener: called with events of progress.
 
     Raises:
         QtoolError: see `allocated` and `transformed`.

@@ -97,10 +97,10 @@ def run(options: CalibrateOptions, listener: Listener = silent) -> Measured:
     found = measure(walker, walker.embed(mine), needs, weights, listener)
     if not ranks.first:
         deque(found, maxlen=0)
-        return ranks.tell(Measured(0, 0, 0))
+        return ranks.broadcast(Measured(0, 0, 0))
     inputs = write(out, found, in_file, about, job, options.overwrite)
     written = list(out.iterdir()) if out.is_dir() else [out]
-    return ranks.tell(Measured(inputs, tokens.numel(), sum(file.stat().st_size for file in written)))
+    return ranks.broadcast(Measured(inputs, tokens.numel(), sum(file.stat().st_size for file in written)))
 
 
 def check(out: Path, overwrite: bool) -> None:

@@ -20,7 +20,7 @@ from qtool.store.hub import HUB_ID, LICENSE
 
 
 @dataclass(frozen=True)
-class Origin:
+class Provenance:
     """What the card says about the source.
 
     Attributes:
@@ -32,7 +32,7 @@ class Origin:
     license: Mapping[str, str]
 
 
-def origin(checkpoint: Checkpoint, base_model: str | None = None, license: str | None = None) -> Origin:
+def origin(checkpoint: Checkpoint, base_model: str | None = None, license: str | None = None) -> Provenance:
     """What the source's own card says of it.
 
     Args:
@@ -47,7 +47,7 @@ def origin(checkpoint: Checkpoint, base_model: str | None = None, license: str |
     first = listed[0] if isinstance(listed, list) and listed else listed
     if not HUB_ID.fullmatch(name) and isinstance(first, str) and HUB_ID.fullmatch(first):
         name = first
-    return Origin(base_model or name, {"license": license} if license else own)
+    return Provenance(base_model or name, {"license": license} if license else own)
 
 
 def source_metadata(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def read_content(checkpoint: Checkpoint, ranks: Ranks = ALONE) -> str:
     """
     names = checkpoint.names()
     found: dict[str, str] = {}
-    for part in ranks.all({name: read_tensor(checkpoint, name) for name in names[ranks.share(len(names))]}):
+    for part in ranks.gather({name: read_tensor(checkpoint, name) for name in names[ranks.share(len(names))]}):
         found |= part
     return hashlib.blake2b("".join(found[name] for name in names).encode(), digest_size=16).hexdigest()
 

@@ -94,7 +94,7 @@ def run(options: EvaluateOptions, listener: Listener = silent) -> Evaluation:
     if out and ranks.first:
         with new_file(out) as partial:
             partial.write_text(evaluation.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    return ranks.tell(evaluation)
+    return ranks.broadcast(evaluation)
 
 
 def updated_place(options: EvaluateOptions) -> Path | None:

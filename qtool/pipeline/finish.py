@@ -36,7 +36,7 @@ def finish(
         folder: the work folder; a stage that an earlier run finished there is taken over.
         run: what identifies the run, see `pipeline.work.identity`.
         watch: counts each.
-        listener: told about progress.
+        listener: called with events of progress.
 
     Raises:
         CheckpointError, NumericsError: a stage gives what does not fit the model; see `Overlaid` and `keep_shared`.

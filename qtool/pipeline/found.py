@@ -95,7 +95,7 @@ def exchanged(found: Mapping[str, Found], ranks: Ranks, device: torch.device) ->
         return {name: [rows] for name, rows in found.items()}
     bare = {name: rows.filled(iter([torch.empty(0)] * len(rows.tensors()))) for name, rows in found.items()}
     everything: dict[str, list[Found]] = {}
-    for there, tensors in ranks.gather(bare, [t for rows in found.values() for t in rows.tensors()], device):
+    for there, tensors in ranks.gather_tensors(bare, [t for rows in found.values() for t in rows.tensors()], device):
         arrived = iter(tensors)
         for name, rows in there.items():
             everything.setdefault(name, []).append(rows.filled(arrived))

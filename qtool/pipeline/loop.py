@@ -38,7 +38,7 @@ def solve_all(
         blocks += record.blocks
         error = mean_db(record.layers)
         listener(Event("quantize", done, len(todo), unit.name, {} if error is None else {"error_db": error}))
-    job.ranks.wait()  # until all is saved, which every process may read from here on
+    job.ranks.barrier()  # until all is saved, which every process may read from here on
     return tuple(entries[p.module.name] for p in job.plan.layers), tuple(caches), tuple(blocks)
 
 
@@ -63,7 +63,7 @@ def apart(todo: Sequence[Unit], job: Job, work: Work, source: Statistics) -> Ite
             record, solver = solve_unit(unit, job, work, source, propagate=False)
             stored = work.store(unit, solver, record) if solver else None
             made.append((unit, record, stored))
-        for unit, record, stored in chain(*ranks.all(made)):
+        for unit, record, stored in chain(*ranks.gather(made)):
             if stored and ranks.first:
                 work.enter(unit, stored)
             yield unit, record

@@ -115,16 +115,16 @@ def preview(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
     return Rewritten(checkpoint, [Edit(edge.name) for edge in edges if edge.kind == "norm"])
 
 
-def with_limit(recipe: Recipe, given: Mapping[str, object]) -> Recipe:
+def with_limit(recipe: Recipe, chosen: Mapping[str, object]) -> Recipe:
     """The recipe with another limit of its budget. Raises UsageError: it has no budget, or these are several limits."""
-    if not given:
+    if not chosen:
         return recipe
-    names = ", ".join(LIMITS[key] for key in given)
-    if len(given) > 1:
+    names = ", ".join(LIMITS[key] for key in chosen)
+    if len(chosen) > 1:
         raise UsageError(f"{names} exclude each other")
     if recipe.budget is None:
         raise UsageError(names, wanted="a recipe with a budget: such as gguf-fit", found=recipe.name)
-    limits = dict.fromkeys(LIMITS) | dict(given)
+    limits = dict.fromkeys(LIMITS) | dict(chosen)
     return recipe.model_copy(update={"budget": recipe.budget.model_copy(update=limits)})
 
 
@@ -153,7 +153,7 @@ def device_of(name: str, ranks: Ranks = ALONE) -> torch.device:
         raise UsageError("--device cuda", wanted="a CUDA device that torch sees", found="none", hint="use --device cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if len(set(ranks.all(name))) > 1:
+    if len(set(ranks.gather(name))) > 1:
         wanted = f"a CUDA device for each of {ranks.size} processes"
         raise UsageError("--device auto", wanted=wanted, found="fewer", hint="start fewer, or use --device cpu")
     return torch.device(name)

@@ -35,7 +35,7 @@ def publish(
         card: see `Artifact.write`.
         check: read every artifact back and compare.
         watch: counts each write and each verification as a stage.
-        listener: told about progress.
+        listener: called with events of progress.
         ranks: who reads back together what the first process writes; only it returns something.
 
     Raises:
@@ -50,12 +50,12 @@ def publish(
             if ranks.first:
                 place.mkdir(exist_ok=True)
                 files = artifact.write(model, place, card)
-            ranks.wait()
+            ranks.barrier()
         listener(Event(f"write {name}", 1, 1))
         if check:
             with watch.stage(f"verify {name}"):
                 verify(f"verify {name}", artifact.open(place), model, listener, ranks)
-                ranks.wait()
+                ranks.barrier()
         if not ranks.first:
             continue
         if place != folder:

@@ -132,9 +132,9 @@ def run(options: QuantizeOptions, listener: Listener = silent) -> Report:
     job, allocation = decided(job, options, made, watch, listener)
     with watch.stage("calibrate"):
         source = statistics_for(job, options.stats or options.imatrix, listener)
-    run_identity = ranks.tell(identity(job, source.digest, read_content(job.original, ranks), made.edits))
+    run_identity = ranks.broadcast(identity(job, source.digest, read_content(job.original, ranks), made.edits))
     earlier = ranks.first and begun(place, run_identity) and not options.overwrite
-    report = ranks.tell(finished(out, job, run_identity) if earlier else None)
+    report = ranks.broadcast(finished(out, job, run_identity) if earlier else None)
     if report is None:  # else an earlier run was ended before it could tidy up
         if ranks.first:
             check_free(out, options.overwrite)
@@ -156,8 +156,8 @@ def decided(
     if job.plan.recipe.budget is None:
         return job, None
     with watch.stage("allocate"):
-        told = origin(job.original, options.base_model, options.license)
-        card, place = sizing_card(job, told.base_model, options.imatrix), options.scores or scores_of(options.out)
+        source = origin(job.original, options.base_model, options.license)
+        card, place = sizing_card(job, source.base_model, options.imatrix), options.scores or scores_of(options.out)
         return allocated(job, card, place, bool(options.scores), made.run, listener)
 
 
@@ -213,10 +213,10 @@ def produce(
     with watch.stage("quantize"):
         entries, caches, blocks = solve_all(job, work, source, listener)
     if not job.ranks.first:
-        job.ranks.wait()  # for what the first one finds, which is taken over here
+        job.ranks.barrier()  # for what the first one finds, which is taken over here
     model, finishing = finish(job, work.model(), work.folder, work.run, watch, listener)
     if job.ranks.first:
-        job.ranks.wait()
+        job.ranks.barrier()
     evaluations = []
     if job.plan.recipe.eval:
         with watch.stage("evaluate"):
@@ -228,7 +228,7 @@ def produce(
     card = card_of(report, importance=source.about if "entries" in source.about else None)
     with ExitStack() as making:
         folder = making.enter_context(new_folder(options.out, options.overwrite)) if job.ranks.first else Path()
-        folder = job.ranks.tell(folder)
+        folder = job.ranks.broadcast(folder)
         artifacts = publish(job.artifacts, model, folder, card, options.verify, watch, listener, job.ranks)
         if job.ranks.first:
             refuse_too_large(artifacts, allocation)
@@ -236,7 +236,7 @@ def produce(
         report = report.model_copy(update=written)
         if job.ranks.first:
             write_report(report, folder)
-    return job.ranks.tell(report)
+    return job.ranks.broadcast(report)
 
 
 def refuse_too_large(artifacts: Sequence[ArtifactEntry], allocation: AllocationEntry | None) -> None:

@@ -20,7 +20,7 @@ from qtool.residuals._base import Matrix
 ADVICE = "both errors add up, so start from the original weights if there are any"
 
 
-class Origin(NamedTuple):
+class StoredMatrix(NamedTuple):
     """How a source has a matrix.
 
     Attributes:
@@ -41,16 +41,16 @@ def stored_matrix(checkpoint: Checkpoint, module: str) -> Matrix | None:
     return None
 
 
-def origin(checkpoint: Checkpoint, module: str, wanted: Format) -> Origin:
+def origin(checkpoint: Checkpoint, module: str, wanted: Format) -> StoredMatrix:
     """Looks whether a matrix is quantized already, and whether a format has the very same values."""
     stored = stored_matrix(checkpoint, module)
     if stored is None:
         why = checkpoint.decoded.get(module) if isinstance(checkpoint, QuantizedCheckpoint) else None
-        return Origin(None, None, why and f"rounded a second time: {why}")
+        return StoredMatrix(None, None, why and f"rounded a second time: {why}")
     same = corrected(stored.residuals) or wanted.hold(stored.quantized)
     if isinstance(same, str):
-        return Origin(stored, None, f"rounded a second time: {same}")
-    return Origin(stored, same, None)
+        return StoredMatrix(stored, None, f"rounded a second time: {same}")
+    return StoredMatrix(stored, same, None)
 
 
 def corrected(residuals: Sequence[object]) -> str | None:

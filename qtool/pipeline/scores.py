@@ -25,7 +25,7 @@ from qtool.store.files import new_file
 VERSION = "1"
 
 
-class Scores:
+class ScoreFile:
     """A file, and what it holds.
 
     Args:

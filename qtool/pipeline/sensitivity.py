@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qtool.allocate.decisions import Decision
-from qtool.allocate.slopes import Seen, Slopes
+from qtool.allocate.slopes import LayerRecord, Slopes
 from qtool.calibrate.inputs import rounded
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import Layer
@@ -122,7 +122,7 @@ class Pricing:
             ]
             self.found.costs[name][label] = sum(others) / max(1, len(others))
 
-    def inner(self, plan: LayerPlan, seen: Seen, stats: InputStats) -> float:
+    def inner(self, plan: LayerPlan, seen: LayerRecord, stats: InputStats) -> float:
         """Half the squared errors of what a linear layer makes of its inputs, times squared gradients, summed."""
         matrix = round_off(self.job, plan, stats[Channels].importance)
         layer, total, x = with_found(plan, self.found.statics), 0.0, seen.x.float()

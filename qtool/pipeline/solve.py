@@ -18,7 +18,7 @@ from qtool.numerics.threads.parallel import CPU, row_shares, shares, side_by_sid
 from qtool.pipeline.correct import correct, joined
 from qtool.pipeline.entries import Sums
 from qtool.pipeline.found import Found
-from qtool.pipeline.requantize import Origin, origin
+from qtool.pipeline.requantize import StoredMatrix, origin
 from qtool.pipeline.rows import row_groups, row_parts
 from qtool.plan import LayerPlan
 from qtool.residuals._base import Correction
@@ -98,7 +98,7 @@ def tied(plan: LayerPlan) -> bool:
     return plan.format is None or not plan.format.by_rows or bool(plan.residuals)
 
 
-def read(checkpoint: Checkpoint, source: Origin, module: str, start: int, stop: int) -> Tensor:
+def read(checkpoint: Checkpoint, source: StoredMatrix, module: str, start: int, stop: int) -> Tensor:
     """Rows `start` to `stop` of a weight."""
     if source.stored:
         return source.stored.rows(start, stop).decode()

@@ -147,7 +147,7 @@ class Walked(Statistics):
             metered.combine(self.ranks)
             rounded = RoundedCache(unit.cache, metered.scales())
             found = None if first is None else self.compare_attention(block, rounding, i, first, rounded)
-            self.cached = self.ranks.tell(found)
+            self.cached = self.ranks.broadcast(found)
 
     def put(self, block: nn.Module, layers: dict[str, Layer], unit: Unit, solved: Solved) -> None:
         """Puts what was solved into the block, if its successors are to see that."""
@@ -225,7 +225,7 @@ def statistics_for(job: Job, stored: Path | None, listener: Listener) -> Statist
     Args:
         job: says whether any method needs some.
         stored: statistics of an earlier `calibrate`; None: run the calibration tokens.
-        listener: told about progress.
+        listener: called with events of progress.
 
     Raises:
         CheckpointError, MissingExtra, HubError: see `load_tokens` and `stored_for`.

@@ -13,7 +13,7 @@ import torch
 from qtool import __version__
 from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint
 from qtool.evaluate.result import Evaluation
-from qtool.pipeline.card import Origin
+from qtool.pipeline.card import Provenance
 from qtool.pipeline.prepare import Job
 from qtool.recipe.schema import Recipe
 from qtool.report.model import CacheEntry, LayerEntry, Report
@@ -28,7 +28,7 @@ def make_report(
     caches: Sequence[CacheEntry],
     evaluations: Sequence[Evaluation],
     calibration: dict[str, object],
-    source: Origin,
+    source: Provenance,
 ) -> Report:
     """The report of a run that has not written anything yet."""
     recipe = job.plan.recipe

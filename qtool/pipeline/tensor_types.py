@@ -17,31 +17,31 @@ FLAG = "--tensor-type"
 PLAIN = ("f32", "f16", "bf16")
 
 
-def with_tensor_types(recipe: Recipe, checkpoint: Checkpoint, given: Sequence[str]) -> Recipe:
+def with_tensor_types(recipe: Recipe, checkpoint: Checkpoint, assignments: Sequence[str]) -> Recipe:
     """The recipe with a rule for each pattern, in this order, before its own.
 
     Args:
         recipe: what else to do.
         checkpoint: the model; only names are looked at.
-        given: PATTERN=TYPE each; the regular expression is searched for in GGUF names such as blk.0.attn_v.weight, case
-            aside.
+        assignments: PATTERN=TYPE each; the regular expression is searched for in GGUF names such as
+            blk.0.attn_v.weight, case aside.
 
     Raises:
         UsageError: one is not of that form, names no type, or matches nothing.
         CheckpointError: GGUF does not know the model's family.
     """
-    if not given:
+    if not assignments:
         return recipe
     names = checkpoint.family.gguf_names(checkpoint.config)
-    known: dict[str, list[str]] = {}
+    modules_of: dict[str, list[str]] = {}
     for m in modules(checkpoint):  # the experts of a layer are one tensor
-        known.setdefault(names[f"{m.name}.weight"], []).append(m.name)
-    rules = tuple(rule_of(text, known) for text in given)
+        modules_of.setdefault(names[f"{m.name}.weight"], []).append(m.name)
+    rules = tuple(rule_of(text, modules_of) for text in assignments)
     return recipe.model_copy(update={"layers": (*rules, *recipe.layers)})
 
 
-def rule_of(text: str, known: dict[str, list[str]]) -> Rule:
-    """The rule that one PATTERN=TYPE stands for; `known` has modules by GGUF name. Raises UsageError."""
+def rule_of(text: str, modules_of: dict[str, list[str]]) -> Rule:
+    """The rule that one PATTERN=TYPE stands for; `modules_of` has them by GGUF name. Raises UsageError."""
     pattern, equals, kind = text.rpartition("=")
     if not equals or not pattern or not kind:
         raise UsageError(FLAG, wanted="PATTERN=TYPE, as in attn_v=q6_k", found=repr(text))
@@ -49,9 +49,11 @@ def rule_of(text: str, known: dict[str, list[str]]) -> Rule:
         expression = re.compile(pattern, re.IGNORECASE)
     except (re.error, OverflowError, RecursionError) as error:
         raise UsageError(f"{FLAG} {text}", wanted="a regular expression", found=error) from None
-    hits = [module for there, own in known.items() if expression.search(there) for module in own]
+    hits = [module for gguf_name, names in modules_of.items() if expression.search(gguf_name) for module in names]
     if not hits:
-        raise UsageError(f"{FLAG} {text}", wanted=f"a part of a name such as {min(known)}", found="none that has it")
+        raise UsageError(
+            f"{FLAG} {text}", wanted=f"a part of a name such as {min(modules_of)}", found="none that has it"
+        )
     match, kind = "re:" + "|".join(map(re.escape, hits)), kind.lower()
     try:
         fields = {"keep": kind} if kind in PLAIN else {"weights": parse_format(kind)}

@@ -13,5 +13,5 @@ from qtool.pipeline.prepare import Job
 def tokens_of(job: Job, tell: Tell = lambda _: None) -> Tensor:
     """What the first process loads, int64 [samples, length]; for `tell` and errors, see `load_tokens`."""
     if not job.ranks.first:
-        return job.ranks.tell(torch.empty(0))
-    return job.ranks.tell(load_tokens(job.plan.recipe.calibration, job.original, tell))
+        return job.ranks.broadcast(torch.empty(0))
+    return job.ranks.broadcast(load_tokens(job.plan.recipe.calibration, job.original, tell))

@@ -56,7 +56,7 @@ def transformed(job: Job, folder: Path, stored: Path | None, listener: Listener)
         job: the run, whose recipe has transforms.
         folder: the work folder, where an interrupted run may have left what it found.
         stored: statistics that the user wants to be used.
-        listener: told about progress.
+        listener: called with events of progress.
 
     Raises:
         PlanError: statistics of the model as it was say nothing about the rewritten one.
@@ -69,7 +69,7 @@ def transformed(job: Job, folder: Path, stored: Path | None, listener: Listener)
     needs = any(transform.needs for transform in job.plan.recipe.transforms)
     tokens = tokens_of(job) if needs else None
     run = key(job, tokens)
-    edits = job.ranks.tell(left_behind(folder / FILE, run) if job.ranks.first else None)
+    edits = job.ranks.broadcast(left_behind(folder / FILE, run) if job.ranks.first else None)
     if edits is None:
         edits = ()
         for transform in job.plan.recipe.transforms:
@@ -112,7 +112,7 @@ class Rewriting:
         job: the run.
         transform: which one.
         before: what those before it did.
-        listener: told about progress.
+        listener: called with events of progress.
     """
 
     def __init__(self, job: Job, transform: Transform, before: Sequence[Edit], listener: Listener) -> None:
@@ -157,7 +157,7 @@ class Rewriting:
         """
         ranks = self.job.ranks
         sites = [*self.on_edges(i, stats), *self.in_front(i, stats)]
-        found = ranks.all([self.transform.op(site) for _, _, site in sites[ranks.share(len(sites))]])
+        found = ranks.gather([self.transform.op(site) for _, _, site in sites[ranks.share(len(sites))]])
         for number, (edge, modules, _) in enumerate(sites):
             if op := found[number % ranks.size][number // ranks.size]:
                 yield Edit(edge, op, modules)

@@ -32,7 +32,7 @@ def upload(
     Args:
         folder: what to upload.
         repo: its name on the hub, "owner/name".
-        listener: told about progress.
+        listener: called with events of progress.
         endpoint: address of the hub; None: the hub library's own.
         token: None: the one that `hf auth login` saved.
         private: create it so that nobody else sees it.

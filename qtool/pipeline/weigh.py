@@ -44,7 +44,7 @@ def token_weights(
         tokens: int64 [S, T].
         calibration: of the recipe.
         groups: B of the modules that weigh tokens.
-        listener: told about progress.
+        listener: called with events of progress.
     """
     wanted = calibration.token_weights
     if wanted is None:
@@ -93,12 +93,12 @@ def tempered(squares: Tensor, wanted: schema.TokenWeights, ranks: Ranks = ALONE)
     """
 
     def mean(x: Tensor) -> Tensor:
-        parts = ranks.all((x.double().sum((0, 1)), x[..., 0].numel()))
+        parts = ranks.gather((x.double().sum((0, 1)), x[..., 0].numel()))
         total: Tensor = torch.stack([part for part, _ in parts]).sum(0) / sum(count for _, count in parts)
         return total.to(x.dtype)
 
     average = mean(squares)
-    alive = average > 0
-    weights = (squares / average.where(alive, 1.0)).pow(wanted.power)
+    nonzero = average > 0
+    weights = (squares / average.where(nonzero, 1.0)).pow(wanted.power)
     weights = weights.minimum(wanted.cap * mean(weights))
-    return torch.where(alive, weights / mean(weights).where(alive, 1.0), 1.0)
+    return torch.where(nonzero, weights / mean(weights).where(nonzero, 1.0), 1.0)

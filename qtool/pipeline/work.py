@@ -61,7 +61,7 @@ class Work:
 
     def begin(self, ranks: Ranks) -> None:
         """Has every process know what is finished, as the first one found it."""
-        self.finished = ranks.tell(self.finished)
+        self.finished = ranks.broadcast(self.finished)
         self.earlier = self.model() if self.finished else None
 
     def record(self, unit: Unit) -> Record | None:
@@ -105,16 +105,16 @@ def open_work(folder: Path, job: Job, run: Mapping[str, Any], listener: Listener
     Raises:
         StorageError: it holds something else, is damaged, another process holds it, or it cannot be written.
     """
-    with ExitStack() as held:
+    with ExitStack() as stack:
         if job.ranks.first:
             with storage_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(lock(folder))
+            stack.enter_context(lock(folder))
             discard_other(folder, run, listener)
             work = Work(folder, job, run, listener)
-            job.ranks.wait()
+            job.ranks.barrier()
         else:
-            job.ranks.wait()  # for the manifest
+            job.ranks.barrier()  # for the manifest
             work = Work(folder, job, run, listener)
         work.begin(job.ranks)
         yield work

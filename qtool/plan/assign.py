@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from qtool.errors import suggestion
 from qtool.plan.findings import Findings
 from qtool.recipe.match import EVERY_LINEAR, Named, matches
-from qtool.recipe.scope import Facts, chosen
+from qtool.recipe.scope import ModelFacts, chosen
 
 
-def assign(found: Sequence[Named], facts: Facts, findings: Findings) -> tuple[dict[str, int], list[str]]:
+def assign(found: Sequence[Named], facts: ModelFacts, findings: Findings) -> tuple[dict[str, int], list[str]]:
     """The rule that decides each module, by module name, and warnings about rules that decide none.
 
     Args:
@@ -41,7 +41,7 @@ def assign(found: Sequence[Named], facts: Facts, findings: Findings) -> tuple[di
     return decisions, warnings
 
 
-def _in_blocks(named: Sequence[Named], index: int, facts: Facts, findings: Findings) -> Sequence[Named]:
+def _in_blocks(named: Sequence[Named], index: int, facts: ModelFacts, findings: Findings) -> Sequence[Named]:
     """Those of the modules that lie in the blocks of a rule."""
     blocks = findings.rules[index].blocks
     if blocks is None:

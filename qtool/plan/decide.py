@@ -11,7 +11,7 @@ from qtool.plan.findings import Findings
 from qtool.plan.layers import LayerPlan
 from qtool.recipe.parse import parse_method
 from qtool.recipe.schema import Recipe
-from qtool.recipe.scope import Facts
+from qtool.recipe.scope import ModelFacts
 
 DTYPE_BITS = {"f32": 32, "f16": 16, "bf16": 16}
 
@@ -37,12 +37,12 @@ def decide(
     return layers, warnings
 
 
-def facts(recipe: Recipe, checkpoint: Checkpoint) -> Facts:
+def facts(recipe: Recipe, checkpoint: Checkpoint) -> ModelFacts:
     """What the conditions of rules are held against."""
     family, config = checkpoint.family, checkpoint.config
     heads, kv_heads, _ = family.heads(config)
     methods = [recipe.method, *(rule.method for rule in recipe.layers)]
-    return Facts(
+    return ModelFacts(
         blocks=family.blocks(config),
         gqa=heads // kv_heads,
         experts=family.experts(config),

@@ -43,15 +43,15 @@ def choose(wanted: Format, fallback: Format | str | None, columns: int) -> Choic
         otherwise = "or name" if ";" in misfit else "name"
         advice = f"{otherwise} a second choice, fallback: {wanted.fallback or 'FORMAT'}"
         return Choice(wanted, problem=f"{wanted.label}: {misfit}; {advice}")
-    told = misfit.partition(";")[0]
+    reason = misfit.partition(";")[0]
     while isinstance(found, Format) and (second := found.misfit(columns)):
         following = _next(found)
         if following is None:
             return Choice(found, problem=f"{wanted.label}: {misfit}; nor does fallback {found.label}: {second}")
         found = following
     if isinstance(found, Format):
-        return Choice(found, fallback=f"{found.label} instead of {wanted.label}: {told}")
-    return Choice(None, found, f"{found} instead of {wanted.label}: {told}")
+        return Choice(found, fallback=f"{found.label} instead of {wanted.label}: {reason}")
+    return Choice(None, found, f"{found} instead of {wanted.label}: {reason}")
 
 
 def _next(fmt: Format) -> Format | str | None:

@@ -37,10 +37,10 @@ class Candidate(Strict):
     @classmethod
     def conflicts(cls, value: Mapping[str, Any]) -> list[tuple[Keys, str]]:
         """Either a format or kept."""
-        given = [key for key in ("weights", "keep") if value.get(key) is not None]
-        if len(given) != 1:
-            return [((), f"wanted one of weights and keep, found {' and '.join(given) or 'none'}")]
-        if given == ["keep"] and value.get("activations") is not None:
+        chosen = [key for key in ("weights", "keep") if value.get(key) is not None]
+        if len(chosen) != 1:
+            return [((), f"wanted one of weights and keep, found {' and '.join(chosen) or 'none'}")]
+        if chosen == ["keep"] and value.get("activations") is not None:
             return [(("activations",), "a layer that is kept rounds no inputs")]
         return []
 
@@ -103,5 +103,5 @@ class Budget(Strict):
     @classmethod
     def conflicts(cls, value: Mapping[str, Any]) -> list[tuple[Keys, str]]:
         """At most one limit."""
-        given = [key for key in ("size", "bits", "kld") if value.get(key) is not None]
-        return [((), f"wanted one limit, found {' and '.join(given)}")] if len(given) > 1 else []
+        limits = [key for key in ("size", "bits", "kld") if value.get(key) is not None]
+        return [((), f"wanted one limit, found {' and '.join(limits)}")] if len(limits) > 1 else []

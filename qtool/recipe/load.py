@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool.errors import RecipeError, one_line, suggestion
-from qtool.recipe.nodes import BROKEN, Node, Reader
+from qtool.recipe.nodes import BROKEN, Node, NodeReader
 from qtool.recipe.problems import Keys, explain, show
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def shelf() -> Path:
 
 def list_recipes() -> list[ShippedRecipe]:
     """The recipes that ship, by name."""
-    reader, entries = Reader(), []
+    reader, entries = NodeReader(), []
     for path in sorted(shelf().glob("*.yaml")):
         fields = reader.read(path).plain()
         entries.append(ShippedRecipe(path.stem, str(fields.get("description", "")), path))
@@ -97,7 +97,7 @@ def load_recipe(name: str | Mapping[str, Any], overrides: Sequence[str] = ()) ->
 
     from qtool.recipe.schema import Recipe
 
-    reader = Reader()
+    reader = NodeReader()
     if isinstance(name, str):
         tree = _read(find_recipe(name), reader, ())
     else:
@@ -126,7 +126,7 @@ def _by_line(problem: str) -> tuple[str, int]:
     return (place, int(line)) if line.isdecimal() else ("", 0)
 
 
-def _read(path: Path, reader: Reader, chain: tuple[Path, ...]) -> Node:
+def _read(path: Path, reader: NodeReader, chain: tuple[Path, ...]) -> Node:
     """The tree of a file with everything that it extends. `chain` holds the files that led here."""
     return _follow(reader.read(path), path, reader, chain)
 
@@ -142,7 +142,7 @@ def _spelled(content: Mapping[str, Any]) -> str:
     return text
 
 
-def _follow(tree: Node, path: Path, reader: Reader, chain: tuple[Path, ...]) -> Node:
+def _follow(tree: Node, path: Path, reader: NodeReader, chain: tuple[Path, ...]) -> Node:
     """The tree of what stands in a file with everything that it extends."""
     extends = tree.value.pop("extends", None) if isinstance(tree.value, dict) else None
     if extends is None:
@@ -153,7 +153,7 @@ def _follow(tree: Node, path: Path, reader: Reader, chain: tuple[Path, ...]) -> 
     )
 
 
-def _base(extends: Node, path: Path, reader: Reader, chain: tuple[Path, ...]) -> Node:
+def _base(extends: Node, path: Path, reader: NodeReader, chain: tuple[Path, ...]) -> Node:
     """The tree of the recipe that the file at `path` extends; broken, with a report, if there is none."""
     broken = Node(BROKEN, extends.where)
     if extends.value is BROKEN:
@@ -215,7 +215,7 @@ def _scope(rule: Node) -> tuple[Any, ...] | None:
     return tuple(rule.value[key].plain() if key in rule.value else None for key in ("match", "blocks", "when"))
 
 
-def _override(tree: Node, text: str, reader: Reader) -> None:
+def _override(tree: Node, text: str, reader: NodeReader) -> None:
     """Puts the value of one `key=value` into the tree."""
     key, equals, written = text.partition("=")
     flag = f"--set {text}"

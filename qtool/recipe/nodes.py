@@ -55,7 +55,7 @@ class Node:
         return node
 
 
-class Reader:
+class NodeReader:
     """Reads documents and gathers what is wrong in them.
 
     Attributes:

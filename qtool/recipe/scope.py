@@ -32,7 +32,7 @@ CHOICES = "first 4, last 1/8, every 3rd, 0-3, 7, or a list of such"
 
 
 @dataclass(frozen=True)
-class Facts:
+class ModelFacts:
     """What conditions can ask of a model and a recipe.
 
     Attributes:
@@ -132,7 +132,7 @@ class When(Strict):
         """No condition at all is a mistake."""
         return [] if value else [((), f"wanted a condition: {', '.join(cls.model_fields)}")]
 
-    def holds(self, facts: Facts) -> bool:
+    def holds(self, facts: ModelFacts) -> bool:
         """True if every condition does."""
         known = asdict(facts)
         return all(_compare(wanted, known[key]) for key, wanted in self if wanted is not None)

@@ -82,7 +82,7 @@ class Scales(Movable):
             add(self.shift, gradient.view(len(gradient), groups, -1).sum(2) * self.scale)
 
 
-class Vector(Movable):
+class MovableVector(Movable):
     """A vector that moves as a whole, such as the weights of a norm.
 
     Args:

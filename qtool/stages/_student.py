@@ -20,7 +20,7 @@ from qtool.calibrate.walker import Walker
 from qtool.numerics.product import float32_product
 from qtool.numerics.threads.parallel import side_by_side
 from qtool.stages._base import StageTask
-from qtool.stages._movable import Movable, Scales, Vector
+from qtool.stages._movable import Movable, MovableVector, Scales
 
 
 class Teacher:
@@ -69,13 +69,13 @@ class Student:
         count = len(self.walker.blocks)
         self.moving: list[dict[str, Movable]] = [self.movable(i, scales, norms) for i in range(count)]
         final = self.walker.family.norm
-        self.last: dict[str, Movable] = {final: Vector(self.held(f"{final}.weight"))} if norms else {}
+        self.last: dict[str, Movable] = {final: MovableVector(self.stored(f"{final}.weight"))} if norms else {}
         self.kept: dict[int, nn.Module] = {}
         numbers = sum(m.shape[0] * m.shape[1] for i in self.walker.modules for m in self.walker.modules[i])
         limit = MEMORY_LIMIT if task.device.type == "cpu" else waiting_limit(task.device)
         self.keeps = numbers * task.dtype.itemsize <= limit
 
-    def held(self, name: str) -> Tensor:
+    def stored(self, name: str) -> Tensor:
         """A tensor as the model's file holds it, on the device."""
         return self.task.model.tensor(name).to(self.task.device, self.task.model.info(name).dtype)
 
@@ -91,7 +91,7 @@ class Student:
             prefix = self.walker.family.block_prefix.format(i=i)
             shapes = self.walker.family.block_shapes(self.walker.checkpoint.config, i)
             for name in (name for name, shape in shapes.items() if len(shape) == 1 and name.endswith("norm.weight")):
-                found[prefix + name.removesuffix(".weight")] = Vector(self.held(prefix + name))
+                found[prefix + name.removesuffix(".weight")] = MovableVector(self.stored(prefix + name))
         return found
 
     def everything(self) -> dict[str, Movable]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from qtool.methods._base import split
 from qtool.plan.layers import Plan
 from qtool.stages._base import Stage, StageResult, StageTask
-from qtool.stages._movable import Movable, Scales, Vector
+from qtool.stages._movable import Movable, MovableVector, Scales
 from qtool.stages._student import Student, Teacher, states
 
 
@@ -57,10 +57,10 @@ class Distill(Stage):
         best, epoch, learned = states(moving), 0, list[float]()
         for losses in self.train(task, student, seen):
             learned.append(losses)
-            held = student.divergence(unseen)
-            task.progress(len(learned), self.epochs, f"divergence {losses:.4f}, held out {held:.4f}")
-            if held < least:
-                least, best, epoch = held, states(moving), len(learned)
+            divergence = student.divergence(unseen)
+            task.progress(len(learned), self.epochs, f"divergence {losses:.4f}, held out {divergence:.4f}")
+            if divergence < least:
+                least, best, epoch = divergence, states(moving), len(learned)
         for variable, value in zip(variables(moving), best, strict=True):
             variable.copy_(value)
         about = {"held out before": start, "held out": least, "best epoch": float(epoch)}
@@ -93,5 +93,7 @@ def variables(moving: Mapping[str, Movable]) -> list[Tensor]:
 def result(moving: Mapping[str, Movable], about: Mapping[str, float]) -> StageResult:
     """What moved, as files hold it."""
     params = {name: movable.params() for name, movable in moving.items() if isinstance(movable, Scales)}
-    tensors = {f"{name}.weight": movable.value() for name, movable in moving.items() if isinstance(movable, Vector)}
+    tensors = {
+        f"{name}.weight": movable.value() for name, movable in moving.items() if isinstance(movable, MovableVector)
+    }
     return StageResult(params, tensors, about)

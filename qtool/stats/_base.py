@@ -106,8 +106,8 @@ class Statistic(ABC):
     def combine(self, ranks: Ranks) -> None:
         """Adds what other processes measured on their tokens, by rank; afterwards it is the same in all of them."""
         mine = self.state()
-        told = ranks.all({name: t.cpu() for name, t in mine.items()} if self.others.tokens else None)
-        for number, state in enumerate(state for state in told if state is not None):
+        states = ranks.gather({name: t.cpu() for name, t in mine.items()} if self.others.tokens else None)
+        for number, state in enumerate(state for state in states if state is not None):
             part = type(self)(self.others.k) if number else self
             part.load({name: t.to(mine[name].device) for name, t in state.items()})
             if number:
@@ -216,7 +216,7 @@ class InputStats:
         """Adds what other processes measured on their tokens; afterwards all of them have the same."""
         if ranks.size == 1:
             return
-        tokens = sum(ranks.all(self.tokens))
+        tokens = sum(ranks.gather(self.tokens))
         for statistic in self._found.values():
             statistic.combine(ranks)
         for groups in self.weighted.values():

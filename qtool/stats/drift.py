@@ -64,11 +64,11 @@ class Drift(Statistic):
     def combine(self, ranks: Ranks) -> None:
         """See `Statistic.combine`; comes before that of the Gram matrix, which may be that of the compared tokens."""
         mine = self.pair
-        if not any(ranks.all(mine is not None)):
+        if not any(ranks.gather(mine is not None)):
             return
         gram = self.others[Gram].matrix
         cross, compared = (gram.new_zeros(gram.shape),) * 2 if mine is None else mine
-        self.cross, self._gram = ranks.add(cross.clone()), ranks.add(compared.clone())
+        self.cross, self._gram = ranks.sum(cross.clone()), ranks.sum(compared.clone())
 
     def state(self) -> dict[str, Tensor]:
         """See `Statistic.state`. Nothing where no tokens were compared."""

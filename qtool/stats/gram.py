@@ -21,7 +21,7 @@ class Gram(Statistic):
     weighs = "instead"
 
     def __init__(self, k: int, device: torch.device | str = "cpu") -> None:
-        self.sums: gram.Gram | None = gram.Gram(k, device)
+        self.sums: gram.GramSum | None = gram.GramSum(k, device)
         self._k = k
         self._matrix: Tensor | None = None
 
@@ -50,7 +50,7 @@ class Gram(Statistic):
 
     def combine(self, ranks: Ranks) -> None:
         """See `Statistic.combine`."""
-        self.matrix = ranks.add(self.matrix)
+        self.matrix = ranks.sum(self.matrix)
 
     def state(self) -> dict[str, Tensor]:
         """See `Statistic.state`."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qtool.numerics.solving import gram
-from qtool.numerics.solving.gram import Gram
+from qtool.numerics.solving.gram import GramSum
 
 
 def tokens(count: int, k: int, seed: int = 0) -> Tensor:
@@ -35,7 +35,7 @@ def rounded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("k", [48, 200, 576])
 def test_it_is_the_sum_of_products(k: int, rounded: bool) -> None:
     batches = [tokens(count, k, seed) for seed, count in enumerate((512, 300, 1))]
-    found = Gram(k)
+    found = GramSum(k)
     for batch in batches:
         found.add(batch)
     total = found.total()
@@ -49,7 +49,7 @@ def test_it_is_the_sum_of_products(k: int, rounded: bool) -> None:
 def test_rounding_adds_little_to_the_diagonal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gram, "counts_fast", lambda: True)
     x = tokens(4096, 64)
-    found = Gram(64)
+    found = GramSum(64)
     found.add(x)
     added = relative(found.total(), [x]).diagonal().mean()
     assert float(added) == pytest.approx(gram.REACH**2 / (12 * 127**2), rel=0.2)
@@ -61,7 +61,7 @@ def test_what_stands_out_is_exact(rounded: bool) -> None:
     first[7] *= 1000
     first[:, 3] = 0
     first[:, 5] = late[:, 5] = 0
-    found = Gram(32)
+    found = GramSum(32)
     found.add(first)
     found.add(late)
     error = relative(found.total(), [first, late])
@@ -74,7 +74,7 @@ def test_integers_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gram, "counts_fast", lambda: True)
     monkeypatch.setattr(gram, "MOST_TOKENS", 1000)
     batches = [tokens(400, 32, seed) for seed in range(8)]
-    found = Gram(32)
+    found = GramSum(32)
     for batch in batches:
         found.add(batch)
         assert found.waiting <= 1000
@@ -84,7 +84,7 @@ def test_integers_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_not_a_number_stays_visible(rounded: bool) -> None:
     x = tokens(64, 32)
     x[3, 4] = torch.nan
-    found = Gram(32)
+    found = GramSum(32)
     found.add(tokens(64, 32))
     found.add(x)
     assert found.total()[4].isnan().all()

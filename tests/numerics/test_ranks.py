@@ -24,9 +24,15 @@ def own(rank):
 
 
 def exchanged(ranks):
-    total = ranks.add(torch.tensor([0.1, 1.0]) * (ranks.rank + 1))
-    gathered = ranks.gather({"rank": ranks.rank}, own(ranks.rank), CPU)
-    return ranks.all("ab"[ranks.rank]), ranks.tell(ranks.rank + 7), ranks.least(3 - ranks.rank), total, gathered
+    total = ranks.sum(torch.tensor([0.1, 1.0]) * (ranks.rank + 1))
+    gathered = ranks.gather_tensors({"rank": ranks.rank}, own(ranks.rank), CPU)
+    return (
+        ranks.gather("ab"[ranks.rank]),
+        ranks.broadcast(ranks.rank + 7),
+        ranks.minimum(3 - ranks.rank),
+        total,
+        gathered,
+    )
 
 
 def test_each_process_gets_the_same(together):
@@ -43,10 +49,10 @@ def test_each_process_gets_the_same(together):
 
 def test_one_alone_gets_its_own():
     tensors = own(1)
-    assert ALONE.all("a") == ["a"]
-    assert ALONE.tell("a") == "a"
-    assert ALONE.gather("a", tensors, CPU) == [("a", tensors)]
-    assert ALONE.add(tensors[0]) is tensors[0]
+    assert ALONE.gather("a") == ["a"]
+    assert ALONE.broadcast("a") == "a"
+    assert ALONE.gather_tensors("a", tensors, CPU) == [("a", tensors)]
+    assert ALONE.sum(tensors[0]) is tensors[0]
     assert ALONE.ended()
 
 

@@ -26,7 +26,7 @@ from qtool.pipeline.budget import divided
 from qtool.pipeline.events import silent
 from qtool.pipeline.prepare import prepare
 from qtool.pipeline.quantize import QuantizeOptions, refuse_too_large, run
-from qtool.pipeline.scores import Scores
+from qtool.pipeline.scores import ScoreFile
 from qtool.pipeline.sensitivity import Pricing
 from qtool.plan import Planned
 from qtool.recipe.parse import parse_format
@@ -328,11 +328,11 @@ def test_damaged_scores(key, value, told, tmp_path):
 
     metadata = {"qtool.scores": "1", "identity": "i", "costs": "{}", "statics": "{}", "measured": "{}"}
     save_file({"x": torch.ones(3)}, tmp_path / "scores", metadata)
-    assert Scores(tmp_path / "scores", "i", True).found.importance["x"].tolist() == [1, 1, 1]
-    assert Scores(tmp_path / "scores", "j", False).found is None
+    assert ScoreFile(tmp_path / "scores", "i", True).found.importance["x"].tolist() == [1, 1, 1]
+    assert ScoreFile(tmp_path / "scores", "j", False).found is None
     save_file({"x": torch.ones(3)}, tmp_path / "scores", metadata | {key: value})
     with pytest.raises(CheckpointError, match=told):
-        Scores(tmp_path / "scores", "i", True)
+        ScoreFile(tmp_path / "scores", "i", True)
 
 
 def test_a_file_that_came_out_too_large_is_refused():

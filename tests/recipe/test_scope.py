@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 
-from qtool.recipe.scope import Facts, When, chosen
+from qtool.recipe.scope import ModelFacts, When, chosen
 
-FACTS = Facts(blocks=32, gqa=4, experts=8, tied=False, calibrated=True)
+FACTS = ModelFacts(blocks=32, gqa=4, experts=8, tied=False, calibrated=True)
 
 
 def use_more_bits(i, n):
@@ -85,4 +85,4 @@ def test_conditions(condition, holds):
 
 
 def test_everything_known_can_be_asked_for():
-    assert set(When.model_fields) == {field.name for field in dataclasses.fields(Facts)}
+    assert set(When.model_fields) == {field.name for field in dataclasses.fields(ModelFacts)}

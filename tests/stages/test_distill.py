@@ -18,7 +18,7 @@ from qtool.recipe.parse import parse_format
 from qtool.residuals._base import Matrix
 from qtool.stages import _student
 from qtool.stages._base import StageTask
-from qtool.stages._movable import Scales, Vector
+from qtool.stages._movable import MovableVector, Scales
 from qtool.stages._student import Student, Teacher
 from qtool.stages.distill import Distill
 
@@ -90,7 +90,7 @@ def test_gradients_are_those_of_the_whole_model(name, task, monkeypatch):
     for module, movable in student.everything().items():
         own = [v.clone().requires_grad_() for v in movable.variables()]
         variables[module] = own
-        if isinstance(movable, Vector):
+        if isinstance(movable, MovableVector):
             weights[f"{module}.weight"] = movable.values.float() + movable.size * own[0]
         else:
             weights[f"{module}.weight"] = relaxed(movable.matrix, own[0], own[1] if len(own) > 1 else None)

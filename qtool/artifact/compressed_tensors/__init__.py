@@ -33,7 +33,7 @@ from qtool.artifact._settings import quantization_config as quantization_config_
 from qtool.artifact.compressed_tensors import _cache, _inputs, _transforms
 from qtool.artifact.compressed_tensors._caveats import caveats
 from qtool.artifact.compressed_tensors._config import METHOD, kind_of, quantization_config, refusal
-from qtool.artifact.compressed_tensors._kinds import Kind
+from qtool.artifact.compressed_tensors._kinds import Compressor
 from qtool.artifact.compressed_tensors._reader import CompressedCheckpoint
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
 from qtool.formats._base import Quantized
@@ -88,7 +88,7 @@ class CompressedTensors(PackedArtifact):
         """See `PackedArtifact._layout`."""
         dtype = model_dtype(model)
 
-        def kind(layer: Layer) -> Kind:
+        def kind(layer: Layer) -> Compressor:
             found = kind_of(layer)
             assert found is not None
             return found

@@ -14,8 +14,16 @@ import torch
 from qtool.artifact._base import naming
 from qtool.artifact._integers import model_dtype
 from qtool.artifact.compressed_tensors._config import kind_of
-from qtool.artifact.compressed_tensors._floats import FP8, MX, MX4, MX6, MX8, NV4, NaiveFP8
-from qtool.artifact.compressed_tensors._integers import Packed, Plain, as_int
+from qtool.artifact.compressed_tensors._floats import (
+    FloatQuantized,
+    MXFP4Packed,
+    MXFP6Packed,
+    MXFP8Quantized,
+    MXQuantized,
+    NaiveQuantized,
+    NVFP4Packed,
+)
+from qtool.artifact.compressed_tensors._integers import IntQuantized, PackQuantized, as_int
 from qtool.artifact.compressed_tensors._kinds import FP8_INPUTS, INT8_INPUTS
 from qtool.checkpoint._base import Checkpoint, Layer
 from qtool.checkpoint.families._parts import stacked
@@ -33,10 +41,10 @@ def caveats(model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
     found = set(layers.values())
     experts = {layer for name, layer in layers.items() if stacked(name)[1] is not None}
     others = {layer for name, layer in layers.items() if stacked(name)[1] is None}
-    supported = Packed | FP8 | MX4 | MX6
+    supported = PackQuantized | FloatQuantized | MXFP4Packed | MXFP6Packed
     loaded = {layer for layer in experts if isinstance(kind_of(layer), supported) and not _asymmetric(layer)}
-    scaled_twice = {layer for layer in experts if isinstance(kind_of(layer), NV4)}
-    decoded = {layer for layer in found if isinstance(kind_of(layer), MX | NV4)}
+    scaled_twice = {layer for layer in experts if isinstance(kind_of(layer), NVFP4Packed)}
+    decoded = {layer for layer in found if isinstance(kind_of(layer), MXQuantized | NVFP4Packed)}
     return naming(
         {
             "transformers loses the scales of whole matrices of experts in {}; vLLM reads them": scaled_twice,
@@ -57,12 +65,14 @@ def caveats(model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
                 layer for layer in found if layer.input_ops
             },
             "vLLM does not know {}; transformers does, with compressed-tensors 0.20": {
-                layer for layer in found if isinstance(kind_of(layer), MX6)
+                layer for layer in found if isinstance(kind_of(layer), MXFP6Packed)
             },
             "vLLM does not load {}; transformers does": {layer for layer in others if not _vllm_runs(layer)},
             "vLLM does not load experts in {}": {layer for layer in experts if not _vllm_runs_experts(layer)},
             "vLLM leaves it to the GPU whether inputs of {} are rounded as well": {
-                layer for layer in found if isinstance(kind_of(layer), MX8 | MX4) and layer.activations is None
+                layer
+                for layer in found
+                if isinstance(kind_of(layer), MXFP8Quantized | MXFP4Packed) and layer.activations is None
             },
         }
     )
@@ -74,7 +84,7 @@ def _asymmetric(layer: Layer) -> bool:
 
 def _vllm_runs(layer: Layer) -> bool:
     """Whether vLLM has a kernel for packed integers; it has for all else but MXFP6."""
-    ints = as_int(layer.format) if isinstance(kind_of(layer), Packed) else None
+    ints = as_int(layer.format) if isinstance(kind_of(layer), PackQuantized) else None
     if ints is None:
         return True
     if layer.activations is not None and alike(layer.activations, FP8_INPUTS):
@@ -85,14 +95,14 @@ def _vllm_runs(layer: Layer) -> bool:
 def _vllm_runs_experts(layer: Layer) -> bool:
     """The same for experts, each of whose layouts has its own conditions there."""
     kind, inputs = kind_of(layer), layer.activations
-    if isinstance(kind, Packed):
+    if isinstance(kind, PackQuantized):
         ints = as_int(layer.format)
         only = inputs is None and ints is not None and ints.bits in WIDTHS
         return only or (inputs is not None and alike(inputs, FP8_INPUTS) and _vllm_runs(layer))
-    if isinstance(kind, Plain):
+    if isinstance(kind, IntQuantized):
         return layer.format.granularity == "channel" and inputs is not None and alike(inputs, INT8_INPUTS[0])
-    if isinstance(kind, NaiveFP8):
+    if isinstance(kind, NaiveQuantized):
         return False
-    if isinstance(kind, FP8):
+    if isinstance(kind, FloatQuantized):
         return inputs is None or (layer.format.granularity == "tensor") == inputs.static
     return True

@@ -13,8 +13,17 @@ from typing import Any
 
 from qtool.artifact._targets import kept_linears, patterns
 from qtool.artifact.compressed_tensors import _cache, _transforms
-from qtool.artifact.compressed_tensors._floats import EXPONENT, FP8, LOCAL, MX4, MX6, MX8, NV4, NaiveFP8
-from qtool.artifact.compressed_tensors._integers import Packed, Plain
+from qtool.artifact.compressed_tensors._floats import (
+    EXPONENT,
+    LOCAL,
+    FloatQuantized,
+    MXFP4Packed,
+    MXFP6Packed,
+    MXFP8Quantized,
+    NaiveQuantized,
+    NVFP4Packed,
+)
+from qtool.artifact.compressed_tensors._integers import IntQuantized, PackQuantized
 from qtool.artifact.compressed_tensors._kinds import (
     FP8_BLOCK_INPUTS,
     FP8_INPUTS,
@@ -22,7 +31,7 @@ from qtool.artifact.compressed_tensors._kinds import (
     STATIC_FP8,
     STATIC_INT8,
     Arguments,
-    Kind,
+    Compressor,
     spelled,
 )
 from qtool.checkpoint._base import Layer, QuantizedCheckpoint
@@ -33,8 +42,18 @@ from qtool.formats.nvfp4 import NVFP4
 
 METHOD = "compressed-tensors"
 
-KINDS: dict[str, Kind] = {
-    kind.name: kind for kind in (Packed(), Plain(), FP8(), NaiveFP8(), MX4(), MX6(), MX8(), NV4())
+KINDS: dict[str, Compressor] = {
+    kind.name: kind
+    for kind in (
+        PackQuantized(),
+        IntQuantized(),
+        FloatQuantized(),
+        NaiveQuantized(),
+        MXFP4Packed(),
+        MXFP6Packed(),
+        MXFP8Quantized(),
+        NVFP4Packed(),
+    )
 }
 
 INPUTS: tuple[tuple[Format, dict[str, Any]], ...] = (
@@ -52,7 +71,7 @@ INPUTS: tuple[tuple[Format, dict[str, Any]], ...] = (
 """Inputs, and what config.json says of them."""
 
 
-def kind_of(layer: Layer) -> Kind | None:
+def kind_of(layer: Layer) -> Compressor | None:
     """The layout that holds a layer; None if none does."""
     for kind in KINDS.values():
         allowed = kind.inputs(layer.format)

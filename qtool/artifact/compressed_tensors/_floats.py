@@ -27,7 +27,7 @@ from qtool.artifact.compressed_tensors._kinds import (
     SCALE,
     STATIC_FP8,
     Arguments,
-    Kind,
+    Compressor,
     Read,
     multiplier,
     spelled,
@@ -55,13 +55,13 @@ def is_block(fmt: FP) -> bool:
     return (fmt.rows, fmt.group) == (BLOCK, BLOCK)
 
 
-class FP8(Kind):
+class FloatQuantized(Compressor):
     """E4M3 weights for inputs in FP8."""
 
     name: ClassVar[str] = "float-quantized"
 
     def inputs(self, fmt: Format) -> tuple[Format | None, ...] | None:
-        """See `Kind.inputs`."""
+        """See `Compressor.inputs`."""
         if (
             not isinstance(fmt, FP)
             or fmt.element != "e4m3"
@@ -71,18 +71,18 @@ class FP8(Kind):
         return (FP8_BLOCK_INPUTS,) if is_block(fmt) else (FP8_INPUTS, STATIC_FP8)
 
     def since(self, fmt: Format) -> str:
-        """See `Kind.since`. vLLM, which does not decode, reads blocks with an older one."""
+        """See `Compressor.since`. vLLM, which does not decode, reads blocks with an older one."""
         return "0.19.0" if isinstance(fmt, FP) and is_block(fmt) else super().since(fmt)
 
     def arguments(self, fmt: Format) -> dict[str, Any]:
-        """See `Kind.arguments`."""
+        """See `Compressor.arguments`."""
         assert isinstance(fmt, FP)
         if is_block(fmt):
             return spelled(8, "float", "block", block_structure=[BLOCK, BLOCK])
         return spelled(8, "float", str(fmt.group))
 
     def format(self, scheme: Arguments, scale_dtype: str) -> Format | None:
-        """See `Kind.format`."""
+        """See `Compressor.format`."""
         if (scheme.type, scheme.num_bits, scheme.symmetric) != ("float", 8, True) or scheme.scale_dtype:
             return None
         fields: dict[str, Any] = {"element": "e4m3", "group": scheme.grouping, "scale_dtype": scale_dtype}
@@ -93,14 +93,14 @@ class FP8(Kind):
         return FP.model_validate(fields)
 
     def infos(self, fmt: Format, n: int, k: int, dtype: torch.dtype) -> Infos:
-        """See `Kind.infos`."""
+        """See `Compressor.infos`."""
         assert isinstance(fmt, FP)
         shapes = {"tensor": (1,), "channel": (n, 1)}
         shape = (-(-n // BLOCK), k // BLOCK) if is_block(fmt) else shapes[str(fmt.group)]
         return {"weight": TensorInfo((n, k), E4M3), SCALE: TensorInfo(shape, dtype)}
 
     def encode(self, quantized: Quantized, module: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """See `Kind.encode`."""
+        """See `Compressor.encode`."""
         codes, params, fmt = quantized.codes, quantized.params, quantized.format
         assert isinstance(fmt, FP)
         scale = exact(params["scale"], module, dtype)
@@ -108,7 +108,7 @@ class FP8(Kind):
         return {"weight": to_bits(codes, fmt).view(E4M3), SCALE: scale}
 
     def decode(self, fmt: Format, k: int, read: Read, start: int, stop: int) -> Quantized:
-        """See `Kind.decode`."""
+        """See `Compressor.decode`."""
         assert isinstance(fmt, FP)
         if fmt.group == "tensor":
             scale = read(SCALE).view(1, 1).repeat(stop - start, 1)
@@ -119,17 +119,17 @@ class FP8(Kind):
         return Quantized(from_bits(read("weight", start, stop).view(torch.uint8), fmt), {"scale": scale}, fmt)
 
 
-class NaiveFP8(FP8):
+class NaiveQuantized(FloatQuantized):
     """E4M3 weights alone."""
 
     name: ClassVar[str] = "naive-quantized"
 
     def inputs(self, fmt: Format) -> tuple[Format | None, ...] | None:
-        """See `Kind.inputs`. vLLM runs weights in blocks with quantized inputs only."""
+        """See `Compressor.inputs`. vLLM runs weights in blocks with quantized inputs only."""
         return (None,) if super().inputs(fmt) == (FP8_INPUTS, STATIC_FP8) else None
 
 
-class MX(Kind):
+class MXQuantized(Compressor):
     """Microscaling weights, alone or with rounded inputs.
 
     Attributes:
@@ -137,7 +137,7 @@ class MX(Kind):
         activations: format of inputs that are rounded.
         part: name of the codes.
         stored: type that they are stored as.
-        oldest: see `Kind.since`.
+        oldest: see `Compressor.since`.
     """
 
     fmt: ClassVar[Scaled]
@@ -147,40 +147,40 @@ class MX(Kind):
     oldest: ClassVar[str]
 
     def inputs(self, fmt: Format) -> tuple[Format | None, ...] | None:
-        """See `Kind.inputs`."""
+        """See `Compressor.inputs`."""
         return (None, self.activations) if alike(fmt, self.fmt) else None
 
     def since(self, fmt: Format) -> str:
-        """See `Kind.since`."""
+        """See `Compressor.since`."""
         return self.oldest
 
     def arguments(self, fmt: Format) -> dict[str, Any]:
-        """See `Kind.arguments`."""
+        """See `Compressor.arguments`."""
         return spelled(self.fmt.code_bits, "float", "group", 32, scale_dtype=EXPONENT)
 
     def format(self, scheme: Arguments, scale_dtype: str) -> Format | None:
-        """See `Kind.format`. Whoever wrote the file may have left the scale's type out."""
+        """See `Compressor.format`. Whoever wrote the file may have left the scale's type out."""
         found = (scheme.type, scheme.num_bits, scheme.grouping, scheme.group_size, scheme.symmetric)
         return self.fmt if found == ("float", self.fmt.code_bits, "group", 32, True) else None
 
     def infos(self, fmt: Format, n: int, k: int, dtype: torch.dtype) -> Infos:
-        """See `Kind.infos`."""
+        """See `Compressor.infos`."""
         packed = TensorInfo((n, k * self.fmt.code_bits // 8), self.stored)
         return {self.part: packed, SCALE: TensorInfo((n, k // 32), torch.uint8)}
 
     def encode(self, quantized: Quantized, module: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """See `Kind.encode`."""
+        """See `Compressor.encode`."""
         packed = pack(to_bits(quantized.codes, self.fmt), self.fmt.code_bits).view(self.stored)
         return {self.part: packed, SCALE: quantized.params["exponent"]}
 
     def decode(self, fmt: Format, k: int, read: Read, start: int, stop: int) -> Quantized:
-        """See `Kind.decode`."""
+        """See `Compressor.decode`."""
         packed = read(self.part, start, stop).view(torch.uint8)
         codes = from_bits(unpack(packed, self.fmt.code_bits, k), self.fmt)
         return Quantized(codes, {"exponent": read(SCALE, start, stop)}, fmt)
 
 
-class MX8(MX):
+class MXFP8Quantized(MXQuantized):
     """MXFP8."""
 
     name: ClassVar[str] = "mxfp8-quantized"
@@ -191,7 +191,7 @@ class MX8(MX):
     oldest: ClassVar[str] = "0.15.0"
 
 
-class MX6(MX):
+class MXFP6Packed(MXQuantized):
     """MXFP6 of E2M3, inputs in MXFP8."""
 
     name: ClassVar[str] = "mxfp6-pack-quantized"
@@ -200,7 +200,7 @@ class MX6(MX):
     oldest: ClassVar[str] = "0.20.0"
 
 
-class MX4(MX):
+class MXFP4Packed(MXQuantized):
     """MXFP4."""
 
     name: ClassVar[str] = "mxfp4-pack-quantized"
@@ -209,38 +209,38 @@ class MX4(MX):
     oldest: ClassVar[str] = "0.16.0"
 
 
-class NV4(Kind):
+class NVFP4Packed(Compressor):
     """NVFP4 weights, alone or with inputs in NVFP4, one scale of which calibration found."""
 
     name: ClassVar[str] = "nvfp4-pack-quantized"
 
     def inputs(self, fmt: Format) -> tuple[Format | None, ...] | None:
-        """See `Kind.inputs`."""
+        """See `Compressor.inputs`."""
         return (None, NVFP4()) if isinstance(fmt, NVFP4) else None
 
     def arguments(self, fmt: Format) -> dict[str, Any]:
-        """See `Kind.arguments`."""
+        """See `Compressor.arguments`."""
         return spelled(4, "float", "tensor_group", 16, scale_dtype=LOCAL)
 
     def format(self, scheme: Arguments, scale_dtype: str) -> Format | None:
-        """See `Kind.format`."""
+        """See `Compressor.format`."""
         found = (scheme.type, scheme.num_bits, scheme.grouping, scheme.group_size, scheme.symmetric)
         return NVFP4() if found == ("float", 4, "tensor_group", 16, True) else None
 
     def infos(self, fmt: Format, n: int, k: int, dtype: torch.dtype) -> Infos:
-        """See `Kind.infos`."""
+        """See `Compressor.infos`."""
         scales = {SCALE: TensorInfo((n, k // 16), E4M3), GLOBAL: TensorInfo((1,), torch.float32)}
         return {"weight_packed": TensorInfo((n, k // 2), torch.uint8), **scales}
 
     def encode(self, quantized: Quantized, module: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """See `Kind.encode`."""
+        """See `Compressor.encode`."""
         codes, params, fmt = quantized.codes, quantized.params, quantized.format
         assert isinstance(fmt, NVFP4)
         scales = {SCALE: params["scale"].view(E4M3), GLOBAL: multiplier(params["tensor"][0], module)}
         return {"weight_packed": pack(to_bits(codes, fmt), 4), **scales}
 
     def decode(self, fmt: Format, k: int, read: Read, start: int, stop: int) -> Quantized:
-        """See `Kind.decode`."""
+        """See `Compressor.decode`."""
         assert isinstance(fmt, NVFP4)
         codes = from_bits(unpack(read("weight_packed", start, stop), 4, k), fmt)
         factor = read(GLOBAL)

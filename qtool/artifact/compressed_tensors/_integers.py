@@ -23,7 +23,7 @@ from qtool.artifact.compressed_tensors._kinds import (
     SCALE,
     STATIC_INT8,
     Arguments,
-    Kind,
+    Compressor,
     Read,
     spelled,
 )
@@ -39,13 +39,13 @@ def as_int(fmt: Format) -> Int | None:
     return ints if ints and ints.rows == 1 and ints.group != "token" else None
 
 
-class Packed(Kind):
+class PackQuantized(Compressor):
     """Packed words: for weights alone, or of less than 8 bits."""
 
     name: ClassVar[str] = "pack-quantized"
 
     def inputs(self, fmt: Format) -> tuple[Format | None, ...] | None:
-        """See `Kind.inputs`."""
+        """See `Compressor.inputs`."""
         ints = as_int(fmt)
         if ints is None:
             return None
@@ -54,12 +54,12 @@ class Packed(Kind):
         return (None, *INT8_INPUTS[:1], FP8_INPUTS)
 
     def since(self, fmt: Format) -> str:
-        """See `Kind.since`. Before, odd widths were packed with gaps."""
+        """See `Compressor.since`. Before, odd widths were packed with gaps."""
         ints = as_int(fmt)
         return "0.18.0" if ints and ints.bits in (3, 5, 6, 7) else super().since(fmt)
 
     def arguments(self, fmt: Format) -> dict[str, Any]:
-        """See `Kind.arguments`."""
+        """See `Compressor.arguments`."""
         ints = as_int(fmt)
         assert ints is not None
         if ints.group_columns:
@@ -68,7 +68,7 @@ class Packed(Kind):
         return spelled(ints.bits, "int", "channel", symmetric=ints.symmetric)
 
     def format(self, scheme: Arguments, scale_dtype: str) -> Format | None:
-        """See `Kind.format`."""
+        """See `Compressor.format`."""
         if scheme.type != "int" or scheme.grouping not in ("group", "channel", "tensor") or scheme.num_bits > 8:
             return None
         group = scheme.group_size if scheme.grouping == "group" else scheme.grouping
@@ -76,7 +76,7 @@ class Packed(Kind):
         return Int.model_validate(fields)
 
     def infos(self, fmt: Format, n: int, k: int, dtype: torch.dtype) -> Infos:
-        """See `Kind.infos`."""
+        """See `Compressor.infos`."""
         ints = as_int(fmt)
         assert ints is not None
         groups = k // (ints.group_columns or k)
@@ -90,7 +90,7 @@ class Packed(Kind):
         return stored
 
     def encode(self, quantized: Quantized, module: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """See `Kind.encode`."""
+        """See `Compressor.encode`."""
         whole = as_integers(quantized, module, dtype)
         codes, params, fmt = whole.codes, whole.params, whole.format
         assert isinstance(fmt, Int)
@@ -102,7 +102,7 @@ class Packed(Kind):
         return stored
 
     def decode(self, fmt: Format, k: int, read: Read, start: int, stop: int) -> Quantized:
-        """See `Kind.decode`."""
+        """See `Compressor.decode`."""
         assert isinstance(fmt, Int)
         packed = read("weight_packed", start, stop)
         dense = packed.shape[1] == words(k, fmt.bits)
@@ -113,24 +113,24 @@ class Packed(Kind):
         return Quantized(_unpack(packed, fmt.bits, k, dense), params, fmt)
 
 
-class Plain(Kind):
+class IntQuantized(Compressor):
     """int8, for weights whose inputs are quantized as well."""
 
     name: ClassVar[str] = "int-quantized"
 
     def inputs(self, fmt: Format) -> tuple[Format | None, ...] | None:
-        """See `Kind.inputs`."""
+        """See `Compressor.inputs`."""
         if not isinstance(fmt, Int) or fmt.bits != 8 or not fmt.symmetric or fmt.group not in ("channel", "tensor"):
             return None
         return (*INT8_INPUTS, *STATIC_INT8)
 
     def arguments(self, fmt: Format) -> dict[str, Any]:
-        """See `Kind.arguments`."""
+        """See `Compressor.arguments`."""
         assert isinstance(fmt, Int)
         return spelled(8, "int", str(fmt.group))
 
     def format(self, scheme: Arguments, scale_dtype: str) -> Format | None:
-        """See `Kind.format`."""
+        """See `Compressor.format`."""
         if (
             scheme.type != "int"
             or scheme.grouping not in ("channel", "tensor")
@@ -141,13 +141,13 @@ class Plain(Kind):
         return Int.model_validate({"bits": scheme.num_bits, "group": scheme.grouping, "scale_dtype": scale_dtype})
 
     def infos(self, fmt: Format, n: int, k: int, dtype: torch.dtype) -> Infos:
-        """See `Kind.infos`."""
+        """See `Compressor.infos`."""
         assert isinstance(fmt, Int)
         shape = (1,) if fmt.group == "tensor" else (n, 1)
         return {"weight": TensorInfo((n, k), torch.int8), SCALE: TensorInfo(shape, dtype)}
 
     def encode(self, quantized: Quantized, module: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """See `Kind.encode`."""
+        """See `Compressor.encode`."""
         whole = as_integers(quantized, module, dtype)
         codes, params, fmt = whole.codes, whole.params, whole.format
         assert isinstance(fmt, Int)
@@ -155,7 +155,7 @@ class Plain(Kind):
         return {"weight": weight, SCALE: params["scale"][0] if fmt.group == "tensor" else params["scale"]}
 
     def decode(self, fmt: Format, k: int, read: Read, start: int, stop: int) -> Quantized:
-        """See `Kind.decode`."""
+        """See `Compressor.decode`."""
         assert isinstance(fmt, Int)
         codes = (read("weight", start, stop).to(torch.int16) - fmt.lowest).to(torch.uint8)
         if fmt.group == "tensor":

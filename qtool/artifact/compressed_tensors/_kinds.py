@@ -52,7 +52,7 @@ class Arguments(Settings):
         return f"{self.num_bits}-bit {self.type} per {self.grouping}{dynamic}"
 
 
-class Kind(ABC):
+class Compressor(ABC):
     """One layout."""
 
     name: ClassVar[str]

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from qtool.artifact._settings import Settings
 from qtool.artifact._targets import target_pattern
 from qtool.artifact.compressed_tensors._config import KINDS, input_format
-from qtool.artifact.compressed_tensors._kinds import Arguments, Kind
+from qtool.artifact.compressed_tensors._kinds import Arguments, Compressor
 from qtool.checkpoint._base import Layer
 from qtool.errors import CheckpointError, one_line
 
@@ -19,7 +19,7 @@ UNREAD = ("sparsity_config",)
 """What changes a model in ways that qtool does not follow."""
 
 
-class Group(Settings):
+class ConfigGroup(Settings):
     """One entry of `config_groups`."""
 
     targets: list[str]
@@ -38,7 +38,7 @@ class Scheme(NamedTuple):
         reason: what else is to be known of its inputs, that no other layout is given; empty if nothing.
     """
 
-    kind: Kind
+    kind: Compressor
     layer: Layer
     reason: str
 
@@ -61,7 +61,7 @@ class Schemes:
                 raise CheckpointError(f"{where}: qtool does not read models with a {key}")
         try:
             groups = dict(config.get("config_groups") or {})
-            read = [Group.model_validate(group) for group in groups.values()]
+            read = [ConfigGroup.model_validate(group) for group in groups.values()]
             self._targets = [(target_pattern(target), group) for group in read for target in group.targets]
         except (ValidationError, TypeError, ValueError, re.error) as error:
             raise CheckpointError(f"{where}: wrong config_groups", found=one_line(error)) from error

@@ -33,7 +33,7 @@ class Place(Settings):
     ignore: list[str] = Field(default_factory=list)
 
 
-class Group(Settings):
+class TransformScheme(Settings):
     """A matrix and its places."""
 
     type: str
@@ -76,10 +76,10 @@ class Transforms:
 
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
         self.where = where
-        self._places: list[tuple[Group, Place]] = []
+        self._places: list[tuple[TransformScheme, Place]] = []
         try:
             declared = dict((config.get(KEY) or {}).get("config_groups") or {})
-            groups = [Group.model_validate(group) for group in declared.values()]
+            groups = [TransformScheme.model_validate(group) for group in declared.values()]
         except (ValidationError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{where}: wrong {KEY}", found=one_line(error)) from error
         for group in groups:

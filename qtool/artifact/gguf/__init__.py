@@ -19,7 +19,7 @@ from qtool.artifact.gguf._options import GGUFOptions
 from qtool.artifact.gguf._reader import QuantizedGGUF
 from qtool.artifact.gguf._sizes import footprint
 from qtool.artifact.gguf._tokenizer import tokenizer_metadata
-from qtool.artifact.gguf._writer import Writer, block_bytes, candidates
+from qtool.artifact.gguf._writer import ModelWriter, block_bytes, candidates
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, modules
 from qtool.checkpoint.gguf_parts import first_parts
 from qtool.errors import CheckpointError
@@ -80,13 +80,13 @@ class GGUF(Artifact):
         matrices = {m.name: self.nbytes(model, m, model.layers.get(m.name)) for m in modules(model)}
         return footprint(self._writer(model, Path(), card or {}), matrices)
 
-    def _writer(self, model: QuantizedCheckpoint, out: Path, card: Mapping[str, Any]) -> Writer:
+    def _writer(self, model: QuantizedCheckpoint, out: Path, card: Mapping[str, Any]) -> ModelWriter:
         """Of a file that is called after the model and the recipe."""
         source = Path(str(card.get("base_model", model.source)).rstrip("/"))
         base = source.stem if source.suffix == ".gguf" else source.name
         stem = "-".join(filter(None, (base, card.get("recipe_name"))))
         path = out / (re.sub(r"[^\w.-]+", "-", stem).strip("-.") + ".gguf")
-        return Writer(model, path, base, self.options, about_importance(card.get("importance")))
+        return ModelWriter(model, path, base, self.options, about_importance(card.get("importance")))
 
     def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
         """See `Artifact.write`."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from qtool.artifact._footprint import Footprint
-from qtool.artifact.gguf._writer import Writer, block_bytes, cut, split_metadata
+from qtool.artifact.gguf._writer import ModelWriter, block_bytes, cut, split_metadata
 from qtool.store.gguf_writer import ALIGNMENT, header
 
 
-def footprint(writer: Writer, modules: dict[str, int]) -> Footprint:
+def footprint(writer: ModelWriter, modules: dict[str, int]) -> Footprint:
     """Bytes of all parts of a model.
 
     Args:

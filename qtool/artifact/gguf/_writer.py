@@ -96,7 +96,7 @@ def usual(ggml_type: int) -> int:
     return FILE_TYPES[USUAL.get(name, name)]
 
 
-class Writer:
+class ModelWriter:
     """Writes one model.
 
     Args:

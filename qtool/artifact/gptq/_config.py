@@ -74,7 +74,7 @@ class _Override(Settings):
     sym: bool | None = None
 
 
-class _Settings(_Override):
+class _GPTQSettings(_Override):
     """The configuration, as far as it says how to read the tensors."""
 
     bits: Literal[2, 3, 4, 8]
@@ -87,7 +87,7 @@ class _Settings(_Override):
     pack_dtype: Literal["int32"] = Field("int32")
 
 
-class Schemes:
+class ModulePacking:
     """How each module is packed.
 
     Args:
@@ -103,7 +103,7 @@ class Schemes:
     """
 
     def __init__(self, how: Mapping[str, Any], where: str) -> None:
-        self._base = read_settings(_Settings, how, where)
+        self._base = read_settings(_GPTQSettings, how, where)
         version = self._base.checkpoint_format or self._base.format or "gptq"
         if version not in ("gptq", "gptq_v2"):
             raise CheckpointError(f"{where}: checkpoint_format", wanted="gptq or gptq_v2", found=repr(version)[:60])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qtool.artifact._packed import Infos, PackedCheckpoint, Packing
-from qtool.artifact.gptq._config import Schemes
+from qtool.artifact.gptq._config import ModulePacking
 from qtool.artifact.gptq._layout import WORD, decode_codes, decode_zeros, group_index, infos
 from qtool.checkpoint._base import Layer
 from qtool.errors import CheckpointError
@@ -24,7 +24,7 @@ class GPTQCheckpoint(PackedCheckpoint):
 
     def _understand(self, how: Mapping[str, Any]) -> None:
         """See `PackedCheckpoint._understand`."""
-        self._schemes = Schemes(how, self.source)
+        self._schemes = ModulePacking(how, self.source)
 
     def _packing(self, module: str, n: int, k: int, found: Infos) -> Packing:
         """See `PackedCheckpoint._packing`."""

@@ -17,7 +17,7 @@ from qtool.artifact._base import Carry, naming
 from qtool.artifact._packed_artifact import Layout, PackedArtifact
 from qtool.artifact.modelopt._algos import ALGOS, algo_of, fp8
 from qtool.artifact.modelopt._reader import CONFIG, ModelOptCheckpoint, read_quantization
-from qtool.artifact.modelopt._writer import Writer, cache_scales, flat, settings
+from qtool.artifact.modelopt._writer import ModelOptTensors, cache_scales, flat, settings
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
 from qtool.formats._base import alike
 from qtool.recipe.cache import KVCache
@@ -51,7 +51,7 @@ class ModelOpt(PackedArtifact):
 
     def _layout(self, model: Checkpoint, layers: Mapping[str, Layer]) -> Layout:
         """See `PackedArtifact._layout`."""
-        writer = Writer(model, layers)
+        writer = ModelOptTensors(model, layers)
         return Layout(writer.infos, writer.encode, cache_scales(model))
 
     def _config(self, model: QuantizedCheckpoint) -> dict[str, Any]:

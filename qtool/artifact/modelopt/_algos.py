@@ -73,7 +73,7 @@ class Algo(ABC):
         """Some rows of a matrix."""
 
 
-class Int4(Algo):
+class Int4Algo(Algo):
     """Weights of 4 bits in groups."""
 
     name = "W4A16_AWQ"
@@ -109,7 +109,7 @@ class Int4(Algo):
         return Quantized(codes, {"scale": read(SCALE, start, stop)}, layer.format)
 
 
-class Int8(Algo):
+class Int8Algo(Algo):
     """Weights of 8 bits with a scale per row."""
 
     name = "W8A16"
@@ -132,7 +132,7 @@ class Int8(Algo):
         return Quantized(codes, {"scale": read(SCALE, start, stop).unsqueeze(1)}, layer.format)
 
 
-class FP8Channel(Algo):
+class FP8ChannelAlgo(Algo):
     """Weights in FP8 with a scale per row, inputs in FP8 with a scale per token."""
 
     name = "FP8_PER_CHANNEL_PER_TOKEN"
@@ -155,7 +155,7 @@ class FP8Channel(Algo):
         return Quantized(_codes(layer, read("weight", start, stop)), {"scale": scale}, layer.format)
 
 
-class FP8(Algo):
+class FP8Algo(Algo):
     """Weights in FP8 with one scale, inputs in FP8 with one scale that calibration found."""
 
     name = "FP8"
@@ -178,7 +178,7 @@ class FP8(Algo):
         return Quantized(_codes(layer, read("weight", start, stop)), {"scale": scale}, layer.format)
 
 
-class MX8(Algo):
+class MXFP8Algo(Algo):
     """Weights and inputs in MXFP8."""
 
     name = "MXFP8"
@@ -205,7 +205,7 @@ class MX8(Algo):
         return Quantized(_codes(layer, read("weight", start, stop)), params, layer.format)
 
 
-class NVFP4Weights(Algo):
+class NVFP4WeightsAlgo(Algo):
     """Weights in NVFP4."""
 
     name = "W4A16_NVFP4"
@@ -242,7 +242,7 @@ class NVFP4Weights(Algo):
         return Quantized(codes, {"scale": read(SCALE, start, stop).view(torch.uint8), "tensor": whole}, layer.format)
 
 
-class NVFP4Both(NVFP4Weights):
+class NVFP4Algo(NVFP4WeightsAlgo):
     """Weights in NVFP4, inputs in NVFP4 with one scale of all tokens that calibration found."""
 
     name = "NVFP4"
@@ -253,7 +253,8 @@ class NVFP4Both(NVFP4Weights):
 
 
 ALGOS: dict[str, Algo] = {
-    algo.name: algo for algo in (Int4(), Int8(), FP8Channel(), MX8(), NVFP4Weights(), FP8(), NVFP4Both())
+    algo.name: algo
+    for algo in (Int4Algo(), Int8Algo(), FP8ChannelAlgo(), MXFP8Algo(), NVFP4WeightsAlgo(), FP8Algo(), NVFP4Algo())
 }
 
 

@@ -49,7 +49,7 @@ def read_quantization(folder: Path) -> dict[str, Any]:
     return nested if isinstance(nested, dict) else {}
 
 
-class _Keys(Settings):
+class _AlgoKeys(Settings):
     """How a matrix is quantized."""
 
     quant_algo: str
@@ -68,11 +68,13 @@ class ModelOptCheckpoint(PackedCheckpoint):
 
     def _understand(self, how: Mapping[str, Any]) -> None:
         """See `PackedCheckpoint._understand`."""
-        self._usual = read_settings(_Keys, how, self.source)
+        self._usual = read_settings(_AlgoKeys, how, self.source)
         layers = how.get("quantized_layers") or {}
         if not isinstance(layers, dict) or not all(isinstance(keys, dict) for keys in layers.values()):
             raise CheckpointError(f"{self.source}: quantized_layers", wanted="objects by module", found="others")
-        self._named = {name: read_settings(_Keys, keys, f"{self.source}: {name[:60]}") for name, keys in layers.items()}
+        self._named = {
+            name: read_settings(_AlgoKeys, keys, f"{self.source}: {name[:60]}") for name, keys in layers.items()
+        }
         self._algos: dict[str, Algo] = {}
 
     def _packing(self, module: str, n: int, k: int, found: Infos) -> Packing:

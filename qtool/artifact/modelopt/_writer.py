@@ -52,7 +52,7 @@ def flat(how: Mapping[str, Any]) -> dict[str, Any]:
     return found | {"ignore": found["exclude_modules"]}
 
 
-class Writer:
+class ModelOptTensors:
     """Makes the tensors of a model.
 
     Args:

@@ -41,7 +41,7 @@ class Stack:
 
 
 @dataclass(frozen=True)
-class Layer:
+class ExpertTensor:
     """A matrix or bias of one expert.
 
     Attributes:
@@ -123,7 +123,7 @@ def rows(name: str, count: int, concatenated: bool) -> Iterator[tuple[str, int, 
         yield from (("gate", 0, 2), ("up", 1, 2))
 
 
-def expert_layers(stacks: Iterable[Stack]) -> list[Layer]:
+def expert_layers(stacks: Iterable[Stack]) -> list[ExpertTensor]:
     """Matrices and biases of all experts of a block: gate, up and down of the first, then of the next."""
     layers = []
     for stack in stacks:
@@ -135,6 +135,6 @@ def expert_layers(stacks: Iterable[Stack]) -> list[Layer]:
         for (e, role), (name, part) in stack.names.items():
             last, kind = name.split(".")[-2:]
             path = f"{stack.owner}.{e}.{last}.{kind}"
-            layers.append(Layer(name, path, (n,) if bias else (n, k), part, role, e))
+            layers.append(ExpertTensor(name, path, (n,) if bias else (n, k), part, role, e))
     order = ("gate", "up", "down")
     return sorted(layers, key=lambda layer: (layer.expert, order.index(layer.role)))

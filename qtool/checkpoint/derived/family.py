@@ -29,11 +29,11 @@ class Derived(Family):
 
     def heads(self, config: dict[str, Any]) -> tuple[int, int, int]:
         """See `Family.heads`; 1 where config.json does not say."""
-        told = next((config[name] for name in TEXT if isinstance(config.get(name), dict)), config)
-        heads = next((told[name] for name in HEADS if isinstance(told.get(name), int)), 1)
-        kv_heads = next((told[name] for name in KV_HEADS if isinstance(told.get(name), int)), heads)
+        text = next((config[name] for name in TEXT if isinstance(config.get(name), dict)), config)
+        heads = next((text[name] for name in HEADS if isinstance(text.get(name), int)), 1)
+        kv_heads = next((text[name] for name in KV_HEADS if isinstance(text.get(name), int)), heads)
         width = self.facts.shapes[f"{self.embedding}.weight"][1]
-        return max(heads, 1), max(min(kv_heads, heads), 1), int(told.get("head_dim") or max(width // max(heads, 1), 1))
+        return max(heads, 1), max(min(kv_heads, heads), 1), int(text.get("head_dim") or max(width // max(heads, 1), 1))
 
     def experts(self, config: dict[str, Any]) -> int:
         """See `Family.experts`."""
@@ -87,7 +87,7 @@ def family_of(facts: Facts, model_free: bool = False) -> Derived:
         facts: what it says.
         model_free: whether they come from names of tensors, so that the model cannot be run.
     """
-    told = {
+    attributes = {
         "facts": facts,
         "architecture": facts.architecture,
         "linears": (),
@@ -100,5 +100,5 @@ def family_of(facts: Facts, model_free: bool = False) -> Derived:
         "separate_experts": facts.separate,
         "model_free": model_free,
     }
-    family: type[Derived] = type("Derived", (Derived,), told)
+    family: type[Derived] = type("Derived", (Derived,), attributes)
     return family()

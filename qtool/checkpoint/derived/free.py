@@ -59,9 +59,9 @@ def free_family(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
             blocks[int(BLOCK.match(name)["number"])].append(name)  # type: ignore[index]
     linears = tuple(tuple(block(prefix.format(i=i), blocks[i], shapes)) for i in range(max(blocks) + 1))
     order = sorted(shapes, key=lambda name: (name != f"{embedding}.weight", natural(name)))
-    told = config.get("architectures")
+    classes = config.get("architectures")
     facts = Facts(
-        architecture=str(told[0]) if isinstance(told, list) and told else str(config.get("model_type")),
+        architecture=str(classes[0]) if isinstance(classes, list) and classes else str(config.get("model_type")),
         blocks_path="",
         block_prefix=prefix,
         embedding=embedding,

@@ -83,21 +83,21 @@ def watch(model: Any, modules: Mapping[str, nn.Module]) -> dict[str, Call]:
         Those that ran, by name, in their order.
     """
     calls: dict[str, Call] = {}
-    alive: list[Any] = []  # a storage that is gone leaves its place to another
+    references: list[Any] = []  # a storage that is gone leaves its place to another
 
-    def before(name: str, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        alive.append((given, named))
+    def before(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        references.append((args, kwargs))
         if name in calls:
             calls[name].times += 1
             return
         calls[name] = call = Call(len(calls))
-        values = [*given, *named.values()]
+        values = [*args, *kwargs.values()]
         if values and isinstance(values[0], Tensor):
             call.hidden, call.shape = key_of(values[0]), tuple(values[0].shape)
-        call.arguments = signature(given[1:], named if given else dict(list(named.items())[1:]))
+        call.arguments = signature(args[1:], kwargs if args else dict(list(kwargs.items())[1:]))
 
     def after(name: str, output: Any) -> None:
-        alive.append(output)
+        references.append(output)
         first = output[0] if isinstance(output, tuple | list) and output else output
         if isinstance(first, Tensor):
             calls[name].output = key_of(first)
@@ -121,9 +121,9 @@ def run(model: Any) -> None:
         model.eval()(input_ids=torch.zeros((1, LENGTH), dtype=torch.long, device="meta"), use_cache=False)
 
 
-def signature(given: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
+def signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """What arguments look like: shapes of tensors, sizes of collections, None or the type of anything else."""
-    places = {str(i): value for i, value in enumerate(given)} | dict(named)
+    places = {str(i): value for i, value in enumerate(args)} | dict(kwargs)
     return {name: looks(value) for name, value in places.items()}
 
 
@@ -161,9 +161,9 @@ class Station(nn.Module):
         """Hidden states as the block returns them."""
         return hidden if self.outputs is None else (hidden, *[None] * (self.outputs - 1))
 
-    def forward(self, *given: Any, **named: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Takes the place of a block's forward."""
-        return self.hand_on(given[0] if given else next(iter(named.values())))
+        return self.hand_on(args[0] if args else next(iter(kwargs.values())))
 
 
 def lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:

@@ -116,10 +116,10 @@ class MixtureOfExperts(Family):
         if (normed := config.get("norm_topk_prob", self.gguf_normed)) != self.gguf_normed:
             wanted = f"norm_topk_prob: {self.gguf_normed}"
             raise CheckpointError(f"GGUF cannot say how {self.gguf_arch} weighs experts", wanted=wanted, found=normed)
-        told = {"expert_count": self.experts(config), "expert_used_count": int(config["num_experts_per_tok"])}
+        metadata = {"expert_count": self.experts(config), "expert_used_count": int(config["num_experts_per_tok"])}
         if self.wide_field != "intermediate_size":
-            told["expert_feed_forward_length"] = int(config[self.wide_field])
-        return super().gguf_metadata(config) | {f"{self.gguf_arch}.{key}": value for key, value in told.items()}
+            metadata["expert_feed_forward_length"] = int(config[self.wide_field])
+        return super().gguf_metadata(config) | {f"{self.gguf_arch}.{key}": value for key, value in metadata.items()}
 
     def gguf_fields(self, metadata: dict[str, Any], tensors: Collection[str]) -> dict[str, Any]:
         """See `Family.gguf_fields`."""

@@ -43,9 +43,9 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: a number is missing or none.
     """
-    told = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    kind = told.pop("type", "default")
-    rope = {"rope_type": kind, "rope_theta": config.get("rope_theta") or 10000.0} | told
+    fields = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    kind = fields.pop("type", "default")
+    rope = {"rope_type": kind, "rope_theta": config.get("rope_theta") or 10000.0} | fields
     if not isinstance(rope["rope_type"], str):
         found = f"{rope['rope_type']!r:.40}"
         raise CheckpointError("config.json: impossible rope_type of the rotary embedding", wanted="text", found=found)
@@ -90,8 +90,8 @@ def rope_metadata(
     kind = str(rope["rope_type"])
     if kind not in kinds:
         raise CheckpointError("GGUF cannot hold this rotary scaling", wanted=", ".join(kinds), found=kind[:40])
-    known = {"rope_type", "rope_theta"} | REQUIRED[kind] | OPTIONAL.get(kind, set())
-    if unknown := {key for key in set(rope) - known if rope[key] is not None}:
+    allowed = {"rope_type", "rope_theta"} | REQUIRED[kind] | OPTIONAL.get(kind, set())
+    if unknown := {key for key in set(rope) - allowed if rope[key] is not None}:
         raise CheckpointError(f"GGUF cannot hold {', '.join(sorted(unknown))} of rotary scaling {kind}")
     values: dict[str, int | float | bool | str] = {"rope.freq_base": float(rope["rope_theta"])}
     if kind in ("linear", "yarn"):
@@ -184,11 +184,11 @@ def rope_config(metadata: dict[str, Any], arch: str, dim: int, tensors: Mapping[
         scaling |= {"rope_type": "longrope", **lists}
     fields |= {"rope_scaling": scaling} if scaling["rope_type"] != "none" else {}
     rope = rope_parameters(fields)
-    told, context = metadata.get(f"{arch}.rope.scaling.attn_factor"), metadata.get(f"{arch}.context_length")
-    if scaling["rope_type"] == "longrope" and isinstance(told, float):
-        known = _attention_factor(rope, context) if isinstance(context, int) else None
-        if known is None or not math.isclose(told, known, rel_tol=1e-6):
-            scaling["attention_factor"] = _decimal(told)
+    stored, context = metadata.get(f"{arch}.rope.scaling.attn_factor"), metadata.get(f"{arch}.context_length")
+    if scaling["rope_type"] == "longrope" and isinstance(stored, float):
+        computed = _attention_factor(rope, context) if isinstance(context, int) else None
+        if computed is None or not math.isclose(stored, computed, rel_tol=1e-6):
+            scaling["attention_factor"] = _decimal(stored)
     return fields
 
 

@@ -67,10 +67,10 @@ class GPTOSS(MixtureOfExperts):
 
     def rope(self, config: dict[str, Any]) -> dict[str, Any]:
         """See `Family.rope`."""
-        told = config.get("rope_parameters") or config.get("rope_scaling") or YARN
-        known = {field: value for field, value in told.items() if field != "truncate"}
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or YARN
+        parameters = {field: value for field, value in rope.items() if field != "truncate"}
         theta = config.get("rope_theta") or 150000.0
-        return config | {"rope_scaling": None, "rope_theta": theta, "rope_parameters": known}
+        return config | {"rope_scaling": None, "rope_theta": theta, "rope_parameters": parameters}
 
     def gguf_fields(self, metadata: dict[str, Any], tensors: Collection[str]) -> dict[str, Any]:
         """See `Family.gguf_fields`."""

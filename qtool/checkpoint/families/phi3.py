@@ -57,8 +57,8 @@ class Phi3(Family):
 
     def rope(self, config: dict[str, Any]) -> dict[str, Any]:
         """See `Family.rope`; the share that is rotated is not part of it."""
-        told = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-        rope = {field: value for field, value in told.items() if field != "partial_rotary_factor"}
+        fields = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+        rope = {field: value for field, value in fields.items() if field != "partial_rotary_factor"}
         return config | {"rope_scaling": None, "rope_parameters": rope}
 
     def gguf_metadata(self, config: dict[str, Any]) -> dict[str, Value]:

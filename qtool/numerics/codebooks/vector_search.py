@@ -30,7 +30,7 @@ from qtool.numerics.scales.sweep import half
 from qtool.numerics.threads.parallel import over_rows
 
 
-class Rule(NamedTuple):
+class ScaleRule(NamedTuple):
     """How scales are stored.
 
     Attributes:
@@ -239,7 +239,7 @@ def vector_rows(x, weight, tables, rule, ratios, effort, d, s, signs, errors, st
 
 
 def vector_scales(
-    x: Tensor, weight: Tensor, book: Codebook, block: int, rule: Rule, effort: VectorEffort
+    x: Tensor, weight: Tensor, book: Codebook, block: int, rule: ScaleRule, effort: VectorEffort
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(d, s, signs of the shifts, errors) of every super-block.
 

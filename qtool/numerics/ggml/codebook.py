@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qtool.numerics.checks import searchable
 from qtool.numerics.codebooks.codebook import Codebook
-from qtool.numerics.codebooks.vector_search import Rule
+from qtool.numerics.codebooks.vector_search import ScaleRule
 from qtool.numerics.ggml.search import positive_step
 from qtool.numerics.ggml.shells import fill_closest, shells_of
 from qtool.numerics.scales.search import FAST
@@ -29,7 +29,7 @@ F32 = np.float32
 SUPER = 256
 
 
-class Kind(NamedTuple):
+class CodebookSearch(NamedTuple):
     """What ggml does for one block type.
 
     Attributes:
@@ -205,7 +205,7 @@ def codebook_rows(x, importance, weights, values, width, kind, rule, shells, d, 
 
 
 def ggml_codebook_scales(
-    x: Tensor, importance: Tensor | None, weight: Tensor, book: Codebook, rule: Rule, kind: Kind
+    x: Tensor, importance: Tensor | None, weight: Tensor, book: Codebook, rule: ScaleRule, kind: CodebookSearch
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What ggml takes.
 

@@ -26,7 +26,7 @@ WEIGHTED = sweep_of(-0.9, 37, 0.05)
 """With an importance matrix all types are searched so."""
 
 
-class Kind(NamedTuple):
+class ScaleSearch(NamedTuple):
     """What ggml does for one block type.
 
     Attributes:
@@ -204,7 +204,9 @@ def ggml_rows(x, importance, kind, block, d, dmin, a, b, start, stop):  # type: 
             second_level(weight, kind, searched, scale, other, d[n], dmin[n], a[n], b[n], work)
 
 
-def ggml_scales(x: Tensor, importance: Tensor | None, kind: Kind, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def ggml_scales(
+    x: Tensor, importance: Tensor | None, kind: ScaleSearch, block: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What ggml takes.
 
     Args:

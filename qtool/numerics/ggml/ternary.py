@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qtool.numerics.checks import searchable
 from qtool.numerics.codebooks.codebook import Codebook
-from qtool.numerics.codebooks.vector_search import Rule
+from qtool.numerics.codebooks.vector_search import ScaleRule
 from qtool.numerics.ggml.codebook import F32, SUPER, fill_steps, relative_error, weigh
 from qtool.numerics.ggml.shells import fill_closest, shells_of
 from qtool.numerics.scales.sweep import half
@@ -31,7 +31,7 @@ SHELLS = 3
 """Of entries around what is no entry."""
 
 
-class Ternary(NamedTuple):
+class TernarySearch(NamedTuple):
     """What ggml does for one block type.
 
     Attributes:
@@ -185,7 +185,7 @@ def ternary_rows(x, importance, weights, kind, rule, shells, d, s, minus, errors
 
 
 def ggml_ternary_scales(
-    x: Tensor, importance: Tensor | None, weight: Tensor, book: Codebook, rule: Rule, kind: Ternary
+    x: Tensor, importance: Tensor | None, weight: Tensor, book: Codebook, rule: ScaleRule, kind: TernarySearch
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What ggml takes.
 

@@ -204,10 +204,10 @@ def search(
     blocks, period, groups = x.numel() // SUPER, x.shape[1] // SUPER, SUPER // width
     d, dmin = values.new_empty(2, len(x), period)
     a, b = values.new_empty(2, len(x), period * groups)
-    given = [t.to(x.device, torch.float32).contiguous() for t in other or (d, dmin, a, b)]
+    starts = [t.to(x.device, torch.float32).contiguous() for t in other or (d, dmin, a, b)]
     ends, (trials, near, rounds, distance) = [float(limit) for limit in limits], effort
     search_kernel[(cdiv(blocks, COUNT),)](
-        values, *rest, *given, d, dmin, a, b, blocks, period, trials, float(near), rounds, distance, *ends,
+        values, *rest, *starts, d, dmin, a, b, blocks, period, trials, float(near), rounds, distance, *ends,
         other is not None, minima, COUNT, groups, width,
     )  # fmt: skip
     return d, dmin, a, b

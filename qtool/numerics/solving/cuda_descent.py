@@ -42,16 +42,16 @@ def descent_kernel(  # type: ignore[no-untyped-def]
             row = tl.load(gram + (start + k) * gram_stride + start + j, start + j < columns, 0.0)
             s, was = entry(scales, k, j), entry(level, k, j)
             slope = tl.load(gram + (start + k) * (gram_stride + 1)) * s
-            alive = (tl.abs(slope) > 1e-36) & (slope * s > 0)
-            wish = was + tl.where(alive, entry(x, k, j) / tl.where(alive, slope, 1.0), 0.0)
+            curved = (tl.abs(slope) > 1e-36) & (slope * s > 0)
+            wish = was + tl.where(curved, entry(x, k, j) / tl.where(curved, slope, 1.0), 0.0)
             if uniform:
                 found = (tl.minimum(tl.maximum(wish, lowest), highest) + MAGIC) - MAGIC
                 better = (found - lowest).to(tl.int32)
             else:
                 better = nearest(wish, middles, step)
                 found = tl.load(levels + better)
-            change = tl.where(alive, s * (found - was), 0.0)
-            code = tl.where((j[:, None] == k) & alive[None, :], better[None, :], code)
+            change = tl.where(curved, s * (found - was), 0.0)
+            code = tl.where((j[:, None] == k) & curved[None, :], better[None, :], code)
             moves = tl.where(j[:, None] == k, change[None, :], moves)
             x -= row[:, None] * change[None, :]
         tl.store(codes + here, code.to(tl.uint8), some)

@@ -93,7 +93,7 @@ def add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
         total.addmm_(x.T, y)
 
 
-class Gram:
+class GramSum:
     """X^T X so far.
 
     Args:

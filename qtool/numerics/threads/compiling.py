@@ -15,11 +15,11 @@ class Compiling(event.Listener):  # type: ignore[misc]
     """Counts the time that compilation takes; what is loaded from the cache is not compiled.
 
     Args:
-        told: called when a compilation begins, by whichever thread needs the kernel.
+        begun: called when a compilation begins, by whichever thread needs the kernel.
     """
 
-    def __init__(self, told: Callable[[], None]) -> None:
-        self.told = told
+    def __init__(self, begun: Callable[[], None]) -> None:
+        self.begun = begun
         self.depth, self.began, self.before = 0, 0.0, 0.0
         event.register("numba:compile", self)
 
@@ -32,7 +32,7 @@ class Compiling(event.Listener):  # type: ignore[misc]
         """A kernel, or one that another needs; numba compiles one at a time."""
         if not self.depth:
             self.began = time.monotonic()
-            self.told()
+            self.begun()
         self.depth += 1
 
     def on_end(self, _: event.Event) -> None:

@@ -46,7 +46,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """True for the process that writes and tells."""
+        """True for the process that writes files and reports progress."""
         return self.rank == 0
 
     def share(self, count: int) -> slice:
@@ -57,7 +57,7 @@ class Ranks:
         """(start, stop) of this process's items, where those of a process are to follow each other."""
         return count * self.rank // self.size, count * (self.rank + 1) // self.size
 
-    def all(self, item: Item) -> list[Item]:
+    def gather(self, item: Item) -> list[Item]:
         """What every process gave, by rank. Raises ProcessError, as all that follow do."""
         if self.size == 1:
             return [item]
@@ -66,32 +66,34 @@ class Ranks:
             dist.all_gather_object(found, item)
         return found
 
-    def tell(self, item: Item) -> Item:
+    def broadcast(self, item: Item) -> Item:
         """What the first process gave."""
         if self.size == 1:
             return item
-        told: list[Any] = [item if self.first else None]
+        items: list[Any] = [item if self.first else None]
         with self._reached():
-            dist.broadcast_object_list(told, src=0)
-        result: Item = told[0]
+            dist.broadcast_object_list(items, src=0)
+        result: Item = items[0]
         return result
 
-    def least(self, number: int) -> int:
+    def minimum(self, number: int) -> int:
         """The smallest of what every process gave."""
-        return min(self.all(number))
+        return min(self.gather(number))
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Returns when every process has come here."""
-        self.all(None)
+        self.gather(None)
 
-    def add(self, tensor: Tensor) -> Tensor:
+    def sum(self, tensor: Tensor) -> Tensor:
         """Replaces a tensor by the sum over all processes, of which each gets the same bits."""
         if self.size > 1:
             with self._reached():
                 dist.all_reduce(tensor)
         return tensor
 
-    def gather(self, item: Item, tensors: Sequence[Tensor], device: torch.device) -> list[tuple[Item, list[Tensor]]]:
+    def gather_tensors(
+        self, item: Item, tensors: Sequence[Tensor], device: torch.device
+    ) -> list[tuple[Item, list[Tensor]]]:
         """What every process gave, by rank: an object, and tensors of any number, shapes and types, bit for bit.
 
         Args:
@@ -101,8 +103,8 @@ class Ranks:
         """
         if self.size == 1:
             return [(item, list(tensors))]
-        told = self.all((item, [(t.dtype, tuple(t.shape)) for t in tensors]))
-        places = [layout(likes) for _, likes in told]
+        headers = self.gather((item, [(t.dtype, tuple(t.shape)) for t in tensors]))
+        places = [layout(likes) for _, likes in headers]
         mine = torch.zeros(max(end for _, end in places), dtype=torch.uint8, device=device)
         for start, t in zip(places[self.rank][0], tensors, strict=True):
             flat = t.detach().contiguous().view(-1).view(torch.uint8)
@@ -111,8 +113,8 @@ class Ranks:
         with self._reached():
             dist.all_gather(found, mine)
         return [
-            (item, [taken(data, start, *like) for start, like in zip(starts, likes, strict=True)])
-            for data, (item, likes), (starts, _) in zip(found, told, places, strict=True)
+            (item, [view_at(data, start, *like) for start, like in zip(starts, likes, strict=True)])
+            for data, (item, likes), (starts, _) in zip(found, headers, places, strict=True)
         ]
 
     def ended(self) -> bool:
@@ -123,7 +125,7 @@ class Ranks:
             return bool(self._store.add("ended", 1) == 1)
         return True
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """Ends the exchange, when all is done."""
         if self.size > 1:
             dist.destroy_process_group()
@@ -171,6 +173,6 @@ def layout(likes: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> tuple[list[i
     return starts, end
 
 
-def taken(data: Tensor, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+def view_at(data: Tensor, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """A tensor that begins somewhere in a row of bytes."""
     return data[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
