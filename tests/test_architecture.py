@@ -144,6 +144,17 @@ def test_methods_name_no_format(path):
     assert not re.findall(rf"\b(?:{'|'.join(sorted(words))}|{shorthands})\b", path.read_text(encoding="utf-8"))
 
 
+def test_one_name_for_one_class():
+    """But for what recipes and commands name: GPTQ is a method and a layout, Hadamard a transform and its operation."""
+    named = {registry.load(room, name).__name__ for room in registry.ROOMS for name in registry.names(room)}
+    places: dict[str, list[str]] = {}
+    for path, tree in TREES.items():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and node.name not in named:
+                places.setdefault(node.name, []).append(dotted(path))
+    assert not {name: modules for name, modules in places.items() if len(modules) > 1}
+
+
 def test_help_is_quick_and_imports_nothing_heavy():
     """0.16 seconds of processor time on an idle machine, of which Typer and Rich take two thirds."""
     ours = (

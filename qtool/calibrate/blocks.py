@@ -192,7 +192,7 @@ class Blocks:
         Raises:
             NumericsError: it is not finite; says where that begins.
         """
-        x, arguments = hidden[part].to(self.device), self.given(hidden, part, i)
+        x, arguments = hidden[part].to(self.device), self.arguments_for(hidden, part, i)
         output = self.run(block, x, arguments, cache)
         if not all_finite(output):
             finite(x, f"of hidden states before block {i} of {self.checkpoint.source}")
@@ -238,7 +238,7 @@ class Blocks:
         elif hidden.tokens is not None and hidden.samples:
             self.around.arguments(hidden.tokens[:1])
 
-    def given(self, hidden: Hidden, part: slice, i: int) -> Mapping[str, Any]:
+    def arguments_for(self, hidden: Hidden, part: slice, i: int) -> Mapping[str, Any]:
         """What block i is given beside hidden states of some samples."""
         if self.around is None:
             return self.block_arguments(hidden.length)[i]

@@ -2,8 +2,8 @@
 
     w_hat = d * l + m        levels l are consecutive integers; d and m fp16, m is 0 where a type has none
 
-Every block takes the better of a wide sweep over clipping ratios that is closed by least squares, and of somebody
-else's choice, such as ggml's; from there codes and parameters alternate.
+Every block takes the better of a wide sweep over clipping ratios that is closed by least squares, and of
+another choice, such as ggml's; from there codes and parameters alternate.
 
 Shape letters: N rows, C columns, G blocks of a row, T trials of a sweep.
 """
