@@ -24,7 +24,7 @@ from qtool.calibrate.blocks import TABLE_VALUES
 from qtool.calibrate.foreign import run_block
 from qtool.calibrate.hidden import Hidden
 from qtool.calibrate.walker import Walker
-from qtool.checkpoint._base import finite
+from qtool.numerics.checks import finite
 from qtool.numerics.product import float32_product
 
 POSITIONS = 64

@@ -191,8 +191,8 @@ class Artifact(ABC):
         Args:
             model: what to write.
             out: a temporary folder; the caller gives it its final name.
-            card: what the model card says: base_model, recipe name and text, sizes, measured quality; and what is known
-                of the importance matrix, if there was one.
+            card: what the model card is going to say: base_model, recipe name and text, sizes, measured quality; and
+                what is known of the importance matrix, if there was one. The card itself is not the layout's to write.
 
         Raises:
             StorageError: the disk is full or not writable.

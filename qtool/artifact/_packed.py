@@ -59,12 +59,14 @@ class PackedCheckpoint(HFCheckpoint, QuantizedCheckpoint):
 
     Attributes:
         mark: the tensor below a module that says that it is packed.
+        keys: of config.json, that say how the model is quantized; the first one is read.
 
     Raises:
         CheckpointError: something is missing, damaged, or of a layout that qtool does not read.
     """
 
     mark: ClassVar[str]
+    keys: ClassVar[tuple[str, ...]] = (SETTINGS,)
 
     def __init__(self, folder: Path, source: str | None = None) -> None:
         self.layers: dict[str, Layer] = {}
@@ -76,7 +78,7 @@ class PackedCheckpoint(HFCheckpoint, QuantizedCheckpoint):
 
     def _settings(self, folder: Path) -> dict[str, Any]:
         """What the folder says about its quantization."""
-        return quantization_config(folder) or {}
+        return quantization_config(folder, self.keys[0]) or {}
 
     @abstractmethod
     def _understand(self, how: Mapping[str, Any]) -> None:
@@ -94,7 +96,7 @@ class PackedCheckpoint(HFCheckpoint, QuantizedCheckpoint):
         """See `HFCheckpoint._weights`."""
         self._located = self._locate(folder)
         self._how = self._settings(folder)
-        self.config = {key: value for key, value in self.config.items() if key not in SETTINGS}
+        self.config = {key: value for key, value in self.config.items() if key not in self.keys}
         self._understand(self._how)
         found: dict[str, Infos] = defaultdict(dict)
         for name, file in self._located.items():

@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from qtool.artifact._base import Artifact, Carry
-from qtool.artifact._card import write_card, write_side_files
 from qtool.artifact._footprint import Footprint
 from qtool.artifact._packed import Infos
 from qtool.artifact._shards import Pieces, overhead, write_shards
@@ -24,6 +23,7 @@ from qtool.artifact._stacks import Read, Stacks, join
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, TensorInfo
 from qtool.formats._base import Quantized
 from qtool.store.files import storage_errors
+from qtool.store.side_files import write_side_files
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class PackedArtifact(Artifact):
         self.check(model)
         layout, config, more = self._layout(model, model.layers), self._config(model), self._more_files(model)
         files = write_shards(out, *_pieces(model, layout))
-        files += [*write_side_files(model, out, config), write_card(self, model, out, card)]
+        files += write_side_files(model, out, config)
         for name, content in more.items():
             with storage_errors(out):
                 (out / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from qtool.checkpoint.config import read_json
 from qtool.errors import CheckpointError
 
-SETTINGS = ("quantization_config", "quantization")
-"""Keys of config.json; the latter is MLX's."""
+SETTINGS = "quantization_config"
+"""Key of config.json."""
 
 
 class Settings(BaseModel):
@@ -35,7 +35,7 @@ def read_settings(kind: type[Read], value: Mapping[str, Any], where: str) -> Rea
         raise CheckpointError(f"{where}: quantization_config: {place}: {first['msg']}", found=found) from error
 
 
-def quantization_config(folder: Path, key: str = SETTINGS[0]) -> dict[str, Any] | None:
+def quantization_config(folder: Path, key: str = SETTINGS) -> dict[str, Any] | None:
     """What config.json of a folder says about quantization; None if nothing, or if it cannot be read."""
     try:
         how = read_json(folder / "config.json").get(key)

@@ -46,7 +46,8 @@ from qtool.formats.mxfp8 import MXFP8
 from qtool.numerics.grids.bits import pack_words, unpack_words
 
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (128, 64, 32)
-KEY = SETTINGS[1]
+KEYS = ("quantization", SETTINGS)
+"""Of config.json; the second one is a copy for others."""
 Target = Biased | MXFP4 | MXFP8
 
 
@@ -98,7 +99,7 @@ class MLX(PackedArtifact):
 
     def _config(self, model: QuantizedCheckpoint) -> dict[str, Any]:
         """See `PackedArtifact._config`."""
-        return rope_fields(model) | model.config | dict.fromkeys(SETTINGS, settings(model, stacks_of(model)))
+        return rope_fields(model) | model.config | dict.fromkeys(KEYS, settings(model, stacks_of(model)))
 
     def open(self, path: Path) -> QuantizedCheckpoint:
         """See `Artifact.open`."""
@@ -107,7 +108,7 @@ class MLX(PackedArtifact):
     @classmethod
     def recognizes(cls, path: Path) -> bool:
         """See `Artifact.recognizes`."""
-        return "group_size" in (quantization_config(path, KEY) or {})
+        return "group_size" in (quantization_config(path, KEYS[0]) or {})
 
 
 def _choose(fmt: Format, k: int) -> Target | None:
@@ -194,10 +195,7 @@ class MLXCheckpoint(PackedCheckpoint):
     """An MLX checkpoint; see `PackedCheckpoint`."""
 
     mark: ClassVar[str] = "scales"
-
-    def _settings(self, folder: Path) -> dict[str, Any]:
-        """See `PackedCheckpoint._settings`."""
-        return quantization_config(folder, KEY) or {}
+    keys: ClassVar[tuple[str, ...]] = KEYS
 
     def _locate(self, folder: Path) -> dict[str, SafetensorsFile]:
         """See `PackedCheckpoint._locate`; matrices of experts are parts of stacks."""

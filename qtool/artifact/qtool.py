@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from qtool.artifact._base import Artifact, Carry
-from qtool.artifact._card import write_card, write_side_files
 from qtool.artifact._footprint import Footprint
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
 from qtool.checkpoint.safetensors_io import header
@@ -22,6 +21,7 @@ from qtool.recipe.cache import KVCache
 from qtool.residuals._base import Residual
 from qtool.store.manifest import BLOCK, MANIFEST
 from qtool.store.neutral import METADATA, NeutralCheckpoint, NeutralWriter
+from qtool.store.side_files import write_side_files
 from qtool.store.sizes import block_infos, matrix_infos, op_infos
 
 OUTSIDE = "outside"
@@ -64,9 +64,10 @@ class Qtool(Artifact):
             modules = [name.removesuffix(".weight") for name in names]
             matrices = {module: model.matrix(module) for module in modules if module in model.layers}
             kept = [name for name in names if name.removesuffix(".weight") not in model.layers]
-            writer.write_block(key, matrices, kept=kept, source=model, layers=model.layers, cache=scales.get(key))
+            block = writer.write_block(key, matrices, None, kept, model, model.layers, scales.get(key))
+            writer.enter(key, block)
         files = [out / MANIFEST, *(out / f"{key}.safetensors" for key in groups)]
-        return [*files, *write_side_files(model, out, model.config), write_card(self, model, out, card)]
+        return [*files, *write_side_files(model, out, model.config)]
 
     def nbytes(self, model: Checkpoint, module: Module, layer: Layer | None, keep: str = "source") -> int:
         """See `Artifact.nbytes`."""

@@ -26,8 +26,9 @@ from qtool.calibrate.infinite import origin
 from qtool.calibrate.inputs import rounded
 from qtool.calibrate.meta import ATTENTION, Recorder, build
 from qtool.calibrate.operated import Following, Operated, put_behind
-from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, finite, modules
+from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, modules
 from qtool.errors import CheckpointError
+from qtool.numerics.checks import finite
 from qtool.numerics.metrics import all_finite
 from qtool.numerics.threads.parallel import shares
 from qtool.numerics.threads.ranks import ALONE, Ranks

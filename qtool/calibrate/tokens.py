@@ -20,8 +20,9 @@ from qtool.calibrate.foreign import CACHE_NAMES, assign, cache_argument, misfit
 from qtool.calibrate.infinite import origin
 from qtool.calibrate.meta import build_on_meta
 from qtool.calibrate.tokenizer import batch_ids, load_tokenizer, token_ids
-from qtool.checkpoint._base import Checkpoint, finite
+from qtool.checkpoint._base import Checkpoint
 from qtool.errors import CheckpointError
+from qtool.numerics.checks import finite
 from qtool.numerics.metrics import all_finite
 from qtool.recipe.schema import Calibration, Source
 

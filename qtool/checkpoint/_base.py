@@ -9,7 +9,7 @@ from.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +19,8 @@ from torch import Tensor
 
 from qtool.checkpoint.families._base import OUTPUT, Family
 from qtool.checkpoint.families._parts import stacked
-from qtool.errors import CheckpointError, NumericsError
+from qtool.errors import CheckpointError
 from qtool.formats._base import Format
-from qtool.numerics.metrics import all_finite
 from qtool.ops._base import InputOp
 from qtool.recipe.cache import KVCache
 from qtool.residuals._base import Matrix, Residual
@@ -83,6 +82,16 @@ class Checkpoint(ABC):
 
     def __contains__(self, name: str) -> bool:
         return name in self.names()
+
+    @property
+    def header(self) -> Mapping[str, object]:
+        """What its file says of itself in words of its own, long lists by their length; empty: nothing."""
+        return {}
+
+    @property
+    def parts(self) -> Sequence[Path]:
+        """The files that it consists of, where they count as one; empty: a folder."""
+        return ()
 
     @property
     def input_ops(self) -> Mapping[str, tuple[InputOp, ...]]:
@@ -281,20 +290,3 @@ def verify(checkpoint: Checkpoint) -> None:
                 wanted=list(shape),
                 found=list(checkpoint.info(name).shape),
             )
-
-
-def finite(tensor: Tensor, name: str, hint: str | None = None) -> Tensor:
-    """Returns the tensor unchanged. An error says its name, and the hint.
-
-    Raises:
-        NumericsError: it holds NaN or Inf.
-    """
-    if all_finite(tensor):
-        return tensor
-    good = torch.isfinite(tensor)
-    first = int(good.reshape(-1).to(torch.uint8).argmin())
-    index = [int(i) for i in torch.unravel_index(torch.tensor(first), tensor.shape)]
-    value = float(tensor.reshape(-1)[first])
-    bad = int((~good).sum())
-    found = f"{value} at {index}, {bad} of {tensor.numel()} values"
-    raise NumericsError(f"tensor {name} is not finite", found=found, hint=hint)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import math
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 from torch import Tensor
 
@@ -29,6 +32,9 @@ from qtool.checkpoint.raw_bytes import read_bytes
 from qtool.errors import CheckpointError
 
 SPECIAL = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
+FILE_TYPES: dict[object, str] = {int(kind): kind.name for kind in gguf.LlamaFileType}
+LONG = 16
+"""Entries of a list that are shown."""
 
 
 class GGUFCheckpoint(Checkpoint):
@@ -64,8 +70,13 @@ class GGUFCheckpoint(Checkpoint):
         return self._file.metadata
 
     @property
+    def header(self) -> Mapping[str, object]:
+        """See `Checkpoint.header`: the key-values."""
+        return {key: _readable(key, value) for key, value in self.metadata.items()}
+
+    @property
     def parts(self) -> list[Path]:
-        """The files that it consists of."""
+        """See `Checkpoint.parts`."""
         return list(dict.fromkeys([self._file.path, *(tensor.path for tensor in self._file.tensors.values())]))
 
     @cached_property
@@ -157,6 +168,15 @@ class GGUFCheckpoint(Checkpoint):
     def _order(self, name: str) -> Tensor | None:
         """Order of the stored rows, if llama.cpp wants another one; see `Family.gguf_rows`."""
         return self.family.gguf_rows(self.config, self._roles.get(name.rsplit(".", 1)[0], ""))
+
+
+def _readable(key: str, value: object) -> object:
+    """A key-value as short as it can be read: of a long list its length, of a file type its name."""
+    if isinstance(value, list) and len(value) > LONG:
+        return f"{len(value)} items"
+    if key == "general.file_type" and value in FILE_TYPES:
+        return f"{value} ({FILE_TYPES[value]})"
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def scale_name(weight: str, kind: str = "scale") -> str:

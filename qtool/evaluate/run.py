@@ -24,11 +24,12 @@ from qtool.calibrate.long_text import file_ids
 from qtool.calibrate.tokenizer import load_tokenizer
 from qtool.calibrate.tokens import beginning
 from qtool.calibrate.walker import Walker
-from qtool.checkpoint._base import Checkpoint, finite
+from qtool.checkpoint._base import Checkpoint
 from qtool.checkpoint.gguf_checkpoint import GGUFCheckpoint
 from qtool.errors import CheckpointError, UsageError
 from qtool.evaluate.divergence import Scores
 from qtool.evaluate.result import Evaluation
+from qtool.numerics.checks import finite
 from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.store.files import sha256
 

@@ -1,4 +1,4 @@
-"""What searches take: weights whose squares do not overflow, and importances that can be compared.
+"""What numbers have to be: finite; for searches, weights whose squares do not overflow and comparable importances.
 
 Shape letters: N rows, C columns.
 """
@@ -13,6 +13,7 @@ from numba import njit
 from torch import Tensor
 
 from qtool.errors import NumericsError
+from qtool.numerics.metrics import all_finite
 from qtool.numerics.threads.parallel import over_rows
 
 LARGEST = 2.0**48
@@ -67,3 +68,20 @@ def importances(importance: Tensor | None, columns: int) -> Tensor:
         raise NumericsError("importances of inputs", wanted="finite numbers from 0 on", found=f"{float(odd):g}")
     exponent = math.frexp(most)[1]
     return (exact if abs(exponent) < USUAL else exact * 2.0**-exponent).float()
+
+
+def finite(tensor: Tensor, name: str, hint: str | None = None) -> Tensor:
+    """Returns the tensor unchanged. An error says its name, and the hint.
+
+    Raises:
+        NumericsError: it holds NaN or Inf.
+    """
+    if all_finite(tensor):
+        return tensor
+    good = torch.isfinite(tensor)
+    first = int(good.reshape(-1).to(torch.uint8).argmin())
+    index = [int(i) for i in torch.unravel_index(torch.tensor(first), tensor.shape)]
+    value = float(tensor.reshape(-1)[first])
+    bad = int((~good).sum())
+    found = f"{value} at {index}, {bad} of {tensor.numel()} values"
+    raise NumericsError(f"tensor {name} is not finite", found=found, hint=hint)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from qtool.checkpoint._base import Checkpoint, finite
+from qtool.checkpoint._base import Checkpoint
 from qtool.checkpoint.open import local
 from qtool.errors import CheckpointError, reading
+from qtool.numerics.checks import finite
 from qtool.numerics.checksum import Checksum
 from qtool.numerics.metrics import all_finite
 from qtool.numerics.threads.ranks import ALONE, Ranks

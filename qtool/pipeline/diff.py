@@ -96,8 +96,8 @@ def tensor_diff(name: str, a: StoredTensor, b: StoredTensor, models: tuple[Check
 
 
 def metadata_diff(a: Contents, b: Contents) -> dict[str, tuple[object, object]]:
-    """Keys of config.json, and of GGUF headers, that differ."""
-    headers = [each.metadata | {f"gguf: {key}": value for key, value in each.header.items()} for each in (a, b)]
+    """Keys of config.json, and of files' headers, that differ."""
+    headers = [each.metadata | {f"{each.kind}: {key}": value for key, value in each.header.items()} for each in (a, b)]
     if not (a.header and b.header):  # a layout without a header has nothing that could differ from one
         headers = [a.metadata, b.metadata]
     keys = dict.fromkeys([*headers[0], *headers[1]])

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import groupby
 
-import gguf
 from pydantic import BaseModel, ConfigDict
 
 from qtool.checkpoint._base import Checkpoint, Module, QuantizedCheckpoint, modules
-from qtool.checkpoint.gguf_checkpoint import GGUFCheckpoint
 from qtool.models import identify
 
 NAMES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
-FILE_TYPES: dict[object, str] = {int(kind): kind.name for kind in gguf.LlamaFileType}
-LONG = 16
-"""Entries of a list that are shown."""
 METADATA = (
     "hidden_size",
     "intermediate_size",
@@ -62,8 +56,8 @@ class Contents(BaseModel):
         kind: name of its layout, or "checkpoint".
         family: its architecture.
         metadata: what config.json says about its size.
-        header: key-values of a GGUF file; of long lists only how long they are.
-        parts: name and bytes of each file of a GGUF model.
+        header: see `Checkpoint.header`.
+        parts: name and bytes of each of `Checkpoint.parts`.
         files: side files.
         roles: tensors by role and type.
         tensors: every tensor.
@@ -102,27 +96,17 @@ def run(source: str) -> Contents:
     known = {module.name: module for module in modules(model)}
     tensors = tuple(stored(model, name, known.get(name.removesuffix(".weight"))) for name in model.names())
     roles = [known[name].role if (name := t.name.removesuffix(".weight")) in known else "other" for t in tensors]
-    file = model if isinstance(model, GGUFCheckpoint) else None
     return Contents(
         source=source,
         kind=kind,
         family=str(model.config["model_type"]),
         metadata={key: model.config[key] for key in METADATA if key in model.config},
-        header={key: readable(key, value) for key, value in file.metadata.items()} if file else {},
-        parts={path.name: path.stat().st_size for path in file.parts} if file else {},
+        header=dict(model.header),
+        parts={path.name: path.stat().st_size for path in model.parts},
         files=tuple(sorted(model.files)),
         roles=grouped(tensors, roles),
         tensors=tensors,
     )
-
-
-def readable(key: str, value: object) -> object:
-    """A key-value of a GGUF file, as short as it can be read: of a long list its length, of a file type its name."""
-    if isinstance(value, list) and len(value) > LONG:
-        return f"{len(value)} items"
-    if key == "general.file_type" and value in FILE_TYPES:
-        return f"{value} ({FILE_TYPES[value]})"
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def stored(model: Checkpoint, name: str, module: Module | None) -> StoredTensor:

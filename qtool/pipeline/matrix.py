@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtool.checkpoint._base import finite
 from qtool.errors import NumericsError, UsageError
 from qtool.formats._base import Format, Quantized
 from qtool.methods._base import Method
+from qtool.numerics.checks import finite
 from qtool.numerics.metrics import all_finite
 from qtool.recipe.parse import parse_format, parse_method
 from qtool.stats._base import InputStats

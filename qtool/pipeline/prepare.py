@@ -9,6 +9,7 @@ import torch
 
 from qtool import registry
 from qtool.artifact._base import Artifact
+from qtool.artifact.gguf.tensor_types import with_tensor_types
 from qtool.checkpoint._base import Checkpoint
 from qtool.checkpoint.edits import STREAM, Edit
 from qtool.checkpoint.rewritten import Rewritten
@@ -18,7 +19,6 @@ from qtool.numerics.threads.processor import compute_dtype
 from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline.model_free import refuse_class
 from qtool.pipeline.requantize import second_generation
-from qtool.pipeline.tensor_types import with_tensor_types
 from qtool.plan import Plan, make_plan
 from qtool.recipe.export import options_of, owners
 from qtool.recipe.load import load_recipe
@@ -74,7 +74,7 @@ def prepare(
         options: of the artifacts that the recipe exports, by name; None as a value leaves what the recipe says.
         ranks: who prepares the same.
         budget: limit of the recipe's budget, "size", "bits" or "kld"; None as a value: not given.
-        tensor_types: PATTERN=TYPE each, see `qtool.pipeline.tensor_types`.
+        tensor_types: PATTERN=TYPE each, see `qtool.artifact.gguf.tensor_types`.
 
     Raises:
         RecipeError, CheckpointError, PlanError, UsageError: see `load_recipe`, `open_model`, `make_plan`.

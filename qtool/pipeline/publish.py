@@ -13,6 +13,7 @@ from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.stopwatch import Stopwatch
 from qtool.pipeline.verify import verify
 from qtool.report.model import ArtifactEntry, FileEntry
+from qtool.report.model_card import write_card
 from qtool.store.files import sha256, write_sums
 
 
@@ -50,6 +51,8 @@ def publish(
             if ranks.first:
                 place.mkdir(exist_ok=True)
                 files = artifact.write(model, place, card)
+                about = {"base_model": model.source, **card}
+                files.append(write_card(artifact, artifact.open(place), place, about))
             ranks.barrier()
         listener(Event(f"write {name}", 1, 1))
         if check:

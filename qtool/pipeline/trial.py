@@ -15,8 +15,9 @@ from torch import Tensor
 
 from qtool.calibrate.hidden import Hidden
 from qtool.calibrate.walker import Walker
-from qtool.checkpoint._base import Checkpoint, finite
+from qtool.checkpoint._base import Checkpoint
 from qtool.evaluate.divergence import score
+from qtool.numerics.checks import finite
 
 NORMAL = 1.96
 """Standard errors on each side of a mean that 95 % of a normal distribution lie within."""

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from qtool import registry
 from qtool.artifact._base import Artifact
-from qtool.artifact._card import write_card
 from qtool.errors import UsageError
 from qtool.evaluate.result import Evaluation
 from qtool.pipeline.card import card_of
 from qtool.report.model import ArtifactEntry, FileEntry, Report
+from qtool.report.model_card import write_card
 from qtool.report.render import read_report, write_report
 from qtool.store.files import SUMS, renew_sums, sha256
 

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtool.checkpoint._base import CacheScales, Checkpoint, Layer, QuantizedCheckpoint, TensorInfo, finite, verify
+from qtool.checkpoint._base import CacheScales, Checkpoint, Layer, QuantizedCheckpoint, TensorInfo, verify
 from qtool.checkpoint.config import read_config
 from qtool.checkpoint.safetensors_io import SafetensorsFile, SafetensorsWriter
 from qtool.checkpoint.side_files import side_files
 from qtool.errors import CheckpointError, StorageError
 from qtool.formats._base import Quantized
+from qtool.numerics.checks import finite
 from qtool.numerics.grids.bits import unpack
 from qtool.recipe.cache import KVCache, dump_cache
 from qtool.residuals._base import Correction, Matrix
@@ -97,6 +98,11 @@ class NeutralWriter:
             self.manifest.save(self.folder)
         return {key: entry.record for key, entry in whole.items()}
 
+    def enter(self, key: str, block: StoredBlock) -> None:
+        """Enters a block that is stored in the manifest, which makes it count. Raises StorageError."""
+        self.manifest = self.manifest.model_copy(update={"blocks": self.manifest.blocks | {key: block}})
+        self.manifest.save(self.folder)
+
     def write_block(
         self,
         key: str,
@@ -106,26 +112,8 @@ class NeutralWriter:
         source: Checkpoint | None = None,
         layers: Mapping[str, Layer] | None = None,
         cache: CacheScales | None = None,
-    ) -> None:
-        """Writes one block and enters it in the manifest; see `store_block`."""
-        self.enter(key, self.store_block(key, matrices, record, kept, source, layers, cache))
-
-    def enter(self, key: str, block: StoredBlock) -> None:
-        """Enters a block that is stored in the manifest, which makes it count. Raises StorageError."""
-        self.manifest = self.manifest.model_copy(update={"blocks": self.manifest.blocks | {key: block}})
-        self.manifest.save(self.folder)
-
-    def store_block(
-        self,
-        key: str,
-        matrices: Mapping[str, Matrix],
-        record: Any = None,
-        kept: Sequence[str] = (),
-        source: Checkpoint | None = None,
-        layers: Mapping[str, Layer] | None = None,
-        cache: CacheScales | None = None,
     ) -> StoredBlock:
-        """Writes one block: what to enter in the manifest.
+        """Writes one block; it counts when what this returns is entered.
 
         Args:
             key: file stem: "block-3".

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from qtool.checkpoint._base import QuantizedCheckpoint, TensorInfo, finite
+from qtool.checkpoint._base import QuantizedCheckpoint, TensorInfo
 from qtool.checkpoint.safetensors_io import SafetensorsFile, SafetensorsWriter
 from qtool.errors import CheckpointError
+from qtool.numerics.checks import finite
 from qtool.numerics.checksum import Checksum
 from qtool.residuals._base import Matrix
 from qtool.store.files import new_file

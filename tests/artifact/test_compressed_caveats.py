@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qtool.artifact._card import card_text
 from qtool.artifact.compressed_tensors import CompressedTensors
 from qtool.pipeline import export
 from qtool.pipeline.export import ExportOptions
 from qtool.pipeline.prepare import prepare
 from qtool.recipe.parse import parse_format
+from qtool.report.model_card import card_text
 from tests.artifact.conftest import quantize
 from tests.artifact.test_gguf_moe import TOKENS, distance, reference_logits, state_dict
 

@@ -20,10 +20,13 @@ from qtool.pipeline.calibrate import CalibrateOptions
 from qtool.pipeline.calibrate import run as calibrate
 from qtool.pipeline.evaluate import EvaluateOptions
 from qtool.pipeline.evaluate import run as run_evaluation
+from qtool.pipeline.events import silent
 from qtool.pipeline.export import ExportOptions
 from qtool.pipeline.export import run as export
+from qtool.pipeline.publish import publish
 from qtool.pipeline.quantize import QuantizeOptions
 from qtool.pipeline.quantize import run as quantize_model
+from qtool.pipeline.stopwatch import Stopwatch
 from qtool.recipe.parse import parse_format
 from qtool.store.files import new_folder
 from tests.artifact.conftest import assert_same_model, quantize
@@ -39,7 +42,7 @@ EXACT = [
 
 def written(artifact, model, folder):
     folder.mkdir()
-    artifact.write(model, folder, {"base_model": "tiny"})
+    publish({"artifact": artifact}, model, folder, {"base_model": "tiny"}, False, Stopwatch(), silent)
     return folder
 
 

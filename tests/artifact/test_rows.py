@@ -21,7 +21,7 @@ def model(tiny_checkpoint):
 
 def neutral(model, folder):
     writer = NeutralWriter(folder, {}, keep={"model.norm": "f16"})
-    writer.write_block("all", {name: model.matrix(name) for name in model.layers})
+    writer.enter("all", writer.write_block("all", {name: model.matrix(name) for name in model.layers}))
     return NeutralCheckpoint(folder, model.origin)
 
 

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qtool.checkpoint._base import Module, finite, modules
+from qtool.checkpoint._base import Module, modules
 from qtool.checkpoint.hf import INDEX, HFCheckpoint
 from qtool.errors import CheckpointError, NumericsError
+from qtool.numerics.checks import finite
 
 Find = Callable[[str], Path]
 Tensors = dict[str, torch.Tensor]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from gguf import GGUFReader
 
+from qtool.artifact.gguf.tensor_types import with_tensor_types
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import UsageError
 from qtool.pipeline.prepare import prepare
 from qtool.pipeline.quantize import QuantizeOptions, run
-from qtool.pipeline.tensor_types import with_tensor_types
 from qtool.recipe.load import load_recipe
 
 

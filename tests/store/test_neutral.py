@@ -108,7 +108,7 @@ def test_work_folder_with_its_source(tiny_checkpoint, tmp_path):
     model = quantize(tiny_checkpoint("llama"), Int(bits=4, group=32))
     writer = NeutralWriter(tmp_path, RUN, keep={"lm_head": "f32", "model.embed_tokens": "source"})
     for key, layers in blocks_of(model):
-        writer.write_block(key, layers, record={"tokens": 7})
+        writer.enter(key, writer.write_block(key, layers, record={"tokens": 7}))
     found = NeutralCheckpoint(tmp_path, source)
     head = found.tensor("lm_head.weight")
     assert found.info("lm_head.weight").dtype == head.dtype == torch.float32
@@ -135,14 +135,15 @@ def test_finished_blocks_are_those_that_are_whole(tiny_checkpoint, tmp_path):
     writer = NeutralWriter(tmp_path, RUN)
     assert writer.finished() == {}
     for key, layers in blocks_of(model):
-        writer.write_block(key, layers, record={"tokens": 7})
+        writer.enter(key, writer.write_block(key, layers, record={"tokens": 7}))
     whole = {"block-0": {"tokens": 7}, "block-1": {"tokens": 7}}
     assert NeutralWriter(tmp_path, RUN).finished() == whole
     damaged = tmp_path / "block-0.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     again = NeutralWriter(tmp_path, RUN)
     assert again.finished() == {"block-1": {"tokens": 7}}
-    again.write_block(*next(blocks_of(model)), record={"tokens": 7})
+    key, matrices = next(blocks_of(model))
+    again.enter(key, again.write_block(key, matrices, record={"tokens": 7}))
     assert NeutralWriter(tmp_path, RUN).finished() == whole
     assert_same_model(NeutralCheckpoint(tmp_path, model.origin), model)
 
@@ -168,7 +169,8 @@ for i in range(100000):
         params = fmt.fit(w)
         from qtool.formats._base import Quantized
         from qtool.residuals._base import Matrix
-        writer.write_block(f"block-{i}", {f"m{i}": Matrix(Quantized(fmt.snap(w, params), params, fmt))})
+        matrix = Matrix(Quantized(fmt.snap(w, params), params, fmt))
+        writer.enter(f"block-{i}", writer.write_block(f"block-{i}", {f"m{i}": matrix}))
         print(i, flush=True)
     if i == 30:
         break

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from qtool.artifact._base import Artifact, Carry
-from qtool.artifact._card import write_card
 from qtool.artifact._footprint import Footprint
 from qtool.artifact.gguf._options import GGUFOptions
 from qtool.artifact.gguf._reader import QuantizedGGUF
@@ -91,8 +90,7 @@ class GGUF(Artifact):
     def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
         """See `Artifact.write`."""
         with storage_errors(out):
-            files = self._writer(model, out, card).write()
-        return [*files, write_card(self, self.open(out), out, {"base_model": model.source, **card})]
+            return self._writer(model, out, card).write()
 
     def open(self, path: Path) -> QuantizedGGUF:
         """See `Artifact.open`; of a folder the one model in it."""

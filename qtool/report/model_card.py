@@ -1,11 +1,10 @@
-"""What lies beside the weights: configuration, tokenizer, and the model card with the metadata that the hub indexes.
+"""The model card of an artifact, with the metadata that the hub indexes.
 
-Metadata: https://huggingface.co/docs/hub/model-cards#model-card-metadata
+https://huggingface.co/docs/hub/model-cards#model-card-metadata
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -17,7 +16,6 @@ import qtool
 from qtool import registry
 from qtool.artifact._base import Artifact
 from qtool.checkpoint._base import QuantizedCheckpoint
-from qtool.errors import reading
 from qtool.store.files import storage_errors
 from qtool.store.hub import HUB_ID, LICENSE
 from qtool.store.markdown import code_span, escape_markdown, fence
@@ -32,23 +30,6 @@ QUALITY = (
     ("same top token", "top1", "{:.2%}", "top1_error"),
 )
 """Columns of the quality table: heading, field of an evaluation, how it is shown, field with its standard error."""
-
-
-def write_side_files(model: QuantizedCheckpoint, out: Path, config: dict[str, Any]) -> list[Path]:
-    """Writes config.json and copies tokenizer files, generation_config.json and licenses.
-
-    Raises:
-        StorageError: the disk is full or not writable.
-    """
-    with storage_errors(out):
-        (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for name, path in sorted(model.files.items()):
-        with reading(path):
-            content = path.read_bytes()
-        with storage_errors(out):
-            (out / name).parent.mkdir(exist_ok=True)
-            (out / name).write_bytes(content)
-    return [out / "config.json", *(out / name for name in sorted(model.files))]
 
 
 def write_card(artifact: Artifact, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> Path:

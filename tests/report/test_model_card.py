@@ -8,12 +8,18 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import ModelCardData
 
-from qtool.artifact._card import card_text
+from qtool import registry
 from qtool.artifact.compressed_tensors import CompressedTensors
 from qtool.artifact.qtool import Qtool
 from qtool.errors import CheckpointError
 from qtool.evaluate.result import Evaluation, Gate
 from qtool.formats.int import Int
+from qtool.formats.q4_0 import Q4_0
+from qtool.pipeline.events import silent
+from qtool.pipeline.publish import publish
+from qtool.pipeline.stopwatch import Stopwatch
+from qtool.report.model_card import card_text
+from qtool.store.files import sha256
 from tests.artifact.conftest import quantize
 
 FULL = {
@@ -108,7 +114,18 @@ def test_files_beside_the_weights(tiny_checkpoint, model, tmp_path):
         assert (tmp_path / name).read_bytes() == (source / name).read_bytes()
     config = json.loads((tmp_path / "config.json").read_text())
     assert config.items() >= json.loads((source / "config.json").read_text()).items()
-    assert (tmp_path / "README.md").read_text() == card_text(CompressedTensors(), model, FULL)
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors", "gguf", "qtool"])
+def test_every_artifact_gets_a_card(tiny_checkpoint, name, tmp_path):
+    model, artifact = quantize(tiny_checkpoint("llama"), Q4_0()), registry.load("artifact", name)()
+    if name == "compressed-tensors":
+        model = quantize(tiny_checkpoint("llama"), Int(bits=4, group=32))
+    (entry,) = publish({name: artifact}, model, tmp_path, FULL, False, Stopwatch(), silent)
+    assert [file.sha256 for file in entry.files if file.name == "README.md"] == [sha256(tmp_path / "README.md")]
+    text = (tmp_path / "README.md").read_text()
+    assert text == card_text(artifact, artifact.open(tmp_path), FULL)
+    assert "# Tiny-Model, quantized" in text and f"Read by: {artifact.runtimes[0]}" in text
 
 
 def test_a_side_file_that_vanished(model, tmp_path):
