@@ -245,11 +245,9 @@ class Blocks:
             return self.block_arguments(hidden.length)[i]
         assert hidden.tokens is not None
         found = self.around.arguments(hidden.tokens[part])[i]
-        return (
-            self.around.carrying(found, (hidden.tokens.data_ptr(), part.start or 0), i == 0)
-            if self.around.family.facts.carried
-            else found
-        )
+        if not self.around.family.facts.carried:
+            return found
+        return self.around.carrying(found, (hidden.tokens.data_ptr(), part.start or 0), i == 0)
 
     def block_arguments(self, length: int) -> list[dict[str, Any]]:
         """What the model's own forward passes to each block beside hidden states, for samples of `length` tokens."""
