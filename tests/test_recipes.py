@@ -33,6 +33,11 @@ W4A16 = {
     for asymmetric in ("", "-asym")
 }
 WANTED = W4A16 | {
+    "w4a16-hqq": ("biased4-g64", "hqq"),
+    "w2a16-decoupleq": ("biased2-g64", "gptq"),
+    "nf4": ("nf4-g64", "rtn"),
+    "ptqtp": ("ternary-g64", "rtn"),
+    "db-llm": ("binary-g64", "rtn"),
     "w8a16": ("int8-channel", "rtn"),
     "w8a8-int8": ("int8-channel", "rtn", "int8-token"),
     "w4a16-awq": ("int4-g64", "rtn"),
@@ -72,6 +77,11 @@ WANTED = W4A16 | {
 ATTENTION = {"mixed-fp8-int4": ("fp8-channel", "rtn", "fp8-token")}
 """The same of q, k, v and o, where they are treated in another way."""
 LAYOUTS = {
+    "w4a16-hqq": "mlx",
+    "w2a16-decoupleq": "mlx",
+    "nf4": "qtool",
+    "ptqtp": "qtool",
+    "db-llm": "qtool",
     "fp6": "qtool",
     "w4a8kv4": "qtool",
     "nvint4": "qtool",

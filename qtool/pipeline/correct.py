@@ -37,6 +37,10 @@ def correct(
     target = w if solution.target is None else solution.target
     corrections, left = fit(residuals, target - decoded(solution, w), gram)
     least = energy(left, gram)
+    if len(residuals) == 1 and (pair := residuals[0].jointly(target, solution.quantized)):
+        together = Correction(residuals[0], pair[1])
+        if (cost := energy(target - together.apply(pair[0].decode().to(w.device)), gram)) < least:
+            return Solution(pair[0], solution.fallback, solution.target), (together,)
     for _ in range(turns):
         rest = w
         for correction in corrections:

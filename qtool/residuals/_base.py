@@ -72,6 +72,15 @@ class Residual(Spec):
             tensors as `infos` says, on the device of the error.
         """
 
+    def jointly(self, w: Tensor, first: Quantized) -> tuple[Quantized, Tensors] | None:
+        """Codes and correction of a matrix found together; None: the correction is found for what codes leave.
+
+        Args:
+            w: float32 [N, K].
+            first: codes that were found without the correction.
+        """
+        return None
+
     @abstractmethod
     def apply(self, w_hat: Tensor, tensors: Tensors) -> Tensor:
         """The corrected matrix, float32 [N, K]; `w_hat` itself stays as it is."""
