@@ -8,6 +8,7 @@ gguf    Q4_K_M from safetensors to the file without GPTQ, against conversion and
 mixes   GGUF files against those of llama-quantize with an importance matrix: KL divergence at the same size
 recipes every recipe that ships on the demo model: KL divergence and size, as in the recipes' headers
 study   integers against floats on the demo model, with and without outliers: the tables and plots of docs/study.md
+systems the systems of the field as recipes, each against a plain way to the same formats: the table of docs/systems.md
 cast    formats without a search, on a random matrix, against copying it
 stream  Q8_0 without data on a random model of 1.07 billion parameters, against copying the files; peak memory
 
@@ -25,7 +26,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import cast, encode, mixes, models, page, recipes, study, whole
+from benchmarks import cast, encode, mixes, models, page, recipes, study, systems, whole
 from benchmarks.measure import Cost, measure
 from qtool.recipe.load import find_recipe
 from scripts.prose import prose
@@ -123,6 +124,17 @@ def studied(options: argparse.Namespace) -> dict[str, float]:
     return {key: value for key, value in found.items() if isinstance(value, float)}
 
 
+def compared(options: argparse.Namespace) -> dict[str, float]:
+    """Share of a plain way's divergence that is left of a system's; prints and writes what was measured."""
+    run = systems.Demo(lambda variant: models.variant(options.work, variant), options.prose, options.work / "systems")
+    found = {}
+    for name, system in systems.measure_all(run, options.work / "systems.json", options.system):
+        assert system.measured is not None
+        print(f"{name:28} {system.measured.megabytes:8.1f} MB {system.measured.kld:8.4f} {system.seen}", flush=True)
+        found[f"{name}_kld_ratio"] = system.measured.kld / system.measured.against.kld
+    return found
+
+
 def uncalibrated() -> dict[str, float]:
     """Time of formats without a search over that of a copy."""
     return {f"{label}_over_copy": seconds / copy for label, seconds, copy in cast.casts()}
@@ -159,6 +171,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
     "mixes": files,
     "recipes": shipped,
     "study": studied,
+    "systems": compared,
     "cast": lambda _: uncalibrated(),
     "stream": lambda options: stream(options.work),
 }
@@ -176,6 +189,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="study: where")
     parser.add_argument("--chunks", type=int, default=12, help="study: of the text")
     parser.add_argument("--write-page", action="store_true", help="study: write tables and plots of docs/study.md anew")
+    parser.add_argument("--system", action="append", default=[], help="systems: this one, and others given so")
     options = parser.parse_args()
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)

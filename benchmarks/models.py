@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from scripts.demo_model import checkpoint  # noqa: F401  who wants models finds it here
+from scripts.demo_model import checkpoint
 
 LARGE = {
     "hidden_size": 2048,
@@ -70,6 +70,11 @@ def off_grid(source: Path, out: Path, seed: int = 7, outliers: float = 1.0) -> P
     shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
     save_file({name: t.bfloat16() for name, t in w.items()}, out / "model.safetensors", metadata={"format": "pt"})
     return out
+
+
+def variant(work: Path, name: str) -> Path:
+    """The demo model off any grid, or with outliers in its activations: "off-grid", "outliers"."""
+    return off_grid(checkpoint(work / "demo"), work / name, outliers=30.0 if name == "outliers" else 1.0)
 
 
 def widened(source: Path, out: Path, heads: int = 12) -> Path:
