@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import cast, encode, mixes, models, page, recipes, study, systems, whole
+from benchmarks import cast, encode, mixes, models, page, recipes, study, system, whole
 from benchmarks.measure import Cost, measure
 from qtool.recipe.load import find_recipe
 from scripts.prose import prose
@@ -126,12 +126,12 @@ def studied(options: argparse.Namespace) -> dict[str, float]:
 
 def compared(options: argparse.Namespace) -> dict[str, float]:
     """Share of a plain way's divergence that is left of a system's; prints and writes what was measured."""
-    run = systems.Demo(lambda variant: models.variant(options.work, variant), options.prose, options.work / "systems")
+    run = system.Demo(lambda variant: models.variant(options.work, variant), options.prose, options.work / "systems")
     found = {}
-    for name, system in systems.measure_all(run, options.work / "systems.json", options.system):
-        assert system.measured is not None
-        print(f"{name:28} {system.measured.megabytes:8.1f} MB {system.measured.kld:8.4f} {system.seen}", flush=True)
-        found[f"{name}_kld_ratio"] = system.measured.kld / system.measured.against.kld
+    for name, one in system.measure_all(run, options.work / "systems.json", options.system):
+        assert one.measured is not None
+        print(f"{name:28} {one.measured.megabytes:8.1f} MB {one.measured.kld:8.4f} {one.seen}", flush=True)
+        found[f"{name}_kld_ratio"] = one.measured.kld / one.measured.against.kld
     return found
 
 

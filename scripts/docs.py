@@ -16,7 +16,7 @@ from typing import Any
 
 import typer
 
-from benchmarks import systems
+from benchmarks import system
 from qtool import errors, registry
 from qtool.checkpoint._base import Layer, Module
 from qtool.cli.app import app
@@ -226,7 +226,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "residuals": lambda: chapters("residuals"),
     "stages": lambda: chapters("stages"),
     "support": support,
-    "systems": lambda: table(systems.HEADER, list(systems.rows())),
+    "systems": lambda: table(system.HEADER, list(system.rows())),
     "transforms": lambda: chapters("transforms"),
 }
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qtool.formats._base import Format, Params, Quantized, alike, expand, too_wide
 from qtool.formats._ggml import BlockFormat, fp16
+from qtool.formats.biased import Biased
 from qtool.formats.int import Int
 from qtool.numerics.ggml import search as ggml_search
 from qtool.numerics.ggml.groups import Sweep
@@ -164,12 +165,13 @@ class KQuant(BlockFormat):
         """See `Format.may_hold`."""
         if alike(self, fmt):
             return None
-        if not isinstance(fmt, Int):
+        if not isinstance(fmt, Int) and not (isinstance(fmt, Biased) and self.minima):
             return f"{self.label} holds no {fmt.label}"
         if fmt.group_columns is not None and fmt.group_columns % self.group:
             return f"{self.label} needs groups that are a multiple of {self.group} columns, not {fmt.group_columns}"
-        if fmt.bits + (not fmt.symmetric and not self.minima) > self.bits:
-            return too_wide(fmt, not fmt.symmetric, self)
+        zeros = isinstance(fmt, Int) and not fmt.symmetric
+        if fmt.bits + (zeros and not self.minima) > self.bits:
+            return too_wide(fmt, zeros, self)
         return None
 
     def hold(self, quantized: Quantized) -> Quantized | str:

@@ -11,8 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qtool.formats._base import Params, expand
+from qtool.formats._base import Format, Params, Quantized, alike, expand
 from qtool.formats._ggml import BlockFormat, fp16
+from qtool.formats.int import Int
 from qtool.numerics.scales.table_search import block_weights
 from qtool.numerics.scales.ternary_search import ternary_scales
 
@@ -64,6 +65,29 @@ class Ternary(BlockFormat):
                 x = w * expand(torch.where(d == 0, 0.0, 1.0 / torch.where(d == 0, 1.0, d)), w.shape[1])
                 return (x.sign() * (x.abs() >= 0.5) + 1).to(torch.uint8)
         return super().snap(w, params, importance)
+
+    def may_hold(self, fmt: Format) -> str | None:
+        """See `Format.may_hold`: integers of two bits, since their lowest level may be unused."""
+        if alike(self, fmt):
+            return None
+        if not isinstance(fmt, Int) or fmt.bits != 2 or not fmt.symmetric:
+            return f"{self.label} holds no {fmt.label}"
+        if fmt.group_columns is not None and fmt.group_columns % self.columns:
+            return f"{self.label} needs groups that are a multiple of {self.columns} columns, not {fmt.group_columns}"
+        return None
+
+    def hold(self, quantized: Quantized) -> Quantized | str:
+        """See `Format.hold`."""
+        codes, fmt = quantized.codes, quantized.format
+        reason = self.may_hold(fmt) or self.misfit(codes.shape[1])
+        if reason or alike(self, fmt):
+            return reason or quantized
+        scale = expand(fmt.affine(quantized.params)[0], codes.shape[1] // self.columns)
+        if not bool(codes.all()):
+            return f"{self.label} has three levels, and all four of {fmt.label} are used"
+        if not torch.equal(scale.half().float(), scale):
+            return "some scales are not exact in fp16"
+        return Quantized(codes - 1, {"d": scale.half()}, self)
 
     def _absmax(self, w: Tensor) -> Tensor:
         return w.view(len(w), -1, self.columns).abs().amax(-1)

@@ -19,6 +19,7 @@ from qtool.numerics.threads.processor import compute_dtype
 from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline.model_free import refuse_class
 from qtool.pipeline.requantize import second_generation
+from qtool.pipeline.trained import trained_lines
 from qtool.plan import Plan, make_plan
 from qtool.recipe.export import options_of, owners
 from qtool.recipe.load import load_recipe
@@ -99,7 +100,8 @@ def prepare(
     again = second_generation(plan, original)
     if again and parsed.transforms:
         again = ["the model is quantized already: transforms rewrite it, so all of it is decoded and rounded again"]
-    plan = replace(plan, warnings=(*checkpoint.notes, *plan.warnings, *again, *caveats))
+    trained = trained_lines(plan, original)
+    plan = replace(plan, warnings=(*checkpoint.notes, *plan.warnings, *again, *trained, *caveats))
     return Job(original, checkpoint, plan, artifacts, place, dtype_of(dtype, place), ranks)
 
 

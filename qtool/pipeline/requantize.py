@@ -14,6 +14,7 @@ import torch
 
 from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint
 from qtool.formats._base import Format, Quantized
+from qtool.pipeline.trained import described, held, trained_grid
 from qtool.plan import Plan
 from qtool.residuals._base import Matrix
 
@@ -45,8 +46,14 @@ def origin(checkpoint: Checkpoint, module: str, wanted: Format) -> StoredMatrix:
     """Looks whether a matrix is quantized already, and whether a format has the very same values."""
     stored = stored_matrix(checkpoint, module)
     if stored is None:
-        why = checkpoint.decoded.get(module) if isinstance(checkpoint, QuantizedCheckpoint) else None
-        return StoredMatrix(None, None, why and f"rounded a second time: {why}")
+        if why := checkpoint.decoded.get(module) if isinstance(checkpoint, QuantizedCheckpoint) else None:
+            return StoredMatrix(None, None, f"rounded a second time: {why}")
+        if not (trained := trained_grid(checkpoint, module)):
+            return StoredMatrix(None, None, None)
+        same = held(wanted, trained)
+        if isinstance(same, str):
+            return StoredMatrix(None, None, f"rounded off the grid that training left ({described(trained)}): {same}")
+        return StoredMatrix(None, same, None)
     same = corrected(stored.residuals) or wanted.hold(stored.quantized)
     if isinstance(same, str):
         return StoredMatrix(stored, None, f"rounded a second time: {same}")

@@ -1,0 +1,105 @@
+"""Plain models whose weights training left on a grid: they are taken over where the wanted format has their values.
+
+A model that was trained with ternary weights, or with two bits, has nothing to spare: rounded to another grid it is
+destroyed, however good that grid is for other models. So its values are looked at, not what its files say of it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint
+from qtool.formats._base import Format, Quantized
+from qtool.formats.biased import Biased
+from qtool.formats.int import Int
+from qtool.numerics.grids.trained import multiples
+from qtool.plan import Plan
+
+PROBED = 4
+"""Rows that are looked at first, and that plans look at."""
+
+
+def trained_grid(checkpoint: Checkpoint, module: str, probe: bool = False) -> tuple[Quantized, ...]:
+    """A matrix as codes of formats that have its values; none if it is on no grid.
+
+    Args:
+        checkpoint: has the matrix as plain numbers.
+        module: its name.
+        probe: only the first rows.
+    """
+    name = f"{module}.weight"
+    info = checkpoint.info(name)
+    if not info.dtype.is_floating_point:
+        return ()
+    found = forms(checkpoint.rows(name, 0, min(PROBED, info.shape[0])))
+    return found if probe or not found else forms(checkpoint.tensor(name))
+
+
+def forms(w: Tensor) -> tuple[Quantized, ...]:
+    """The same of a matrix, [N, K] in the type that it is stored in."""
+    if (found := multiples(w)) is None:
+        return ()
+    codes, scale = found
+    columns = w.shape[1] // scale.shape[1]
+    group: int | Literal["channel"] = columns if scale.shape[1] > 1 else "channel"
+    result = [q for q in (integers(codes, scale, bits, group) for bits in (2, 3)) if q][:1]
+    if bool((codes.abs() % 2 == 1).all()):
+        between = Biased(bits=2, group=group, scale_dtype="fp32")
+        odd = {"scale": 2 * scale, "offset": -3 * scale}
+        result.insert(0, Quantized(((codes + 3) // 2).to(torch.uint8), odd, between))
+    return tuple(result)
+
+
+def integers(codes: Tensor, scale: Tensor, bits: int, group: int | Literal["channel"]) -> Quantized | None:
+    """Multiples as integers of so many bits, with negative scales if that helps; None if they are no such integers."""
+    fmt = Int(bits=bits, group=group, scale_dtype="fp32")
+    for sign in (1, -1):
+        low, high = (int(end) for end in (sign * codes).aminmax())
+        if fmt.lowest <= low and high < -fmt.lowest:
+            return Quantized((sign * codes - fmt.lowest).to(torch.uint8), {"scale": sign * scale}, fmt)
+    return None
+
+
+def held(wanted: Format, found: Sequence[Quantized]) -> Quantized | str:
+    """The same values in a wanted format, or why it does not have them. At least one form is given."""
+    reason = ""
+    for form in found:
+        same = wanted.hold(form)
+        if not isinstance(same, str):
+            return same
+        reason = reason or same
+    return reason
+
+
+def described(found: Sequence[Quantized]) -> str:
+    """What grid it is, in words: "3 levels, a scale per row"."""
+    codes, columns = found[0].codes, found[0].format.group_columns
+    levels = int(codes.max()) - int(codes.min()) + 1
+    return f"{levels} levels, a scale per {f'{columns} columns' if columns else 'row'}"
+
+
+def trained_lines(plan: Plan, checkpoint: Checkpoint) -> list[str]:
+    """What is to be said about a plan for a model with such weights; one line for each grid and format."""
+    quantized = checkpoint.layers if isinstance(checkpoint, QuantizedCheckpoint) else {}
+    names, lines = set(checkpoint.names()), defaultdict[str, int](int)
+    for p in plan.layers:
+        if p.format is None or p.module.name in quantized or f"{p.module.name}.weight" not in names:
+            continue
+        if found := trained_grid(checkpoint, p.module.name, probe=True):
+            same = "transforms move them off it" if plan.recipe.transforms else held(p.format, found)
+            on = f"on a grid that training left ({described(found)})"
+            lines[line(on, p.format.label, same if isinstance(same, str) else None)] += 1
+    return [f"{count} {'matrix is' if count == 1 else 'matrices are'} {text}" for text, count in lines.items()]
+
+
+def line(on: str, label: str, reason: str | None) -> str:
+    """What becomes of matrices on a grid."""
+    if reason is None:
+        return f"{on} and taken over as {label} wherever that is exact"
+    advice = "tq1_0 and tq2_0 hold ternary rows, int3 any such grid, biased2 two bits"
+    return f"{on} and rounded again to {label}, which they do not survive: {reason}; {advice}"
