@@ -5,11 +5,13 @@ A class says in which room of the registry it is found; its fields are its optio
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from qtool import registry
+from qtool.errors import suggestion
 
 
 class Spec(BaseModel):
@@ -17,13 +19,38 @@ class Spec(BaseModel):
 
     Attributes:
         room: where the registry finds it.
+        shorthand: the option that a list alone is short for; None: there is none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     room: ClassVar[str]
+    shorthand: ClassVar[str | None] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """Options from the list that is short for one of them."""
+        return {cls.shorthand: value} if cls.shorthand and isinstance(value, list | tuple) else value
 
     @classmethod
     def name(cls) -> str:
         """The name that recipes use."""
         return registry.name_of(cls.room, cls)
+
+
+def named(value: Any, room: str, kind: type[Spec]) -> Any:
+    """Something of a room as options of another thing spell it: its name, or a mapping from that to its options.
+
+    Raises:
+        ValueError: nothing is spelled like this.
+    """
+    if isinstance(value, kind):
+        return value
+    what, options = kind.__name__.lower(), {value: {}} if isinstance(value, str) else value
+    if not isinstance(options, Mapping) or len(options) != 1:
+        raise ValueError(f"wanted a {what}'s name, or {{NAME: {{...}}}}")
+    ((name, fields),) = options.items()
+    if name not in (known := registry.names(room)):
+        raise ValueError(f"no {what} is called {name!r}; {suggestion(str(name), known)}")
+    return registry.load(room, name).model_validate(fields or {})

@@ -65,27 +65,29 @@ def digest(edits: Sequence[Edit]) -> str:
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
-def write_edits(edits: Sequence[Edit], path: Path, run: str = "") -> None:
-    """Writes a list, and what identifies the run that made it. Raises StorageError."""
+def write_edits(edits: Sequence[Edit], path: Path, run: str = "", notes: Sequence[str] = ()) -> None:
+    """Writes a list, what identifies the run that made it, and what it has to say. Raises StorageError."""
     listed, tensors = _dump(edits)
     infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    with SafetensorsWriter(path, infos, {"edits": listed, "run": run, "digest": digest(edits)}) as writer:
+    told = {"edits": listed, "run": run, "digest": digest(edits), "notes": json.dumps(notes)}
+    with SafetensorsWriter(path, infos, told) as writer:
         for name, tensor in tensors.items():
             writer.add(name, tensor)
 
 
-def read_edits(path: Path) -> tuple[tuple[Edit, ...], str]:
-    """Reads a list, and what identifies the run that made it. Raises CheckpointError: damaged."""
+def read_edits(path: Path) -> tuple[tuple[Edit, ...], str, tuple[str, ...]]:
+    """Reads a list, what identifies the run that made it, and what that had to say. Raises CheckpointError: damaged."""
     file = SafetensorsFile(path)
     try:
         listed = json.loads(file.metadata["edits"])
         edits = tuple(_parse(entry, file, f"{index}.") for index, entry in enumerate(listed))
         whole, run = file.metadata["digest"] == digest(edits), file.metadata["run"]
+        notes = tuple(map(str, json.loads(file.metadata["notes"])))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path} is no list of edits: {error}") from error
     if not whole:
         raise CheckpointError(f"{path} holds other edits than were written")
-    return edits, run
+    return edits, run, notes
 
 
 def _parse(entry: Mapping[str, Any], file: SafetensorsFile, prefix: str) -> Edit:

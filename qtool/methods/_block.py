@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BeforeValidator, Field, PlainSerializer
 from torch import Tensor
 
-from qtool import registry
-from qtool.errors import suggestion
 from qtool.formats._base import Format
 from qtool.methods._base import BlockTask, Method, Solution
+from qtool.spec import named
 from qtool.stats._base import InputStats, Statistic
 
-
-def _parse(value: Any) -> Any:
-    """`gptq`, or `{gptq: {damp: 0.01}}`."""
-    if isinstance(value, Method):
-        return value
-    options = {value: {}} if isinstance(value, str) else value
-    if not isinstance(options, Mapping) or len(options) != 1:
-        raise ValueError("wanted a method's name, or {NAME: {...}}")
-    ((name, fields),) = options.items()
-    if name not in (known := registry.names("methods")):
-        raise ValueError(f"no method is called {name!r}; {suggestion(str(name), known)}")
-    return registry.load("methods", name).model_validate(fields or {})
-
-
 MatrixMethod = Annotated[
-    Method, BeforeValidator(_parse), PlainSerializer(lambda m: {m.name(): m.model_dump(mode="json")})
+    Method,
+    BeforeValidator(lambda value: named(value, "methods", Method)),
+    PlainSerializer(lambda m: {m.name(): m.model_dump(mode="json")}),
 ]
 
 

@@ -8,31 +8,27 @@ Shape letters: S samples, T tokens.
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from qtool.calibrate.walker import Walker
-from qtool.checkpoint.edits import STREAM, Edit, model_edges, read_edits, write_edits
-from qtool.checkpoint.families._edges import Edge
+from qtool.checkpoint._base import Checkpoint
+from qtool.checkpoint.edits import Edit, read_edits, write_edits
 from qtool.checkpoint.rewritten import Rewritten
 from qtool.errors import CheckpointError, PlanError
-from qtool.pipeline.events import Event, Listener
+from qtool.pipeline.attempt import Attempt
+from qtool.pipeline.events import Listener
 from qtool.pipeline.prepare import Job
+from qtool.pipeline.rewriting import Rewriting
 from qtool.pipeline.tokens import tokens_of
 from qtool.pipeline.work import code_digest
 from qtool.plan import LayerPlan
-from qtool.stats._base import InputStats
+from qtool.plan.check import check
+from qtool.plan.findings import Findings
 from qtool.store.files import new_file
-from qtool.transforms._base import Reader, Site, Transform
 
-HEAD_IN = "head_in"
-"""What the output layer reads, as `Module.reads`."""
 FILE = "transforms.safetensors"
 
 
@@ -43,10 +39,12 @@ class Made:
     Attributes:
         edits: in order.
         run: what identifies a run that makes the same.
+        notes: what the report says of them.
     """
 
     edits: tuple[Edit, ...] = ()
     run: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def transformed(job: Job, folder: Path, stored: Path | None, listener: Listener) -> tuple[Job, Made]:
@@ -69,17 +67,38 @@ def transformed(job: Job, folder: Path, stored: Path | None, listener: Listener)
     needs = any(transform.needs for transform in job.plan.recipe.transforms)
     tokens = tokens_of(job) if needs else None
     run = key(job, tokens)
-    edits = job.ranks.broadcast(left_behind(folder / FILE, run) if job.ranks.first else None)
-    if edits is None:
-        edits = ()
-        for transform in job.plan.recipe.transforms:
-            edits += tuple(Rewriting(job, transform, edits, listener).edits(tokens))
+    found = job.ranks.broadcast(left_behind(folder / FILE, run) if job.ranks.first else None)
+    made = found or rewritten(job, tokens, run, listener)
     rounded_anyway = {p.module.name for p in job.plan.layers if p.format}
-    model = Rewritten(job.original, edits, wide=rounded_anyway)
+    model = Rewritten(job.original, made.edits, wide=rounded_anyway)
     layers = tuple(
         replace(p, input_ops=model.input_ops.get(p.module.name, ())) if p.format else p for p in job.plan.layers
     )
-    return replace(job, checkpoint=model, plan=replace(job.plan, layers=layers)), Made(edits, run)
+    if any(transform.tried for transform in job.plan.recipe.transforms):
+        refuse_uncarried(job, layers, model)
+    plan = replace(job.plan, layers=layers, warnings=(*job.plan.warnings, *made.notes))
+    return replace(job, checkpoint=model, plan=plan), made
+
+
+def rewritten(job: Job, tokens: Tensor | None, run: str, listener: Listener) -> Made:
+    """What the transforms of a recipe make of a model, one behind the other."""
+    made = Made(run=run)
+    for transform in job.plan.recipe.transforms:
+        if transform.tried and tokens is not None:
+            attempt = Attempt(job, transform.tried, made.edits, listener)
+            edits = tuple(attempt.edits(tokens))
+            made = replace(made, edits=(*made.edits, *edits), notes=(*made.notes, *attempt.notes))
+        else:
+            made = replace(made, edits=(*made.edits, *Rewriting(job, transform, made.edits, listener).edits(tokens)))
+    return made
+
+
+def refuse_uncarried(job: Job, layers: Sequence[LayerPlan], model: Checkpoint) -> None:
+    """Refuses operations that were chosen and that an artifact cannot hold. Raises PlanError."""
+    findings = Findings(job.plan.recipe.layers)
+    check(layers, job.plan.recipe.kv_cache, model, job.artifacts, findings)
+    if lines := findings.lines():
+        raise PlanError(lines, f"recipe {job.plan.recipe.name} does not fit {job.original.source}")
 
 
 def key(job: Job, tokens: Tensor | None) -> str:
@@ -90,134 +109,16 @@ def key(job: Job, tokens: Tensor | None) -> str:
     return found.hexdigest()
 
 
-def left_behind(path: Path, run: str) -> tuple[Edit, ...] | None:
-    """The edits that a run with this key left; None if there are none, or no whole ones."""
+def left_behind(path: Path, run: str) -> Made | None:
+    """What a run with this key left; None if that is nothing, or not whole."""
     try:
-        edits, found = read_edits(path)
+        found = Made(*read_edits(path))
     except CheckpointError:
         return None
-    return edits if found == run else None
+    return found if found.run == run else None
 
 
 def keep_edits(made: Made, folder: Path) -> None:
     """Leaves edits in the work folder, for a run that continues this one. Raises StorageError."""
     with new_file(folder / FILE) as partial:
-        write_edits(made.edits, partial, made.run)
-
-
-class Rewriting:
-    """One transform of a model.
-
-    Args:
-        job: the run.
-        transform: which one.
-        before: what those before it did.
-        listener: called with events of progress.
-    """
-
-    def __init__(self, job: Job, transform: Transform, before: Sequence[Edit], listener: Listener) -> None:
-        self.job, self.transform, self.listener = job, transform, listener
-        self.model = Rewritten(job.original, before, dtype=torch.float32)
-        self.plans = {p.module.name: p for p in job.plan.layers}
-
-    def edits(self, tokens: Tensor | None) -> Iterator[Edit]:
-        """Everything that it does, in order."""
-        if STREAM in self.transform.kinds:
-            yield from self.turned()
-        if not self.transform.kinds - {STREAM}:
-            return
-        needs, calibration = self.transform.needs, self.job.plan.recipe.calibration
-        walker = hidden = None
-        if needs and tokens is not None:
-            walker = Walker(self.model, self.job.device, self.job.dtype, calibration.experts == "all", self.job.ranks)
-            hidden = walker.embed(tokens[self.job.ranks.share(len(tokens))])
-        count = self.model.family.blocks(self.model.config)
-        for i in range(count):
-            stats: dict[str, InputStats] = {}
-            if walker and hidden:
-                stats = walker.collect(walker.load_block(i), i, hidden, needs)
-            yield from self.at(i, stats)
-            self.listener(Event("transform", i + 1, count, self.transform.name()))
-        head = self.model.family.head
-        if head in self.plans:
-            yield from self.at(None, {HEAD_IN: walker.collect_head(hidden, needs)} if walker and hidden else {})
-
-    def turned(self) -> Iterator[Edit]:
-        """What it does to hidden states of the whole model."""
-        edges = model_edges(self.model)
-        stream = next(edge for edge in edges.values() if edge.kind == STREAM)
-        if op := self.transform.op(self.site(stream, (), None)):
-            yield from (Edit(edge.name) for edge in edges.values() if edge.kind == "norm")
-            yield Edit(STREAM, op)
-
-    def at(self, i: int | None, stats: Mapping[str, InputStats]) -> Iterator[Edit]:
-        """What it does in block i, or behind the last one (None); `stats` by `Module.reads`.
-
-        Each process finds what to do at some sites.
-        """
-        ranks = self.job.ranks
-        sites = [*self.on_edges(i, stats), *self.in_front(i, stats)]
-        found = ranks.gather([self.transform.op(site) for _, _, site in sites[ranks.share(len(sites))]])
-        for number, (edge, modules, _) in enumerate(sites):
-            if op := found[number % ranks.size][number // ranks.size]:
-                yield Edit(edge, op, modules)
-
-    def on_edges(self, i: int | None, stats: Mapping[str, InputStats]) -> Iterator[tuple[str, tuple[str, ...], Site]]:
-        """Sites on edges of the graph: the edge, no modules, and the site."""
-        for edge in self.model.family.edges(self.model.config, i):
-            readers = [self.plans[name] for name in edge.readers if name in self.plans]
-            rounded = any(self.plans[m].format for m in (*edge.source, *edge.readers) if m in self.plans)
-            if edge.kind in self.transform.kinds - {STREAM} and rounded:
-                whole = next((p for p in readers if p.module.expert is None), readers[0])
-                yield edge.name, (), self.site(edge, readers, stats.get(whole.module.reads))
-
-    def in_front(self, i: int | None, stats: Mapping[str, InputStats]) -> Iterator[tuple[str, tuple[str, ...], Site]]:
-        """Sites in front of layers: no edge, the layers, and the site."""
-        if "input" not in self.transform.kinds:
-            return
-        inputs: dict[str, list[LayerPlan]] = defaultdict(list)
-        for p in self.job.plan.layers:
-            if p.format and p.module.block == i and p.module.kind != "embedding":
-                inputs[p.module.reads].append(p)
-        for reads, plans in inputs.items():
-            width = plans[0].module.shape[1]
-            site = Site("input", width, width, 1, self.readers(plans), None, stats.get(reads), self.seed(reads))
-            yield "", tuple(p.module.name for p in plans), site
-
-    def site(self, edge: Edge, readers: Sequence[LayerPlan], stats: InputStats | None) -> Site:
-        """An edge as transforms see it."""
-        source = None
-        if edge.kind in ("heads", "product"):
-            rows = slice(edge.first, edge.first + edge.width)
-            source = partial(self.weight, edge.source[0], rows)
-        seed = self.seed(edge.name)
-        return Site(edge.kind, edge.width, edge.dim, edge.repeat, self.readers(readers), source, stats, seed)
-
-    def readers(self, plans: Sequence[LayerPlan]) -> tuple[Reader, ...]:
-        """Layers that are quantized, as transforms see them."""
-        return tuple(
-            Reader(partial(self.weight, p.module.name), partial(rounded, p), p.activations is not None)
-            for p in plans
-            if p.format
-        )
-
-    def weight(self, module: str, rows: slice = slice(None)) -> Tensor:
-        """Rows of a weight, float32, as the transforms before this one left it."""
-        shared = module == self.model.family.head and self.model.tied
-        name = self.model.family.embedding if shared else module
-        return self.model.tensor(f"{name}.weight").float()[rows]
-
-    def seed(self, name: str) -> int:
-        """For random choices at a place of that name."""
-        text = f"{self.job.plan.recipe.calibration.seed} {name}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
-
-
-def rounded(plan: LayerPlan, w: Tensor, importance: Tensor | None) -> Tensor:
-    """What plain rounding makes of some rows of a layer, [n, K]; by importance where its method measures inputs."""
-    assert plan.format is not None
-    assert plan.method is not None
-    fmt = plan.format.with_largest(float(w.abs().max())) if plan.format.needs_largest else plan.format
-    importance = importance if plan.method.needs else None
-    params = fmt.fit(w, importance)
-    return fmt.decode(fmt.snap(w, params, importance), params)
+        write_edits(made.edits, partial, made.run, made.notes)

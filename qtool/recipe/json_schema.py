@@ -88,6 +88,8 @@ def _options(model: type[BaseModel]) -> dict[str, Any]:
     schema.pop("$defs", None)  # of the method that a method of blocks starts from: the recipe's own is meant
     for base in model.__mro__:
         _describe(schema, base.__doc__ or "")
+    if (listed := getattr(model, "shorthand", None)) is not None:
+        schema |= {"type": ["object", "array"], "items": schema["properties"][listed]["items"]}
     schema["description"] = (sys.modules[model.__module__].__doc__ or "").partition("\n")[0]
     return schema
 

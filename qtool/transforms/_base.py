@@ -122,6 +122,11 @@ class Transform(Spec):
         """What has to be measured on the inputs of readers; empty: it runs without data."""
         return frozenset()
 
+    @property
+    def tried(self) -> Candidates | None:
+        """Of what every block takes the best; None: the transform itself is asked."""
+        return None
+
     @abstractmethod
     def op(self, site: Site) -> InputOp | None:
         """What is done to what the readers of a site read; None: nothing."""
@@ -136,6 +141,19 @@ class Transform(Spec):
     def misfit(self, kind: Kind, width: int, dim: int) -> str | None:
         """Why it cannot work on a site, with what would; None if it can."""
         return None
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Transforms of which every decoder block takes the best.
+
+    Attributes:
+        each: some that work one behind the other, for every candidate.
+        held_out: share of the samples that judge.
+    """
+
+    each: tuple[tuple[Transform, ...], ...]
+    held_out: float
 
 
 class EdgeTransform(Transform):

@@ -304,8 +304,8 @@ def turns64() -> Orthogonal:
 def test_edits_are_stored(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     model = HFCheckpoint(tiny_checkpoint("llama-biased"))
     edits = (*everything(model), Edit("", Shift(torch.ones(64)), ("model.layers.0.mlp.up_proj",)))
-    write_edits(edits, tmp_path / "edits.safetensors", "run 3")
-    assert read_edits(tmp_path / "edits.safetensors") == (edits, "run 3")
+    write_edits(edits, tmp_path / "edits.safetensors", "run 3", ["so", "it is"])
+    assert read_edits(tmp_path / "edits.safetensors") == (edits, "run 3", ("so", "it is"))
     tensors = load_file(tmp_path / "edits.safetensors")
     with safe_open(tmp_path / "edits.safetensors", "pt") as file:
         metadata = file.metadata()

@@ -1,0 +1,150 @@
+"""Candidates of transforms, of which every decoder block takes the best.
+
+Shape letters: S samples, T tokens, H hidden size, K inputs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from qtool.calibrate.walker import Walker
+from qtool.checkpoint._base import Checkpoint
+from qtool.checkpoint.edits import Edit
+from qtool.checkpoint.rewritten import Rewritten
+from qtool.errors import CheckpointError
+from qtool.methods._base import split
+from qtool.pipeline.events import Event, Listener
+from qtool.pipeline.prepare import Job
+from qtool.pipeline.rewriting import Rewriting
+from qtool.pipeline.roughly import Roughly, Statics
+from qtool.pipeline.solver import with_static
+from qtool.plan import LayerPlan
+from qtool.stats.channels import Channels
+from qtool.stats.values import Values
+from qtool.transforms._base import Candidates, Transform
+
+
+class Attempt:
+    """Candidates at the model of a run.
+
+    Args:
+        job: the run.
+        tried: the candidates.
+        before: what transforms before them did.
+        listener: called with events of progress.
+
+    Attributes:
+        notes: what was chosen, for the report.
+    """
+
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, job: Job, tried: Candidates, before: Sequence[Edit], listener: Listener) -> None:
+        self.job, self.tried, self.before, self.listener = job, tried, tuple(before), listener
+        self.count = job.original.family.blocks(job.original.config)
+
+    def edits(self, tokens: Tensor) -> Iterator[Edit]:
+        """What the best candidate of each block does there.
+
+        Raises:
+            CheckpointError: there is one sample, and none to judge by.
+        """
+        if len(tokens) < 2:
+            hint = "raise calibration.samples"
+            raise CheckpointError("one calibration sample is none to learn from and one to judge by", hint=hint)
+        learn, judge = split(len(tokens), self.tried.held_out, self.job.plan.recipe.calibration.seed)
+        made: list[dict[int, list[Edit]]] = [{}]
+        errors = [self.errors((), tokens[learn], tokens[judge])]
+        for candidate in self.tried.each:
+            edits = self.candidate(candidate, tokens[learn])
+            made.append(self.by_block(edits))
+            errors.append(self.errors(edits, tokens[learn], tokens[judge]))
+        best = [min(range(len(errors)), key=lambda c: errors[c][i]) for i in range(self.count)]
+        self.notes = (self.told(best, errors),)
+        for i, choice in enumerate(best):
+            yield from made[choice].get(i, ())
+
+    def candidate(self, transforms: Sequence[Transform], tokens: Tensor) -> tuple[Edit, ...]:
+        """What some transforms do to the whole model, one behind the other."""
+        found: tuple[Edit, ...] = ()
+        for transform in transforms:
+            found += tuple(Rewriting(self.job, transform, (*self.before, *found), self.listener).edits(tokens))
+        return found
+
+    def by_block(self, edits: Sequence[Edit]) -> dict[int, list[Edit]]:
+        """Edits by the block that they are in; those behind the last one are left out."""
+        family, config = self.job.original.family, self.job.original.config
+        places = {edge.name: i for i in range(self.count) for edge in family.edges(config, i)}
+        places |= {p.module.name: p.module.block for p in self.job.plan.layers if p.module.block is not None}
+        found: dict[int, list[Edit]] = {i: [] for i in range(self.count)}
+        for edit in edits:
+            block = places.get(edit.edge or edit.modules[0])
+            if block is not None:
+                found[block].append(edit)
+        return found
+
+    def errors(self, edits: Sequence[Edit], learn: Tensor, judge: Tensor) -> list[float]:
+        """Squared error of each rounded block's output behind some edits, relative to the output's squares.
+
+        Args:
+            edits: of a candidate.
+            learn: int64 [S, T], that rounding may look at.
+            judge: int64 [S, T], that blocks are compared on.
+        """
+        exact = Rewritten(self.job.original, self.before, dtype=torch.float32)
+        model = Rewritten(self.job.original, (*self.before, *edits), dtype=torch.float32)
+        job = replace(self.job, checkpoint=model, plan=replace(self.job.plan, layers=self.plans(model)))
+        rounded, walker = self.walker(Roughly(job, *self.measured(job, learn))), self.walker(exact)
+        hidden, found = walker.embed(judge), list[float]()
+        for i in range(self.count):
+            (tried := hidden.like()).values.copy_(hidden.values)
+            rounded.advance(rounded.load_block(i), i, tried)
+            walker.advance(walker.load_block(i), i, hidden)
+            apart = (tried.values.float() - hidden.values.float()).square().sum(dtype=torch.float64)
+            found.append(float(apart / hidden.values.float().square().sum(dtype=torch.float64)))
+        return found
+
+    def plans(self, model: Checkpoint) -> tuple[LayerPlan, ...]:
+        """The layers of blocks, with what is done to their inputs; nothing else is rounded."""
+        plans = self.job.plan.layers
+        inside = (p if p.module.block is not None else replace(p, format=None) for p in plans)
+        return tuple(replace(p, input_ops=model.input_ops.get(p.module.name, ())) if p.format else p for p in inside)
+
+    def measured(self, job: Job, tokens: Tensor) -> tuple[Mapping[str, Tensor], Statics]:
+        """What rounding looks at: importances of channels, and scales of inputs where all tokens share them."""
+        plans = {p.module.name: p for p in job.plan.layers if p.format}
+        static = {name for name, p in plans.items() if p.activations and p.activations.static}
+        if not static and not any(p.weight_needs for p in plans.values()):
+            return {}, {}
+        importance, statics = dict[str, Tensor](), Statics()
+        walker, needs = self.walker(job.checkpoint), frozenset({Channels, Values} if static else {Channels})
+        hidden = walker.embed(tokens)
+        for i in range(self.count):
+            stats = walker.collect(walker.load_block(i), i, hidden, needs)
+            for p in (plans[m.name] for m in walker.modules[i] if m.name in plans):
+                seen = stats[p.module.reads]
+                if p.weight_needs and seen.tokens:
+                    importance[p.module.reads] = seen[Channels].importance.cpu()
+                if p.module.name in static and p.activations and (found := with_static(p, seen).static):
+                    statics.setdefault(p.module.name, {})[p.activations.label] = found
+        return importance, statics
+
+    def walker(self, model: Checkpoint) -> Walker:
+        """What runs a model, every process for itself: blocks are compared on few samples."""
+        everything = self.job.plan.recipe.calibration.experts == "all"
+        return Walker(model, self.job.device, self.job.dtype, everything)
+
+    def told(self, best: Sequence[int], errors: Sequence[Sequence[float]]) -> str:
+        """What was chosen how often, and what that leaves of the error on the samples that judge."""
+        names = ["nothing", *(" + ".join(t.name() for t in transforms) for transforms in self.tried.each)]
+        for i, c in enumerate(best):
+            told = {name: errors[k][i] for k, name in enumerate(names)}
+            self.listener(Event("transform", i + 1, self.count, f"block {i}: {names[c]}", told))
+        chosen = ", ".join(f"{names[c]} in {n}" for c, n in sorted(Counter(best).items()))
+        left = sum(errors[c][i] for i, c in enumerate(best)) / max(sum(errors[0]), 1e-30)
+        return f"try: of {self.count} blocks, {chosen}; {left:.2f} of the error of rounded blocks is left"
