@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from qtool import models
 from qtool.checkpoint._base import Checkpoint
-from qtool.errors import QtoolError
+from qtool.errors import QtoolError  # noqa: F401 (offered)
 from qtool.evaluate.gates import refuse_missed
 from qtool.evaluate.result import Evaluation
 from qtool.pipeline import calibrate as calibrating
@@ -20,24 +20,12 @@ from qtool.pipeline import evaluate as evaluating
 from qtool.pipeline import export as exporting
 from qtool.pipeline import quantize as quantizing
 from qtool.pipeline.events import Listener, silent
-from qtool.pipeline.matrix import quantize_matrix
+from qtool.pipeline.matrix import quantize_matrix  # noqa: F401 (offered)
 from qtool.pipeline.prepare import prepare
 from qtool.plan import Plan
 from qtool.recipe.load import load_recipe as _load_recipe
 from qtool.recipe.schema import Recipe
 from qtool.report.model import ArtifactEntry, Report
-
-__all__ = [
-    "QtoolError",
-    "calibrate",
-    "evaluate",
-    "export",
-    "load_recipe",
-    "open_model",
-    "plan",
-    "quantize",
-    "quantize_matrix",
-]
 
 Model = str | Path | Checkpoint
 """A local folder, a hub id, a GGUF file, an artifact; or what `open_model` made of one."""

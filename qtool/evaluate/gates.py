@@ -74,8 +74,3 @@ def refuse_missed(gates: Sequence[Gate]) -> None:
     ]
     if missed:
         raise GateError(f"quality misses {len(missed)} of {len(gates)} gates: " + "; ".join(missed))
-
-
-def check_gates(evaluation: Evaluation, gates: Mapping[str, float]) -> None:
-    """Holds an evaluation against limits. Raises UsageError, GateError: see `judge`, `refuse_missed`."""
-    refuse_missed(judge(evaluation, gates))

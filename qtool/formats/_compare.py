@@ -43,12 +43,16 @@ def _wins(
     fmt: Format, w: Tensor, first: Params, second: Params, weight: Tensor, blocks: int, importance: Tensor | None
 ) -> Tensor:
     """Where the second parameters make the error of a block smaller, bool [N, S]."""
-    levels = fmt.levels()
-    if isinstance(fmt, Scaled):
-        return compare.better_casts(w, fmt.scale(first), fmt.scale(second), fmt.grid, weight, blocks)
-    if fmt.codebook() is None and float(levels[-1] - levels[0]) == len(levels) - 1:
-        ends = float(levels[0]), float(levels[-1])
-        return compare.better_steps(w, fmt.affine(first), fmt.affine(second), ends, weight, blocks)
+    levels = compare.casts(fmt.grid) if isinstance(fmt, Scaled) else _steps(fmt)
+    if levels is not None:
+        return compare.better_blocks(w, fmt.affine(first), fmt.affine(second), levels, weight, blocks)
     decoded = (fmt.decode(fmt.snap(w, p, importance), p) for p in (first, second))
     errors = [block_errors(w, w_hat, weight, blocks) for w_hat in decoded]
     return compare.better(errors[1], errors[0])
+
+
+def _steps(fmt: Format) -> compare.Levels | None:
+    """Consecutive integers, if these are a format's levels, each of which any code may have."""
+    lowest, highest = float(fmt.levels()[0]), float(fmt.levels()[-1])
+    uniform = fmt.codebook() is None and highest - lowest == len(fmt.levels()) - 1
+    return compare.steps(lowest, highest) if uniform else None

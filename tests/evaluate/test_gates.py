@@ -3,7 +3,7 @@ import math
 import pytest
 
 from qtool.errors import GateError, UsageError
-from qtool.evaluate.gates import GATES, check_gates, judge, parse_gates, validate_gates
+from qtool.evaluate.gates import GATES, judge, parse_gates, refuse_missed, validate_gates
 from qtool.evaluate.result import Evaluation
 from qtool.report.units import verdicts
 
@@ -54,19 +54,19 @@ def test_all_gates_are_known_here():
 @pytest.mark.parametrize("gate", MEASURED)
 def test_each_gate_turns_at_its_limit(gate):
     inward = -1 if gate == "top1" else 1
-    check_gates(FOUND, {gate: MEASURED[gate] * (1 + inward * 1e-6)})
+    refuse_missed(judge(FOUND, {gate: MEASURED[gate] * (1 + inward * 1e-6)}))
     with pytest.raises(GateError):
-        check_gates(FOUND, {gate: MEASURED[gate] * (1 - inward * 1e-6)})
+        refuse_missed(judge(FOUND, {gate: MEASURED[gate] * (1 - inward * 1e-6)}))
 
 
 @pytest.mark.parametrize("gate", ["kld", "top1"])
 def test_the_limit_itself_is_good(gate):
-    check_gates(FOUND, {gate: MEASURED[gate]})
+    refuse_missed(judge(FOUND, {gate: MEASURED[gate]}))
 
 
 def test_each_missed_gate_is_named_and_no_other():
     with pytest.raises(GateError) as caught:
-        check_gates(FOUND, {"kld": 0.01, "ppl_ratio": 1.05, "top1": 0.95})
+        refuse_missed(judge(FOUND, {"kld": 0.01, "ppl_ratio": 1.05, "top1": 0.95}))
     assert str(caught.value) == (
         "quality misses 2 of 3 gates: kld wanted at most 0.01, found 0.04; top1 wanted at least 0.95, found 0.91"
     )
@@ -90,4 +90,4 @@ def test_intervals_are_those_of_the_mean():
 
 def test_a_measurement_that_is_no_number_misses():
     with pytest.raises(GateError):
-        check_gates(FOUND.model_copy(update={"kld_mean": math.nan}), {"kld": 0.1})
+        refuse_missed(judge(FOUND.model_copy(update={"kld_mean": math.nan}), {"kld": 0.1}))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qtool.numerics.grids import minifloat
 from qtool.numerics.grids.affine import decode_levels, round_to_levels
-from qtool.numerics.grids.compare import TIE, better_casts, better_steps
+from qtool.numerics.grids.compare import TIE, better_blocks, casts, steps
 from qtool.numerics.grids.minifloat import integer
 
 GRIDS = {"e2m1": minifloat.minifloat(2, 1), "e4m3": minifloat.minifloat(4, 3), "int8": integer(8)}
@@ -55,9 +55,9 @@ def test_integers_are_compared_exactly(blocks: int, size: float) -> None:
     offset = torch.linspace(-1, 1, 12) * scale
     pairs, ends = ((scale, offset), (close_pairs(scale), offset)), (-8.0, 7.0)
     first, second = (errors(w, stepped(w, *pair, ends), weight, blocks) for pair in pairs)
-    assert torch.equal(better_steps(w, *pairs, ends, weight, blocks), second < first * (1 - TIE))
-    assert torch.equal(better_steps(w, *pairs[::-1], ends, weight, blocks), first < second * (1 - TIE))
-    assert not better_steps(w, *pairs, ends, weight, blocks)[45:].any()
+    assert torch.equal(better_blocks(w, *pairs, steps(*ends), weight, blocks), second < first * (1 - TIE))
+    assert torch.equal(better_blocks(w, *pairs[::-1], steps(*ends), weight, blocks), first < second * (1 - TIE))
+    assert not better_blocks(w, *pairs, steps(*ends), weight, blocks)[45:].any()
 
 
 @pytest.mark.parametrize("size", [1e-30, 0.03, 1e25])
@@ -66,10 +66,10 @@ def test_floats_are_compared_exactly(name: str, size: float) -> None:
     (w, weight), grid = rows(size), GRIDS[name]
     scale = w.view(60, 12, 8).abs().amax(-1) / grid.highest
     scale[3, 2] = 0
-    other = close_pairs(scale)
-    first, second = (errors(w, cast(w, s, grid), weight, 3) for s in (scale, other))
-    assert torch.equal(better_casts(w, scale, other, grid, weight, 3), second < first * (1 - TIE))
-    assert torch.equal(better_casts(w, other, scale, grid, weight, 3), first < second * (1 - TIE))
+    pairs = [(s, torch.zeros_like(s)) for s in (scale, close_pairs(scale))]
+    first, second = (errors(w, cast(w, s, grid), weight, 3) for s, _ in pairs)
+    assert torch.equal(better_blocks(w, *pairs, casts(grid), weight, 3), second < first * (1 - TIE))
+    assert torch.equal(better_blocks(w, *pairs[::-1], casts(grid), weight, 3), first < second * (1 - TIE))
 
 
 def test_a_long_row_is_decided_by_its_last_digits() -> None:
@@ -78,5 +78,5 @@ def test_a_long_row_is_decided_by_its_last_digits() -> None:
     w[0, 77777] = 5.4
     plain, moved = torch.ones(1, 1), torch.full((1, 1), 1 + 2.0**-16)
     zero, weight = torch.zeros(1, 1), torch.ones(131072)
-    assert bool(better_steps(w, (plain, zero), (moved, zero), (-8.0, 7.0), weight, 1))
-    assert not bool(better_steps(w, (moved, zero), (plain, zero), (-8.0, 7.0), weight, 1))
+    assert bool(better_blocks(w, (plain, zero), (moved, zero), steps(-8, 7), weight, 1))
+    assert not bool(better_blocks(w, (moved, zero), (plain, zero), steps(-8, 7), weight, 1))

@@ -9,6 +9,7 @@ Shape letters: N rows, K columns, S super-blocks of a row, G groups of a row, C 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -175,10 +176,10 @@ def relative_error(x, levels, d, s, weight):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def codebook_rows(x, importance, weights, values, width, kind, rule, shells, d, s, errors, start, stop):  # type: ignore[no-untyped-def]
+def codebook_rows(x, importance, weights, values, width, kind, rule, shells, d, s, minus, errors, start, stop):  # type: ignore[no-untyped-def]
     """Fills d, errors [N, S] and s [N, G] for rows start to stop of x [N, K]; see `ggml_codebook_scales`.
 
-    values [M]: what numbers stand for.
+    values [M]: what numbers stand for. Nothing is shifted: minus stays empty.
     """
     per, group = s.shape[1] // d.shape[1], rule.group
     weight, root, size, levels = np.empty((4, SUPER), F32)
@@ -204,6 +205,31 @@ def codebook_rows(x, importance, weights, values, width, kind, rule, shells, d, 
             errors[n, b] = relative_error(size, levels, half(d[n, b]) * F32(rule.unit), steps, weights[here])
 
 
+def search_rows(
+    kernel: Callable[..., None], x: Tensor, importance: Tensor | None, weight: Tensor, rule: ScaleRule, shifts: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a kernel finds for all rows.
+
+    Args:
+        kernel: called with (x, importance, weight), with what to fill, and with the first row and that behind the last.
+        x: float32 [N, K].
+        importance: float32 [K] or None.
+        weight: float32 [K], of a squared error.
+        rule: how scales are stored.
+        shifts: of a row.
+
+    Returns:
+        d, float32 [N, S]; s, float32 [N, G]; which shifts are down, uint8 [N, shifts]; errors, float32 [N, S].
+    """
+    counts = np.empty(0, np.float32) if importance is None else importance.float().contiguous().cpu().numpy()
+    arrays = searchable(x), counts, weight.cpu().numpy()
+    d, s, errors = (np.zeros((len(x), x.shape[1] // width), np.float32) for width in (SUPER, rule.group, SUPER))
+    minus = np.zeros((len(x), shifts), np.uint8)
+    over_rows(lambda a, b: kernel(arrays, (d, s, minus, errors), a, b), len(x))
+    scale, steps, down, error = (torch.from_numpy(part).to(x.device) for part in (d, s, minus, errors))
+    return scale, steps, down, error
+
+
 def ggml_codebook_scales(
     x: Tensor, importance: Tensor | None, weight: Tensor, book: Codebook, rule: ScaleRule, kind: CodebookSearch
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -223,10 +249,7 @@ def ggml_codebook_scales(
         (d, float32 [N, S], not yet in fp16; s, float32 [N, G] of integers; which shifts are down, [N, 0]; the error of
         ggml's own codes in parts of that of zeros, float32 [N, S], infinite where that is 0).
     """
-    known = np.empty(0, np.float32) if importance is None else importance.float().contiguous().cpu().numpy()
-    arrays = searchable(x), known, weight.cpu().numpy(), book.magnitudes, book.width
-    d, s, errors = (np.zeros((len(x), x.shape[1] // width), np.float32) for width in (SUPER, rule.group, SUPER))
-    shells = shells_of(book, kind.shells)
-    over_rows(lambda a, b: codebook_rows(*arrays, kind, rule, shells, d, s, errors, a, b), len(x))
-    scale, steps, error = (torch.from_numpy(part).to(x.device) for part in (d, s, errors))
-    return scale, steps, torch.empty(len(x), 0, dtype=torch.uint8, device=x.device), error
+    fixed = book.magnitudes, book.width, kind, rule, shells_of(book, kind.shells)
+    return search_rows(
+        lambda arrays, found, a, b: codebook_rows(*arrays, *fixed, *found, a, b), x, importance, weight, rule, 0
+    )

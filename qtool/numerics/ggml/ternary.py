@@ -13,17 +13,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numba import njit
 from torch import Tensor
 
-from qtool.numerics.checks import searchable
 from qtool.numerics.codebooks.codebook import Codebook
 from qtool.numerics.codebooks.vector_search import ScaleRule
-from qtool.numerics.ggml.codebook import F32, SUPER, fill_steps, relative_error, weigh
+from qtool.numerics.ggml.codebook import F32, SUPER, fill_steps, relative_error, search_rows, weigh
 from qtool.numerics.ggml.shells import fill_closest, shells_of
 from qtool.numerics.scales.sweep import half
-from qtool.numerics.threads.parallel import over_rows
 
 VECTOR = 8
 LOWEST = np.finfo(np.float32).min
@@ -201,10 +198,7 @@ def ggml_ternary_scales(
         (d, float32 [N, S], not yet in fp16; s, float32 [N, G] of integers; which shifts are down, uint8 [N, G H]; the
         error of ggml's own codes in parts of that of zeros, float32 [N, S], infinite where that is 0).
     """
-    known = np.empty(0, np.float32) if importance is None else importance.float().contiguous().cpu().numpy()
-    arrays = searchable(x), known, weight.cpu().numpy()
-    d, s, errors = (np.zeros((len(x), x.shape[1] // width), np.float32) for width in (SUPER, rule.group, SUPER))
-    minus, shells = np.zeros((len(x), x.shape[1] // rule.segment), np.uint8), shells_of(book, SHELLS)
-    over_rows(lambda a, b: ternary_rows(*arrays, kind, rule, shells, d, s, minus, errors, a, b), len(x))
-    scale, steps, down, error = (torch.from_numpy(part).to(x.device) for part in (d, s, minus, errors))
-    return scale, steps, down, error
+    fixed, shifts = (kind, rule, shells_of(book, SHELLS)), x.shape[1] // rule.segment
+    return search_rows(
+        lambda arrays, found, a, b: ternary_rows(*arrays, *fixed, *found, a, b), x, importance, weight, rule, shifts
+    )

@@ -11,6 +11,8 @@ Shape letters: N rows, C columns, G groups of C / G columns, S blocks of C / S c
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from numba import njit
@@ -53,30 +55,6 @@ def exact_step_error(x, weight, s, o, lowest, highest):  # type: ignore[no-untyp
     return total
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def step_rows(w, first, second, ends, weight, better, start, stop):  # type: ignore[no-untyped-def]
-    """Fills better, bool [N, S], for rows start to stop; first, second: (scale, offset), [N, G] each."""
-    (s, o), (t, p), (lowest, highest) = first, second, ends
-    per, width = s.shape[1] // better.shape[1], w.shape[1] // s.shape[1]
-    doubt = F32(2**-23) * F32(per * width + ROUNDINGS)
-    for n in range(start, stop):
-        for b in range(better.shape[1]):
-            a, c = F32(0), F32(0)
-            for g in range(b * per, (b + 1) * per):
-                x, m = w[n, g * width : (g + 1) * width], weight[g * width : (g + 1) * width]
-                a += rough_step_error(x, m, s[n, g], o[n, g], lowest, highest)
-                c += rough_step_error(x, m, t[n, g], p[n, g], lowest, highest)
-            better[n, b] = c < a
-            if abs(c - a) > doubt * (a + c):
-                continue
-            before, after = 0.0, 0.0
-            for g in range(b * per, (b + 1) * per):
-                x, m = w[n, g * width : (g + 1) * width], weight[g * width : (g + 1) * width]
-                before += exact_step_error(x, m, s[n, g], o[n, g], lowest, highest)
-                after += exact_step_error(x, m, t[n, g], p[n, g], lowest, highest)
-            better[n, b] = after < before * (1 - TIE)
-
-
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=ROUGH)
 def rough_cast_error(x, weight, s, smallest, mantissa, highest):  # type: ignore[no-untyped-def]
     """Weighted squared error of a group x [C] on the levels of a `minifloat.Grid`, in float32."""
@@ -106,9 +84,53 @@ def exact_cast_error(x, weight, s, smallest, mantissa, highest):  # type: ignore
     return total
 
 
+class Levels(NamedTuple):
+    """Levels that a group is rounded to.
+
+    Attributes:
+        floating: whether they are those of a `minifloat.Grid`, where offsets are 0; else consecutive integers.
+        lowest, highest: the first one and the last one.
+        smallest, mantissa: of a grid, see `minifloat.Grid.numbers`.
+    """
+
+    floating: bool
+    lowest: np.float32
+    highest: np.float32
+    smallest: np.int32
+    mantissa: np.int32
+
+
+def steps(lowest: float, highest: float) -> Levels:
+    """Consecutive integers; rounded to as in `affine.round_to_levels`."""
+    return Levels(False, F32(lowest), F32(highest), np.int32(0), np.int32(0))
+
+
+def casts(grid: Grid) -> Levels:
+    """Those of a grid; rounded to as in `minifloat.nearest_levels`."""
+    smallest, mantissa, highest = grid.numbers
+    return Levels(True, -highest, highest, smallest, mantissa)
+
+
 @njit(nogil=True, cache=True, error_model="numpy")
-def cast_rows(w, s, t, smallest, mantissa, highest, weight, better, start, stop):  # type: ignore[no-untyped-def]
-    """As `step_rows`, for scales s and t [N, G] of a `minifloat.Grid`."""
+def rough_error(x, weight, s, o, levels):  # type: ignore[no-untyped-def]
+    """Weighted squared error of a group x [C], in float32."""
+    if levels.floating:
+        return rough_cast_error(x, weight, s, levels.smallest, levels.mantissa, levels.highest)
+    return rough_step_error(x, weight, s, o, levels.lowest, levels.highest)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def exact_error(x, weight, s, o, levels):  # type: ignore[no-untyped-def]
+    """The same in float64."""
+    if levels.floating:
+        return exact_cast_error(x, weight, s, levels.smallest, levels.mantissa, levels.highest)
+    return exact_step_error(x, weight, s, o, levels.lowest, levels.highest)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def better_rows(w, first, second, levels, weight, better, start, stop):  # type: ignore[no-untyped-def]
+    """Fills better, bool [N, S], for rows start to stop; first, second: (scale, offset), [N, G] each."""
+    (s, o), (t, p) = first, second
     per, width = s.shape[1] // better.shape[1], w.shape[1] // s.shape[1]
     doubt = F32(2**-23) * F32(per * width + ROUNDINGS)
     for n in range(start, stop):
@@ -116,34 +138,34 @@ def cast_rows(w, s, t, smallest, mantissa, highest, weight, better, start, stop)
             a, c = F32(0), F32(0)
             for g in range(b * per, (b + 1) * per):
                 x, m = w[n, g * width : (g + 1) * width], weight[g * width : (g + 1) * width]
-                a += rough_cast_error(x, m, s[n, g], smallest, mantissa, highest)
-                c += rough_cast_error(x, m, t[n, g], smallest, mantissa, highest)
+                a += rough_error(x, m, s[n, g], o[n, g], levels)
+                c += rough_error(x, m, t[n, g], p[n, g], levels)
             better[n, b] = c < a
             if abs(c - a) > doubt * (a + c):
                 continue
             before, after = 0.0, 0.0
             for g in range(b * per, (b + 1) * per):
                 x, m = w[n, g * width : (g + 1) * width], weight[g * width : (g + 1) * width]
-                before += exact_cast_error(x, m, s[n, g], smallest, mantissa, highest)
-                after += exact_cast_error(x, m, t[n, g], smallest, mantissa, highest)
+                before += exact_error(x, m, s[n, g], o[n, g], levels)
+                after += exact_error(x, m, t[n, g], p[n, g], levels)
             better[n, b] = after < before * (1 - TIE)
 
 
-def better_steps(
+def better_blocks(
     w: Tensor,
     first: tuple[Tensor, Tensor],
     second: tuple[Tensor, Tensor],
-    ends: tuple[float, float],
+    levels: Levels,
     weight: Tensor,
     blocks: int,
 ) -> Tensor:
-    """Where a second choice is better, for levels that are consecutive integers; see `affine.round_to_levels`.
+    """Where a second choice is better.
 
     Args:
         w: float32 [N, C].
         first: (scale, offset), float32 [N, G] each.
         second: the same.
-        ends: first and last level.
+        levels: what is rounded to.
         weight: float32 [C], of a squared error.
         blocks: S.
 
@@ -153,16 +175,7 @@ def better_steps(
     found = np.empty((len(w), blocks), np.bool_)
     x, m = (t.contiguous().cpu().numpy() for t in (w, weight))
     pairs = [tuple(p.contiguous().cpu().numpy() for p in pair) for pair in (first, second)]
-    limits = F32(ends[0]), F32(ends[1])
-    over_rows(lambda a, b: step_rows(x, *pairs, limits, m, found, a, b), len(w))
-    return torch.from_numpy(found).to(w.device)
-
-
-def better_casts(w: Tensor, first: Tensor, second: Tensor, grid: Grid, weight: Tensor, blocks: int) -> Tensor:
-    """As `better_steps`, for scales, float32 [N, G] each, of levels to which `minifloat.nearest_levels` rounds w."""
-    found = np.empty((len(w), blocks), np.bool_)
-    x, s, t, m = (t.contiguous().cpu().numpy() for t in (w, first, second, weight))
-    over_rows(lambda a, b: cast_rows(x, s, t, *grid.numbers, m, found, a, b), len(w))
+    over_rows(lambda a, b: better_rows(x, *pairs, levels, m, found, a, b), len(w))
     return torch.from_numpy(found).to(w.device)
 
 
