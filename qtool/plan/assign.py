@@ -15,7 +15,7 @@ def assign(found: Sequence[Named], facts: ModelFacts, findings: Findings) -> tup
 
     Args:
         found: all modules of the model.
-        facts: what the rules' conditions are held against.
+        facts: what the rules' conditions ask about.
         findings: holds the rules; gets rules that match nothing, and layers that no rule matches.
     """
     decisions: dict[str, int] = {}

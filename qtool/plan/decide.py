@@ -38,7 +38,7 @@ def decide(
 
 
 def facts(recipe: Recipe, checkpoint: Checkpoint) -> ModelFacts:
-    """What the conditions of rules are held against."""
+    """What the conditions of rules ask about."""
     family, config = checkpoint.family, checkpoint.config
     heads, kv_heads, _ = family.heads(config)
     methods = [recipe.method, *(rule.method for rule in recipe.layers)]
@@ -78,8 +78,8 @@ def decide_module(module: Module, index: int, recipe: Recipe, checkpoint: Checkp
         if reason := residual.misfit(*module.shape):
             findings.add(index, f"{residual.name()}: {reason}", module.name)
     bits = Layer(choice.format, residuals=rule.residuals).storage_bits(*module.shape)
-    kept, why = "source", choice.fallback
-    return LayerPlan(module, choice.format, method, rule.activations, kept, why, index, bits, rule.residuals)
+    chosen = choice.format, method, rule.activations, choice.keep, choice.fallback
+    return LayerPlan(module, *chosen, index, bits, rule.residuals)
 
 
 def kept_bits(module: Module, keep: str, checkpoint: Checkpoint) -> int:
