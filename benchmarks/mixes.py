@@ -19,7 +19,7 @@ import numpy as np
 from gguf import GGUFReader
 
 from qtool.evaluate.llamacpp import library
-from qtool.store.imatrix import Entry, read_imatrix
+from qtool.store.imatrix import ImportanceEntry, read_imatrix
 
 MIXES = ("q4_k_m", "q4_k_s", "q3_k_m", "q2_k", "iq4_xs")
 SAMPLES, LENGTH = 64, 512
@@ -89,7 +89,7 @@ def only(folder: Path) -> Path:
     return file
 
 
-def encode_by_ggml(file: Path, source: Path, importance: dict[str, Entry]) -> None:
+def encode_by_ggml(file: Path, source: Path, importance: dict[str, ImportanceEntry]) -> None:
     """Replaces the bytes of a file's quantized tensors by ggml's encoding of a float32 file's."""
     originals = {tensor.name: tensor for tensor in GGUFReader(source).tensors}
     chunk = library().ggml_quantize_chunk
