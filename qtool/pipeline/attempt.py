@@ -1,4 +1,4 @@
-"""Candidates of transforms, of which every decoder block takes the best.
+"""Candidates of transforms, of which every decoder block, or the model as a whole, takes the best.
 
 Shape letters: S samples, T tokens, H hidden size, K inputs.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import Checkpoint
-from qtool.checkpoint.edits import Edit
+from qtool.checkpoint.edits import STREAM, Edit
 from qtool.checkpoint.rewritten import Rewritten
 from qtool.errors import CheckpointError
 from qtool.methods._base import split
@@ -23,7 +23,9 @@ from qtool.pipeline.prepare import Job
 from qtool.pipeline.rewriting import Rewriting
 from qtool.pipeline.roughly import Roughly, Statics
 from qtool.pipeline.solver import with_static
+from qtool.pipeline.trial import Trials
 from qtool.plan import LayerPlan
+from qtool.stats._base import InputStats
 from qtool.stats.channels import Channels
 from qtool.stats.values import Values
 from qtool.transforms._base import Candidates, Transform
@@ -57,21 +59,49 @@ class Attempt:
         if len(tokens) < 2:
             hint = "raise calibration.samples"
             raise CheckpointError("one calibration sample is none to learn from and one to judge by", hint=hint)
-        learn, judge = split(len(tokens), self.tried.held_out, self.job.plan.recipe.calibration.seed)
-        made: list[dict[int, list[Edit]]] = [{}]
-        errors = [self.errors((), tokens[learn], tokens[judge])]
-        for candidate in self.tried.each:
-            edits = self.candidate(candidate, tokens[learn])
-            made.append(self.by_block(edits))
-            errors.append(self.errors(edits, tokens[learn], tokens[judge]))
+        parts = split(len(tokens), self.tried.held_out, self.job.plan.recipe.calibration.seed)
+        learn, judge = (tokens[part] for part in parts)
+        made = [self.candidate((), learn), *(self.candidate(transforms, learn) for transforms in self.tried.each)]
+        yield from self.of_blocks(made, learn, judge) if self.tried.by == "block" else self.of_model(made, learn, judge)
+
+    def of_blocks(self, made: Sequence[tuple[Edit, ...]], learn: Tensor, judge: Tensor) -> Iterator[Edit]:
+        """Of some lists of edits, those that are best in each block."""
+        errors = [self.errors(edits, learn, judge) for edits in made]
         best = [min(range(len(errors)), key=lambda c: errors[c][i]) for i in range(self.count)]
+        sorted_out = [self.by_block(edits) for edits in made]
         self.notes = (self.told(best, errors),)
         for i, choice in enumerate(best):
-            yield from made[choice].get(i, ())
+            yield from sorted_out[choice][i]
+
+    def of_model(self, made: Sequence[tuple[Edit, ...]], learn: Tensor, judge: Tensor) -> tuple[Edit, ...]:
+        """Of some lists of edits, that whose rounded model diverges least from the original."""
+        trials, found = Trials(self.job.original, judge, self.job.device), list[float]()
+        for name, edits in zip(self.names, made, strict=True):
+            model = Rewritten(self.job.original, (*self.before, *edits), dtype=torch.float32)
+            layers = with_ops(self.job.plan.layers, model)
+            job = replace(self.job, checkpoint=model, plan=replace(self.job.plan, layers=layers))
+            found.append(trials.of(Roughly(job, *self.measured(job, learn))).mean)
+            self.listener(Event("transform", len(found), len(made), f"try {name}", {"nats": found[-1]}))
+        best = min(range(len(found)), key=found.__getitem__)
+        diverges = f"rounded to nearest it diverges by {found[best]:.4g} nats per token, {found[0]:.4g} with nothing"
+        self.notes = (f"try: {self.names[best]} for the whole model; {diverges}",)
+        return made[best]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the candidates, nothing first."""
+        return ["nothing", *(" + ".join(map(spelled, transforms)) for transforms in self.tried.each)]
 
     def candidate(self, transforms: Sequence[Transform], tokens: Tensor) -> tuple[Edit, ...]:
-        """What some transforms do to the whole model, one behind the other."""
+        """What some transforms do to the whole model, one behind the other.
+
+        Where a candidate turns hidden states, all of them give the output layer a matrix of its own, as was planned.
+        """
         found: tuple[Edit, ...] = ()
+        turns = any(STREAM in t.kinds for others in self.tried.each for t in others)
+        if turns and self.job.original.tied and not any(STREAM in t.kinds for t in transforms):
+            edges = self.job.original.family.edges(self.job.original.config, None)
+            found = tuple(Edit(edge.name) for edge in edges if edge.kind == "norm")
         for transform in transforms:
             found += tuple(Rewriting(self.job, transform, (*self.before, *found), self.listener).edits(tokens))
         return found
@@ -98,7 +128,9 @@ class Attempt:
         """
         exact = Rewritten(self.job.original, self.before, dtype=torch.float32)
         model = Rewritten(self.job.original, (*self.before, *edits), dtype=torch.float32)
-        job = replace(self.job, checkpoint=model, plan=replace(self.job.plan, layers=self.plans(model)))
+        plans = self.job.plan.layers
+        inside = [p if p.module.block is not None else replace(p, format=None) for p in plans]
+        job = replace(self.job, checkpoint=model, plan=replace(self.job.plan, layers=with_ops(inside, model)))
         rounded, walker = self.walker(Roughly(job, *self.measured(job, learn))), self.walker(exact)
         hidden, found = walker.embed(judge), list[float]()
         for i in range(self.count):
@@ -108,12 +140,6 @@ class Attempt:
             apart = (tried.values.float() - hidden.values.float()).square().sum(dtype=torch.float64)
             found.append(float(apart / hidden.values.float().square().sum(dtype=torch.float64)))
         return found
-
-    def plans(self, model: Checkpoint) -> tuple[LayerPlan, ...]:
-        """The layers of blocks, with what is done to their inputs; nothing else is rounded."""
-        plans = self.job.plan.layers
-        inside = (p if p.module.block is not None else replace(p, format=None) for p in plans)
-        return tuple(replace(p, input_ops=model.input_ops.get(p.module.name, ())) if p.format else p for p in inside)
 
     def measured(self, job: Job, tokens: Tensor) -> tuple[Mapping[str, Tensor], Statics]:
         """What rounding looks at: importances of channels, and scales of inputs where all tokens share them."""
@@ -126,13 +152,22 @@ class Attempt:
         hidden = walker.embed(tokens)
         for i in range(self.count):
             stats = walker.collect(walker.load_block(i), i, hidden, needs)
-            for p in (plans[m.name] for m in walker.modules[i] if m.name in plans):
-                seen = stats[p.module.reads]
-                if p.weight_needs and seen.tokens:
-                    importance[p.module.reads] = seen[Channels].importance.cpu()
-                if p.module.name in static and p.activations and (found := with_static(p, seen).static):
-                    statics.setdefault(p.module.name, {})[p.activations.label] = found
+            self.note(importance, statics, [plans[m.name] for m in walker.modules[i] if m.name in plans], stats)
+        if head := plans.get(job.original.family.head):
+            self.note(importance, statics, [head], {head.module.reads: walker.collect_head(hidden, needs)})
         return importance, statics
+
+    @staticmethod
+    def note(
+        importance: dict[str, Tensor], statics: Statics, plans: Sequence[LayerPlan], stats: Mapping[str, InputStats]
+    ) -> None:
+        """Takes down what was measured on inputs of some layers."""
+        for p in plans:
+            seen = stats[p.module.reads]
+            if p.weight_needs and seen.tokens:
+                importance[p.module.reads] = seen[Channels].importance.cpu()
+            if p.activations and p.activations.static and (found := with_static(p, seen).static):
+                statics.setdefault(p.module.name, {})[p.activations.label] = found
 
     def walker(self, model: Checkpoint) -> Walker:
         """What runs a model, every process for itself: blocks are compared on few samples."""
@@ -141,10 +176,21 @@ class Attempt:
 
     def told(self, best: Sequence[int], errors: Sequence[Sequence[float]]) -> str:
         """What was chosen how often, and what that leaves of the error on the samples that judge."""
-        names = ["nothing", *(" + ".join(t.name() for t in transforms) for transforms in self.tried.each)]
+        names = self.names
         for i, c in enumerate(best):
             told = {name: errors[k][i] for k, name in enumerate(names)}
             self.listener(Event("transform", i + 1, self.count, f"block {i}: {names[c]}", told))
         chosen = ", ".join(f"{names[c]} in {n}" for c, n in sorted(Counter(best).items()))
         left = sum(errors[c][i] for i, c in enumerate(best)) / max(sum(errors[0]), 1e-30)
         return f"try: of {self.count} blocks, {chosen}; {left:.2f} of the error of rounded blocks is left"
+
+
+def with_ops(plans: Sequence[LayerPlan], model: Checkpoint) -> tuple[LayerPlan, ...]:
+    """Plans with what a rewritten model wants to be done to inputs of the layers that are rounded."""
+    return tuple(replace(p, input_ops=model.input_ops.get(p.module.name, ())) if p.format else p for p in plans)
+
+
+def spelled(transform: Transform) -> str:
+    """A transform with the options that were chosen for it: "smooth alpha=0.6"."""
+    chosen = transform.model_dump(mode="json", exclude_defaults=True)
+    return " ".join((transform.name(), *(f"{key}={value}" for key, value in chosen.items())))

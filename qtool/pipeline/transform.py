@@ -18,7 +18,7 @@ from qtool.checkpoint._base import Checkpoint
 from qtool.checkpoint.edits import Edit, read_edits, write_edits
 from qtool.checkpoint.rewritten import Rewritten
 from qtool.errors import CheckpointError, PlanError
-from qtool.pipeline.attempt import Attempt
+from qtool.pipeline.attempt import Attempt, with_ops
 from qtool.pipeline.events import Listener
 from qtool.pipeline.prepare import Job
 from qtool.pipeline.rewriting import Rewriting
@@ -71,9 +71,7 @@ def transformed(job: Job, folder: Path, stored: Path | None, listener: Listener)
     made = found or rewritten(job, tokens, run, listener)
     rounded_anyway = {p.module.name for p in job.plan.layers if p.format}
     model = Rewritten(job.original, made.edits, wide=rounded_anyway)
-    layers = tuple(
-        replace(p, input_ops=model.input_ops.get(p.module.name, ())) if p.format else p for p in job.plan.layers
-    )
+    layers = with_ops(job.plan.layers, model)
     if any(transform.tried for transform in job.plan.recipe.transforms):
         refuse_uncarried(job, layers, model)
     plan = replace(job.plan, layers=layers, warnings=(*job.plan.warnings, *made.notes))

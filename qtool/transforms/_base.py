@@ -124,7 +124,7 @@ class Transform(Spec):
 
     @property
     def tried(self) -> Candidates | None:
-        """Of what every block takes the best; None: the transform itself is asked."""
+        """Of what the best is taken; None: the transform itself is asked."""
         return None
 
     @abstractmethod
@@ -145,15 +145,17 @@ class Transform(Spec):
 
 @dataclass(frozen=True)
 class Candidates:
-    """Transforms of which every decoder block takes the best.
+    """Transforms of which the best are taken.
 
     Attributes:
         each: some that work one behind the other, for every candidate.
         held_out: share of the samples that judge.
+        by: whether every decoder block takes what is best there, or all of the model what is best for it.
     """
 
     each: tuple[tuple[Transform, ...], ...]
     held_out: float
+    by: Literal["block", "model"]
 
 
 class EdgeTransform(Transform):

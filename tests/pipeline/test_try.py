@@ -210,3 +210,51 @@ def test_an_artifact_that_cannot_hold_a_candidate_is_refused_in_the_plan(
     after = recipe(tmp_path, [{"try": ["hadamard"]}, "smooth"])
     with pytest.raises(PlanError, match="smooth has to come before try, which stays in the model"):
         prepare(str(tiny_checkpoint("llama")), after)
+
+
+def rounded_divergence(folder: Path, tmp_path: Path, candidate: list[Any], judge: Tensor) -> float:
+    """Mean KL divergence of a whole run with one candidate, by softmax in float64."""
+    original = prepare(str(folder), recipe(tmp_path, [])).original
+    out = tmp_path / "alone"
+    run(QuantizeOptions(str(folder), recipe(tmp_path, candidate), out, dtype="fp32", overwrite=True))
+    both = []
+    for model in (original, open_artifact(str(out))):
+        walker = Walker(model, torch.device("cpu"), torch.float32)
+        hidden = walker.embed(judge)
+        for i in range(4):
+            walker.advance(walker.load_block(i), i, hidden)
+        both.append(torch.stack([walker.logits(hidden, s) for s in range(len(judge))]).double().log_softmax(-1))
+    return float((both[0].exp() * (both[0] - both[1])).sum(-1).mean())
+
+
+def test_one_candidate_for_the_whole_model_is_that_of_least_divergence(uneven: Path, tmp_path: Path) -> None:
+    candidates: list[Any] = ["rotate", {"equalize": {}}, {"hadamard": {"block": 64}}]
+    attempted = {"try": {"candidates": candidates, "by": "model"}}
+    job = prepare(str(uneven), recipe(tmp_path, [attempted]), device="cpu", dtype="fp32")
+    judge = tokens_of(job)[attempt.split(4, 0.25, 0)[1]]
+    told: list[Event] = []
+    changed, made = transform.transformed(job, tmp_path / "none", None, told.append)
+    measured = [event.values["nats"] for event in told if event.message.startswith("try ")]
+    expected = [rounded_divergence(uneven, tmp_path, c, judge) for c in ([], *([c] for c in candidates))]
+    assert measured == pytest.approx(expected, rel=2e-3)
+    best = min(range(4), key=expected.__getitem__)
+    assert best > 0
+    alone = transform.transformed(
+        prepare(str(uneven), recipe(tmp_path, [candidates[best - 1]]), dtype="fp32"), tmp_path / "none", None, silent
+    )[1]
+    assert made.edits == alone.edits
+    (note,) = made.notes
+    assert f"diverges by {expected[best]:.2g}"[:-1] in note
+    assert changed.plan.warnings[-1] == note
+
+
+def test_an_output_layer_that_may_be_turned_has_a_matrix_of_its_own_whatever_is_taken(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    attempted = {"try": {"candidates": ["rotate"], "by": "model"}}
+    rules = [{"match": "role:head", "keep": True}, {"match": "*", "weights": "int8-channel"}]
+    asked = recipe(tmp_path, [attempted], layers=rules)
+    for seed in range(3):
+        options = QuantizeOptions(str(tiny_checkpoint("llama-tied")), asked, tmp_path / f"out{seed}", seed=seed)
+        run(options)
+        assert not open_artifact(str(tmp_path / f"out{seed}")).tied
