@@ -140,6 +140,8 @@ class Rewritten(Checkpoint):
                 self._online[module].append(op)
         elif edge and edge.kind == "norm":
             self._rescale(edge, op)
+        elif edge and edge.kind == "scores" and op:
+            self._balance(edge, op)
         elif edge and edge.kind != STREAM and op:
             self._along(edge, op)
         else:
@@ -188,6 +190,17 @@ class Rewritten(Checkpoint):
                 self._rows(module, op)
         for module in edge.readers:
             self._columns(module, op.spread(edge.repeat, edge.dim))
+
+    def _balance(self, edge: Edge, op: InputOp) -> None:
+        """Takes factors from keys to queries, the same for channels that the rotary embedding mixes."""
+        if not isinstance(op, Scale) or op.width != edge.width:
+            self._refuse(edge, op)
+        pairs = op.factors.view(-1, edge.dim)[:, : edge.rotary].reshape(-1, 2, edge.rotary // 2)
+        if not torch.equal(pairs[:, 0], pairs[:, 1]):
+            self._refuse(edge, op)
+        self._rows(edge.source[0], op, edge.first)
+        for module in edge.beside:
+            self._rows(module, Scale(1 / op.factors).spread(edge.repeat, edge.dim))
 
     def _turn_stream(self, op: InputOp) -> None:
         """Multiplies all hidden states of the model with an orthogonal matrix."""

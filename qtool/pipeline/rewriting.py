@@ -90,10 +90,12 @@ class Rewriting:
         """Sites on edges of the graph: the edge, no modules, and the site."""
         for edge in self.model.family.edges(self.model.config, i):
             readers = [self.plans[name] for name in edge.readers if name in self.plans]
+            measured = readers or [self.plans[name] for name in edge.source if name in self.plans]
             rounded = any(self.plans[m].format for m in (*edge.source, *edge.readers) if m in self.plans)
-            if edge.kind in self.transform.kinds - {STREAM} and rounded:
-                whole = next((p for p in readers if p.module.expert is None), readers[0])
-                yield edge.name, (), self.site(edge, readers, stats.get(whole.module.reads))
+            cached = edge.kind == "scores" and self.job.plan.recipe.kv_cache is not None
+            if edge.kind in self.transform.kinds - {STREAM} and (rounded or cached):
+                whole = next((p for p in measured if p.module.expert is None), measured[0])
+                yield edge.name, (), self.site(edge, readers, stats.get(whole.module.reads), stats)
 
     def in_front(self, i: int | None, stats: Mapping[str, InputStats]) -> Iterator[tuple[str, tuple[str, ...], Site]]:
         """Sites in front of layers: no edge, the layers, and the site."""
@@ -105,22 +107,35 @@ class Rewriting:
                 inputs[p.module.reads].append(p)
         for reads, plans in inputs.items():
             width = plans[0].module.shape[1]
-            site = Site("input", width, width, 1, self.readers(plans), None, stats.get(reads), self.seed(reads))
+            found = self.readers(plans, stats)
+            site = Site("input", width, width, 1, found, None, stats.get(reads), self.seed(reads))
             yield "", tuple(p.module.name for p in plans), site
 
-    def site(self, edge: Edge, readers: Sequence[LayerPlan], stats: InputStats | None) -> Site:
-        """An edge as transforms see it."""
+    def site(
+        self,
+        edge: Edge,
+        readers: Sequence[LayerPlan],
+        stats: InputStats | None,
+        each: Mapping[str, InputStats] | None = None,
+    ) -> Site:
+        """An edge as transforms see it; `each` has the statistics of single readers, by `Module.reads`."""
         source = None
-        if edge.kind in ("heads", "product"):
+        if edge.kind in ("heads", "product", "scores"):
             rows = slice(edge.first, edge.first + edge.width)
             source = partial(self.weight, edge.source[0], rows)
         seed = self.seed(edge.name)
-        return Site(edge.kind, edge.width, edge.dim, edge.repeat, self.readers(readers), source, stats, seed)
+        found = self.readers(readers, each or {})
+        return Site(edge.kind, edge.width, edge.dim, edge.repeat, found, source, stats, seed, edge.rotary)
 
-    def readers(self, plans: Sequence[LayerPlan]) -> tuple[Reader, ...]:
+    def readers(self, plans: Sequence[LayerPlan], stats: Mapping[str, InputStats]) -> tuple[Reader, ...]:
         """Layers that are quantized, as transforms see them."""
         return tuple(
-            Reader(partial(self.weight, p.module.name), partial(rounded, p), p.activations is not None)
+            Reader(
+                partial(self.weight, p.module.name),
+                partial(rounded, p),
+                p.activations is not None,
+                stats.get(p.module.reads),
+            )
             for p in plans
             if p.format
         )

@@ -22,7 +22,7 @@ from qtool.spec import Spec
 from qtool.stats._base import InputStats, S, Statistic
 from qtool.stats.channels import Channels
 
-Kind = Literal["norm", "heads", "product", "stream", "input"]
+Kind = Literal["norm", "heads", "product", "scores", "stream", "input"]
 SCALABLE: tuple[Kind, ...] = ("norm", "heads", "product")
 """Kinds of sites where every channel can be divided by a factor of its own."""
 
@@ -36,11 +36,13 @@ class Reader:
         rounded: what becomes of some rows of it, [n, K] -> [n, K]; the second argument is the importance of columns,
             [K], where the layer's method looks at that.
         rounds_inputs: whether its inputs are rounded at run time.
+        stats: of what it reads itself: of an expert's input only tokens that come to it; None if nothing was measured.
     """
 
     weight: Callable[[], Tensor]
     rounded: Callable[[Tensor, Tensor | None], Tensor]
     rounds_inputs: bool
+    stats: InputStats | None = None
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,10 @@ class Site:
         repeat: how many columns of a reader, head by head, read the same channel.
         readers: those that are quantized.
         source: reads the rows that write the channels, float32 [C, ...]; None if no linear layer does.
-        stats: of the input of the readers, K wide; None if the transform needs none.
+        stats: of the input of the readers, K wide, at "scores" of the input of the source; None if the transform needs
+            none.
         seed: for random choices.
+        rotary: at "scores", how many first channels of a head are rotated, i with i + rotary / 2.
     """
 
     kind: Kind
@@ -66,6 +70,7 @@ class Site:
     source: Callable[[], Tensor] | None
     stats: InputStats | None
     seed: int
+    rotary: int = 0
 
     @property
     def idle(self) -> bool:

@@ -69,6 +69,18 @@ def test_no_factor_goes_through_a_clamped_product() -> None:
     assert edges("gpt_oss", 0, "product") == []
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_factors_go_from_keys_to_queries_where_no_norm_lies_between(name: str) -> None:
+    found = edges(name, 0, "scores")
+    if name in ("qwen3", "qwen3_moe", "gemma3_text"):
+        assert found == []
+        return
+    dim = 32 if name in ("gemma2", "gpt_oss") else 16
+    (scores,) = found
+    assert (scores.width, scores.repeat, scores.dim, scores.readers) == (2 * dim, 2, dim, ())
+    assert (scores.first, scores.rotary) == (64 if name == "phi3" else 0, dim)
+
+
 def test_matrices_stored_as_one() -> None:
     (heads,), (product,) = edges("phi3", 0, "heads"), edges("phi3", 0, "product")
     assert (heads.width, heads.first, heads.repeat, heads.dim) == (32, 64 + 32, 2, 16)  # behind q and k

@@ -105,6 +105,13 @@ def within(edge: Edge) -> Permutation:
     return Permutation(torch.cat([torch.randperm(dim, generator=generator()) + d for d in range(0, edge.width, dim)]))
 
 
+def in_pairs(edge: Edge) -> Scale:
+    """Factors, the same for both channels that the rotary embedding mixes."""
+    heads, half = factors(edge.width).factors.view(-1, edge.dim).clone(), edge.rotary // 2
+    heads[:, half : edge.rotary] = heads[:, :half]
+    return Scale(heads.flatten())
+
+
 def biased(model: Checkpoint, edge: Edge) -> bool:
     return edge.shifts and all(f"{m}.bias" in model.names() for m in (*edge.source, *edge.readers))
 
@@ -112,14 +119,16 @@ def biased(model: Checkpoint, edge: Edge) -> bool:
 def rewrites(model: Checkpoint) -> Iterator[tuple[str, list[Edit]]]:
     """Everything that its edges allow."""
     edges = list(model_edges(model).values())
-    norms, heads, products, stream = (
-        [edge for edge in edges if edge.kind == kind] for kind in ("norm", "heads", "product", "stream")
+    norms, heads, products, scores, stream = (
+        [edge for edge in edges if edge.kind == kind] for kind in ("norm", "heads", "product", "scores", "stream")
     )
     folded = [Edit(edge.name) for edge in norms]
     yield "factors", [Edit(edge.name, factors(edge.width)) for edge in (*norms, *heads, *products)]
     yield "folded", folded
     shifts = [Edit(e.name, Shift(factors(e.width).factors)) for e in heads if biased(model, e)]
     yield "orders and shifts", [*shifts, *(Edit(edge.name, within(edge)) for edge in (*heads, *products))]
+    if scores:
+        yield "keys", [Edit(edge.name, in_pairs(edge)) for edge in scores]
     yield "heads turned", [Edit(edge.name, turns(edge)) for edge in heads]
     hadamards = [Edit(edge.name, Hadamard(edge.dim, signs(edge.width))) for edge in heads]
     if stream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -20,7 +21,9 @@ from qtool.transforms import awq
 from qtool.transforms._base import Kind, Reader, Site, Transform
 from qtool.transforms.awq import AWQ
 from qtool.transforms.equalize import Equalize
+from qtool.transforms.exponents import Exponents
 from qtool.transforms.hadamard import Hadamard
+from qtool.transforms.keys import Keys
 from qtool.transforms.permute import Permute
 from qtool.transforms.rotate import Rotate
 from qtool.transforms.smooth import Smooth
@@ -101,6 +104,63 @@ def test_silent_channels_get_no_wild_factors() -> None:
     assert found is not None
     assert found.factors.isfinite().all()
     assert found.factors.max() / found.factors.min() < 2e3
+
+
+def test_smooth_of_experts_takes_the_largest_factors_of_what_comes_to_each() -> None:
+    transform = Smooth(alpha=0.6, experts="largest")
+    w, v = randn(6, 32), randn(5, 32)
+    place, _ = site("norm", transform, w, v)
+    seen = [inputs(32), inputs(32) * torch.exp(randn(32))]
+    stats = [InputStats(32, transform.needs) for _ in range(3)]
+    for x, own in zip(seen, stats, strict=False):
+        own.add(x)
+    readers = [replace(r, stats=own) for r, own in zip((*place.readers, place.readers[0]), stats, strict=True)]
+    found = transform.op(replace(place, readers=tuple(readers)))  # the third got no token
+    assert found is not None
+    expected = []
+    for j in range(32):
+        each = [
+            float(x[:, j].abs().max()) ** 0.6 / float(m[:, j].abs().max()) ** 0.4
+            for x, m in zip(seen, (w, v), strict=True)
+        ]
+        expected.append(max(each))
+    ratio = found.factors.double() / torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(ratio, ratio[:1].expand(32), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("octaves", [1, 3, 7])
+def test_exponents_are_powers_of_two_that_bring_channels_together(octaves: int) -> None:
+    transform = Exponents(octaves=octaves)
+    place, x = site("norm", transform, randn(6, 32))
+    found = transform.op(place)
+    assert found is not None
+    largest = [float(x[:, j].abs().max()) for j in range(32)]
+    for j in range(32):
+        power = round(math.log2(largest[j] / max(largest)))
+        assert float(found.factors[j]) == 2.0 ** max(-octaves, power)
+    w = randn(6, 32).bfloat16()
+    assert torch.equal(found.fold(w.float()).bfloat16().float(), found.fold(w.float()))  # nothing is rounded
+
+
+@pytest.mark.parametrize("rotary", [8, 4])
+def test_keys_are_evened_out_in_the_pairs_that_are_rotated(rotary: int) -> None:
+    transform = Keys(alpha=0.5)
+    w = randn(HEADS * DIM, 32) * torch.exp(2 * randn(HEADS * DIM + 1)[1:, None])
+    place, x = site("norm", transform, randn(3, 32), source=w)
+    found = transform.op(replace(place, kind="scores", width=HEADS * DIM, dim=DIM, readers=(), rotary=rotary))
+    assert found is not None
+    keys = x @ w.T
+    expected = torch.empty(HEADS * DIM, dtype=torch.float64)
+    for head in range(HEADS):
+        for i in range(DIM):
+            mates = [i, (i + rotary // 2) % rotary] if i < rotary else [i]
+            squares = [float(keys[:, head * DIM + m].double().square().mean()) for m in mates]
+            expected[head * DIM + i] = (sum(squares) / len(squares)) ** 0.25
+    for head in range(HEADS):
+        part = slice(head * DIM, (head + 1) * DIM)
+        ratio = found.factors[part].double() / expected[part]
+        torch.testing.assert_close(ratio, ratio[:1].expand(DIM), rtol=1e-4, atol=0)
+        assert float(found.factors[part].log().mean()) == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize("uneven", [False, True])
@@ -219,7 +279,10 @@ def test_nothing_is_done_where_nothing_is_quantized_or_nothing_was_seen(name: st
     if transform.kinds & {"stream", "input"}:
         return  # these choose without looking
     place, _ = site("product", transform, randn(6, 32), source=randn(32, 4))
+    if transform.kinds == {"scores"}:  # nobody reads these
+        place = replace(place, kind="scores", dim=8, source=lambda: randn(32, 32), readers=())
+    else:
+        assert transform.op(replace(place, readers=())) is None
     assert transform.op(place) is not None
-    assert transform.op(replace(place, readers=())) is None
     if transform.needs:
         assert transform.op(replace(place, stats=InputStats(32, transform.needs))) is None

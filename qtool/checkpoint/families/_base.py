@@ -8,7 +8,7 @@ Shape letters: H attention heads, G key/value heads, D head dimension, E hidden 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -179,6 +179,8 @@ class Family:
         for norm, feeds in self.norms.items():
             if found := tuple(prefix + x.path for x in linears if x.behind == feeds):
                 edges.append(Edge("norm", (prefix + norm,), found, hidden, offset=self.norm_offset))
+        if "head" not in self.norms.values():
+            edges += self.score_edges(config, linears, prefix)
         for source, reader, gate in pairs(linears):
             n, (heads, kv_heads, dim) = self.linear_shape(config, source)[0], self.heads(config)
             ends = (prefix + source.path,), (prefix + reader.path,)
@@ -192,6 +194,18 @@ class Family:
             writers = tuple(prefix + x.path for x in linears if x.role in ("o", "down"))
             edges.append(Edge("stream", writers, readers, hidden, dim=hidden))
         return tuple(edges)
+
+    def score_edges(self, config: dict[str, Any], linears: Sequence[Linear], prefix: str) -> Iterator[Edge]:
+        """From k to q of a block, where no norm lies between them and their products."""
+        (heads, kv_heads, dim), found = self.heads(config), {x.role: prefix + x.path for x in linears}
+        if both := found.get("qkv"):
+            q, k, first = both, both, heads * dim
+        elif {"q", "k"} <= found.keys():
+            q, k, first = found["q"], found["k"], 0
+        else:
+            return
+        rotary, repeat = self.rotary_dim(config), heads // kv_heads
+        yield Edge("scores", (k,), (), kv_heads * dim, first, repeat, dim, beside=(q,), rotary=rotary)
 
     def slices(self, config: dict[str, Any], stored: Collection[str]) -> dict[str, Slice]:
         """Tensors of the model that a checkpoint with these tensors stores otherwise than under their own names."""

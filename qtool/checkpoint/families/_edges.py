@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["norm", "heads", "product", "stream"]
+Kind = Literal["norm", "heads", "product", "scores", "stream"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,9 @@ class Edge:
       values, so a factor for each channel goes through, and a matrix of its own for each head.
     - product: rows of up, F channels, to columns of down; they are multiplied with those of gate on the way. A factor
       for each channel goes through, and another order if gate's rows take it too.
+    - scores: rows of k, G heads of D channels, to rows of q, of which `repeat` heads meet the same head of keys in the
+      products that attention takes the softmax of. A factor goes from the ones to the others, if both channels that the
+      rotary embedding turns into each other have the same. Nobody reads these channels through a matrix.
     - stream: the hidden states, E channels. What writes them (the rows of all layers that add to them, the columns of
       the embedding) and what reads them, each behind a norm that only looks at their length. One orthogonal matrix goes
       through all stream edges of a model together, once the weights of these norms are one.
@@ -34,9 +37,10 @@ class Edge:
         width: C.
         first: the row of the source that writes the first one; others lie before it where matrices are stored as one.
         repeat: how many columns of a reader, head by head, read the same channel.
-        dim: channels that an orthogonal matrix may mix: D for heads, all for a stream; 1 for the others.
+        dim: channels that an orthogonal matrix may mix: D for heads, all for a stream; D of scores; 1 for the others.
+        rotary: how many first channels of a head are rotated, i with i + rotary / 2.
         offset: what a norm adds to its weight before it multiplies.
-        beside: modules whose first C rows must be in the same order: gate's.
+        beside: modules whose first rows go along: gate's C, in the same order; q's, times what k's are divided by.
         shifts: whether what is subtracted from all values of a channel arrives at the readers as it is.
     """
 
@@ -50,6 +54,7 @@ class Edge:
     offset: float = 0.0
     beside: tuple[str, ...] = ()
     shifts: bool = False
+    rotary: int = 0
 
     @property
     def name(self) -> str:
