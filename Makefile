@@ -20,7 +20,7 @@ PROCESSOR_TESTS := -k "not thorough and not fast and not iq1 and not iq2 and not
 	$(addprefix tests/numerics/test_, compare.py scale_codes.py search.py sweep.py) \
 	tests/methods/test_gptq.py::test_codes_equal_the_plain_loop tests/methods/test_gptq.py::test_output_error_is_below_rounding
 
-.PHONY: setup demo test test-processors test-bounds test-newest test-oldest newest check format docs bench bench-gpu fuzz kills clean
+.PHONY: setup demo test test-processors test-bounds test-newest test-oldest test-tasks newest check format docs bench bench-gpu fuzz kills clean
 
 setup: $(READY)
 
@@ -64,6 +64,10 @@ test-newest: .venv-newest/ready
 test-oldest: .venv-oldest/ready
 	OMP_WAIT_POLICY=PASSIVE NUMBA_CACHE_DIR=.venv-oldest/numba .venv-oldest/bin/python -m pytest -p no:anyio \
 		--numprocesses auto --dist worksteal -m "not slow and not demo" $(OLD_CORE) $(PYTEST_ARGS)
+
+# lm-evaluation-harness on tiny local tasks; without it those tests say that they are skipped.
+test-tasks: .venv-tasks/ready
+	OMP_WAIT_POLICY=PASSIVE .venv-tasks/bin/python -m pytest tests/evaluate/test_tasks.py $(PYTEST_ARGS)
 
 .venv-%/ready: constraints-%.txt $(READY)
 	rm -rf .venv-$*
@@ -124,4 +128,4 @@ bench-gpu: $(READY)
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-newest .venv-oldest .venv-peer build dist demo .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-newest .venv-oldest .venv-tasks .venv-peer build dist demo .mypy_cache .pytest_cache .ruff_cache

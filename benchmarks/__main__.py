@@ -6,6 +6,7 @@ gptq    4 bits in groups of 64 on 32 x 512 tokens of SmolLM2-135M off any grid, 
 encode  every GGUF block type on real matrices with an importance matrix, against ggml's encoders
 gguf    Q4_K_M from safetensors to the file without GPTQ, against conversion and ggml's encoders
 mixes   GGUF files against those of llama-quantize with an importance matrix: KL divergence at the same size
+budgets files whose bytes are divided by need against mixes of the same size; ten budgets against one
 recipes every recipe that ships on the demo model: KL divergence and size, as in the recipes' headers
 study   integers against floats on the demo model, with and without outliers: the tables and plots of docs/study.md
 systems the systems of the field as recipes, each against a plain way to the same formats: the table of docs/systems.md
@@ -26,7 +27,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import cast, encode, mixes, models, page, recipes, study, system, whole
+from benchmarks import budgets, cast, encode, mixes, models, page, recipes, study, system, whole
 from benchmarks.measure import Cost, measure
 from qtool.recipe.load import find_recipe
 from scripts.prose import prose
@@ -103,6 +104,20 @@ def files(options: argparse.Namespace) -> dict[str, float]:
     return found
 
 
+def divided(options: argparse.Namespace) -> dict[str, float]:
+    """KL divergence of files by budget over that of mixes as large, as a table; seconds of one budget and of ten."""
+    narrow = models.off_grid(models.checkpoint(options.work / "demo"), options.work / "off-grid")
+    model = models.widened(narrow, options.work / "wide")
+    found = dict(budgets.another(QTOOL, model, options.work, options.calibration))
+    print(*(f"{key} {value:.1f}" for key, value in found.items()), budgets.HEADER, sep="\n", flush=True)
+    texts = {"evaluation": options.evaluation, "prose": options.prose}
+    for row in budgets.siblings(QTOOL, model, options.work, options.calibration, texts, options.chunks):
+        print(row, flush=True)
+        found |= {f"{row.mix}_{row.text}_{key}": value for key, value in zip(row._fields[2:], row[2:], strict=True)}
+        found[f"{row.mix}_{row.text}_ratio"] = row.ratio
+    return found
+
+
 def shipped(options: argparse.Namespace) -> dict[str, float]:
     """KL divergence and size of the demo model by every recipe that ships; prints them as a table."""
     narrow = models.off_grid(models.checkpoint(options.work / "demo"), options.work / "off-grid")
@@ -169,6 +184,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
     "encode": lambda options: encoders(options.work, options.calibration),
     "gguf": gguf,
     "mixes": files,
+    "budgets": divided,
     "recipes": shipped,
     "study": studied,
     "systems": compared,
@@ -187,7 +203,7 @@ def main() -> None:
     parser.add_argument("--peer", type=Path, default=Path(".venv-peer/bin/python"), help="Python with llm-compressor")
     parser.add_argument("--write-headers", action="store_true", help="recipes: write the lines # Quality: anew")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="study: where")
-    parser.add_argument("--chunks", type=int, default=12, help="study: of the text")
+    parser.add_argument("--chunks", type=int, default=12, help="study, budgets: of each text")
     parser.add_argument("--write-page", action="store_true", help="study: write tables and plots of docs/study.md anew")
     parser.add_argument("--system", action="append", default=[], help="systems: this one, and others given so")
     options = parser.parse_args()

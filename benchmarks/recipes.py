@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.mixes import divergence, run
-from qtool.recipe.load import list_recipes
+from qtool.recipe.load import list_recipes, load_recipe
 
 QUALITY = re.compile(r"^# Quality: .*\n", re.MULTILINE)
 
@@ -26,7 +26,7 @@ def qualities(
         chunks: of it.
         names: recipes; empty: all.
     """
-    for name in names or [entry.name for entry in list_recipes()]:
+    for name in names or [entry.name for entry in list_recipes() if not wants_limit(entry.name)]:
         out = work / "recipes" / name
         out.parent.mkdir(exist_ok=True)
         model = next(model for model in models if fits(qtool, model, name))
@@ -34,6 +34,12 @@ def qualities(
         place = next(out.glob("*.gguf"), out)
         weights = max(file.stat().st_size for file in out.iterdir())
         yield name, divergence(qtool, place, model, text, chunks), weights / 1e6
+
+
+def wants_limit(recipe: str) -> bool:
+    """True if a recipe leaves open how large the file is."""
+    budget = load_recipe(recipe).budget
+    return budget is not None and budget.like is None
 
 
 def fits(qtool: Sequence[str], model: Path, recipe: str) -> bool:

@@ -6,25 +6,28 @@ for each warning. Whatever goes wrong is a `qtool.QtoolError` of one line, with 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from qtool import models
 from qtool.checkpoint._base import Checkpoint
-from qtool.errors import QtoolError  # noqa: F401 (offered)
+from qtool.errors import QtoolError, UsageError  # noqa: F401 (offered)
 from qtool.evaluate.gates import refuse_missed
 from qtool.evaluate.result import Evaluation
 from qtool.pipeline import calibrate as calibrating
 from qtool.pipeline import evaluate as evaluating
 from qtool.pipeline import export as exporting
 from qtool.pipeline import quantize as quantizing
+from qtool.pipeline.budget import divided
 from qtool.pipeline.events import Listener, silent
 from qtool.pipeline.matrix import quantize_matrix  # noqa: F401 (offered)
 from qtool.pipeline.prepare import prepare
 from qtool.plan import Plan
 from qtool.recipe.load import load_recipe as _load_recipe
 from qtool.recipe.schema import Recipe
+from qtool.recipe.size import parse_size
 from qtool.report.model import ArtifactEntry, Report
 
 Model = str | Path | Checkpoint
@@ -57,20 +60,40 @@ def open_model(model: str | Path) -> Checkpoint:
 
 
 def plan(
-    model: Model, recipe: str | Path | Recipe, *, overrides: Iterable[str] = (), limit_layers: int | None = None
+    model: Model,
+    recipe: str | Path | Recipe,
+    *,
+    overrides: Iterable[str] = (),
+    limit_layers: int | None = None,
+    fit: int | str | None = None,
+    bits: float | None = None,
+    kld: float | None = None,
+    scores: str | Path | None = None,
+    listener: Listener = silent,
 ) -> Plan:
-    """What a recipe would do to a model, layer by layer, with predicted sizes. No weight is read.
+    """What a recipe would do to a model, layer by layer, with predicted sizes.
+
+    No weight is read, unless the recipe has a budget, which is divided.
 
     Args:
         model: to what.
         recipe: path or name, or what `load_recipe` gave.
         overrides: see `load_recipe`.
         limit_layers: quantize only so many decoder blocks.
+        fit: see `quantize`, as for the next three.
+        bits: see there.
+        kld: see there.
+        scores: see there.
+        listener: is told about progress of dividing a budget.
 
     Raises:
         RecipeError, CheckpointError, PlanError, UsageError: with every mismatch at once.
     """
-    return prepare(_source(model), _recipe(recipe), tuple(overrides), limit=limit_layers).plan
+    limit = _budget(fit, bits, kld)
+    job = prepare(_source(model), _recipe(recipe), tuple(overrides), limit=limit_layers, budget=limit)
+    if job.plan.recipe.budget:
+        job, _ = divided(job, None if scores is None else Path(scores), listener)
+    return job.plan
 
 
 def calibrate(
@@ -111,6 +134,10 @@ def quantize(
     limit_layers: int | None = None,
     stats: str | Path | None = None,
     imatrix: str | Path | None = None,
+    fit: int | str | None = None,
+    bits: float | None = None,
+    kld: float | None = None,
+    scores: str | Path | None = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     overwrite: bool = False,
@@ -127,6 +154,10 @@ def quantize(
         limit_layers: quantize only so many decoder blocks.
         stats: what `calibrate` measured.
         imatrix: an importance matrix of llama.cpp to round with.
+        fit: for a recipe with a budget, bytes that the files with tensors may have at most, or "4.2GB".
+        bits: the same per weight of the model.
+        kld: divergence that is allowed; the file is as small as that allows.
+        scores: file that keeps what a budget is divided by, or folder of such files.
         device: where to compute.
         dtype: in which type to run the model.
         overwrite: replace an earlier result.
@@ -145,6 +176,8 @@ def quantize(
         limit=limit_layers,
         stats=None if stats is None else Path(stats),
         imatrix=None if imatrix is None else Path(imatrix),
+        limit_of=_budget(fit, bits, kld),
+        scores=None if scores is None else Path(scores),
         device=device,
         dtype=dtype,
         overwrite=overwrite,
@@ -233,6 +266,18 @@ def evaluate(
 
 def _source(model: Model) -> str | Checkpoint:
     return model if isinstance(model, Checkpoint) else str(model)
+
+
+def _budget(fit: int | str | None, bits: float | None, kld: float | None) -> dict[str, object]:
+    """The limit of a budget as stages take it. Raises UsageError: no size, or no positive number."""
+    try:
+        size = None if fit is None else parse_size(fit)
+    except ValueError as error:
+        raise UsageError(f"fit: {error}") from None
+    for name, value in (("bits", bits), ("kld", kld)):
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError(name, wanted="a positive number", found=value)
+    return {"size": size, "bits": bits, "kld": kld}
 
 
 def _recipe(recipe: str | Path | Recipe) -> str | Recipe:

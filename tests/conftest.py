@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import pydoc_data.topics
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+os.environ["QTOOL_CACHE"] = tempfile.mkdtemp(prefix="qtool-cache-")  # commands in tests leave the user's alone
 TINY: dict[str, dict[str, Any]] = {
     "llama": {"dtype": "bfloat16"},
     "llama-tied": {"dtype": "bfloat16", "tie_word_embeddings": True, "num_hidden_layers": 3},

@@ -161,3 +161,30 @@ def test_a_matrix_gets_the_codes_that_a_run_would_choose():
 def test_what_a_matrix_may_not_be(arguments, kind, message):
     with pytest.raises(kind, match=message):
         qtool.quantize_matrix(**{"w": torch.ones(2, 64), **arguments})
+
+
+BUDGETED = {
+    "recipe": 1,
+    "name": "fit",
+    "calibration": {"data": "builtin", "samples": 4, "length": 64},
+    "layers": [{"match": "role:embedding", "weights": "q8_0"}, {"match": "*", "weights": "q8_0"}],
+    "budget": {"formats": ["q4_0", "q8_0"], "samples": 2, "held_out": 2},
+    "export": [{"to": "gguf"}],
+}
+
+
+def test_budgets(tiny_checkpoint, tmp_path):
+    import qtool
+
+    recipe, model = qtool.load_recipe(BUDGETED), tiny_checkpoint("llama")
+    plans = [qtool.plan(model, recipe, fit=fit, scores=tmp_path) for fit in ("125KB", 10**6)]
+    assert [{p.label for p in plan.layers} for plan in plans] == [{"q4_0", "q8_0"}, {"q8_0"}]
+    assert len(list(tmp_path.iterdir())) == 1
+    report = qtool.quantize(model, recipe, tmp_path / "out", bits=9.0, scores=tmp_path, device="cpu")
+    assert report.allocation.wanted == "9 bits per weight"
+    (file,) = (tmp_path / "out").glob("*.gguf")
+    assert file.stat().st_size == report.allocation.nbytes <= report.allocation.limit
+    for wrong in ({"fit": "4XB"}, {"fit": 0}, {"bits": 0.0}, {"kld": float("nan")}, {"fit": 1, "bits": 2.0}):
+        with pytest.raises(qtool.QtoolError) as caught:
+            qtool.plan(model, recipe, **wrong)
+        assert caught.value.exit_code == 2

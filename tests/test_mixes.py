@@ -37,6 +37,8 @@ PLAIN = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q6_k", "iq4_nl", "iq4_
 MIXES = (*BASE, *PLAIN, "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq3_xxs", "iq3_s")
 LEARNED = ("q4_k_m", "q3_k_m", "q2_k")
 """Those that have a recipe `gguf-MIX-best` as well, with learned codes."""
+FITTED = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m")
+"""Those that have a sibling of equal size; tests/test_recipes.py is about it."""
 LOW = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m")
 FALLBACK = {
     **dict.fromkeys(("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_xs"), "iq4_nl"),
@@ -230,6 +232,7 @@ def test_all_of_them_ship():
         *(f"gguf-{mix}" for mix in MIXES),
         *(f"gguf-{mix}-best" for mix in LEARNED),
         "gguf-fit",
+        *(f"gguf-{mix}-fit" for mix in FITTED),
     }
 
 

@@ -14,9 +14,12 @@ from qtool.recipe.load import find_recipe, list_recipes, load_recipe
 from tests.recipe.shapes import QWEN3_600M, SMOLLM2_135M, TINY, Shapes, carriers
 
 ALL = list_recipes()
-BUDGETS = {"gguf-fit", "w4-mixed", "nvfp4-fp8-mixed"}
-"""Those that leave formats open; tests/pipeline/test_allocate.py is about them."""
-ENTRIES = [entry for entry in ALL if not entry.name.startswith("gguf-") and entry.name not in BUDGETS]
+LIMITED = {"gguf-fit", "w4-mixed", "nvfp4-fp8-mixed"}
+"""Those that leave formats open and want a limit; tests/pipeline/test_allocate.py is about them."""
+MIXES = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m")
+SIBLINGS = {f"gguf-{mix}-fit": f"gguf-{mix}" for mix in MIXES}
+"""Those that may be as large as another."""
+ENTRIES = [entry for entry in ALL if not entry.name.startswith("gguf-") and entry.name not in LIMITED]
 """Those that give one format to all blocks; tests/test_mixes.py is about the others."""
 UNTIED = TINY | {"hidden_size": 256, "intermediate_size": 512}
 EXPERTS = {
@@ -124,7 +127,7 @@ def test_names_agree_and_header_says_what_it_is_for(entry):
     text = entry.path.read_text()
     purpose, _, rest = text.partition("\n#\n")
     assert re.fullmatch(r"(# .+\n?)+", purpose)
-    limit = r" --(fit|bits) \S+" if entry.name in BUDGETS else ""
+    limit = r" --(fit|bits) \S+" if entry.name in LIMITED else ""
     assert re.match(rf"#     qtool quantize MODEL --recipe {entry.name}{limit} -o OUT\n#\n# Size: ", rest)
     assert "Needs no calibration data." in purpose or "Calibrates on 128 x 512 tokens" in purpose
 
@@ -170,8 +173,12 @@ def test_data_is_needed_where_the_header_says_so(entry):
 
 
 def test_budgets_are_those_of_recipes_that_leave_formats_open():
-    assert {entry.name for entry in ALL if parsed(entry.name).budget} == BUDGETS
-    assert all((b := parsed(name).budget).size is b.bits is b.kld is None for name in BUDGETS)
+    assert {entry.name for entry in ALL if parsed(entry.name).budget} == LIMITED | SIBLINGS.keys()
+    assert all((b := parsed(name).budget).size is b.bits is b.kld is b.like is None for name in LIMITED)
+    for name, mix in SIBLINGS.items():
+        budget, formats = parsed(name).budget, {p.format for p in planned(mix, UNTIED).layers if p.format}
+        assert (budget.like, budget.against) == (mix, (mix,))
+        assert formats <= {candidate.weights for candidate in budget.formats}  # so that the mix itself is a choice
 
 
 @each

@@ -27,7 +27,7 @@ from qtool.calibrate.walker import Walker
 from qtool.numerics.checks import finite
 from qtool.numerics.product import float32_product
 
-POSITIONS = 64
+POSITIONS = 256
 """Whose logits are in memory at a time."""
 
 
@@ -130,6 +130,7 @@ class Slopes:
                     read = head.norm(x)
                     z, bend = head.capped(float32_product(read.detach(), head.weight, TABLE_VALUES))
                     p = finite(z, f"logits of {self.walker.checkpoint.source}").softmax(1)
+                    head.care += read.detach().float().square().sum(1) @ squares_of(p, bend)
                     target = torch.multinomial(p.cpu(), 1, generator=draw).to(z.device)
                     slope = p.scatter_add_(1, target, -torch.ones_like(target, dtype=p.dtype)).mul_(bend)
                     (found,) = torch.autograd.grad(read, x, head.back(slope).to(read.dtype))
@@ -147,6 +148,7 @@ class HeadSlopes:
     Attributes:
         norm: in front of it.
         weight: [V, H].
+        care: squared gradients of each logit, times squares of what is read, summed: float32 [V].
     """
 
     def __init__(self, walker: Walker) -> None:
@@ -154,6 +156,7 @@ class HeadSlopes:
         self.norm = walker.load_norm()
         self.weight = walker.tensor(f"{family.embedding if checkpoint.tied else family.head}.weight")
         self.cap = family.logit_softcap(checkpoint.config)
+        self.care = torch.zeros(len(self.weight), device=self.weight.device)
         self.read: list[Tensor] = []
         self.sums: list[Tensor] = []
 
@@ -166,10 +169,7 @@ class HeadSlopes:
 
     def back(self, slope: Tensor) -> Tensor:
         """Gradients in front of the product for those behind it: float32 [R, V] -> [R, H]."""
-        step = max(1, TABLE_VALUES // self.weight.shape[1])
-        parts = range(0, len(self.weight), step)
-        products = (slope[:, a : a + step] @ self.weight[a : a + step].float() for a in parts)
-        return torch.stack(list(products)).sum(0) if len(parts) > 1 else next(products)
+        return slope.to(self.weight.dtype) @ self.weight
 
     def inputs(self) -> Tensor:
         """What all positions read, [R, H]."""
@@ -180,9 +180,13 @@ class HeadSlopes:
         self.read.append(read)
         self.sums.append(sums)
 
-    def seen(self, start: int, stop: int) -> LayerRecord:
-        """Of rows `start` to `stop`; squares are expected ones, p (1 - p), rather than those of drawn targets."""
+    def seen(self, rows: Tensor) -> LayerRecord:
+        """Of some rows, int64 [N]; squares are expected ones, p (1 - p), rather than those of drawn targets."""
         x, sums = self.inputs(), torch.cat(self.sums)
-        z, bend = self.capped(float32_product(x, self.weight[start:stop], TABLE_VALUES))
-        p = (z - sums[:, None]).exp_()
-        return LayerRecord(x, p * (1 - p) * (bend * bend))
+        z, bend = self.capped(float32_product(x, self.weight[rows.to(self.weight.device)], TABLE_VALUES))
+        return LayerRecord(x, squares_of((z - sums[:, None]).exp_(), bend))
+
+
+def squares_of(p: Tensor, bend: Tensor | float) -> Tensor:
+    """Expected squared gradients of -log p of a token that is drawn, by what the product gives: [R, V]."""
+    return p * (1 - p) * (bend * bend)

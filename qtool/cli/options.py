@@ -190,7 +190,8 @@ Scores = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Where to keep what a budget is divided by, so that another budget takes seconds; read if it is there.",
+        help="Where to keep what a budget is divided by, so that another budget takes seconds; read if it is there. "
+        "By default in ~/.cache/qtool.",
         show_default=False,
     ),
 ]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qtool.cli import options
+from qtool.cli.cache import scores_folder
 from qtool.cli.console import Console, document, result, table
 from qtool.errors import UsageError
 from qtool.report.budget import budget_lines
@@ -42,13 +43,15 @@ def command(
     check: Check = False,
     strict: options.Strict = False,
     json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
     """Show what RECIPE would do to MODEL: formats, methods, sizes. No weight is read, unless a budget is divided.
 
     Example: `qtool plan ./SmolLM2-135M -r w4a16-gptq-g64`
     """
-    console = Console(strict=strict)
+    console = Console(quiet, verbose, strict)
     recipe = options.named(recipe, console)
     from qtool.pipeline.prepare import prepare
 
@@ -62,7 +65,7 @@ def command(
         from qtool.pipeline.budget import divided
 
         with console:
-            job, allocation = divided(job, scores, console)
+            job, allocation = divided(job, scores or scores_folder(), console)
     elif scores:
         raise UsageError("--scores", wanted="a recipe with a budget: such as gguf-fit", found=job.plan.recipe.name)
     plan = job.plan

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qtool.cli import options, ranks
+from qtool.cli.cache import scores_folder
 from qtool.cli.console import Console, document, result, table
 from qtool.report.budget import budget_lines
 from qtool.report.meaning import meaning
@@ -22,7 +23,7 @@ Verify = Annotated[bool, typer.Option(help="Read artifacts back and compare them
 
 
 ALIKE = (
-    *("device", "dtype", "seed", "stats", "imatrix", "scores"),
+    *("device", "dtype", "seed", "stats", "imatrix"),
     *("keep", "overwrite", "verify", "private", "revision", "base_model", "license"),
 )
 """Options that the command and `QuantizeOptions` call alike."""
@@ -81,6 +82,7 @@ def command(
         limit=limit_layers,
         limit_of={"size": fit, "bits": bits, "kld": kld},
         options={"pre_tokenizer": pre_tokenizer, "split_max_size": split_max_size},
+        scores=scores or scores_folder(),
         push_to=push_to_hub,
         ranks=ranks.of(ctx),
         **{name: ctx.params[name] for name in ALIKE},

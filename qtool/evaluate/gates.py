@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from qtool.errors import GateError, UsageError, suggestion
-from qtool.evaluate.result import Evaluation, Gate
+from qtool.evaluate.result import Evaluation, Gate, TaskEvaluation
 from qtool.recipe.gates import AT_LEAST, GATES
 
 ERRORS = {"ppl": "ppl_error", "ppl_ratio": "ppl_ratio_error", "kld": "kld_error", "top1": "top1_error"}
@@ -21,14 +21,20 @@ def parse_gates(texts: Iterable[str]) -> dict[str, float]:
     Raises:
         UsageError: not of the form name=number, or a gate that does not exist.
     """
+    gates = parsed_gates(texts, "e.g. kld=0.05")
+    validate_gates(gates, compared=True)
+    return gates
+
+
+def parsed_gates(texts: Iterable[str], wanted: str) -> dict[str, float]:
+    """Limits by name, whatever these are. Raises UsageError: not of the form name=number."""
     gates = {}
     for text in texts:
         name, _, limit = text.partition("=")
         try:
             gates[name.strip()] = float(limit)
         except ValueError:
-            raise UsageError("a gate is no name=number", wanted="e.g. kld=0.05", found=repr(text)) from None
-    validate_gates(gates, compared=True)
+            raise UsageError("a gate is no name=number", wanted=wanted, found=repr(text)) from None
     return gates
 
 
@@ -63,6 +69,50 @@ def _gate(evaluation: Evaluation, name: str, limit: float) -> Gate:
     low, high = (None, None) if error is None else (value - NORMAL * error, value + NORMAL * error)
     passed = value >= limit if at_least else value <= limit
     return Gate(name=name, limit=limit, at_least=at_least, value=value, low=low, high=high, passed=passed)
+
+
+DROP = "_drop"
+"""What stands behind a task's name in the gate that says how many percentage points it may lose."""
+
+
+def parse_task_gates(texts: Iterable[str]) -> dict[str, float]:
+    """`["arc_easy_drop=0.5"]` -> limits by gate name. Raises UsageError: not of that form."""
+    gates = parsed_gates(texts, f"e.g. arc_easy{DROP}=0.5")
+    for name, limit in gates.items():
+        if not name.endswith(DROP):
+            raise UsageError("a gate of --tasks", wanted=f"TASK{DROP}=POINTS", found=f"{name}={limit:g}")
+    return gates
+
+
+def validate_task_gates(gates: Mapping[str, float], tasks: Iterable[str], compared: bool) -> None:
+    """Refuses gates that cannot be checked, before anything is computed. Raises UsageError: see `validate_gates`."""
+    known = [task + DROP for task in tasks]
+    for name, limit in gates.items():
+        if name not in known:
+            raise UsageError(f"no gate is called {name!r}", hint=suggestion(name, known))
+        if not math.isfinite(limit):
+            raise UsageError(f"the limit of gate {name}", wanted="a finite number", found=limit)
+        if not compared:
+            raise UsageError(f"gate {name} compares with a baseline and none is given", hint="add --baseline MODEL")
+
+
+def judge_tasks(found: TaskEvaluation, gates: Mapping[str, float]) -> tuple[Gate, ...]:
+    """Holds tasks against the percentage points that they may lose, each by the first metric that it lists.
+
+    Raises:
+        UsageError: that metric is no number for each question, so that nothing says what was lost.
+    """
+    judged = []
+    for name, limit in gates.items():
+        score = next(s for s in found.scores if s.task == name.removesuffix(DROP))
+        if score.difference is None:
+            raise UsageError(f"gate {name}", wanted="a metric of each question", found=score.metric)
+        lost = (-100 if score.higher_is_better else 100) * score.difference
+        error = None if score.difference_error is None else 100 * NORMAL * score.difference_error
+        low, high = (None, None) if error is None else (lost - error, lost + error)
+        gate = Gate(name=name, limit=limit, at_least=False, value=lost, low=low, high=high, passed=lost <= limit)
+        judged.append(gate)
+    return tuple(judged)
 
 
 def refuse_missed(gates: Sequence[Gate]) -> None:

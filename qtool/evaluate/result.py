@@ -86,3 +86,53 @@ class Evaluation(BaseModel):
     def ppl_ratio(self) -> float | None:
         """Perplexity over the baseline's."""
         return None if self.base_ppl is None else self.ppl / self.base_ppl
+
+
+class TaskScore(BaseModel):
+    """One metric of one task.
+
+    Attributes:
+        task, metric: their names.
+        higher_is_better: whether more is better.
+        samples: questions.
+        value, error: mean of the quantized model, and its standard error.
+        base: the baseline's mean.
+        difference, difference_error: mean of the differences, question by question, and its standard error.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+    task: str
+    metric: str
+    higher_is_better: bool
+    samples: int
+    value: float
+    error: float | None = None
+    base: float | None = None
+    difference: float | None = None
+    difference_error: float | None = None
+
+
+class TaskEvaluation(BaseModel):
+    """How a model does in tasks of lm-evaluation-harness, alone and beside the unquantized one.
+
+    Attributes:
+        scores: each task with each of its metrics.
+        fewshot: examples in front of each question; None: as many as each task says.
+        limit: questions of each task at most; None: all.
+        runtime: what ran the quantized model: "qtool" or "llama.cpp".
+        harness: its release.
+        artifact, baseline, qtool, gates: see `Evaluation`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+    scores: tuple[TaskScore, ...]
+    fewshot: int | None = None
+    limit: int | None = None
+    runtime: str
+    harness: str
+    artifact: str | None = None
+    baseline: str | None = None
+    qtool: str | None = None
+    gates: tuple[Gate, ...] = ()

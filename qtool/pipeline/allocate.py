@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ from qtool.formats._base import Format
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.prepare import Job
 from qtool.pipeline.roughly import Roughly
-from qtool.pipeline.scores import ScoreFile
+from qtool.pipeline.scores import ScoreFile, scores_at
 from qtool.pipeline.sensitivity import Pricing
 from qtool.pipeline.summarize import parameters
 from qtool.pipeline.trial import NORMAL, Divergence, Trials
-from qtool.plan import Plan, Planned
+from qtool.plan import LayerPlan, Plan, Planned
 from qtool.plan.check import check
 from qtool.plan.decide import decide
 from qtool.plan.findings import Findings
@@ -49,7 +50,7 @@ def allocated(
     Args:
         job: the run, whose recipe has a budget.
         card: what the artifact's writer will be given, as far as it goes into files with tensors.
-        place: file of scores: read if it is there, written otherwise.
+        place: file of scores: read if it is there, written otherwise; or a folder of such files, each about something.
         strict: refuse a file about something else.
         edits: what identifies the transforms of the model.
         listener: called with events of progress.
@@ -99,6 +100,7 @@ class Allocator:
     answer: Chosen
     scores: ScoreFile
     groups: Sequence[Group]
+    rules: Mapping[str, tuple[LayerPlan, ...]]
     trials: Trials | None = None
 
     def __init__(self, job: Job, card: Mapping[str, Any]) -> None:
@@ -130,10 +132,24 @@ class Allocator:
         """Bytes that the budget allows; None if it limits something else."""
         if self.budget.bits is not None:
             return int(self.budget.bits * parameters(self.job.original) / 8)
-        return self.budget.size
+        return self.like if self.budget.like else self.budget.size
+
+    @cached_property
+    def like(self) -> int:
+        """Bytes of the artifact by the rules of the recipe that the budget names."""
+        assert self.budget.like is not None
+        plan = replace(self.job.plan, layers=self.ruled(self.budget.like))
+        return self.artifact.footprint(Planned(self.job.checkpoint, plan), self.card).total
+
+    def ruled(self, name: str) -> tuple[LayerPlan, ...]:
+        """What the rules of a recipe give every layer."""
+        recipe = load_recipe(name)
+        layers, _ = decide(self.modules, recipe, self.job.checkpoint, Findings(recipe.layers))
+        return layers
 
     def refuse_too_small(self) -> None:
-        """Raises PlanError: nothing is small enough, or there is no limit."""
+        """Raises PlanError, RecipeError: nothing is small enough, there is no limit, or no recipe to compare with."""
+        self.rules = {recipe: self.ruled(recipe) for recipe in self.budget.against}
         name, limit = f"recipe {self.job.plan.recipe.name}", self.limit
         if limit is None:
             if self.budget.kld is None:
@@ -151,7 +167,7 @@ class Allocator:
     ) -> None:
         """Finds out what options cost, unless a file says so."""
         self.samples, self.held_out, self.listener = samples, held_out, listener
-        self.scores = ScoreFile(place, self.identity(edits), strict)
+        self.scores = scores_at(place, self.identity(edits), strict)
         if self.scores.found is None:
             self.scores.found = Pricing(self.job, self.open, samples).run(listener)
             self.scores.save()
@@ -216,6 +232,8 @@ class Allocator:
         """The budget in words."""
         if self.budget.kld is not None:
             return f"a KL divergence of at most {self.budget.kld:g}"
+        if self.budget.like is not None:
+            return f"the size of {self.budget.like}"
         return f"{self.budget.bits:g} bits per weight" if self.budget.bits is not None else spelled(self.limit or 0)
 
     def fitting(self, limit: int) -> Chosen:
@@ -234,9 +252,7 @@ class Allocator:
         for i, candidate in enumerate(self.budget.formats):
             if (chosen := uniform(self.open, i)) is not None:
                 yield f"{candidate.label} for all layers", chosen
-        for name in self.budget.against:
-            recipe = load_recipe(name)
-            layers, _ = decide(self.modules, recipe, self.job.checkpoint, Findings(recipe.layers))
+        for name, layers in self.rules.items():
             plans = {p.module.name: p for p in layers}
             found = [decision.index(plans) for decision in self.open]
             if None not in found:

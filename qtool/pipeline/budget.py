@@ -26,7 +26,7 @@ def divided(job: Job, scores: Path | None, listener: Listener) -> tuple[Job, All
 
     Args:
         job: the run, whose recipe has a budget.
-        scores: file to keep what was found out; None: nothing is kept.
+        scores: file to keep what was found out, or a folder of such files; None: nothing is kept.
         listener: called with events of progress.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
@@ -97,7 +97,19 @@ def run(options: EvaluateOptions, listener: Listener = silent) -> Evaluation:
     return ranks.broadcast(evaluation)
 
 
-def updated_place(options: EvaluateOptions) -> Path | None:
+class Updating(Protocol):
+    """What says whether a report is to be updated."""
+
+    @property
+    def artifact(self) -> str | Checkpoint:
+        """The model under test."""
+
+    @property
+    def update(self) -> bool:
+        """Whether its report is updated."""
+
+
+def updated_place(options: Updating) -> Path | None:
     """Where the artifact lies whose report is to be updated; None if none is.
 
     Raises:

@@ -126,7 +126,7 @@ def with_limit(recipe: Recipe, chosen: Mapping[str, object]) -> Recipe:
         raise UsageError(f"{names} exclude each other")
     if recipe.budget is None:
         raise UsageError(names, wanted="a recipe with a budget: such as gguf-fit", found=recipe.name)
-    limits = dict.fromkeys(LIMITS) | dict(chosen)
+    limits = dict.fromkeys((*LIMITS, "like")) | dict(chosen)
     return recipe.model_copy(update={"budget": recipe.budget.model_copy(update=limits)})
 
 

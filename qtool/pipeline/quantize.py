@@ -53,7 +53,7 @@ class QuantizeOptions:
         imatrix: an importance matrix of llama.cpp to use instead; sets the recipe's method to rounding with it.
         limit_of: "size", "bits" or "kld" of the recipe's budget; None as a value: not given.
         tensor_types: PATTERN=TYPE each, see `qtool.artifact.gguf.tensor_types`.
-        scores: file with what a budget is divided by; read if it is there, else written.
+        scores: file with what a budget is divided by, read if it is there, else written; or a folder of such files.
         options: of the artifacts that the recipe exports, by name; None as a value: not given.
         keep: leave the work folder.
         overwrite: replace an earlier result.

@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import NoReturn
 
+import torch
 from torch import Tensor
 
 from qtool.checkpoint._base import Layer, QuantizedCheckpoint, Static, TensorInfo
 from qtool.methods.rtn import RTN
+from qtool.numerics.threads.parallel import row_shares, shares, side_by_side
 from qtool.pipeline.prepare import Job
-from qtool.pipeline.solve import solve
+from qtool.pipeline.requantize import origin
+from qtool.pipeline.rows import row_parts
+from qtool.pipeline.solve import informed, refuse_infinite
 from qtool.plan import LayerPlan
-from qtool.residuals._base import Matrix
-from qtool.stats._base import InputStats
-from qtool.stats.channels import Channels
 
 Statics = dict[str, dict[str, Static]]
 """What inputs are rounded with where all tokens share that: by module and by the label of their format."""
@@ -36,6 +37,7 @@ class Roughly(QuantizedCheckpoint):
         self.source, self.config = self.origin.source, self.origin.config
         self.family, self.files = self.origin.family, self.origin.files
         self.layers = {name: with_found(p, statics) for name, p in self.plans.items()}
+        self.shared: dict[str, Tensor] = {}
 
     def names(self) -> list[str]:
         """See `Checkpoint.names`."""
@@ -51,15 +53,25 @@ class Roughly(QuantizedCheckpoint):
 
     def tensor(self, name: str) -> Tensor:
         """See `Checkpoint.tensor`; rounds it."""
+        if name in self.shared:
+            return self.shared[name]
         plan = self.plans.get(name.removesuffix(".weight"))
         if plan is None:
             return self.origin.tensor(name)
-        return round_off(self.job, plan, self.importance.get(plan.module.reads)).decode()
+        nearest, known = Nearest(self.job, plan), self.importance.get(plan.module.reads)
+        parts = row_parts(plan.module.shape) if nearest.format.by_rows else [(0, plan.module.shape[0])]
+        return torch.cat([nearest(self.origin.rows(name, *part), known) for part in parts])
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """See `Checkpoint.rows`; of a matrix that is rounded, all of it is."""
-        plain = name.removesuffix(".weight") not in self.plans
-        return self.origin.rows(name, start, stop) if plain else super().rows(name, start, stop)
+        """See `Checkpoint.rows`; where embedding and output layer share a matrix, all of it is rounded once."""
+        plan = self.plans.get(name.removesuffix(".weight"))
+        if plan is None:
+            return self.origin.rows(name, start, stop)
+        if plan.module.kind == "embedding" and self.origin.tied:
+            self.shared.setdefault(name, self.tensor(name))
+        elif plan.format and plan.format.by_rows:
+            return Nearest(self.job, plan)(self.origin.rows(name, start, stop), self.importance.get(plan.module.reads))
+        return super().rows(name, start, stop)
 
     def matrix(self, module: str) -> NoReturn:
         """Nobody asks for codes. Raises RuntimeError."""
@@ -75,11 +87,45 @@ def with_found(plan: LayerPlan, statics: Statics) -> Layer:
     return replace(layer, static=statics[plan.module.name][layer.activations.label])
 
 
-def round_off(job: Job, plan: LayerPlan, importance: Tensor | None) -> Matrix:
-    """A matrix rounded to nearest, with importances of its inputs, float32 [K], where they are known."""
-    stats = None
-    if importance is not None:
-        stats = InputStats(len(importance), frozenset({Channels}), job.device)
-        stats[Channels].sums, stats.tokens = importance.to(job.device), 1
-    method = RTN(importance=stats is not None)
-    return Matrix(solve(replace(plan, method=method, residuals=()), job.checkpoint, stats, job.device).quantized)
+class Nearest:
+    """Rounds rows of a module to nearest.
+
+    Args:
+        job: the run.
+        plan: of the module, with a format.
+
+    Attributes:
+        format: of the plan, as `informed`.
+    """
+
+    def __init__(self, job: Job, plan: LayerPlan) -> None:
+        assert plan.format is not None
+        module = plan.module.name
+        self.plan, self.device = replace(plan, method=RTN()), job.device
+        self.format = informed(plan.format, job.checkpoint, (module,))
+        self.same = origin(job.checkpoint, module, plan.format).same is not None
+
+    def __call__(self, w: Tensor, importance: Tensor | None) -> Tensor:
+        """What a runtime decodes of some rows, [N, K] -> float32 [N, K]; of all rows where these share a scale.
+
+        Args:
+            w: the rows.
+            importance: of inputs, float32 [K], where they are known.
+
+        Raises:
+            NumericsError: the result is not finite.
+        """
+        w = w.to(self.device).float()
+        if self.same:
+            return w
+        known = None if importance is None else importance.to(self.device)
+
+        def part(rows: tuple[int, int]) -> Tensor:
+            here = w[slice(*rows)]
+            params = self.format.fit(here, known)
+            return self.format.decode(self.format.snap(here, params, known), params)
+
+        parts = row_shares(len(w), self.device) if self.format.by_rows else [(0, len(w))]
+        w_hat = torch.cat(side_by_side(part, parts, shares(len(parts), self.device)))
+        refuse_infinite(w_hat, self.plan)
+        return w_hat

@@ -75,6 +75,18 @@ class ScoreFile:
                 writer.add(name, tensor)
 
 
+def scores_at(place: Path, identity: str, strict: bool) -> ScoreFile:
+    """Scores in a file, or in a folder, where damaged ones are found anew; see `ScoreFile`."""
+    if not place.is_dir():
+        return ScoreFile(place, identity, strict)
+    file = place / f"{identity}.safetensors"
+    try:
+        return ScoreFile(file, identity, strict)
+    except CheckpointError:
+        file.unlink(missing_ok=True)
+        return ScoreFile(file, identity, strict)
+
+
 def read(file: SafetensorsFile) -> tuple[Priced, dict[str, list[float]]]:
     """What a file holds. Raises CheckpointError: damaged."""
     costs, statics, measured = (parsed(file, key) for key in ("costs", "statics", "measured"))

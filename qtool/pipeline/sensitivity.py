@@ -1,9 +1,10 @@
 """What every layer would cost in every format that a budget allows: the loss of rounding it, from one calibration.
 
-A candidate's matrix is rounded for real, with importances of its inputs, and its error is looked at where it matters:
-mean over tokens of half the squared gradient of each output times its squared error, nats per token.
+Rows of a candidate's matrix are rounded for real, with importances of its inputs, and the error is looked at where it
+matters: mean over tokens of half the squared gradient of each output times its squared error, nats per token. Some rows
+of a large matrix stand for all, the more likely the more their outputs matter; they are the same for all candidates.
 
-Shape letters: S samples, T tokens of one, R tokens that a module reads, K inputs, N outputs.
+Shape letters: S samples, T tokens of one, R tokens that a module reads, K inputs, N outputs, M rows that stand for all.
 """
 
 from __future__ import annotations
@@ -16,19 +17,23 @@ import torch
 from torch import Tensor
 
 from qtool.allocate.decisions import Decision
+from qtool.allocate.sampling import Sample, systematic
 from qtool.allocate.slopes import LayerRecord, Slopes
 from qtool.calibrate.inputs import rounded
 from qtool.calibrate.walker import Walker
-from qtool.checkpoint._base import Layer
+from qtool.checkpoint._base import Layer, Module
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.prepare import Job
-from qtool.pipeline.roughly import Statics, round_off, with_found
+from qtool.pipeline.roughly import Nearest, Statics, with_found
 from qtool.pipeline.rows import row_parts
 from qtool.pipeline.solver import with_static
 from qtool.plan import LayerPlan
 from qtool.stats._base import InputStats
 from qtool.stats.channels import Channels
 from qtool.stats.values import Values
+
+ROWS = 256
+"""Rows that stand for all of a larger matrix."""
 
 
 @dataclass
@@ -75,18 +80,32 @@ class Pricing:
         for done, (i, seen) in enumerate(slopes.blocks(), 1):
             for m in self.walker.modules[i]:
                 if m.name in self.options and m.name in seen:
-                    stats = self.measure(m.name, m.reads, seen[m.name].x)
-                    self.price(m.name, partial(self.inner, seen=seen[m.name], stats=stats))
+                    self.inside(m, seen.pop(m.name))
             listener(Event("allocate", done, blocks, f"block {i}"))
         for name, plans in self.options.items():
             module = next(iter(plans.values())).module
-            if module.block is not None:
+            if module.block is None:
+                self.outside(module, slopes)
+            else:
                 self.unseen(name)
-                continue
-            read = None if module.kind == "embedding" else slopes.head.inputs()
-            known = None if read is None else self.measure(name, module.reads, read)
-            self.price(name, partial(self.outer, slopes=slopes, stats=known))
         return self.found
+
+    def inside(self, module: Module, seen: LayerRecord) -> None:
+        """Prices a linear layer of a block."""
+        stats = self.measure(module.name, module.reads, seen.x)
+        matters = seen.x.float().square().sum(1) @ seen.squares.float()
+        sample, w = self.sampled(module, matters)
+        here = LayerRecord(seen.x, seen.squares[:, sample.rows.to(seen.squares.device)])
+        self.price(module.name, partial(self.inner, seen=here, stats=stats, sample=sample, w=w))
+
+    def outside(self, module: Module, slopes: Slopes) -> None:
+        """Prices the token embedding or the output layer."""
+        embeds = module.kind == "embedding"
+        heads = not embeds or self.job.checkpoint.tied
+        read = None if embeds else self.measure(module.name, module.reads, slopes.head.inputs())
+        sample, w = self.sampled(module, self.matter(slopes, embeds, heads))
+        head = slopes.head.seen(sample.rows) if heads else None
+        self.price(module.name, partial(self.outer, head=head, slopes=slopes, stats=read, sample=sample, w=w))
 
     def measure(self, name: str, reads: str, x: Tensor) -> InputStats:
         """Statistics of what a module reads, [R, K]."""
@@ -122,57 +141,121 @@ class Pricing:
             ]
             self.found.costs[name][label] = sum(others) / max(1, len(others))
 
-    def inner(self, plan: LayerPlan, seen: LayerRecord, stats: InputStats) -> float:
-        """Half the squared errors of what a linear layer makes of its inputs, times squared gradients, summed."""
-        matrix = round_off(self.job, plan, stats[Channels].importance)
-        layer, total, x = with_found(plan, self.found.statics), 0.0, seen.x.float()
-        behind = self.behind(seen.x, layer)
-        for a, b in row_parts(plan.module.shape):
-            w, w_hat = self.weights(plan, a, b), matrix.rows(a, b).decode().to(self.job.device)
-            total += weighed(x, behind, w, w_hat, seen.squares[:, a:b])
-        return total
+    def inner(self, plan: LayerPlan, seen: LayerRecord, stats: InputStats, sample: Sample, w: Tensor) -> float:
+        """Half the squared errors of what a linear layer makes of its inputs, times squared gradients, summed.
 
-    def outer(self, plan: LayerPlan, slopes: Slopes, stats: InputStats | None) -> float:
-        """The same of the token embedding, of the output layer, or of both where they share a matrix."""
-        embeds, total = plan.module.kind == "embedding", 0.0
-        matrix = round_off(self.job, plan, None if stats is None else stats[Channels].importance)
-        layer = with_found(plan, self.found.statics)
-        for a, b in row_parts(plan.module.shape):
-            w, w_hat = self.weights(plan, a, b), matrix.rows(a, b).decode().to(self.job.device)
-            if not embeds or self.job.checkpoint.tied:
-                seen = slopes.head.seen(a, b)
-                total += weighed(seen.x.float(), self.behind(seen.x, layer), w, w_hat, seen.squares)
-            if embeds:
-                total += self.looked_up(w - w_hat, a, slopes)
-        return total
+        Args:
+            plan: with the candidate.
+            seen: what it reads, and squares of the outputs of the sample.
+            stats: of what it reads.
+            sample: its rows.
+            w: of its matrix, float32 [M, K].
+        """
+        w_hat = self.candidate(plan, sample, w, stats[Channels].importance)
+        behind = self.behind(seen.x, with_found(plan, self.found.statics))
+        return weighted(weighed(seen.x, behind, w, w_hat, seen.squares), sample)
 
-    def looked_up(self, error: Tensor, first: int, slopes: Slopes) -> float:
-        """The same of rows of the embedding, from `first` on, that tokens look up: [N, K]."""
+    def outer(
+        self,
+        plan: LayerPlan,
+        head: LayerRecord | None,
+        slopes: Slopes,
+        stats: InputStats | None,
+        sample: Sample,
+        w: Tensor,
+    ) -> float:
+        """The same of the token embedding, of the output layer, or of both where they share a matrix.
+
+        Args:
+            plan: with the candidate.
+            head: what the output layer reads, and squares of the logits of the sample; None: it has its own matrix.
+            slopes: through with all blocks.
+            stats: of what is read; None: tokens look rows up.
+            sample: its rows.
+            w: of the matrix, float32 [M, K].
+        """
+        w_hat = self.candidate(plan, sample, w, None if stats is None else stats[Channels].importance)
+        total = torch.zeros(len(w), dtype=torch.float64)
+        if head is not None:
+            behind = self.behind(head.x, with_found(plan, self.found.statics))
+            total += weighed(head.x, behind, w, w_hat, head.squares)
+        if plan.module.kind == "embedding":
+            total += self.looked_up(w - w_hat, sample, slopes)
+        return weighted(total, sample)
+
+    def candidate(self, plan: LayerPlan, sample: Sample, w: Tensor, importance: Tensor | None) -> Tensor:
+        """The sample of a rounded matrix, float32 [M, K]."""
+        nearest = Nearest(self.job, plan)
+        if nearest.format.by_rows:
+            return nearest(w, importance)
+        whole = self.job.checkpoint.tensor(f"{plan.module.name}.weight")
+        return nearest(whole, importance)[sample.rows.to(w.device)]
+
+    def looked_up(self, error: Tensor, sample: Sample, slopes: Slopes) -> Tensor:
+        """Of rows of the embedding that tokens look up, [M, K]: float64 [M]."""
         assert slopes.embedded is not None
-        here = (self.tokens >= first) & (self.tokens < first + len(error))
-        rows = error[self.tokens[here].to(error.device) - first]
-        rows = rows * self.job.checkpoint.family.embedding_scale(self.job.checkpoint.config)
-        squares = slopes.embedded[here.to(slopes.embedded.device)].to(rows)
-        return float((rows.square_() * squares).sum(dtype=torch.float64)) / 2
+        checkpoint, device = self.job.checkpoint, slopes.embedded.device
+        place = torch.full((len(slopes.head.care),), -1)
+        place[sample.rows] = torch.arange(len(sample.rows))
+        here = place[self.tokens] >= 0
+        rows = place[self.tokens[here]]
+        errors = error.to(device)[rows.to(device)] * checkpoint.family.embedding_scale(checkpoint.config)
+        found = (errors.square_() * slopes.embedded[here.to(device)].to(errors)).sum(1).double().cpu() / 2
+        return torch.zeros(len(error), dtype=torch.float64).index_add_(0, rows, found)
+
+    def matter(self, slopes: Slopes, embeds: bool, heads: bool) -> Tensor:
+        """How much rows of the embedding or of the output layer matter, whatever their errors: float32 [V].
+
+        Args:
+            slopes: through with all blocks.
+            embeds: whether tokens look them up.
+            heads: whether they make logits.
+        """
+        matters = slopes.head.care.cpu() * float(heads)
+        if embeds:
+            assert slopes.embedded is not None
+            scale = self.job.checkpoint.family.embedding_scale(self.job.checkpoint.config)
+            felt = slopes.embedded.float().sum(2).cpu() * scale**2
+            matters = matters.index_add(0, self.tokens.flatten(), felt.flatten())
+        return matters
 
     def behind(self, x: Tensor, layer: Layer) -> Tensor | None:
         """Inputs, [R, K], as a runtime rounds them; None: it does not."""
-        return rounded(x, layer).float() if layer.activations else None
+        return rounded(x, layer) if layer.activations else None
 
-    def weights(self, plan: LayerPlan, start: int, stop: int) -> Tensor:
-        """Rows of a matrix, float32."""
-        return self.job.checkpoint.rows(f"{plan.module.name}.weight", start, stop).to(self.job.device).float()
+    def sampled(self, module: Module, matters: Tensor) -> tuple[Sample, Tensor]:
+        """Rows that stand for all of a matrix, float32 [M, K], by how much outputs matter, [N], and rows' squares."""
+        name, sizes = f"{module.name}.weight", torch.empty(module.shape[0])
+        for a, b in row_parts(module.shape):
+            sizes[a:b] = self.job.checkpoint.rows(name, a, b).float().square().sum(1) * matters[a:b].cpu()
+        sample = systematic(sizes, ROWS)
+        parts = []
+        for a, b in row_parts(module.shape):
+            here = sample.rows[(sample.rows >= a) & (sample.rows < b)]
+            if len(here):
+                parts.append(self.job.checkpoint.rows(name, a, b)[here - a])
+        w = torch.cat(parts) if parts else torch.zeros(0, module.shape[1])
+        return sample, w.to(self.job.device).float()
 
 
-def weighed(x: Tensor, behind: Tensor | None, w: Tensor, w_hat: Tensor, squares: Tensor) -> float:
-    """sum(squares * (x w^T - behind w_hat^T)^2) / 2.
+def weighed(x: Tensor, behind: Tensor | None, w: Tensor, w_hat: Tensor, squares: Tensor) -> Tensor:
+    """sum(squares * (x w^T - behind w_hat^T)^2) / 2 of each row, float64 [M].
+
+    Products are of differences, so that a narrow type says enough.
 
     Args:
-        x: inputs, float32 [R, K].
+        x: inputs, [R, K].
         behind: the same as they are rounded; None: they are not.
-        w: float32 [N, K].
+        w: float32 [M, K].
         w_hat: the same rounded.
-        squares: [R, N].
+        squares: [R, M].
     """
-    error = x @ (w - w_hat).T if behind is None else x @ w.T - behind @ w_hat.T
-    return float((error.square_() * squares).sum(dtype=torch.float64)) / 2
+    error = (x if behind is None else behind) @ (w - w_hat).to(x.dtype).T
+    if behind is not None:
+        error += (x - behind) @ w.to(x.dtype).T
+    return error.float().square_().mul_(squares).sum(0).double().cpu() / 2
+
+
+def weighted(found: Tensor, sample: Sample) -> float:
+    """What all rows have together, by those of a sample: float64 [M]."""
+    return float(found @ sample.weights)

@@ -7,7 +7,7 @@ from pathlib import Path
 from qtool import registry
 from qtool.artifact._base import Artifact
 from qtool.errors import UsageError
-from qtool.evaluate.result import Evaluation
+from qtool.evaluate.result import Evaluation, TaskEvaluation
 from qtool.pipeline.card import card_of
 from qtool.report.model import ArtifactEntry, FileEntry, Report
 from qtool.report.model_card import write_card
@@ -38,7 +38,7 @@ def result_of(artifact: Path) -> Path:
     raise UsageError("--update", wanted="an artifact of `qtool quantize` with its report.json", found=artifact)
 
 
-def check_baseline(folder: Path, evaluation: Evaluation) -> None:
+def check_baseline(folder: Path, evaluation: Evaluation | TaskEvaluation) -> None:
     """Raises UsageError: the evaluation compared with another model than the run began with."""
     wanted = read_report(folder / "report.json").source_fingerprint
     if evaluation.baseline not in (None, wanted):
@@ -61,7 +61,24 @@ def update(artifact: Path, evaluation: Evaluation) -> Report:
     check_baseline(folder, evaluation)
     report = read_report(folder / "report.json")
     kept = [e for e in report.evaluations if any(getattr(e, key) != getattr(evaluation, key) for key in SAME)]
-    report = report.model_copy(update={"evaluations": (*kept, evaluation)})
+    return rewritten(folder, report.model_copy(update={"evaluations": (*kept, evaluation)}))
+
+
+def update_tasks(artifact: Path, evaluation: TaskEvaluation) -> Report:
+    """The same with tasks, which take the place of earlier ones of the same names and settings."""
+    folder = result_of(artifact)
+    check_baseline(folder, evaluation)
+    report = read_report(folder / "report.json")
+
+    def key(e: TaskEvaluation) -> tuple[object, ...]:
+        return {s.task for s in e.scores}, e.fewshot, e.limit, e.runtime, e.artifact, e.baseline
+
+    kept = [e for e in report.tasks if key(e) != key(evaluation)]
+    return rewritten(folder, report.model_copy(update={"tasks": (*kept, evaluation)}))
+
+
+def rewritten(folder: Path, report: Report) -> Report:
+    """Writes a changed report, its pages, and the cards that quote it."""
     report = report.model_copy(update={"artifacts": tuple(_card(folder, each, report) for each in report.artifacts)})
     written = [path.name for path in write_report(report, folder)]
     for each in report.artifacts:

@@ -78,13 +78,14 @@ class Budget(Strict):
     """How large the artifact may be, or how far from the original, and what its layers may become.
 
     A layer whose rule gives it one of these formats may get any other of them; all other layers, kept ones among them,
-    stay as their rules say. Exactly one of size, bits and kld is given, here or as --fit, --bits or --kld.
+    stay as their rules say. Exactly one of size, bits, kld and like is given, here or as --fit, --bits or --kld.
 
     Attributes:
         size: bytes that the artifact's files of tensors have at most, headers and tokenizer included, such as 4.2GB.
         bits: the same, per number in the model's tensors.
         kld: KL divergence from the original in nats per token, on calibration samples that were held out, that is not
             exceeded, with 95 % confidence; the artifact is as small as that allows.
+        like: a recipe, such as gguf-q4_k_m: the artifact has at most as many bytes as its rules would give it.
         formats: what layers may become: a format, keep, or a mapping with weights and activations.
         against: recipes whose rules are tried as well; of those that fit, the most promising is measured, and taken
             if it is better than the plan, both rounded to nearest.
@@ -95,6 +96,7 @@ class Budget(Strict):
     size: Size | None = None
     bits: float | None = Field(default=None, gt=0)
     kld: float | None = Field(default=None, gt=0)
+    like: str | None = None
     formats: Annotated[tuple[CandidateField, ...], Field(min_length=1)]
     against: tuple[str, ...] = ()
     samples: int = Field(default=8, ge=1)
@@ -103,5 +105,5 @@ class Budget(Strict):
     @classmethod
     def conflicts(cls, value: Mapping[str, Any]) -> list[tuple[Keys, str]]:
         """At most one limit."""
-        limits = [key for key in ("size", "bits", "kld") if value.get(key) is not None]
-        return [((), f"wanted one limit, found {' and '.join(limits)}")] if len(limits) > 1 else []
+        given = [key for key in ("size", "bits", "kld", "like") if value.get(key) is not None]
+        return [((), f"wanted one limit, found {' and '.join(given)}")] if len(given) > 1 else []

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from qtool.evaluate.result import Evaluation
+from qtool.evaluate.result import Evaluation, TaskEvaluation
 
 Count = Annotated[int, Field(gt=0, lt=2**63)]
 Size = Annotated[int, Field(ge=0, lt=2**63)]
@@ -175,6 +175,7 @@ class Report(Entry):
         kv_cache: of each decoder block; empty if the cache is left alone, or no tokens were run.
         blocks: what methods that solve blocks measured.
         finish: stages behind the last block. Errors of layers are those before them.
+        tasks: of lm-evaluation-harness, that `eval --tasks --update` added.
         environment: versions of python and packages, cpu, threads, device.
     """
 
@@ -192,6 +193,7 @@ class Report(Entry):
     artifacts: tuple[ArtifactEntry, ...]
     stages: tuple[StageEntry, ...]
     evaluations: tuple[Evaluation, ...]
+    tasks: tuple[TaskEvaluation, ...] = ()
     warnings: tuple[str, ...]
     environment: dict[str, str]
     other_bytes: Size = 0

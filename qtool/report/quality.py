@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from qtool.evaluate.result import Evaluation, Gate
+from qtool.evaluate.gates import NORMAL
+from qtool.evaluate.result import Evaluation, Gate, TaskEvaluation, TaskScore
 from qtool.report.meaning import ANCHORS, meaning
 from qtool.report.model import Report
 from qtool.report.summary import bits_per_weight, number, percent
@@ -23,8 +24,9 @@ class AnchorRow:
 
 
 def gates(report: Report) -> list[tuple[str, Gate]]:
-    """(text, gate) of everything that was held against a limit."""
-    return [(e.text, gate) for e in report.evaluations for gate in e.gates]
+    """(text or harness, gate) of everything that was held against a limit."""
+    texts = [(e.text, gate) for e in report.evaluations for gate in e.gates]
+    return texts + [(f"lm-evaluation-harness {e.harness}", gate) for e in report.tasks for gate in e.gates]
 
 
 def outcome(report: Report) -> str | None:
@@ -97,3 +99,40 @@ def with_top1_error(e: Evaluation) -> str | None:
 def optional(x: float | None) -> str | None:
     """A number, or nothing."""
     return None if x is None else number(x)
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """One metric of one task as text: of this model, of the baseline, and what was won or lost."""
+
+    task: str
+    metric: str
+    questions: str
+    value: str
+    base: str
+    difference: str
+
+
+TASK_HEADER = ("task", "metric", "questions", "this model", "baseline", "difference")
+
+
+def task_rows(evaluations: Iterable[TaskEvaluation]) -> list[TaskRow]:
+    """Every score of every task."""
+    return [task_row(score) for e in evaluations for score in e.scores]
+
+
+def task_row(score: TaskScore) -> TaskRow:
+    """A score; the difference has its 95 % confidence interval."""
+    difference = "-"
+    if score.difference is not None:
+        spread = score.difference_error
+        interval = "" if spread is None else f" (95 %: {spread_of(score.difference, spread)})"
+        difference = f"{score.difference:+.4f}{interval}"
+    error = "" if score.error is None else f" ± {score.error:.4f}"
+    base = "-" if score.base is None else f"{score.base:.4f}"
+    return TaskRow(score.task, score.metric, f"{score.samples:,}", f"{score.value:.4f}{error}", base, difference)
+
+
+def spread_of(mean: float, error: float) -> str:
+    """The ends of a 95 % confidence interval."""
+    return f"{mean - NORMAL * error:+.4f} to {mean + NORMAL * error:+.4f}"

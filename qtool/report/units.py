@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qtool.evaluate.result import Evaluation, Gate
+    from qtool.evaluate.result import Evaluation, Gate, TaskEvaluation
 
 
 def size(nbytes: float) -> str:
@@ -29,7 +29,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
-def verdicts(evaluations: Iterable[Evaluation]) -> list[str]:
+def verdicts(evaluations: Iterable[Evaluation | TaskEvaluation]) -> list[str]:
     """A line for each gate: "PASS kld 0.0413 (95 % between 0.0403 and 0.0423), limit 0.05"."""
     return [f"{outcome(gate)} {gate.name} {found(gate)}, {limit(gate)}" for e in evaluations for gate in e.gates]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 
@@ -76,17 +77,23 @@ def header(
         shapes: name -> shape of every tensor, in order.
         table: type and offset of every tensor.
     """
-    found = b"GGUF" + struct.pack("<IQQ", 3, len(shapes), len(metadata))
-    found += b"".join(_string(key) + _value(value) for key, value in metadata.items())
+    parts = [b"GGUF", struct.pack("<IQQ", 3, len(shapes), len(metadata))]
+    parts += [_string(key) + _value(value) for key, value in metadata.items()]
     for name, shape in shapes.items():
-        found += _string(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
-        found += struct.pack("<IQ", *table[name])
-    return found + bytes(-len(found) % ALIGNMENT)
+        parts += [_string(name), struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))]
+        parts.append(struct.pack("<IQ", *table[name]))
+    return b"".join([*parts, bytes(-sum(map(len, parts)) % ALIGNMENT)])
 
 
 def _string(text: str) -> bytes:
     data = text.encode()
     return struct.pack("<Q", len(data)) + data
+
+
+@lru_cache(maxsize=4)
+def _strings(items: tuple[str, ...]) -> bytes:
+    """Vocabularies are asked for again and again where many plans of a model are looked at."""
+    return b"".join(map(_string, items))
 
 
 def _value(value: Value) -> bytes:
@@ -104,5 +111,5 @@ def _value(value: Value) -> bytes:
     kind = STRING if isinstance(value[0], str) else FLOAT32 if isinstance(value[0], float) else INT32
     data = struct.pack("<IIQ", ARRAY, kind, len(value))
     if kind == STRING:
-        return data + b"".join(_string(str(item)) for item in value)
+        return data + _strings(tuple(map(str, value)))
     return data + struct.pack(f"<{len(value)}{'f' if kind == FLOAT32 else 'i'}", *value)

@@ -59,11 +59,14 @@ def test_squares_at_the_output_layer_are_expected_ones(family, tiny_checkpoint):
     checkpoint = HFCheckpoint(tiny_checkpoint(family))
     slopes = Slopes(Walker(checkpoint, torch.device("cpu"), torch.float32), TOKENS[:1, :20], seed=0)
     list(slopes.blocks())
-    seen = slopes.head.seen(100, 140)
+    seen = slopes.head.seen(torch.arange(100, 140))
     name = "model.embed_tokens.weight" if checkpoint.tied else "lm_head.weight"
     raw = (seen.x @ checkpoint.tensor(name).float().T).double().requires_grad_()
     cap = checkpoint.family.logit_softcap(checkpoint.config)
     log_p = torch.log_softmax(raw if cap is None else cap * torch.tanh(raw / cap), 1)
+    everything = slopes.head.seen(torch.arange(raw.shape[1]))
+    felt = (everything.x.double().square().sum(1)[:, None] * everything.squares.double()).sum(0)
+    torch.testing.assert_close(slopes.head.care.double(), felt, rtol=1e-4, atol=1e-9)
     for t in (0, 7, 19):
         expected = torch.zeros(40, dtype=torch.float64)
         for y in range(raw.shape[1]):

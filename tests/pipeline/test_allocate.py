@@ -18,9 +18,9 @@ from qtool.allocate.knapsack import Group, total
 from qtool.calibrate.inputs import quantize_tokens
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint.hf import HFCheckpoint
-from qtool.errors import CheckpointError, PlanError, UsageError, VerifyError
+from qtool.errors import CheckpointError, PlanError, RecipeError, UsageError, VerifyError
 from qtool.methods.rtn import RTN
-from qtool.pipeline import trial
+from qtool.pipeline import sensitivity, trial
 from qtool.pipeline.allocate import Allocator, tokens_for
 from qtool.pipeline.budget import divided
 from qtool.pipeline.events import silent
@@ -173,7 +173,23 @@ def test_costs_are_those_of_a_slow_loop(recipe, written, tiny_checkpoint):
     assert found.costs[name][label] == pytest.approx(cost / tokens.numel(), rel=1e-4)
 
 
-def test_the_cost_of_an_embedding_and_of_a_head(written, tiny_checkpoint):
+def test_some_rows_stand_for_all(written, tiny_checkpoint, monkeypatch):
+    """Costs by 24 rows of each matrix against those by all of them, of which some have 512."""
+    job = opened(tiny_checkpoint("llama-tied"), written["fit"])
+    open_ = decisions(job.plan, job.checkpoint, next(iter(job.artifacts.values())))
+    tokens, _ = tokens_for(job)
+    found = []
+    for rows in (10**6, 24):
+        monkeypatch.setattr(sensitivity, "ROWS", rows)
+        found.append(Pricing(job, open_, tokens).run(silent).costs)
+    whole, part = found
+    ratios = np.array([part[name][label] / cost for name, own in whole.items() for label, cost in own.items()])
+    assert 0 < np.abs(ratios - 1).max() < 0.4
+    assert ratios.mean() == pytest.approx(1, abs=0.05)
+
+
+def test_the_cost_of_an_embedding_and_of_a_head(written, tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr(sensitivity, "ROWS", 10**6)
     job = opened(tiny_checkpoint("llama-tied"), written["fit"])
     open_ = decisions(job.plan, job.checkpoint, next(iter(job.artifacts.values())))
     tokens, _ = tokens_for(job)
@@ -186,7 +202,7 @@ def test_the_cost_of_an_embedding_and_of_a_head(written, tiny_checkpoint):
     w = job.checkpoint.tensor("model.embed_tokens.weight").float()
     fmt = parse_format("q4_0")
     error = (w - RTN().solve(w, None, fmt).quantized.decode()).double()
-    seen, cost = slopes.head.seen(0, len(w)), 0.0
+    seen, cost = slopes.head.seen(torch.arange(len(w))), 0.0
     for t, token in enumerate(tokens.flatten().tolist()):
         cost += 0.5 * float((seen.squares[t].double() * (error @ seen.x[t].double()).square()).sum())
         cost += 0.5 * float((slopes.embedded.flatten(0, 1)[t].double() * error[token].square()).sum())
@@ -257,6 +273,38 @@ def test_scores_are_measured_once(written, tiny_checkpoint, tmp_path, monkeypatc
         assert "model.layers.0.attn_in" in set(content.keys())
     with pytest.raises(CheckpointError, match="measured on something else"):
         divided(opened(tiny_checkpoint("llama-tied"), written["fit"], bits=12), file, silent)
+
+
+def test_a_folder_of_scores(written, tiny_checkpoint, tmp_path, monkeypatch):
+    """Each model has a file of its own, and a damaged one is measured anew."""
+    for family in ("llama", "llama-tied"):
+        first = divided(opened(tiny_checkpoint(family), written["fit"], bits=12), tmp_path, silent)
+    files = list(tmp_path.iterdir())
+    assert len(files) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(Pricing, "run", None)
+        assert divided(opened(tiny_checkpoint(family), written["fit"], bits=12), tmp_path, silent)[1] == first[1]
+    for file in files:
+        file.write_bytes(b"damaged")
+    assert divided(opened(tiny_checkpoint(family), written["fit"], bits=12), tmp_path, silent)[1] == first[1]
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_as_large_as_another_recipe(family, written, tiny_checkpoint, tmp_path):
+    """The limit is the size of the file that its rules give, which the name of the recipe inside may move a little."""
+    folder, overrides = str(tiny_checkpoint(family)), ("budget.like=gguf-q5_0", "budget.against=[gguf-q5_0]")
+    report = run(QuantizeOptions(folder, written["fit"], tmp_path / "fit", overrides, "cpu", "fp32"))
+    run(QuantizeOptions(folder, "gguf-q5_0", tmp_path / "own", ("method=rtn",), "cpu", "fp32"))
+    sizes = [next((tmp_path / name).glob("*.gguf")).stat().st_size for name in ("fit", "own")]
+    assert report.allocation.wanted == "the size of gguf-q5_0"
+    assert abs(report.allocation.limit - sizes[1]) <= 32
+    assert sizes[0] <= report.allocation.limit
+    assert report.allocation.uniform in ("gguf-q5_0", "q5_0 for all layers")
+    with pytest.raises(RecipeError, match="no file and no shipped recipe is called"):
+        divided(opened(folder, written["fit"], "budget.like=gguf-q5_00"), None, silent)
+    with pytest.raises(RecipeError, match="no file and no shipped recipe is called"):
+        divided(opened(folder, written["fit"], "budget.against=[nothing]", bits=12), None, silent)
+    assert opened(folder, written["fit"], *overrides, bits=12).plan.recipe.budget.like is None
 
 
 def test_an_interrupted_run_goes_on_with_its_scores(written, tiny_checkpoint, tmp_path, monkeypatch):

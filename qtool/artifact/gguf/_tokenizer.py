@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from qtool.errors import CheckpointError, suggestion
 from qtool.store.gguf_writer import Value
 
 Files = Mapping[str, Path]
+Stamped = tuple[str, Path, int, int]
+"""Name, path, bytes, and when it was last changed."""
 SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 """Name of a special token in config files -> in GGUF."""
 
@@ -38,6 +41,18 @@ def tokenizer_metadata(
     Raises:
         CheckpointError: no tokenizer, or one that llama.cpp has no name for.
     """
+    return dict(_metadata(stamped(files), json.dumps(config, sort_keys=True, default=str), pre))
+
+
+def stamped(files: Files) -> tuple[Stamped, ...]:
+    """Files as they are now: a key for what is read from them, which takes longer than all else of planning a file."""
+    found = ((name, path, path.stat()) for name, path in sorted(files.items()) if path.is_file())
+    return tuple((name, path, stat.st_size, stat.st_mtime_ns) for name, path, stat in found)
+
+
+@lru_cache(maxsize=4)
+def _metadata(known: tuple[Stamped, ...], config_json: str, pre: str | None) -> dict[str, Value]:
+    files, config = {name: path for name, path, *_ in known}, json.loads(config_json)
     tokenizer = read_json(files["tokenizer.json"]) if "tokenizer.json" in files else {}
     settings = read_json(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
     try:
@@ -70,13 +85,20 @@ def model_name(name: str, files: Files) -> str:
     In models called Phi-3 it drops the blanks behind special tokens, which no other key can ask for, and it fails to
     load such a one without certain tokens.
     """
-    tokenizer = read_json(files["tokenizer.json"]) if "tokenizer.json" in files else {}
-    added = [token for token in tokenizer.get("added_tokens", []) if isinstance(token, dict)]
-    known = {token.get("content") for token in added}
-    drops = known >= {"</s>", *PHI3_KEEPS} and any(token.get("rstrip") and token.get("special") for token in added)
+    drops = _drops_blanks(stamped(files))
     if drops and not PHI3.search(name):
         return f"{name} (Phi-3 vocabulary)"
     return name if drops else PHI3.sub("Phi 3", name)
+
+
+@lru_cache(maxsize=4)
+def _drops_blanks(known: tuple[Stamped, ...]) -> bool:
+    """Whether a tokenizer is Phi-3's, which drops blanks behind special tokens."""
+    files = {name: path for name, path, *_ in known}
+    tokenizer = read_json(files["tokenizer.json"]) if "tokenizer.json" in files else {}
+    added = [token for token in tokenizer.get("added_tokens", []) if isinstance(token, dict)]
+    names = {token.get("content") for token in added}
+    return names >= {"</s>", *PHI3_KEEPS} and any(token.get("rstrip") and token.get("special") for token in added)
 
 
 def _model(

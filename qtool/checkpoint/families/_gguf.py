@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from qtool.errors import CheckpointError
 
 
+@cache
 def name_map(architecture: str, blocks: int) -> Any:
     """The gguf package's names of the tensors of an architecture. Raises CheckpointError: it does not know that one."""
     import gguf
