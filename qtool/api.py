@@ -165,8 +165,7 @@ def quantize(
         listener: called with events of progress and with warnings.
 
     Raises:
-        GateError: the recipe has gates and one is missed; the result and its report are in `out` all the same.
-        QtoolError: of every other kind.
+        GateError: a gate of the recipe is missed; result and report are in `out` all the same. QtoolError: otherwise.
     """
     options = quantizing.QuantizeOptions(
         _source(model),

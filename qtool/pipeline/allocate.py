@@ -16,11 +16,11 @@ from qtool import __version__
 from qtool.allocate.decisions import Decision, applied, decisions, file_sizes, picked, uniform
 from qtool.allocate.fit import Chosen, fit, matrices
 from qtool.allocate.knapsack import Group, least_cost, total
-from qtool.calibrate.tokens import load_tokens
 from qtool.checkpoint._base import modules
 from qtool.errors import PlanError
 from qtool.formats._base import Format
 from qtool.pipeline.events import Event, Listener
+from qtool.pipeline.held_out import tokens_for
 from qtool.pipeline.prepare import Job
 from qtool.pipeline.roughly import Roughly
 from qtool.pipeline.scores import ScoreFile, scores_at
@@ -70,20 +70,6 @@ def allocated(
     if lines := findings.lines():
         raise PlanError(lines, f"recipe {plan.recipe.name} does not fit {job.checkpoint.source}")
     return replace(job, plan=plan), allocation
-
-
-def tokens_for(job: Job) -> tuple[Tensor, Tensor]:
-    """Samples to score on, int64 [S, T], and others that neither these nor the run's calibration contain."""
-    calibration, budget = job.plan.recipe.calibration, job.plan.recipe.budget
-    assert budget is not None
-    used = load_tokens(calibration, job.original) if any(p.needs for p in job.plan.layers) else None
-    count = budget.samples + budget.held_out + (0 if used is None else len(used))
-    drawn = load_tokens(calibration.model_copy(update={"samples": count, "seed": calibration.seed + 1}), job.original)
-    used_rows = set() if used is None else {row.numpy().tobytes() for row in used}
-    fresh = [i for i, row in enumerate(drawn) if row.numpy().tobytes() not in used_rows]
-    held_out = fresh[: budget.held_out]
-    rest = [i for i in range(len(drawn)) if i not in set(held_out)]
-    return drawn[rest[: budget.samples]], drawn[held_out]
 
 
 class Allocator:

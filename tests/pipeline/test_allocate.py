@@ -21,9 +21,10 @@ from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError, PlanError, RecipeError, UsageError, VerifyError
 from qtool.methods.rtn import RTN
 from qtool.pipeline import sensitivity, trial
-from qtool.pipeline.allocate import Allocator, tokens_for
+from qtool.pipeline.allocate import Allocator
 from qtool.pipeline.budget import divided
 from qtool.pipeline.events import silent
+from qtool.pipeline.held_out import tokens_for
 from qtool.pipeline.prepare import prepare
 from qtool.pipeline.quantize import QuantizeOptions, refuse_too_large, run
 from qtool.pipeline.scores import ScoreFile
