@@ -91,7 +91,7 @@ class MLX(PackedArtifact):
         def encoded(module: str, quantized: Quantized) -> Mapping[str, Tensor]:
             wanted = _target(quantized.format, quantized.codes.shape[1])
             stored = wanted.hold(quantized)
-            if isinstance(stored, str) or stored.format != wanted:
+            if isinstance(stored, str) or scale_dtype(stored.format) != scale_dtype(wanted):
                 raise PlanError([f"{module}: offsets are too large for the type of its scales"], "MLX cannot hold this")
             return encode(stored)
 
@@ -109,6 +109,11 @@ class MLX(PackedArtifact):
     def recognizes(cls, path: Path) -> bool:
         """See `Artifact.recognizes`."""
         return "group_size" in (quantization_config(path, KEYS[0]) or {})
+
+
+def scale_dtype(fmt: Format) -> str | None:
+    """The type that a format stores scales in, where that is a choice."""
+    return getattr(fmt, "scale_dtype", None)
 
 
 def _choose(fmt: Format, k: int) -> Target | None:

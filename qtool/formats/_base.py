@@ -14,6 +14,7 @@ G groups of a slice (C / group_columns, or 1), L levels.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -123,6 +124,14 @@ class Format(Scheduled, RunTime):
     @abstractmethod
     def storage_bits(self, n: int, k: int) -> int:
         """Bits that a matrix of n rows and k columns takes, parameters included."""
+
+    @property
+    def tight(self) -> Mapping[str, tuple[int, int]]:
+        """Parameters that files hold in less room than their tensors take: (bits of an entry, rows that share it).
+
+        Fewer than 8 bits are those of uint8 codes; all others keep their type.
+        """
+        return {}
 
     def codebook(self) -> Codebook | None:
         """The allowed combinations of neighbouring codes; None if all are."""

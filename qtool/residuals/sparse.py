@@ -1,7 +1,7 @@
 """Single weights that codes miss by too much, kept beside them: w = w_hat + a sparse matrix, row after row.
 
     row      int32 [N + 1]   entries before each row, and of all rows
-    column   int32 [E]       ascending within a row
+    column   int32 [E]       ascending within a row; or int16
     value    [E]             what is added there
 
 Chosen are the entries that matter most: error^2 H_jj, by the Gram matrix H of the inputs, which is what an error costs
@@ -21,6 +21,8 @@ from qtool.residuals._base import Infos, Residual, Tensors
 from qtool.stats._base import Statistic
 from qtool.stats.gram import Gram
 
+INDICES = {"int16": torch.int16, "int32": torch.int32}
+
 
 class Sparse(Residual):
     """Outliers in compressed sparse rows.
@@ -29,11 +31,13 @@ class Sparse(Residual):
         share: of all weights that are kept, at least one of a matrix.
         sensitive: true chooses what outputs miss most, by the Gram matrix of the inputs; false the largest errors.
         dtype: type of the values.
+        columns: type of column indices; the narrower one takes rows of up to 32768 columns.
     """
 
     share: float = Field(0.005, gt=0, le=0.5)
     sensitive: bool = True
     dtype: Literal["bf16", "fp16", "fp32"] = "fp16"
+    columns: Literal["int16", "int32"] = "int32"
 
     @property
     def needs(self) -> frozenset[type[Statistic]]:
@@ -49,9 +53,14 @@ class Sparse(Residual):
         count = self.entries(n, k)
         return {
             "row": ((n + 1,), torch.int32),
-            "column": ((count,), torch.int32),
+            "column": ((count,), INDICES[self.columns]),
             "value": ((count,), DTYPES[self.dtype]),
         }
+
+    def misfit(self, n: int, k: int) -> str | None:
+        """See `Residual.misfit`."""
+        last = torch.iinfo(INDICES[self.columns]).max
+        return f"indices of {k} columns do not fit {self.columns}" if k - 1 > last else None
 
     def fit(self, error: Tensor, gram: Tensor | None) -> Tensors:
         """See `Residual.fit`."""
@@ -61,7 +70,7 @@ class Sparse(Residual):
         count = torch.bincount(chosen // k, minlength=n)
         row = torch.cat([count.new_zeros(1), count.cumsum(0)])
         value = error.flatten()[chosen].to(DTYPES[self.dtype])
-        return {"row": row.int(), "column": (chosen % k).int(), "value": value}
+        return {"row": row.int(), "column": (chosen % k).to(INDICES[self.columns]), "value": value}
 
     def apply(self, w_hat: Tensor, tensors: Tensors) -> Tensor:
         """See `Residual.apply`."""

@@ -24,6 +24,7 @@ from qtool.recipe.parse import dump_format, dump_named, parse_format, parse_resi
 from qtool.residuals._base import Correction, Matrix
 from qtool.store.files import new_file
 from qtool.store.inputs import dump_ops
+from qtool.store.tight import tightened
 
 MANIFEST = "manifest.json"
 WEIGHT = "weight."
@@ -235,7 +236,7 @@ def code_bits(fmt: Format) -> int:
 def packed(matrix: Matrix) -> dict[str, Tensor]:
     """The tensors that hold a matrix, by name below its module."""
     q = matrix.quantized
-    tensors = {"codes": pack(q.codes, code_bits(q.format)), **q.params}
+    tensors = {"codes": pack(q.codes, code_bits(q.format)), **tightened(q)}
     found = {f"{WEIGHT}{name}": tensor for name, tensor in tensors.items()}
     for i, correction in enumerate(matrix.residuals):
         found |= {f"{residual_prefix(i)}{name}": tensor for name, tensor in correction.tensors.items()}

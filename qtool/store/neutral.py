@@ -41,6 +41,7 @@ from qtool.store.manifest import (
     packed,
     residual_prefix,
 )
+from qtool.store.tight import loosened
 
 KEEP = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 """Types that kept weights can be cast to, as recipes call them."""
@@ -268,7 +269,7 @@ class NeutralCheckpoint(QuantizedCheckpoint):
             raise CheckpointError(f"{file.path}: codes of {module}", wanted=expected, found=file.info(prefix + "codes"))
         codes = unpack(file.read(prefix + "codes", start, stop), bits, k)
         names = [name.removeprefix(prefix) for name in file.entries if name.startswith(prefix)]
-        params = {name: file.read(prefix + name, start, stop) for name in names if name != "codes"}
+        params = {p: loosened(file, prefix + p, layer.format, start, stop, k) for p in names if p != "codes"}
         return checked(Quantized(codes, params, layer.format), module, file.path)
 
     def fingerprint(self) -> str:

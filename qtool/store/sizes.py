@@ -11,6 +11,7 @@ from qtool.checkpoint._base import Checkpoint, Layer, TensorInfo
 from qtool.formats._base import Format
 from qtool.store.inputs import op_tensors
 from qtool.store.manifest import WEIGHT, code_bits, residual_prefix
+from qtool.store.tight import tight_info
 
 Infos = dict[str, TensorInfo]
 
@@ -37,7 +38,7 @@ def matrix_infos(layer: Layer, n: int, k: int) -> Infos:
     """Shapes and types of codes, parameters and corrections of a matrix, by their names below its module."""
     found = {f"{WEIGHT}codes": TensorInfo((n, (k * code_bits(layer.format) + 7) // 8), torch.uint8)}
     for name, (entries, dtype) in _parameters(layer.format, k).items():
-        found[f"{WEIGHT}{name}"] = TensorInfo((n, entries), dtype)
+        found[f"{WEIGHT}{name}"] = tight_info(layer.format, name, n, entries, dtype)
     for i, residual in enumerate(layer.residuals):
         found |= {f"{residual_prefix(i)}{name}": TensorInfo(*info) for name, info in residual.infos(n, k).items()}
     return found

@@ -109,6 +109,16 @@ def test_a_stack_of_other_experts(tiny_checkpoint, tmp_path):
         MLX().open(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "fmt", [Biased(bits=4, group=32, scales="minmax"), MXFP4(search="fast")], ids=lambda f: f.label
+)
+def test_how_scales_were_chosen_is_no_matter(fmt, tiny_checkpoint, tmp_path):
+    model = quantize(tiny_checkpoint("llama"), fmt)
+    write(model, tmp_path)
+    for name in model.names():
+        assert torch.equal(MLX().open(tmp_path).tensor(name), model.tensor(name)), name
+
+
 EXACT = {
     "int4-g32": ("int4-g32", "bf16"),
     "int3-g64": ("int3-g64", "bf16"),
