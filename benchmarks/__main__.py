@@ -141,9 +141,10 @@ def studied(options: argparse.Namespace) -> dict[str, float]:
 
 def compared(options: argparse.Namespace) -> dict[str, float]:
     """Share of a plain way's divergence that is left of a system's; prints and writes what was measured."""
-    run = system.Demo(lambda variant: models.variant(options.work, variant), options.prose, options.work / "systems")
+    place = options.work / "systems"
+    demo = system.Demo(lambda variant: models.variant(options.work, variant), options.prose, place, options.device)
     found = {}
-    for name, one in system.measure_all(run, options.work / "systems.json", options.system):
+    for name, one in system.measure_all(demo, options.work / "systems.json", options.system):
         assert one.measured is not None
         print(f"{name:28} {one.measured.megabytes:8.1f} MB {one.measured.kld:8.4f} {one.seen}", flush=True)
         found[f"{name}_kld_ratio"] = one.measured.kld / one.measured.against.kld
@@ -202,7 +203,7 @@ def main() -> None:
     parser.add_argument("--evaluation", type=Path, help="UTF-8 text; default: docstrings of the standard library")
     parser.add_argument("--peer", type=Path, default=Path(".venv-peer/bin/python"), help="Python with llm-compressor")
     parser.add_argument("--write-headers", action="store_true", help="recipes: write the lines # Quality: anew")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="study: where")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="study and systems: where")
     parser.add_argument("--chunks", type=int, default=12, help="study, budgets: of each text")
     parser.add_argument("--write-page", action="store_true", help="study: write tables and plots of docs/study.md anew")
     parser.add_argument("--system", action="append", default=[], help="systems: this one, and others given so")

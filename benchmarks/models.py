@@ -23,6 +23,11 @@ LARGE = {
 SPREAD = 0.25
 """Standard deviation of the logarithm of every factor that moves weights off the demo model's 4-bit grid."""
 
+TERNARY = (-1.0, 0.0, 1.0)
+"""Levels of BitNet b1.58."""
+TWO_BITS = (-1.5, -0.5, 0.5, 1.5)
+"""Those of ParetoQ."""
+
 CHANNELS = 6
 """Channels of an input that are made outliers, where there are to be some."""
 
@@ -73,8 +78,32 @@ def off_grid(source: Path, out: Path, seed: int = 7, outliers: float = 1.0) -> P
 
 
 def variant(work: Path, name: str) -> Path:
-    """The demo model off any grid, or with outliers in its activations: "off-grid", "outliers"."""
-    return off_grid(checkpoint(work / "demo"), work / name, outliers=30.0 if name == "outliers" else 1.0)
+    """The demo model off any grid, or one made of it.
+
+    "off-grid"; "outliers": six channels of an input are 30 times as large; "ternary" and "two-bit": widened so that
+    rows are whole blocks of 256, and linear layers put on a grid with a scale per row, as if trained on it.
+    """
+    demo = checkpoint(work / "demo")
+    if name in ("off-grid", "outliers"):
+        return off_grid(demo, work / name, outliers=30.0 if name == "outliers" else 1.0)
+    wide = widened(off_grid(demo, work / "off-grid"), work / "wide")
+    return trained(wide, work / name, TERNARY if name == "ternary" else TWO_BITS)
+
+
+def trained(source: Path, out: Path, levels: tuple[float, ...]) -> Path:
+    """A checkpoint of one shard whose linear layers are levels times a scale per row, the root mean square."""
+    if (out / "model.safetensors").exists():
+        return out
+    w = load_file(source / "model.safetensors")
+    table = torch.tensor(levels)
+    for name, tensor in w.items():
+        if "_proj" in name:
+            scale = tensor.float().square().mean(1, keepdim=True).sqrt().bfloat16().float()
+            nearest = ((tensor.float() / scale)[..., None] - table).abs().argmin(-1)
+            w[name] = (table[nearest] * scale).to(tensor.dtype)
+    shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    save_file(w, out / "model.safetensors", metadata={"format": "pt"})
+    return out
 
 
 def widened(source: Path, out: Path, heads: int = 12) -> Path:

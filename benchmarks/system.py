@@ -9,19 +9,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict
 
+from benchmarks.study import Bench
+from qtool.evaluate.divergence import Scores
+from qtool.models import open_artifact
+from qtool.pipeline.quantize import QuantizeOptions, run
 from qtool.recipe.load import load_recipe
 from qtool.recipe.schema import Recipe
 
 FOLDER = Path(__file__).with_name("systems")
-SAMPLES, LENGTH = 16, 512
+SAMPLES, LENGTH = 8, 512
 """Calibration of every recipe that measures something."""
-CHUNKS, CONTEXT = 4, 512
+CHUNKS, CONTEXT = 2, 512
 """Text that divergences are measured on."""
 Variant = Literal["off-grid", "outliers", "ternary", "two-bit"]
 """SmolLM2-135M off any grid; the same with outliers in its activations; the same with weights that are on a grid."""
@@ -128,12 +134,12 @@ def rows() -> Iterator[tuple[str, ...]]:
 
 
 def measure_all(
-    run: Callable[[Way, Variant], Measured], kept: Path, names: Sequence[str] = ()
+    measure: Callable[[Way, Variant], Measured], kept: Path, names: Sequence[str] = ()
 ) -> Iterator[tuple[str, System]]:
     """Measures systems, and writes into each one's file what came out.
 
     Args:
-        run: measures a recipe on a model.
+        measure: measures a recipe on a model.
         kept: file where what systems are compared with is kept.
         names: of systems; empty: all.
     """
@@ -143,9 +149,9 @@ def measure_all(
         known: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
         key = " ".join((system.model, system.against.recipe, *system.against.set))
         if key not in known:
-            known[key] = run(system.against, system.model).model_dump()
+            known[key] = measure(system.against, system.model).model_dump()
             kept.write_text(json.dumps(known, indent=1), encoding="utf-8")
-        found = run(system, system.model)
+        found = measure(system, system.model)
         result = Result(**found.model_dump(), against=Measured(**known[key]))
         path = FOLDER / f"{name}.yaml"
         path.write_text(with_measured(path.read_text(encoding="utf-8"), result), encoding="utf-8")
@@ -173,22 +179,29 @@ class Demo:
         model: gives the folder of a variant.
         text: to evaluate on.
         work: for results.
+        device: where.
     """
 
-    def __init__(self, model: Callable[[Variant], Path], text: Path, work: Path) -> None:
-        self.model, self.text, self.work = model, text, work
+    def __init__(self, model: Callable[[Variant], Path], text: Path, work: Path, device: str = "cpu") -> None:
+        self.model, self.text, self.work, self.device = cache(model), text, work, device
+        self.benches: dict[Variant, Bench] = {}
+
+    def bench(self, variant: Variant) -> Bench:
+        """A variant with its logits, which are computed once."""
+        if variant not in self.benches:
+            path, device = self.model(variant), torch.device(self.device)
+            self.benches[variant] = Bench(path, self.text, CHUNKS, device, self.work, CONTEXT)
+        return self.benches[variant]
 
     def __call__(self, way: Way, variant: Variant) -> Measured:
-        """Quantizes, evaluates and writes the artifact, which is read back."""
-        from qtool.pipeline.quantize import QuantizeOptions, run
-
-        recipe = way.loaded()
-        asked = (f"eval={{text: {self.text}, context: {CONTEXT}, chunks: {CHUNKS}}}",)
-        options = QuantizeOptions(str(self.model(variant)), recipe, self.work / "out", asked, overwrite=True)
-        report = run(options)
-        (found,), artifact = report.evaluations, report.artifacts[0]
-        assert found.kld_mean is not None
+        """Quantizes, writes the artifact, which is read back, and evaluates that."""
+        out, path = self.work / "out", str(self.model(variant))
+        report = run(QuantizeOptions(path, way.loaded(), out, overwrite=True, device=self.device))
+        artifact, bench = report.artifacts[0], self.bench(variant)
         if not artifact.verified:
             raise AssertionError(f"{way.recipe}: {artifact.kind} was not read back")
+        logits, scores = bench.logits(open_artifact(str(out))), Scores()
+        for s in range(CHUNKS):
+            scores.add(logits(s), bench.tokens[s, bench.first + 1 :], bench.baseline(s))
         nbytes = sum(f.nbytes for f in artifact.files if f.name.endswith((".gguf", ".safetensors")))
-        return Measured(kld=found.kld_mean, megabytes=nbytes / 1e6, carrier=artifact.kind)
+        return Measured(kld=scores.summary()["kld_mean"], megabytes=nbytes / 1e6, carrier=artifact.kind)

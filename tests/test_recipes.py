@@ -42,6 +42,13 @@ WANTED = W4A16 | {
     "ptqtp": ("ternary-g64", "rtn"),
     "spqr": ("bilevel3-g64", "gptq"),
     "db-llm": ("binary-g64", "rtn"),
+    "w4a16-smoothquant-plus": ("int4-g64-asym", "rtn"),
+    "w8a8-outliertune": ("int8-channel", "rtn", "int8-tensor"),
+    "w8a8-repquant": ("int8-channel", "rtn", "int8-tensor"),
+    "w4a4-mergequant": ("int4-channel", "gptq", "int4-tensor"),
+    "w4a4-llm-fp4": ("fp4-channel", "rtn", "fp4-tensor"),
+    "w4a4-comet": ("int4-g64", "rtn", "int4-g64"),
+    "w4a8kv4-qoq": ("qoq-g128", "gptq", "int8-token"),
     "w8a16": ("int8-channel", "rtn"),
     "w8a8-int8": ("int8-channel", "rtn", "int8-token"),
     "w4a16-awq": ("int4-g64", "rtn"),
@@ -81,6 +88,10 @@ WANTED = W4A16 | {
 ATTENTION = {"mixed-fp8-int4": ("fp8-channel", "rtn", "fp8-token")}
 """The same of q, k, v and o, where they are treated in another way."""
 LAYOUTS = {
+    "w4a8kv4-qoq": "qtool",
+    "w4a4-comet": "qtool",
+    "w4a4-llm-fp4": "qtool",
+    "w4a4-mergequant": "qtool",
     "w4a16-hqq": "mlx",
     "w2a16-decoupleq": "mlx",
     "nf4": "qtool",
@@ -95,6 +106,14 @@ LAYOUTS = {
     "w4a16-awq-layout": "awq",
 }
 """Recipes that do not write compressed-tensors."""
+UNTURNED = "hidden states of .* models cannot be turned", "models have none of the places that it works on"
+REFUSED = {
+    ("w4a8kv4-qoq", "gemma2"): UNTURNED[0],
+    ("w4a8kv4-qoq", "gemma3_text"): UNTURNED[0],
+    ("w4a8kv4-qoq", "qwen3"): UNTURNED[1],
+    ("w4a8kv4-qoq", "qwen3_moe"): UNTURNED[1],
+}
+"""Recipe and family -> why a rewrite of the one cannot work on the other."""
 MODELS = {"SmolLM2-135M": SMOLLM2_135M, "Qwen3-0.6B": QWEN3_600M}
 
 
@@ -157,6 +176,10 @@ def test_what_is_outside_the_blocks(entry, tied):
 def test_no_family_needs_a_warning(entry, family):
     if entry.name == "mxfp4-hadamard" and registry.load("checkpoint/families", family).mixture:
         with pytest.raises(PlanError, match="its runtimes cannot be told to do hadamard-32 to inputs; qtool can"):
+            planned(entry.name, UNTIED | EXPERTS | {"model_type": family})
+        return
+    if refusal := REFUSED.get((entry.name, family)):
+        with pytest.raises(PlanError, match=refusal):
             planned(entry.name, UNTIED | EXPERTS | {"model_type": family})
         return
     made = planned(entry.name, UNTIED | EXPERTS | {"model_type": family})
