@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.mixes import calibrated_on, run
 from qtool import registry
 from qtool.checkpoint.open import open_checkpoint
-from qtool.evaluate.llamacpp import library
+from qtool.evaluate.llama_api import library
 from qtool.formats._ggml import BlockFormat
 from qtool.numerics.threads.parallel import over_rows, side_by_side
 from qtool.pipeline.solve import rows_abreast

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from gguf import GGUFReader
 
-from qtool.evaluate.llamacpp import library
+from qtool.evaluate.llama_api import library
 from qtool.store.imatrix import ImportanceEntry, read_imatrix
 
 MIXES = ("q4_k_m", "q4_k_s", "q3_k_m", "q2_k", "iq4_xs")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from qtool.artifact._footprint import Footprint
@@ -31,6 +32,23 @@ class Carry:
 
     possible: bool
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a program that is not ours computes from an artifact.
+
+    Attributes:
+        reader: what it is called.
+        dtype: that it is to compute in.
+        rounds: whether it rounds inputs of quantized matrices to 8 bits on the way.
+        differs: why it is known to compute something else, or does not read it; empty: it should not.
+    """
+
+    reader: str
+    dtype: torch.dtype = torch.float32
+    rounds: bool = False
+    differs: str = ""
 
 
 class NoOptions(Strict):
@@ -109,6 +127,14 @@ class Artifact(ABC):
             layers: what is quantized, by module.
         """
         return []
+
+    def reading(self, model: QuantizedCheckpoint) -> Reading | None:
+        """Who else computes from a model in this layout, to prove it; None: nobody that runs everywhere.
+
+        Args:
+            model: as `open` gives it.
+        """
+        return None
 
     def agree(self, layers: Collection[Layer]) -> Carry:
         """Whether it can hold layers together that it can hold one by one."""

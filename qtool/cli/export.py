@@ -65,4 +65,6 @@ def command(
         document(written.model_dump(mode="json"))
     else:
         nbytes = sum(f.nbytes for f in written.files)
-        result(f"{written.kind}, {size(nbytes)}, {'verified' if written.verified else 'not verified'}: {out}")
+        checked = "verified" if written.verified else "not verified"
+        checked = written.proof.words if written.proof and written.proof.tokens else checked
+        result(f"{written.kind}, {size(nbytes)}, {checked}: {out}")

@@ -22,7 +22,7 @@ Check = Annotated[
     bool,
     typer.Option(
         "--check",
-        help="Also try what would fail later: texts of calibration and evaluation, tokenizer, free disk, and with "
+        help="Also try what would fail later: texts of calibration and evaluation, tokenizer, free disk, whether llama.cpp runs a small model of this kind, and with "
         "--push-to-hub whether the hub would take an upload.",
     ),
 ]

@@ -110,6 +110,7 @@ def summary(report: Report, out: Path) -> str:
     for artifact in report.artifacts:
         nbytes = sum(f.nbytes for f in artifact.files)
         checked = "verified" if artifact.verified else "not verified"
+        checked = artifact.proof.words if artifact.proof and artifact.proof.tokens else checked
         share = f"{nbytes / report.source_bytes:.0%}"
         rows.append([artifact.kind, size(nbytes), share, checked, str(out / artifact.path)])
     quantized = [e for e in report.layers if e.format]

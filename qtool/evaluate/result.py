@@ -28,6 +28,34 @@ class Gate(BaseModel):
     passed: bool
 
 
+class Proof(BaseModel):
+    """What a program that is not ours computes from an artifact, compared with what we compute from it.
+
+    Attributes:
+        reader: it, with its version.
+        tokens: how many were run; 0: it was not.
+        distance, limit: norm of the difference of logits, relative to theirs, and how much that may be.
+        largest: difference of a logit.
+        why_not: it was not run.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+    reader: str
+    tokens: int = 0
+    distance: float = 0.0
+    limit: float = 0.0
+    largest: float = 0.0
+    why_not: str = ""
+
+    @property
+    def words(self) -> str:
+        """A clause about it, the same wherever rounding differs a little: "runs in llama.cpp 1, ..."."""
+        if not self.tokens:
+            return f"not run in {self.reader}: {self.why_not}"
+        return f"runs in {self.reader}, {self.tokens} tokens, largest logit difference {self.largest:.1g}"
+
+
 class Evaluation(BaseModel):
     """Quality on a text, by llama-perplexity's protocol, alone and against the unquantized model.
 

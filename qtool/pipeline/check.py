@@ -10,6 +10,7 @@ from pathlib import Path
 from qtool.calibrate.documents import documents
 from qtool.calibrate.tokenizer import load_tokenizer
 from qtool.errors import QtoolError
+from qtool.evaluate.twin import prove_twin
 from qtool.pipeline import evaluate
 from qtool.pipeline.prepare import Job
 from qtool.pipeline.upload import check_repository
@@ -27,7 +28,7 @@ def check(job: Job, place: Path, push_to: str | None = None) -> list[str]:
         push_to: hub repository that it will be uploaded to.
     """
     found = []
-    steps: list[Callable[[Job], None]] = [_evaluation, _calibration]
+    steps: list[Callable[[Job], None]] = [_evaluation, _calibration, _conversion]
     if push_to:
         steps.append(partial(_hub, push_to))
     for step in steps:
@@ -59,6 +60,12 @@ def _calibration(job: Job) -> None:
     for source in _sources(calibration):
         if source != "self":
             next(documents(source, tokenizer, calibration.chat_template), None)
+
+
+def _conversion(job: Job) -> None:
+    """Converts a small random model of this kind, and has another program run it."""
+    for artifact in job.artifacts.values():
+        prove_twin(artifact, job.checkpoint)
 
 
 def _sources(calibration: Calibration) -> Iterator[str]:

@@ -8,6 +8,9 @@ from typing import Any
 
 from qtool.artifact._base import Artifact
 from qtool.checkpoint._base import QuantizedCheckpoint
+from qtool.evaluate.proof import prove
+from qtool.evaluate.result import Proof
+from qtool.evaluate.twin import prove_twin
 from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.stopwatch import Stopwatch
@@ -34,7 +37,7 @@ def publish(
         model: what to write.
         folder: exists, is empty, and gets its final name from the caller.
         card: see `Artifact.write`.
-        check: read every artifact back and compare.
+        check: read every artifact back and compare, and have another program run it where there is one.
         watch: counts each write and each verification as a stage.
         listener: called with events of progress.
         ranks: who reads back together what the first process writes; only it returns something.
@@ -46,29 +49,63 @@ def publish(
     entries = []
     for name, artifact in artifacts.items():
         place = folder if len(artifacts) == 1 else folder / name
+        told = {"base_model": model.source, **card, "caveats": artifact.caveats(model, model.layers)}
         listener(Event(f"write {name}", 0, 1))
         with watch.stage(f"write {name}"):
             if ranks.first:
                 place.mkdir(exist_ok=True)
                 files = artifact.write(model, place, card)
-                about = {"base_model": model.source, **card}
-                files.append(write_card(artifact, artifact.open(place), place, about))
+                files.append(write_card(artifact, artifact.open(place), place, told))
             ranks.barrier()
         listener(Event(f"write {name}", 1, 1))
+        proof = None
         if check:
             with watch.stage(f"verify {name}"):
                 verify(f"verify {name}", artifact.open(place), model, listener, ranks)
                 ranks.barrier()
+            with watch.stage(f"run {name}"):
+                proof = run_apart(name, artifact, place, model, told, listener) if ranks.first else None
         if not ranks.first:
             continue
         if place != folder:
             write_sums(place)
-        entries.append(describe(name, artifact, place, sorted(files), folder, check))
+        entries.append(describe(name, artifact, place, sorted(files), folder, check, proof))
     return tuple(entries)
 
 
+def run_apart(
+    name: str,
+    artifact: Artifact,
+    place: Path,
+    model: QuantizedCheckpoint,
+    card: dict[str, Any],
+    listener: Listener,
+) -> Proof | None:
+    """Has another program run an artifact, and says so in its model card.
+
+    Raises:
+        VerifyError, CheckpointError: see `prove`.
+    """
+    written = artifact.open(place)
+    if artifact.reading(written) is None:
+        return None
+    listener(Event(f"run {name}", 0, 1))
+    prove_twin(artifact, model)
+    proof = prove(artifact, written, model)
+    if proof and proof.tokens:
+        write_card(artifact, written, place, card | {"proof": proof.words})
+    listener(Event(f"run {name}", 1, 1, proof.words if proof else ""))
+    return proof
+
+
 def describe(
-    name: str, artifact: Artifact, place: Path, files: Sequence[Path], folder: Path, checked: bool
+    name: str,
+    artifact: Artifact,
+    place: Path,
+    files: Sequence[Path],
+    folder: Path,
+    checked: bool,
+    proof: Proof | None = None,
 ) -> ArtifactEntry:
     """The report's entry of a written artifact; paths are relative to the output folder."""
     return ArtifactEntry(
@@ -79,4 +116,5 @@ def describe(
         ),
         runtimes=artifact.runtimes,
         verified=checked,
+        proof=proof,
     )

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from qtool.evaluate.result import Evaluation, TaskEvaluation
+from qtool.evaluate.result import Evaluation, Proof, TaskEvaluation
 
 Count = Annotated[int, Field(gt=0, lt=2**63)]
 Size = Annotated[int, Field(ge=0, lt=2**63)]
@@ -139,13 +139,20 @@ class FileEntry(Entry):
 
 
 class ArtifactEntry(Entry):
-    """A written artifact; `verified` says that it was read back and equals what was computed."""
+    """A written artifact.
+
+    Attributes:
+        kind, path, files, runtimes: its layout, folder, files, and who reads them.
+        verified: whether it was read back and equals what was computed.
+        proof: what another program computes from it; None: nobody else reads this layout, or nobody was asked.
+    """
 
     kind: str
     path: str
     files: tuple[FileEntry, ...]
     runtimes: tuple[str, ...]
     verified: bool
+    proof: Proof | None = None
 
 
 class StageEntry(Entry):

@@ -41,7 +41,7 @@ def write_card(artifact: Artifact, model: QuantizedCheckpoint, out: Path, card: 
         out: the folder.
         card: every key may be missing: `base_model` (hub id or folder), `license` and its like, `repository` (where it
             will be), `recipe_name`, `recipe` (its content), `source_bytes`, `quantized_bytes`, `bits_per_weight`,
-            `methods` (by module), `quality` (a list of mappings with the fields of an evaluation, and `words` on it).
+            `caveats` (those of the model that was written), `methods` (by module), `proof` (what another program made of it, in words), `quality` (a list of mappings with the fields of an evaluation, and `words` on it).
 
     Raises:
         StorageError: the disk is full or not writable.
@@ -61,7 +61,8 @@ def card_text(artifact: Artifact, model: QuantizedCheckpoint, card: dict[str, An
         f"# {escape_markdown(title)}, quantized",
         f"{code_span(base)} in {kind}, made by qtool {qtool.__version__}. Read by: {', '.join(artifact.runtimes)}.",
         _usage(artifact, card),
-        "\n".join(f"- Note: {caveat}." for caveat in artifact.caveats(model, model.layers)),
+        f"Proven: it {escape_markdown(card['proof'])}." if card.get("proof") else "",
+        "\n".join(f"- Note: {caveat}." for caveat in card.get("caveats", artifact.caveats(model, model.layers))),
         _formats(model, card),
         _quality(card.get("quality") or []),
         _recipe(card),

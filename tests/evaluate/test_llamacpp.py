@@ -8,7 +8,7 @@ import torch
 
 from qtool.artifact.gguf import GGUF
 from qtool.errors import CheckpointError, MissingExtra, QtoolError, UsageError
-from qtool.evaluate import llamacpp
+from qtool.evaluate import llama_api, llamacpp
 from qtool.evaluate.llamacpp import LlamaCpp, try_file
 from tests.artifact.test_gguf import neutral
 from tests.llamacpp import generate
@@ -53,24 +53,24 @@ def test_more_tokens_than_the_context(model):
 @pytest.fixture
 def fresh_library():
     """The library is loaded anew in the test and after it."""
-    llamacpp.library.cache_clear()
+    llama_api.library.cache_clear()
     yield
-    llamacpp.library.cache_clear()
+    llama_api.library.cache_clear()
 
 
 @pytest.mark.parametrize("spec", [None, ModuleSpec("xllamacpp", None)])
 def test_the_package_is_missing(spec, monkeypatch, fresh_library):
-    monkeypatch.setattr(llamacpp, "find_spec", lambda name: spec)
+    monkeypatch.setattr(llama_api, "find_spec", lambda name: spec)
     with pytest.raises(MissingExtra, match="needs the package xllamacpp; install it with: pip install 'xllamacpp>="):
-        llamacpp.library()
+        llama_api.library()
 
 
 def test_another_layout_is_noticed(monkeypatch, fresh_library):
-    shifted = [("new_field", llamacpp.ctypes.c_int32), *llamacpp.ContextParams._fields_]
-    other = type("Other", (llamacpp.ctypes.Structure,), {"_fields_": shifted})
-    monkeypatch.setattr(llamacpp, "ContextParams", other)
+    shifted = [("new_field", llama_api.ctypes.c_int32), *llama_api.ContextParams._fields_]
+    other = type("Other", (llama_api.ctypes.Structure,), {"_fields_": shifted})
+    monkeypatch.setattr(llama_api, "ContextParams", other)
     with pytest.raises(QtoolError, match=r"differently \(field n_ctx\): wanted 512, found 2048"):
-        llamacpp.library()
+        llama_api.library()
 
 
 @pytest.mark.parametrize(

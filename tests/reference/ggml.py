@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qtool.evaluate.llamacpp import library
+from qtool.evaluate.llama_api import library
 
 FLOAT_P = ctypes.POINTER(ctypes.c_float)
 

@@ -23,9 +23,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from qtool.artifact._base import Carry
+from qtool.artifact._base import Carry, Reading
 from qtool.artifact._integers import model_dtype
 from qtool.artifact._packed import Infos
 from qtool.artifact._packed_artifact import Layout, PackedArtifact
@@ -33,6 +34,7 @@ from qtool.artifact._settings import quantization_config as quantization_config_
 from qtool.artifact.compressed_tensors import _cache, _inputs, _transforms
 from qtool.artifact.compressed_tensors._caveats import caveats
 from qtool.artifact.compressed_tensors._config import METHOD, kind_of, quantization_config, refusal
+from qtool.artifact.compressed_tensors._floats import MX, NV4
 from qtool.artifact.compressed_tensors._kinds import Compressor
 from qtool.artifact.compressed_tensors._reader import CompressedCheckpoint
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
@@ -79,6 +81,15 @@ class CompressedTensors(PackedArtifact):
     def caveats(self, model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
         """See `Artifact.caveats`."""
         return caveats(model, layers)
+
+    def reading(self, model: QuantizedCheckpoint) -> Reading:
+        """See `Artifact.reading`."""
+        decoded = any(isinstance(kind_of(layer), MX | NV4) for layer in model.layers.values())
+        known = [text for text in self.caveats(model, model.layers) if text.startswith("transformers ")]
+        differs = [text for text in known if "to bfloat16" not in text]
+        if model.cache:
+            differs.append("not every release of transformers rounds the KV cache")
+        return Reading("transformers", torch.bfloat16 if decoded else torch.float32, differs="; ".join(differs))
 
     def one_format(self, module: Module) -> str | None:
         """See `Artifact.one_format`: vLLM runs all experts of a block as one layer."""

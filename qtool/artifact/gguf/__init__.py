@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from qtool.artifact._base import Artifact, Carry
+from qtool.artifact._base import Artifact, Carry, Reading
 from qtool.artifact._footprint import Footprint
 from qtool.artifact.gguf._options import GGUFOptions
 from qtool.artifact.gguf._reader import QuantizedGGUF
@@ -63,6 +63,17 @@ class GGUF(Artifact):
         except CheckpointError as error:
             return Carry(False, str(error))
         return Carry(True)
+
+    def caveats(self, model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
+        """See `Artifact.caveats`."""
+        window = model.family.gguf_window(model.config)
+        if window is None or window >= model.config.get("max_position_embeddings", 0):
+            return []
+        return [f"llama.cpp lets attention see more than its window: results are the model's up to {window} tokens"]
+
+    def reading(self, model: QuantizedCheckpoint) -> Reading:
+        """See `Artifact.reading`."""
+        return Reading("llama.cpp", rounds=True)
 
     def one_format(self, module: Module) -> str | None:
         """See `Artifact.one_format`: matrices of all experts are stacked."""

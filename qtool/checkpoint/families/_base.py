@@ -234,6 +234,14 @@ class Family:
         values |= rope_metadata(self.rope(config), self.rope_kinds)
         return {f"{self.gguf_arch}.{key}": value for key, value in values.items()}
 
+    def gguf_window(self, config: dict[str, Any]) -> int | None:
+        """Tokens up to which llama.cpp computes the same, because it lets attention see more than a window.
+
+        None: it knows the window, or there is none.
+        """
+        full = int(config.get("max_window_layers") or 0) >= self.blocks(config)
+        return config.get("sliding_window") or None if config.get("use_sliding_window") and not full else None
+
     def gguf_fields(self, metadata: dict[str, Any], tensors: Collection[str]) -> dict[str, Any]:
         """Fields of config.json that only this family has, from a GGUF file's key-values and tensor names."""
         return {}

@@ -18,6 +18,10 @@ class OptionalWindow(Family):
             values[f"{self.gguf_arch}.attention.sliding_window"] = int(config["sliding_window"])
         return values
 
+    def gguf_window(self, config: dict[str, Any]) -> int | None:
+        """See `Family.gguf_window`: it reads the number, and does nothing with it."""
+        return config.get("sliding_window") or None
+
     def gguf_fields(self, metadata: dict[str, Any], tensors: Collection[str]) -> dict[str, Any]:
         """See `Family.gguf_fields`."""
         window = {"sliding_window": metadata.get(f"{self.gguf_arch}.attention.sliding_window")}

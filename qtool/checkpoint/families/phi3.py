@@ -72,6 +72,10 @@ class Phi3(Family):
         window = int(config.get("sliding_window") or 0)
         return super().gguf_metadata(config) | {"phi3.attention.sliding_window": window}
 
+    def gguf_window(self, config: dict[str, Any]) -> int | None:
+        """See `Family.gguf_window`."""
+        return config.get("sliding_window") or None
+
     def gguf_fields(self, metadata: dict[str, Any], tensors: Collection[str]) -> dict[str, Any]:
         """See `Family.gguf_fields`."""
         fields: dict[str, Any] = {"sliding_window": metadata.get("phi3.attention.sliding_window") or None}

@@ -1,0 +1,137 @@
+"""Whether a program that is not ours computes from an artifact what we compute from it, on a few tokens.
+
+What it may differ by follows from our own logits: where it rounds inputs to 8 bits on the way, so do we for once, and
+see how far that takes them. A mistake in names, orders, norms, biases or rotary embeddings takes them much farther.
+
+Shape letters: T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from qtool.artifact._base import Artifact, Reading
+from qtool.calibrate.walker import Walker
+from qtool.checkpoint._base import Layer, QuantizedCheckpoint, finite
+from qtool.checkpoint.families._rope import rope_parameters
+from qtool.errors import VerifyError
+from qtool.evaluate.readers import READERS
+from qtool.evaluate.result import Proof
+from qtool.formats.int import Int
+
+TOKENS = 24
+LEAST = 256
+"""Shortest context that llama.cpp has room for."""
+FLOORS = {torch.float32: 2e-3, torch.bfloat16: 0.05}
+"""Of the difference, as a share of the logits: tables of 16 bits for activation functions, and products in bfloat16."""
+FACTOR = 3.0
+"""How much farther than our own rounding another one may lead: its groups are other ones, and it rounds differently."""
+INPUTS = Int(bits=8, group=32)
+"""What ggml rounds inputs to."""
+
+
+def prove(
+    artifact: Artifact, written: QuantizedCheckpoint, model: QuantizedCheckpoint, length: int | None = None
+) -> Proof | None:
+    """Has an artifact run by another program, if there is one for it.
+
+    Args:
+        artifact: its layout.
+        written: the artifact, opened.
+        model: what it was written from, with which it is compared; what was lost on the way is not in the artifact.
+        length: how many tokens to run; None: a few.
+
+    Returns:
+        What was found, or why nothing was; None: nobody else reads this layout.
+
+    Raises:
+        VerifyError: it computes something else.
+        CheckpointError: it does not run.
+    """
+    reading = artifact.reading(written)
+    if reading is None:
+        return None
+    reader = READERS[reading.reader]
+    if not reader.installed:
+        return Proof(reader=reading.reader, why_not=f"{reader.needs} is not installed")
+    if weights(model) > reader.threshold:
+        return Proof(reader=reading.reader, why_not=f"the model has more than {reader.threshold:.3g} weights")
+    if reading.differs:
+        return Proof(reader=reading.reader, why_not=reading.differs)
+    rows = model.info(f"{model.family.embedding}.weight").shape[0]
+    tokens = [(7 * i * i + 3 * i + 1) % rows for i in range(count(model, length))]
+    found = reader.logits(written, tokens, reading)
+    limits = FLOORS[reading.dtype], model.family.mixture
+    try:
+        return compared(found, *expected(model, tokens, reading), f"{reading.reader} {reader.version}", *limits)
+    except VerifyError as error:
+        raise VerifyError(f"{written.source}: {error}") from error
+
+
+def count(model: QuantizedCheckpoint, length: int | None) -> int:
+    """How many tokens are run: no more than a window that is left out, and more than a short original context, since llama.cpp decides by the longest it allows."""
+    original = rope_parameters(model.family.rope(model.config)).get("original_max_position_embeddings") or LEAST
+    wanted = length or (TOKENS if original >= LEAST else int(original) + 8)
+    return min(wanted, model.family.gguf_window(model.config) or wanted)
+
+
+def weights(model: QuantizedCheckpoint) -> int:
+    """How many numbers its tensors have."""
+    return sum(math.prod(model.info(name).shape) for name in model.names())
+
+
+def expected(model: QuantizedCheckpoint, tokens: list[int], reading: Reading) -> tuple[Tensor, Tensor]:
+    """Our logits, float32 [T, V], and the same with inputs rounded as the reader may."""
+    walker = Walker(model, torch.device("cpu"), torch.float32)
+    exact = walker.embed(torch.tensor([tokens]))
+    other = walker.embed(torch.tensor([tokens]))
+    inputs = {m.name: Layer(INPUTS, INPUTS) for found in walker.modules.values() for m in found if m.kind == "linear"}
+    for i in range(len(walker.blocks)):
+        block = walker.load_block(i)
+        walker.advance(block, i, exact)
+        if reading.rounds:
+            walker.advance(block, i, other, inputs if rounds(model) else {})
+    logits = finite(walker.logits(exact, 0), f"logits of {model.source}")
+    return logits, walker.logits(other, 0) if reading.rounds else logits
+
+
+def rounds(model: QuantizedCheckpoint) -> bool:
+    """Whether some matrix is not float32, with which inputs are rounded."""
+    return bool(model.layers) or any(model.info(name).dtype != torch.float32 for name in model.names())
+
+
+def compared(found: Tensor, wanted: Tensor, other: Tensor, reader: str, floor: float, several: bool) -> Proof:
+    """Compares logits.
+
+    Args:
+        found: the reader's.
+        wanted, other: see `expected`.
+        reader: what made them.
+        floor: see `FLOORS`.
+        several: whether tokens go through some of several experts: through others, by a hair.
+
+    Raises:
+        VerifyError: they differ by more than they may.
+    """
+    if found.shape != wanted.shape:
+        raise VerifyError(f"{reader}: wrong logits", wanted=list(wanted.shape), found=list(found.shape))
+    limit = floor + FACTOR * apart(other, wanted, several)
+    distance = apart(found, wanted, several)
+    largest = float((found - wanted).abs().max())
+    if not distance <= limit:
+        what = f"{reader} computes something else than was meant"
+        told = f"{distance:.2g}, and logits that differ by up to {largest:.2g}"
+        hint = "this conversion is wrong; please report it with the model's config.json"
+        raise VerifyError(what, wanted=f"a relative difference of at most {limit:.2g}", found=told, hint=hint)
+    return Proof(reader=reader, tokens=len(wanted), distance=distance, limit=limit, largest=largest)
+
+
+def apart(a: Tensor, b: Tensor, several: bool) -> float:
+    """How far logits are apart, relative to those of b: of all tokens together, or of the median one."""
+    centered = b - b.mean(1, keepdim=True)
+    if several:
+        return float(((a - b).norm(dim=1) / centered.norm(dim=1).clamp_min(1e-30)).median())
+    return float((a - b).norm() / centered.norm().clamp_min(1e-30))

@@ -1,0 +1,193 @@
+"""Artifacts are run by programs that are not ours: right ones pass, and every mistake of a conversion is caught."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from qtool.api import export, quantize
+from qtool.artifact.compressed_tensors import CompressedTensors
+from qtool.artifact.gguf import GGUF
+from qtool.artifact.gguf._writer import Writer
+from qtool.checkpoint.families._base import Family
+from qtool.checkpoint.families.gemma2 import Gemma2
+from qtool.checkpoint.hf import HFCheckpoint
+from qtool.cli.app import app
+from qtool.errors import CheckpointError, VerifyError
+from qtool.evaluate import proof, readers
+from qtool.evaluate.llamacpp import try_file
+from qtool.evaluate.proof import apart, prove
+from qtool.evaluate.readers import Reader
+from qtool.evaluate.twin import _proven, prove_twin
+from qtool.formats.int import Int
+from qtool.formats.q8_0 import Q8_0
+from qtool.pipeline.check import check
+from qtool.pipeline.prepare import prepare
+from tests.artifact.conftest import quantize as in_memory
+from tests.artifact.test_gguf import TOKENS, changed, neutral, reference_logits
+from tests.conftest import MIXTURES, TINY
+
+
+def written(folder, out, fmt=None):
+    """A GGUF file with the blocks' matrices in a format, or all in F32; opened, and what it was written from."""
+    out.mkdir()
+    model = neutral(folder, out.parent / f"{out.name}-work", lambda m: fmt if m.block is not None else None)
+    GGUF().write(model, out, {})
+    return GGUF().open(out), model
+
+
+def test_every_family_runs_in_llama_cpp_as_in_our_own_evaluation(tiny_folder, tmp_path):
+    found = prove(GGUF(), *written(tiny_folder, tmp_path / "out", Q8_0()))
+    assert found.reader.startswith("llama.cpp 20") and found.tokens >= 24
+    assert 1e-3 < found.distance < found.limit < 0.07 and 0 < found.largest < 2
+    exact = prove(GGUF(), *written(tiny_folder, tmp_path / "exact"))
+    assert exact.distance < (1e-3 if "gemma" in tiny_folder.name else 1e-5)
+
+
+def scaled(ending, factor):
+    """Tensors whose names end so are written as multiples of themselves."""
+    kept = Writer._rows
+
+    def rows(self, name):
+        yield from (part * (factor if name.endswith(ending) else 1) for part in kept(self, name))
+
+    return Writer, "_rows", rows
+
+
+def without(key):
+    kept = Gemma2.gguf_metadata
+    return Gemma2, "gguf_metadata", lambda self, config: {k: v for k, v in kept(self, config).items() if k != key}
+
+
+MISTAKES = {
+    "permutation": ("llama", lambda: (Family, "gguf_rows", lambda *_: None)),
+    "norm offset": ("gemma2", lambda: (Family, "gguf_offset", lambda *_: 0.0)),
+    "bias": ("llama-biased", lambda: scaled("q_proj.bias", 0)),
+    "one bias of many": ("qwen2", lambda: scaled("0.self_attn.v_proj.bias", 0)),
+    "rope factors": ("llama-rope3", lambda: (Family, "gguf_extra_tensors", lambda *_: {})),
+    "softcap": ("gemma2", lambda: without("gemma2.attn_logit_softcapping")),
+    "a matrix": ("qwen3", lambda: scaled("1.mlp.down_proj.weight", 1.3)),
+}
+
+
+@pytest.mark.parametrize("fmt", [None, Q8_0()], ids=["f32", "q8_0"])
+@pytest.mark.parametrize("mistake", sorted(MISTAKES))
+def test_mistakes_of_a_conversion_are_caught(mistake, fmt, tiny_checkpoint, tmp_path, monkeypatch):
+    name, change = MISTAKES[mistake]
+    with monkeypatch.context() as patch:
+        patch.setattr(*change())
+        found = written(tiny_checkpoint(name), tmp_path / "out", fmt)
+        with pytest.raises(
+            VerifyError, match=r"llama\.cpp 20.* computes something else .*wanted a relative difference"
+        ):
+            if fmt is not None:
+                _proven.cache_clear()
+                prove_twin(GGUF(), found[1])
+            prove(GGUF(), *found)
+
+
+def test_folders_run_in_transformers(tiny_checkpoint, tmp_path):
+    model = in_memory(tiny_checkpoint("qwen2"), Int(bits=4, group=32))
+    CompressedTensors().write(model, tmp_path, {})
+    opened = CompressedTensors().open(tmp_path)
+    found = prove(CompressedTensors(), opened, model)
+    assert found.reader.startswith("transformers 5") and found.tokens == 24 and found.distance < 1e-5
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.3}))
+    with pytest.raises(VerifyError, match="transformers 5.* computes something else"):
+        prove(CompressedTensors(), opened, model)
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="^transformers cannot run"):
+        prove(CompressedTensors(), opened, model)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"needs": "no_such_package"}, "no_such_package is not installed"),
+        ({"threshold": 1000}, "the model has more than 1e+03 weights"),
+    ],
+)
+def test_what_is_not_run_says_why(change, why, tiny_checkpoint, tmp_path, monkeypatch):
+    told = vars(readers.READERS["llama.cpp"]) | change
+    monkeypatch.setitem(readers.READERS, "llama.cpp", Reader(**told))
+    found = prove(GGUF(), *written(tiny_checkpoint("llama"), tmp_path / "out"))
+    assert (found.tokens, found.why_not) == (0, why)
+    assert found.words == f"not run in llama.cpp: {why}"
+
+
+def test_differences_are_relative_and_of_the_median_token_where_experts_are_chosen():
+    b = torch.tensor([[1.0, -1.0], [3.0, 1.0], [-2.0, 2.0]])
+    a = b + torch.tensor([[0.1, -0.1], [0.0, 0.0], [4.0, 4.0]])
+    assert apart(a, b, False) == pytest.approx((0.02 + 32) ** 0.5 / (2 + 2 + 8) ** 0.5)
+    assert apart(a, b, True) == pytest.approx(0.1)
+    with pytest.raises(VerifyError, match=r"relative difference of at most 0\.01, found 0\.1, and"):
+        proof.compared(b + torch.tensor([0.1, -0.1]), b, b, "it", 0.01, True)
+    assert proof.compared(b, b, a, "it", 0.01, True).limit == pytest.approx(0.31)
+
+
+RECIPE = {
+    "recipe": 1,
+    "name": "test",
+    "layers": [{"match": "re:.*_proj", "weights": "q8_0", "method": "rtn"}, {"match": "*", "keep": True}],
+    "export": [{"to": "gguf"}],
+}
+
+
+def test_report_and_model_card_say_it(tiny_checkpoint, tmp_path):
+    report = quantize(str(tiny_checkpoint("llama")), RECIPE, tmp_path / "out")
+    words = report.artifacts[0].proof.words
+    assert words.startswith("runs in llama.cpp 20") and "24 tokens, largest logit difference 0.0" in words
+    assert f"Proven: it {words}." in (tmp_path / "out" / "README.md").read_text().replace("\\", "")
+    for page in ("report.md", "report.html"):
+        assert "largest logit difference 0.0" in (tmp_path / "out" / page).read_text()
+    assert export(tmp_path / "out", "qtool", tmp_path / "neutral").proof is None
+    assert quantize(str(tiny_checkpoint("llama")), RECIPE, tmp_path / "b", verify=False).artifacts[0].proof is None
+
+
+def test_a_run_whose_file_computes_something_else_leaves_no_result(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(Family, "gguf_extra_tensors", lambda *_: {})
+    with pytest.raises(VerifyError, match="computes something else"):
+        quantize(str(tiny_checkpoint("llama-rope3")), RECIPE, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", [*TINY, *MIXTURES])
+def test_twins_run_in_llama_cpp(name, tiny_checkpoint):
+    _proven.cache_clear()
+    found = prove_twin(GGUF(), HFCheckpoint(tiny_checkpoint(name)))
+    assert found.tokens == (64 if name == "mixtral" else 240) and found.distance < (1.5e-3 if "gemma" in name else 1e-4)
+
+
+def test_plan_check_converts_a_twin(tiny_checkpoint, tmp_path, monkeypatch):
+    folder = tiny_checkpoint("llama-rope3")
+    job = prepare(str(folder), RECIPE)
+    assert check(job, tmp_path) == []
+    _proven.cache_clear()
+    monkeypatch.setattr(Family, "gguf_extra_tensors", lambda *_: {})
+    assert "computes something else than was meant" in check(job, tmp_path)[0]
+
+
+WINDOWS = {"mistral": {"sliding_window": 16}, "qwen2": {"use_sliding_window": True, "sliding_window": 16}}
+WINDOWS["qwen2"] |= {"max_window_layers": 1, "layer_types": ["full_attention", "sliding_attention"]}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows_that_llama_cpp_leaves_out_are_said(name, tiny_checkpoint, tmp_path):
+    """A file is right up to the window, and not beyond it."""
+    folder = changed(tiny_checkpoint(name), tmp_path / "model", WINDOWS[name])
+    text = "llama.cpp lets attention see more than its window: results are the model's up to 16 tokens"
+    report = quantize(str(folder), RECIPE, tmp_path / "out")
+    assert f"gguf: {text}" in report.warnings
+    assert f"- Note: {text}." in (tmp_path / "out" / "README.md").read_text()
+    assert report.artifacts[0].proof.tokens == 16
+    found, wanted = try_file(next((tmp_path / "out").glob("*.gguf")), TOKENS), reference_logits(folder)
+    assert float((found - wanted)[:16].norm() / wanted[:16].norm()) < 0.03
+    assert float((found - wanted)[16:].norm() / wanted[16:].norm()) > 0.05
+    runner = CliRunner()
+    (tmp_path / "recipe.yaml").write_text(json.dumps(RECIPE))
+    said = runner.invoke(app, ["plan", str(folder), "-r", str(tmp_path / "recipe.yaml"), "--strict"])
+    assert said.exit_code != 0 and text in said.stderr.replace("\n", " ")
