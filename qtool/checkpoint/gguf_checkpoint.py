@@ -21,6 +21,7 @@ from torch import Tensor
 from qtool import registry
 from qtool.checkpoint._base import Checkpoint, TensorInfo, modules, verify
 from qtool.checkpoint.config import FAMILIES, complete
+from qtool.checkpoint.conversions._base import ROOM, Conversion
 from qtool.checkpoint.families._base import GGUF_FIELDS, Family
 from qtool.checkpoint.families._parts import stacked
 from qtool.checkpoint.families._rope import ROPE_TENSORS, rope_config
@@ -47,8 +48,7 @@ class GGUFCheckpoint(Checkpoint):
     def __init__(self, path: Path) -> None:
         self.source = str(path)
         self._file = open_gguf(path)
-        self.family = _family(self._file)
-        self.config, _ = complete(_config(self._file, self.family), path)
+        self.config, self.family = complete(_config(self._file, _family(self._file)), path)
         self._check_rotary()
         stored = self._file.tensors
         names = self.family.gguf_names(self.config)
@@ -184,10 +184,11 @@ def scale_name(weight: str, kind: str = "scale") -> str:
     return f"{weight.removesuffix('weight')}{kind}"
 
 
-def _family(file: GGUFFile) -> Family:
-    """The family of the file's architecture; of two, the one whose marker is there."""
+def _family(file: GGUFFile) -> Family | Conversion:
+    """What the file's architecture is called here; of two that share it, the one whose marker is there."""
     arch = file.metadata.get("general.architecture")
-    families: list[Family] = [registry.load(FAMILIES, name)() for name in registry.names(FAMILIES)]
+    rooms = (FAMILIES, ROOM)
+    families: list[Family | Conversion] = [registry.load(r, name)() for r in rooms for name in registry.names(r)]
     mixture = bool(file.metadata.get(f"{arch}.expert_count"))
     fitting = [family for family in families if family.gguf_arch == arch and family.mixture == mixture]
     if not fitting:
@@ -201,13 +202,14 @@ def _family(file: GGUFFile) -> Family:
     return (marked or [family for family in fitting if family.gguf_marker is None])[0]
 
 
-def _config(file: GGUFFile, family: Family) -> dict[str, Any]:
+def _config(file: GGUFFile, family: Family | Conversion) -> dict[str, Any]:
     """What config.json would say, in the spelling that transformers 4 and 5 both read."""
     arch, fields = family.gguf_arch, file.metadata
     embedding = file.tensors.get("token_embd.weight")
     values = {"vocab_size": embedding.shape[0] if embedding else 0}
-    values |= {key: _number(file, f"{arch}.{key}") for key in GGUF_FIELDS if key != "vocab_size"}
-    config: dict[str, Any] = {field: values[key] for key, field in GGUF_FIELDS.items()}
+    numbers = family.numbers if isinstance(family, Conversion) else GGUF_FIELDS
+    values |= {key: _number(file, f"{arch}.{key}") for key in numbers if key != "vocab_size"}
+    config: dict[str, Any] = {field: values[key] for key, field in numbers.items()}
     config["head_dim"] = dim = _head_dim(file, arch, config)
     factors = {name: file.read(name) for name in ROPE_TENSORS if name in file.tensors}
     config |= rope_config(fields, arch, fields.get(f"{arch}.rope.dimension_count", dim), factors)
@@ -215,14 +217,18 @@ def _config(file: GGUFFile, family: Family) -> dict[str, Any]:
         field: fields[f"tokenizer.ggml.{key}"] for key, field in SPECIAL.items() if f"tokenizer.ggml.{key}" in fields
     }
     activation, function = family.activation
-    return config | {
-        "architectures": [family.architecture],
-        "model_type": type(family).__module__.rpartition(".")[2],
-        activation: function,
-        "tie_word_embeddings": "output.weight" not in file.tensors,
-        "dtype": _dtype(file),
-        **family.gguf_fields(fields, file.tensors),
-    }
+    told = {activation: function} if activation else {}
+    return (
+        config
+        | told
+        | {
+            "architectures": [family.architecture],
+            "model_type": type(family).__module__.rpartition(".")[2],
+            "tie_word_embeddings": "output.weight" not in file.tensors,
+            "dtype": _dtype(file),
+            **family.gguf_fields(fields, file.tensors),
+        }
+    )
 
 
 def _number(file: GGUFFile, key: str) -> Any:

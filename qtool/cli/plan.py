@@ -22,8 +22,8 @@ Check = Annotated[
     bool,
     typer.Option(
         "--check",
-        help="Also try what would fail later: texts of calibration and evaluation, tokenizer, free disk, whether llama.cpp runs a small model of this kind, and with "
-        "--push-to-hub whether the hub would take an upload.",
+        help="Also try what would fail later: texts of calibration and evaluation, tokenizer, free disk, whether "
+        "llama.cpp runs a small model of this kind, and with --push-to-hub whether the hub would take an upload.",
     ),
 ]
 

@@ -73,5 +73,5 @@ class LlamaCpp(Runtime):
         super().__init__(path, n_ctx, torch.get_num_threads())
 
     def logits(self, tokens: Tensor | list[int]) -> Tensor:
-        """float32 [T, V]: what follows each of T tokens from the start of a context. Raises UsageError: see `values`."""
+        """float32 [T, V]: what follows each of T tokens from the start of a context; see `values`."""
         return torch.from_numpy(self.values([int(token) for token in tokens]))

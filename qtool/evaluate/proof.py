@@ -72,7 +72,11 @@ def prove(
 
 
 def count(model: QuantizedCheckpoint, length: int | None) -> int:
-    """How many tokens are run: no more than a window that is left out, and more than a short original context, since llama.cpp decides by the longest it allows."""
+    """How many tokens are run.
+
+    No more than a window that is left out, and more than a short original context: llama.cpp decides by the longest
+    context that it allows.
+    """
     original = rope_parameters(model.family.rope(model.config)).get("original_max_position_embeddings") or LEAST
     wanted = length or (TOKENS if original >= LEAST else int(original) + 8)
     return min(wanted, model.family.gguf_window(model.config) or wanted)
@@ -108,7 +112,8 @@ def compared(found: Tensor, wanted: Tensor, other: Tensor, reader: str, floor: f
 
     Args:
         found: the reader's.
-        wanted, other: see `expected`.
+        wanted: ours.
+        other: ours with inputs rounded, see `expected`.
         reader: what made them.
         floor: see `FLOORS`.
         several: whether tokens go through some of several experts: through others, by a hair.

@@ -63,8 +63,9 @@ def publish(
             with watch.stage(f"verify {name}"):
                 verify(f"verify {name}", artifact.open(place), model, listener, ranks)
                 ranks.barrier()
-            with watch.stage(f"run {name}"):
-                proof = run_apart(name, artifact, place, model, told, listener) if ranks.first else None
+            if ranks.first and artifact.reading(artifact.open(place)):
+                with watch.stage(f"run {name}"):
+                    proof = run_apart(name, artifact, place, model, told, listener)
         if not ranks.first:
             continue
         if place != folder:
@@ -87,8 +88,6 @@ def run_apart(
         VerifyError, CheckpointError: see `prove`.
     """
     written = artifact.open(place)
-    if artifact.reading(written) is None:
-        return None
     listener(Event(f"run {name}", 0, 1))
     prove_twin(artifact, model)
     proof = prove(artifact, written, model)

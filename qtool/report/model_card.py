@@ -41,7 +41,8 @@ def write_card(artifact: Artifact, model: QuantizedCheckpoint, out: Path, card: 
         out: the folder.
         card: every key may be missing: `base_model` (hub id or folder), `license` and its like, `repository` (where it
             will be), `recipe_name`, `recipe` (its content), `source_bytes`, `quantized_bytes`, `bits_per_weight`,
-            `caveats` (those of the model that was written), `methods` (by module), `proof` (what another program made of it, in words), `quality` (a list of mappings with the fields of an evaluation, and `words` on it).
+            `caveats` (those of the model that was written), `methods` (by module), `proof` (what another program made
+            of it, in words), `quality` (a list of mappings with the fields of an evaluation, and `words` on it).
 
     Raises:
         StorageError: the disk is full or not writable.

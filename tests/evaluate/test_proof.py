@@ -97,10 +97,10 @@ def test_folders_run_in_transformers(tiny_checkpoint, tmp_path):
     assert found.reader.startswith("transformers 5") and found.tokens == 24 and found.distance < 1e-5
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.3}))
-    with pytest.raises(VerifyError, match="transformers 5.* computes something else"):
+    with pytest.raises(VerifyError, match=r"transformers 5.* computes something else"):
         prove(CompressedTensors(), opened, model)
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(CheckpointError, match="^transformers cannot run"):
+    with pytest.raises(CheckpointError, match=r"^transformers cannot run"):
         prove(CompressedTensors(), opened, model)
 
 

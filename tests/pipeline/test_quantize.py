@@ -107,7 +107,7 @@ def test_report_lists_the_files_with_their_digests(gguf_run):
 
 def test_stages_and_memory_are_measured(gguf_run):
     _, _, report, _ = gguf_run
-    assert [s.name for s in report.stages] == ["plan", "calibrate", "quantize", "write gguf", "verify gguf"]
+    assert [s.name for s in report.stages] == ["plan", "calibrate", "quantize", "write gguf", "verify gguf", "run gguf"]
     assert all(s.seconds >= 0 for s in report.stages)
     assert 50e6 < report.stages[-1].peak_bytes < 50e9
 

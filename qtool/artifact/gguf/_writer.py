@@ -115,7 +115,8 @@ class ModelWriter:
         names = self.family.gguf_names(self.config)
         self.members: dict[str, list[str]] = defaultdict(list)
         for tensor in model.names():
-            self.members[names[tensor]].append(tensor)
+            if tensor in names:  # others are no part of the language model
+                self.members[names[tensor]].append(tensor)
         self.roles = {module.name: module.role for module in modules(model)}
         self.extra = self.family.gguf_extra_tensors(self.config)
         self.shapes = {there: tuple(tensor.shape) for there, tensor in self.extra.items()}

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
+from torch import Tensor
+
+from qtool.checkpoint.conversions._base import Conversion, conversion_of, filled
 from qtool.checkpoint.derived.derive import Facts, derive
 from qtool.checkpoint.families._base import Family, Value
 from qtool.checkpoint.families._edges import Edge
@@ -21,6 +24,7 @@ class Derived(Family):
     """See the module; `derived_family` makes one for a config."""
 
     facts: ClassVar[Facts]
+    naming: ClassVar[Conversion | None] = None
     derived = True
 
     def blocks(self, config: dict[str, Any]) -> int:
@@ -66,18 +70,48 @@ class Derived(Family):
         """See `Family.submodule`."""
         return self.facts.paths.get(path, path)
 
+    def conversion(self, config: Mapping[str, Any]) -> Conversion:
+        """What GGUF calls such models. Raises CheckpointError: nothing says so."""
+        found = conversion_of(config["model_type"])
+        if found is None:
+            raise CheckpointError(f"nothing says what GGUF calls the tensors of {config['model_type']} models")
+        return found
+
+    def rotary_dim(self, config: dict[str, Any]) -> int:
+        """See `Family.rotary_dim`."""
+        return self.conversion(config).rotary_dim(filled(config))
+
     def gguf_names(self, config: dict[str, Any]) -> dict[str, str]:
-        """Raises CheckpointError: only a family's file says what GGUF calls tensors."""
-        raise CheckpointError(f"nothing says what GGUF calls the tensors of {config['model_type']} models")
+        """See `Family.gguf_names`."""
+        return self.conversion(config).tensor_names(config, self.facts.shapes, f"{self.head}.weight")
 
     def gguf_metadata(self, config: dict[str, Any]) -> dict[str, Value]:
-        """Raises CheckpointError; see `gguf_names`."""
-        raise CheckpointError(f"nothing says how GGUF describes {config['model_type']} models")
+        """See `Family.gguf_metadata`."""
+        return {f"{self.gguf_arch}.{key}": value for key, value in self.conversion(config).metadata(config).items()}
+
+    def gguf_extra_tensors(self, config: dict[str, Any]) -> dict[str, Tensor]:
+        """See `Family.gguf_extra_tensors`."""
+        return self.conversion(config).extra_tensors(config)
+
+    def gguf_rows(self, config: dict[str, Any], role: str) -> Tensor | None:
+        """See `Family.gguf_rows`."""
+        return self.conversion(config).rows(config, role)
+
+    def gguf_offset(self, name: str) -> float:
+        """See `Family.gguf_offset`."""
+        return self.naming.offset(name) if self.naming else 0.0
+
+    def gguf_window(self, config: dict[str, Any]) -> int | None:
+        """See `Family.gguf_window`."""
+        return config.get("sliding_window") or None if self.naming and self.naming.window else None
 
 
 def derived_family(config: Mapping[str, Any]) -> Derived:
     """The family of a model. Raises CheckpointError: see `derive`."""
-    return family_of(derive(config))
+    family = family_of(derive(config))
+    if naming := conversion_of(config["model_type"]):
+        type(family).naming, type(family).gguf_arch = naming, naming.gguf_arch
+    return family
 
 
 def family_of(facts: Facts, model_free: bool = False) -> Derived:

@@ -1,0 +1,114 @@
+"""GGUF files of models whose families are derived: llama.cpp computes what transformers does, and they come back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import architectures
+from benchmarks.architectures import logits_of, save_tiny
+from qtool import registry
+from qtool.artifact.gguf import GGUF
+from qtool.checkpoint.conversions._base import ROOM, conversion_of
+from qtool.checkpoint.hf import HFCheckpoint
+from qtool.errors import CheckpointError
+from qtool.evaluate.llamacpp import try_file
+from qtool.evaluate.twin import _proven, prove_twin
+from tests.artifact.conftest import InMemory
+from tests.conftest import make_tokenizer
+
+TOKENS = [(7 * i * i + 3 * i) % 500 for i in range(40)]
+PARTICULAR = {
+    "starcoder2": {"sliding_window": None},
+    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 4},
+    "olmoe": {"num_key_value_heads": 4, "norm_topk_prob": False},
+}
+"""What a tiny model of a type needs that llama.cpp shall compute."""
+TABLES = ("gemma", "phi", "starcoder2", "gpt_neox", "gemma3n_text")
+"""Types whose activation llama.cpp looks up in a table of 16-bit floats."""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folder of a tiny model of a type, and transformers' logits of some tokens."""
+    tokenizer, made = make_tokenizer(), {}
+
+    def make(kind, **fields):
+        key = kind, json.dumps(fields)
+        if key not in made:
+            folder = tmp_path_factory.mktemp(kind)
+            with pytest.MonkeyPatch.context() as patch:
+                told = architectures.PARTICULAR.get(kind, {}) | PARTICULAR.get(kind, {}) | fields
+                patch.setitem(architectures.PARTICULAR, kind, told)
+                model = save_tiny(kind, folder)
+            tokenizer.save_pretrained(folder)
+            with torch.no_grad():
+                made[key] = folder, model(input_ids=torch.tensor([TOKENS]), use_cache=False).logits[0]
+        return made[key]
+
+    return make
+
+
+def distance(found, wanted):
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def converted(folder, out):
+    """A GGUF file in float32, and what it was written from."""
+    out.mkdir()
+    model = InMemory(HFCheckpoint(folder), lambda module: None)
+    GGUF().write(model, out, {})
+    return next(out.glob("*.gguf")), model
+
+
+@pytest.mark.parametrize("kind", registry.names(ROOM))
+def test_llama_cpp_computes_what_transformers_computes(kind, saved, tmp_path):
+    folder, wanted = saved(kind)
+    path, model = converted(folder, tmp_path / "out")
+    found = try_file(path, TOKENS)
+    assert distance(found, wanted) < (5e-4 if kind in TABLES else 1e-5)
+    assert distance(1.01 * found, wanted) > 5e-3
+    back = GGUF().open(tmp_path / "out")
+    assert back.family.derived and back.config["model_type"] == kind
+    assert distance(logits_of(back, torch.tensor([TOKENS]))[0], wanted) < 1e-5
+    for name in model.names():
+        assert torch.allclose(back.tensor(name), model.tensor(name), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", registry.names(ROOM))
+def test_twins_run_in_llama_cpp(kind, saved):
+    _proven.cache_clear()
+    found = prove_twin(GGUF(), HFCheckpoint(saved(kind)[0]))
+    assert found and found.tokens == 240 and found.distance < (1.5e-3 if kind in TABLES else 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "why"),
+    [
+        ("stablelm", {"qk_layernorm": True}, "stablelm models with one qk_layernorm only: wanted False, found True"),
+        ("cohere2", {"layer_types": ["full_attention"] * 4}, "cohere2 models with one layer_types only"),
+        ("olmoe", {"norm_topk_prob": True}, "olmoe models with one norm_topk_prob only: wanted False, found True"),
+        ("nemotron", {"hidden_act": "silu"}, "activation function: wanted relu2, found silu"),
+        ("exaone4", {"sliding_window": 16}, "exaone4 models with one window only: wanted 0, found 16"),
+    ],
+)
+def test_what_llama_cpp_does_not_know_is_refused(kind, fields, why, tmp_path):
+    fields = architectures.PARTICULAR.get(kind, {}) | PARTICULAR.get(kind, {}) | fields
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(architectures.PARTICULAR, kind, fields)
+        config = architectures.tiny_config(kind).to_dict()
+    with pytest.raises(CheckpointError, match=why):
+        conversion_of(kind).metadata(config)
+
+
+def test_a_window_that_llama_cpp_does_not_apply_is_said(saved):
+    model = HFCheckpoint(saved("starcoder2", sliding_window=16)[0])
+    assert model.family.gguf_window(model.config) == 16
+    assert "up to 16 tokens" in GGUF().caveats(model, {})[0]
+
+
+def test_types_without_a_conversion_are_refused(saved):
+    model = HFCheckpoint(saved("mamba2")[0])
+    assert "nothing says what GGUF calls" in GGUF().supports(model).reason
