@@ -15,12 +15,13 @@ from torch import Tensor
 
 from qtool.artifact._base import Artifact, Reading
 from qtool.calibrate.walker import Walker
-from qtool.checkpoint._base import Layer, QuantizedCheckpoint, finite
+from qtool.checkpoint._base import Layer, QuantizedCheckpoint
 from qtool.checkpoint.families._rope import rope_parameters
 from qtool.errors import VerifyError
 from qtool.evaluate.readers import READERS
 from qtool.evaluate.result import Proof
 from qtool.formats.int import Int
+from qtool.numerics.checks import finite
 
 TOKENS = 24
 LEAST = 256

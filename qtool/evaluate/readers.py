@@ -24,7 +24,7 @@ from qtool.errors import CheckpointError, one_line
 
 
 @dataclass(frozen=True)
-class Reader:
+class ForeignReader:
     """One of them.
 
     Attributes:
@@ -73,8 +73,8 @@ def by_transformers(model: QuantizedCheckpoint, tokens: list[int], reading: Read
     return logits
 
 
-READERS: Mapping[str, Reader] = {
-    "llama.cpp": Reader("xllamacpp", "xllamacpp", by_llama_cpp, 8 * 10**9),
-    "transformers": Reader("transformers", "compressed_tensors", by_transformers, 2 * 10**9),
+READERS: Mapping[str, ForeignReader] = {
+    "llama.cpp": ForeignReader("xllamacpp", "xllamacpp", by_llama_cpp, 8 * 10**9),
+    "transformers": ForeignReader("transformers", "compressed_tensors", by_transformers, 2 * 10**9),
 }
 """By what `Artifact.reading` calls them."""

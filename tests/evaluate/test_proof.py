@@ -20,7 +20,7 @@ from qtool.errors import CheckpointError, VerifyError
 from qtool.evaluate import proof, readers
 from qtool.evaluate.llamacpp import try_file
 from qtool.evaluate.proof import apart, prove
-from qtool.evaluate.readers import Reader
+from qtool.evaluate.readers import ForeignReader
 from qtool.evaluate.twin import _proven, prove_twin
 from qtool.formats.int import Int
 from qtool.formats.q8_0 import Q8_0
@@ -113,7 +113,7 @@ def test_folders_run_in_transformers(tiny_checkpoint, tmp_path):
 )
 def test_what_is_not_run_says_why(change, why, tiny_checkpoint, tmp_path, monkeypatch):
     told = vars(readers.READERS["llama.cpp"]) | change
-    monkeypatch.setitem(readers.READERS, "llama.cpp", Reader(**told))
+    monkeypatch.setitem(readers.READERS, "llama.cpp", ForeignReader(**told))
     found = prove(GGUF(), *written(tiny_checkpoint("llama"), tmp_path / "out"))
     assert (found.tokens, found.why_not) == (0, why)
     assert found.words == f"not run in llama.cpp: {why}"

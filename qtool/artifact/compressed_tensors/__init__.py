@@ -34,7 +34,7 @@ from qtool.artifact._settings import quantization_config as quantization_config_
 from qtool.artifact.compressed_tensors import _cache, _inputs, _transforms
 from qtool.artifact.compressed_tensors._caveats import caveats
 from qtool.artifact.compressed_tensors._config import METHOD, kind_of, quantization_config, refusal
-from qtool.artifact.compressed_tensors._floats import MX, NV4
+from qtool.artifact.compressed_tensors._floats import MXQuantized, NVFP4Packed
 from qtool.artifact.compressed_tensors._kinds import Compressor
 from qtool.artifact.compressed_tensors._reader import CompressedCheckpoint
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
@@ -84,7 +84,7 @@ class CompressedTensors(PackedArtifact):
 
     def reading(self, model: QuantizedCheckpoint) -> Reading:
         """See `Artifact.reading`."""
-        decoded = any(isinstance(kind_of(layer), MX | NV4) for layer in model.layers.values())
+        decoded = any(isinstance(kind_of(layer), MXQuantized | NVFP4Packed) for layer in model.layers.values())
         known = [text for text in self.caveats(model, model.layers) if text.startswith("transformers ")]
         differs = [text for text in known if "to bfloat16" not in text]
         if model.cache:

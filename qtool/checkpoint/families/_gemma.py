@@ -15,7 +15,7 @@ from qtool.checkpoint.families._base import Family, Value
 from qtool.checkpoint.families._gguf import check_fixed, positive
 
 
-class Gemma(Family):
+class SlidingGemma(Family):
     """A family of Gemma's.
 
     Attributes:

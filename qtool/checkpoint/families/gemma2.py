@@ -9,13 +9,13 @@ from collections.abc import Collection
 from typing import Any, ClassVar
 
 from qtool.checkpoint.families._base import Value
-from qtool.checkpoint.families._gemma import Gemma
+from qtool.checkpoint.families._gemma import SlidingGemma
 from qtool.errors import CheckpointError
 
 SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 
 
-class Gemma2(Gemma):
+class Gemma2(SlidingGemma):
     """`Gemma2ForCausalLM`."""
 
     architecture = "Gemma2ForCausalLM"

@@ -9,12 +9,12 @@ from collections.abc import Collection
 from typing import Any, ClassVar
 
 from qtool.checkpoint.families._base import Value
-from qtool.checkpoint.families._gemma import Gemma
+from qtool.checkpoint.families._gemma import SlidingGemma
 from qtool.checkpoint.families._rope import rope_parameters
 from qtool.errors import CheckpointError
 
 
-class Gemma3Text(Gemma):
+class Gemma3Text(SlidingGemma):
     """`Gemma3ForCausalLM`."""
 
     architecture = "Gemma3ForCausalLM"
@@ -30,7 +30,7 @@ class Gemma3Text(Gemma):
         "sliding_window": 4096,
         "final_logit_softcapping": None,
     }
-    norms: ClassVar[dict[str, str]] = {"self_attn.q_norm": "head", "self_attn.k_norm": "head"} | Gemma.norms
+    norms: ClassVar[dict[str, str]] = {"self_attn.q_norm": "head", "self_attn.k_norm": "head"} | SlidingGemma.norms
     rope_kinds = ("default", "linear")
     gguf_arch = "gemma3"
     period = 6
@@ -59,7 +59,7 @@ class Gemma3Text(Gemma):
         return float(rope["rope_theta"])
 
     def fixed(self, config: dict[str, Any]) -> dict[str, Any]:
-        """See `Gemma.fixed`."""
+        """See `SlidingGemma.fixed`."""
         return super().fixed(config) | {"final_logit_softcapping": None}
 
     def gguf_metadata(self, config: dict[str, Any]) -> dict[str, Value]:
