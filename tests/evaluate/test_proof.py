@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from qtool.api import export, quantize
 from qtool.artifact.compressed_tensors import CompressedTensors
 from qtool.artifact.gguf import GGUF
-from qtool.artifact.gguf._writer import Writer
+from qtool.artifact.gguf._writer import ModelWriter
 from qtool.checkpoint.families._base import Family
 from qtool.checkpoint.families.gemma2 import Gemma2
 from qtool.checkpoint.hf import HFCheckpoint
@@ -49,12 +49,12 @@ def test_every_family_runs_in_llama_cpp_as_in_our_own_evaluation(tiny_folder, tm
 
 def scaled(ending, factor):
     """Tensors whose names end so are written as multiples of themselves."""
-    kept = Writer._rows
+    kept = ModelWriter._rows
 
     def rows(self, name):
         yield from (part * (factor if name.endswith(ending) else 1) for part in kept(self, name))
 
-    return Writer, "_rows", rows
+    return ModelWriter, "_rows", rows
 
 
 def without(key):
