@@ -149,7 +149,7 @@ def quantize(
     Args:
         model: what to quantize.
         recipe: how; path or name, or what `load_recipe` gave.
-        out: folder of the result; `<out>.work` is used on the way.
+        out: folder of the result, with `<out>.work` used on the way; or NAME.gguf, beside its folder NAME.report.
         overrides: see `load_recipe`.
         limit_layers: quantize only so many decoder blocks.
         stats: what `calibrate` measured.

@@ -121,7 +121,8 @@ OutOrName = Annotated[
         "--out",
         "-o",
         metavar="OUT",
-        help="Where the result goes; MODEL-RECIPE in the working folder if not given.",
+        help="Folder of the result; MODEL-RECIPE in the working folder if not given. NAME.gguf: that file, and what is "
+        "said about it in the folder NAME.report.",
         show_default=False,
     ),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from qtool.report.budget import budget_lines
 from qtool.report.units import size
 
 if TYPE_CHECKING:
+    from qtool.pipeline.prepare import Job
     from qtool.plan import Plan
 
 
@@ -24,6 +26,16 @@ Check = Annotated[
         "--check",
         help="Also try what would fail later: texts of calibration and evaluation, tokenizer, free disk, whether "
         "llama.cpp runs a small model of this kind, and with --push-to-hub whether the hub would take an upload.",
+    ),
+]
+
+
+Curve = Annotated[
+    bool,
+    typer.Option(
+        "--curve",
+        help="Show ten sizes that the recipe's budget could have, from the smallest file to the best formats, and the "
+        "KL divergence that is expected of each, rounded to nearest.",
     ),
 ]
 
@@ -38,6 +50,7 @@ def command(
     bits: options.Bits = None,
     kld: options.Kld = None,
     scores: options.Scores = None,
+    curve: Curve = False,
     push_to_hub: options.PushToHub = None,
     model_free: options.ModelFree = False,
     check: Check = False,
@@ -61,13 +74,17 @@ def command(
     allocation = None
     for warning in job.plan.warnings:
         console.warn(warning)
+    if job.plan.recipe.budget is None and (scores or curve):
+        flag = "--scores" if scores else "--curve"
+        raise UsageError(flag, wanted="a recipe with a budget: such as gguf-fit", found=job.plan.recipe.name)
+    if curve:
+        show_curve(job, scores, console, json)
+        return
     if job.plan.recipe.budget:
         from qtool.pipeline.budget import divided
 
         with console:
             job, allocation = divided(job, scores or scores_folder(), console)
-    elif scores:
-        raise UsageError("--scores", wanted="a recipe with a budget: such as gguf-fit", found=job.plan.recipe.name)
     plan = job.plan
     if json:
         document(as_json(plan) | {"allocation": allocation and allocation.model_dump(mode="json")})
@@ -79,6 +96,24 @@ def command(
 
         if found := try_all(job, Path(), push_to_hub):
             raise PlanError(found, "this run would fail")
+
+
+def show_curve(job: Job, scores: Path | None, console: Console, json: bool) -> None:
+    """A line for each size: bytes, bits, what is expected, and how much of the weights gets which format."""
+    from qtool.pipeline.curve import curve
+
+    with console:
+        points = curve(job, scores or scores_folder(), console)
+    if json:
+        document([asdict(point) for point in points])
+        return
+    rows = []
+    for point in points:
+        weights = sum(point.formats.values())
+        shares = ", ".join(f"{name} {count / weights:.0%}" for name, count in point.formats.items())
+        rows.append([size(point.nbytes), f"{point.bits:.3f}", f"{point.kld:.4g}", shares])
+    header = ["size", "bits per weight of the whole model", "expected KL divergence, nats", "formats of what is open"]
+    result(table(header, rows, frozenset({0, 1, 2})))
 
 
 def show(plan: Plan) -> str:

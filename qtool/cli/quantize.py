@@ -93,13 +93,14 @@ def command(
 def run(asked: QuantizeOptions, console: Console, json: bool) -> None:
     """Quantizes and prints what came of it, before a gate or the hub may say no."""
     from qtool.pipeline import quantize as stage
+    from qtool.pipeline.one_file import folder_of
 
     with console:
         report = stage.run(asked, console)
     if json:
         document(report.model_dump(mode="json"))
     else:
-        result(summary(report, asked.out))
+        result(summary(report, folder_of(asked.out)))
     with console:
         stage.conclude(report, asked, console)
 

@@ -32,10 +32,16 @@ def divided(job: Job, scores: Path | None, listener: Listener) -> tuple[Job, All
     Raises:
         QtoolError: see `allocated` and `transformed`.
     """
-    card, edits = sizing_card(job, origin(job.original).base_model), ""
+    card = sizing_card(job, origin(job.original).base_model)
     with tempfile.TemporaryDirectory() as folder:
-        if job.plan.recipe.transforms:
-            job, made = transformed(job, Path(folder), None, listener)
-            edits = made.run
+        job, edits = rewritten(job, Path(folder), listener)
         place = scores or Path(folder) / "scores.safetensors"
         return allocated(job, card, place, bool(scores), edits, listener)
+
+
+def rewritten(job: Job, folder: Path, listener: Listener) -> tuple[Job, str]:
+    """The run behind the transforms of its recipe, and what identifies these."""
+    if not job.plan.recipe.transforms:
+        return job, ""
+    job, made = transformed(job, folder, None, listener)
+    return job, made.run

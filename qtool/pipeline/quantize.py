@@ -22,6 +22,7 @@ from qtool.pipeline.content import read_content, refuse_changed
 from qtool.pipeline.events import Event, Listener, silent
 from qtool.pipeline.finish import finish
 from qtool.pipeline.loop import solve_all
+from qtool.pipeline.one_file import SUFFIX, check_one_file, folder_of, name_file
 from qtool.pipeline.prepare import Job, prepare
 from qtool.pipeline.publish import publish
 from qtool.pipeline.statistics import Statistics, statistics_for
@@ -47,7 +48,7 @@ class QuantizeOptions:
 
     Attributes:
         model, recipe, overrides, seed, limit: see `prepare`.
-        out: folder of the result; `<out>.work` is used on the way.
+        out: folder of the result; `<out>.work` is used on the way. Or NAME.gguf, see `qtool.pipeline.one_file`.
         device, dtype: "auto", or where and in which type to compute.
         stats: statistics of an earlier `calibrate` to use instead of running the model.
         imatrix: an importance matrix of llama.cpp to use instead; sets the recipe's method to rounding with it.
@@ -96,7 +97,17 @@ def run(options: QuantizeOptions, listener: Listener = silent) -> Report:
     Raises:
         QtoolError: of every kind.
     """
-    options = replace(options, out=output_path(options.out, options.model))
+    if options.out.suffix != SUFFIX:
+        return into_folder(replace(options, out=output_path(options.out, options.model)), None, listener)
+    file = output_path(options.out, options.model)
+    report = into_folder(replace(options, out=output_path(folder_of(file), options.model)), file, listener)
+    if options.ranks.first:
+        name_file(file)
+    return report
+
+
+def into_folder(options: QuantizeOptions, file: Path | None, listener: Listener) -> Report:
+    """The result in a folder, of which a file will get another name; see `run`."""
     check(options)
     out, ranks = options.out, options.ranks
     place = out.with_name(f"{out.name}.work")
@@ -104,23 +115,7 @@ def run(options: QuantizeOptions, listener: Listener = silent) -> Report:
         check_free(out, options.overwrite)
     watch = Stopwatch()
     with watch.stage("plan"):
-        o = options
-        overrides = (BY_IMPORTANCE, *o.overrides) if o.imatrix else o.overrides
-        job = prepare(
-            o.model,
-            o.recipe,
-            overrides,
-            o.seed,
-            o.limit,
-            o.device,
-            o.dtype,
-            o.options,
-            ranks,
-            o.limit_of,
-            o.tensor_types,
-        )
-        evaluate.check(job.plan.recipe.eval)
-        refuse_together(job)
+        job = prepared(options, file)
     for warning in job.plan.warnings:
         listener(Event("plan", 1, 1, warning, warning=True))
     if ranks.first:
@@ -147,6 +142,34 @@ def run(options: QuantizeOptions, listener: Listener = silent) -> Report:
         if not options.scores:
             scores_of(out).unlink(missing_ok=True)
     return report
+
+
+def prepared(o: QuantizeOptions, file: Path | None) -> Job:
+    """The run with its plan. Raises QtoolError: something would fail after hours of work.
+
+    Args:
+        o: what was asked.
+        file: name that the result's file will get.
+    """
+    overrides = (BY_IMPORTANCE, *o.overrides) if o.imatrix else o.overrides
+    job = prepare(
+        o.model,
+        o.recipe,
+        overrides,
+        o.seed,
+        o.limit,
+        o.device,
+        o.dtype,
+        o.options,
+        o.ranks,
+        o.limit_of,
+        o.tensor_types,
+    )
+    evaluate.check(job.plan.recipe.eval)
+    refuse_together(job)
+    if file and o.ranks.first:
+        check_one_file(file, job.artifacts, bool(o.options.get("split_max_size")), o.overwrite)
+    return job
 
 
 def decided(
@@ -197,7 +220,13 @@ def conclude(report: Report, options: QuantizeOptions, listener: Listener = sile
     for evaluation in report.evaluations:
         refuse_missed(evaluation.gates)
     if options.push_to and options.ranks.first:
-        upload(output_path(options.out), options.push_to, listener, private=options.private, revision=options.revision)
+        upload(
+            output_path(folder_of(options.out)),
+            options.push_to,
+            listener,
+            private=options.private,
+            revision=options.revision,
+        )
 
 
 def produce(

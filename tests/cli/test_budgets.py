@@ -49,3 +49,20 @@ def test_flags_that_do_not_fit(tiny_checkpoint, tmp_path):
     refused = qtool("plan", model, "-r", "gguf-fit", "--fit", "4XB")
     assert refused.exit_code == 2
     assert "'4XB'" in refused.stderr
+
+
+def test_a_curve_of_sizes(tiny_checkpoint, tmp_path):
+    recipe = tmp_path / "fit.yaml"
+    recipe.write_text(RECIPE)
+    common = ["plan", tiny_checkpoint("llama"), "-r", recipe, "--curve"]
+    shown = qtool(*common)
+    assert shown.exit_code == 0, shown.output
+    lines = shown.stdout.splitlines()
+    assert "expected KL divergence, nats" in lines[0]
+    assert len(lines) == 11
+    assert lines[1].rstrip().endswith("q4_0 100%")
+    assert lines[-1].rstrip().endswith("q8_0 100%")
+    points = json.loads(qtool(*common, "--json").stdout)
+    assert [list(p) for p in points] == [["nbytes", "bits", "kld", "formats"]] * 10
+    refused = qtool("plan", tiny_checkpoint("llama"), "-r", "gguf-q8_0", "--curve")
+    assert refused.stderr == "error: --curve: wanted a recipe with a budget: such as gguf-fit, found gguf-q8_0\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from qtool.methods.rtn import RTN
 from qtool.pipeline import sensitivity, trial
 from qtool.pipeline.allocate import Allocator
 from qtool.pipeline.budget import divided
+from qtool.pipeline.curve import curve
 from qtool.pipeline.events import silent
 from qtool.pipeline.held_out import tokens_for
 from qtool.pipeline.prepare import prepare
@@ -306,6 +308,26 @@ def test_as_large_as_another_recipe(family, written, tiny_checkpoint, tmp_path):
     with pytest.raises(RecipeError, match="no file and no shipped recipe is called"):
         divided(opened(folder, written["fit"], "budget.against=[nothing]", bits=12), None, silent)
     assert opened(folder, written["fit"], *overrides, bits=12).plan.recipe.budget.like is None
+
+
+def test_a_curve_is_what_ten_budgets_come_to(written, tiny_checkpoint, tmp_path, monkeypatch):
+    folder, file = tiny_checkpoint("llama"), tmp_path / "scores"
+    points = curve(opened(folder, written["fit"]), file, silent)
+    least, most = span(opened(folder, written["fit"]))
+    assert (points[0].nbytes, points[-1].nbytes, len(points)) == (least, most, 10)
+    assert [p.nbytes for p in points] == sorted({p.nbytes for p in points})
+    assert [p.kld for p in points] == sorted((p.kld for p in points), reverse=True)
+    assert (set(points[0].formats), set(points[-1].formats)) == ({"q4_0"}, {"q8_0"})
+    monkeypatch.setattr(Pricing, "run", None)  # costs are known from the curve
+    job, allocation = divided(opened(folder, written["fit"], size=points[4].nbytes), file, silent)
+    assert allocation.nbytes == points[4].nbytes or allocation.fell_back
+    weights = Counter()
+    for p in job.plan.layers:
+        weights[p.label] += p.module.shape[0] * p.module.shape[1]
+    assert dict(weights) == points[4].formats
+    numbers = sum(job.checkpoint.info(n).nbytes // 2 for n in job.checkpoint.names())  # bfloat16
+    assert points[4].bits == 8 * points[4].nbytes / numbers
+    assert 0.5 < points[4].kld / allocation.kld < 2
 
 
 def test_an_interrupted_run_goes_on_with_its_scores(written, tiny_checkpoint, tmp_path, monkeypatch):

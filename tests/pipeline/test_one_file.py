@@ -1,0 +1,67 @@
+"""`-o NAME.gguf`: the file, its folder, what cannot become one file, and files that are in the way."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+import pytest
+
+from qtool.errors import StorageError, UsageError
+from qtool.pipeline.one_file import folder_of
+from qtool.pipeline.quantize import QuantizeOptions, run
+from qtool.store.files import damaged_file
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_file_and_what_is_said_about_it(tiny_checkpoint, recipes, tmp_path):
+    out = tmp_path / "model.Q8_0.gguf"
+    options = QuantizeOptions(str(tiny_checkpoint("qwen3")), recipes["gguf"], out, device="cpu")
+    report = run(options)
+    folder = tmp_path / "model.Q8_0.report"
+    assert folder_of(out) == folder
+    assert sorted(p.name for p in tmp_path.iterdir()) == [out.name, folder.name]
+    (entry,) = [f for f in report.artifacts[0].files if f.name.endswith(".gguf")]
+    assert digest(out) == entry.sha256
+    assert damaged_file(folder) is None
+    assert (folder / "report.html").is_file()
+    run(replace(options, out=tmp_path / "folder"))
+    assert digest(next((tmp_path / "folder").glob("*.gguf"))) == digest(out)
+    with pytest.raises(StorageError, match="the output folder holds an earlier output"):
+        run(options)
+    before = out.stat().st_ino
+    run(replace(options, overwrite=True))
+    assert digest(out) == entry.sha256
+    assert out.stat().st_ino != before
+
+
+def test_a_file_that_is_in_the_way(tiny_checkpoint, recipes, tmp_path):
+    out = tmp_path / "model.gguf"
+    out.write_text("mine")
+    options = QuantizeOptions(str(tiny_checkpoint("qwen3")), recipes["gguf"], out, device="cpu")
+    with pytest.raises(StorageError, match=r"the output is occupied: found .*model\.gguf; pass --overwrite"):
+        run(options)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.gguf"]
+    assert out.read_text() == "mine"
+    run(replace(options, overwrite=True))
+    assert out.read_bytes()[:4] == b"GGUF"
+
+
+def test_what_is_no_single_file(tiny_checkpoint, recipes, tmp_path):
+    options = QuantizeOptions(str(tiny_checkpoint("qwen3")), recipes["compressed"], tmp_path / "m.gguf", device="cpu")
+    with pytest.raises(UsageError, match=r"--out m\.gguf: wanted a recipe that exports one GGUF file, or a folder"):
+        run(options)
+    with pytest.raises(UsageError, match="found several parts"):
+        run(replace(options, recipe=recipes["gguf"], options={"split_max_size": 100_000}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_is_not_written_over_itself(tiny_checkpoint, recipes, tmp_path):
+    out = tmp_path / "model.gguf"
+    options = QuantizeOptions(str(tiny_checkpoint("qwen3")), recipes["gguf"], out, device="cpu")
+    run(options)
+    with pytest.raises(StorageError, match="holds what the result is made from"):
+        run(replace(options, model=str(out), overwrite=True))
