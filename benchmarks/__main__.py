@@ -10,6 +10,7 @@ budgets files whose bytes are divided by need against mixes of the same size; te
 recipes every recipe that ships on the demo model: KL divergence and size, as in the recipes' headers
 study   integers against floats on the demo model, with and without outliers: the tables and plots of docs/study.md
 systems the systems of the field as recipes, each against a plain way to the same formats: the table of docs/systems.md
+tables  rewrites by format, strength and calibration, methods by bits: the tables of docs/rewrites.md
 cast    formats without a search, on a random matrix, against copying it
 stream  Q8_0 without data on a random model of 1.07 billion parameters, against copying the files; peak memory
 
@@ -27,7 +28,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import budgets, cast, encode, mixes, models, page, recipes, study, system, whole
+from benchmarks import budgets, cast, encode, mixes, models, page, recipes, study, system, tables, whole
 from benchmarks.measure import Cost, measure
 from qtool.recipe.load import find_recipe
 from scripts.prose import prose
@@ -139,6 +140,17 @@ def studied(options: argparse.Namespace) -> dict[str, float]:
     return {key: value for key, value in found.items() if isinstance(value, float)}
 
 
+def tabled(options: argparse.Namespace) -> dict[str, float]:
+    """KL divergence of recipes in the tables of docs/rewrites.md; goes on where an earlier run was cut."""
+    place = options.work / "systems"
+    demo = system.Demo(lambda variant: models.variant(options.work, variant), options.prose, place, options.device)
+    found = {}
+    for key, kld in tables.measure(demo, options.table):
+        print(f"{kld:8.4f} {key}", flush=True)
+        found[key] = kld
+    return found
+
+
 def compared(options: argparse.Namespace) -> dict[str, float]:
     """Share of a plain way's divergence that is left of a system's; prints and writes what was measured."""
     place = options.work / "systems"
@@ -189,6 +201,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
     "recipes": shipped,
     "study": studied,
     "systems": compared,
+    "tables": tabled,
     "cast": lambda _: uncalibrated(),
     "stream": lambda options: stream(options.work),
 }
@@ -203,10 +216,11 @@ def main() -> None:
     parser.add_argument("--evaluation", type=Path, help="UTF-8 text; default: docstrings of the standard library")
     parser.add_argument("--peer", type=Path, default=Path(".venv-peer/bin/python"), help="Python with llm-compressor")
     parser.add_argument("--write-headers", action="store_true", help="recipes: write the lines # Quality: anew")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="study and systems: where")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="study, systems, tables: where")
     parser.add_argument("--chunks", type=int, default=12, help="study, budgets: of each text")
     parser.add_argument("--write-page", action="store_true", help="study: write tables and plots of docs/study.md anew")
     parser.add_argument("--system", action="append", default=[], help="systems: this one, and others given so")
+    parser.add_argument("--table", action="append", default=[], choices=list(tables.TABLES), help="tables: this one")
     options = parser.parse_args()
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)

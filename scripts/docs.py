@@ -10,13 +10,14 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from benchmarks import system
+from benchmarks import system, tables
 from qtool import errors, registry
 from qtool.checkpoint._base import Layer, Module
 from qtool.cli.app import app
@@ -228,6 +229,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "support": support,
     "systems": lambda: table(system.HEADER, list(system.rows())),
     "transforms": lambda: chapters("transforms"),
+    **{f"table-{name}": partial(lambda name: table(*tables.rows(name)), name) for name in tables.TABLES},
 }
 
 
