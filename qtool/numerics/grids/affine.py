@@ -42,6 +42,30 @@ def decode_rows(codes, levels, scale, offset, w, start, stop):  # type: ignore[n
                 out[j] = levels[code[j]] * s + o
 
 
+@njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})
+def range_rows(w, low, high, start, stop):  # type: ignore[no-untyped-def]
+    """Fills low and high [N, G], finite, for rows start to stop."""
+    width = w.shape[1] // low.shape[1]
+    for n in range(start, stop):
+        for g in range(low.shape[1]):
+            x = w[n, g * width : (g + 1) * width]
+            least, most = x[0], x[0]
+            for j in range(width):
+                least, most = min(least, x[j]), max(most, x[j])
+            low[n, g], high[n, g] = least, most
+
+
+def ranges(w: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Least and largest number of each group of finite ones: float32 [N, C] -> [N, G] each."""
+    if w.device.type != "cpu":
+        low, high = w.view(len(w), groups, -1).aminmax(dim=2)
+        return low, high
+    found = np.empty((2, len(w), groups), np.float32)
+    values = w.float().contiguous().numpy()
+    over_rows(lambda a, b: range_rows(values, *found, a, b), len(w))
+    return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+
+
 def middles(levels: Tensor) -> Tensor:
     """Halfway between neighbouring levels [L], filled up with infinity to a power of two less one, for bisection."""
     between = (levels[1:] + levels[:-1]) * 0.5

@@ -18,34 +18,50 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from qtool.numerics.grids.minifloat import Grid, inverse_step, power_of
+from qtool.numerics.grids.minifloat import ROUNDER, Grid, inverse_step, nearest_level, power_of
 from qtool.numerics.threads.parallel import over_rows
 
 F32 = np.float32
 TIE = 1e-9
 """Errors that differ by less, relative to the first one, are equal: then the first choice stays."""
 ORDER = {"reassoc"}
-ROUGH = {"reassoc", "contract", "arcp"}
-"""Freedoms of the compiler in sums of float64, and of float32. NaN and infinity count: they are a doubt."""
+"""Freedom of the compiler: sums, and nothing else. NaN and infinity count: they are a doubt."""
+NONE = {"nsz"}
+"""No freedom that changes a number. An empty set would be that of whoever has a function compiled."""
+PART = 512
+"""Terms that are summed in float32; sums of parts are added in float64."""
 ROUNDINGS = 8
 """Of a term of a sum in float32, before it is added."""
+AT_TIES = 12
+"""The same for each level up to the largest: a quotient by way of the inverse may round to the other side of a tie."""
+LEAST = 2.0**-100
+"""Below this, squares may be too small for float32."""
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=ROUGH)
-def rough_step_error(x, weight, s, o, lowest, highest):  # type: ignore[no-untyped-def]
-    """Weighted squared error of a group x [C] on levels that are consecutive integers, in float32."""
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=NONE)
+def step_error(x, s, o, inverse, zero, lowest, highest):  # type: ignore[no-untyped-def]
+    """What x lacks of its decoded level, computed as `affine` does; levels are consecutive integers."""
+    return x - (min(max(np.rint((x - zero) * inverse), lowest), highest) * s + o)
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=ORDER)
+def rough_step_errors(x, weight, first, second, lowest, highest):  # type: ignore[no-untyped-def]
+    """Weighted squared errors of a group x [C] with two pairs (scale, offset), in float32."""
+    (s, o), (t, p) = first, second
     inverse, zero = (F32(1) / s, o) if s != 0 else (F32(0), F32(0))
-    total = F32(0)
+    other, origin = (F32(1) / t, p) if t != 0 else (F32(0), F32(0))
+    before, after = F32(0), F32(0)
     for j in range(len(x)):
-        level = min(max(np.rint((x[j] - zero) * inverse), lowest), highest)
-        error = x[j] - (level * s + o)
-        total += weight[j] * error * error
-    return total
+        error = step_error(x[j], s, o, inverse, zero, lowest, highest)
+        moved = step_error(x[j], t, p, other, origin, lowest, highest)
+        before += weight[j] * error * error
+        after += weight[j] * moved * moved
+    return before, after
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=ORDER)
 def exact_step_error(x, weight, s, o, lowest, highest):  # type: ignore[no-untyped-def]
-    """As `rough_step_error`, in float64, and rounded and decoded as `affine` does."""
+    """As one of `rough_step_errors`, in float64, and rounded and decoded as `affine` does."""
     divisor, zero = (s, o) if s != 0 else (F32(np.inf), F32(0))
     total = 0.0
     for j in range(len(x)):
@@ -55,23 +71,28 @@ def exact_step_error(x, weight, s, o, lowest, highest):  # type: ignore[no-untyp
     return total
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=ROUGH)
-def rough_cast_error(x, weight, s, smallest, mantissa, highest):  # type: ignore[no-untyped-def]
-    """Weighted squared error of a group x [C] on the levels of a `minifloat.Grid`, in float32."""
-    inverse = F32(1) / s if s != 0 else F32(0)
-    total = F32(0)
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=NONE)
+def cast_error(x, s, inverse, smallest, steps, highest):  # type: ignore[no-untyped-def]
+    """What a size x lacks of its decoded level, computed as `minifloat` does."""
+    return x - nearest_level(min(x * inverse, highest), smallest, steps) * s
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=ORDER)
+def rough_cast_errors(x, weight, s, t, smallest, steps, highest):  # type: ignore[no-untyped-def]
+    """As `rough_step_errors`, on the levels of a `minifloat.Grid`, for scales s and t."""
+    inverse, other = F32(1) / s if s != 0 else F32(0), F32(1) / t if t != 0 else F32(0)
+    before, after = F32(0), F32(0)
     for j in range(len(x)):
-        size = min(abs(x[j]) * inverse, highest)
-        power = power_of(size, smallest)
-        step = np.int32(power - np.int32(mantissa << 23)).view(F32)
-        error = abs(x[j]) - np.rint(size * inverse_step(power, mantissa)) * step * s
-        total += weight[j] * error * error
-    return total
+        error = cast_error(abs(x[j]), s, inverse, smallest, steps, highest)
+        moved = cast_error(abs(x[j]), t, other, smallest, steps, highest)
+        before += weight[j] * error * error
+        after += weight[j] * moved * moved
+    return before, after
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=ORDER)
 def exact_cast_error(x, weight, s, smallest, mantissa, highest):  # type: ignore[no-untyped-def]
-    """As `rough_cast_error`, in float64, and rounded and decoded as `minifloat` does."""
+    """As one of `rough_cast_errors`, in float64, and rounded and decoded as `minifloat` does."""
     divisor = s if s != 0 else F32(np.inf)
     total = 0.0
     for j in range(len(x)):
@@ -112,16 +133,23 @@ def casts(grid: Grid) -> Levels:
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def rough_error(x, weight, s, o, levels):  # type: ignore[no-untyped-def]
-    """Weighted squared error of a group x [C], in float32."""
-    if levels.floating:
-        return rough_cast_error(x, weight, s, levels.smallest, levels.mantissa, levels.highest)
-    return rough_step_error(x, weight, s, o, levels.lowest, levels.highest)
+def rough_errors(x, weight, first, second, levels):  # type: ignore[no-untyped-def]
+    """Weighted squared errors of a group x [C] with two pairs (scale, offset): sums in float32, added in float64."""
+    before, after, steps = 0.0, 0.0, ROUNDER * F32(2.0**-levels.mantissa)
+    for a in range(0, len(x), PART):
+        v, m = x[a : a + PART], weight[a : a + PART]
+        if levels.floating:
+            e, f = rough_cast_errors(v, m, first[0], second[0], levels.smallest, steps, levels.highest)
+        else:
+            e, f = rough_step_errors(v, m, first, second, levels.lowest, levels.highest)
+        before += e
+        after += f
+    return before, after
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def exact_error(x, weight, s, o, levels):  # type: ignore[no-untyped-def]
-    """The same in float64."""
+    """Weighted squared error of a group x [C], in float64."""
     if levels.floating:
         return exact_cast_error(x, weight, s, levels.smallest, levels.mantissa, levels.highest)
     return exact_step_error(x, weight, s, o, levels.lowest, levels.highest)
@@ -132,16 +160,20 @@ def better_rows(w, first, second, levels, weight, better, start, stop):  # type:
     """Fills better, bool [N, S], for rows start to stop; first, second: (scale, offset), [N, G] each."""
     (s, o), (t, p) = first, second
     per, width = s.shape[1] // better.shape[1], w.shape[1] // s.shape[1]
-    doubt = F32(2**-23) * F32(per * width + ROUNDINGS)
+    span = 2.0 ** (levels.mantissa + 1) if levels.floating else np.float64(levels.highest - levels.lowest)
+    doubt = 2.0**-23 * (min(width, PART) + ROUNDINGS + AT_TIES * span)
     for n in range(start, stop):
         for b in range(better.shape[1]):
-            a, c = F32(0), F32(0)
+            a, c, alike = 0.0, 0.0, True
             for g in range(b * per, (b + 1) * per):
                 x, m = w[n, g * width : (g + 1) * width], weight[g * width : (g + 1) * width]
-                a += rough_error(x, m, s[n, g], o[n, g], levels)
-                c += rough_error(x, m, t[n, g], p[n, g], levels)
-            better[n, b] = c < a
-            if abs(c - a) > doubt * (a + c):
+                pair, other = (s[n, g], o[n, g]), (t[n, g], p[n, g])
+                alike &= pair == other
+                e, f = rough_errors(x, m, pair, other, levels)
+                a += e
+                c += f
+            better[n, b] = c < a and not alike
+            if alike or (abs(c - a) > doubt * (a + c) and a + c > LEAST):
                 continue
             before, after = 0.0, 0.0
             for g in range(b * per, (b + 1) * per):

@@ -31,6 +31,8 @@ EXPONENT, SIZE = np.int32(0x7F800000), np.int32(0x7FFFFFFF)
 """Bits of a float32: of its exponent, and all but its sign."""
 PART = 4096
 """Numbers whose products are summed in float32."""
+ROUNDER = np.float32(1.5 * 2**23)
+"""A sum with it, times a step, is a multiple of the step, ties even: there float32 has no finer ones."""
 
 
 class Grid(NamedTuple):
@@ -123,6 +125,18 @@ def inverse_step(power, mantissa):  # type: ignore[no-untyped-def]
     return np.int32(np.int32(np.int32(254 << 23) - power) + np.int32(mantissa << 23)).view(np.float32)
 
 
+@njit(nogil=True, cache=True, fastmath={"nsz"})
+def nearest_level(size, smallest, steps):  # type: ignore[no-untyped-def]
+    """The level nearest to a size up to the largest one. steps: `ROUNDER` times the step between 1 and 2.
+
+    What is not allowed here is not done where this is called either, but only because it is said: a compiled function
+    takes the freedoms of whoever has it compiled, unless it has some of its own.
+    """
+    power = np.int32(max(np.int32(np.float32(size).view(np.int32) & EXPONENT), smallest))
+    rounder = power.view(np.float32) * steps
+    return (size + rounder) - rounder
+
+
 @njit(nogil=True, cache=True, fastmath={"nnan", "nsz", "contract"}, error_model="numpy")
 def round_row(v, s, smallest, mantissa, highest, center, codes):  # type: ignore[no-untyped-def]
     """Fills codes with the indices of the levels nearest to v / s; ties go to the even multiple of the step."""
@@ -149,15 +163,12 @@ def round_rows(x, scale, smallest, mantissa, highest, center, codes, start, stop
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def part_products(v, weight, inverse, smallest, mantissa, highest):  # type: ignore[no-untyped-def]
+def products(v, weight, inverse, smallest, steps, highest):  # type: ignore[no-untyped-def]
     """Sums of weight x level and of weight level^2 of a group, in units of a scale whose inverse is given."""
     xl, ll = np.float32(0.0), np.float32(0.0)
     for j in range(len(v)):
         size = abs(v[j]) * inverse
-        clipped = min(size, highest)
-        power = power_of(clipped, smallest)
-        step = np.int32(power - np.int32(mantissa << 23)).view(np.float32)
-        level = np.rint(clipped * inverse_step(power, mantissa)) * step
+        level = nearest_level(min(size, highest), smallest, steps)
         weighed = weight[j] * level
         xl += weighed * size
         ll += weighed * level
@@ -165,14 +176,11 @@ def part_products(v, weight, inverse, smallest, mantissa, highest):  # type: ign
 
 
 @njit(nogil=True, cache=True)
-def products(v, weight, inverse, smallest, mantissa, highest):  # type: ignore[no-untyped-def]
-    """As `part_products`, in float64 beyond a length at which sums in float32 would tell too little."""
-    if len(v) <= PART:  # parts cost small groups most of their time
-        return part_products(v, weight, inverse, smallest, mantissa, highest)
+def long_products(v, weight, inverse, smallest, steps, highest):  # type: ignore[no-untyped-def]
+    """As `products`, in float64 beyond a length at which sums in float32 would tell too little."""
     xl, ll = 0.0, 0.0
     for a in range(0, len(v), PART):
-        x, w = v[a : a + PART], weight[a : a + PART]
-        more_xl, more_ll = part_products(x, w, inverse, smallest, mantissa, highest)
+        more_xl, more_ll = products(v[a : a + PART], weight[a : a + PART], inverse, smallest, steps, highest)
         xl += more_xl
         ll += more_ll
     return np.float32(xl), np.float32(ll)
@@ -184,7 +192,7 @@ def score_rows(x, importance, tries, free, smallest, mantissa, highest, scale, s
 
     If `free`, a try is closed by weighted least squares, else it is a scale as it is stored.
     """
-    width = x.shape[1] // scale.shape[1]
+    width, steps = x.shape[1] // scale.shape[1], ROUNDER * np.float32(2.0**-mantissa)
     for n in range(start, stop):
         for g in range(scale.shape[1]):
             v, weight = x[n, g * width : (g + 1) * width], importance[g * width : (g + 1) * width]
@@ -196,7 +204,10 @@ def score_rows(x, importance, tries, free, smallest, mantissa, highest, scale, s
                     repeated |= tries[n, g, k] == s
                 if repeated:
                     continue
-                xl, ll = products(v, weight, np.float32(1.0) / s, smallest, mantissa, highest)
+                if width > PART:
+                    xl, ll = long_products(v, weight, np.float32(1.0) / s, smallest, steps, highest)
+                else:
+                    xl, ll = products(v, weight, np.float32(1.0) / s, smallest, steps, highest)
                 ratio = s / max(tries[n, g, 0], np.float32(1e-37))  # squares of small weights would be zero
                 moved = xl / ll if free and ll > 0 else np.float32(1.0)
                 gain = ratio * ratio * moved * (np.float32(2.0) * xl - moved * ll)

@@ -16,15 +16,13 @@ from numba import njit
 from torch import Tensor
 
 from qtool.numerics.grids.compare import ROUNDINGS, TIE, exact_cast_error
-from qtool.numerics.grids.minifloat import EXPONENT, Grid
+from qtool.numerics.grids.minifloat import EXPONENT, ROUNDER, Grid
 from qtool.numerics.scales.search import relative
 from qtool.numerics.threads.parallel import over_rows
 
 F32, I32 = np.float32, np.int32
 LANES = 64
 """Groups that are searched at once, if there are so many: what they need stays in the fastest cache."""
-ROUNDER = F32(1.5 * 2**23)
-"""A sum with it, times a step, is a multiple of the step, ties even: there float32 has no finer ones."""
 EXACT = {"nnan", "nsz", "contract"}
 """Freedoms of the compiler that leave sums with `ROUNDER` as they are."""
 

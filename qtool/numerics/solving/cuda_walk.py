@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
-from qtool.numerics.grids.scale_codes import ROUNDER, CodedScales
+from qtool.numerics.grids.minifloat import ROUNDER
+from qtool.numerics.grids.scale_codes import CodedScales
 from qtool.numerics.solving.cuda_pieces import BLOCK, MAGIC, PIECE, ROWS, WARPS, entry, fed, nearest, piece_of
 
 EXPONENT = tl.constexpr(0x7F800000)
