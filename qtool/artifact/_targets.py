@@ -21,7 +21,10 @@ def kept_linears(model: QuantizedCheckpoint) -> list[str]:
         known = {f"{module.name}.weight" for module in found}
         others = [name for name in model.names() if name.endswith(".weight") and name not in known]
         linears += [name.removesuffix(".weight") for name in others if len(model.info(name).shape) == 2]
-    return [name for name in linears if name not in model.layers]
+    kept = [name for name in linears if name not in model.layers]
+    if model.family.derived:  # transformers looks for its own names, other runtimes for those of checkpoints
+        kept += [own for name in kept if (own := model.family.class_path(name)) not in kept]
+    return kept
 
 
 def patterns(members: Collection[str], model: Checkpoint, merged: bool = False) -> list[str]:

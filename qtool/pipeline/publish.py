@@ -93,7 +93,8 @@ def run_apart(
     proof = prove(artifact, written, model)
     if proof and proof.tokens:
         write_card(artifact, written, place, card | {"proof": proof.words})
-    listener(Event(f"run {name}", 1, 1, proof.words if proof else ""))
+    failed = bool(proof and "cannot run" in proof.why_not)
+    listener(Event(f"run {name}", 1, 1, proof.words if proof else "", warning=failed))
     return proof
 
 

@@ -70,6 +70,14 @@ class Derived(Family):
         """See `Family.submodule`."""
         return self.facts.paths.get(path, path)
 
+    def class_path(self, module: str) -> str:
+        """See `Family.class_path`."""
+        before, _, behind = self.block_prefix.partition("{i}")
+        number, _, path = module.removeprefix(before).partition(".")
+        if module.startswith(before) and number.isdigit():
+            return f"{self.blocks_path}.{number}.{self.submodule(path)}"
+        return self.facts.around.get(f"{module}.weight", f"{module}.weight").removesuffix(".weight")
+
     def conversion(self, config: Mapping[str, Any]) -> Conversion:
         """What GGUF calls such models. Raises CheckpointError: nothing says so."""
         found = conversion_of(config["model_type"])

@@ -215,6 +215,10 @@ class Family:
         """What transformers' class calls the module or tensor that checkpoints call `path`, both below the block."""
         return path
 
+    def class_path(self, module: str) -> str:
+        """What transformers' class calls a module of a checkpoint."""
+        return module
+
     def gguf_metadata(self, config: dict[str, Any]) -> dict[str, Value]:
         """The architecture's key-values of a GGUF file, full keys; `general.*` and `tokenizer.*` are the writer's.
 
