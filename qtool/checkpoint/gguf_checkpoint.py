@@ -198,8 +198,13 @@ def _family(file: GGUFFile) -> Family | Conversion:
             wanted=f"one of {', '.join(known)}",
             found=f"{arch!r:.60}{' with experts' if mixture else ''}",
         )
-    marked = [family for family in fitting if family.gguf_marker in file.metadata]
+    marked = [family for family in fitting if _marked(file, family.gguf_marker)]
     return (marked or [family for family in fitting if family.gguf_marker is None])[0]
+
+
+def _marked(file: GGUFFile, marker: str | tuple[str, int] | None) -> bool:
+    """Whether a file has a key, or a key with a value."""
+    return file.metadata.get(marker[0]) == marker[1] if isinstance(marker, tuple) else marker in file.metadata
 
 
 def _config(file: GGUFFile, family: Family | Conversion) -> dict[str, Any]:
@@ -210,7 +215,9 @@ def _config(file: GGUFFile, family: Family | Conversion) -> dict[str, Any]:
     numbers = family.numbers if isinstance(family, Conversion) else GGUF_FIELDS
     values |= {key: _number(file, f"{arch}.{key}") for key in numbers if key != "vocab_size"}
     config: dict[str, Any] = {field: values[key] for key, field in numbers.items()}
-    config["head_dim"] = dim = _head_dim(file, arch, config)
+    latent = isinstance(family, Conversion) and family.latent
+    dim = 0 if latent else _head_dim(file, arch, config)
+    config |= {} if latent else {"head_dim": dim}
     factors = {name: file.read(name) for name in ROPE_TENSORS if name in file.tensors}
     config |= rope_config(fields, arch, fields.get(f"{arch}.rope.dimension_count", dim), factors)
     config |= {

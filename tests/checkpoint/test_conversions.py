@@ -23,6 +23,8 @@ TOKENS = [(7 * i * i + 3 * i) % 500 for i in range(40)]
 PARTICULAR = {
     "starcoder2": {"sliding_window": None},
     "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 4},
+    "dots1": {"num_key_value_heads": 4, "layer_types": ["full_attention"] * 4},
+    "deepseek_v2": {"num_key_value_heads": 4, "topk_method": "greedy", "norm_topk_prob": False},
     "olmoe": {"num_key_value_heads": 4, "norm_topk_prob": False},
 }
 """What a tiny model of a type needs that llama.cpp shall compute."""
@@ -90,6 +92,8 @@ def test_twins_run_in_llama_cpp(kind, saved):
         ("stablelm", {"qk_layernorm": True}, "stablelm models with one qk_layernorm only: wanted False, found True"),
         ("cohere2", {"layer_types": ["full_attention"] * 4}, "cohere2 models with one layer_types only"),
         ("olmoe", {"norm_topk_prob": True}, "olmoe models with one norm_topk_prob only: wanted False, found True"),
+        ("dots1", {"num_key_value_heads": 2}, "dots1 models with one num_key_value_heads only: wanted 4, found 2"),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy"}, "deepseek2 models with one topk_method only"),
         ("nemotron", {"hidden_act": "silu"}, "activation function: wanted relu2, found silu"),
         ("exaone4", {"sliding_window": 16}, "exaone4 models with one window only: wanted 0, found 16"),
     ],

@@ -44,7 +44,8 @@ class Conversion:
         rope_kinds: kinds of rotary scaling that llama.cpp knows for it.
         partial: share of a head that is rotated where config.json does not say.
         mixture: whether blocks hold experts.
-        gguf_marker: as in `Family`.
+        gguf_marker: as in `Family`; or a key and its value.
+        latent: whether keys are longer than values.
         window: whether llama.cpp lets attention see more than `sliding_window`.
     """
 
@@ -60,8 +61,9 @@ class Conversion:
     rope_kinds: ClassVar[tuple[str, ...]] = ("default", "linear", "yarn")
     partial: ClassVar[float] = 1.0
     mixture: ClassVar[bool] = False
-    gguf_marker: ClassVar[str | None] = None
+    gguf_marker: ClassVar[str | tuple[str, int] | None] = None
     window: ClassVar[bool] = False
+    latent: ClassVar[bool] = False
 
     @property
     def kind(self) -> str:

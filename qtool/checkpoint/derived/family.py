@@ -72,7 +72,7 @@ class Derived(Family):
 
     def class_path(self, module: str) -> str:
         """See `Family.class_path`."""
-        before, _, behind = self.block_prefix.partition("{i}")
+        before, _, _ = self.block_prefix.partition("{i}")
         number, _, path = module.removeprefix(before).partition(".")
         if module.startswith(before) and number.isdigit():
             return f"{self.blocks_path}.{number}.{self.submodule(path)}"
@@ -111,7 +111,10 @@ class Derived(Family):
 
     def gguf_window(self, config: dict[str, Any]) -> int | None:
         """See `Family.gguf_window`."""
-        return config.get("sliding_window") or None if self.naming and self.naming.window else None
+        if not self.naming or not self.naming.window:
+            return None
+        slides = any("sliding" in kind for kind in filled(config).get("layer_types") or ["sliding"])
+        return config.get("sliding_window") or None if slides else None
 
 
 def derived_family(config: Mapping[str, Any]) -> Derived:

@@ -1,0 +1,27 @@
+"""MiniMax M2: norms on all heads of q and k together, half of each is rotated, experts chosen by sigmoid and a bias."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from qtool.checkpoint.conversions._base import Conversion
+from qtool.checkpoint.conversions._experts import SIGMOID
+from qtool.checkpoint.families._base import GGUF_FIELDS, Value
+
+
+class MinimaxM2(Conversion):
+    """`MiniMaxM2ForCausalLM`."""
+
+    architecture = "MiniMaxM2ForCausalLM"
+    gguf_arch = "minimax-m2"
+    numbers: ClassVar[dict[str, str]] = GGUF_FIELDS | {
+        "expert_count": "num_local_experts",
+        "expert_used_count": "num_experts_per_tok",
+        "expert_feed_forward_length": "intermediate_size",
+    }
+    names: ClassVar[dict[str, str]] = {"e_score_correction_bias": "e_score_correction.bias"}
+    mixture = True
+
+    def more(self, config: dict[str, Any]) -> dict[str, Value]:
+        """See `Conversion.more`."""
+        return {"expert_gating_func": SIGMOID}
