@@ -28,14 +28,15 @@ class Reference:
         blocks: of the unquantized model.
         tokens: int64 [S, T], those of all processes.
         every: whether all samples are run; else the first ones, as many as are compared.
+        apart: whether outputs have memory of their own, where hidden states are to stay until `proceed`.
 
     Attributes:
         hidden: in front of the next block.
-        outputs: where outputs go; `hidden` itself, unless that is wanted as it is until `proceed`.
+        outputs: where outputs go; `hidden` itself, unless they are apart.
     """
 
-    def __init__(self, blocks: Blocks, tokens: Tensor, every: bool = False) -> None:
-        self.blocks = blocks
+    def __init__(self, blocks: Blocks, tokens: Tensor, every: bool = False, apart: bool = False) -> None:
+        self.blocks, self.apart = blocks, apart
         compared = range(-int(-len(tokens) * SHARE // 1))
         self.compared = len(compared[blocks.ranks.share(len(tokens))])
         mine = tokens[blocks.ranks.share(len(tokens))]
@@ -51,11 +52,11 @@ class Reference:
         Args:
             i: its index.
             readers: linear layers whose inputs are looked at, in the samples that are compared.
-            keep: leave `hidden` as it is until `proceed`.
+            keep: leave `hidden` as it is until `proceed`, if outputs are apart.
         """
         self.block, self.index, self.readers = self.blocks.load_block(i), i, tuple(readers)
         self.found.clear()
-        if keep:
+        if keep and self.apart:
             self.outputs = self.hidden.like()
 
     def run(self, part: slice) -> tuple[dict[str, Tensor], Tensor | None]:

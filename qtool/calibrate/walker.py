@@ -94,7 +94,7 @@ class Walker(Blocks):
             needs: what to measure, by `Module.reads`, for inputs to stop at.
             reference: the unquantized model in front of block i, to compare with where drift is needed; is advanced.
             cache: measures keys and values.
-            keep: leave `hidden` as it is, and that of the reference.
+            keep: leave `hidden` as it is, and that of a reference whose outputs are apart.
             token_weights: how much each token counts, see `Meter`.
 
         Yields:

@@ -95,8 +95,9 @@ class BlockTask:
         stats: of their inputs, behind the matrices before them that had been solved; for the first group of outputs,
             where groups weigh tokens differently.
         inputs: hidden states in front of the block as the quantized model has them.
-        original: the same in the unquantized model; the same object where every block reads the unquantized model's.
-        targets: what the unquantized block makes of `original`.
+        original: the same in the unquantized model, for methods that say `reads_original`; the same object where every
+            block reads the unquantized model's.
+        targets: what the unquantized block makes of the unquantized model's.
         forward: see `run`.
         device, dtype: where blocks run, and in which type.
         seed: for what is drawn at random.
@@ -111,7 +112,7 @@ class BlockTask:
     found: Mapping[str, Solution]
     stats: Mapping[str, InputStats]
     inputs: States
-    original: States
+    original: States | None
     targets: States
     forward: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
     device: torch.device
@@ -154,6 +155,8 @@ class Method(Spec):
     """Chooses codes. The fields of a subclass are its options in a recipe."""
 
     room: ClassVar[str] = "methods"
+    reads_original: ClassVar[bool] = False
+    """Whether `solve_block` looks at the unquantized model's hidden states, which take as much memory as targets do."""
 
     @property
     @abstractmethod

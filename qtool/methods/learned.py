@@ -120,22 +120,20 @@ class Learned(BlockMethod):
         seen, unseen = task.split(self.holdout)
         generator = torch.Generator().manual_seed(task.seed + task.block)
         step = self._stepper([leaf for x in variables.values() for leaf in x.leaves()])
-        begun, some = {name: s.quantized.decode() for name, s in trained.items()}, seen[: len(unseen)]
-        start = held_out(task, begun, unseen)
+        some = seen[: len(unseen)]
+        start = held_out(task, decoded(trained), unseen)
         best, kept = start, dict[str, Solution]()
         for i in range(self.steps):
             part = seen[torch.randperm(len(seen), generator=generator)[: self.batch]]
-            weights = {name: x.weights() for name, x in variables.items()}
-            loss = block_error(task, weights, part, self.trim)
-            loss.backward()  # type: ignore[no-untyped-call]
+            leave_gradients(task, variables, part, self.trim)
             step(1 - i / self.steps)
             if (i + 1) % max(1, self.steps // CHECKS) == 0 or i + 1 == self.steps:
                 found = {name: harden(x.w, x.v, x.fmt, x.params, *x.affine()) for name, x in variables.items()}
-                error = held_out(task, {name: q.decode() for name, q in found.items()}, unseen)
-                if error < best:
-                    best, kept = error, {name: Solution(q, trained[name].fallback) for name, q in found.items()}
-        after = begun | {name: s.quantized.decode() for name, s in kept.items()}
-        losses = {"training before": held_out(task, begun, some), "training after": held_out(task, after, some)}
+                solutions = {name: Solution(q, trained[name].fallback) for name, q in found.items()}
+                if (error := held_out(task, decoded(solutions), unseen)) < best:
+                    best, kept = error, solutions
+        losses = {"training before": held_out(task, decoded(trained), some)}
+        losses["training after"] = held_out(task, decoded({**trained, **kept}), some)
         task.note(losses | {"held out before": start, "held out after": best})
         return kept
 
@@ -158,6 +156,11 @@ class Learned(BlockMethod):
                 leaf.grad = None
 
         return step
+
+
+def decoded(solutions: Mapping[str, Solution]) -> dict[str, Tensor]:
+    """Weights as codes alone decode, by module."""
+    return {name: solution.quantized.decode() for name, solution in solutions.items()}
 
 
 def relative_error(output: Tensor, target: Tensor, trim: float = 0.0, weights: Tensor | None = None) -> Tensor:
@@ -185,6 +188,12 @@ def block_error(task: BlockTask, weights: Mapping[str, Tensor], part: Tensor, tr
     """Relative error of the block with these weights on some samples."""
     share = None if task.token_weights is None else task.token_weights[part].to(task.device)
     return relative_error(task.run(part, weights), task.targets[part].to(task.device), trim, share)
+
+
+def leave_gradients(task: BlockTask, variables: Mapping[str, Variables], part: Tensor, trim: float) -> None:
+    """Adds gradients of the block's error on some samples to variables; what leads to them is gone afterwards."""
+    weights = {name: x.weights() for name, x in variables.items()}
+    block_error(task, weights, part, trim).backward()  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()

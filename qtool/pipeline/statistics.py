@@ -93,6 +93,7 @@ class Walked(Statistics):
         calibration: whether a layer's successors see its quantized outputs; for the rest, see the report.
         compare: whether a method asks how inputs drift.
         blockwise: whether a method solves blocks, and so wants all samples as the unquantized model has them.
+        original: whether one of these looks at that model's hidden states in front of blocks.
         weights: how much each token counts; None: all alike.
     """
 
@@ -105,6 +106,7 @@ class Walked(Statistics):
         calibration: Calibration,
         compare: bool,
         blockwise: bool = False,
+        original: bool = False,
         weights: Weights | None = None,
     ) -> None:
         about = {**calibration.model_dump(mode="json"), "tokens": tokens.numel()}
@@ -114,7 +116,7 @@ class Walked(Statistics):
         self.hidden = walker.embed(tokens[self.ranks.share(len(tokens))])
         self.quantized = calibration.propagate == "quantized"
         beside = self.quantized and (compare or blockwise)
-        self.reference = Reference(walker, tokens, every=blockwise) if beside else None
+        self.reference = Reference(walker, tokens, every=blockwise, apart=original) if beside else None
 
     def visit(self, unit: Unit, solver: Solver, propagate: bool) -> None:
         """See `Statistics.visit`."""
@@ -159,7 +161,7 @@ class Walked(Statistics):
     def solve_block(self, block: nn.Module, layers: dict[str, Layer], unit: Unit, solver: Solver) -> None:
         """Has the block solved as a whole, and lets hidden states go on behind what was found."""
         assert unit.block is not None
-        walker, i, original = self.walker, unit.block, self.reference or self
+        walker, i = self.walker, unit.block
         if self.reference is None:
             targets = self.hidden.like()
             targets.values.copy_(self.hidden.values)
@@ -174,7 +176,7 @@ class Walked(Statistics):
             found={},
             stats={},
             inputs=self.hidden,
-            original=original.hidden,
+            original=self.original(),
             targets=targets,
             forward=lambda x, weights: walker.differentiable(block, i, x, weights, layers),
             device=walker.device,
@@ -189,6 +191,12 @@ class Walked(Statistics):
         else:
             self.reference.proceed()
             walker.advance(block, i, self.hidden, layers)
+
+    def original(self) -> Hidden | None:
+        """What the block at hand reads in the unquantized model, where that is still there."""
+        if self.reference is None:
+            return self.hidden
+        return self.reference.hidden if self.reference.apart else None
 
     def compare_attention(
         self, block: nn.Module, layers: Mapping[str, Layer], i: int, first: Hidden, cache: RoundedCache
@@ -242,9 +250,10 @@ def statistics_for(job: Job, stored: Path | None, listener: Listener) -> Statist
     tokens = tokens_of(job, remarks(listener, "calibrate"))
     walker = Walker(job.checkpoint, job.device, job.dtype, calibration.experts == "all", job.ranks)
     compare = any(kind.compares for unit in units(job.plan) for kind in unit.needs)
-    blockwise = any(unit.blockwise for unit in units(job.plan))
+    methods = [p.method for unit in units(job.plan) for p in unit.blockwise if p.method]
+    original = any(method.reads_original for method in methods)
     groups = weighing(job.plan.layers, calibration.token_weights.groups if calibration.token_weights else 1)
     weights = token_weights(walker, tokens[job.ranks.share(len(tokens))], calibration, groups, listener)
-    source = Walked(walker, tokens, calibration, compare, blockwise, weights)
+    source = Walked(walker, tokens, calibration, compare, bool(methods), original, weights)
     listener(Event("calibrate", 1, 1, f"{tokens.numel()} tokens"))
     return source

@@ -63,6 +63,7 @@ def tasks(recipe, monkeypatch):
         return original(self, task)
 
     monkeypatch.setattr(kind, "solve_block", spy)
+    monkeypatch.setattr(kind, "reads_original", True)
     return seen
 
 
