@@ -94,6 +94,18 @@ Recipe = Annotated[
         show_default=False,
     ),
 ]
+Recipes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--recipe",
+        "-r",
+        metavar="RECIPE",
+        help="A recipe file, or the name of one that ships with qtool (`qtool recipes list`). May be repeated. "
+        "Formats: {formats}. Methods: {methods}. Artifacts: {artifact}.",
+        autocompletion=recipe_names,
+        show_default=False,
+    ),
+]
 TensorType = Annotated[
     list[str] | None,
     typer.Option(

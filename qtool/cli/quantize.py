@@ -10,6 +10,7 @@ import typer
 from qtool.cli import options, ranks
 from qtool.cli.cache import scores_folder
 from qtool.cli.console import Console, document, result, table
+from qtool.errors import UsageError
 from qtool.report.budget import budget_lines
 from qtool.report.meaning import meaning
 from qtool.report.units import duration, size, verdicts
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
     from qtool.pipeline.quantize import QuantizeOptions
     from qtool.report.model import Report
 
+Family = Annotated[
+    str | None,
+    typer.Option(
+        "--family", metavar="NAME", help="Instead of recipes, those of a family: gguf or gguf-fit.", show_default=False
+    ),
+]
 Keep = Annotated[bool, typer.Option("--keep", help="Keep the work folder OUT.work after success.")]
 Verify = Annotated[bool, typer.Option(help="Read artifacts back and compare them with what was computed.")]
 
@@ -32,7 +39,8 @@ ALIKE = (
 def command(
     ctx: typer.Context,
     model: options.Model,
-    recipe: options.Recipe,
+    recipe: options.Recipes = None,
+    family: Family = None,
     out: options.OutOrName = None,
     overrides: options.Overrides = None,
     tensor_type: options.TensorType = None,
@@ -65,18 +73,20 @@ def command(
 ) -> None:
     """Quantize MODEL as RECIPE says, write the artifacts and a report into OUT.
 
-    An interrupted run continues where it stopped when the same command is given again.
+    With several recipes OUT gets a folder for each, and a page that compares them. An interrupted run continues where
+    it stopped when the same command is given again.
 
     Example: `qtool quantize ./SmolLM2-135M -r w4a16-gptq-g64 -o ./SmolLM2-135M-w4`
     """
     console = Console(quiet, verbose, strict)
-    recipe = options.named(recipe, console)
+    recipes = recipes_of(recipe, family, console)
     from qtool.pipeline.quantize import QuantizeOptions
 
+    whole = recipes[0] if len(recipes) == 1 else family or "quantized"
     asked = QuantizeOptions(
         model=options.opened(model, model_free),
-        recipe=recipe,
-        out=options.default_out(model, recipe) if out is None else out,
+        recipe=recipes[0],
+        out=options.default_out(model, whole) if out is None else out,
         overrides=tuple(overrides or ()),
         tensor_types=tuple(tensor_type or ()),
         limit=limit_layers,
@@ -87,7 +97,40 @@ def command(
         ranks=ranks.of(ctx),
         **{name: ctx.params[name] for name in ALIKE},
     )
-    run(asked, console, json)
+    if len(recipes) == 1:
+        run(asked, console, json)
+    else:
+        run_family(asked, recipes, console, json)
+
+
+def recipes_of(recipe: list[str] | None, family: str | None, console: Console) -> list[str]:
+    """Names or paths of all recipes that were asked for. Raises UsageError: none, or no such family."""
+    if (recipe is None) == (family is None):
+        raise UsageError("wanted --recipe, once or several times, or --family")
+    if family is None:
+        return [options.named(each, console) for each in recipe or ()]
+    from qtool.pipeline.family import FAMILIES
+
+    if family not in FAMILIES:
+        raise UsageError("--family", wanted=" or ".join(FAMILIES), found=family)
+    return list(FAMILIES[family])
+
+
+def run_family(asked: QuantizeOptions, recipes: list[str], console: Console, json: bool) -> None:
+    """Quantizes by several recipes and prints what came of each, before a gate may say no."""
+    from qtool.pipeline import family
+    from qtool.pipeline.quantize import conclude
+
+    with console:
+        reports = family.run(asked, recipes, console)
+    if json:
+        document([report.model_dump(mode="json") for report in reports])
+    else:
+        parts = [summary(report, asked.out / report.recipe_name) for report in reports]
+        result("\n\n".join([*parts, f"compared: {asked.out / family.PAGE}"]))
+    with console:
+        for report in reports:
+            conclude(report, asked, console)
 
 
 def run(asked: QuantizeOptions, console: Console, json: bool) -> None:

@@ -58,6 +58,7 @@ class QuantizeOptions:
         options: of the artifacts that the recipe exports, by name; None as a value: not given.
         keep: leave the work folder.
         overwrite: replace an earlier result.
+        take_over: an earlier result of the very same run is what this one comes to.
         verify: read artifacts back.
         push_to: hub repository to upload to.
         private: create it so that nobody else sees it.
@@ -82,6 +83,7 @@ class QuantizeOptions:
     options: Mapping[str, object] = field(default_factory=dict)
     keep: bool = False
     overwrite: bool = False
+    take_over: bool = False
     verify: bool = True
     push_to: str | None = None
     private: bool = False
@@ -111,7 +113,10 @@ def into_folder(options: QuantizeOptions, file: Path | None, listener: Listener)
     check(options)
     out, ranks = options.out, options.ranks
     place = out.with_name(f"{out.name}.work")
-    if ranks.first and not os.path.exists(place):  # nor where the system refuses to look, unlike everywhere Path.exists
+    taken = options.take_over and not options.overwrite
+    if (
+        ranks.first and not taken and not os.path.exists(place)
+    ):  # nor where the system refuses to look, unlike everywhere Path.exists
         check_free(out, options.overwrite)
     watch = Stopwatch()
     with watch.stage("plan"):
@@ -128,7 +133,7 @@ def into_folder(options: QuantizeOptions, file: Path | None, listener: Listener)
     with watch.stage("calibrate"):
         source = statistics_for(job, options.stats or options.imatrix, listener)
     run_identity = ranks.broadcast(identity(job, source.digest, read_content(job.original, ranks), made.edits))
-    earlier = ranks.first and begun(place, run_identity) and not options.overwrite
+    earlier = ranks.first and not options.overwrite and (taken or begun(place, run_identity))
     report = ranks.broadcast(finished(out, job, run_identity) if earlier else None)
     if report is None:  # else an earlier run was ended before it could tidy up
         if ranks.first:
@@ -137,7 +142,7 @@ def into_folder(options: QuantizeOptions, file: Path | None, listener: Listener)
             if made.run and ranks.first:
                 keep_edits(made, place)
             report = produce(job, work, source, options, allocation, watch, listener)
-    if ranks.first and not options.keep:
+    if ranks.first and not options.keep and os.path.exists(place):
         remove_work(place, out)
         if not options.scores:
             scores_of(out).unlink(missing_ok=True)

@@ -1,0 +1,81 @@
+"""Several recipes for one model: a folder with a result for each, and a page that compares them.
+
+Every recipe is carried out as it would be alone, so that its files have the same bytes; what has been measured and lies
+in a file (`stats`, scores of budgets) is shared. A result that is there already is not made again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from qtool.errors import StorageError, UsageError
+from qtool.pipeline import compare, quantize
+from qtool.pipeline.events import Event, Listener, silent
+from qtool.pipeline.one_file import SUFFIX
+from qtool.recipe.load import load_recipe
+from qtool.report.model import Report
+from qtool.store.files import storage_errors
+from qtool.store.names import output_path
+
+FAMILIES = {
+    "gguf": ("gguf-q8_0", "gguf-q6_k", "gguf-q5_k_m", "gguf-q4_k_m", "gguf-q3_k_m", "gguf-q2_k"),
+    "gguf-fit": ("gguf-q5_k_m-fit", "gguf-q4_k_m-fit", "gguf-q3_k_m-fit", "gguf-q2_k-fit"),
+}
+"""Recipes that many want together, by the name of all."""
+PAGE = "index.html"
+
+
+def run(options: quantize.QuantizeOptions, recipes: Sequence[str], listener: Listener = silent) -> list[Report]:
+    """Carries out all recipes; the same call continues what was interrupted.
+
+    Args:
+        options: what is the same for all; `out` is the folder of the whole, `recipe` is not looked at.
+        recipes: names or paths.
+        listener: called with events of progress.
+
+    Raises:
+        UsageError: two recipes have one name, or what was asked for needs a single one.
+        QtoolError: see `qtool.pipeline.quantize.run`.
+    """
+    names = checked(options, recipes)
+    out = output_path(options.out, options.model)
+    if options.ranks.first:
+        with storage_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+        refuse_others(out, names)
+    reports = []
+    for i, (name, recipe) in enumerate(zip(names, recipes, strict=True)):
+        listener(Event("family", i, len(names), name))
+        reports.append(quantize.run(replace(options, recipe=recipe, out=out / name, take_over=True), listener))
+    if options.ranks.first:
+        compare.run(compare.CompareOptions(tuple(str(out / name) for name in names), out / PAGE), listener)
+    listener(Event("family", len(names), len(names), PAGE))
+    return reports
+
+
+def checked(options: quantize.QuantizeOptions, recipes: Sequence[str]) -> list[str]:
+    """Names of the recipes' folders. Raises UsageError, RecipeError: before any work."""
+    if len(recipes) < 2:
+        raise UsageError("a family", wanted="two recipes or more", found=len(recipes))
+    if options.out.suffix == SUFFIX:
+        raise UsageError(f"--out {options.out.name}", wanted="a folder for several recipes", found="one file")
+    if options.push_to:
+        raise UsageError("--push-to-hub", wanted="one recipe", found=f"{len(recipes)}; upload each result by itself")
+    names = [load_recipe(recipe).name for recipe in recipes]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError("--recipe", wanted="recipes with different names", found=f"{twice[0]} twice")
+    if unfit := [name for name in names if not name or name != os.path.basename(name) or name.startswith(".")]:
+        raise UsageError("--recipe", wanted="a name that can be a folder's", found=unfit[0])
+    return names
+
+
+def refuse_others(out: Path, names: Sequence[str]) -> None:
+    """Raises StorageError: the folder holds something else than a family with these members may."""
+    known = {PAGE, Path(PAGE).with_suffix(".json").name, *names, *(f"{name}.work" for name in names)}
+    known |= {f"{name}.scores.safetensors" for name in names}
+    if other := sorted(p.name for p in out.iterdir() if p.name not in known and not p.name.startswith(".")):
+        hint = "choose another folder, or move it away"
+        raise StorageError("the output folder holds something else", found=str(out / other[0]), hint=hint)
