@@ -80,27 +80,33 @@ def command(
     """
     console = Console(quiet, verbose, strict)
     recipes = recipes_of(recipe, family, console)
-    from qtool.pipeline.quantize import QuantizeOptions
-
-    whole = recipes[0] if len(recipes) == 1 else family or "quantized"
-    asked = QuantizeOptions(
-        model=options.opened(model, model_free),
-        recipe=recipes[0],
-        out=options.default_out(model, whole) if out is None else out,
-        overrides=tuple(overrides or ()),
-        tensor_types=tuple(tensor_type or ()),
-        limit=limit_layers,
-        limit_of={"size": fit, "bits": bits, "kld": kld},
-        options={"pre_tokenizer": pre_tokenizer, "split_max_size": split_max_size},
-        scores=scores or scores_folder(),
-        push_to=push_to_hub,
-        ranks=ranks.of(ctx),
-        **{name: ctx.params[name] for name in ALIKE},
-    )
+    asked = options_of(ctx, recipes)
     if len(recipes) == 1:
         run(asked, console, json)
     else:
         run_family(asked, recipes, console, json)
+
+
+def options_of(ctx: typer.Context, recipes: list[str]) -> QuantizeOptions:
+    """What was asked for, as the stage takes it; its recipe is the first one."""
+    from qtool.pipeline.quantize import QuantizeOptions
+
+    given = ctx.params
+    whole = recipes[0] if len(recipes) == 1 else given["family"] or "quantized"
+    return QuantizeOptions(
+        model=options.opened(given["model"], given["model_free"]),
+        recipe=recipes[0],
+        out=given["out"] or options.default_out(given["model"], whole),
+        overrides=tuple(given["overrides"] or ()),
+        tensor_types=tuple(given["tensor_type"] or ()),
+        limit=given["limit_layers"],
+        limit_of={"size": given["fit"], "bits": given["bits"], "kld": given["kld"]},
+        options={name: given[name] for name in ("pre_tokenizer", "split_max_size")},
+        scores=given["scores"] or scores_folder(),
+        push_to=given["push_to_hub"],
+        ranks=ranks.of(ctx),
+        **{name: given[name] for name in ALIKE},
+    )
 
 
 def recipes_of(recipe: list[str] | None, family: str | None, console: Console) -> list[str]:

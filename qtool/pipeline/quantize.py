@@ -114,9 +114,8 @@ def into_folder(options: QuantizeOptions, file: Path | None, listener: Listener)
     out, ranks = options.out, options.ranks
     place = out.with_name(f"{out.name}.work")
     taken = options.take_over and not options.overwrite
-    if (
-        ranks.first and not taken and not os.path.exists(place)
-    ):  # nor where the system refuses to look, unlike everywhere Path.exists
+    fresh = not taken and not os.path.exists(place)  # nor where the system refuses to look, unlike Path.exists
+    if ranks.first and fresh:
         check_free(out, options.overwrite)
     watch = Stopwatch()
     with watch.stage("plan"):
