@@ -14,7 +14,7 @@ from qtool.numerics.solving.descent import descend
 from qtool.numerics.solving.linalg import inverse_factor
 from qtool.numerics.solving.normal import normal_equations, per_group
 from qtool.numerics.solving.split import Split
-from qtool.numerics.solving.walk import walk, walk_coded
+from qtool.numerics.solving.walk import searches, walk, walk_searching
 from qtool.recipe.parse import parse_format
 from tests.methods.test_refine import descend_slowly, gram_of
 
@@ -67,7 +67,11 @@ def test_walk(n: int, k: int, kind: str) -> None:
     assert errors[0].sum() <= 1.01 * errors[1].sum()
 
 
-@pytest.mark.parametrize("label", ["nvfp4", "nvint4", "mxfp4", "mxfp8", "mxint8", "bfp4"])
+FLOATS = ["nvfp4", "mxfp4", "mxfp8"]
+INTEGERS = ["nvint4", "mxint8", "int4-g32", "int3-g64-asym", "int2-g16", "int8-g64"]
+
+
+@pytest.mark.parametrize("label", FLOATS + INTEGERS)
 def test_scales_are_searched_in_the_walk(label: str) -> None:
     generator = torch.Generator().manual_seed(7)
     n, k = 37, 320
@@ -75,13 +79,14 @@ def test_scales_are_searched_in_the_walk(label: str) -> None:
     w[3], w[5, 64:192] = 0, 0
     fmt = parse_format(label)
     fmt = fmt.with_largest(float(w.abs().max())) if fmt.needs_largest else fmt
-    rule = fmt.on_the_way().coded_scales()
+    rule = fmt.on_the_way().search_in_walk()
     assert rule is not None
+    assert searches(rule)
     gram, width = gram_of(k, 2 * k), rule.columns
     factor, _ = inverse_factor(gram, 0.01)
     weight = factor.diagonal().square().reciprocal()
-    on_device = [t.cuda() for t in (w, factor)]
-    codes, scales = (t.cpu() for t in walk_coded(*on_device, fmt.levels(), rule, weight.cuda()))
+    codes, parts = walk_searching(w.cuda(), factor.cuda(), fmt.levels(), rule, weight.cuda())
+    codes, found = codes.cpu(), {name: p.cpu() for name, p in fmt.of_search(*parts).items()}
     fitted = []
 
     def parameters(a: int, b: int, current: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,12 +95,16 @@ def test_scales_are_searched_in_the_walk(label: str) -> None:
         return scale.T.expand(b - a, -1), offset.T.expand(b - a, -1)
 
     want, params = walk(w, factor, fmt.levels(), width, parameters), fmt.join(fitted)
-    assert (codes != want).any(1).float().mean() <= 0.1  # a tie in float32 changes its row
-    assert (codes != want).float().mean() <= 0.02
-    found = fmt.of_codes(scales)
     assert found.keys() == params.keys()
+    # sums in another order choose another scale here and there, of many that are as good for integers, and change all
+    # that comes behind in its row; the first group has nothing before it
+    first = slice(0, width), slice(0, 1)
+    many = label in INTEGERS
+    assert (codes[:, first[0]] != want[:, first[0]]).any(1).float().mean() <= 0.1
+    assert (codes != want).any(1).float().mean() <= (0.5 if many else 0.1)
     for name, p in params.items():
-        assert (found[name] != p).float().mean() <= 0.02
+        assert (found[name][:, first[1]] != p[:, first[1]]).float().mean() <= 0.1
+        assert (found[name] != p).float().mean() <= (0.3 if many else 0.02)
     errors = [objective(w - fmt.decode(c, p), gram).sum() for c, p in ((codes, found), (want, params))]
     assert errors[0] <= 1.01 * errors[1]
 
@@ -120,9 +129,9 @@ def test_descent(n: int, k: int, groups: int, kind: str) -> None:
     codes = torch.randint(0, len(levels), (n, k), generator=generator).to(torch.uint8)
     wide = scale.repeat_interleave(k // groups, 1)
     pull = (w - levels[codes.long()] * wide) @ gram
-    device = [t.cuda() for t in (gram, scale)]
+    device = Split(gram.cuda()), scale.cuda()
     found, left = (t.cpu() for t in descend(*device, levels, codes.cuda(), pull.cuda(), 3))
-    want = descend(gram, scale, levels, codes, pull, 3)[0]
+    want = descend(Split(gram), scale, levels, codes, pull, 3)[0]
     assert (found != want).float().mean() <= 0.01
     assert torch.equal(found[wide == 0], codes[wide == 0])
     errors = [objective(w - levels[c.long()] * wide, gram).sum() for c in (found, want)]
@@ -199,7 +208,7 @@ def test_normal_equations(n: int, k: int, groups: int, offsets: bool) -> None:
     extra = per_group(moved, groups) if offsets else None
     found = normal_equations(levels.cuda(), moved, pull.cuda(), groups, extra)
     for a, b in zip(found, want, strict=True):
-        torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-2)
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=3e-6 * float(b.abs().max()))  # sums cancel
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -207,7 +216,7 @@ def test_normal_equations(n: int, k: int, groups: int, offsets: bool) -> None:
 def test_gram_matrices(dtype: torch.dtype, k: int) -> None:
     generator = torch.Generator().manual_seed(k)
     x = torch.randn(500, k, generator=generator).to(dtype)
-    found = sums.Gram(k, "cuda")
+    found = sums.GramSum(k, "cuda")
     for part in (x[:200], x[200:200], x[200:]):
         found.add(part.cuda())
     want = x.double().T @ x.double()

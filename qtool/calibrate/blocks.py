@@ -33,11 +33,9 @@ from qtool.numerics.metrics import all_finite
 from qtool.numerics.threads.parallel import shares
 from qtool.numerics.threads.ranks import ALONE, Ranks
 
-BATCH_TOKENS = 2048
-"""Tokens per forward pass: enough to keep matrix products busy, few enough that a block's intermediates stay small."""
-
-DEVICE_TOKENS = 8192
-"""The same on other devices, where launching work takes its time too."""
+BATCH_TOKENS, DEVICE_TOKENS, EXPERT_TOKENS = 2048, 8192, 32768
+"""Tokens per forward pass: enough to keep matrix products busy, few enough that a block's intermediates stay small.
+Other devices get more, where launching work takes its time too, and still more with experts, who see few of them."""
 
 ABREAST = 8
 """Most batches that are run side by side; each takes memory for a block's intermediates."""
@@ -93,18 +91,19 @@ class Blocks:
         if tokens.numel() and int(tokens.max()) >= rows:
             wanted = f"token ids below {rows}"
             raise CheckpointError("tokenizer and model do not belong together", wanted=wanted, found=int(tokens.max()))
-        samples, length = tokens.shape
         if self.around:
             return self.embed_by(self.around, tokens)
+        samples, length = tokens.shape
         hidden = Hidden(samples, length, width, self.dtype, device=self.device)
         step = max(1, TABLE_VALUES // width)
         scale = torch.tensor(self.family.embedding_scale(self.checkpoint.config), dtype=self.dtype)
+        flat, values, where = tokens.flatten(), hidden.values.view(-1, width), hidden.values.device
         for start in range(0, rows, step):
-            here = (tokens >= start) & (tokens < start + step)
-            if here.any():
-                table = self.checkpoint.rows(name, start, min(start + step, rows)).to(self.dtype) * scale
-                for s in range(samples):
-                    hidden.values[s, here[s]] = table[tokens[s, here[s]] - start].to(hidden.values.device)
+            here = ((flat >= start) & (flat < start + step)).nonzero().squeeze(1)
+            if len(here):
+                table = (self.checkpoint.rows(name, start, min(start + step, rows)).to(self.dtype) * scale).to(where)
+                for places in torch.split(here, step):
+                    values[places.to(where)] = table[(flat[places] - start).to(where)]
         return hidden
 
     def embed_by(self, around: Around, tokens: Tensor) -> Hidden:
@@ -179,7 +178,9 @@ class Blocks:
 
     def pieces(self, samples: int, length: int) -> list[slice]:
         """The same, of some samples of so many tokens."""
-        tokens = BATCH_TOKENS if self.device.type == "cpu" else DEVICE_TOKENS
+        experts = any(m.expert is not None for several in self.modules.values() for m in several)
+        elsewhere = EXPERT_TOKENS if experts else DEVICE_TOKENS
+        tokens = BATCH_TOKENS if self.device.type == "cpu" else elsewhere
         step = max(1, tokens // length)
         return [slice(start, start + step) for start in range(0, samples, step)]
 

@@ -96,11 +96,10 @@ class Experts(nn.ModuleList):
             chosen: int64 [T, A], indices of experts.
             weights: [T, A], of their results.
         """
-        result = torch.zeros_like(x)
+        result, visits = torch.zeros_like(x), visitors(chosen, len(self))
         for start in range(0, len(self), self.abreast):
             several: dict[int, Any] = dict(list(enumerate(self))[start : start + self.abreast])
-            visits = {e: torch.where(chosen == e) for e in several}
-            here = [e for e, (token, _) in visits.items() if self.show_all or len(token)]
+            here = [e for e in several if self.show_all or len(visits[e][0])]
             shown = partial(self.shown, x, visits)
             self.meet("in", start, shown, here)
             inside = {e: several[e].inside(shown(e)) for e in here}
@@ -112,7 +111,7 @@ class Experts(nn.ModuleList):
                 result.index_add_(0, token, (y * weights[token, place, None]).to(result.dtype))
         return result
 
-    def shown(self, x: Tensor, visits: Mapping[int, Sequence[Tensor]], e: int) -> Tensor:
+    def shown(self, x: Tensor, visits: Sequence[Sequence[Tensor]], e: int) -> Tensor:
         """What an expert reads of [T, H], given (tokens, ...) that visit each."""
         return x if self.show_all else x[visits[e][0]]
 
@@ -138,6 +137,14 @@ class Experts(nn.ModuleList):
             except Noted as noted:
                 seen[noted.reads] = noted.x
         self.meeting.wait(place, seen)
+
+
+def visitors(chosen: Tensor, experts: int) -> list[tuple[Tensor, Tensor]]:
+    """(tokens, places among their choices) of those that visit each expert, in the order of tokens; chosen: [T, A]."""
+    flat = chosen.flatten()
+    order, counts = flat.argsort(stable=True), flat.bincount(minlength=experts).tolist()
+    parts: Sequence[Tensor] = torch.split(order, counts)
+    return [(part // chosen.shape[1], part % chosen.shape[1]) for part in parts]
 
 
 def split_experts(block: nn.Module, found: Mapping[str, Module], show_all: bool) -> None:

@@ -69,7 +69,7 @@ class Hidden:
         return self.values[part]
 
     def __setitem__(self, part: slice, x: Tensor) -> None:
-        self.values[part] = x.to(self.values.device, self.values.dtype)
+        self.values[part].copy_(x.to(self.values.dtype))  # straight into pages that cannot move, if these are some
 
 
 def has_room(device: torch.device, nbytes: int) -> bool:

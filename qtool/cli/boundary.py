@@ -115,7 +115,7 @@ class Command(TyperCommand):
                     raise UsageError(f"qtool {ctx.info_name}", wanted="one process", found="torchrun; run it without")
                 refuse_other_encodings(ctx.params)
                 result = super().invoke(ctx)
-                ctx.obj.leave()
+                ctx.obj.close()
                 return result
         except (typer.Exit, typer.Abort, typer.TyperException):
             raise

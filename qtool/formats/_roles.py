@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from qtool.numerics.grids.scale_codes import CodedScales
+from qtool.numerics.scales.search import IntegerScales
 
 
 class Granular(BaseModel):
@@ -69,12 +70,12 @@ class Scheduled(Granular):
         fmt._alone = True
         return fmt
 
-    def coded_scales(self) -> CodedScales | None:
-        """How `fit` searches, where scales are all that it finds and each is a number that has a code."""
+    def search_in_walk(self) -> CodedScales | IntegerScales | None:
+        """How `fit` searches, where the column walk of a CUDA device can do that when it reaches a group."""
         return None
 
-    def of_codes(self, codes: Tensor) -> dict[str, Tensor]:
-        """Parameters with scales of those codes, uint8 [N, G]; for formats with `coded_scales`."""
+    def of_search(self, *found: Tensor) -> dict[str, Tensor]:
+        """Parameters from what `walk_searching` found, [N, G] each; for formats with `search_in_walk`."""
         raise NotImplementedError
 
 

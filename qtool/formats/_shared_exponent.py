@@ -92,8 +92,8 @@ class SharedExponent(Scaled):
         found = best_code(w, importance, around, scales, TRIED[self.search], self.grid) + self.point
         return found.masked_fill_(ends[..., 0] == 0, self.smallest)
 
-    def coded_scales(self) -> CodedScales | None:
-        """See `Format.coded_scales`."""
+    def search_in_walk(self) -> CodedScales | None:
+        """See `Format.search_in_walk`."""
         if self.search not in ("default", "thorough"):
             return None
         values = powers(self.point)[self.point : LAST + 1]
@@ -102,8 +102,9 @@ class SharedExponent(Scaled):
             values, self.group_columns, TRIED[self.search], self.grid, unit=1.0, powers=True, empty=empty
         )
 
-    def of_codes(self, codes: Tensor) -> Params:
-        """See `Format.of_codes`."""
+    def of_search(self, *found: Tensor) -> Params:
+        """See `Format.of_search`."""
+        (codes,) = found
         return {"exponent": codes + self.point}
 
     def _wanted(self, w: Tensor) -> Tensor:

@@ -134,8 +134,8 @@ class TwoLevel(Scaled):
         found = best_code(w, importance, nearest_bits(ends / t), values, TRIED[self.search], self.grid)
         return torch.where(ends[..., 0] > 0, found, EMPTY)
 
-    def coded_scales(self) -> CodedScales | None:
-        """See `Format.coded_scales`."""
+    def search_in_walk(self) -> CodedScales | None:
+        """See `Format.search_in_walk`."""
         if self.search == "minmax" or self._largest is None:
             return None
         t = self._tensor_scale(self._largest)
@@ -143,8 +143,9 @@ class TwoLevel(Scaled):
             scales(t, CPU), self.group_columns, TRIED[self.search], self.grid, unit=t, powers=False, empty=EMPTY
         )
 
-    def of_codes(self, codes: Tensor) -> Params:
-        """See `Format.of_codes`."""
+    def of_search(self, *found: Tensor) -> Params:
+        """See `Format.of_search`."""
+        (codes,) = found
         assert self._largest is not None
         return {"scale": codes, "tensor": self._matrix(codes, self._tensor_scale(self._largest))}
 

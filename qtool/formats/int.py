@@ -28,7 +28,7 @@ from qtool.formats._groups import Group, Grouped, Scales
 from qtool.numerics.grids.affine import ranges
 from qtool.numerics.grids.minifloat import largest
 from qtool.numerics.scales import search
-from qtool.numerics.scales.search import relative
+from qtool.numerics.scales.search import IntegerScales, relative
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHORTHAND = re.compile(rf"int(?P<bits>[2-8])-{_groups.PATTERN}(?P<asym>-asym)?")
@@ -109,6 +109,17 @@ class Int(Grouped):
             return found
         covering, groups = self._covering(w, width), w.shape[1] // width
         return better_of(self, w, covering, found, relative(importance, w.shape[1], groups), groups)
+
+    def search_in_walk(self) -> IntegerScales | None:
+        """See `Format.search_in_walk`."""
+        if self.scales == "minmax" or self.rows != 1 or not isinstance(self.group, int):
+            return None
+        dtype = DTYPES[self.scale_dtype]
+        return IntegerScales(self.group, self.lowest, -self.lowest - 1, not self.symmetric, dtype)
+
+    def of_search(self, *found: Tensor) -> Params:
+        """See `Format.of_search`."""
+        return self._store(*found)
 
     def _covering(self, w: Tensor, width: int) -> Params:
         """What just covers every weight of groups of some columns."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from qtool.formats._base import Format, Params, Quantized, expand
 from qtool.numerics.solving.descent import descend
 from qtool.numerics.solving.normal import normal_equations, per_group, solve_rows
+from qtool.numerics.solving.split import Split
 from qtool.numerics.solving.vector_walk import descend_vectors
 
 STRIP = 1 << 24
@@ -29,17 +30,17 @@ DEVICE_BYTES = 1 << 30
 """The same on other devices."""
 
 
-def refine(w: Tensor, gram: Tensor, q: Quantized, rounds: int, sweeps: int) -> Quantized:
+def refine(w: Tensor, curvature: Split, q: Quantized, rounds: int, sweeps: int) -> Quantized:
     """Improves a solution; the objective tr(D H D^T) never rises in any row.
 
     Args:
         w: float32 [N, K].
-        gram: float32 [K, K], damped.
+        curvature: H, float32 [K, K], damped.
         q: codes and parameters to start from.
         rounds: alternations.
         sweeps: most passes of coordinate descent over a row in one round.
     """
-    groups = q.format.affine(q.params)[0].shape[1]
+    gram, groups = curvature.matrix, q.format.affine(q.params)[0].shape[1]
     sums = per_group(gram, groups) if q.format.free_offset else None
     size = max(1, STRIP // w.shape[1]) if w.device.type == "cpu" else len(w)
     parts = []
@@ -55,7 +56,7 @@ def refine(w: Tensor, gram: Tensor, q: Quantized, rounds: int, sweeps: int) -> Q
             if book := q.format.codebook():
                 codes, pull = descend_vectors(gram, (scale, offset), q.format.levels(), book, codes, pull, sweeps)
             else:
-                codes, pull = descend(gram, scale, q.format.levels(), codes, pull, sweeps)
+                codes, pull = descend(curvature, scale, q.format.levels(), codes, pull, sweeps)
         parts.append((codes, params))
     return Quantized(torch.cat([codes for codes, _ in parts]), join_rows([params for _, params in parts]), q.format)
 

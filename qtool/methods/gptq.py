@@ -31,7 +31,8 @@ from qtool.formats._base import Format, Params, Quantized
 from qtool.methods._base import Method, Solution
 from qtool.methods._refine import refine
 from qtool.numerics.solving.linalg import inverse_factor, ridge
-from qtool.numerics.solving.walk import BLOCK, walk, walk_coded
+from qtool.numerics.solving.split import Split
+from qtool.numerics.solving.walk import BLOCK, searches, walk, walk_searching
 from qtool.numerics.threads.parallel import shares, side_by_side
 from qtool.stats._base import InputStats, Statistic
 from qtool.stats.drift import Drift
@@ -72,7 +73,9 @@ class GPTQ(Method):
 
         def factor() -> None:
             with suppress(NumericsError):  # `solve` meets it again, and falls back
-                self._factor(stats, *self._widths(fmt))
+                used = self._factor(stats, *self._widths(fmt))[2]
+                if self.rounds:
+                    self._curvature(stats, used)
 
         pieces = [factor, lambda: self._back(stats)] if self._drift(stats) else [factor]
         side_by_side(lambda piece: piece(), pieces, shares(len(pieces), stats[Gram].matrix.device))
@@ -89,10 +92,17 @@ class GPTQ(Method):
         target = self._target(w, stats)
         quantized = Quantized(*self._walk(target, order, factor, fmt), fmt)
         if self.rounds:
-            gram = stats[Gram].matrix.clone()
-            gram.diagonal().add_(used * gram.diagonal().mean())
-            quantized = refine(target, gram, quantized, self.rounds, SWEEPS)
+            quantized = refine(target, self._curvature(stats, used), quantized, self.rounds, SWEEPS)
         return Solution(quantized, fallback, target)
+
+    def _curvature(self, stats: InputStats, damp: float) -> Split:
+        """The damped Gram matrix [K, K], once per input."""
+        key = ("curvature", damp)
+        if key not in stats.cache:
+            gram = stats[Gram].matrix.clone()
+            gram.diagonal().add_(damp * gram.diagonal().mean())
+            stats.cache[key] = Split(gram)
+        return stats.cache[key]  # type: ignore[return-value]
 
     def _target(self, w: Tensor, stats: InputStats) -> Tensor:
         """What to approximate so that outputs come close to W X_0, float32 [N, K]."""
@@ -158,11 +168,10 @@ class GPTQ(Method):
             )
             return codes, params
         fitting = fmt.on_the_way()
-        if w.is_cuda and (rule := fitting.coded_scales()):
-            codes[:, order], found = walk_coded(w[:, order], factor, fmt.levels(), rule, weight[order])
-            scales = torch.empty_like(found)
-            scales[:, order[::block] // block] = found
-            return codes, fmt.of_codes(scales)
+        rule = fitting.search_in_walk() if w.is_cuda else None
+        if rule and searches(rule):
+            codes[:, order], found = walk_searching(w[:, order], factor, fmt.levels(), rule, weight[order])
+            return codes, fmt.of_search(*(p[:, (order[::block] // block).argsort()] for p in found))
         fitted: dict[int, Params] = {}
         places = order.view(-1, block) % block
         natural, blocks = places.argsort(1), (order[::block] // block).tolist()

@@ -33,7 +33,7 @@ def energy(w: Tensor, gram: Tensor | None = None) -> float:
     if gram is None:
         return float(torch.einsum("nk,nk->n", w, w).double().sum())
     rows = torch.zeros(len(w), dtype=torch.float64, device=w.device)
-    for a, b in strips(w.shape[1]):
+    for a, b in strips(w.shape[1], w.device):
         here = w[:, a:b]
         seen = here @ gram[a:b, a:b]
         seen.addmm_(w[:, b:], gram[b:, a:b], alpha=2)

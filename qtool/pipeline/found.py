@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -16,6 +17,9 @@ from qtool.plan import LayerPlan
 from qtool.report.model import LayerEntry
 from qtool.residuals._base import Correction, Matrix
 from qtool.stats._base import InputStats
+
+FEW_CODES = 1 << 22
+"""Codes up to which asking for pages that cannot move takes longer than they save."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,8 @@ def together(parts: Sequence[Quantized]) -> Quantized:
     if len(parts) == 1 and first.codes.device.type == "cpu":
         return first
     shape = (sum(len(part.codes) for part in parts), first.codes.shape[1])
-    codes, start = torch.empty(shape, dtype=torch.uint8, pin_memory=first.codes.is_cuda), 0
+    pinned = first.codes.is_cuda and math.prod(shape) > FEW_CODES
+    codes, start = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned), 0
     for part in parts:
         codes[start : start + len(part.codes)] = part.codes
         start += len(part.codes)

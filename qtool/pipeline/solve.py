@@ -14,7 +14,7 @@ from qtool.errors import NumericsError
 from qtool.formats._base import Format, Quantized
 from qtool.methods._base import Solution
 from qtool.numerics.metrics import all_finite
-from qtool.numerics.threads.parallel import CPU, row_shares, shares, side_by_side
+from qtool.numerics.threads.parallel import row_shares, shares, side_by_side
 from qtool.pipeline.correct import correct, joined
 from qtool.pipeline.entries import Sums
 from qtool.pipeline.found import Found
@@ -38,7 +38,6 @@ def solve(
     device: torch.device,
     merged: Sequence[str] = (),
     rows: tuple[int, int] | None = None,
-    where: torch.device = CPU,
 ) -> Found:
     """Quantizes some rows of one module; many of them in parts, if nothing ties them together.
 
@@ -46,10 +45,9 @@ def solve(
         plan: with a format and a method.
         checkpoint: where its weight is.
         stats: of its input; None without data. Groups of rows that weigh tokens otherwise are solved one by one.
-        device: where to compute.
+        device: where to compute, and where codes and parameters stay.
         merged: modules that share what is chosen for a whole matrix; see `Unit.merged`.
         rows: (start, stop); None: all of them, as has to be where they are `tied`.
-        where: what is found goes.
 
     Raises:
         NumericsError: the result is not finite.
@@ -64,9 +62,7 @@ def solve(
     views = stats.of(name) if stats and plan.weight_needs else ()
     stats = views[0] if views else None
     source = origin(checkpoint, name, plan.format)
-    # what devices copy to and from; pages that cannot move are several times as fast
-    pinned = device.type == "cuda" and where.type == "cpu"
-    codes = torch.empty(last - first, plan.module.shape[1], dtype=torch.uint8, device=where, pin_memory=pinned)
+    codes = torch.empty(last - first, plan.module.shape[1], dtype=torch.uint8, device=device)
     params, sums, seconds = [], Sums(), 0.0
     remarks, start = [plan.fallback, blind, lost, source.remark], 0
     corrections: tuple[Correction, ...] = ()
@@ -83,7 +79,7 @@ def solve(
         for solution, squares in solved:
             stop = start + len(solution.quantized.codes)
             codes[start:stop] = solution.quantized.codes
-            params.append({key: p.to(where) for key, p in solution.quantized.params.items()})
+            params.append({key: p.to(device) for key, p in solution.quantized.params.items()})
             remarks.append(solution.fallback)
             sums, start = sums + squares, stop
         seconds += time.monotonic() - begin

@@ -80,7 +80,7 @@ class UnitSolver:
         least = self.job.plan.recipe.calibration.min_tokens
         usable = {p.module.name: with_enough_data(p, stats, least) for p, stats in readers}
         rows = rows_to_solve([p for p, _ in readers], [tied(p) for p, _ in readers], self.ranks)
-        found, where = {}, self.job.device if self.ranks.size > 1 else CPU
+        found = {}
         for p, stats in readers:
             name, (start, stop) = p.module.name, rows[p.module.name]
             self.layers[name], plan = with_static(p, stats), usable[name]
@@ -88,7 +88,7 @@ class UnitSolver:
                 first = replace(plan, method=plan.method and plan.method.first)
                 seen = stats if plan is p else None
                 merged = self.unit.merged(p)
-                found[name] = solve(first, self.job.checkpoint, seen, self.job.device, merged, (start, stop), where)
+                found[name] = solve(first, self.job.checkpoint, seen, self.job.device, merged, (start, stop))
         together = exchanged(found, self.ranks, self.job.device)
         for p, stats in readers:
             self.keep(p, usable[p.module.name], stats, together[p.module.name])

@@ -8,6 +8,7 @@ import torch
 from qtool.methods._refine import refine
 from qtool.methods.rtn import RTN
 from qtool.numerics.solving.descent import descend
+from qtool.numerics.solving.split import Split
 from qtool.recipe.parse import parse_format
 
 
@@ -45,7 +46,7 @@ def test_descent_is_that_of_the_slow_loop(k: int, levels: torch.Tensor, sweeps: 
     scale[1, 0], scale[2, 1] = 0.0, -0.4
     codes = torch.randint(0, len(levels), (5, k), generator=generator).to(torch.uint8)
     decoded = levels[codes.long()] * scale.repeat_interleave(k // 2, 1)
-    found, pull = descend(gram, scale, levels, codes, (w - decoded) @ gram, sweeps)
+    found, pull = descend(Split(gram), scale, levels, codes, (w - decoded) @ gram, sweeps)
     want = descend_slowly(gram, scale, levels, codes, w, sweeps)
     alive = scale.repeat_interleave(k // 2, 1) != 0
     assert torch.equal(found[alive], want[alive])
@@ -66,7 +67,7 @@ def test_wide_matrices_are_refined_on_several_threads(name: str) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        found = refine(w, gram, start, 1, 2)
+        found = refine(w, Split(gram), start, 1, 2)
     finally:
         torch.set_num_threads(threads)
     before, after = (q.decode() - w for q in (start, found))

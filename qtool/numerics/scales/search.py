@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +33,23 @@ TINY = np.float32(1e-36)
 """Largest range of a group that counts as zeros: the inverse of a step of less is infinite."""
 
 FAST = {"nnan", "ninf", "nsz", "arcp", "contract", "reassoc"}
+
+
+class IntegerScales(NamedTuple):
+    """How the scales of groups of columns are chosen for integers.
+
+    Attributes:
+        columns: of a group.
+        lowest, highest: integers.
+        zeros: whether there are integer zero points; see `zero_point`, else `symmetric`.
+        dtype: that scales are rounded to.
+    """
+
+    columns: int
+    lowest: int
+    highest: int
+    zeros: bool
+    dtype: torch.dtype
 
 
 @cache

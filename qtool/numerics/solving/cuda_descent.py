@@ -61,12 +61,12 @@ def descent_kernel(  # type: ignore[no-untyped-def]
 
 
 def descend(
-    gram: Tensor, scale: Tensor, levels: Tensor, middles: Tensor, codes: Tensor, pull: Tensor, sweeps: int
+    curvature: Split, scale: Tensor, levels: Tensor, middles: Tensor, codes: Tensor, pull: Tensor, sweeps: int
 ) -> tuple[Tensor, Tensor]:
     """See `descent.descend`; middles: between the levels, filled up for `nearest`."""
     (rows, k), width = codes.shape, codes.shape[1] // scale.shape[1]
     better, gradient, scales = codes.T.contiguous(), pull.T.contiguous(), scale.T.contiguous()
-    table, between, curvature = levels.to(codes.device), middles.to(codes.device), Split(gram)
+    table, between, gram = levels.to(codes.device), middles.to(codes.device), curvature.matrix
     lowest, highest = float(levels[0]), float(levels[-1])
     uniform = highest - lowest == len(levels) - 1 and lowest.is_integer()
     steps = gradient.new_empty(min(BLOCK, k), rows)

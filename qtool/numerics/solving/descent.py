@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qtool.numerics.grids.affine import middles
 from qtool.numerics.scales.search import FAST, TINY
+from qtool.numerics.solving.split import Split
 from qtool.numerics.threads.parallel import over_rows
 
 LANES = 32
@@ -98,12 +99,12 @@ def descend_rows(gram, curvature, scale, levels, codes, pull, sweeps, start, sto
 
 
 def descend(
-    gram: Tensor, scale: Tensor, levels: Tensor, codes: Tensor, pull: Tensor, sweeps: int
+    curvature: Split, scale: Tensor, levels: Tensor, codes: Tensor, pull: Tensor, sweeps: int
 ) -> tuple[Tensor, Tensor]:
     """Improves codes by coordinate descent.
 
     Args:
-        gram: H, float32 [K, K].
+        curvature: H, float32 [K, K].
         scale: float32 [N, G].
         levels: float32 [L], ascending.
         codes: uint8 [N, K].
@@ -116,8 +117,8 @@ def descend(
     if codes.is_cuda:
         from qtool.numerics.solving import cuda_descent
 
-        return cuda_descent.descend(gram, scale, levels, middles(levels), codes, pull, sweeps)
+        return cuda_descent.descend(curvature, scale, levels, middles(levels), codes, pull, sweeps)
     better, gradient = (t.cpu().numpy().copy() for t in (codes, pull))
-    arrays = [t.contiguous().cpu().numpy() for t in (gram, gram.diagonal(), scale, levels)]
+    arrays = [t.contiguous().cpu().numpy() for t in (curvature.matrix, curvature.matrix.diagonal(), scale, levels)]
     over_rows(lambda a, b: descend_rows(*arrays, better, gradient, sweeps, a, b), len(better))
     return torch.from_numpy(better).to(codes.device), torch.from_numpy(gradient).to(pull.device)

@@ -16,7 +16,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from qtool.numerics.threads.parallel import over_rows, side_by_side
+from qtool.numerics.threads.parallel import CPU, over_rows, side_by_side
 from qtool.numerics.threads.processor import has
 
 REACH = 24.0
@@ -28,8 +28,11 @@ ORDINARY = 64.0
 QUIET = 1e-6
 """Smallest root mean square that a channel is given, relative to the mean over channels."""
 
-PANEL = 144
-"""Smallest width of the strips in which the lower half is summed."""
+PANEL, DEVICE_PANEL = 144, 1024
+"""Smallest width of the strips in which the lower half is summed, on the CPU and on other devices."""
+
+ENOUGH = 4096
+"""Tokens whose products keep a CUDA device busy; an expert's wait until there are so many."""
 
 FUSED = "dtype" in torch.ops.aten.mm.overloads()  # type: ignore[no-untyped-call]
 """Whether this torch can multiply 16-bit numbers into a float32 total."""
@@ -71,12 +74,12 @@ def unfold_rows(lower, products, step, start, stop):  # type: ignore[no-untyped-
             lower[j, i] = lower[i, j]
 
 
-def strips(k: int) -> list[tuple[int, int]]:
+def strips(k: int, device: torch.device = CPU) -> list[tuple[int, int]]:
     """(start, stop) of the columns of strips that reach from the diagonal of a [K, K] matrix down.
 
     A symmetric matrix takes little more than half the work that way.
     """
-    width = max(PANEL, -(-k // 8))
+    width = max(PANEL if device.type == "cpu" else DEVICE_PANEL, -(-k // 8))
     return [(a, min(a + width, k)) for a in range(0, k, width)]
 
 
@@ -106,13 +109,29 @@ class GramSum:
         self.products = torch.zeros(0, 0, dtype=torch.int32)
         self.step = torch.zeros(0)
         self.waiting = 0
+        self.few: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
         """Counts tokens, [T, K] of any float type."""
         if 0 < len(x) <= MOST_TOKENS and x.dtype == torch.bfloat16 and x.device.type == "cpu" and counts_fast():
             x = self._add_rounded(x)
-        x = x if fuses(x) else x.float()
-        for a, b in strips(len(self.lower)) if len(x) else []:
+        if x.is_cuda:
+            self.few.append(x)
+            if sum(map(len, self.few)) >= ENOUGH:
+                self._add_few()
+        else:
+            self._add_product(x.float())
+
+    def _add_few(self) -> None:
+        """Counts the tokens that wait."""
+        if self.few:
+            x = self.few[0] if len(self.few) == 1 else torch.cat(self.few)
+            self.few = []
+            self._add_product(x if fuses(x) else x.float())
+
+    def _add_product(self, x: Tensor) -> None:
+        """Counts tokens in float32."""
+        for a, b in strips(len(self.lower), x.device) if len(x) else []:
             add_product(self.lower[a:, a:b], x[:, a:], x[:, a:b])
 
     def _add_rounded(self, x: Tensor) -> Tensor:
@@ -150,5 +169,6 @@ class GramSum:
             over_rows(lambda start, stop: unfold_rows(*arrays, start, stop), len(self.lower))
             self.products, self.waiting = torch.zeros(0, 0, dtype=torch.int32), 0
         else:
+            self._add_few()
             self.lower = self.lower.tril() + self.lower.tril(-1).T
         return self.lower

@@ -15,8 +15,9 @@ from qtool.numerics.threads.parallel import shares, side_by_side
 DAMPING_STEPS = (1.0, 10.0, 100.0)
 """Factors on the wanted damping, tried in turn until the matrix factorizes."""
 
-LEAF, SPLIT = 128, 512
-"""Rows up to which a triangular matrix is solved for, and from which on its halves are inverted side by side."""
+LEAF, DEVICE_LEAF, SPLIT = 128, 512, 512
+"""Rows up to which a triangular matrix is solved for, on the CPU and on other devices, and from which on its halves are
+inverted side by side."""
 
 
 def inverse_factor(gram: Tensor, damp: float) -> tuple[Tensor, float]:
@@ -78,7 +79,7 @@ def ridge(cross: Tensor, gram: Tensor, damp: float) -> Tensor:
 def invert_lower(lower: Tensor) -> Tensor:
     """Inverse of a lower triangular matrix [K, K], by halves, so that nearly all work is matrix products."""
     k = len(lower)
-    if k <= LEAF:
+    if k <= (LEAF if lower.device.type == "cpu" else DEVICE_LEAF):
         identity = torch.eye(k, dtype=lower.dtype, device=lower.device)
         solved: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
         return solved

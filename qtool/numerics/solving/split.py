@@ -20,6 +20,10 @@ def halves(x: Tensor) -> tuple[Tensor, Tensor]:
     return high, (x - high).bfloat16()
 
 
+SMALL = 2048
+"""Columns up to which products take no longer in float32 than their factors to be split."""
+
+
 class Split:
     """A matrix [K, K] that many others are multiplied with.
 
@@ -29,7 +33,7 @@ class Split:
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
-        self.halves = halves(matrix) if matrix.is_cuda and FUSED else None
+        self.halves = halves(matrix) if matrix.is_cuda and FUSED and len(matrix) > SMALL else None
 
     def subtract(self, total: Tensor, rows: slice, columns: slice, x: Tensor) -> None:
         """Takes matrix[rows, columns] @ x off a total: x float32 [B, N], total float32 [rows, N]."""

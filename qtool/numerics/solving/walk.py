@@ -18,7 +18,7 @@ from torch import Tensor
 from qtool.numerics.codebooks.codebook import Codebook
 from qtool.numerics.grids.affine import middles
 from qtool.numerics.grids.scale_codes import EXACT, CodedScales
-from qtool.numerics.scales.search import FAST, reach, relative
+from qtool.numerics.scales.search import FAST, IntegerScales, reach, relative
 from qtool.numerics.solving.vector_walk import walk_vector_block
 from qtool.numerics.threads.parallel import over_rows
 
@@ -126,10 +126,17 @@ def walk(
     return codes.T
 
 
-def walk_coded(w: Tensor, factor: Tensor, levels: Tensor, rule: CodedScales, weight: Tensor) -> tuple[Tensor, Tensor]:
+def searches(rule: CodedScales | IntegerScales) -> bool:
+    """Whether `walk_searching` takes groups of that width."""
+    return isinstance(rule, CodedScales) or (rule.columns % 16 == 0 and BLOCK % rule.columns == 0)
+
+
+def walk_searching(
+    w: Tensor, factor: Tensor, levels: Tensor, rule: CodedScales | IntegerScales, weight: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The walk of matrices on CUDA devices where each group's scale is searched when the walk gets there.
 
-    It gives what `walk` does with `scale_codes.best_code` as its parameters, in one launch per `BLOCK` columns.
+    It gives what `walk` does with the format's own search as its parameters, in one launch per `BLOCK` columns.
 
     Args:
         w: float32 [N, K], columns in walking order, those of a group side by side.
@@ -139,13 +146,19 @@ def walk_coded(w: Tensor, factor: Tensor, levels: Tensor, rule: CodedScales, wei
         weight: float32 [K], importance of the columns' squared errors, in the same order.
 
     Returns:
-        Codes, uint8 [N, K], in walking order, and codes of scales, uint8 [N, G].
+        Codes, uint8 [N, K], in walking order, and what was found for each group, [N, G]: codes of scales, uint8; or of
+        integers the scales and, if they have any, zero points, float32.
     """
+    counts = relative(weight, len(weight), len(weight) // rule.columns)
+    if isinstance(rule, IntegerScales):
+        from qtool.numerics.solving import cuda_integers
+
+        return cuda_integers.walk_integers(w, factor, rule, counts, reach(counts))
     from qtool.numerics.solving import cuda_walk
 
-    counts = relative(weight, len(weight), len(weight) // rule.columns)
     table, between = levels.to(w.device), middles(levels).to(w.device)
-    return cuda_walk.walk_coded(w, factor, table, between, rule, counts, reach(counts))
+    codes, found = cuda_walk.walk_coded(w, factor, table, between, rule, counts, reach(counts))
+    return codes, (found,)
 
 
 def _walk_block(
