@@ -19,19 +19,20 @@ from torch import Tensor, nn
 
 from qtool.calibrate.ahead import Ahead
 from qtool.calibrate.around import Around
+from qtool.calibrate.branches import RoundedInputs, set_branches, stored_branches
 from qtool.calibrate.experts import split_experts
 from qtool.calibrate.foreign import Calls, KVStore, assign, misfit, run_block
 from qtool.calibrate.hidden import Hidden
 from qtool.calibrate.infinite import origin
-from qtool.calibrate.inputs import rounded
 from qtool.calibrate.meta import ATTENTION, Recorder, build
-from qtool.calibrate.operated import Following, Operated, put_behind
+from qtool.calibrate.operated import Following, innermost, put_behind
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, modules
 from qtool.errors import CheckpointError
 from qtool.numerics.checks import finite
 from qtool.numerics.metrics import all_finite
 from qtool.numerics.threads.parallel import shares
 from qtool.numerics.threads.ranks import ALONE, Ranks
+from qtool.residuals._base import Correction
 
 BATCH_TOKENS, DEVICE_TOKENS, EXPERT_TOKENS = 2048, 8192, 32768
 """Tokens per forward pass: enough to keep matrix products busy, few enough that a block's intermediates stay small.
@@ -123,6 +124,8 @@ class Blocks:
         if self.around:
             buffers_to(block, self.device)
         put_behind(block, {self.path(m): self.input_ops.get(m.name, ()) for m in self.modules[i]})
+        for m in self.modules[i]:
+            set_branches(self.linear(block, m), stored_branches(self.checkpoint, m.name, self.device))
         return block.eval().requires_grad_(False)
 
     def block_tensors(self, i: int) -> dict[str, Tensor]:
@@ -136,9 +139,10 @@ class Blocks:
         found = self.checkpoint.tensor(name)
         return found.to(self.device, self.dtype if found.is_floating_point() else found.dtype)
 
-    def set_weight(self, block: nn.Module, module: Module, w: Tensor) -> None:
-        """Replaces a linear layer's weight, [N, K], by what a runtime would multiply with."""
+    def set_weight(self, block: nn.Module, module: Module, w: Tensor, residuals: Sequence[Correction] = ()) -> None:
+        """Replaces a linear layer's weight, [N, K], residuals included, by what a runtime would multiply with."""
         self.linear(block, module).weight.data = w.to(self.device, self.dtype)
+        set_branches(self.linear(block, module), residuals)
 
     def linear(self, block: nn.Module, module: Module) -> nn.Module:
         """The submodule of a loaded block; behind the operations on its input, if it has some."""
@@ -167,8 +171,9 @@ class Blocks:
         hooked, calls = [m for m in self.modules[i] if m.name in layers and layers[m.name].activations], Calls()
         with ExitStack() as hooks:
             for m in hooked:
-                rounds = calls.counted(m.name, lambda _, x, name=m.name: rounded(x[0], layers[name]))
-                hooks.enter_context(self.linear(block, m).register_forward_pre_hook(rounds))
+                linear, inputs = self.linear(block, m), RoundedInputs(lambda name=m.name: layers[name])  # type: ignore[misc]
+                hooks.enter_context(linear.register_forward_pre_hook(calls.counted(m.name, inputs.before)))
+                hooks.enter_context(linear.register_forward_hook(inputs.behind))
             yield
         calls.check(block, [m.name for m in hooked if m.expert is None], times)
 
@@ -283,11 +288,6 @@ def buffers_to(module: nn.Module, device: torch.device) -> None:
     for own in module.modules():
         for name, buffer in own._buffers.items():
             own._buffers[name] = buffer if buffer is None else buffer.to(device)
-
-
-def innermost(module: nn.Module) -> nn.Module:
-    """A linear layer without the operations on its input."""
-    return module.linear if isinstance(module, Operated) else module
 
 
 def twin(module: nn.Module) -> nn.Module:

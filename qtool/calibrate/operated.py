@@ -58,3 +58,8 @@ def put_behind(block: nn.Module, ops: Mapping[str, Sequence[InputOp]]) -> None:
         if own:
             owner, _, name = path.rpartition(".")
             setattr(block.get_submodule(owner), name, Operated(block.get_submodule(path), own))
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """A linear layer without the operations on its input."""
+    return module.linear if isinstance(module, Operated) else module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -35,7 +36,12 @@ def correct(
         The codes, with the method's target for the matrix itself, and the corrections.
     """
     target = w if solution.target is None else solution.target
-    corrections, left = fit(residuals, target - decoded(solution, w), gram)
+    if any(residual.before for residual in residuals):
+        corrections, rest = fit(residuals, w, gram)
+        solution = replace(joined(solve(rest)), target=solution.target)
+        left = target - (w - rest) - decoded(solution, w)
+    else:
+        corrections, left = fit(residuals, target - decoded(solution, w), gram)
     least = energy(left, gram)
     if len(residuals) == 1 and (pair := residuals[0].jointly(target, solution.quantized)):
         together = Correction(residuals[0], pair[1])

@@ -156,7 +156,8 @@ class Walked(Statistics):
         for p in (p for p in unit.quantized if p.module.name in solved):
             matrix, layers[p.module.name] = solved[p.module.name]
             if self.quantized:
-                self.walker.set_weight(block, p.module, matrix.to(self.walker.device).decode())
+                here = matrix.to(self.walker.device)
+                self.walker.set_weight(block, p.module, here.decode(), here.residuals)
 
     def solve_block(self, block: nn.Module, layers: dict[str, Layer], unit: Unit, solver: Solver) -> None:
         """Has the block solved as a whole, and lets hidden states go on behind what was found."""

@@ -43,6 +43,9 @@ class Residual(Spec):
 
     room: ClassVar[str] = "residuals"
 
+    apart: ClassVar[bool] = False
+    """True if it runs beside the codes, on inputs as they are before they are rounded; see `output`."""
+
     turns: int = Field(0, ge=0, le=20)
 
     @property
@@ -71,6 +74,15 @@ class Residual(Spec):
         Returns:
             tensors as `infos` says, on the device of the error.
         """
+
+    @property
+    def before(self) -> bool:
+        """True if it is found of the matrix itself, and codes are chosen for what it leaves."""
+        return False
+
+    def output(self, x: Tensor, tensors: Tensors) -> Tensor:
+        """What it adds to the outputs of inputs [..., K]: [..., N] of their type. For residuals that are `apart`."""
+        raise NotImplementedError
 
     def jointly(self, w: Tensor, first: Quantized) -> tuple[Quantized, Tensors] | None:
         """Codes and correction of a matrix found together; None: the correction is found for what codes leave.

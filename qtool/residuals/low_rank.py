@@ -5,12 +5,14 @@
 
 It is the best approximation of rank r of what rounding lost: by default of the outputs (LQER,
 https://arxiv.org/abs/2402.02446; with all of the Gram matrix: CALDERA, https://arxiv.org/abs/2405.18886), else of the
-weights (LoRC of ZeroQuant-V2, https://arxiv.org/abs/2303.08302).
+weights (LoRC of ZeroQuant-V2, https://arxiv.org/abs/2303.08302). Or of the matrix itself, before anything is rounded,
+so that codes hold the rest (SVDQuant, https://arxiv.org/abs/2411.05007). Where inputs are rounded, the branch reads
+them as they were.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -32,16 +34,29 @@ class LowRank(Residual):
         rank: columns of the left and rows of the right matrix.
         whiten: true approximates the outputs' error, by the Gram matrix of the inputs; false that of the weights.
         dtype: type of both matrices.
+        start: "error" approximates what codes leave; "weight" the matrix itself, then codes are chosen for the rest.
     """
+
+    apart: ClassVar[bool] = True
 
     rank: int = Field(32, ge=1)
     whiten: bool = True
     dtype: Literal["bf16", "fp16", "fp32"] = "fp16"
+    start: Literal["error", "weight"] = "error"
 
     @property
     def needs(self) -> frozenset[type[Statistic]]:
         """The Gram matrix, to whiten with."""
         return frozenset({Gram}) if self.whiten else frozenset()
+
+    @property
+    def before(self) -> bool:
+        """See `Residual.before`."""
+        return self.start == "weight"
+
+    def output(self, x: Tensor, tensors: Tensors) -> Tensor:
+        """See `Residual.output`."""
+        return x @ tensors["right"].to(x).T @ tensors["left"].to(x).T
 
     def infos(self, n: int, k: int) -> Infos:
         """See `Residual.infos`."""
