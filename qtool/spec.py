@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from qtool import registry
 from qtool.errors import suggestion
+from qtool.problems import Mistakes, checked, mistake, show
 
 
 class Spec(BaseModel):
@@ -39,18 +40,27 @@ class Spec(BaseModel):
         return registry.name_of(cls.room, cls)
 
 
-def named(value: Any, room: str, kind: type[Spec]) -> Any:
-    """Something of a room as options of another thing spell it: its name, or a mapping from that to its options.
+def named(value: Any, room: str, kind: type[Spec], wanted: str = "a name, or {NAME: {option: value}}") -> Any:
+    """Something of a room as recipes spell it: its name, or a mapping from that to its options.
+
+    Args:
+        value: what stands in the recipe, or the thing itself.
+        room: where the registry finds it.
+        kind: what all things there are.
+        wanted: what a mistake says instead of something else.
 
     Raises:
-        ValueError: nothing is spelled like this.
+        Mistakes: nothing is spelled like this, or its options are wrong.
     """
     if isinstance(value, kind):
         return value
-    what, options = kind.__name__.lower(), {value: {}} if isinstance(value, str) else value
+    what, options = room.removesuffix("s"), {value: {}} if isinstance(value, str) else value
     if not isinstance(options, Mapping) or len(options) != 1:
-        raise ValueError(f"wanted a {what}'s name, or {{NAME: {{...}}}}")
+        raise mistake(f"no {what}", wanted=wanted, found=show(value))
     ((name, fields),) = options.items()
     if name not in (known := registry.names(room)):
-        raise ValueError(f"no {what} is called {name!r}; {suggestion(str(name), known)}")
-    return registry.load(room, name).model_validate(fields or {})
+        raise mistake(f"no {what} is called {show(name)}", hint=suggestion(str(name), known))
+    try:
+        return checked(registry.load(room, name), {} if fields is None else fields)
+    except Mistakes as error:
+        raise Mistakes([((name, *path), text) for path, text in error.found]) from None

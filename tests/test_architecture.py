@@ -22,6 +22,7 @@ ORDER = (
     "errors",
     "tested",
     "registry",
+    "problems",
     "spec",
     "numerics",
     "ops",

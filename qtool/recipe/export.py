@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from qtool import registry
 from qtool.errors import suggestion
-from qtool.recipe.problems import Keys, explain, mistake, show
+from qtool.problems import Keys, explain, mistake, show
 from qtool.recipe.strict import Strict
 
 

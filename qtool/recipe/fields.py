@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, PlainSerializer
 
 from qtool.formats._base import Format
 from qtool.methods._base import Method
+from qtool.problems import mistake
 from qtool.recipe.cache import KVCache, dump_cache, either
 from qtool.recipe.parse import (
     dump_format,
@@ -18,7 +19,6 @@ from qtool.recipe.parse import (
     parse_stage,
     parse_transform,
 )
-from qtool.recipe.problems import mistake
 from qtool.residuals._base import Residual
 from qtool.spec import Spec
 from qtool.transforms._base import Transform

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator, WithJsonSchema
 
 from qtool.errors import suggestion
-from qtool.recipe.problems import mistake, show
+from qtool.problems import mistake, show
 
 AT_MOST = {
     "ppl": "ppl",

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool.errors import RecipeError, one_line, suggestion
+from qtool.problems import Keys, explain, show
 from qtool.recipe.nodes import BROKEN, Node, NodeReader
-from qtool.recipe.problems import Keys, explain, show
 
 if TYPE_CHECKING:
     from qtool.recipe.schema import Recipe

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from qtool.errors import printable
-from qtool.recipe.problems import Keys, dotted
+from qtool.problems import Keys, dotted
 
 LARGEST = 1 << 18
 """Bytes of YAML; a rule for each of 3000 layers fits."""

@@ -11,9 +11,9 @@ from qtool import registry
 from qtool.errors import suggestion
 from qtool.formats._base import Format
 from qtool.methods._base import Method
-from qtool.recipe.problems import Mistakes, checked, mistake, show
+from qtool.problems import Mistakes, checked, mistake, show
 from qtool.residuals._base import Residual
-from qtool.spec import Spec
+from qtool.spec import Spec, named
 from qtool.transforms._base import Transform
 
 
@@ -51,44 +51,22 @@ def _shorthand(text: str) -> Format:
 
 def parse_method(value: Any) -> Method:
     """`gptq`, or `{gptq: {damp: 0.01}}`."""
-    if isinstance(value, Method):
-        return value
-    return cast(Method, _named(value, "method", "methods", "a name such as rtn, or {gptq: {damp: 0.01}}"))
+    return cast(Method, named(value, "methods", Method, "a name such as rtn, or {gptq: {damp: 0.01}}"))
 
 
 def parse_residual(value: Any) -> Residual:
     """`low_rank`, or `{low_rank: {rank: 64}}`."""
-    if isinstance(value, Residual):
-        return value
-    return cast(Residual, _named(value, "residual", "residuals", "a name such as low_rank, or {low_rank: {rank: 64}}"))
+    return cast(Residual, named(value, "residuals", Residual, "a name such as low_rank, or {low_rank: {rank: 64}}"))
 
 
 def parse_transform(value: Any) -> Transform:
     """`rotate`, or `{smooth: {alpha: 0.5}}`."""
-    if isinstance(value, Transform):
-        return value
-    return cast(Transform, _named(value, "transform", "transforms", "a name such as rotate, or {smooth: {alpha: 0.5}}"))
+    return cast(Transform, named(value, "transforms", Transform, "a name such as rotate, or {smooth: {alpha: 0.5}}"))
 
 
 def parse_stage(value: Any) -> Spec:
     """`{distill: {steps: 100}}`, or its name alone: a `qtool.stages._base.Stage`."""
-    if isinstance(value, Spec):
-        return value
-    return cast(Spec, _named(value, "stage", "stages", "a name, or {NAME: {option: value}}"))
-
-
-def _named(value: Any, what: str, room: str, wanted: str) -> Any:
-    """A registered thing by its name, or by a mapping from its name to its options."""
-    options = {value: {}} if isinstance(value, str) else value
-    if not isinstance(options, Mapping) or len(options) != 1:
-        raise mistake(f"no {what}", wanted=wanted, found=show(value))
-    ((name, fields),) = options.items()
-    if name not in registry.names(room):
-        raise mistake(f"no {what} is called {show(name)}", hint=suggestion(str(name), registry.names(room)))
-    try:
-        return checked(registry.load(room, name), {} if fields is None else fields)
-    except Mistakes as error:
-        raise Mistakes([((name, *path), text) for path, text in error.found]) from None
+    return cast(Spec, named(value, "stages", Spec))
 
 
 def dump_named(thing: Spec) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, PrivateAttr, Tag
 
+from qtool.problems import Keys, mistake, show
 from qtool.recipe.budget import Budget
 from qtool.recipe.export import Export
 from qtool.recipe.fields import (
@@ -21,7 +22,6 @@ from qtool.recipe.fields import (
 )
 from qtool.recipe.gates import Gates
 from qtool.recipe.match import compile_pattern
-from qtool.recipe.problems import Keys, mistake, show
 from qtool.recipe.scope import Blocks, When
 from qtool.recipe.strict import Strict
 

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, WithJsonSchema
 
-from qtool.recipe.problems import Keys, mistake, show
+from qtool.problems import Keys, mistake, show
 from qtool.recipe.strict import Strict
 
 ENTRY = re.compile(r"(first|last) (\d{1,5})(?:/(\d{1,5}))?|every (\d{1,5})(?:st|nd|rd|th)|(\d{1,5})(?:-(\d{1,5}))?")

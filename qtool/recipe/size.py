@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, WithJsonSchema
 
-from qtool.recipe.problems import mistake, show
+from qtool.problems import mistake, show
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 UNITS |= {f"{letter}i": 1024**power for power, letter in enumerate("KMGT", 1)}

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler
 from typing_extensions import Self
 
-from qtool.recipe.problems import Keys, Mistakes, explain
+from qtool.problems import Keys, Mistakes, explain
 
 
 class Strict(BaseModel):

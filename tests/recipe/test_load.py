@@ -625,3 +625,17 @@ def test_what_no_artifact_has_is_no_option(write):
         "r.yaml:5: export[0].file_type: no file type is called 'q4_kx'; did you mean 'q4_k_s'?",
         "r.yaml:5: export[0].split: unknown key; known: file_type, pre_tokenizer, split_max_size, to",
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("{start: {gptq: {dmp: 1}}}", ".start.gptq.dmp: unknown key; did you mean 'damp'?"),
+        ("{start: {gptq: {rounds: x}}}", ".start.gptq.rounds: wanted a whole number, found 'x'"),
+        ("{start: gtpq}", ".start: no method is called 'gtpq'; did you mean 'gptq'?"),
+    ],
+)
+def test_mistakes_of_a_method_within_a_method_say_where(write, options, expected):
+    text = HEAD + f'layers: [{{match: "*", weights: int4-g64, method: {{learned: {options}}}}}]'
+    (line,) = problems(write(text))
+    assert line == f"r.yaml:3: layers[0].method.learned{expected}"

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, WithJsonSchema
 
 from qtool.errors import suggestion
-from qtool.recipe.problems import mistake, show
+from qtool.problems import mistake, show
 from qtool.recipe.size import Size
 from qtool.recipe.strict import Strict
 
