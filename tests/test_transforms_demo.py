@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ from typing import Any
 import pytest
 
 from benchmarks import models
+from qtool.pipeline.events import silent
+from qtool.pipeline.prepare import prepare
 from qtool.pipeline.quantize import QuantizeOptions, run
+from qtool.pipeline.transform import transformed
 from scripts.prose import prose
 
 
@@ -44,6 +48,28 @@ def test_scaled_weights_are_rounded_better_at_four_bits(divergence: Callable[...
     assert 0.1 < plain < 1
     assert divergence("plain", "w4a16-awq") < 0.85 * plain
     assert divergence("plain", "w4a16-rtn-g64", "transforms=[smooth]") < 0.85 * plain
+
+
+@pytest.mark.demo
+@pytest.mark.slow
+def test_awq_s_search_takes_less_than_a_minute_on_two_cores(demo_checkpoint: Path, tmp_path: Path) -> None:
+    """44 seconds of processor time; what else the machine does is left out."""
+    model = models.off_grid(demo_checkpoint, tmp_path / "plain")
+    job = prepare(str(model), "w4a16-awq", ("calibration.samples=16", "calibration.length=512"), device="cpu")
+    begin = time.process_time()
+    _, made = transformed(job, tmp_path, None, silent)
+    assert time.process_time() - begin < 120
+    assert len(made.edits) > 100
+
+
+@pytest.mark.demo
+@pytest.mark.slow
+def test_matrices_in_front_of_layers_help_four_bit_floats_that_share_powers_of_two(
+    divergence: Callable[..., float],
+) -> None:
+    plain = divergence("plain", "mxfp4-hadamard", "transforms=[]")
+    assert 0.2 < plain < 2
+    assert divergence("plain", "mxfp4-hadamard") < 0.7 * plain
 
 
 @pytest.mark.demo

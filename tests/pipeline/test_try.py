@@ -128,6 +128,20 @@ def test_the_model_computes_the_same_and_layers_know_their_inputs(uneven: Path, 
     assert len(told) in (7, 14, 21, 28)
 
 
+def test_blocks_that_took_different_matrices_go_through_layouts_that_say_which(uneven: Path, tmp_path: Path) -> None:
+    layers = [{"match": "lm_head", "keep": True}, {"match": "*", "weights": "mxfp4", "activations": "mxfp4"}]
+    exports = [{"to": "qtool"}, {"to": "compressed-tensors"}]
+    candidates = [{"hadamard": {"block": 32}}, {"hadamard": {"block": 64}}, {"hadamard": {"block": 128}}]
+    asked = recipe(tmp_path, [{"try": candidates}], layers=layers, export=exports)
+    run(QuantizeOptions(str(uneven), asked, tmp_path / "out", dtype="fp32"))
+    ours, theirs = (open_artifact(str(tmp_path / "out" / name)) for name in ("qtool", "compressed-tensors"))
+    assert ours.input_ops == theirs.input_ops
+    taken = [tuple(ours.input_ops.get(f"model.layers.{i}.mlp.down_proj", ())) for i in range(4)]
+    assert len({ops[0].label if ops else "" for ops in taken}) > 1
+    for name in ours.names():
+        assert torch.equal(ours.tensor(name), theirs.tensor(name))
+
+
 def test_nothing_is_kept_where_everything_hurts(uneven: Path, tmp_path: Path) -> None:
     layers = [{"match": "lm_head", "keep": True}, {"match": "*", "weights": "int4-channel"}]
     asked = recipe(tmp_path, [{"try": [{"smooth": {"alpha": 1.0, "edges": ["heads"]}}]}], layers=layers)
