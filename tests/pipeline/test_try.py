@@ -25,6 +25,7 @@ from qtool.pipeline.quantize import QuantizeOptions, run
 from qtool.pipeline.tokens import tokens_of
 from qtool.recipe.load import load_recipe
 from tests.artifact.conftest import save_llama
+from tests.recipe.test_json_schema import SCHEMA, accepts
 
 LAYERS = [{"match": "lm_head", "keep": True}, {"match": "*", "weights": "int4-g32", "activations": "int4-token"}]
 CANDIDATES: list[Any] = ["equalize", {"hadamard": {"block": 64}}, ["equalize", {"hadamard": {"block": 32}}]]
@@ -187,11 +188,13 @@ def test_one_sample_is_none_to_judge_by(uneven: Path, tmp_path: Path) -> None:
 
 
 def test_both_spellings_are_read_and_written_back(tmp_path: Path) -> None:
-    short = load_recipe(recipe(tmp_path, [{"try": ["awq", ["equalize", {"hadamard": {"block": 16}}]]}]))
-    long = load_recipe(
-        recipe(tmp_path, [{"try": {"candidates": [["awq"], ["equalize", {"hadamard": {"block": 16}}]]}}])
-    )
+    both = ["equalize", {"hadamard": {"block": 16}}]
+    short = load_recipe(recipe(tmp_path, [{"try": ["awq", both]}]))
+    long = load_recipe(recipe(tmp_path, [{"try": {"candidates": [["awq"], both]}}]))
     assert short.transforms == long.transforms
+    spelled = ([both], {"candidates": [both]}, {"candidate": [both]})
+    files = [yaml.safe_load(Path(recipe(tmp_path, [{"try": tried}])).read_text()) for tried in spelled]
+    assert [accepts(SCHEMA, file) for file in files] == [True, True, False]
     written = json.loads(short.model_dump_json())
     assert load_recipe(written).transforms == short.transforms
 

@@ -41,7 +41,7 @@ def accepts(schema, value):
     if "$ref" in schema and not accepts(SCHEMA["$defs"][schema["$ref"].removeprefix("#/$defs/")], value):
         return False
     limits = {
-        "type": lambda kind: is_a(value, kind),
+        "type": lambda kind: any(is_a(value, one) for one in ([kind] if isinstance(kind, str) else kind)),
         "const": lambda only: type(value) is type(only) and value == only,
         "enum": lambda all_: any(type(value) is type(one) and value == one for one in all_),
         "anyOf": lambda parts: any(accepts(part, value) for part in parts),
