@@ -79,6 +79,19 @@ def test_llama_cpp_computes_what_transformers_computes(kind, saved, tmp_path):
         assert torch.allclose(back.tensor(name), model.tensor(name), rtol=0, atol=1e-6)
 
 
+UNTIED = [kind for kind in registry.names(ROOM) if conversion_of(kind).gguf_untied]
+
+
+@pytest.mark.parametrize("kind", UNTIED)
+def test_llama_cpp_gets_an_output_layer_of_its_own_where_it_wants_one(kind, saved, tmp_path):
+    folder, wanted = saved(kind, tie_word_embeddings=True)
+    path, model = converted(folder, tmp_path / "out")
+    assert model.tied and not GGUF().open(tmp_path / "out").tied
+    assert distance(try_file(path, TOKENS), wanted) < (5e-4 if kind in TABLES else 1e-5)
+    found = GGUF().footprint(model, {})
+    assert found.total == path.stat().st_size
+
+
 @pytest.mark.parametrize("kind", registry.names(ROOM))
 def test_twins_run_in_llama_cpp(kind, saved):
     _proven.cache_clear()

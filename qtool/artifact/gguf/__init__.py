@@ -81,9 +81,10 @@ class GGUF(Artifact):
 
     def nbytes(self, model: Checkpoint, module: Module, layer: Layer | None, keep: str = "source") -> int:
         """See `Artifact.nbytes`; of several block types that may hold the integers of a matrix, the largest."""
+        copies = 2 if module.kind == "embedding" and model.tied and model.family.gguf_untied else 1
         if layer is not None:
-            return max(block_bytes(layer.format, *module.shape), default=0)
-        return super().nbytes(model, module, layer, "f32" if module.kind == "router" else keep)
+            return copies * max(block_bytes(layer.format, *module.shape), default=0)
+        return copies * super().nbytes(model, module, layer, "f32" if module.kind == "router" else keep)
 
     def footprint(self, model: QuantizedCheckpoint, card: Mapping[str, Any] | None = None) -> Footprint:
         """See `Artifact.footprint`."""

@@ -117,6 +117,8 @@ class ModelWriter:
         for tensor in model.names():
             if tensor in names:  # others are no part of the language model
                 self.members[names[tensor]].append(tensor)
+        if self.family.gguf_untied and model.tied:
+            self.members[names[f"{self.family.head}.weight"]] = [f"{self.family.embedding}.weight"]
         self.roles = {module.name: module.role for module in modules(model)}
         self.extra = self.family.gguf_extra_tensors(self.config)
         self.shapes = {there: tuple(tensor.shape) for there, tensor in self.extra.items()}

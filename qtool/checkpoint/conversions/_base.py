@@ -45,6 +45,7 @@ class Conversion:
         partial: share of a head that is rotated where config.json does not say.
         mixture: whether blocks hold experts.
         gguf_marker: as in `Family`; or a key and its value.
+        gguf_untied: as in `Family`.
         latent: whether keys are longer than values.
         window: whether llama.cpp lets attention see more than `sliding_window`.
     """
@@ -64,6 +65,7 @@ class Conversion:
     gguf_marker: ClassVar[str | tuple[str, int] | None] = None
     window: ClassVar[bool] = False
     latent: ClassVar[bool] = False
+    gguf_untied: ClassVar[bool] = False
 
     @property
     def kind(self) -> str:

@@ -14,6 +14,7 @@ class Dots1(LateExperts):
 
     architecture = "Dots1ForCausalLM"
     gguf_arch = "dots1"
+    gguf_untied = True
     window = True
 
     def more(self, config: dict[str, Any]) -> dict[str, Value]:

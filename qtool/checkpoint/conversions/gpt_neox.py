@@ -15,11 +15,12 @@ class GptNeox(Conversion):
 
     architecture = "GPTNeoXForCausalLM"
     gguf_arch = "gptneox"
+    gguf_untied = True
     numbers: ClassVar[dict[str, str]] = {key: field for key, field in LAYER_NORM.items() if "_kv" not in key} | {
         "attention.layer_norm_epsilon": "layer_norm_eps",
         "use_parallel_residual": "use_parallel_residual",
     }
-    fixed: ClassVar[dict[str, Any]] = {"attention_bias": True, "tie_word_embeddings": False}
+    fixed: ClassVar[dict[str, Any]] = {"attention_bias": True}
     activation = ("hidden_act", "gelu")
     partial = 0.25
 

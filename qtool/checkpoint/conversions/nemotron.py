@@ -12,6 +12,7 @@ class Nemotron(Conversion):
 
     architecture = "NemotronForCausalLM"
     gguf_arch = "nemotron"
+    gguf_untied = True
     numbers: ClassVar[dict[str, str]] = LAYER_NORM | {"attention.layer_norm_epsilon": "norm_eps"}
 
     activation = ("hidden_act", "relu2")

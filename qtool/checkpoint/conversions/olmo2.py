@@ -10,3 +10,4 @@ class Olmo2(Conversion):
 
     architecture = "Olmo2ForCausalLM"
     gguf_arch = "olmo2"
+    gguf_untied = True

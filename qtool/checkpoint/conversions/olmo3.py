@@ -13,6 +13,7 @@ class Olmo3(Conversion):
 
     architecture = "Olmo3ForCausalLM"
     gguf_arch = "olmo2"
+    gguf_untied = True
     numbers: ClassVar[dict[str, str]] = GGUF_FIELDS | {"attention.sliding_window": "sliding_window"}
     gguf_marker = "olmo2.attention.sliding_window"
 

@@ -13,6 +13,7 @@ class Olmoe(Conversion):
 
     architecture = "OlmoeForCausalLM"
     gguf_arch = "olmoe"
+    gguf_untied = True
     numbers: ClassVar[dict[str, str]] = GGUF_FIELDS | {
         "expert_count": "num_experts",
         "expert_used_count": "num_experts_per_tok",

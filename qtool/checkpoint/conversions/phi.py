@@ -12,8 +12,9 @@ class Phi(Conversion):
 
     architecture = "PhiForCausalLM"
     gguf_arch = "phi2"
+    gguf_untied = True
     numbers: ClassVar[dict[str, str]] = LAYER_NORM | {"attention.layer_norm_epsilon": "layer_norm_eps"}
 
-    fixed: ClassVar[dict[str, Any]] = {"qk_layernorm": False, "tie_word_embeddings": False}
+    fixed: ClassVar[dict[str, Any]] = {"qk_layernorm": False}
     activation = ("hidden_act", "gelu_new")
     partial = 0.5

@@ -12,6 +12,7 @@ class StableLm(Conversion):
 
     architecture = "StableLmForCausalLM"
     gguf_arch = "stablelm"
+    gguf_untied = True
     numbers: ClassVar[dict[str, str]] = LAYER_NORM | {
         "attention.layer_norm_epsilon": "layer_norm_eps",
         "use_parallel_residual": "use_parallel_residual",

@@ -122,6 +122,7 @@ def derived_family(config: Mapping[str, Any]) -> Derived:
     family = family_of(derive(config))
     if naming := conversion_of(config["model_type"]):
         type(family).naming, type(family).gguf_arch = naming, naming.gguf_arch
+        type(family).gguf_untied = naming.gguf_untied
     return family
 
 

@@ -67,6 +67,7 @@ class Family:
         rope_kinds: kinds of rotary scaling that llama.cpp knows for it.
         gguf_marker: metadata key that tells it from a family of the same `gguf_arch`; None if it is the plain one.
         gguf_permute: roles whose rows llama.cpp wants in interleaved rotary order.
+        gguf_untied: whether llama.cpp wants a matrix for the output layer even where it is the token embedding's.
     """
 
     architecture: ClassVar[str]
@@ -93,6 +94,7 @@ class Family:
     gguf_arch: ClassVar[str]
     gguf_marker: ClassVar[str | None] = None
     gguf_permute: ClassVar[frozenset[str]] = frozenset()
+    gguf_untied: ClassVar[bool] = False
 
     def blocks(self, config: dict[str, Any]) -> int:
         """Number of decoder blocks."""

@@ -46,6 +46,7 @@ class GPTOSS(MixtureOfExperts):
     sinks = True
     separate_experts = False
     gguf_arch = "gpt-oss"
+    gguf_untied = True
 
     def has_bias(self, config: dict[str, Any], role: str) -> bool:
         """See `Family.has_bias`."""

@@ -39,6 +39,7 @@ class Qwen2MoE(MixtureOfExperts):
     }
     counts = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", WIDE, "decoder_sparse_step")
     gguf_arch = "qwen2moe"
+    gguf_untied = True
     gguf_normed = False
 
     def has_bias(self, config: dict[str, Any], role: str) -> bool:
