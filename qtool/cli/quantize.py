@@ -160,7 +160,6 @@ def summary(report: Report, out: Path) -> str:
     for artifact in report.artifacts:
         nbytes = sum(f.nbytes for f in artifact.files)
         checked = "verified" if artifact.verified else "not verified"
-        checked = artifact.proof.words if artifact.proof and artifact.proof.tokens else checked
         share = f"{nbytes / report.source_bytes:.0%}"
         rows.append([artifact.kind, size(nbytes), share, checked, str(out / artifact.path)])
     quantized = [e for e in report.layers if e.format]
@@ -181,6 +180,7 @@ def summary(report: Report, out: Path) -> str:
     seconds = sum(s.seconds for s in report.stages)
     peak = max((s.peak_bytes for s in report.stages), default=0)
     lines.append(f"{duration(seconds)}, {size(peak)} peak memory; report: {out / 'report.html'}")
+    lines += [f"{a.kind} {a.proof.words}" for a in report.artifacts if a.proof]
     return "\n".join(lines)
 
 

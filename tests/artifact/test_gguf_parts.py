@@ -66,7 +66,7 @@ def copied(parts, tmp_path):
 
 
 def test_parts_hold_what_a_single_file_holds(model, parts, tmp_path):
-    (whole, _) = GGUF().write(model, tmp_path, {"base_model": "tiny"})
+    (whole,) = GGUF().write(model, tmp_path, {"base_model": "tiny"})
     single = gguf.GGUFReader(whole)
     files = sorted(parts.glob("*.gguf"))
     names = [f"tiny-{i:05}-of-{len(files):05}.gguf" for i in range(1, len(files) + 1)]
@@ -114,13 +114,13 @@ def test_every_part_counts_for_the_fingerprint(copied):
 
 
 def test_llama_cpp_joins_them(model, parts, tmp_path):
-    (whole, _) = GGUF().write(model, tmp_path, {})
+    (whole,) = GGUF().write(model, tmp_path, {})
     found = LlamaCpp(min(parts.glob("*.gguf")), 64).logits(TOKENS)
     assert (found == LlamaCpp(whole, 64).logits(TOKENS)).all()
 
 
 def test_one_part_is_a_plain_file(model, tmp_path):
-    (path, _) = GGUF(split_max_size=10**9).write(model, tmp_path, {"base_model": "tiny"})
+    (path,) = GGUF(split_max_size=10**9).write(model, tmp_path, {"base_model": "tiny"})
     assert path.name == "tiny.gguf"
     assert not any(key.startswith("split.") for key in gguf.GGUFReader(path).fields)
 

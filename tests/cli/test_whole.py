@@ -118,6 +118,7 @@ def test_quantize_prints_its_result_on_stdout_and_progress_on_stderr(model, reci
     assert lines[3] == "bits per weight: 8.50 of quantized matrices, 12.04 of the whole model"
     assert re.fullmatch(r"largest weight error 4\d\.\d dB in model\.layers\.\d\.\S+", lines[4])
     assert lines[5].endswith(f"report: {out / 'report.html'}")
+    assert lines[6].startswith("gguf runs in llama.cpp 20") and "largest logit difference" in lines[6]
     assert "quantize 2/2 block-1" in result.stderr
     assert result.stderr.count("quantize") == 2
 
