@@ -100,10 +100,10 @@ def test_scales_are_searched_in_the_walk(label: str) -> None:
     # that comes behind in its row; the first group has nothing before it
     first = slice(0, width), slice(0, 1)
     many = label in INTEGERS
-    assert (codes[:, first[0]] != want[:, first[0]]).any(1).float().mean() <= 0.1
+    assert (codes[:, first[0]] != want[:, first[0]]).any(1).float().mean() <= 0.2
     assert (codes != want).any(1).float().mean() <= (0.5 if many else 0.1)
     for name, p in params.items():
-        assert (found[name][:, first[1]] != p[:, first[1]]).float().mean() <= 0.1
+        assert (found[name][:, first[1]] != p[:, first[1]]).float().mean() <= 0.2
         assert (found[name] != p).float().mean() <= (0.3 if many else 0.02)
     errors = [objective(w - fmt.decode(c, p), gram).sum() for c, p in ((codes, found), (want, params))]
     assert errors[0] <= 1.01 * errors[1]

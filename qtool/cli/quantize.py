@@ -35,6 +35,9 @@ ALIKE = (
 )
 """Options that the command and `QuantizeOptions` call alike."""
 
+PATHS = ("out", "scores", "stats", "imatrix")
+"""Options whose values a context keeps as text, or as paths, as Typer's version has it."""
+
 
 def command(
     ctx: typer.Context,
@@ -91,7 +94,7 @@ def options_of(ctx: typer.Context, recipes: list[str]) -> QuantizeOptions:
     """What was asked for, as the stage takes it; its recipe is the first one."""
     from qtool.pipeline.quantize import QuantizeOptions
 
-    given = ctx.params
+    given = ctx.params | {name: Path(path) for name in PATHS if (path := ctx.params[name]) is not None}
     whole = recipes[0] if len(recipes) == 1 else given["family"] or "quantized"
     return QuantizeOptions(
         model=options.opened(given["model"], given["model_free"]),
