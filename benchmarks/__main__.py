@@ -12,6 +12,7 @@ study   integers against floats on the demo model, with and without outliers: th
 systems the systems of the field as recipes, each against a plain way to the same formats: the table of docs/systems.md
 tables  rewrites by format, strength and calibration, methods by bits: the tables of docs/rewrites.md
 cast    formats without a search, on a random matrix, against copying it
+solve   GPTQ of a matrix of the demo model's size on one thread in every kind of format, against 4-bit integers
 stream  Q8_0 without data on a random model of 1.07 billion parameters, against copying the files; peak memory
 
 Everything is written below DIR, and the numbers to DIR/results.json.
@@ -28,7 +29,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import budgets, cast, encode, mixes, models, page, recipes, study, system, tables, whole
+from benchmarks import budgets, cast, encode, mixes, models, page, recipes, solve, study, system, tables, whole
 from benchmarks.measure import Cost, measure
 from qtool.recipe.load import find_recipe
 from scripts.prose import prose
@@ -168,6 +169,16 @@ def uncalibrated() -> dict[str, float]:
     return {f"{label}_over_copy": seconds / copy for label, seconds, copy in cast.casts()}
 
 
+def solvers() -> dict[str, float]:
+    """Processor time of formats over that of 4-bit integers, and the error of outputs; prints them as a table."""
+    print(solve.HEADER, flush=True)
+    found = {}
+    for line in solve.lines():
+        print(line, flush=True)
+        found |= {f"{line.label}_time_ratio": line.ratio, f"{line.label}_db": line.decibels}
+    return found
+
+
 def costs(name: str, cost: Cost) -> dict[str, float]:
     """A cost as named numbers."""
     return {f"{name}_seconds": cost.seconds, f"{name}_peak_gib": cost.peak_bytes / 2**30}
@@ -203,6 +214,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
     "systems": compared,
     "tables": tabled,
     "cast": lambda _: uncalibrated(),
+    "solve": lambda _: solvers(),
     "stream": lambda options: stream(options.work),
 }
 

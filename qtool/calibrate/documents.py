@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -52,7 +53,7 @@ def documents(source: str, tokenizer: Any, chat_template: bool, tell: Tell = lam
     if source.startswith("hf:"):
         return _texts(_hub_rows(source), source, template, tell)
     path = Path(source)
-    if not path.is_file():
+    if not os.path.isfile(path):  # nor if the system refuses to look
         hint = "give a .txt, .json, .jsonl or .parquet file"
         raise CheckpointError(f"there is no calibration file {source}", hint=hint)
     if path.suffix == ".json":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,8 +71,8 @@ def unique(sources: Sequence[str]) -> list[str]:
 def report_of(source: str) -> Report | None:
     """The report of a run's folder, or the report itself; None if it is neither."""
     path = local(source)
-    path = path / "report.json" if path.is_dir() else path
-    return read_report(path) if path.name == "report.json" and path.is_file() else None
+    path = path / "report.json" if os.path.isdir(path) else path
+    return read_report(path) if path.name == "report.json" and os.path.isfile(path) else None
 
 
 def entry(source: str, name: str) -> Compared:

@@ -35,7 +35,7 @@ from qtool.pipeline.work import Work, begun, identity, open_work, remove_work, r
 from qtool.recipe.schema import Recipe
 from qtool.report.model import AllocationEntry, ArtifactEntry, Report
 from qtool.report.render import read_report, write_report
-from qtool.store.files import check_free, damaged_file, new_folder
+from qtool.store.files import check_file, check_free, damaged_file, new_folder
 from qtool.store.names import output_path
 
 BY_IMPORTANCE = "method={rtn: {importance: true}}"
@@ -203,7 +203,7 @@ def refuse_together(job: Job) -> None:
 
 
 def check(options: QuantizeOptions) -> None:
-    """Refuses what would fail after hours of work. Raises UsageError."""
+    """Refuses what would fail after hours of work. Raises UsageError, StorageError."""
     if options.stats and options.imatrix:
         raise UsageError("--stats and --imatrix exclude each other")
     for flag, file in (("--stats", options.stats), ("--imatrix", options.imatrix)):
@@ -211,6 +211,8 @@ def check(options: QuantizeOptions) -> None:
             continue
         if file and not os.path.isfile(file):
             raise UsageError(flag, wanted="a file of `qtool calibrate` or llama-imatrix", found=f"no file {file}")
+    if options.scores and not os.path.isdir(options.scores):
+        check_file(output_path(options.scores))
     check_repository(options.push_to, options.private, options.revision)
 
 
