@@ -50,12 +50,12 @@ def file_ids(path: Path, tokenizer: Any, most: int | None = None) -> tuple[Seque
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             return _whole(pieces, tokenizer, most), blank
         before, after = _ends(tokenizer)
-        ids = array("i", before)
+        ids = array("I", before)
         for found in _joined(pieces, tokenizer):
             ids.extend(found)
             if most is not None and len(ids) >= most:
                 return ids, blank
-        return ids + array("i", after), blank
+        return ids + array("I", after), blank
 
 
 def _ends(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -76,7 +76,7 @@ def windows(
 ) -> Tensor:
     """Windows of a source's text, int64 [samples, T]; see `load_tokens`."""
     length = calibration.length
-    enough, stream, blank = CHOICE * samples * length, array("i"), True
+    enough, stream, blank = CHOICE * samples * length, array("I"), True
     with closing(documents(source, tokenizer, calibration.chat_template, tell)) as texts:
         while len(stream) < enough and (batch := some(texts, enough - len(stream))):
             blank = blank and not any(map(str.strip, batch))

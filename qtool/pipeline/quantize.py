@@ -207,9 +207,7 @@ def check(options: QuantizeOptions) -> None:
     if options.stats and options.imatrix:
         raise UsageError("--stats and --imatrix exclude each other")
     for flag, file in (("--stats", options.stats), ("--imatrix", options.imatrix)):
-        if file and is_stats_folder(file):
-            continue
-        if file and not os.path.isfile(file):
+        if file and not is_stats_folder(file) and not os.path.isfile(file):
             raise UsageError(flag, wanted="a file of `qtool calibrate` or llama-imatrix", found=f"no file {file}")
     if options.scores and not os.path.isdir(options.scores):
         check_file(output_path(options.scores))

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from qtool.calibrate import documents as documents_module
 from qtool.calibrate import tokens as tokens_module
+from qtool.calibrate.long_text import file_ids
 from qtool.calibrate.tokenizer import load_tokenizer
 from qtool.calibrate.tokens import beginning, load_tokens, shares
 from qtool.checkpoint.gguf_checkpoint import GGUFCheckpoint
@@ -195,3 +196,17 @@ def test_every_kind_of_file_is_a_source_that_recipes_may_name(suffix, checkpoint
     told = load_recipe("w4a16-gptq", (f"calibration.data={path}", "calibration.samples=4", "calibration.length=16"))
     said = load_tokenizer(checkpoint).decode(load_tokens(told.calibration, checkpoint).flatten().tolist())
     assert "said again" in said
+
+
+def test_an_id_beyond_any_vocabulary_is_found_in_the_tokens(tiny_checkpoint, tmp_path):
+    """Whoever embeds them says that tokenizer and model do not belong together; counting them ends nothing."""
+    folder, text = shutil.copytree(tiny_checkpoint("llama"), tmp_path / "m"), tmp_path / "text.txt"
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"]["vocab"]["Ġa"] = 2**31
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    text.write_text("a " * 1_200_000, encoding="utf-8")
+    checkpoint = HFCheckpoint(folder)
+    tokens = load_tokens(Calibration(data=str(text), samples=1, length=16), checkpoint)
+    assert int(tokens.max()) == 2**31
+    ids, _ = file_ids(text, load_tokenizer(checkpoint), 1000)
+    assert max(ids) == 2**31
