@@ -41,6 +41,19 @@ def test_batches_are_compared_and_then_counted(compared: int) -> None:
     assert_equal(stats, compared)
 
 
+@pytest.mark.parametrize("order", ["cnc", "ncc", "ccn", "ncn"])
+def test_tokens_that_are_compared_may_come_late(order: str) -> None:  # where experts let some batches overtake others
+    stats, seen = InputStats(200, NEEDS), []
+    for number, kind in enumerate(order):
+        part = slice(30 * number, 30 * number + 30)
+        stats.add(X[part], X_0[part] if kind == "c" else None)
+        seen += [part] if kind == "c" else []
+    x, x_0 = (torch.cat([every[part] for part in seen]).double() for every in (X, X_0))
+    assert_close(stats[Gram].matrix.double(), X.double().T @ X.double(), rtol=1e-5, atol=1e-3)
+    assert_close(stats[Drift].pair[0].double(), (x_0 - x).T @ x, rtol=1e-4, atol=1e-3)
+    assert_close(stats[Drift].pair[1].double(), x.T @ x, rtol=1e-5, atol=1e-3)
+
+
 def test_parts_are_merged() -> None:
     parts = []
     for begin, compared, end in ((0, 40, 50), (50, 60, 90)):

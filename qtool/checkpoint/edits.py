@@ -69,8 +69,8 @@ def write_edits(edits: Sequence[Edit], path: Path, run: str = "", notes: Sequenc
     """Writes a list, what identifies the run that made it, and what it has to say. Raises StorageError."""
     listed, tensors = _dump(edits)
     infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    told = {"edits": listed, "run": run, "digest": digest(edits), "notes": json.dumps(notes)}
-    with SafetensorsWriter(path, infos, told) as writer:
+    metadata = {"edits": listed, "run": run, "digest": digest(edits), "notes": json.dumps(notes)}
+    with SafetensorsWriter(path, infos, metadata) as writer:
         for name, tensor in tensors.items():
             writer.add(name, tensor)
 

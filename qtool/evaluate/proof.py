@@ -134,9 +134,9 @@ def compared(found: Tensor, wanted: Tensor, other: Tensor, reader: str, floor: f
     largest = float((found - wanted).abs().max())
     if not distance <= limit:
         what = f"{reader} computes something else than was meant"
-        told = f"{distance:.2g}, and logits that differ by up to {largest:.2g}"
+        said = f"{distance:.2g}, and logits that differ by up to {largest:.2g}"
         hint = "this conversion is wrong; please report it with the model's config.json"
-        raise VerifyError(what, wanted=f"a relative difference of at most {limit:.2g}", found=told, hint=hint)
+        raise VerifyError(what, wanted=f"a relative difference of at most {limit:.2g}", found=said, hint=hint)
     return Proof(reader=reader, tokens=len(wanted), distance=distance, limit=limit, largest=largest)
 
 

@@ -69,7 +69,7 @@ class Attempt:
         errors = [self.errors(edits, learn, judge) for edits in made]
         best = [min(range(len(errors)), key=lambda c: errors[c][i]) for i in range(self.count)]
         sorted_out = [self.by_block(edits) for edits in made]
-        self.notes = (self.told(best, errors),)
+        self.notes = (self.said(best, errors),)
         for i, choice in enumerate(best):
             yield from sorted_out[choice][i]
 
@@ -174,12 +174,12 @@ class Attempt:
         everything = self.job.plan.recipe.calibration.experts == "all"
         return Walker(model, self.job.device, self.job.dtype, everything)
 
-    def told(self, best: Sequence[int], errors: Sequence[Sequence[float]]) -> str:
+    def said(self, best: Sequence[int], errors: Sequence[Sequence[float]]) -> str:
         """What was chosen how often, and what that leaves of the error on the samples that judge."""
         names = self.names
         for i, c in enumerate(best):
-            told = {name: errors[k][i] for k, name in enumerate(names)}
-            self.listener(Event("transform", i + 1, self.count, f"block {i}: {names[c]}", told))
+            found = {name: errors[k][i] for k, name in enumerate(names)}
+            self.listener(Event("transform", i + 1, self.count, f"block {i}: {names[c]}", found))
         chosen = ", ".join(f"{names[c]} in {n}" for c, n in sorted(Counter(best).items()))
         left = sum(errors[c][i] for i, c in enumerate(best)) / max(sum(errors[0]), 1e-30)
         return f"try: of {self.count} blocks, {chosen}; {left:.2f} of the error of rounded blocks is left"

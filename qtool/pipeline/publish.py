@@ -49,13 +49,13 @@ def publish(
     entries = []
     for name, artifact in artifacts.items():
         place = folder if len(artifacts) == 1 else folder / name
-        told = {"base_model": model.source, **card, "caveats": artifact.caveats(model, model.layers)}
+        about = {"base_model": model.source, **card, "caveats": artifact.caveats(model, model.layers)}
         listener(Event(f"write {name}", 0, 1))
         with watch.stage(f"write {name}"):
             if ranks.first:
                 place.mkdir(exist_ok=True)
                 files = artifact.write(model, place, card)
-                files.append(write_card(artifact, artifact.open(place), place, told))
+                files.append(write_card(artifact, artifact.open(place), place, about))
             ranks.barrier()
         listener(Event(f"write {name}", 1, 1))
         proof = None
@@ -65,7 +65,7 @@ def publish(
                 ranks.barrier()
             if ranks.first and artifact.reading(artifact.open(place)):
                 with watch.stage(f"run {name}"):
-                    proof = run_apart(name, artifact, place, model, told, listener)
+                    proof = run_apart(name, artifact, place, model, about, listener)
         if not ranks.first:
             continue
         if place != folder:

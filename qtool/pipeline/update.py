@@ -96,9 +96,9 @@ def _card(folder: Path, entry: ArtifactEntry, report: Report) -> ArtifactEntry:
     """Writes an artifact's model card anew; what the report says of its file follows."""
     place = folder / entry.path
     layout: Artifact = registry.load("artifact", entry.kind)()
-    told: dict[str, Any] = {"proof": entry.proof.words} if entry.proof and entry.proof.tokens else {}
+    about: dict[str, Any] = {"proof": entry.proof.words} if entry.proof and entry.proof.tokens else {}
     own = f"{entry.kind}: "
-    told["caveats"] = [text.removeprefix(own) for text in report.warnings if text.startswith(own)]
-    path = write_card(layout, layout.open(place), place, card_of(report) | told)
+    about["caveats"] = [text.removeprefix(own) for text in report.warnings if text.startswith(own)]
+    path = write_card(layout, layout.open(place), place, card_of(report) | about)
     card = FileEntry(name=CARD, nbytes=path.stat().st_size, sha256=sha256(path))
     return entry.model_copy(update={"files": tuple(card if file.name == CARD else file for file in entry.files)})

@@ -41,6 +41,7 @@ def json_schema() -> dict[str, Any]:
         "type": "string",
         "description": "Begins with another recipe, by path or by the name of one that ships; what is said here wins.",
     }
+    del definitions["Budget"]["required"]  # a recipe that extends another says what differs
     schema["required"] = ["recipe", "name"]
     schema["anyOf"] = [{"required": ["layers"]}, {"required": ["extends"]}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -18,7 +18,10 @@ from qtool.stats.gram import Gram
 
 
 class Drift(Statistic):
-    """(X_0 - X)^T X and X^T X over the compared tokens, which come before all others."""
+    """(X_0 - X)^T X and X^T X over the compared tokens.
+
+    They come before all others, and X^T X is that of `Gram`, but where batches pass by some experts and overtake.
+    """
 
     uses = frozenset({Gram})
     compares = True
@@ -39,9 +42,10 @@ class Drift(Statistic):
     def add(self, batch: Batch) -> None:
         """See `Statistic.add`. Differences are small, so their products may be rounded to the type of the inputs."""
         if batch.reference is not None:
-            if self._gram is not None:
-                raise RuntimeError("compared tokens come before all others")
             x, difference = batch.weighted, batch.times_root(batch.reference - batch.x)
+            if self._gram is not None:
+                same = x if fuses(x) else x.float()
+                add_product(self._gram, same, same)
             if fuses(x):
                 if self.cross is None:
                     self.cross = x.new_zeros(self._k, self._k, dtype=torch.float32)
@@ -49,7 +53,7 @@ class Drift(Statistic):
                 return
             cross = (difference.T @ x).float()
             self.cross = cross if self.cross is None else self.cross + cross
-        elif self.cross is not None and self._gram is None:  # up to here all tokens were compared
+        elif self._gram is None:  # up to here all tokens were compared
             self._gram = self.others[Gram].matrix.clone()
 
     def merge(self, other: Drift) -> None:

@@ -80,17 +80,17 @@ class Conversion:
 
     def rotary_dim(self, config: Mapping[str, Any]) -> int:
         """R."""
-        told = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-        told = told.get("full_attention", told)
-        share = told.get("partial_rotary_factor", config.get("partial_rotary_factor", self.partial))
+        rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+        rope = rope.get("full_attention", rope)
+        share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", self.partial))
         return int(self.heads(config)[2] * (self.partial if share is None else share))
 
     def rope(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """config.json with the rotary embedding in the usual fields; the share that is rotated is not part of it."""
-        told = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-        told = told.get("full_attention", told)
-        told = {field: value for field, value in told.items() if field != "partial_rotary_factor"}
-        return dict(config) | {"rope_scaling": None, "rope_parameters": told}
+        rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+        rope = rope.get("full_attention", rope)
+        rope = {field: value for field, value in rope.items() if field != "partial_rotary_factor"}
+        return dict(config) | {"rope_scaling": None, "rope_parameters": rope}
 
     def metadata(self, config: dict[str, Any]) -> dict[str, Value]:
         """Key-values below the architecture's name. Raises CheckpointError: the format has no word for something."""
