@@ -67,7 +67,7 @@ test-oldest: .venv-oldest/ready
 
 # lm-evaluation-harness on tiny local tasks; without it those tests say that they are skipped.
 test-tasks: .venv-tasks/ready
-	OMP_WAIT_POLICY=PASSIVE .venv-tasks/bin/python -m pytest tests/evaluate/test_tasks.py $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=PASSIVE .venv-tasks/bin/python -m pytest --numprocesses auto tests/evaluate/test_tasks.py $(PYTEST_ARGS)
 
 .venv-%/ready: constraints-%.txt $(READY)
 	rm -rf .venv-$*

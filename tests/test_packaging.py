@@ -84,7 +84,7 @@ def test_requirements_are_what_is_imported(installed):
     (info,) = installed.glob("*.dist-info")
     needs = re.findall(r"^Requires-Dist: ([\w.-]+)(.*)$", (info / "METADATA").read_text(encoding="utf-8"), re.MULTILINE)
     always = {name for name, rest in needs if "extra ==" not in rest}
-    optional = {name for name, rest in needs if re.search("extra == '(data|llamacpp)'", rest)}
+    optional = {name for name, rest in needs if re.search("extra == '(data|llamacpp|tasks)'", rest)}
     assert imported() >= {module(name) for name in always}, "a requirement that nothing imports"
     brought = {"qtool", "triton"}  # torch's builds for CUDA require triton
     assert imported() <= {module(name) for name in always | optional} | brought, "an import that nothing requires"

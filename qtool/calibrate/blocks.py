@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from qtool.calibrate.ahead import Ahead
 from qtool.calibrate.around import Around
 from qtool.calibrate.branches import RoundedInputs, set_branches, stored_branches
+from qtool.calibrate.copies import buffers_to, twin
 from qtool.calibrate.experts import split_experts
 from qtool.calibrate.foreign import Calls, KVStore, assign, misfit, run_block
 from qtool.calibrate.hidden import Hidden
@@ -210,7 +211,13 @@ class Blocks:
         return output
 
     def differentiable(
-        self, block: nn.Module, i: int, x: Tensor, weights: Mapping[str, Tensor], layers: Mapping[str, Layer]
+        self,
+        block: nn.Module,
+        i: int,
+        x: Tensor,
+        weights: Mapping[str, Tensor],
+        layers: Mapping[str, Layer],
+        beside: Mapping[str, Sequence[Correction]] | None = None,
     ) -> Tensor:
         """Block i's output with other weights, [s, T, H], differentiable in these.
 
@@ -220,14 +227,15 @@ class Blocks:
             x: its inputs, [s, T, H].
             weights: by name of the module without ".weight"; of linear layers [N, K].
             layers: how linear layers round their inputs, by name; see `quantized_inputs`.
+            beside: what `weights` contain that reads inputs before they are rounded, by the same names; None: nothing.
         """
         block, prefix = twin(block), self.family.block_prefix.format(i=i)
         for name, w in weights.items():
             module = innermost(block.get_submodule(self.family.submodule(name.removeprefix(prefix))))
             del module._parameters["weight"]
             module.weight = w.to(self.device, self.dtype)
-        around = self.around
-        arguments = around.anyhow(len(x), x.shape[1])[i] if around else self.block_arguments(x.shape[1])[i]
+            set_branches(module, (beside or {}).get(name, ()))
+        arguments = self.around.anyhow(len(x), x.shape[1])[i] if self.around else self.block_arguments(x.shape[1])[i]
         with self.quantized_inputs(block, i, layers, times=1):
             return self.run(block, x.to(self.device, self.dtype), arguments)
 
@@ -281,20 +289,3 @@ class Blocks:
         norm: Any = copy.deepcopy(self.norm)
         assign(norm, {"weight": self.tensor(f"{self.family.norm}.weight")})
         return Following(norm, self.input_ops.get(self.family.head, ()))
-
-
-def buffers_to(module: nn.Module, device: torch.device) -> None:
-    """Moves what is computed and not stored to the device."""
-    for own in module.modules():
-        for name, buffer in own._buffers.items():
-            own._buffers[name] = buffer if buffer is None else buffer.to(device)
-
-
-def twin(module: nn.Module) -> nn.Module:
-    """A module with the same parameters, and submodules and hooks of its own."""
-    same = copy.copy(module)
-    same._modules = {name: child and twin(child) for name, child in module._modules.items()}
-    same._parameters = module._parameters.copy()
-    same._forward_pre_hooks = module._forward_pre_hooks.copy()
-    same._forward_hooks = module._forward_hooks.copy()
-    return same

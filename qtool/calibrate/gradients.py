@@ -24,7 +24,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from qtool.calibrate.blocks import TABLE_VALUES, twin
+from qtool.calibrate.blocks import TABLE_VALUES
+from qtool.calibrate.copies import twin
 from qtool.calibrate.foreign import run_block
 from qtool.calibrate.hidden import MEMORY_LIMIT, WAITING_PART, Hidden
 from qtool.calibrate.walker import Walker

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from qtool.calibrate.blocks import Blocks, twin
+from qtool.calibrate.blocks import Blocks
+from qtool.calibrate.copies import twin
 from qtool.calibrate.foreign import misfit
 from qtool.checkpoint._base import Module
 

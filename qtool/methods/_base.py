@@ -114,7 +114,7 @@ class BlockTask:
     inputs: States
     original: States | None
     targets: States
-    forward: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+    forward: Callable[[Tensor, Mapping[str, Tensor], Mapping[str, tuple[Correction, ...]]], Tensor]
     device: torch.device
     dtype: torch.dtype
     seed: int
@@ -140,7 +140,7 @@ class BlockTask:
         for name in weights.keys() & corrections.keys():
             for correction in corrections[name]:
                 whole[name] = correction.apply(whole[name])
-        return self.forward(self.inputs[part], whole)
+        return self.forward(self.inputs[part], whole, corrections)
 
     def split(self, share: float) -> tuple[Tensor, Tensor]:
         """(samples to learn from, samples to judge by), int64 indices, ascending; the same in every block.

@@ -179,7 +179,7 @@ class Walked(Statistics):
             inputs=self.hidden,
             original=self.original(),
             targets=targets,
-            forward=lambda x, weights: walker.differentiable(block, i, x, weights, layers),
+            forward=lambda x, weights, beside: walker.differentiable(block, i, x, weights, layers, beside),
             device=walker.device,
             dtype=walker.dtype,
             seed=self.seed,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from qtool.calibrate.blocks import twin
+from qtool.calibrate.copies import twin
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import Layer
 from qtool.checkpoint.hf import HFCheckpoint

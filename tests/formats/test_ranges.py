@@ -17,6 +17,8 @@ OPTIONS = {
     "biased": ("biased4-g64",),
     "qoq": ("qoq-g128",),
     "bfp": ("bfp4-g16",),
+    "bilevel": ("bilevel3-g16",),
+    "lut": ("nf4-g64", "ternary-g64"),
 }
 """Of formats that have no meaning without."""
 LABELS = [label for name in registry.names("formats") for label in OPTIONS.get(name, (name,))]

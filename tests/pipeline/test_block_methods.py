@@ -102,7 +102,7 @@ def test_a_block_is_solved_in_place_and_hidden_states_go_on_behind_it(
         before = (output - targets).square().mean()
         matrices = {n: result.tensor(f"{n}.weight") for n in task.weights}
         with torch.no_grad():
-            after = (task.forward(inputs, matrices) - targets).square().mean()
+            after = (task.forward(inputs, matrices, {}) - targets).square().mean()
         assert 0 < after < 0.95 * before
         if propagate == "quantized":
             assert_close(after, (behind[i + 1] - targets).square().mean(), rtol=1e-3, atol=0)
@@ -130,8 +130,8 @@ def test_statistics_and_found_matrices_are_those_of_the_steps(recipe, tasks, tin
             assert task.stats[name].tokens == 6 * 48
         weights = {name: s.quantized.decode() for name, s in task.found.items()}
         with torch.no_grad():
-            assert torch.equal(task.forward(inputs, weights), output)
-            some = task.forward(inputs[[4, 1]], weights)
+            assert torch.equal(task.forward(inputs, weights, {}), output)
+            some = task.forward(inputs[[4, 1]], weights, {})
         assert_close(some, output[[4, 1]], rtol=1e-4, atol=1e-4)
         learn, judge = task.split(0.25)
         assert sorted([*learn.tolist(), *judge.tolist()]) == list(range(6)) and len(judge) == 2
@@ -200,9 +200,9 @@ def test_corrections_run_beside_codes_and_stay_unless_the_method_finds_its_own(
         whole = {n: Matrix(s.quantized, s.residuals).decode() for n, s in task.found.items()}
         assert all(len(s.residuals) == 2 for s in task.found.values())
         with torch.no_grad():
-            assert torch.equal(task.forward(inputs, whole), output)
-            assert torch.equal(task.run(slice(None), alone, dict.fromkeys(alone, ())), task.forward(inputs, alone))
-            after = task.forward(inputs, {n: result.tensor(f"{n}.weight") for n in whole})
+            assert torch.equal(task.forward(inputs, whole, {n: s.residuals for n, s in task.found.items()}), output)
+            assert torch.equal(task.run(slice(None), alone, dict.fromkeys(alone, ())), task.forward(inputs, alone, {}))
+            after = task.forward(inputs, {n: result.tensor(f"{n}.weight") for n in whole}, {})
         assert own or float((after - targets).square().mean()) < 0.98 * float((output - targets).square().mean())
         leaf = {n: w.clone().requires_grad_() for n, w in alone.items()}
         slopes = torch.autograd.grad(task.run(slice(None), leaf).float().square().mean(), list(leaf.values()))

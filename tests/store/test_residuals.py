@@ -60,8 +60,8 @@ def test_layout_on_disk(model, tmp_path):
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["version"] == 2
     low_rank, sparse = manifest["blocks"]["block-0"]["layers"][UP]["residuals"]
-    assert low_rank == {"low_rank": {"turns": 0, "rank": 4, "whiten": True, "dtype": "fp16"}}
-    assert sparse == {"sparse": {"turns": 0, "share": 0.01, "sensitive": False, "dtype": "fp16"}}
+    assert low_rank == {"low_rank": {"turns": 0, "rank": 4, "whiten": True, "dtype": "fp16", "start": "error"}}
+    assert sparse == {"sparse": {"turns": 0, "share": 0.01, "sensitive": False, "dtype": "fp16", "columns": "int32"}}
     with safe_open(tmp_path / "block-0.safetensors", "pt") as file:
         left, right = (file.get_tensor(f"{UP}.residual.0.{part}").double() for part in ("left", "right"))
         row, column, value = (file.get_tensor(f"{UP}.residual.1.{part}") for part in ("row", "column", "value"))
@@ -142,7 +142,7 @@ def test_damaged_corrections(damage, error, message, model, tmp_path):
 
 
 LIES = {
-    "unknown": ({"high_rank": {}}, "no residual is called 'high_rank'; known: low_rank"),
+    "unknown": ({"high_rank": {}}, "no residual is called 'high_rank'; known: codes, low_rank"),
     "option": ({"low_rank": {"rang": 4}}, "rang"),
     "too much": ({"low_rank": {"rank": 65}}, "rank 65 is more than 128 x 64 matrices have"),
 }

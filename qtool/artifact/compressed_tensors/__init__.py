@@ -87,6 +87,8 @@ class CompressedTensors(PackedArtifact):
         decoded = any(isinstance(kind_of(layer), MXQuantized | NVFP4Packed) for layer in model.layers.values())
         known = [text for text in self.caveats(model, model.layers) if text.startswith("transformers ")]
         differs = [text for text in known if "to bfloat16" not in text]
+        if decoded and any(layer.activations for layer in model.layers.values()):
+            differs.append("transformers computes inputs in bfloat16, which round to others")
         if model.cache:
             differs.append("not every release of transformers rounds the KV cache")
         return Reading("transformers", torch.bfloat16 if decoded else torch.float32, differs="; ".join(differs))
