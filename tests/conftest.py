@@ -125,6 +125,13 @@ CHAT_TEMPLATE = (
 )
 
 
+@pytest.fixture(autouse=True)
+def proven(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other programs run what was written where a test is marked so: that takes a second, and hundreds quantize."""
+    if not {"proven", "demo"} & set(request.keywords):
+        monkeypatch.setattr("qtool.pipeline.publish.run_apart", lambda *_: None)
+
+
 @pytest.fixture
 def use_threads() -> Iterator[Callable[[int], None]]:
     """Says how many threads torch may use; after the test it is as many as before."""

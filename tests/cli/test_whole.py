@@ -17,6 +17,8 @@ from qtool.report.model import Report
 from qtool.report.render import read_report
 from qtool.store.files import damaged_file, read_sums, sha256
 
+pytestmark = pytest.mark.proven
+
 RECIPE = """\
 recipe: 1
 name: tiny

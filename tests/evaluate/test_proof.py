@@ -30,6 +30,8 @@ from tests.artifact.conftest import quantize as in_memory
 from tests.artifact.test_gguf import TOKENS, changed, neutral, reference_logits
 from tests.conftest import MIXTURES, TINY
 
+pytestmark = pytest.mark.proven
+
 
 def written(folder, out, fmt=None):
     """A GGUF file with the blocks' matrices in a format, or all in F32; opened, and what it was written from."""
