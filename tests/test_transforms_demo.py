@@ -64,16 +64,6 @@ def test_awq_s_search_takes_less_than_a_minute_on_two_cores(demo_checkpoint: Pat
 
 @pytest.mark.demo
 @pytest.mark.slow
-def test_matrices_in_front_of_layers_help_four_bit_floats_that_share_powers_of_two(
-    divergence: Callable[..., float],
-) -> None:
-    plain = divergence("plain", "mxfp4-hadamard", "transforms=[]")
-    assert 0.2 < plain < 2
-    assert divergence("plain", "mxfp4-hadamard") < 0.7 * plain
-
-
-@pytest.mark.demo
-@pytest.mark.slow
 def test_smoothing_takes_away_what_outliers_of_inputs_cost(divergence: Callable[..., float]) -> None:
     weights_only = divergence("outliers", "w8a16")
     assert divergence("outliers", "w8a8-int8") > 5 * weights_only

@@ -23,7 +23,7 @@ class Held:
         return self.values[part]
 
 
-def forward(x, weights):
+def forward(x, weights, beside=None):
     """A gated block with a residual stream."""
     return x + torch.nn.functional.silu(x @ weights["up"].T) @ weights["down"].T
 

@@ -242,6 +242,7 @@ def test_tampered_codes_do_not_pass(tiny_checkpoint, recipes, tmp_path, monkeypa
         run(options)
 
 
+@pytest.mark.proven
 @pytest.mark.parametrize("rows", [1, 5, 100])
 def test_the_parts_of_large_matrices_make_no_difference(
     rows, tiny_checkpoint, recipes, gguf_run, tmp_path, monkeypatch
