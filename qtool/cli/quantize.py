@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -34,9 +35,6 @@ ALIKE = (
     *("keep", "overwrite", "verify", "private", "revision", "base_model", "license"),
 )
 """Options that the command and `QuantizeOptions` call alike."""
-
-PATHS = ("out", "scores", "stats", "imatrix")
-"""Options whose values a context keeps as text, or as paths, as Typer's version has it."""
 
 
 def command(
@@ -81,20 +79,20 @@ def command(
 
     Example: `qtool quantize ./SmolLM2-135M -r w4a16-gptq-g64 -o ./SmolLM2-135M-w4`
     """
+    given = dict(locals())  # as Typer converted them, which its context keeps as text in some releases
     console = Console(quiet, verbose, strict)
     recipes = recipes_of(recipe, family, console)
-    asked = options_of(ctx, recipes)
+    asked = options_of(ctx, given, recipes)
     if len(recipes) == 1:
         run(asked, console, json)
     else:
         run_family(asked, recipes, console, json)
 
 
-def options_of(ctx: typer.Context, recipes: list[str]) -> QuantizeOptions:
-    """What was asked for, as the stage takes it; its recipe is the first one."""
+def options_of(ctx: typer.Context, given: Mapping[str, Any], recipes: list[str]) -> QuantizeOptions:
+    """What was asked for by the arguments of the command, as the stage takes it; its recipe is the first one."""
     from qtool.pipeline.quantize import QuantizeOptions
 
-    given = ctx.params | {name: Path(path) for name in PATHS if (path := ctx.params[name]) is not None}
     whole = recipes[0] if len(recipes) == 1 else given["family"] or "quantized"
     return QuantizeOptions(
         model=options.opened(given["model"], given["model_free"]),

@@ -73,9 +73,7 @@ class Codes(Residual):
         joint: turns that find first and second codes of small tables together, in place of one behind the other.
     """
 
-    format: Annotated[Format, BeforeValidator(_parse), PlainSerializer(_dump)] = Field(
-        "ternary-g64", validate_default=True
-    )
+    format: AnyFormat = Field("ternary-g64", validate_default=True)
     share: float = Field(1.0, gt=0, le=1)
     unit: Annotated[int, Field(gt=0)] | Literal["row"] = "row"
     sensitive: bool = True
