@@ -13,6 +13,7 @@ systems the systems of the field as recipes, each against a plain way to the sam
 tables  rewrites by format, strength and calibration, methods by bits: the tables of docs/rewrites.md
 cast    formats without a search, on a random matrix, against copying it
 solve   GPTQ of a matrix of the demo model's size on one thread in every kind of format, against 4-bit integers
+architectures  every type of transformers' causal language models, tiny: the table of docs/architectures.md
 stream  Q8_0 without data on a random model of 1.07 billion parameters, against copying the files; peak memory
 
 Everything is written below DIR, and the numbers to DIR/results.json.
@@ -29,7 +30,21 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import budgets, cast, encode, mixes, models, page, recipes, solve, study, system, tables, whole
+from benchmarks import (
+    architectures,
+    budgets,
+    cast,
+    encode,
+    mixes,
+    models,
+    page,
+    recipes,
+    solve,
+    study,
+    system,
+    tables,
+    whole,
+)
 from benchmarks.measure import Cost, measure
 from qtool.recipe.load import find_recipe
 from scripts.prose import prose
@@ -215,6 +230,9 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
     "tables": tabled,
     "cast": lambda _: uncalibrated(),
     "solve": lambda _: solvers(),
+    "architectures": lambda options: architectures.run(
+        options.work, options.kind, options.processes, options.write_page
+    ),
     "stream": lambda options: stream(options.work),
 }
 
@@ -230,7 +248,9 @@ def main() -> None:
     parser.add_argument("--write-headers", action="store_true", help="recipes: write the lines # Quality: anew")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="study, systems, tables: where")
     parser.add_argument("--chunks", type=int, default=12, help="study, budgets: of each text")
-    parser.add_argument("--write-page", action="store_true", help="study: write tables and plots of docs/study.md anew")
+    parser.add_argument("--write-page", action="store_true", help="study, architectures: write the page in docs/ anew")
+    parser.add_argument("--processes", type=int, default=2, help="architectures: side by side")
+    parser.add_argument("--kind", action="append", default=[], help="architectures: this type, and others given so")
     parser.add_argument("--system", action="append", default=[], help="systems: this one, and others given so")
     parser.add_argument("--table", action="append", default=[], choices=list(tables.TABLES), help="tables: this one")
     options = parser.parse_args()

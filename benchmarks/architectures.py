@@ -1,155 +1,38 @@
-"""Tiny random models of every type that transformers knows as a causal language model.
+"""Every type that transformers knows as a causal language model, by a tiny random model of it.
 
-Nothing is known about a type but its configuration class: fields with usual names get small values, and a few types
-that want something particular are listed. `python -m benchmarks.architectures ROWS [TYPE ...]` tries types whose rows
-are not in the file ROWS yet, and writes docs/architectures.md.
+    python -m benchmarks --only architectures [--processes 16] [--work DIR] [--kind TYPE ...] [--write-page]
+
+Types whose rows are in DIR/architectures.jsonl already are not tried again; `--kind` tries these anew. What a type may
+take is counted in seconds of a processor, not of a clock, so that a machine under load finds what a quiet one does.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import io
 import json
+import multiprocessing
 import signal
-import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from benchmarks.tiny import save_tiny
 from qtool.api import quantize
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import Checkpoint, modules
 from qtool.errors import QtoolError, one_line
+from qtool.evaluate.readers import load_in_transformers
 from qtool.models import open_model
 
 KINDS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "n_head": 4, "n_heads": 4, "num_heads": 4}
-WIDTHS = {"hidden_size": 64, "n_embd": 64, "d_model": 64, "dim": 64, "embedding_size": 64, "word_embed_proj_dim": 64}
-FEED_FORWARD = {"intermediate_size": 96, "n_inner": 96, "ffn_dim": 96, "ffn_hidden_size": 96, "d_ff": 96, "d_inner": 96}
-LAYERS = {"num_hidden_layers": 4, "n_layer": 4, "n_layers": 4, "num_layers": 4, "decoder_layers": 4}
-LENGTHS = {"max_position_embeddings": 256, "n_positions": 256, "n_ctx": 256, "max_seq_len": 256}
-DECODER = {
-    "decoder_attention_heads": 4,
-    "decoder_ffn_dim": 96,
-    "encoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "encoder_ffn_dim": 96,
-    "is_decoder": True,
-}
-EXPERTS = {
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_k", "n_group", "moe_topk", "num_selected_experts"), 2),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"), 32),
-    **dict.fromkeys(("moe_shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32),
-    **dict.fromkeys(("topk_group", "n_shared_experts", "first_k_dense_replace"), 1),
-}
-LATENT = {
-    "q_lora_rank": 24,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-    "index_n_heads": 2,
-    "index_head_dim": 16,
-    "index_topk": 8,
-    "num_nextn_predict_layers": 0,
-}
-RECURRENT = {
-    **dict.fromkeys(
-        ("linear_key_head_dim", "linear_value_head_dim", "mamba_d_state", "state_size", "mamba_d_head"), 16
-    ),
-    **dict.fromkeys(("mamba_head_dim", "ssm_state_size", "chunk_size", "mamba_chunk_size", "mamba_headdim"), 16),
-    **dict.fromkeys(("mamba_n_heads", "num_mamba_heads", "mamba_num_heads", "time_step_rank"), 8),
-    **dict.fromkeys(("mamba_n_groups", "n_groups", "mamba_ngroups"), 1),
-    "mamba_d_ssm": 128,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "lru_width": 64,
-}
-OTHERS = {
-    **dict.fromkeys(("sliding_window", "attention_window_size"), 16),
-    "vocab_size": 512,
-    "vocab_size_per_layer_input": 512,
-    "hidden_size_per_layer_input": 8,
-    "laurel_rank": 8,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-SMALL: dict[str, Any] = (
-    HEADS | WIDTHS | FEED_FORWARD | LAYERS | LENGTHS | DECODER | EXPERTS | LATENT | RECURRENT | OTHERS
-)
-LATENT_KINDS = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "minicpm3", "youtu", "axk1", "axk2")
-PARTICULAR: dict[str, dict[str, Any]] = {
-    "bamba": {"attn_layer_indices": [1, 3]},
-    "gemma3n_text": {
-        "num_kv_shared_layers": 2,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
-        "intermediate_size": [96] * 4,
-    },
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
-    "zaya": {"num_experts_per_tok": 1},
-    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
-    "codegen": {"rotary_dim": 8},
-    "gptj": {"rotary_dim": 8},
-    "glm4_moe_lite": {"num_key_value_heads": 4},
-    "mamba2": {"num_heads": 8, "head_dim": 16},
-    **{kind: {"num_key_value_heads": 4} for kind in LATENT_KINDS},
-}
-"""What some types want."""
-
-
-def tiny_config(kind: str, config_class: Any = None) -> Any:
-    """A configuration of a model of some ten thousand weights.
-
-    Args:
-        kind: `model_type`.
-        config_class: of it; None: transformers'.
-    """
-    config_class = config_class or CONFIG_MAPPING[kind]
-    known = set(inspect.signature(config_class.__init__).parameters)
-    if dataclasses.is_dataclass(config_class):
-        known |= {field.name for field in dataclasses.fields(config_class)}
-    known -= set(getattr(config_class, "attribute_map", None) or {})
-    fields = {name: value for name, value in SMALL.items() if name in known}
-    for name, part in (getattr(config_class, "sub_configs", None) or {}).items():
-        if name in ("text_config", "decoder") and hasattr(part, "model_type"):
-            fields[name] = tiny_config(part.model_type, part)
-    return config_class(**fields | PARTICULAR.get(kind, {}))
-
-
-def save_tiny(kind: str, folder: Path) -> Any:
-    """Saves a random model of a type in float32, with matrices that matter, and norms and biases as if trained.
-
-    Returns:
-        The model.
-    """
-    config = tiny_config(kind)
-    for part in (config, getattr(config, "text_config", None)):
-        if part is not None:
-            part._experts_implementation = "eager"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(len(kind))
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.ndim > 1:
-                    parameter.normal_(0, 0.5 * parameter.shape[-1] ** -0.5)
-                elif "A_log" not in name and "dt" not in name:  # states that forget too fast, or never
-                    parameter.add_(torch.randn(parameter.shape) * 0.1)
-    model.save_pretrained(folder)
-    return model
-
-
-SECONDS = 120
-"""For one type."""
+SECONDS = 300
+"""Of a processor, for one type."""
 ALIKE = 1e-4
 """Nats per token: less says that transformers, which decodes our file, and our evaluation of it run one model."""
 
@@ -219,45 +102,78 @@ def attempt(kind: str, tokenizer: Any, folder: Path) -> Row:
         return Row(kind, False, "block by block it computes something else", worst)
     out = folder / "quantized"
     quantize(str(source), recipe(text), out, dtype="fp32")
-    with contextlib.redirect_stderr(io.StringIO()):
-        loaded = type(model).from_pretrained(out, dtype=torch.float32)
-    with torch.no_grad():
+    with contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
+        loaded, remark = load_in_transformers(type(model), out, torch.float32)
         found = loaded(input_ids=tokens, use_cache=False).logits
     worst = max(worst, abs(divergence(logits_of(open_model(str(out)), tokens), found)))
     linears = [module for module in modules(checkpoint) if module.kind == "linear" and module.block is not None]
     experts = f", {checkpoint.family.experts(checkpoint.config)} experts" if checkpoint.family.mixture else ""
     about = f"{len(linears)} matrices in {checkpoint.family.blocks(checkpoint.config)} blocks{experts}"
+    about += f"; {remark}" if remark else ""
     return Row(kind, worst < ALIKE, about if worst < ALIKE else "transformers reads something else", worst)
 
 
-def tried(kind: str, tokenizer: Any) -> Row:
+def tried(kind: str) -> Row:
     """The row of one type, which may not take longer than `SECONDS`."""
-    signal.alarm(SECONDS)
+    from tests.conftest import make_tokenizer
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            return attempt(kind, tokenizer, Path(folder))
+            return attempt(kind, make_tokenizer(), Path(folder))
         except QtoolError as error:
-            return Row(kind, False, one_line(error).replace(f"{folder}/model", "it"))
+            return Row(kind, False, one_line(error).replace(f"{folder}/", ""))
         except Exception as error:  # noqa: BLE001 (whatever transformers raises)
-            return Row(kind, False, f"{type(error).__name__}: {one_line(error)}".replace(f"{folder}/model", "it"))
+            return Row(kind, False, f"{type(error).__name__}: {one_line(error)}".replace(f"{folder}/", ""))
         finally:
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def late(*_: object) -> None:
+    """A type took too long."""
+    raise TimeoutError(f"more than {SECONDS} seconds")
 
 
 def rows(store: Path) -> dict[str, Row]:
-    """Rows that were found before, from lines of JSON."""
+    """Rows that were found before, from lines of JSON; the last of a type counts."""
     lines = store.read_text().splitlines() if store.exists() else []
     return {row["kind"]: Row(**row) for row in map(json.loads, lines)}
 
 
-def study(store: Path, kinds: list[str]) -> None:
-    """Tries types whose rows are not known yet."""
-    from tests.conftest import make_tokenizer
+def study(store: Path, kinds: list[str], processes: int = 1, tell: Callable[[Row], None] = lambda _: None) -> None:
+    """Tries types, several side by side, and adds their rows to a file as they come.
 
-    tokenizer, known = make_tokenizer(), rows(store)
-    for kind in [kind for kind in kinds if kind not in known]:
-        with store.open("a") as file:
-            file.write(json.dumps(dataclasses.asdict(tried(kind, tokenizer))) + "\n")
+    Args:
+        store: the file.
+        kinds: types.
+        processes: how many side by side.
+        tell: called with each row.
+    """
+    with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=4) as pool:
+        for row in pool.imap_unordered(tried, kinds):
+            with store.open("a") as file:
+                file.write(json.dumps(dataclasses.asdict(row)) + "\n")
+            tell(row)
+
+
+def run(work: Path, kinds: list[str], processes: int, write_page: bool) -> dict[str, float]:
+    """Tries types, or all whose rows are missing, and says how many go through.
+
+    Args:
+        work: where rows are kept, in architectures.jsonl.
+        kinds: to be tried, even again; none: all that were not.
+        processes: see `study`.
+        write_page: whether docs/architectures.md is written anew.
+    """
+    store = work / "architectures.jsonl"
+    missing = [kind for kind in KINDS if kind not in rows(store)]
+    study(store, kinds or missing, processes, lambda row: print(row.kind, row.passed, row.why, flush=True))
+    known = rows(store)
+    if write_page:
+        Path("docs/architectures.md").write_text(page(known), encoding="utf-8")
+    return {"types": len(known), "go through": sum(row.passed for row in known.values())}
 
 
 INTRODUCTION = """# Model types
@@ -267,7 +183,8 @@ one forward pass is watched, and that tells which blocks there are, which layers
 they run, and what checkpoints call their tensors. Below is what became of a tiny random model of each type tried:
 its logits block by block against transformers', then 4-bit weights (the first block rounded to nearest, the others by
 GPTQ) in compressed-tensors, read by transformers, whose logits have to be those of our own evaluation (KL divergence
-below {alike:g} nats per token). A `no` may be the tiny configuration's fault. Types that are not listed were not tried.
+below {alike:g} nats per token). A `no` may be the tiny configuration's fault.
+`python -m benchmarks --only architectures --write-page` makes this page.
 
 {passed} of {count} types go through (transformers {release}).
 
@@ -286,14 +203,3 @@ def page(known: dict[str, Row]) -> str:
         why = row.why.replace("|", "/").replace("<", "").replace(">", "").partition("; --model-free")[0]
         text += f"| `{kind}` | {'yes' if row.passed else 'no'} | {why:.160} |\n"
     return text
-
-
-def late(*_: object) -> None:
-    """A type took too long."""
-    raise TimeoutError(f"more than {SECONDS} seconds")
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGALRM, late)
-    study(Path(sys.argv[1]), sys.argv[2:] or KINDS)
-    Path("docs/architectures.md").write_text(page(rows(Path(sys.argv[1]))), encoding="utf-8")

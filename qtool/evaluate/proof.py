@@ -65,14 +65,16 @@ def prove(
     rows = model.info(f"{model.family.embedding}.weight").shape[0]
     tokens = [(7 * i * i + 3 * i + 1) % rows for i in range(count(model, length))]
     try:
-        found = reader.logits(written, tokens, reading)
+        ran = reader.run(written, tokens, reading)
     except CheckpointError as error:
         if len(artifact.runtimes) == 1:
             raise
         return Proof(reader=reading.reader, why_not=one_line(error))  # others may load what this one does not
     limits = FLOORS[reading.dtype], model.family.mixture
     try:
-        return compared(found, *expected(model, tokens, reading), f"{reading.reader} {reader.version}", *limits)
+        name = f"{reading.reader} {reader.version}"
+        found = compared(ran.logits, *expected(model, tokens, reading), name, *limits)
+        return found.model_copy(update={"remark": ran.remark})
     except VerifyError as error:
         raise VerifyError(f"{written.source}: {error}") from error
 

@@ -6,11 +6,12 @@ Shape letters: T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,19 +25,32 @@ from qtool.errors import CheckpointError, one_line
 
 
 @dataclass(frozen=True)
+class Run:
+    """What a program computed.
+
+    Attributes:
+        logits: float32 [T, V].
+        remark: what users of the artifact have to know who want to run it there; empty: nothing.
+    """
+
+    logits: Tensor
+    remark: str = ""
+
+
+@dataclass(frozen=True)
 class ForeignReader:
     """One of them.
 
     Attributes:
         package: that it comes in.
         needs: what must be installed for it, as `import` calls it.
-        logits: (artifact, tokens, how it is to be read) -> float32 [T, V]. Raises CheckpointError: it does not run.
+        run: (artifact, tokens, how it is to be read) -> logits. Raises CheckpointError: it does not run.
         threshold: most weights of a model that it runs by default: it is to take minutes, and fit into memory.
     """
 
     package: str
     needs: str
-    logits: Callable[[QuantizedCheckpoint, list[int], Reading], Tensor]
+    run: Callable[[QuantizedCheckpoint, list[int], Reading], Run]
     threshold: int
 
     @property
@@ -50,27 +64,61 @@ class ForeignReader:
         return version(self.package)
 
 
-def by_llama_cpp(model: QuantizedCheckpoint, tokens: list[int], _: Reading) -> Tensor:
+def by_llama_cpp(model: QuantizedCheckpoint, tokens: list[int], _: Reading) -> Run:
     """Runs a GGUF file in a process of its own."""
     from qtool.evaluate.llamacpp import try_file
 
     assert isinstance(model, GGUFCheckpoint)
-    return try_file(model.parts[0], tokens)
+    return Run(try_file(model.parts[0], tokens))
 
 
-def by_transformers(model: QuantizedCheckpoint, tokens: list[int], reading: Reading) -> Tensor:
+def by_transformers(model: QuantizedCheckpoint, tokens: list[int], reading: Reading) -> Run:
     """Loads a folder in transformers, which decodes it with compressed-tensors."""
     from transformers import AutoModelForCausalLM
 
     made: Any = named_class(dict(model.config)) or AutoModelForCausalLM
     try:
         with quiet(), redirect_stderr(StringIO()), torch.inference_mode():
-            loaded = made.from_pretrained(model.source, dtype=reading.dtype, device_map="cpu").eval()
+            loaded, remark = load_in_transformers(made, Path(model.source), reading.dtype)
             logits: Tensor = loaded(input_ids=torch.tensor([tokens]), use_cache=False).logits[0].float()
     except Exception as error:  # code of others
         what = f"transformers cannot run {model.source}"
         raise CheckpointError(what, found=f"{type(error).__name__}: {one_line(error)}") from error
-    return logits
+    return Run(logits, remark)
+
+
+LOOKS = "transformers loads it only if its class leaves quantized layers as they are, whose weights it looks for"
+
+
+def load_in_transformers(made: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, str]:
+    """A model in transformers, and what had to be done for that.
+
+    Some of transformers' classes initialize `weight` of layers that have none once they are quantized.
+
+    Args:
+        made: the class.
+        folder: where it is.
+        dtype: of what is not quantized.
+    """
+    from transformers import PreTrainedModel
+
+    options = {"dtype": dtype, "device_map": "cpu"}
+    try:
+        return made.from_pretrained(folder, **options).eval(), ""
+    except AttributeError as error:
+        if "object has no attribute 'weight'" not in str(error):
+            raise
+    kept = PreTrainedModel._initialize_weights
+
+    def initialize(self: Any, module: Any, *others: Any) -> None:
+        with suppress(AttributeError):
+            kept(self, module, *others)
+
+    PreTrainedModel._initialize_weights = initialize
+    try:
+        return made.from_pretrained(folder, **options).eval(), LOOKS
+    finally:
+        PreTrainedModel._initialize_weights = kept
 
 
 READERS: Mapping[str, ForeignReader] = {

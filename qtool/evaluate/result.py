@@ -37,6 +37,7 @@ class Proof(BaseModel):
         distance, limit: norm of the difference of logits, relative to theirs, and how much that may be.
         largest: difference of a logit.
         why_not: it was not run.
+        remark: what whoever runs it there has to know.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
@@ -47,13 +48,15 @@ class Proof(BaseModel):
     limit: float = 0.0
     largest: float = 0.0
     why_not: str = ""
+    remark: str = ""
 
     @property
     def words(self) -> str:
         """A clause about it, the same wherever rounding differs a little: "runs in llama.cpp 1, ..."."""
         if not self.tokens:
             return f"not run in {self.reader}: {self.why_not}"
-        return f"runs in {self.reader}, {self.tokens} tokens, largest logit difference {self.largest:.1g}"
+        remark = f"; {self.remark}" if self.remark else ""
+        return f"runs in {self.reader}, {self.tokens} tokens, largest logit difference {self.largest:.1g}{remark}"
 
 
 class Evaluation(BaseModel):

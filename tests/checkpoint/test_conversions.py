@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
-from benchmarks import architectures
-from benchmarks.architectures import logits_of, save_tiny
+from benchmarks import tiny
+from benchmarks.architectures import logits_of
+from benchmarks.tiny import save_tiny
 from qtool import registry
 from qtool.artifact.gguf import GGUF
 from qtool.checkpoint.conversions._base import ROOM, conversion_of
@@ -42,8 +43,8 @@ def saved(tmp_path_factory):
         if key not in made:
             folder = tmp_path_factory.mktemp(kind)
             with pytest.MonkeyPatch.context() as patch:
-                told = architectures.PARTICULAR.get(kind, {}) | PARTICULAR.get(kind, {}) | fields
-                patch.setitem(architectures.PARTICULAR, kind, told)
+                told = tiny.PARTICULAR.get(kind, {}) | PARTICULAR.get(kind, {}) | fields
+                patch.setitem(tiny.PARTICULAR, kind, told)
                 model = save_tiny(kind, folder)
             tokenizer.save_pretrained(folder)
             with torch.no_grad():
@@ -112,10 +113,10 @@ def test_twins_run_in_llama_cpp(kind, saved):
     ],
 )
 def test_what_llama_cpp_does_not_know_is_refused(kind, fields, why, tmp_path):
-    fields = architectures.PARTICULAR.get(kind, {}) | PARTICULAR.get(kind, {}) | fields
+    fields = tiny.PARTICULAR.get(kind, {}) | PARTICULAR.get(kind, {}) | fields
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(architectures.PARTICULAR, kind, fields)
-        config = architectures.tiny_config(kind).to_dict()
+        patch.setitem(tiny.PARTICULAR, kind, fields)
+        config = tiny.tiny_config(kind).to_dict()
     with pytest.raises(CheckpointError, match=why):
         conversion_of(kind).metadata(config)
 

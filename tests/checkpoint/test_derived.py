@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.architectures import save_tiny
+from benchmarks.tiny import save_tiny
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import modules
 from qtool.checkpoint.hf import HFCheckpoint
