@@ -11,6 +11,7 @@ recipes every recipe that ships on the demo model: KL divergence and size, as in
 study   integers against floats on the demo model, with and without outliers: the tables and plots of docs/study.md
 systems the systems of the field as recipes, each against a plain way to the same formats: the table of docs/systems.md
 tables  rewrites by format, strength and calibration, methods by bits: the tables of docs/rewrites.md
+learned learned rounding and scales against GPTQ and AutoRound at the same bytes, several trials side by side
 cast    formats without a search, on a random matrix, against copying it
 solve   GPTQ of a matrix of the demo model's size on one thread in every kind of format, against 4-bit integers
 architectures  every type of transformers' causal language models, tiny: the table of docs/architectures.md
@@ -26,6 +27,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
 from safetensors.torch import save_file
@@ -35,6 +37,7 @@ from benchmarks import (
     budgets,
     cast,
     encode,
+    learned,
     mixes,
     models,
     page,
@@ -179,6 +182,21 @@ def compared(options: argparse.Namespace) -> dict[str, float]:
     return found
 
 
+def trained(options: argparse.Namespace) -> dict[str, float]:
+    """KL divergence of what learns, on text like what it learned from and on other prose; learned.json says more."""
+    narrow = models.off_grid(models.checkpoint(options.work / "demo"), options.work / "off-grid")
+    models.widened(narrow, options.work / "wide")
+    options.topics = options.work / "topics.txt"
+    options.topics.write_text("\n\n".join(topics.values()), encoding="utf-8")
+    if options.with_peer:
+        size = options.samples, learned.LENGTH
+        write_tokens(narrow, options.calibration, options.work / "tokens.safetensors", *size)
+    found = learned.all_together(options)
+    (options.work / "learned.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    texts = {f"{name}_{text}": kld for name, one in found.items() for text, kld in one.get("kld", {}).items()}
+    return {key: float(kld) for key, kld in texts.items()}
+
+
 def uncalibrated() -> dict[str, float]:
     """Time of formats without a search over that of a copy."""
     return {f"{label}_over_copy": seconds / copy for label, seconds, copy in cast.casts()}
@@ -199,13 +217,13 @@ def costs(name: str, cost: Cost) -> dict[str, float]:
     return {f"{name}_seconds": cost.seconds, f"{name}_peak_gib": cost.peak_bytes / 2**30}
 
 
-def write_tokens(model: Path, data: str, out: Path) -> Path:
+def write_tokens(model: Path, data: str, out: Path, samples: int = SAMPLES, length: int = LENGTH) -> Path:
     """The very tokens that qtool calibrates with, for the other program."""
     from qtool.calibrate.tokens import load_tokens
     from qtool.checkpoint.open import open_checkpoint
     from qtool.recipe.schema import Calibration
 
-    wanted = Calibration(data=data, samples=SAMPLES, length=LENGTH)
+    wanted = Calibration(data=data, samples=samples, length=length)
     tokens = load_tokens(wanted, open_checkpoint(str(model)))
     save_file({"tokens": tokens.to(torch.int64).contiguous()}, out)
     return out
@@ -228,6 +246,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
     "study": studied,
     "systems": compared,
     "tables": tabled,
+    "learned": trained,
     "cast": lambda _: uncalibrated(),
     "solve": lambda _: solvers(),
     "architectures": lambda options: architectures.run(
@@ -246,13 +265,17 @@ def main() -> None:
     parser.add_argument("--evaluation", type=Path, help="UTF-8 text; default: docstrings of the standard library")
     parser.add_argument("--peer", type=Path, default=Path(".venv-peer/bin/python"), help="Python with llm-compressor")
     parser.add_argument("--write-headers", action="store_true", help="recipes: write the lines # Quality: anew")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="study, systems, tables: where")
-    parser.add_argument("--chunks", type=int, default=12, help="study, budgets: of each text")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="study and later: where")
+    parser.add_argument("--chunks", type=int, default=12, help="study, budgets, learned: of each text")
     parser.add_argument("--write-page", action="store_true", help="study, architectures: write the page in docs/ anew")
-    parser.add_argument("--processes", type=int, default=2, help="architectures: side by side")
+    parser.add_argument("--processes", type=int, default=2, help="architectures, learned: side by side")
     parser.add_argument("--kind", action="append", default=[], help="architectures: this type, and others given so")
     parser.add_argument("--system", action="append", default=[], help="systems: this one, and others given so")
     parser.add_argument("--table", action="append", default=[], choices=list(tables.TABLES), help="tables: this one")
+    parser.add_argument("--trial", action="append", default=[], help="learned: those whose names begin so")
+    parser.add_argument("--samples", type=int, default=128, help="learned: of the calibration, of 512 tokens")
+    parser.add_argument("--seconds", type=float, default=86400, help="learned: when to stop")
+    parser.add_argument("--with-peer", action="store_true", help="learned: AutoRound as well, of the Python --peer")
     options = parser.parse_args()
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
