@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 
-import compressed_tensors
 import pytest
 import torch
 from packaging.version import Version
@@ -131,6 +130,8 @@ def save_llama(folder: Path, hidden: int, dtype: torch.dtype, blocks: int = 2) -
 
 def skip_if_cache_is_ignored() -> None:
     """compressed-tensors rounds nothing where attention's argument has another name than the one it looks for."""
+    import compressed_tensors
+
     taken = inspect.signature(LlamaAttention.forward).parameters
     if "past_key_values" not in taken and Version(compressed_tensors.__version__) <= Version("0.20.1"):
         pytest.skip(f"compressed-tensors {compressed_tensors.__version__} ignores the KV cache in this transformers")

@@ -2,7 +2,9 @@
 
 Whatever is in a file, reading it gives a model or one of qtool's own errors, within seconds and within bounds of
 memory. Cases are read in a child, so that one that ends the process is counted like any other; each case follows from
-its number and the seed alone, so `--first N --count 1` repeats one. Prints JSON: what failed, and how often what came.
+its number and the seed alone, so `--first N --count 1` repeats one, and any number of processes (`--jobs`) share them.
+With `--seconds` the rest is left when that time is over. Prints JSON: how many cases were read, the number of the one
+that follows, what failed, and how often what came; exits with 1 if something failed.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 
 from qtool.calibrate.store import read_stats
@@ -43,6 +46,8 @@ MEMORY = 1 << 30
 """Bytes of addresses that it may ask for beyond what the process has before."""
 TOKENIZER = 0.05
 """Share of models with a damaged tokenizer that load it, which takes a thousand times as long as anything else."""
+CHUNK = 250
+"""Cases that a child reads before another one is forked."""
 ROOM = Path("/dev/shm")
 """Where files are made if it is there: in memory."""
 
@@ -96,6 +101,7 @@ def read_one_report(rng: random.Random, place: Path, plain: Checkpoint, victim: 
     html(report)
 
 
+Found = tuple[Counter[str], list[tuple[int, str, str]]]
 READERS: dict[str, Callable[[random.Random, Path, Checkpoint, str], None]] = {
     "model": read_model,
     "stats": read_statistics,
@@ -167,13 +173,11 @@ def in_child(cases: range, seed: int, samples: dict[str, Path], plain: Checkpoin
         os.write(told, json.dumps(run_case(number, seed, samples, plain, room)).encode() + b"\n")
 
 
-def fuzz(cases: range, seed: int, room: Path) -> dict[str, object]:
-    """Reads all cases: {"cases": n, "seconds": s, "outcomes": {...}, "failures": [[number, what, how]]}."""
-    samples = write_samples(room / "samples")
-    plain = open_model(str(samples["model-plain"]))
+def read_all(cases: range, seed: int, samples: dict[str, Path], room: Path) -> Found:
+    """Reads some cases: how often what came, and [number, what was damaged, how it failed] of each failure."""
     outcomes: Counter[str] = Counter()
     failures: list[tuple[int, str, str]] = []
-    begin, following = time.monotonic(), cases.start
+    plain, following = open_model(str(samples["model-plain"])), cases.start
     while following < cases.stop:
         reader, writer = os.pipe()
         child = os.fork()
@@ -197,8 +201,33 @@ def fuzz(cases: range, seed: int, room: Path) -> dict[str, object]:
         if begun is not None:
             failures.append((begun, "?", f"the process ended: {status}"))
             following = begun + 1
-    seconds = time.monotonic() - begin
-    return {"cases": len(cases), "seconds": round(seconds, 1), "outcomes": dict(outcomes), "failures": failures}
+    return outcomes, failures
+
+
+def until(deadline: float, read: Callable[[range], Found], cases: range) -> Found | None:
+    """What `read` finds in some cases; None if it is too late to begin with them."""
+    return read(cases) if time.monotonic() < deadline else None
+
+
+def fuzz(cases: range, seed: int, room: Path, jobs: int = 1, seconds: float = float("inf")) -> dict[str, object]:
+    """Reads all cases, or those that are begun in time: see the module for what it gives."""
+    samples = write_samples(room / "samples")
+    begin = time.monotonic()
+    read = partial(read_all, seed=seed, samples=samples, room=room)
+    chunks = [range(first, min(first + CHUNK, cases.stop)) for first in range(cases.start, cases.stop, CHUNK)]
+    outcomes: Counter[str] = Counter()
+    failures: list[tuple[int, str, str]] = []
+    following = cases.start
+    with get_context("fork").Pool(jobs) as pool:
+        for chunk, found in zip(chunks, pool.imap(partial(until, begin + seconds, read), chunks), strict=True):
+            if found is None:
+                break
+            following = chunk.stop
+            outcomes += found[0]
+            failures += found[1]
+    taken = round(time.monotonic() - begin, 1)
+    counts = {"cases": following - cases.start, "following": following, "seconds": taken}
+    return {**counts, "outcomes": dict(outcomes), "failures": failures}
 
 
 def main() -> None:
@@ -207,9 +236,12 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=float("inf"))
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=ROOM if ROOM.is_dir() else None) as folder:
-        found = fuzz(range(asked.first, asked.first + asked.count), asked.seed, Path(folder))
+        cases = range(asked.first, asked.first + asked.count)
+        found = fuzz(cases, asked.seed, Path(folder), asked.jobs, asked.seconds)
     sys.stdout.write(json.dumps(found, indent=1) + "\n")
     sys.exit(bool(found["failures"]))
 

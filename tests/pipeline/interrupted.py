@@ -1,8 +1,9 @@
 """Runs `qtool quantize` over and over and ends it at chosen moments; a program of its own, for test_interruption.py.
 
-It forks one child per run, so that imports are paid once. A moment is an operation that changes files below the folder
-of the output (an audit event: rename, exchange, remove, ...), so the narrow windows around a rename are met like the
-wide ones: every rename has a moment before it, and the next operation is the moment after it.
+It runs the command once itself and then forks one child per run, so that imports and kernels are paid once. A moment is
+an operation that changes files below the folder of the output (an audit event: rename, exchange, remove, ...), so the
+narrow windows around a rename are met like the wide ones: every rename has a moment before it, and the next operation
+is the moment after it.
 Prints JSON: {"kinds": [...], "wanted": {file: sha256}, "runs": [{"moments": [i], "codes": [...], "found": {...}}]}.
 """
 
@@ -49,13 +50,17 @@ def run(arguments, folder, moment=None, number=signal.SIGKILL):
                 os.kill(os.getpid(), number)
 
     sys.addaudithook(hook)
+    os._exit(command_line(arguments))
+
+
+def command_line(arguments):
+    """Runs the command here: its exit code."""
     sys.argv = ["qtool", *arguments]
-    code = 0
     try:
         main()
     except SystemExit as stop:
-        code = stop.code or 0
-    os._exit(code)
+        return stop.code or 0
+    return 0
 
 
 def until_done(arguments, folder, out, moments, number):
@@ -90,12 +95,15 @@ def named_moments(kinds):
 def experiments(arguments, folder, out, part, parts, turn=None):
     """Undisturbed; then a run killed at each named moment, of which this process takes every `parts`th.
 
-    Every third run finds an older result to replace; every fifth is ended by SIGTERM, which lets it tidy up. With a
-    turn, every moment is taken, and those are others in each turn.
+    A result of this process stands there already. Every third run finds an older result to replace; every fifth is
+    ended by SIGTERM, which lets it tidy up. With a turn, every moment is taken, and those are others in each turn.
     """
+    first = hashes(out)
+    shutil.rmtree(out)
     code, kinds = run(arguments, folder)
     assert code == 0, code
     wanted = hashes(out)
+    assert wanted == first, "undisturbed runs differ"
     older = out.with_name("older")
     out.rename(older)
     runs = []
@@ -118,16 +126,16 @@ if __name__ == "__main__":
     import torch
 
     torch.set_num_threads(1)
-    import transformers.models.qwen3.modeling_qwen3  # noqa: F401 (paid once, before the forks, as is the next)
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
-
-    import qtool.pipeline.quantize  # noqa: F401
     from qtool.cli.app import main
+    from qtool.pipeline import publish
 
     model, recipe, place, part, parts, *turn = sys.argv[1:]
     target = Path(place) / "out"
     command = ["quantize", model, "--recipe", recipe, "-o", str(target), "--quiet"]
     stdout = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if not turn:  # other programs run artifacts between two moments; that is half of the time
+        publish.run_apart = lambda *_: None
+    assert command_line(command) == 0
     result = experiments(command, place, target, int(part), int(parts), *map(int, turn))
     os.write(stdout, json.dumps(result).encode())

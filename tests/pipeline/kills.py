@@ -1,12 +1,13 @@
-"""Kills runs at every moment at which they change files: `python -m tests.pipeline.kills --turns 2`.
+"""Kills runs at every moment at which they change files: `python -m tests.pipeline.kills --turns 2 --jobs 8`.
 
 Each goes on and has to end in the same bytes as one that nobody disturbs. Prints JSON: how many runs were killed, and
-what was wrong with which; `interrupted.py` has the moments.
+what was wrong with which; exits with 1 if something was. `interrupted.py` has the moments.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -14,6 +15,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -87,16 +90,22 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--turns", type=int, default=2)
-    turns, begin, kills, failures = parser.parse_args().turns, time.monotonic(), 0, []
-    with tempfile.TemporaryDirectory() as folder:
+    parser.add_argument("--jobs", type=int, default=1)
+    asked, begin, kills, failures = parser.parse_args(), time.monotonic(), 0, []
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(asked.jobs) as pool:
         model = make_checkpoint("qwen3", Path(folder) / "model", make_tokenizer())
-        for turn in range(turns):
-            for name in RECIPES:
-                place = Path(folder) / f"{name}-{turn}"
-                place.mkdir()
-                found = interrupted(model, name, place, 0, 1, turn)
-                kills += len(found["runs"])
-                failures += [(name, r["moments"], why) for r in found["runs"] if (why := wrong(r, found["wanted"]))]
+        parts = ceil(asked.jobs / (asked.turns * len(RECIPES)))
+        tasks = list(itertools.product(range(asked.turns), RECIPES, range(parts)))
+
+        def work(task: tuple[int, str, int]) -> dict[str, Any]:
+            turn, name, part = task
+            place = Path(folder) / f"{name}-{turn}-{part}"
+            place.mkdir()
+            return interrupted(model, name, place, part, parts, turn)
+
+        for (_, name, _), found in zip(tasks, pool.map(work, tasks), strict=True):
+            kills += len(found["runs"])
+            failures += [(name, r["moments"], why) for r in found["runs"] if (why := wrong(r, found["wanted"]))]
     seconds = round(time.monotonic() - begin, 1)
     sys.stdout.write(json.dumps({"kills": kills, "seconds": seconds, "failures": failures}, indent=1) + "\n")
     sys.exit(bool(failures))
