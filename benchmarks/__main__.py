@@ -10,7 +10,7 @@ budgets files whose bytes are divided by need against mixes of the same size; te
 recipes every recipe that ships on the demo model: KL divergence and size, as in the recipes' headers
 study   integers against floats on the demo model, with and without outliers: the tables and plots of docs/study.md
 systems the systems of the field as recipes, each against a plain way to the same formats: the table of docs/systems.md
-tables  rewrites by format, strength and calibration, methods by bits: the tables of docs/rewrites.md
+tables  rewrites by format, strength and calibration, methods by bits, ranks: the tables of docs/rewrites.md
 learned learned rounding and scales against GPTQ and AutoRound at the same bytes, several trials side by side
 cast    formats without a search, on a random matrix, against copying it
 solve   GPTQ of a matrix of the demo model's size on one thread in every kind of format, against 4-bit integers
@@ -25,7 +25,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -36,6 +38,7 @@ from benchmarks import (
     architectures,
     budgets,
     cast,
+    cells,
     encode,
     learned,
     mixes,
@@ -159,26 +162,31 @@ def studied(options: argparse.Namespace) -> dict[str, float]:
     return {key: value for key, value in found.items() if isinstance(value, float)}
 
 
-def tabled(options: argparse.Namespace) -> dict[str, float]:
-    """KL divergence of recipes in the tables of docs/rewrites.md; goes on where an earlier run was cut."""
-    place = options.work / "systems"
-    demo = system.Demo(lambda variant: models.variant(options.work, variant), options.prose, place, options.device)
-    found = {}
-    for key, kld in tables.measure(demo, options.table):
-        print(f"{kld:8.4f} {key}", flush=True)
-        found[key] = kld
-    return found
-
-
 def compared(options: argparse.Namespace) -> dict[str, float]:
-    """Share of a plain way's divergence that is left of a system's; prints and writes what was measured."""
-    place = options.work / "systems"
-    demo = system.Demo(lambda variant: models.variant(options.work, variant), options.prose, place, options.device)
-    found = {}
-    for name, one in system.measure_all(demo, options.work / "systems.json", options.system):
-        assert one.measured is not None
-        print(f"{name:28} {one.measured.megabytes:8.1f} MB {one.measured.kld:8.4f} {one.seen}", flush=True)
-        found[f"{name}_kld_ratio"] = one.measured.kld / one.measured.against.kld
+    """Divergences of systems, and of what they are compared with; goes on where an earlier run was cut."""
+    wanted = [one for name, one in system.systems().items() if not options.system or name in options.system]
+    return measured([cell for one in wanted for cell in one.cells], options)
+
+
+def tabled(options: argparse.Namespace) -> dict[str, float]:
+    """Divergences of recipes in the tables of docs/rewrites.md; goes on where an earlier run was cut."""
+    return measured(tables.cells(options.table), options)
+
+
+def measured(wanted: list[cells.Cell], options: argparse.Namespace) -> dict[str, float]:
+    """Divergences of cells; prints them, and at the end raises SystemExit if one failed."""
+    cells.prepare(options.work, wanted)
+    run = partial(cells.outcome, work=options.work, device=options.device)
+    found, failed, begun = dict[str, float](), list[str](), time.perf_counter()
+    for cell, outcome in cells.measure(wanted, run, cells.processes(options.processes)):
+        if isinstance(outcome, str):
+            failed.append(f"{cell.key}: {outcome}")
+            print(f"failed   {failed[-1]}", flush=True)
+            continue
+        print(f"{outcome.kld:8.4f} {cell.key} ({time.perf_counter() - begun:.0f} s)", flush=True)
+        found[cell.key] = outcome.kld
+    if failed:
+        raise SystemExit("\n".join([f"{len(failed)} of {len(found) + len(failed)} failed:", *failed]))
     return found
 
 
@@ -268,7 +276,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="study and later: where")
     parser.add_argument("--chunks", type=int, default=12, help="study, budgets, learned: of each text")
     parser.add_argument("--write-page", action="store_true", help="study, architectures: write the page in docs/ anew")
-    parser.add_argument("--processes", type=int, default=2, help="architectures, learned: side by side")
+    parser.add_argument(
+        "--processes", type=int, default=2, help="side by side: architectures, learned, systems, tables"
+    )
     parser.add_argument("--kind", action="append", default=[], help="architectures: this type, and others given so")
     parser.add_argument("--system", action="append", default=[], help="systems: this one, and others given so")
     parser.add_argument("--table", action="append", default=[], choices=list(tables.TABLES), help="tables: this one")

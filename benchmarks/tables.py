@@ -1,32 +1,27 @@
 """Small studies of rewrites, as tables of docs/rewrites.md: recipes side by side on variants of the demo model.
 
-A cell is a recipe that ships with something set in it; its divergence is kept in `benchmarks/tables.json` by what was
-run, so a study that was cut off goes on, and cells that tables share are run once. What is not in that file is an empty
-cell of the page.
+A cell is a recipe that ships with something set in it, measured and kept by `benchmarks/cells.py`. What is not known is
+an empty cell of the page.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from benchmarks.system import Measured, Variant, Way
-
-KEPT = Path(__file__).with_name("tables.json")
+from benchmarks.cells import Cell, Measured, Variant, Way, known
 
 
-class Cell(NamedTuple):
-    """One model to measure."""
+class Column(NamedTuple):
+    """A column of a table: what it is called, and which of the divergences it shows."""
 
-    way: Way
-    variant: Variant = "off-grid"
+    label: str
+    shows: Callable[[Measured], float] = lambda found: found.kld
 
-    @property
-    def key(self) -> str:
-        """Where its divergence is kept."""
-        return " ".join((self.variant, self.way.recipe, *self.way.set))
+
+def on_code(found: Measured) -> float:
+    """The divergence on source code."""
+    return found.code
 
 
 class Table(NamedTuple):
@@ -34,12 +29,12 @@ class Table(NamedTuple):
 
     Attributes:
         corner: what its lines are.
-        columns: what its columns are.
+        columns: what its columns show.
         lines: cells by label, as many as columns.
     """
 
     corner: str
-    columns: tuple[str, ...]
+    columns: tuple[Column, ...]
     lines: Mapping[str, tuple[Cell, ...]]
 
 
@@ -48,9 +43,14 @@ def cell(recipe: str, *overrides: str, variant: Variant = "off-grid") -> Cell:
     return Cell(Way(recipe=recipe, set=overrides), variant)
 
 
-def both(recipe: str, *overrides: str) -> tuple[Cell, Cell]:
-    """The model as it is, and with outliers in its activations."""
-    return cell(recipe, *overrides), cell(recipe, *overrides, variant="outliers")
+def plain(*labels: str) -> tuple[Column, ...]:
+    """Columns that show divergences on prose."""
+    return tuple(map(Column, labels))
+
+
+def rule(fmt: str, more: str = "") -> str:
+    """Everything in a format but the head."""
+    return f"layers=[{{match: lm_head, keep: true}}, {{match: '*', weights: {fmt}{more}}}]"
 
 
 def rotations() -> Table:
@@ -67,12 +67,15 @@ def rotations() -> Table:
     }
     formats = {"MXFP4": "mxfp4", "NVFP4": "nvfp4", "NVINT4": "nvint4", "INT4, 32": "int4-g32"}
 
-    def rounded(fmt: str, transforms: str) -> Cell:
-        rule = f"layers=[{{match: lm_head, keep: true}}, {{match: '*', weights: {fmt}, activations: {fmt}}}]"
-        return cell("mxfp4-hadamard", f"transforms={transforms}", rule, "method=rtn", "export=[{to: qtool}]")
+    def rounded(fmt: str, way: str, variant: Variant) -> Cell:
+        settings = (f"transforms={way}", rule(fmt, f", activations: {fmt}"), "method=rtn", "export=[{to: qtool}]")
+        return cell("mxfp4-hadamard", *settings, variant=variant)
 
-    lines = {label: tuple(rounded(fmt, way) for fmt in formats.values()) for label, way in ways.items()}
-    return Table("rewrite", tuple(formats), lines)
+    columns = plain(*formats, *(f"{name}, with outliers" for name in formats))
+    lines = {
+        label: tuple(rounded(f, way, v) for v in VARIANTS for f in formats.values()) for label, way in ways.items()
+    }
+    return Table("rewrite", columns, lines)
 
 
 def strengths() -> Table:
@@ -80,92 +83,123 @@ def strengths() -> Table:
 
     def smoothed(alpha: str) -> tuple[Cell, ...]:
         way = "transforms=[]" if alpha == "none" else f"transforms=[{{smooth: {{alpha: {alpha}}}}}]"
-        return (*both("w8a8-int8-smooth", way), cell("w4a16-awq", way))
+        eight = (cell("w8a8-int8-smooth", way, variant=variant) for variant in VARIANTS)
+        return (*eight, cell("w4a16-awq", way), cell("w4a8-int8", way, variant="outliers"))
 
-    columns = ("W8A8, INT8", "W8A8, INT8, with outliers", "W4A16, groups of 64")
-    return Table("alpha", columns, {alpha: smoothed(alpha) for alpha in ("none", "0.25", "0.5", "0.75", "1")})
+    columns = plain("W8A8, INT8", "W8A8, INT8, with outliers", "W4A16, groups of 64", "W4A8, INT, with outliers")
+    alphas = ("none", "0", "0.25", "0.5", "0.65", "0.75", "0.85", "1")
+    return Table("alpha", columns, {alpha: smoothed(alpha) for alpha in alphas})
 
 
 def calibrations() -> Table:
     """Calibration by amount and by what is read: https://arxiv.org/abs/2405.20835."""
-    sources = {"prose of Python's library": "builtin", "sampled from the model": "self"}
+    sources = {
+        "topics of Python's help": "builtin",
+        "docstrings, of which others are evaluated": "TEXTS/other-prose.txt",
+        "source code": "TEXTS/other-code.txt",
+        "words of docstrings without order": "TEXTS/words.txt",
+        "sampled from the model": "self",
+    }
 
-    def on(data: str, samples: int) -> Cell:
-        return cell("w4a16-awq", f"calibration.data={data}", f"calibration.samples={samples}")
+    def on(recipe: str, data: str, samples: int) -> Cell:
+        return cell(recipe, f"calibration.data={data}", f"calibration.samples={samples}")
 
-    lines = {label: tuple(on(data, samples) for samples in (2, 8, 32)) for label, data in sources.items()}
-    return Table("AWQ, W4A16, on", ("2 x 512 tokens", "8 x 512", "32 x 512"), lines)
+    sizes = (2, 8, 32, 128)
+    columns = plain(*(f"AWQ, {n} x 512 tokens" for n in sizes), *(f"GPTQ, 3 bits, {n} x 512" for n in sizes))
+    ways = [("w4a16-awq", n) for n in sizes] + [("w3a16-gptq", n) for n in sizes]
+    lines = {label: tuple(on(recipe, data, n) for recipe, n in ways) for label, data in sources.items()}
+    return Table("calibrated on", columns, lines)
 
 
 def low_bits() -> Table:
     """Methods at 2, 3 and 4 bits, groups of 64: https://arxiv.org/abs/2404.14047."""
     methods = {
-        "RTN": ("method=rtn",),
-        "RTN behind smoothing": ("method=rtn", "transforms=[smooth]"),
-        "RTN behind AWQ": ("method=rtn", "transforms=[awq]"),
-        "GPTQ": ("method=gptq",),
-        "GPTQ behind a rotation": ("method=gptq", "transforms=[rotate]"),
+        "RTN": ("int{}-g64", "method=rtn"),
+        "RTN behind smoothing": ("int{}-g64", "method=rtn", "transforms=[smooth]"),
+        "RTN behind AWQ": ("int{}-g64", "method=rtn", "transforms=[awq]"),
+        "GPTQ": ("int{}-g64", "method=gptq"),
+        "GPTQ behind AWQ": ("int{}-g64", "method=gptq", "transforms=[awq]"),
+        "GPTQ behind a rotation": ("int{}-g64", "method=gptq", "transforms=[rotate]"),
+        "SignRound": ("int{}-g64", "method={learned: {start: {rtn: {importance: true}}, scales: true}}"),
+        "learned from GPTQ": ("int{}-g64", "method={learned: {scales: true}}"),
+        "RTN, offsets": ("biased{}-g64", "method=rtn"),
+        "HQQ, offsets": ("biased{}-g64", "method=hqq"),
+        "GPTQ, offsets": ("biased{}-g64", "method={gptq: {rounds: 0}}"),
+        "decoupleQ, offsets": ("biased{}-g64", "method={gptq: {rounds: 8}}"),
     }
 
-    def at(bits: int, settings: Sequence[str]) -> Cell:
-        rule = f"layers=[{{match: lm_head, keep: true}}, {{match: '*', weights: int{bits}-g64}}]"
-        return cell("w4a16-gptq-g64", rule, *settings, "export=[{to: qtool}]")
+    def at(bits: int, fmt: str, settings: Sequence[str]) -> Cell:
+        return cell("w4a16-gptq-g64", rule(fmt.format(bits)), *settings, "export=[{to: qtool}]")
 
-    lines = {label: tuple(at(bits, settings) for bits in (2, 3, 4)) for label, settings in methods.items()}
-    return Table("method", ("2 bits", "3 bits", "4 bits"), lines)
+    lines = {label: tuple(at(bits, *way[:1], way[1:]) for bits in (2, 3, 4)) for label, way in methods.items()}
+    return Table("method", plain("2 bits", "3 bits", "4 bits"), lines)
 
 
 def eight_bits() -> Table:
     """FP8 and INT8 for weights and inputs, against 4-bit weights: https://arxiv.org/abs/2411.02355."""
-    lines = {
-        "FP8, inputs by token": both("fp8-dynamic"),
-        "INT8, inputs by token": both("w8a8-int8"),
-        "INT8, inputs by token, smoothed": both("w8a8-int8-smooth"),
-        "INT8, weights alone": both("w8a16"),
-        "INT4, weights alone, RTN, groups of 64": both("w4a16-rtn-g64"),
-        "INT4, weights alone, AWQ, groups of 64": both("w4a16-awq"),
+    recipes = {
+        "FP8, inputs by token": "fp8-dynamic",
+        "FP8, static inputs": "fp8-static",
+        "INT8, inputs by token": "w8a8-int8",
+        "INT8, inputs by token, smoothed": "w8a8-int8-smooth",
+        "INT8, weights alone": "w8a16",
+        "INT4, weights alone, RTN, groups of 64": "w4a16-rtn-g64",
+        "INT4, weights alone, AWQ, groups of 64": "w4a16-awq",
+        "INT4, weights alone, GPTQ, groups of 64": "w4a16-gptq-g64",
     }
-    return Table("recipe", ("off any grid", "with outliers"), lines)
+    texts = (Column("prose"), Column("source code", on_code))
+    columns = (*texts, *(Column(f"{label}, with outliers", shows) for label, shows in texts))
+    cells = {label: [cell(recipe, variant=variant) for variant in VARIANTS] for label, recipe in recipes.items()}
+    return Table("recipe", columns, {label: (a, a, b, b) for label, (a, b) in cells.items()})
 
 
+def ranks() -> Table:
+    """A branch of low rank beside the codes, plain and whitened.
+
+    https://arxiv.org/abs/2303.08302, https://arxiv.org/abs/2402.02446
+    """
+
+    def corrected(rank: int, fmt: str, method: str, whiten: str) -> Cell:
+        branch = f", residuals: [{{low_rank: {{rank: {rank}, whiten: {whiten}}}}}]" if rank else ""
+        return cell("w3a16-gptq-lowrank", rule(fmt, branch), f"method={method}")
+
+    ways = {
+        "RTN, 3 bits, plain": ("int3-g64", "rtn", "false"),
+        "RTN, 3 bits, whitened": ("int3-g64", "rtn", "true"),
+        "GPTQ, 3 bits, plain": ("int3-g64", "gptq", "false"),
+        "GPTQ, 3 bits, whitened": ("int3-g64", "gptq", "true"),
+        "GPTQ, 2 bits, whitened": ("int2-g64", "gptq", "true"),
+    }
+    lines = {str(r): tuple(corrected(r, *way) for way in ways.values()) for r in (0, 8, 16, 32, 64)}
+    return Table("rank", plain(*ways), lines)
+
+
+VARIANTS: tuple[Variant, Variant] = ("off-grid", "outliers")
 TABLES: dict[str, Callable[[], Table]] = {
     "rotations": rotations,
     "strengths": strengths,
     "calibrations": calibrations,
     "low-bits": low_bits,
     "eight-bits": eight_bits,
+    "ranks": ranks,
 }
 
 
-def kept() -> dict[str, float]:
-    """Divergences that were measured, nats per token."""
-    found: dict[str, float] = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else {}
-    return found
-
-
-def measure(run: Callable[[Way, Variant], Measured], names: Sequence[str] = ()) -> Iterator[tuple[str, float]]:
-    """Measures the cells that are not known yet, and keeps each.
-
-    Args:
-        run: measures a recipe on a model.
-        names: of tables; empty: all.
-
-    Yields:
-        What was run, and its divergence.
-    """
-    for name in names or TABLES:
-        for line in TABLES[name]().lines.values():
-            for one in line:
-                if one.key not in (known := kept()):
-                    known[one.key] = float(f"{run(one.way, one.variant).kld:.4g}")
-                    KEPT.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-                    yield one.key, known[one.key]
+def cells(names: Sequence[str] = ()) -> list[Cell]:
+    """All cells of tables; of all tables if none is named."""
+    return [one for name in names or TABLES for line in TABLES[name]().lines.values() for one in line]
 
 
 def rows(name: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and rows of a table as the page shows it; the least of a column is bold."""
-    table, known = TABLES[name](), kept()
-    values = [[known.get(one.key) for one in line] for line in table.lines.values()]
+    table, found = TABLES[name](), known()
+    values = [
+        [
+            column.shows(found[one.key]) if one.key in found else None
+            for column, one in zip(table.columns, line, strict=True)
+        ]
+        for line in table.lines.values()
+    ]
     least = [min((v for v in column if v is not None), default=None) for column in zip(*values, strict=True)]
 
     def shown(value: float | None, best: float | None) -> str:
@@ -173,8 +207,8 @@ def rows(name: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
             return ""
         return f"**{value:.3g}**" if value == best else f"{value:.3g}"
 
-    found = [
+    lines = [
         (label, *(shown(value, best) for value, best in zip(line, least, strict=True)))
         for label, line in zip(table.lines, values, strict=True)
     ]
-    return (table.corner, *table.columns), found
+    return (table.corner, *(column.label for column in table.columns)), lines

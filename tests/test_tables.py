@@ -1,48 +1,33 @@
-"""docs/rewrites.md: its cells are recipes that load, each measured once, and shown as measured."""
+"""docs/rewrites.md: its cells are recipes that load, and are shown as measured."""
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
-from benchmarks import tables
-from benchmarks.system import Measured
-from qtool.recipe.load import load_recipe
+from benchmarks import cells, tables
+from benchmarks.cells import Measured
 
 
 @pytest.mark.parametrize("name", tables.TABLES)
 def test_cells_are_recipes_and_differ(name):
     table = tables.TABLES[name]()
-    cells = [one for line in table.lines.values() for one in line]
-    assert all(len(line) == len(table.columns) for line in table.lines.values())
-    assert len({one.key for one in cells}) == len(cells)
-    loaded = {(one.variant, load_recipe(one.way.recipe, one.way.set).model_dump_json()) for one in cells}
-    assert len(loaded) == len(cells)
-    assert tables.TABLES[name].__doc__.count("https://arxiv.org/abs/") >= 1
+    lines = list(table.lines.values())
+    assert all(len(line) == len(table.columns) for line in lines)
+    keys = {(one.key, column.shows) for line in lines for column, one in zip(table.columns, line, strict=True)}
+    shown = [column.label for column in table.columns]
+    assert len(set(shown)) == len(shown)
+    found = {one.key: one for line in lines for one in line}
+    loaded = {(one.variant, one.way.loaded().model_dump_json()) for one in found.values()}
+    assert len(loaded) == len(found)
+    assert len(keys) >= len(found)
+    assert "https://arxiv.org/abs/" in tables.TABLES[name].__doc__
 
 
-def test_what_was_measured_is_kept_and_not_measured_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "KEPT", tmp_path / "kept.json")
-    asked = []
-
-    def run(way, variant):
-        asked.append((way, variant))
-        if len(asked) == 3:
-            raise KeyboardInterrupt
-        return Measured(kld=len(asked) / 7, megabytes=1, carrier="gguf")
-
-    with pytest.raises(KeyboardInterrupt):
-        list(tables.measure(run, ["eight-bits"]))
-    found = dict(tables.measure(run, ["eight-bits"]))
-    assert len(found) == 10
-    assert len(asked) == 13
-    known = json.loads((tmp_path / "kept.json").read_text())
-    assert len(known) == 12
-    assert known["off-grid fp8-dynamic"] == 0.1429
+def test_the_least_of_a_column_is_bold_and_what_is_unknown_is_empty(tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "KEPT", tmp_path / "kept.json")
+    for number, one in enumerate(list(dict.fromkeys(tables.cells(["eight-bits"])))[:3], start=1):
+        cells.keep(one.key, Measured(kld=number / 7, code=number / 3, megabytes=1, carrier="gguf"))
     header, rows = tables.rows("eight-bits")
-    assert header == ("recipe", "off any grid", "with outliers")
-    assert rows[0] == ("FP8, inputs by token", "**0.143**", "**0.286**")
-    assert rows[1][1:] == ("0.571", "0.714")
-    monkeypatch.setattr(tables, "KEPT", tmp_path / "none.json")
-    assert tables.rows("eight-bits")[1][0] == ("FP8, inputs by token", "", "")
+    assert header == ("recipe", "prose", "source code", "prose, with outliers", "source code, with outliers")
+    assert rows[0] == ("FP8, inputs by token", "**0.143**", "**0.333**", "**0.286**", "**0.667**")
+    assert rows[1] == ("FP8, static inputs", "0.429", "1", "", "")
