@@ -77,21 +77,25 @@ def learned(**settings: Any) -> dict[str, Any]:
 def trials() -> dict[str, Trial]:
     """All of them by name, what decides most first."""
     found: dict[str, Trial] = {}
-    slow = {"epochs": 4, "rate": 0.001}
-    ways = (slow, {"epochs": 4, "rate": 0.003}, {"epochs": 8, "rate": 0.002}, {"epochs": 4, "norms": False})
+    plain = {"epochs": 4, "rate": 0.001}
+    codes = {"epochs": 8, "rate": 0.001, "rounding": True}
     for bits in (2, 3, 4):
-        weights, scales = f"int{bits}-g64", 0.002 if bits > 2 else 0.004
-        plain = {
-            "gptq": Trial(weights, distilled=ways[:2]),
+        weights, rate = f"int{bits}-g64", 0.002 if bits > 2 else 0.004
+        scales = {"scales": True, "scale_rate": rate}
+        ways = [plain, {"epochs": 8, "rate": 0.003}] + [{**codes, "rounding_rate": r} for r in (0.003, 0.01, 0.03)]
+        adam = learned(**scales, optimizer="adam", rate=0.01)
+        behind = (*ways[:1], *ways[2:4], {**codes, "epochs": 24, "rounding_rate": 0.005})
+        some = {
+            "gptq": Trial(weights, distilled=tuple(ways)),
+            "scales": Trial(weights, learned(**scales), distilled=behind),
             "rounding": Trial(weights, learned()),
-            "scales": Trial(weights, learned(scales=True, scale_rate=scales), distilled=ways),
-            "weighed": Trial(weights, learned(scales=True, scale_rate=scales), {"token_weights": ROOT}),
-            "long": Trial(weights, learned(scales=True, scale_rate=scales / 2, steps=600), distilled=ways[:2]),
-            "fast": Trial(weights, learned(scales=True, scale_rate=scales, rate=0.01)),
-            "adam": Trial(weights, learned(scales=True, scale_rate=scales, optimizer="adam", rate=0.01)),
+            "adam": Trial(weights, adam, distilled=behind[:1]),
+            "weighed": Trial(weights, learned(**scales), {"token_weights": ROOT}),
+            "fast": Trial(weights, learned(**scales, rate=0.01)),
+            "long": Trial(weights, learned(**scales | {"scale_rate": rate / 2}, steps=600), distilled=behind[2:]),
             "signround": Trial(weights, learned(start={"rtn": {"importance": True}}, scales=True, scale_rate=0.005)),
         }
-        found |= {f"w{bits}-{name}": trial for name, trial in plain.items()}
+        found |= {f"w{bits}-{name}": trial for name, trial in some.items()}
     order = [name.partition("-")[2] for name in found if name.startswith("w2-")]
     return dict(sorted(found.items(), key=lambda item: order.index(item[0].partition("-")[2])))
 

@@ -164,9 +164,21 @@ def soft_start(w: Tensor, quantized: Quantized) -> Tensor:
         w: the original weights, float32 [N, K].
         quantized: codes that some method found, and parameters.
     """
+    y, inside = places(w, quantized)
+    return inside - y
+
+
+def soft_place(w: Tensor, quantized: Quantized) -> Tensor:
+    """The places nearest to those of the weights that round to these codes; see `soft_start`."""
+    return places(w, quantized)[1]
+
+
+@torch.no_grad()
+def places(w: Tensor, quantized: Quantized) -> tuple[Tensor, Tensor]:
+    """(where weights lie among the levels; the nearest places that round to their codes), float32 [N, K] each."""
     fmt = quantized.format
     levels = fmt.levels().to(w.device)
     s, o = (expand(p.to(w.device), w.shape[1]) for p in fmt.affine(quantized.params))
     y, reach = place(relative(w, s, o), levels)[0], 0.5 - MARGIN
     code = quantized.codes.to(w.device).float()
-    return torch.clamp(y, code - reach, code + reach) - y
+    return y, torch.clamp(y, code - reach, code + reach)

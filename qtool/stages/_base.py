@@ -1,6 +1,6 @@
 """What a stage is: it looks at the whole quantized model, behind the last block, and moves some of its numbers.
 
-Codes stay. A stage may replace parameters of quantized matrices (scales, offsets), and tensors that are stored as they
+A stage may replace parameters of quantized matrices (scales, offsets), their codes, and tensors that are stored as they
 are (norms, biases, kept weights), by others of the same shapes and types, so whatever an artifact could hold before it
 can hold afterwards. What it found is stored, so a run that is continued does not search for it again.
 
@@ -66,7 +66,7 @@ class StageResult:
     """What a stage found.
 
     Attributes:
-        params: parameters to replace, by module and name; those that are missing stay.
+        params: parameters to replace, by module and name, and codes as "codes"; those that are missing stay.
         tensors: tensors that are stored as they are, to replace, by name.
         about: numbers and words for the report.
     """

@@ -20,7 +20,7 @@ from qtool.calibrate.walker import Walker
 from qtool.numerics.product import float32_product
 from qtool.numerics.threads.parallel import side_by_side
 from qtool.stages._base import StageTask
-from qtool.stages._movable import Movable, MovableVector, Scales
+from qtool.stages._movable import Codes, Movable, MovableVector, Scales
 
 
 class Teacher:
@@ -56,18 +56,22 @@ class Student:
         teacher: the original one, on the same tokens.
         scales: whether scales of matrices move.
         norms: whether norms do.
+        rounding: whether codes do.
 
     Attributes:
         moving: what moves, by the module's name, block by block, and the final norm last.
     """
 
-    def __init__(self, task: StageTask, teacher: Teacher, scales: bool, norms: bool) -> None:
+    def __init__(self, task: StageTask, teacher: Teacher, scales: bool, norms: bool, rounding: bool = False) -> None:
         assert task.tokens is not None
         self.task, self.teacher, self.walker = task, teacher, task.walker(task.model)
         self.embedded = self.walker.embed(task.tokens)
         self.walker.block_arguments(self.embedded.length)  # recorded before threads ask for them
         count = len(self.walker.blocks)
-        self.moving: list[dict[str, Movable]] = [self.movable(i, scales, norms) for i in range(count)]
+        self.moving: list[dict[str, Movable]] = [
+            (self.matrices(i, scales, rounding) if scales or rounding else {}) | (self.norms(i) if norms else {})
+            for i in range(count)
+        ]
         final = self.walker.family.norm
         self.last: dict[str, Movable] = {final: MovableVector(self.stored(f"{final}.weight"))} if norms else {}
         self.kept: dict[int, nn.Module] = {}
@@ -79,20 +83,24 @@ class Student:
         """A tensor as the model's file holds it, on the device."""
         return self.task.model.tensor(name).to(self.task.device, self.task.model.info(name).dtype)
 
-    def movable(self, i: int, scales: bool, norms: bool) -> dict[str, Movable]:
-        """What can move in a block, by the module's name."""
+    def matrices(self, i: int, scales: bool, rounding: bool) -> dict[str, Movable]:
+        """Matrices of a block that can move, by the module's name."""
         found: dict[str, Movable] = {}
-        if scales:
-            for p in (p for p in self.task.layers if p.module.block == i):
-                matrix = self.task.model.matrix(p.module.name).to(self.task.device)
-                if Scales.can(matrix):
-                    found[p.module.name] = Scales(matrix)
-        if norms:
-            prefix = self.walker.family.block_prefix.format(i=i)
-            shapes = self.walker.family.block_shapes(self.walker.checkpoint.config, i)
-            for name in (name for name, shape in shapes.items() if len(shape) == 1 and name.endswith("norm.weight")):
-                found[prefix + name.removesuffix(".weight")] = MovableVector(self.stored(prefix + name))
+        for name in (p.module.name for p in self.task.layers if p.module.block == i):
+            matrix = self.task.model.matrix(name).to(self.task.device)
+            if rounding and Codes.can(matrix):
+                w = self.task.unrounded.tensor(f"{name}.weight").to(self.task.device, torch.float32)
+                found[name] = Codes(matrix, w, scales and Scales.can(matrix))
+            elif scales and Scales.can(matrix):
+                found[name] = Scales(matrix)
         return found
+
+    def norms(self, i: int) -> dict[str, Movable]:
+        """Norms of a block, by the module's name."""
+        prefix = self.walker.family.block_prefix.format(i=i)
+        shapes = self.walker.family.block_shapes(self.walker.checkpoint.config, i)
+        names = (name for name, shape in shapes.items() if len(shape) == 1 and name.endswith("norm.weight"))
+        return {prefix + n.removesuffix(".weight"): MovableVector(self.stored(prefix + n)) for n in names}
 
     def everything(self) -> dict[str, Movable]:
         """All that moves, by the module's name."""
@@ -184,4 +192,4 @@ class Student:
 
 def states(movables: Mapping[str, Movable]) -> list[Tensor]:
     """Copies of all variables."""
-    return [v.clone() for movable in movables.values() for v in movable.variables()]
+    return [v.clone() for movable in movables.values() for v in (*movable.variables(), *movable.places())]

@@ -1,9 +1,13 @@
-"""Scales and norms learn to predict what the original model predicts; codes stay.
+"""Scales and norms learn to predict what the original model predicts; codes stay, or learn as well.
 
 The loss is the mean KL divergence of the predicted tokens from those of the original model, over the whole vocabulary,
 on the calibration's samples; some of them are held out, and the state that is best for these is kept, the start among
 the candidates. Training nothing but scales behind frozen codes is the end-to-end phase of EfficientQAT
 (https://arxiv.org/abs/2407.11062), with the original model's predictions instead of the text.
+
+Where rounding is learned too, each weight has a place among its levels that is rounded to a code, gradients going
+straight through that; it begins where the original weight lies. That takes 16 bytes a weight while it goes on, with
+the optimizer's and those of the best state.
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ class Distill(Stage):
         rate: of the first step of Adam, relative to a scale, or to the mean magnitude of a norm; falls to 0.
         scales: whether scales and free offsets move.
         norms: whether norms do.
+        rounding: whether codes do.
+        rounding_rate: of the first step of Adam for codes, in steps between levels; falls to 0.
         holdout: share of the samples that only decide which state is best.
     """
 
@@ -38,6 +44,8 @@ class Distill(Stage):
     rate: float = Field(0.001, gt=0, le=0.1)
     scales: bool = True
     norms: bool = True
+    rounding: bool = False
+    rounding_rate: float = Field(0.01, gt=0, le=1)
     holdout: float = Field(0.125, gt=0, lt=1)
 
     def misfit(self, plan: Plan) -> str | None:
@@ -45,12 +53,16 @@ class Distill(Stage):
         inside = [p.format for p in plan.layers if p.format and p.module.block is not None]
         if self.norms or (self.scales and any(fmt.group_rows == 1 for fmt in inside)):
             return None
+        if self.rounding and any(fmt.codebook() is None for fmt in inside):
+            return None
         return "nothing moves: let norms do (norms: true), or choose formats whose rows have scales of their own"
 
     def run(self, task: StageTask) -> StageResult:
         """See `Stage.run`."""
         assert task.tokens is not None  # see `needs_tokens`
-        student = Student(task, Teacher(task.walker(task.original), task.tokens), self.scales, self.norms)
+        student = Student(
+            task, Teacher(task.walker(task.original), task.tokens), self.scales, self.norms, self.rounding
+        )
         seen, unseen = split(len(task.tokens), self.holdout, task.seed)
         moving = student.everything()
         start = least = student.divergence(unseen)
@@ -69,8 +81,10 @@ class Distill(Stage):
 
     def train(self, task: StageTask, student: Student, seen: Tensor) -> Iterator[float]:
         """Mean divergence of each epoch, while it goes on."""
-        leaves = variables(student.everything())
-        adam = torch.optim.Adam(leaves, lr=self.rate)
+        moving = student.everything().values()
+        kinds = [(v, self.rate) for m in moving for v in m.variables()]
+        kinds += [(v, self.rounding_rate) for m in moving for v in m.places()]
+        adam = torch.optim.Adam([{"params": [v], "lr": rate} for v, rate in kinds])
         generator = torch.Generator().manual_seed(task.seed)
         steps = -(-len(seen) // self.batch) * self.epochs
         done = 0
@@ -78,7 +92,8 @@ class Distill(Stage):
             order, total = seen[torch.randperm(len(seen), generator=generator)], 0.0
             for part in torch.split(order, self.batch):
                 total += student.divergence(part, learn=True) * len(part)
-                adam.param_groups[0]["lr"] = self.rate * (1 - done / steps)
+                for group, (_, rate) in zip(adam.param_groups, kinds, strict=True):
+                    group["lr"] = rate * (1 - done / steps)
                 adam.step()
                 adam.zero_grad()
                 done += 1
@@ -87,12 +102,12 @@ class Distill(Stage):
 
 def variables(moving: Mapping[str, Movable]) -> list[Tensor]:
     """All variables, in order."""
-    return [variable for movable in moving.values() for variable in movable.variables()]
+    return [v for movable in moving.values() for v in (*movable.variables(), *movable.places())]
 
 
 def result(moving: Mapping[str, Movable], about: Mapping[str, float]) -> StageResult:
     """What moved, as files hold it."""
-    params = {name: movable.params() for name, movable in moving.items() if isinstance(movable, Scales)}
+    params = {name: movable.replaced() for name, movable in moving.items() if isinstance(movable, Scales)}
     tensors = {
         f"{name}.weight": movable.value() for name, movable in moving.items() if isinstance(movable, MovableVector)
     }

@@ -24,7 +24,10 @@ from qtool.store.files import new_file
 from qtool.store.manifest import WEIGHT, checked
 
 Params = Mapping[str, Mapping[str, Tensor]]
-"""Parameters by module and name."""
+"""Parameters by module and name, and codes by `CODES`."""
+
+CODES = "codes"
+"""What codes are called among parameters."""
 
 
 class Overlaid(QuantizedCheckpoint):
@@ -32,7 +35,7 @@ class Overlaid(QuantizedCheckpoint):
 
     Args:
         model: the model.
-        params: parameters of matrices to replace.
+        params: parameters of matrices to replace, and codes (uint8 [N, K]) under the name `CODES`.
         tensors: tensors that are stored as they are, to replace.
         what: whose numbers they are, for messages.
 
@@ -83,14 +86,16 @@ class Overlaid(QuantizedCheckpoint):
         """See `QuantizedCheckpoint.matrix`."""
         matrix = self._model.matrix(module)
         own = self._params.get(module, {})
+        found = {**matrix.quantized.params, CODES: matrix.quantized.codes}
         for name, tensor in own.items():
-            if (present := matrix.quantized.params.get(name)) is None:
+            if (present := found.get(name)) is None:
                 wanted = ", ".join(sorted(matrix.quantized.params))
                 raise CheckpointError(f"{self._what}: parameter of {module}", wanted=wanted, found=name)
             info = TensorInfo(tuple(present.shape), present.dtype)
             _same_kind(f"{self._what}: {name} of {module}", tensor, info)
-        params = {**matrix.quantized.params, **own}
-        return replace(matrix, quantized=replace(matrix.quantized, params=params))
+        params = found | dict(own)
+        codes = params.pop(CODES)
+        return replace(matrix, quantized=replace(matrix.quantized, codes=codes, params=params))
 
     @property
     def decoded(self) -> Mapping[str, str]:

@@ -18,7 +18,7 @@ from qtool.recipe.parse import parse_format
 from qtool.residuals._base import Matrix
 from qtool.stages import _student
 from qtool.stages._base import StageTask
-from qtool.stages._movable import MovableVector, Scales
+from qtool.stages._movable import Codes, MovableVector, Scales
 from qtool.stages._student import Student, Teacher
 from qtool.stages.distill import Distill
 
@@ -191,3 +191,46 @@ def test_nothing_that_moves_is_refused(recipe, tiny_checkpoint):
     overrides = ("layers.1.weights=int8-tensor",)
     with pytest.raises(PlanError, match="nothing moves"):
         prepare(str(tiny_checkpoint("llama")), path, overrides)
+
+
+@pytest.mark.parametrize("label", ["int2-g32", "int4-g32-asym", "q4_k", "nvfp4", "iq4_nl"])
+def test_places_of_codes_follow_the_relaxed_function(label):
+    """Gradients against autograd of levels joined by straight lines; codes are the places, rounded."""
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(8, 256, generator=g) * 0.1
+    fmt = parse_format(label)
+    fmt = fmt.with_largest(float(w.abs().max())) if fmt.needs_largest else fmt
+    params = fmt.fit(w)
+    start = (fmt.snap(w, params).int() + torch.randint(-1, 2, w.shape, generator=g)).clamp(0, len(fmt.levels()) - 1)
+    codes = Codes(Matrix(Quantized(start.to(torch.uint8), params, fmt)), w, moves=True)
+    assert torch.equal(codes.codes(), start.to(torch.uint8))
+    assert torch.equal(codes.value(), fmt.decode(start.to(torch.uint8), params))
+    codes.place += torch.randn(w.shape, generator=g)
+    gradient = torch.randn(w.shape, generator=g)
+    codes.pull(gradient)
+    place = codes.place.clone().requires_grad_()
+    scale, levels = expand(fmt.affine(params)[0], w.shape[1]), fmt.levels()
+    below = place.detach().floor().clamp(0, len(levels) - 2).long()
+    line = levels[below] + (place - below) * (levels[below + 1] - levels[below])
+    (line * scale * gradient).sum().backward()
+    inside = (codes.place > 0) & (codes.place < len(levels) - 1)
+    assert 0.5 < inside.float().mean() < 1
+    assert_close(codes.place.grad[inside], place.grad[inside], rtol=1e-4, atol=1e-7)
+    back = ((codes.place < 0) & (place.grad < 0)) | ((codes.place > len(levels) - 1) & (place.grad > 0))
+    assert_close(codes.place.grad[~inside], torch.where(back, place.grad, 0.0)[~inside], rtol=1e-4, atol=1e-7)
+    assert torch.equal(codes.replaced()["codes"], codes.place.round().clamp(0, len(levels) - 1).to(torch.uint8))
+
+
+def test_codes_that_learn_as_well_come_closer(recipe, tiny_checkpoint, tmp_path):
+    """Than scales and norms alone; what the artifact's reader decodes was evaluated."""
+    model, ways = tiny_checkpoint("llama"), ("{}", "{rounding: true, rounding_rate: 0.05}")
+    finishes = [f"[{{distill: {{epochs: 6, batch: 4, rate: 0.004, {way[1:-1]}}}}}]" for way in ways]
+    scales, _ = quantized(model, recipe("int2-g32", finishes[0]), tmp_path / "scales")
+    both, found = quantized(model, recipe("int2-g32", finishes[1]), tmp_path / "both")
+    assert both.evaluations[0].kld_mean < 0.8 * scales.evaluations[0].kld_mean
+    assert both.artifacts[0].verified
+    _, start = quantized(model, recipe("int2-g32"), tmp_path / "start")
+    changed = [
+        (found.matrix(m).quantized.codes != start.matrix(m).quantized.codes).float().mean() for m in found.layers
+    ]
+    assert 0.01 < float(torch.stack(changed).mean()) < 0.5
