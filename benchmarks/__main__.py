@@ -134,7 +134,8 @@ def divided(options: argparse.Namespace) -> dict[str, float]:
     found = dict(budgets.another(QTOOL, model, options.work, options.calibration))
     print(*(f"{key} {value:.1f}" for key, value in found.items()), budgets.HEADER, sep="\n", flush=True)
     texts = {"evaluation": options.evaluation, "prose": options.prose}
-    for row in budgets.siblings(QTOOL, model, options.work, options.calibration, texts, options.chunks):
+    place = budgets.Place(options.device, options.processes)
+    for row in budgets.siblings(QTOOL, model, options.work, options.calibration, texts, options.chunks, place):
         print(row, flush=True)
         found |= {f"{row.mix}_{row.text}_{key}": value for key, value in zip(row._fields[2:], row[2:], strict=True)}
         found[f"{row.mix}_{row.text}_ratio"] = row.ratio
@@ -277,7 +278,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=12, help="study, budgets, learned: of each text")
     parser.add_argument("--write-page", action="store_true", help="study, architectures: write the page in docs/ anew")
     parser.add_argument(
-        "--processes", type=int, default=2, help="side by side: architectures, learned, systems, tables"
+        "--processes", type=int, default=2, help="side by side: architectures, budgets, learned, systems, tables"
     )
     parser.add_argument("--kind", action="append", default=[], help="architectures: this type, and others given so")
     parser.add_argument("--system", action="append", default=[], help="systems: this one, and others given so")

@@ -107,8 +107,10 @@ def encode_by_ggml(file: Path, source: Path, importance: dict[str, ImportanceEnt
         tensor.data[...] = packed.view(tensor.data.dtype).reshape(tensor.data.shape)
 
 
-def divergence(qtool: Sequence[str], artifact: Path, baseline: Path, text: Path, chunks: int) -> float:
+def divergence(
+    qtool: Sequence[str], artifact: Path, baseline: Path, text: Path, chunks: int, device: str = "cpu"
+) -> float:
     """Mean KL divergence per token, nats."""
-    flags = ["--baseline", baseline, "--text", text, "--chunks", str(chunks), "--json", "--quiet"]
+    flags = ["--baseline", baseline, "--text", text, "--chunks", str(chunks), "--device", device, "--json", "--quiet"]
     done = subprocess.run([*qtool, "eval", artifact, *flags], check=True, capture_output=True, text=True)
     return float(json.loads(done.stdout)["kld_mean"])

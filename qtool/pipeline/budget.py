@@ -8,7 +8,7 @@ from typing import Any
 
 from qtool.pipeline.allocate import allocated
 from qtool.pipeline.card import origin
-from qtool.pipeline.events import Listener
+from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.prepare import Job
 from qtool.pipeline.stored import opened
 from qtool.pipeline.transform import transformed
@@ -36,7 +36,11 @@ def divided(job: Job, scores: Path | None, listener: Listener) -> tuple[Job, All
     with tempfile.TemporaryDirectory() as folder:
         job, edits = rewritten(job, Path(folder), listener)
         place = scores or Path(folder) / "scores.safetensors"
-        return allocated(job, card, place, bool(scores), edits, listener)
+        allocator, contest = allocated(job, card, place, bool(scores), edits, listener)
+        if contest.close and allocator.confirms:
+            text = f"{contest.name} is nearly as good, rounded: a run carries both plans out, and takes the better"
+            listener(Event("allocate", 0, 0, text))
+        return allocator.decided(contest.taken), allocator.entry(contest)
 
 
 def rewritten(job: Job, folder: Path, listener: Listener) -> tuple[Job, str]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from qtool.allocate.decisions import picked
 from qtool.allocate.knapsack import total
-from qtool.pipeline.allocate import Allocator
+from qtool.pipeline.allocator import Allocator
 from qtool.pipeline.budget import rewritten, sizing_card
 from qtool.pipeline.card import origin
 from qtool.pipeline.events import Listener

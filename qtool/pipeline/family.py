@@ -75,7 +75,7 @@ def checked(options: quantize.QuantizeOptions, recipes: Sequence[str]) -> list[s
 def refuse_others(out: Path, names: Sequence[str]) -> None:
     """Raises StorageError: the folder holds something else than a family with these members may."""
     known = {PAGE, Path(PAGE).with_suffix(".json").name, *names, *(f"{name}.work" for name in names)}
-    known |= {f"{name}.scores.safetensors" for name in names}
+    known |= {f"{name}{end}" for name in names for end in (".scores.safetensors", ".other.work")}
     if other := sorted(p.name for p in out.iterdir() if p.name not in known and not p.name.startswith(".")):
         hint = "choose another folder, or move it away"
         raise StorageError("the output folder holds something else", found=str(out / other[0]), hint=hint)

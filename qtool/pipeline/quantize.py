@@ -15,10 +15,9 @@ from qtool.errors import PlanError, StorageError, UsageError, VerifyError
 from qtool.evaluate.gates import refuse_missed
 from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline import evaluate
-from qtool.pipeline.allocate import allocated
-from qtool.pipeline.budget import sizing_card
 from qtool.pipeline.card import card_of, origin
 from qtool.pipeline.content import read_content, refuse_changed
+from qtool.pipeline.contest import decided, scores_of
 from qtool.pipeline.events import Event, Listener, silent
 from qtool.pipeline.finish import finish
 from qtool.pipeline.loop import solve_all
@@ -128,7 +127,7 @@ def into_folder(options: QuantizeOptions, file: Path | None, listener: Listener)
     if job.plan.recipe.transforms:
         with watch.stage("transform"):
             job, made = transformed(job, place, options.stats or options.imatrix, listener)
-    job, allocation = decided(job, options, made, watch, listener)
+    job, allocation = decided(job, options, made, place, watch, listener)
     with watch.stage("calibrate"):
         source = statistics_for(job, options.stats or options.imatrix, listener)
     run_identity = ranks.broadcast(identity(job, source.digest, read_content(job.original, ranks), made.edits))
@@ -174,23 +173,6 @@ def prepared(o: QuantizeOptions, file: Path | None) -> Job:
     if file and o.ranks.first:
         check_one_file(file, job.artifacts, bool(o.options.get("split_max_size")), o.overwrite)
     return job
-
-
-def decided(
-    job: Job, options: QuantizeOptions, made: Made, watch: Stopwatch, listener: Listener
-) -> tuple[Job, AllocationEntry | None]:
-    """The run with its budget divided, if it has one, and how that came about."""
-    if job.plan.recipe.budget is None:
-        return job, None
-    with watch.stage("allocate"):
-        source = origin(job.original, options.base_model, options.license)
-        card, place = sizing_card(job, source.base_model, options.imatrix), options.scores or scores_of(options.out)
-        return allocated(job, card, place, bool(options.scores), made.run, listener)
-
-
-def scores_of(out: Path) -> Path:
-    """Where scores are until a run is done."""
-    return out.with_name(f"{out.name}.scores.safetensors")
 
 
 def refuse_together(job: Job) -> None:

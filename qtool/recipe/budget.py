@@ -91,6 +91,10 @@ class Budget(Strict):
             if it is better than the plan, both rounded to nearest.
         samples: calibration sequences from which it is learned how much each layer matters.
         held_out: sequences that plans are compared on, which are in no other use.
+        swaps: other plans of the same size that are measured, each what would be best if layers of one role cost twice
+            or half as much as they seem to.
+        confirm: whether a plan and the best that nobody allocated are both carried out where they are nearly as good
+            when rounded to nearest; that takes the time of another run.
     """
 
     size: Size | None = None
@@ -101,6 +105,8 @@ class Budget(Strict):
     against: tuple[str, ...] = ()
     samples: int = Field(default=8, ge=1)
     held_out: int = Field(default=16, ge=1)
+    swaps: int = Field(default=4, ge=0)
+    confirm: bool = True
 
     @classmethod
     def conflicts(cls, value: Mapping[str, Any]) -> list[tuple[Keys, str]]:

@@ -101,7 +101,7 @@ class FinishEntry(Entry):
 
 
 class AllocationEntry(Entry):
-    """How a budget was divided. Divergences are of rounded models, on calibration samples that were held out.
+    """How a budget was divided. Divergences are measured on calibration samples that were held out.
 
     Attributes:
         wanted: the budget in words: "120.0 MB", "4.25 bits per weight", "a KL divergence of 0.02".
@@ -111,6 +111,7 @@ class AllocationEntry(Entry):
         uniform: what it was compared with: the best plan that nobody allocated and that is no larger; None: none is.
         uniform_nbytes, uniform_kld, uniform_kld_error: the same of that.
         fell_back: whether that was better, and was taken.
+        carried_out: whether divergences are of what methods made of both plans, rather than of rounded models.
         tried: plans that were measured.
         samples, held_out: sequences that scores and divergences were measured on.
     """
@@ -125,6 +126,7 @@ class AllocationEntry(Entry):
     uniform_kld: float | None = None
     uniform_kld_error: float | None = None
     fell_back: bool = False
+    carried_out: bool = False
     tried: int
     samples: int
     held_out: int

@@ -22,7 +22,7 @@ from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError, PlanError, RecipeError, UsageError, VerifyError
 from qtool.methods.rtn import RTN
 from qtool.pipeline import sensitivity, trial
-from qtool.pipeline.allocate import Allocator
+from qtool.pipeline.allocator import Allocator
 from qtool.pipeline.budget import divided
 from qtool.pipeline.curve import curve
 from qtool.pipeline.events import silent
