@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from qtool.checkpoint._base import Checkpoint
 from qtool.pipeline.allocate import allocated
@@ -30,18 +30,33 @@ from qtool.pipeline.work import identity, open_work
 from qtool.report.model import AllocationEntry
 from qtool.store.files import storage_errors
 
-if TYPE_CHECKING:
-    from qtool.pipeline.quantize import QuantizeOptions
+
+class Dividing(NamedTuple):
+    """What of a run's options a budget asks for.
+
+    Attributes:
+        base_model, license: see `origin`.
+        imatrix, stats: statistics to use instead of running the model.
+        scores: where scores are kept, see `allocated`.
+        strict: refuse scores of something else.
+    """
+
+    base_model: str | None
+    license: str | None
+    imatrix: Path | None
+    stats: Path | None
+    scores: Path
+    strict: bool
 
 
 def decided(
-    job: Job, options: QuantizeOptions, made: Made, place: Path, watch: Stopwatch, listener: Listener
+    job: Job, asked: Dividing, made: Made, place: Path, watch: Stopwatch, listener: Listener
 ) -> tuple[Job, AllocationEntry | None]:
     """The run with its budget divided, if it has one, and how that came about.
 
     Args:
         job: the run.
-        options: what was asked.
+        asked: how.
         made: what transforms did.
         place: its work folder.
         watch: measures how long it takes.
@@ -53,11 +68,11 @@ def decided(
     if job.plan.recipe.budget is None:
         return job, None
     with watch.stage("allocate"):
-        source = origin(job.original, options.base_model, options.license)
-        card, file = sizing_card(job, source.base_model, options.imatrix), options.scores or scores_of(options.out)
-        allocator, contest = allocated(job, card, file, bool(options.scores), made.run, listener)
+        source = origin(job.original, asked.base_model, asked.license)
+        card = sizing_card(job, source.base_model, asked.imatrix)
+        allocator, contest = allocated(job, card, asked.scores, asked.strict, made.run, listener)
         if contest.close and allocator.confirms:
-            contest = CarriedOut(allocator, made, options, listener).judge(contest, place)
+            contest = CarriedOut(allocator, made, asked.stats or asked.imatrix, listener).judge(contest, place)
     return allocator.decided(contest.taken), allocator.entry(contest)
 
 
@@ -67,14 +82,13 @@ class CarriedOut:
     Args:
         allocator: knows them.
         made: what transforms did.
-        options: what was asked.
+        stored: statistics to use, see `statistics_for`.
         listener: called with events of progress.
     """
 
-    def __init__(self, allocator: Allocator, made: Made, options: QuantizeOptions, listener: Listener) -> None:
-        self.allocator, self.made, self.listener = allocator, made, listener
-        self.stored = options.stats or options.imatrix
-        self.content = read_content(allocator.job.original, options.ranks)
+    def __init__(self, allocator: Allocator, made: Made, stored: Path | None, listener: Listener) -> None:
+        self.allocator, self.made, self.stored, self.listener = allocator, made, stored, listener
+        self.content = read_content(allocator.job.original, allocator.job.ranks)
 
     def judge(self, contest: Contest, place: Path) -> Contest:
         """The same contest, with divergences of carried out plans; the work of the better one is in the work folder."""
@@ -104,8 +118,3 @@ class CarriedOut:
                 return work.model()
 
         return self.allocator.known(chosen, json.dumps(run, sort_keys=True), model)
-
-
-def scores_of(out: Path) -> Path:
-    """Where scores are until a run is done."""
-    return out.with_name(f"{out.name}.scores.safetensors")

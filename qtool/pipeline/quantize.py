@@ -17,7 +17,7 @@ from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline import evaluate
 from qtool.pipeline.card import card_of, origin
 from qtool.pipeline.content import read_content, refuse_changed
-from qtool.pipeline.contest import decided, scores_of
+from qtool.pipeline.contest import Dividing, decided
 from qtool.pipeline.events import Event, Listener, silent
 from qtool.pipeline.finish import finish
 from qtool.pipeline.loop import solve_all
@@ -127,7 +127,11 @@ def into_folder(options: QuantizeOptions, file: Path | None, listener: Listener)
     if job.plan.recipe.transforms:
         with watch.stage("transform"):
             job, made = transformed(job, place, options.stats or options.imatrix, listener)
-    job, allocation = decided(job, options, made, place, watch, listener)
+    scores = options.scores or scores_of(out)
+    dividing = Dividing(
+        options.base_model, options.license, options.imatrix, options.stats, scores, bool(options.scores)
+    )
+    job, allocation = decided(job, dividing, made, place, watch, listener)
     with watch.stage("calibrate"):
         source = statistics_for(job, options.stats or options.imatrix, listener)
     run_identity = ranks.broadcast(identity(job, source.digest, read_content(job.original, ranks), made.edits))
@@ -173,6 +177,11 @@ def prepared(o: QuantizeOptions, file: Path | None) -> Job:
     if file and o.ranks.first:
         check_one_file(file, job.artifacts, bool(o.options.get("split_max_size")), o.overwrite)
     return job
+
+
+def scores_of(out: Path) -> Path:
+    """Where scores are until a run is done."""
+    return out.with_name(f"{out.name}.scores.safetensors")
 
 
 def refuse_together(job: Job) -> None:
