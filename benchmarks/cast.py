@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from qtool.recipe.parse import parse_format
+from qtool.formats._spelling import parse_format
 
 FORMATS: tuple[dict[str, object] | str, ...] = (
     {"type": "fp", "element": "e4m3", "group": "channel", "scales": "minmax"},

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.tensors import Pair
 from qtool.formats._base import Format
-from qtool.recipe.parse import parse_format
+from qtool.formats._spelling import parse_format
 
 VARIANTS = {"plain": 1.0, "outliers": 40.0}
 """Name -> how much larger some channels of activations are."""

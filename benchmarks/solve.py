@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qtool.formats._spelling import parse_format
 from qtool.methods._base import Method
 from qtool.methods.gptq import GPTQ
 from qtool.numerics.metrics import energy, ratio_db
-from qtool.recipe.parse import parse_format
 from qtool.stats._base import InputStats
 from qtool.stats.gram import Gram
 

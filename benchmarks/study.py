@@ -30,6 +30,7 @@ from qtool.checkpoint.open import open_checkpoint
 from qtool.evaluate.divergence import Scores
 from qtool.evaluate.run import Logits, Steps, chunked, encode, walk
 from qtool.formats._base import Format
+from qtool.formats._spelling import parse_format
 from qtool.methods.rtn import RTN
 from qtool.models import open_artifact
 from qtool.pipeline.quantize import QuantizeOptions
@@ -37,7 +38,6 @@ from qtool.pipeline.quantize import run as quantize
 from qtool.pipeline.solve import informed
 from qtool.pipeline.solver import with_static
 from qtool.plan import LayerPlan
-from qtool.recipe.parse import parse_format
 from qtool.recipe.schema import Calibration
 from qtool.stats._base import InputStats
 from qtool.stats.values import Values

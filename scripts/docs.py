@@ -23,9 +23,9 @@ from qtool.checkpoint._base import Layer, Module
 from qtool.cli.app import app
 from qtool.cli.boundary import ENDING, INTERRUPTED
 from qtool.cli.options import filled
+from qtool.formats._spelling import parse_format
 from qtool.recipe.json_schema import json_schema
 from qtool.recipe.load import list_recipes
-from qtool.recipe.parse import parse_format
 
 ROOT = Path(__file__).parents[1]
 NAMED = {"methods": "Method", "residuals": "Residual", "transforms": "Transform", "stages": "Spec"}

@@ -10,7 +10,7 @@ import torch
 from benchmarks import models
 from benchmarks.study import Bench
 from qtool.checkpoint._base import Layer
-from qtool.recipe.parse import parse_format
+from qtool.formats._spelling import parse_format
 from scripts.prose import prose
 
 LABELS = ("nvfp4", "nvfp4-minmax", "mxfp4", "mxfp4-even", "mxfp4-floor")

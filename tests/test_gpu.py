@@ -12,11 +12,11 @@ from qtool import registry
 from qtool.artifact.qtool import Qtool
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint.hf import HFCheckpoint
+from qtool.formats._spelling import parse_format
 from qtool.methods.gptq import GPTQ
 from qtool.methods.rtn import RTN
 from qtool.pipeline.quantize import QuantizeOptions
 from qtool.pipeline.quantize import run as quantize
-from qtool.recipe.parse import parse_format
 from qtool.stats._base import InputStats
 from qtool.stats.channels import Channels
 from qtool.stats.gram import Gram

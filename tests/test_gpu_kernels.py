@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qtool.formats._spelling import parse_format
 from qtool.numerics.grids import minifloat
 from qtool.numerics.scales import search
 from qtool.numerics.solving import gram as sums
@@ -15,7 +16,6 @@ from qtool.numerics.solving.linalg import inverse_factor
 from qtool.numerics.solving.normal import normal_equations, per_group
 from qtool.numerics.solving.split import Split
 from qtool.numerics.solving.walk import searches, walk, walk_searching
-from qtool.recipe.parse import parse_format
 from tests.methods.test_refine import descend_slowly, gram_of
 
 pytestmark = [

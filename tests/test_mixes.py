@@ -16,9 +16,9 @@ import pytest
 
 from qtool.artifact.gguf._options import FILE_TYPES
 from qtool.checkpoint.families.llama import Llama
+from qtool.formats._spelling import parse_format
 from qtool.plan import make_plan
 from qtool.recipe.load import list_recipes, load_recipe
-from qtool.recipe.parse import parse_format
 from tests.recipe.shapes import SMOLLM2_135M, Shapes, carriers
 
 BASE = {

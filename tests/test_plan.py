@@ -11,11 +11,12 @@ import torch
 from qtool import registry
 from qtool.checkpoint._base import Layer, Module, modules
 from qtool.errors import PlanError, UsageError
+from qtool.formats._spelling import parse_format
 from qtool.plan import layers as decided
 from qtool.plan import make_plan
 from qtool.plan.fallback import choose
 from qtool.recipe.load import load_recipe
-from qtool.recipe.parse import parse_format, parse_method
+from qtool.recipe.parse import parse_method
 from qtool.recipe.schema import Recipe
 from tests.recipe.shapes import SMOLLM2_135M, TINY, Shapes
 

@@ -18,9 +18,10 @@ from benchmarks.tensors import Pair
 from qtool.calibrate.inputs import quantize_tokens
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.evaluate.run import evaluate
+from qtool.formats._spelling import parse_format
 from qtool.models import open_artifact
 from qtool.pipeline.quantize import QuantizeOptions, run
-from qtool.recipe.parse import parse_format, parse_method
+from qtool.recipe.parse import parse_method
 from scripts.prose import prose
 from tests.artifact.conftest import quantize
 

@@ -19,6 +19,7 @@ from qtool.allocate.knapsack import Group, total
 from qtool.checkpoint._base import Checkpoint, modules
 from qtool.errors import PlanError
 from qtool.formats._base import Format
+from qtool.formats._spelling import dump_format
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.prepare import Job
 from qtool.pipeline.roughly import Roughly
@@ -31,7 +32,6 @@ from qtool.plan.check import check
 from qtool.plan.decide import decide
 from qtool.plan.findings import Findings
 from qtool.recipe.load import load_recipe
-from qtool.recipe.parse import dump_format
 from qtool.report.model import AllocationEntry
 from qtool.report.units import size as spelled
 

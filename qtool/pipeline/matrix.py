@@ -14,10 +14,11 @@ from torch import Tensor
 
 from qtool.errors import NumericsError, UsageError
 from qtool.formats._base import Format, Quantized
+from qtool.formats._spelling import parse_format
 from qtool.methods._base import Method
 from qtool.numerics.checks import finite
 from qtool.numerics.metrics import all_finite
-from qtool.recipe.parse import parse_format, parse_method
+from qtool.recipe.parse import parse_method
 from qtool.stats._base import InputStats
 
 

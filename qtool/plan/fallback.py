@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qtool.formats._base import Format
-from qtool.recipe.parse import parse_format
+from qtool.formats._spelling import parse_format
 
 DTYPES = ("f32", "f16", "bf16")
 

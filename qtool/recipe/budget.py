@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer
 
+from qtool.formats._spelling import dump_format
 from qtool.problems import Keys, Mistakes, checked
 from qtool.recipe.fields import InputsField, WeightsField
-from qtool.recipe.parse import dump_format
 from qtool.recipe.size import Size
 from qtool.recipe.strict import Strict
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, PlainSerializer
 
 from qtool.formats._base import Format
+from qtool.formats._spelling import parse_format, spelled_out
 from qtool.problems import checked, mistake
-from qtool.recipe.parse import parse_format, spelled_out
 from qtool.recipe.strict import Strict
 
 

@@ -7,18 +7,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, PlainSerializer
 
 from qtool.formats._base import Format
+from qtool.formats._spelling import dump_format, parse_format
 from qtool.methods._base import Method
 from qtool.problems import mistake
 from qtool.recipe.cache import KVCache, dump_cache, either
-from qtool.recipe.parse import (
-    dump_format,
-    dump_named,
-    parse_format,
-    parse_method,
-    parse_residual,
-    parse_stage,
-    parse_transform,
-)
+from qtool.recipe.parse import dump_named, parse_method, parse_residual, parse_stage, parse_transform
 from qtool.residuals._base import Residual
 from qtool.spec import Spec
 from qtool.transforms._base import Transform

@@ -18,14 +18,14 @@ Shape letters: U units of a row (K / P), M chosen units of a matrix, b bits of a
 from __future__ import annotations
 
 from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BeforeValidator, Field, PlainSerializer
 from torch import Tensor
 
-from qtool import registry
 from qtool.formats._base import Format, Params, Quantized
+from qtool.formats._spelling import dump_format, parse_format
 from qtool.numerics.grids.bits import pack, unpack
 from qtool.numerics.solving.planes import pair_codes, pair_scales
 from qtool.residuals._base import Infos, Residual, Tensors
@@ -39,26 +39,7 @@ STARTS = ((1.5, 0.5), (1.0, 0.35), (1.9, -0.9), (1.4, -0.65), (-1.9, 0.9), (-1.4
 it for bits."""
 
 
-def _parse(value: Any) -> Any:
-    """A format as recipes spell it: a shorthand, or a mapping with `type`."""
-    if isinstance(value, Format):
-        return value
-    if isinstance(value, dict) and value.get("type") in registry.names("formats"):
-        fields = {key: field for key, field in value.items() if key != "type"}
-        return registry.load("formats", value["type"]).model_validate(fields)
-    families = (registry.load("formats", name) for name in registry.names("formats"))
-    found = next(filter(None, (family.parse(value) for family in families)), None) if isinstance(value, str) else None
-    if found is None:
-        raise ValueError("wanted a format such as int4-g64, or a mapping with type: and its fields")
-    return found
-
-
-def _dump(fmt: Format) -> Any:
-    same = type(fmt).parse(fmt.label) == fmt
-    return fmt.label if same else {"type": registry.name_of("formats", type(fmt)), **fmt.model_dump(mode="json")}
-
-
-AnyFormat = Annotated[Format, BeforeValidator(_parse), PlainSerializer(_dump)]
+AnyFormat = Annotated[Format, BeforeValidator(parse_format), PlainSerializer(dump_format)]
 
 
 class Codes(Residual):

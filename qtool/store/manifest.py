@@ -18,9 +18,10 @@ from qtool.checkpoint._base import Cache, Layer, Static
 from qtool.checkpoint.config import read_json
 from qtool.errors import CheckpointError, NumericsError, is_utf8
 from qtool.formats._base import Format, Quantized
+from qtool.formats._spelling import dump_format, parse_format
 from qtool.numerics.grids.bits import pack
 from qtool.recipe.cache import parse_cache
-from qtool.recipe.parse import dump_format, dump_named, parse_format, parse_residual
+from qtool.recipe.parse import dump_named, parse_residual
 from qtool.residuals._base import Correction, Matrix
 from qtool.store.files import new_file
 from qtool.store.inputs import dump_ops

@@ -13,8 +13,8 @@ from qtool.artifact.qtool import Qtool
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import Cache, Static
 from qtool.errors import CheckpointError, PlanError
+from qtool.formats._spelling import parse_format
 from qtool.recipe.cache import KVCache, parse_cache
-from qtool.recipe.parse import parse_format
 from tests.artifact.conftest import quantize, save_llama, skip_if_cache_is_ignored
 from tests.artifact.test_compressed_tensors import TOKENS, change_config, change_tensors, load, write
 

@@ -7,10 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qtool.artifact.compressed_tensors import CompressedTensors
+from qtool.formats._spelling import parse_format
 from qtool.pipeline import export
 from qtool.pipeline.export import ExportOptions
 from qtool.pipeline.prepare import prepare
-from qtool.recipe.parse import parse_format
 from qtool.report.model_card import card_text
 from tests.artifact.conftest import quantize
 from tests.artifact.test_gguf_moe import TOKENS, distance, reference_logits, state_dict

@@ -17,9 +17,9 @@ from qtool.calibrate.inputs import quantize_tokens
 from qtool.checkpoint._base import Layer
 from qtool.errors import CheckpointError, NumericsError, PlanError
 from qtool.formats._base import Quantized
+from qtool.formats._spelling import parse_format
 from qtool.formats.int import Int
 from qtool.formats.nvfp4 import NVFP4
-from qtool.recipe.parse import parse_format
 from tests.artifact.conftest import assert_same_model, quantize, save_llama
 from tests.artifact.test_compressed_tensors import (
     TOKENS,

@@ -20,7 +20,7 @@ from qtool.calibrate.inputs import quantize_static, rounded
 from qtool.checkpoint._base import Static
 from qtool.errors import CheckpointError, PlanError
 from qtool.formats._base import Quantized
-from qtool.recipe.parse import parse_format
+from qtool.formats._spelling import parse_format
 from tests.artifact.conftest import quantize, save_llama
 from tests.artifact.test_compressed_tensors import TOKENS, UP, change_tensors, dense, load, write
 

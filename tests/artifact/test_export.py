@@ -13,6 +13,7 @@ from qtool.artifact.qtool import Qtool
 from qtool.checkpoint._base import QuantizedCheckpoint
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError, PlanError
+from qtool.formats._spelling import parse_format
 from qtool.formats.int import Int
 from qtool.formats.q4_1 import Q4_1
 from qtool.models import find_artifact, open_artifact, open_model
@@ -27,7 +28,6 @@ from qtool.pipeline.publish import publish
 from qtool.pipeline.quantize import QuantizeOptions
 from qtool.pipeline.quantize import run as quantize_model
 from qtool.pipeline.stopwatch import Stopwatch
-from qtool.recipe.parse import parse_format
 from qtool.store.files import new_folder
 from tests.artifact.conftest import assert_same_model, quantize
 

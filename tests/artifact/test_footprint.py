@@ -9,12 +9,12 @@ from qtool import registry
 from qtool.artifact import _packed_artifact, _shards
 from qtool.checkpoint._base import Cache, Layer, Static, modules
 from qtool.checkpoint.hf import HFCheckpoint
+from qtool.formats._spelling import parse_format
 from qtool.formats.int import Int
 from qtool.pipeline.quantize import QuantizeOptions, run
 from qtool.plan import Planned, make_plan
 from qtool.recipe.cache import parse_cache
 from qtool.recipe.load import load_recipe
-from qtool.recipe.parse import parse_format
 from qtool.residuals.low_rank import LowRank
 from qtool.residuals.sparse import Sparse
 from tests.artifact.conftest import InMemory, save_llama

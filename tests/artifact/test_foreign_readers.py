@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from qtool.artifact.awq import AWQ
 from qtool.artifact.fp8 import FP8
 from qtool.artifact.modelopt import ModelOpt
+from qtool.formats._spelling import parse_format
 from qtool.formats.int import Int
-from qtool.recipe.parse import parse_format
 from tests.artifact.conftest import InMemory, quantize, save_llama
 from tests.artifact.test_compressed_floats import quantized
 

@@ -13,12 +13,12 @@ from qtool.artifact.fp8 import FP8
 from qtool.artifact.gguf import GGUF
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError, PlanError
+from qtool.formats._spelling import parse_format
 from qtool.formats.int import Int
 from qtool.formats.mxfp4 import MXFP4
 from qtool.formats.mxfp8 import MXFP8
 from qtool.models import find_artifact, open_artifact, open_model
 from qtool.numerics.grids.bits import pack
-from qtool.recipe.parse import parse_format
 from tests.artifact.conftest import quantize
 
 BLOCK, INPUTS = parse_format("fp8-block"), parse_format("fp8-g128")

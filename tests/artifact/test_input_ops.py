@@ -22,6 +22,7 @@ from qtool.checkpoint.edits import Edit
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.checkpoint.rewritten import Rewritten
 from qtool.errors import CheckpointError, PlanError
+from qtool.formats._spelling import parse_format
 from qtool.formats.int import Int
 from qtool.ops._base import InputOp
 from qtool.ops.hadamard import Hadamard
@@ -29,7 +30,6 @@ from qtool.ops.orthogonal import Orthogonal
 from qtool.ops.permutation import Permutation
 from qtool.ops.scale import Scale
 from qtool.ops.shift import Shift
-from qtool.recipe.parse import parse_format
 from tests.artifact.conftest import InMemory, assert_same_model
 
 TOKENS = torch.arange(3, 40).view(1, -1)

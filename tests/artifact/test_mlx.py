@@ -14,11 +14,11 @@ from qtool.checkpoint._base import Layer
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError, NumericsError, PlanError
 from qtool.formats._base import Quantized
+from qtool.formats._spelling import parse_format
 from qtool.formats.biased import Biased
 from qtool.formats.int import Int
 from qtool.formats.mxfp4 import MXFP4
 from qtool.formats.mxfp8 import MXFP8
-from qtool.recipe.parse import parse_format
 from tests.artifact.conftest import InMemory, assert_same_model, quantize
 from tests.conftest import TINY
 from tests.reference import packed

@@ -13,10 +13,10 @@ from qtool.artifact.modelopt._algos import ALGOS
 from qtool.checkpoint._base import Cache, Layer, Static
 from qtool.errors import CheckpointError, PlanError
 from qtool.formats._base import Quantized
+from qtool.formats._spelling import parse_format
 from qtool.formats.int import Int
 from qtool.formats.nvfp4 import NVFP4
 from qtool.recipe.cache import KVCache, parse_cache
-from qtool.recipe.parse import parse_format
 from tests.artifact.conftest import assert_same_model, quantize
 from tests.reference import packed
 

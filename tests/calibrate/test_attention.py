@@ -13,8 +13,8 @@ from qtool.calibrate.hidden import Hidden
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import Static
 from qtool.checkpoint.hf import HFCheckpoint
+from qtool.formats._spelling import parse_format
 from qtool.recipe.cache import parse_cache
-from qtool.recipe.parse import parse_format
 from tests.calibrate.conftest import load_reference
 
 TOKENS = torch.arange(3, 43).view(2, 20)

@@ -10,7 +10,7 @@ from qtool.calibrate.copies import twin
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import Layer
 from qtool.checkpoint.hf import HFCheckpoint
-from qtool.recipe.parse import parse_format
+from qtool.formats._spelling import parse_format
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(500, (3, 24), generator=torch.Generator().manual_seed(1))

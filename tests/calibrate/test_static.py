@@ -12,10 +12,10 @@ from torch.testing import assert_close
 from qtool.calibrate.inputs import fit_static, quantize_static
 from qtool.checkpoint._base import Static
 from qtool.errors import NumericsError
+from qtool.formats._spelling import parse_format
 from qtool.formats.fp import FP
 from qtool.formats.int import Int
 from qtool.numerics.histogram import BINS, Histogram
-from qtool.recipe.parse import parse_format
 from qtool.stats._base import InputStats
 from qtool.stats.channels import Channels
 from qtool.stats.values import Values

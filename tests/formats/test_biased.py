@@ -5,12 +5,12 @@ import torch
 
 from qtool.errors import NumericsError
 from qtool.formats._base import Quantized
+from qtool.formats._spelling import parse_format
 from qtool.formats.biased import Biased
 from qtool.formats.int import Int
 from qtool.formats.q4_0 import Q4_0
 from qtool.formats.q4_1 import Q4_1
 from qtool.formats.tq2_0 import TQ2_0
-from qtool.recipe.parse import parse_format
 
 W = torch.randn(6, 256, generator=torch.Generator().manual_seed(2)) * 0.1 + 0.07
 

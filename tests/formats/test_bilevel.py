@@ -9,11 +9,11 @@ import torch
 
 from qtool.errors import NumericsError
 from qtool.formats._base import Quantized
+from qtool.formats._spelling import parse_format
 from qtool.formats.bilevel import Bilevel
 from qtool.methods.gptq import GPTQ
 from qtool.methods.rtn import RTN
 from qtool.numerics.scales.search import free_offset
-from qtool.recipe.parse import parse_format
 from tests.methods.test_gptq import loss, problem
 
 W = torch.randn(37, 128, generator=torch.Generator().manual_seed(3)) * 0.05 * torch.linspace(0.5, 2, 37)[:, None]

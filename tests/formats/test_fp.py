@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from qtool.errors import NumericsError, QtoolError
+from qtool.formats._spelling import dump_format, parse_format
 from qtool.formats.fp import FP
 from qtool.formats.int import Int
-from qtool.recipe.parse import dump_format, parse_format
 
 ELEMENTS = ["fp8", "fp8-e5m2", "fp8-e3m4", "fp7", "fp6", "fp6-e2m3", "fp5", "fp5-e3m1", "fp4", "fp4-e1m2", "fp3"]
 GROUPS = ["channel", "token", "tensor", "g16", "g32", "block", "b16x32"]

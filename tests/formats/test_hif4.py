@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from qtool.errors import NumericsError
+from qtool.formats._spelling import dump_format, parse_format
 from qtool.formats.hif4 import LARGEST, HiF4, nearest, value
 from qtool.methods.gptq import GPTQ
 from qtool.methods.rtn import RTN
-from qtool.recipe.parse import dump_format, parse_format
 from tests.methods.test_gptq import loss, problem
 
 W = torch.randn(6, 128, generator=torch.Generator().manual_seed(8)) * 0.05

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qtool.errors import NumericsError, QtoolError
+from qtool.formats._spelling import parse_format
 from qtool.formats.int import Int
-from qtool.recipe.parse import parse_format
 
 LABELS = [f"int{b}-{g}{a}" for b in range(2, 9) for g in ("g32", "channel", "tensor") for a in ("", "-asym")]
 

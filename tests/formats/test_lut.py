@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from qtool.formats._base import Quantized
+from qtool.formats._spelling import dump_format, parse_format
 from qtool.formats.int import Int
 from qtool.formats.lut import LUT, NAMES, named
 from qtool.methods.gptq import GPTQ
 from qtool.methods.rtn import RTN
 from qtool.numerics.scales.level_search import lloyd_max
-from qtool.recipe.parse import dump_format, parse_format
 from tests.methods.test_gptq import loss, problem
 
 W = torch.randn(6, 128, generator=torch.Generator().manual_seed(4)) * 0.05

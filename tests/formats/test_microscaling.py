@@ -11,11 +11,11 @@ from torch import Tensor
 
 from qtool.errors import NumericsError
 from qtool.formats._base import Format, Quantized
+from qtool.formats._spelling import dump_format, parse_format
 from qtool.formats.bfp import BFP
 from qtool.formats.mxfp4 import MXFP4
 from qtool.formats.mxfp8 import MXFP8
 from qtool.formats.nvfp4 import NVFP4
-from qtool.recipe.parse import dump_format, parse_format
 from tests.formats.test_ggml_blocks import awkward, ggml_dequantize, ggml_quantize
 
 MX = ["mxfp8", "mxfp8-e5m2", "mxfp6", "mxfp6-e3m2", "mxfp4", "mxint8"]

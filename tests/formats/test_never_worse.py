@@ -13,8 +13,8 @@ from qtool import registry
 from qtool.formats import _vector
 from qtool.formats._base import Format, Params
 from qtool.formats._ggml import BlockFormat
+from qtool.formats._spelling import parse_format
 from qtool.formats._vector import Vector
-from qtool.recipe.parse import parse_format
 from tests.reference.ggml import ggml_dequantize, ggml_quantize
 
 SEARCHED = ("q4_0", "q5_0", "q4_1", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs")

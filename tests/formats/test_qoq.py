@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from qtool.errors import NumericsError
+from qtool.formats._spelling import parse_format
 from qtool.formats.qoq import QoQ
 from qtool.methods.gptq import GPTQ
 from qtool.methods.rtn import RTN
 from qtool.numerics.grids.progressive import largest_step
-from qtool.recipe.parse import parse_format
 from tests.methods.test_gptq import loss, problem
 
 

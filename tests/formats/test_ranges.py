@@ -9,7 +9,7 @@ from torch import Tensor
 from qtool import registry
 from qtool.errors import NumericsError
 from qtool.formats._base import Format
-from qtool.recipe.parse import parse_format
+from qtool.formats._spelling import parse_format
 
 OPTIONS = {
     "int": ("int4-g128", "int8-channel", "int4-g64-asym"),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from qtool.recipe.parse import parse_format
+from qtool.formats._spelling import parse_format
 from tests.formats.test_ranges import LABELS
 
 

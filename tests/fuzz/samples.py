@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from qtool import registry
 from qtool.artifact._base import Artifact
 from qtool.errors import PlanError
+from qtool.formats._spelling import parse_format
 from qtool.pipeline.calibrate import CalibrateOptions
 from qtool.pipeline.calibrate import run as calibrate
 from qtool.pipeline.quantize import QuantizeOptions, run
-from qtool.recipe.parse import parse_format
 from tests.artifact.conftest import quantize, save_llama
 
 LABELS = ("int4-g32", "int4-g32-asym", "int8-channel", "nvfp4", "mxfp4", "mxfp8", "fp8-channel", "fp8-block")

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from qtool.formats._base import Format, Quantized
+from qtool.formats._spelling import parse_format
 from qtool.formats.int import Int
 from qtool.methods.gptq import DRIFT_DAMP, GPTQ
 from qtool.methods.rtn import RTN
-from qtool.recipe.parse import parse_format
 from qtool.stats._base import InputStats
 from qtool.stats.channels import Channels
 from qtool.stats.drift import Drift

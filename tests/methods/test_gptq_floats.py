@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from qtool.formats._base import Format
+from qtool.formats._spelling import parse_format
 from qtool.methods.gptq import GPTQ
 from qtool.methods.rtn import RTN
-from qtool.recipe.parse import parse_format
 from qtool.stats.gram import Gram
 from tests.methods.test_gptq import by_activation, loss, problem
 from tests.reference.gptq import gptq

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qtool.formats._spelling import parse_format
 from qtool.methods.gptq import GPTQ
 from qtool.methods.rtn import RTN
-from qtool.recipe.parse import parse_format
 from qtool.stats.gram import Gram
 from tests.methods.test_gptq import by_activation, loss, problem
 from tests.reference.gptq import gptq, gptq_by_group

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qtool.formats._spelling import parse_format
 from qtool.formats.biased import Biased
 from qtool.methods.hqq import HQQ
 from qtool.methods.rtn import RTN
-from qtool.recipe.parse import parse_format
 
 W = torch.randn(8, 64, generator=torch.Generator().manual_seed(5)) * 0.03 + 0.01
 OTHER = HQQ(power=0.5, beta=2.0, growth=1.1, iterations=7)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from qtool.formats._base import Quantized, expand
+from qtool.formats._spelling import parse_format
 from qtool.methods._base import BlockTask, Solution
 from qtool.methods.learned import Learned, held_out, relative_error
-from qtool.recipe.parse import parse_format
 
 HIDDEN, WIDE, SAMPLES, TOKENS = 64, 128, 64, 32
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qtool.formats._spelling import parse_format
 from qtool.methods._refine import refine
 from qtool.methods.rtn import RTN
 from qtool.numerics.solving.descent import descend
 from qtool.numerics.solving.split import Split
-from qtool.recipe.parse import parse_format
 
 
 def gram_of(k: int, tokens: int, seed: int = 0) -> torch.Tensor:

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from qtool.formats._base import Quantized, expand
+from qtool.formats._spelling import parse_format
 from qtool.methods._fixed import FixedRounding
 from qtool.methods._soft import MARGIN, harden, level_at, place, soft_decode, soft_start
-from qtool.recipe.parse import parse_format
 
 LABELS = (
     *("int2-g32", "int3-g32-asym", "int4-g64", "int8-channel", "fp4-g32", "fp8-channel", "mxfp4", "mxfp6", "nvfp4"),

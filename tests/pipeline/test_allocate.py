@@ -20,6 +20,7 @@ from qtool.calibrate.inputs import quantize_tokens
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError, PlanError, RecipeError, UsageError, VerifyError
+from qtool.formats._spelling import parse_format
 from qtool.methods.rtn import RTN
 from qtool.pipeline import sensitivity, trial
 from qtool.pipeline.allocator import Allocator
@@ -32,7 +33,6 @@ from qtool.pipeline.quantize import QuantizeOptions, refuse_too_large, run
 from qtool.pipeline.scores import ScoreFile
 from qtool.pipeline.sensitivity import Pricing
 from qtool.plan import Planned
-from qtool.recipe.parse import parse_format
 from qtool.report.model import AllocationEntry, ArtifactEntry, FileEntry
 
 BODY = """

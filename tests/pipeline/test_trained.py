@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qtool.formats._spelling import parse_format
 from qtool.formats.int import Int
 from qtool.models import open_artifact
 from qtool.numerics.grids.trained import multiples
 from qtool.pipeline.prepare import prepare
 from qtool.pipeline.quantize import QuantizeOptions, run
 from qtool.pipeline.trained import forms, held
-from qtool.recipe.parse import parse_format
 from tests.artifact.conftest import save_llama
 
 LEVELS = {

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from qtool.errors import RecipeError
+from qtool.formats._spelling import parse_format
 from qtool.formats.int import Int
 from qtool.methods.gptq import GPTQ
 from qtool.methods.rtn import RTN
 from qtool.recipe.cache import dump_cache, parse_cache
 from qtool.recipe.load import find_recipe, list_recipes, load_recipe
 from qtool.recipe.nodes import DEEPEST, LARGEST
-from qtool.recipe.parse import parse_format
 from qtool.recipe.schema import Calibration, Recipe, Source
 
 HEAD = "recipe: 1\nname: test\n"

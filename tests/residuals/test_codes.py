@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from qtool.formats._base import Quantized
+from qtool.formats._spelling import parse_format
 from qtool.methods.rtn import RTN
 from qtool.numerics.solving.planes import RIDGE, pair_codes, pair_scales
 from qtool.pipeline.correct import correct
-from qtool.recipe.parse import dump_named, parse_format, parse_residual
+from qtool.problems import Mistakes
+from qtool.recipe.parse import dump_named, parse_residual
 from qtool.residuals._base import Correction, Matrix
 from qtool.residuals.codes import STARTS, Codes
 
@@ -151,5 +153,10 @@ def test_it_is_read_back_as_it_is_spelled():
     for spelled in ("int4-g64", {"type": "lut", "table": [-1.0, 0.0, 1.0], "group": 32}):
         residual = parse_residual({"codes": {"format": spelled, "share": 0.1, "unit": 64}})
         assert parse_residual(dump_named(residual)) == residual
-    with pytest.raises(ValueError, match="wanted a format such as int4-g64"):
-        parse_residual({"codes": {"format": "int99"}})
+    for wrong in ("int99", {"type": "int99"}, 4):
+        with pytest.raises(Mistakes) as direct:
+            parse_format(wrong)
+        with pytest.raises(Mistakes) as inside:
+            parse_residual({"codes": {"format": wrong}})
+        expected = [(("codes", "format", *path), text) for path, text in direct.value.found]
+        assert list(inside.value.found) == expected

@@ -11,10 +11,10 @@ from qtool.calibrate import blocks
 from qtool.checkpoint.open import open_checkpoint
 from qtool.errors import PlanError
 from qtool.formats._base import Quantized, expand
+from qtool.formats._spelling import parse_format
 from qtool.models import open_artifact
 from qtool.pipeline.prepare import prepare
 from qtool.pipeline.quantize import QuantizeOptions, run
-from qtool.recipe.parse import parse_format
 from qtool.residuals._base import Matrix
 from qtool.stages import _student
 from qtool.stages._base import StageTask

@@ -16,10 +16,10 @@ from qtool.artifact.qtool import Qtool
 from qtool.checkpoint._base import Cache, Static
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError, NumericsError, StorageError
+from qtool.formats._spelling import parse_format
 from qtool.formats.int import Int
 from qtool.numerics.grids.bits import pack
 from qtool.recipe.cache import parse_cache
-from qtool.recipe.parse import parse_format
 from qtool.store.neutral import NeutralCheckpoint, NeutralWriter
 from tests.artifact.conftest import assert_same_model, quantize, save_llama
 

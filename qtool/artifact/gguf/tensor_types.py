@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from qtool.checkpoint._base import Checkpoint, modules
 from qtool.errors import UsageError
-from qtool.recipe.parse import parse_format
+from qtool.formats._spelling import parse_format
 from qtool.recipe.schema import Recipe, Rule
 
 FLAG = "--tensor-type"

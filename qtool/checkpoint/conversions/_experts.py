@@ -1,4 +1,4 @@
-"""Mixtures of experts whose first blocks have none: what their conversions have in common."""
+"""Mixtures of experts: what their conversions have in common."""
 
 from __future__ import annotations
 
@@ -17,12 +17,24 @@ EXPERTS = {
 }
 
 
-class LateExperts(Conversion):
-    """Experts as DeepSeek V3 has them: scores by sigmoid, a bias that only chooses, and experts for all tokens.
+class BiasedExperts(Conversion):
+    """Experts whose scores are made by sigmoid, with a bias that only chooses.
 
     Attributes:
         gating: how scores are made, as llama.cpp counts that.
     """
+
+    names: ClassVar[dict[str, str]] = {"e_score_correction_bias": "e_score_correction.bias"}
+    mixture = True
+    gating: ClassVar[int] = SIGMOID
+
+    def more(self, config: dict[str, Any]) -> dict[str, Value]:
+        """See `Conversion.more`."""
+        return {"expert_gating_func": self.gating}
+
+
+class LateExperts(BiasedExperts):
+    """Experts as DeepSeek V3 has them: in groups, and experts for all tokens."""
 
     numbers: ClassVar[dict[str, str]] = GGUF_FIELDS | EXPERTS
     optional: ClassVar[dict[str, str]] = {
@@ -32,10 +44,3 @@ class LateExperts(Conversion):
         "expert_group_count": "n_group",
         "expert_group_used_count": "topk_group",
     }
-    names: ClassVar[dict[str, str]] = {"e_score_correction_bias": "e_score_correction.bias"}
-    mixture = True
-    gating: ClassVar[int] = SIGMOID
-
-    def more(self, config: dict[str, Any]) -> dict[str, Value]:
-        """See `Conversion.more`."""
-        return {"expert_gating_func": self.gating}

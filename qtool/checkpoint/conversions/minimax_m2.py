@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from qtool.checkpoint.conversions._base import Conversion
-from qtool.checkpoint.conversions._experts import SIGMOID
-from qtool.checkpoint.families._base import GGUF_FIELDS, Value
+from qtool.checkpoint.conversions._experts import BiasedExperts
+from qtool.checkpoint.families._base import GGUF_FIELDS
 
 
-class MinimaxM2(Conversion):
+class MinimaxM2(BiasedExperts):
     """`MiniMaxM2ForCausalLM`."""
 
     architecture = "MiniMaxM2ForCausalLM"
@@ -20,9 +19,3 @@ class MinimaxM2(Conversion):
         "expert_used_count": "num_experts_per_tok",
         "expert_feed_forward_length": "intermediate_size",
     }
-    names: ClassVar[dict[str, str]] = {"e_score_correction_bias": "e_score_correction.bias"}
-    mixture = True
-
-    def more(self, config: dict[str, Any]) -> dict[str, Value]:
-        """See `Conversion.more`."""
-        return {"expert_gating_func": SIGMOID}
