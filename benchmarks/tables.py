@@ -174,6 +174,46 @@ def ranks() -> Table:
     return Table("rank", plain(*ways), lines)
 
 
+def drifts() -> Table:
+    """What is made up for of the drift of inputs behind quantized layers.
+
+    https://arxiv.org/abs/2504.02692, https://arxiv.org/abs/2505.11695
+    """
+    ways = {
+        "nothing (GPTQ)": "0",
+        "half of it": "0.5",
+        "three quarters": "0.75",
+        "all of it": "1.0",
+        "three quarters, hardly a ridge": "0.75, drift_damp: 0.02",
+        "all of it, hardly a ridge (GPTAQ, Qronos)": "1.0, drift_damp: 0.02",
+    }
+    formats = ("int2-g64", "int3-g64", "int4-g64", "nvfp4")
+
+    def at(fmt: str, way: str) -> Cell:
+        method = f"method={{gptq: {{rounds: 0, drift: {way}}}}}"
+        return cell("w4a16-gptq-g64", rule(fmt), method, "export=[{to: qtool}]")
+
+    lines = {label: tuple(at(fmt, way) for fmt in formats) for label, way in ways.items()}
+    return Table("of the drift", plain("2 bits", "3 bits", "4 bits", "NVFP4"), lines)
+
+
+def kinds() -> Table:
+    """Only one kind of layer in FP4, weights and inputs: which ones it is hard for.
+
+    https://arxiv.org/abs/2603.08747
+    """
+    names = ("q", "k", "v", "o", "gate", "up", "down")
+
+    def alone(name: str, fmt: str, variant: Variant) -> Cell:
+        layers = f"{{match: '*.{name}_proj', weights: {fmt}, activations: {fmt}}}, {{match: '*', keep: true}}"
+        settings = (f"layers=[{layers}]", "transforms=[]", "method=rtn", "export=[{to: qtool}]")
+        return cell("mxfp4-hadamard", *settings, variant=variant)
+
+    pairs = [(fmt, variant) for variant in VARIANTS for fmt in ("mxfp4", "nvfp4")]
+    columns = plain("MXFP4", "NVFP4", "MXFP4, with outliers", "NVFP4, with outliers")
+    return Table("layers", columns, {name: tuple(alone(name, *pair) for pair in pairs) for name in names})
+
+
 VARIANTS: tuple[Variant, Variant] = ("off-grid", "outliers")
 TABLES: dict[str, Callable[[], Table]] = {
     "rotations": rotations,
@@ -182,6 +222,8 @@ TABLES: dict[str, Callable[[], Table]] = {
     "low-bits": low_bits,
     "eight-bits": eight_bits,
     "ranks": ranks,
+    "drifts": drifts,
+    "kinds": kinds,
 }
 
 

@@ -11,7 +11,8 @@ beyond the paper:
   for the scales found, and so on for some rounds. A row keeps a new scale only if its objective falls.
 - Formats with a codebook are walked a vector at a time: the allowed codes that cost least, all told (`vector_walk`).
 - What is approximated is W (I + a A): behind quantized layers inputs have drifted from X_0 to X, and A, the ridge
-  regression of X_0 - X on X, undoes what inputs still tell about it (after GPTAQ, https://arxiv.org/abs/2504.02692).
+  regression of X_0 - X on X, undoes what inputs still tell about it (after GPTAQ, https://arxiv.org/abs/2504.02692, and
+  Qronos, https://arxiv.org/abs/2505.11695, which take a = 1 and no ridge: then |W X_0 - W_hat X| itself is minimized).
 - A matrix that cannot be factorized gets more damping, then falls back to rounding; both are reported.
 
 The reference is the plain loop in tests/reference/gptq.py.
@@ -38,9 +39,6 @@ from qtool.stats._base import InputStats, Statistic
 from qtool.stats.drift import Drift
 from qtool.stats.gram import Gram
 
-DRIFT_DAMP = 0.3
-"""Ridge of the regression of drift on inputs, relative to the mean of the Gram matrix's diagonal."""
-
 SWEEPS = 4
 """Most passes of coordinate descent over a row in one round; rows that settle earlier stop earlier."""
 
@@ -54,6 +52,8 @@ class GPTQ(Method):
         fit: "before" fits all scales to the original weights; "walk" fits a group to its corrected weights when the
             walk reaches it, which takes the columns group by group.
         drift: share of the predictable drift of the inputs that is made up for; 0 leaves it alone.
+        drift_damp: ridge of the regression that predicts it, relative to the mean of the Gram matrix's diagonal; all of
+            the drift with hardly any ridge is the asymmetric objective of GPTAQ, and of Qronos' first step.
         rounds: of closed-form scales and coordinate descent after the walk; 0 is plain GPTQ.
     """
 
@@ -61,6 +61,7 @@ class GPTQ(Method):
     order: Literal["activation", "none"] = "activation"
     fit: Literal["before", "walk"] = "walk"
     drift: float = Field(0.75, ge=0, le=1)
+    drift_damp: float = Field(0.3, gt=0)
     rounds: int = Field(1, ge=0, le=20)
 
     @property
@@ -119,9 +120,10 @@ class GPTQ(Method):
         pair = self._drift(stats)
         if pair is None:
             return None
-        if "drift" not in stats.cache:
-            stats.cache["drift"] = ridge(*pair, DRIFT_DAMP)
-        return stats.cache["drift"]  # type: ignore[return-value]
+        key = ("drift", self.drift_damp)
+        if key not in stats.cache:
+            stats.cache[key] = ridge(*pair, self.drift_damp)
+        return stats.cache[key]  # type: ignore[return-value]
 
     def _widths(self, fmt: Format) -> tuple[int, ...]:
         """Columns of what stays together in the walk, each a multiple of the one before: vectors, spans, blocks."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from qtool.formats._base import Format, Quantized
 from qtool.formats._spelling import parse_format
 from qtool.formats.int import Int
-from qtool.methods.gptq import DRIFT_DAMP, GPTQ
+from qtool.methods.gptq import GPTQ
 from qtool.methods.rtn import RTN
 from qtool.stats._base import InputStats
 from qtool.stats.channels import Channels
@@ -178,7 +178,7 @@ def test_drift_is_made_up_for_in_what_is_approximated() -> None:
     drifted = InputStats(64, frozenset({Gram, Drift}))
     drifted.add(x, x_0)
     h = x.double().T @ x.double()
-    damped = h + DRIFT_DAMP * h.diagonal().mean() * torch.eye(64)
+    damped = h + 0.3 * h.diagonal().mean() * torch.eye(64)
     back = ((x_0 - x).double().T @ x.double()) @ torch.linalg.inv(damped)
     target = (w.double() + 0.5 * w.double() @ back).float()
     fmt = parse_format("int4-g32")
@@ -193,3 +193,24 @@ def test_drift_is_made_up_for_in_what_is_approximated() -> None:
     assert torch.equal(
         GPTQ(drift=0.5).solve(w, plain, fmt).quantized.codes, GPTQ(drift=0).solve(w, plain, fmt).quantized.codes
     )
+
+
+def test_all_of_the_drift_without_a_ridge_is_the_asymmetric_objective() -> None:
+    """Two matrices differ in |W X_0 - W_hat X|^2 (GPTAQ, Qronos) by as much as in what the walk minimizes."""
+    x, w, noise, *steps = (
+        torch.randn(n, 16, generator=torch.Generator().manual_seed(n)).double() for n in (200, 3, 201, 4, 5)
+    )
+    x_0 = x + 0.3 * noise[:200] + 0.2 * x.roll(1, 1)
+    stats = InputStats(16, frozenset({Gram, Drift}))
+    stats.add(x.float(), x_0.float())
+    target = GPTQ(drift=1, drift_damp=1e-6)._target(w.float(), stats).double()
+    first, second = (w + 0.1 * step[:3] for step in steps)
+
+    def asymmetric(w_hat: torch.Tensor) -> float:
+        return float((x_0 @ w.T - x @ w_hat.T).square().sum())
+
+    def walked(w_hat: torch.Tensor) -> float:
+        return float((x @ (target - w_hat).T).square().sum())
+
+    assert asymmetric(first) - asymmetric(second) == pytest.approx(walked(first) - walked(second), rel=1e-3)
+    assert asymmetric(target) < 0.9 * asymmetric(w)
