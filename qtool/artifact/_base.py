@@ -119,6 +119,10 @@ class Artifact(ABC):
         """Whether it can say how the KV cache is rounded; `fmt` None: not at all."""
         return Carry(fmt is None, "" if fmt is None else "it cannot say how a KV cache is quantized; remove kv_cache:")
 
+    def part(self, model: QuantizedCheckpoint) -> QuantizedCheckpoint:
+        """What of a model it holds, as a model by itself: all, unless it is for language models only."""
+        return model
+
     def caveats(self, model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
         """What to know of a model that it can hold: which of its runtimes cannot read it, or compute it differently.
 

@@ -76,6 +76,10 @@ class Checkpoint(ABC):
         """Reads rows `start` to `stop` of one tensor. Raises CheckpointError: they cannot be read."""
         return self.tensor(name)[start:stop].clone()
 
+    def rounds(self, name: str) -> bool:
+        """Whether a tensor is stored as a function of its numbers, which come back up to rounding."""
+        return False
+
     @abstractmethod
     def fingerprint(self) -> str:
         """Hex digest that changes with the model's content: of names, sizes and sampled content, not of every byte."""

@@ -34,6 +34,8 @@ from qtool.errors import CheckpointError
 
 SPECIAL = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
 FILE_TYPES: dict[object, str] = {int(kind): kind.name for kind in gguf.LlamaFileType}
+SAME_TEXT = {"qwen2vl": "qwen2", "qwen3vl": "qwen3"}
+"""Architecture that counts positions of pictures -> the one that it is for text."""
 LONG = 16
 """Entries of a list that are shown."""
 
@@ -97,12 +99,17 @@ class GGUFCheckpoint(Checkpoint):
     def info(self, name: str) -> TensorInfo:
         """See `Checkpoint.info`."""
         stored = self._file.find(*self._stored(name))
+        if form := self.family.gguf_form(self.config, name):
+            form.check(stored.shape, f"{self.source}: tensor {name}")
+            return TensorInfo(self.family.shapes(self.config)[name], stored.dtype)
         return TensorInfo(stored.shape, stored.dtype)
 
     def tensor(self, name: str) -> Tensor:
         """See `Checkpoint.tensor`."""
         there, index = self._stored(name)
         tensor, order = self._file.read(there, index=index), self._order(name)
+        if form := self.family.gguf_form(self.config, name):
+            return form.read(tensor).view(self.info(name).shape)
         if (scale := self._scale(name)) is not None:
             tensor = tensor * scale
         if offset := self.family.gguf_offset(name):
@@ -111,11 +118,16 @@ class GGUFCheckpoint(Checkpoint):
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """See `Checkpoint.rows`."""
-        if self._order(name) is not None or self.family.gguf_offset(name):
+        if self._order(name) is not None or self.family.gguf_offset(name) or self.family.gguf_form(self.config, name):
             return super().rows(name, start, stop)
         there, index = self._stored(name)
         rows, scale = self._file.read(there, start, stop, index), self._scale(name)
         return rows if scale is None else rows * scale
+
+    def rounds(self, name: str) -> bool:
+        """See `Checkpoint.rounds`."""
+        form = self.family.gguf_form(self.config, name)
+        return form is not None and form.rounds
 
     def fingerprint(self) -> str:
         """See `Checkpoint.fingerprint`."""
@@ -186,10 +198,11 @@ def scale_name(weight: str, kind: str = "scale") -> str:
 
 def _family(file: GGUFFile) -> Family | Conversion:
     """What the file's architecture is called here; of two that share it, the one whose marker is there."""
-    arch = file.metadata.get("general.architecture")
+    stored = file.metadata.get("general.architecture")
+    arch = SAME_TEXT.get(stored, stored) if isinstance(stored, str) else stored
     rooms = (FAMILIES, ROOM)
     families: list[Family | Conversion] = [registry.load(r, name)() for r in rooms for name in registry.names(r)]
-    mixture = bool(file.metadata.get(f"{arch}.expert_count"))
+    mixture = bool(file.metadata.get(f"{stored}.expert_count"))
     fitting = [family for family in families if family.gguf_arch == arch and family.mixture == mixture]
     if not fitting:
         known = sorted({family.gguf_arch for family in families})
@@ -199,7 +212,10 @@ def _family(file: GGUFFile) -> Family | Conversion:
             found=f"{arch!r:.60}{' with experts' if mixture else ''}",
         )
     marked = [family for family in fitting if _marked(file, family.gguf_marker)]
-    return (marked or [family for family in fitting if family.gguf_marker is None])[0]
+    found = (marked or [family for family in fitting if family.gguf_marker is None])[0]
+    if isinstance(stored, str) and stored != arch:
+        found.gguf_arch = stored  # type: ignore[misc] # of this one
+    return found
 
 
 def _marked(file: GGUFFile, marker: str | tuple[str, int] | None) -> bool:
@@ -215,10 +231,10 @@ def _config(file: GGUFFile, family: Family | Conversion) -> dict[str, Any]:
     numbers = family.numbers if isinstance(family, Conversion) else GGUF_FIELDS
     values |= {key: _number(file, f"{arch}.{key}") for key in numbers if key != "vocab_size"}
     config: dict[str, Any] = {field: values[key] for key, field in numbers.items()}
-    latent = isinstance(family, Conversion) and family.latent
-    dim = 0 if latent else _head_dim(file, arch, config)
-    config |= {} if latent else {"head_dim": dim}
+    plain = isinstance(family, Conversion) and (family.latent or not family.attends)
+    dim = 0 if plain else _head_dim(file, arch, config)
     factors = {name: file.read(name) for name in ROPE_TENSORS if name in file.tensors}
+    config |= {} if plain else {"head_dim": dim}
     config |= rope_config(fields, arch, fields.get(f"{arch}.rope.dimension_count", dim), factors)
     config |= {
         field: fields[f"tokenizer.ggml.{key}"] for key, field in SPECIAL.items() if f"tokenizer.ggml.{key}" in fields
@@ -244,6 +260,7 @@ def _number(file: GGUFFile, key: str) -> Any:
     if key.endswith("head_count_kv") and value is None:
         value = file.metadata.get(key.removesuffix("_kv"))
     if isinstance(value, list):
+        value = [x for x in value if x] or value  # blocks without attention have no heads
         if len(set(value)) != 1:
             raise CheckpointError(f"{file.path}: {key} differs between blocks", wanted="one number for all")
         value = value[0]

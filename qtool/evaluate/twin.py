@@ -23,6 +23,7 @@ from qtool.artifact.gguf import GGUF
 from qtool.checkpoint._base import Checkpoint, Layer, QuantizedCheckpoint, TensorInfo
 from qtool.checkpoint.config import complete
 from qtool.checkpoint.families._base import Family
+from qtool.checkpoint.language import language_model
 from qtool.errors import CheckpointError, QtoolError
 from qtool.evaluate.proof import prove
 from qtool.evaluate.readers import READERS
@@ -135,6 +136,7 @@ def prove_twin(artifact: Artifact, model: Checkpoint) -> Proof | None:
     """
     if not isinstance(artifact, GGUF) or not READERS["llama.cpp"].installed or model.family.model_free:
         return None
+    model = language_model(model)
     return _proven(json.dumps(dict(model.config), sort_keys=True))
 
 

@@ -61,7 +61,7 @@ def publish(
         proof = None
         if check:
             with watch.stage(f"verify {name}"):
-                verify(f"verify {name}", artifact.open(place), model, listener, ranks)
+                verify(f"verify {name}", artifact.open(place), artifact.part(model), listener, ranks)
                 ranks.barrier()
             if ranks.first and artifact.reading(artifact.open(place)):
                 with watch.stage(f"run {name}"):
@@ -89,8 +89,9 @@ def run_apart(
     """
     written = artifact.open(place)
     listener(Event(f"run {name}", 0, 1))
-    prove_twin(artifact, model)
-    proof = prove(artifact, written, model)
+    part = artifact.part(model)
+    prove_twin(artifact, part)
+    proof = prove(artifact, written, part)
     if proof and proof.tokens:
         write_card(artifact, written, place, card | {"proof": proof.words})
     failed = bool(proof and "cannot run" in proof.why_not)

@@ -21,6 +21,7 @@ from qtool.artifact.gguf._tokenizer import tokenizer_metadata
 from qtool.artifact.gguf._writer import ModelWriter, block_bytes, candidates
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, modules
 from qtool.checkpoint.gguf_parts import first_parts
+from qtool.checkpoint.language import LanguageModel, language_model
 from qtool.errors import CheckpointError
 from qtool.store.files import storage_errors
 from qtool.store.imatrix import about_importance
@@ -56,6 +57,7 @@ class GGUF(Artifact):
         """See `Artifact.supports`. Raises CheckpointError: the model has no tokenizer."""
         if not model.files.keys() & {"tokenizer.json", "tokenizer.model"}:
             raise CheckpointError(f"{model.source} has no tokenizer", wanted="tokenizer.json or tokenizer.model")
+        model = language_model(model)
         family, config = model.family, model.config
         try:
             family.gguf_names(config), family.gguf_metadata(config), family.gguf_extra_tensors(config)
@@ -64,12 +66,22 @@ class GGUF(Artifact):
             return Carry(False, str(error))
         return Carry(True)
 
+    def part(self, model: QuantizedCheckpoint) -> QuantizedCheckpoint:
+        """See `Artifact.part`: the language model."""
+        found = language_model(model)
+        assert isinstance(found, QuantizedCheckpoint)
+        return found
+
     def caveats(self, model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
         """See `Artifact.caveats`."""
-        window = model.family.gguf_window(model.config)
-        if window is None or window >= model.config.get("max_position_embeddings", 0):
-            return []
-        return [f"llama.cpp lets attention see more than its window: results are the model's up to {window} tokens"]
+        found = language_model(model)
+        left = ["only the language model is in this file; llama.cpp wants the other parts in one of their own"]
+        about = left if found is not model else []
+        window = found.family.gguf_window(found.config)
+        if window is None or window >= found.config.get("max_position_embeddings", 0):
+            return about
+        seen = "llama.cpp lets attention see more than its window"
+        return [*about, f"{seen}: results are the model's up to {window} tokens"]
 
     def reading(self, model: QuantizedCheckpoint) -> Reading:
         """See `Artifact.reading`."""
@@ -96,8 +108,10 @@ class GGUF(Artifact):
         source = Path(str(card.get("base_model", model.source)).rstrip("/"))
         base = source.stem if source.suffix == ".gguf" else source.name
         stem = "-".join(filter(None, (base, card.get("recipe_name"))))
+        part = self.part(model)
+        about = {**about_importance(card.get("importance")), **(part.about if isinstance(part, LanguageModel) else {})}
         path = out / (re.sub(r"[^\w.-]+", "-", stem).strip("-.") + ".gguf")
-        return ModelWriter(model, path, base, self.options, about_importance(card.get("importance")))
+        return ModelWriter(part, path, base, self.options, about)
 
     def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
         """See `Artifact.write`."""

@@ -123,7 +123,8 @@ class ModelWriter:
         self.extra = self.family.gguf_extra_tensors(self.config)
         self.shapes = {there: tuple(tensor.shape) for there, tensor in self.extra.items()}
         for there, members in self.members.items():
-            shape = self.model.info(members[0]).shape
+            form = self.family.gguf_form(self.config, members[0])
+            shape = form.shape if form else self.model.info(members[0]).shape
             self.shapes[there] = shape if stacked(members[0])[1] is None else (len(members), *shape)
             if self._has_scale(members[0]):
                 self.shapes[scale_name(there)] = (len(members),)
@@ -223,6 +224,8 @@ class ModelWriter:
     def _kept(self, names: Sequence[str]) -> tuple[int, Iterator[Tensor]]:
         """Tensors in their own type."""
         dtype = self._dtype(names)
+        if form := self.family.gguf_form(self.config, names[0]):
+            return PLAIN[dtype], iter([form.write(self.model.tensor(names[0]).float())])
         parts = (part.to(dtype) for name in names for part in self._rows(name))
         offset = self.family.gguf_offset(names[0])
         return PLAIN[dtype], (part + offset for part in parts) if offset else parts
@@ -230,7 +233,8 @@ class ModelWriter:
     def _dtype(self, names: Sequence[str]) -> torch.dtype:
         """The type of what is kept; vectors and routers are in F32, because llama.cpp computes so."""
         infos = [self.model.info(name) for name in names]
-        if len(infos[0].shape) == 1 or self._role(names[0]) == "router":
+        plain = self.family.gguf_form(self.config, names[0]) is None
+        if not plain or len(infos[0].shape) == 1 or self._role(names[0]) == "router":
             return torch.float32
         return reduce(torch.promote_types, (info.dtype for info in infos))
 

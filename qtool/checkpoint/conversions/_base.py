@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qtool import registry
 from qtool.checkpoint.families._base import GGUF_FIELDS, Value
-from qtool.checkpoint.families._gguf import check_fixed, name_map, positive
+from qtool.checkpoint.families._gguf import Form, check_fixed, name_map, positive
 from qtool.checkpoint.families._parts import stacked
 from qtool.checkpoint.families._rope import LLAMA3_TENSOR, check_llama3, llama3_factors, rope_metadata
 from qtool.errors import CheckpointError
@@ -48,6 +48,7 @@ class Conversion:
         gguf_untied: as in `Family`.
         latent: whether keys are longer than values.
         window: whether llama.cpp lets attention see more than `sliding_window`.
+        attends: whether some block has attention.
     """
 
     architecture: ClassVar[str]
@@ -65,6 +66,7 @@ class Conversion:
     gguf_marker: ClassVar[str | tuple[str, int] | None] = None
     window: ClassVar[bool] = False
     latent: ClassVar[bool] = False
+    attends: ClassVar[bool] = True
     gguf_untied: ClassVar[bool] = False
 
     @property
@@ -157,6 +159,10 @@ class Conversion:
         one[:rotated] = torch.arange(rotated).view(2, rotated // 2).t().reshape(-1)
         count = kv_heads if role == "k" else heads
         return (torch.arange(count)[:, None] * dim + one).reshape(-1)
+
+    def form(self, config: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Form | None:
+        """See `Family.gguf_form`; `config` is complete."""
+        return None
 
     def offset(self, name: str) -> float:
         """What GGUF adds to every value of a tensor."""

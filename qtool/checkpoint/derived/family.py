@@ -11,6 +11,7 @@ from qtool.checkpoint.conversions._base import Conversion, conversion_of, filled
 from qtool.checkpoint.derived.derive import Facts, derive
 from qtool.checkpoint.families._base import Family, Value
 from qtool.checkpoint.families._edges import Edge
+from qtool.checkpoint.families._gguf import Form
 from qtool.checkpoint.families._parts import Linear, Slice
 from qtool.errors import CheckpointError
 
@@ -108,6 +109,11 @@ class Derived(Family):
     def gguf_offset(self, name: str) -> float:
         """See `Family.gguf_offset`."""
         return self.naming.offset(name) if self.naming else 0.0
+
+    def gguf_form(self, config: dict[str, Any], name: str) -> Form | None:
+        """See `Family.gguf_form`."""
+        shape = self.facts.shapes.get(name)
+        return self.naming.form(filled(config), name, shape) if self.naming and shape else None
 
     def gguf_window(self, config: dict[str, Any]) -> int | None:
         """See `Family.gguf_window`."""

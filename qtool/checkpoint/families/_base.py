@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qtool.checkpoint.families._edges import Edge
-from qtool.checkpoint.families._gguf import name_map
+from qtool.checkpoint.families._gguf import Form, name_map
 from qtool.checkpoint.families._parts import ATTENTION, GATED_MLP, Linear, Slice, pairs, stacked
 from qtool.checkpoint.families._rope import LLAMA3_TENSOR, check_llama3, llama3_factors, rope_metadata
 from qtool.errors import CheckpointError
@@ -23,7 +23,7 @@ from qtool.errors import CheckpointError
 OUTPUT = "lm_head"
 """What recipes call the output layer, whatever a model calls it."""
 
-Value = int | float | bool | str
+Value = int | float | bool | str | list[int] | list[float]
 """A GGUF metadata value: int is stored as UINT32, float as FLOAT32."""
 
 
@@ -289,6 +289,10 @@ class Family:
         heads, kv_heads, dim = self.heads(config)
         count = kv_heads if role == "k" else heads
         return torch.arange(count * dim).view(count, 2, dim // 2).transpose(1, 2).reshape(-1)
+
+    def gguf_form(self, config: dict[str, Any], name: str) -> Form | None:
+        """How GGUF stores a tensor otherwise than in its own shape and numbers; None: it does not."""
+        return None
 
     def gguf_offset(self, name: str) -> float:
         """What GGUF adds to every value of a tensor: its norms multiply with the weight alone."""

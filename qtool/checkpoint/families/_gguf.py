@@ -2,10 +2,45 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from torch import Tensor
+
 from qtool.errors import CheckpointError
+
+
+def unchanged(x: Tensor) -> Tensor:
+    """x."""
+    return x
+
+
+@dataclass(frozen=True)
+class Form:
+    """How GGUF stores a tensor that it stores otherwise than checkpoints do, always in float32.
+
+    Attributes:
+        shape: there.
+        write: what becomes of the numbers.
+        read: the way back, in float32 up to rounding.
+    """
+
+    shape: tuple[int, ...]
+    write: Callable[[Tensor], Tensor] = unchanged
+    read: Callable[[Tensor], Tensor] = unchanged
+
+    @property
+    def rounds(self) -> bool:
+        """Whether numbers come back up to rounding only."""
+        return self.write is not unchanged
+
+    def check(self, shape: tuple[int, ...], where: str) -> None:
+        """Raises CheckpointError: it is stored in another shape."""
+        if math.prod(shape) != math.prod(self.shape):
+            raise CheckpointError(where, wanted=list(self.shape), found=list(shape))
 
 
 @cache
