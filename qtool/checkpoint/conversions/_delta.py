@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any, ClassVar
 
 from qtool.checkpoint.conversions._base import check_layers
-from qtool.checkpoint.conversions._states import States
+from qtool.checkpoint.conversions._states import Recurrent
 from qtool.checkpoint.families._base import GGUF_FIELDS, Value
 from qtool.checkpoint.families._gguf import check_fixed, positive
 
@@ -20,7 +20,7 @@ EXPERTS = {
 }
 
 
-class Delta(States):
+class Delta(Recurrent):
     """A quarter of every head of attention is rotated, and its output is gated."""
 
     numbers: ClassVar[dict[str, str]] = GGUF_FIELDS | {

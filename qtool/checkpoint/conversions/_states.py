@@ -29,7 +29,7 @@ def log_decay(x: Tensor) -> Tensor:
     return torch.log(-x.double()).float()
 
 
-class States(Conversion):
+class Recurrent(Conversion):
     """Convolutions and decays, as all of them have these.
 
     Attributes:

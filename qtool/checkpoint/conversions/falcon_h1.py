@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from qtool.checkpoint.conversions._states import States, check_steps
+from qtool.checkpoint.conversions._states import Recurrent, check_steps
 from qtool.checkpoint.families._base import GGUF_FIELDS, Value
 from qtool.checkpoint.families._gguf import check_fixed
 
@@ -14,7 +14,7 @@ ONE = (
 )
 
 
-class FalconH1(States):
+class FalconH1(Recurrent):
     """`FalconH1ForCausalLM`. llama.cpp wants its multipliers inside of weights, where codes have no place for them."""
 
     architecture = "FalconH1ForCausalLM"

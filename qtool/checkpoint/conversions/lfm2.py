@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
-from qtool.checkpoint.conversions._states import States
+from qtool.checkpoint.conversions._states import Recurrent
 from qtool.checkpoint.families._base import GGUF_FIELDS, Value
 
 LENGTH = "feed_forward_length"
 
 
-class Lfm2(States):
+class Lfm2(Recurrent):
     """`Lfm2ForCausalLM`."""
 
     architecture = "Lfm2ForCausalLM"

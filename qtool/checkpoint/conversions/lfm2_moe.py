@@ -6,12 +6,12 @@ from collections.abc import Collection
 from typing import Any, ClassVar
 
 from qtool.checkpoint.conversions._experts import SIGMOID
-from qtool.checkpoint.conversions._states import States
+from qtool.checkpoint.conversions._states import Recurrent
 from qtool.checkpoint.conversions.lfm2 import kinds_of
 from qtool.checkpoint.families._base import GGUF_FIELDS, Value
 
 
-class Lfm2Moe(States):
+class Lfm2Moe(Recurrent):
     """`Lfm2MoeForCausalLM`."""
 
     architecture = "Lfm2MoeForCausalLM"

@@ -6,12 +6,12 @@ from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 from qtool.checkpoint.conversions._base import filled
-from qtool.checkpoint.conversions._states import States, check_steps
+from qtool.checkpoint.conversions._states import Recurrent, check_steps
 from qtool.checkpoint.families._base import Value
 from qtool.checkpoint.families._gguf import Form, check_fixed, positive
 
 
-class Mamba2(States):
+class Mamba2(Recurrent):
     """`Mamba2ForCausalLM`. The norm behind the states is over all groups in transformers, in llama.cpp over each."""
 
     architecture = "Mamba2ForCausalLM"
