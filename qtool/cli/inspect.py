@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qtool.cli import options
-from qtool.cli.console import document, result, table
+from qtool.cli.console import Console, document, result, table
 from qtool.errors import printable
 from qtool.report.units import size
 
@@ -31,6 +31,7 @@ def command(
     ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     json: options.Json = False,
+    quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
     """Show what is in a checkpoint or an artifact: types, sizes, bits per weight by role, metadata.
@@ -42,7 +43,8 @@ def command(
     from qtool.pipeline import inspect as stage
     from qtool.pipeline import measured
 
-    found = measured.run(path) or stage.run(path)
+    with Console(quiet):
+        found = measured.run(path) or stage.run(path)
     if json:
         document(found.model_dump(mode="json"))
     elif isinstance(found, measured.Measurements):

@@ -126,9 +126,10 @@ def recipes_of(recipe: list[str] | None, family: str | None, console: Console) -
 def run_family(asked: QuantizeOptions, recipes: list[str], console: Console, json: bool) -> None:
     """Quantizes by several recipes and prints what came of each, before a gate may say no."""
     from qtool.pipeline import family
-    from qtool.pipeline.quantize import conclude
+    from qtool.pipeline.upload import claim
 
     with console:
+        claim(asked.push_to, asked.private, asked.revision)
         reports = family.run(asked, recipes, console)
     if json:
         document([report.model_dump(mode="json") for report in reports])
@@ -136,16 +137,17 @@ def run_family(asked: QuantizeOptions, recipes: list[str], console: Console, jso
         parts = [summary(report, asked.out / report.recipe_name) for report in reports]
         result("\n\n".join([*parts, f"compared: {asked.out / family.PAGE}"]))
     with console:
-        for report in reports:
-            conclude(report, asked, console)
+        family.conclude(reports, asked, console)
 
 
 def run(asked: QuantizeOptions, console: Console, json: bool) -> None:
     """Quantizes and prints what came of it, before a gate or the hub may say no."""
     from qtool.pipeline import quantize as stage
     from qtool.pipeline.one_file import folder_of
+    from qtool.pipeline.upload import claim
 
     with console:
+        claim(asked.push_to, asked.private, asked.revision)
         report = stage.run(asked, console)
     if json:
         document(report.model_dump(mode="json"))

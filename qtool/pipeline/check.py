@@ -51,10 +51,11 @@ def _evaluation(job: Job) -> None:
 
 
 def _calibration(job: Job) -> None:
-    """Loads the tokenizer and reads the first document of every source, if a layer or the KV cache wants data."""
+    """Loads the tokenizer and reads the first document of every source, if anything wants data."""
     calibration = job.plan.recipe.calibration
     cache = job.plan.recipe.kv_cache
-    if not any(p.needs for p in job.plan.layers) and not (cache and cache.static):
+    wanted = job.plan.recipe.budget is not None or (cache is not None and cache.static)
+    if not wanted and not any(p.needs for p in job.plan.layers):
         return
     tokenizer = load_tokenizer(job.checkpoint)
     for source in _sources(calibration):

@@ -12,9 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from qtool.errors import StorageError, UsageError
+from qtool.evaluate.gates import refuse_missed
 from qtool.pipeline import compare, quantize
 from qtool.pipeline.events import Event, Listener, silent
 from qtool.pipeline.one_file import SUFFIX
+from qtool.pipeline.repository import repository
+from qtool.pipeline.upload import upload
 from qtool.recipe.load import load_recipe
 from qtool.report.model import Report
 from qtool.store.files import storage_errors
@@ -56,15 +59,37 @@ def run(options: quantize.QuantizeOptions, recipes: Sequence[str], listener: Lis
     return reports
 
 
+def conclude(reports: Sequence[Report], options: quantize.QuantizeOptions, listener: Listener = silent) -> None:
+    """Holds finished runs against the gates of their recipes, and uploads all as one repository if all pass.
+
+    Args:
+        reports: what `run` gave.
+        options: what it was asked for.
+        listener: called with events of progress.
+
+    Raises:
+        GateError: a gate is missed; nothing is uploaded.
+        HubError, StorageError: see `upload` and `repository`.
+    """
+    for evaluation in (e for report in reports for e in report.evaluations):
+        refuse_missed(evaluation.gates)
+    if options.push_to and options.ranks.first:
+        pages = (PAGE, Path(PAGE).with_suffix(".json").name)
+        with repository(output_path(options.out, options.model), reports, pages, options.push_to) as folder:
+            upload(folder, options.push_to, listener, private=options.private, revision=options.revision)
+
+
 def checked(options: quantize.QuantizeOptions, recipes: Sequence[str]) -> list[str]:
     """Names of the recipes' folders. Raises UsageError, RecipeError: before any work."""
     if len(recipes) < 2:
         raise UsageError("a family", wanted="two recipes or more", found=len(recipes))
     if options.out.suffix == SUFFIX:
         raise UsageError(f"--out {options.out.name}", wanted="a folder for several recipes", found="one file")
-    if options.push_to:
-        raise UsageError("--push-to-hub", wanted="one recipe", found=f"{len(recipes)}; upload each result by itself")
-    names = [load_recipe(recipe).name for recipe in recipes]
+    loaded = [load_recipe(recipe) for recipe in recipes]
+    names = [recipe.name for recipe in loaded]
+    other = next((e.to for recipe in loaded for e in recipe.export if e.to != "gguf"), None)
+    if options.push_to and other:
+        raise UsageError("--push-to-hub", wanted="one recipe, or several that export GGUF alone", found=other)
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError("--recipe", wanted="recipes with different names", found=f"{twice[0]} twice")
     if unfit := [name for name in names if not name or name != os.path.basename(name) or name.startswith(".")]:

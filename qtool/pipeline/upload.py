@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qtool.errors import UsageError
 from qtool.pipeline.events import Event, Listener
-from qtool.store.hub import HUB_ID, push_to_hub
+from qtool.store.hub import HUB_ID, create_repository, push_to_hub, refuse_stranger
 
 
 def check_repository(repo: str | None, private: bool = False, revision: str | None = None) -> None:
@@ -16,6 +16,31 @@ def check_repository(repo: str | None, private: bool = False, revision: str | No
         raise UsageError(flag, wanted="--push-to-hub OWNER/NAME beside it", found="none")
     if repo is not None and not HUB_ID.fullmatch(repo):
         raise UsageError("--push-to-hub", wanted="OWNER/NAME of a repository", found=repr(repo))
+
+
+def claim(
+    repo: str | None,
+    private: bool = False,
+    revision: str | None = None,
+    endpoint: str | None = None,
+    token: str | None = None,
+) -> None:
+    """Creates the repository that a run will upload to, before hours of work; None: it uploads to none.
+
+    Args:
+        repo: see `upload`, as for the others.
+        private: see there.
+        revision: see there.
+        endpoint: see there.
+        token: see there.
+
+    Raises:
+        UsageError, HubError: see `check_repository`, `refuse_stranger` and `create_repository`.
+    """
+    check_repository(repo, private, revision)
+    if repo is not None:
+        refuse_stranger(repo, token, endpoint)
+        create_repository(repo, token, endpoint, private, revision)
 
 
 def upload(

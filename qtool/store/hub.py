@@ -38,13 +38,44 @@ def push_to_hub(
 
     api = HfApi(endpoint=endpoint, token=token)
     message = "Upload a model quantized by qtool"
+    hint = f"nothing is lost: log in with `hf auth login`, then `hf upload {repo} {folder}`"
+    address = create_repository(repo, token, endpoint, private, revision, hint)
+    try:
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, revision=revision)
+    except failures() as error:
+        raise HubError(f"cannot upload to {repo}", found=one_line(error), hint=hint) from error
+    return address
+
+
+def create_repository(
+    repo: str,
+    token: str | None = None,
+    endpoint: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    hint: str = "log in with `hf auth login`",
+) -> str:
+    """Creates a repository, and a branch of it, if they are missing, and returns its address.
+
+    Args:
+        repo: see `push_to_hub`, as for the next four.
+        token: see there.
+        endpoint: see there.
+        private: see there.
+        revision: see there.
+        hint: what to do about a refusal.
+
+    Raises:
+        HubError: the hub refused or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=endpoint, token=token)
     try:
         address = str(api.create_repo(repo, exist_ok=True, private=private or None))
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, revision=revision)
     except failures() as error:
-        hint = f"nothing is lost: log in with `hf auth login`, then `hf upload {repo} {folder}`"
         raise HubError(f"cannot upload to {repo}", found=one_line(error), hint=hint) from error
     return address
 

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants
 
 from qtool.errors import HubError, UsageError
-from qtool.pipeline.upload import check_repository
+from qtool.pipeline.upload import check_repository, claim
 from qtool.store.hub import push_to_hub, refuse_stranger
 
 REPO = "someone/tiny-quantized"
@@ -130,6 +130,20 @@ def test_a_private_repository_and_a_branch(hub, folder, tree):
     assert request.get("private") is True or request["visibility"] == "private"  # as releases of the library say it
     assert (hub.branches, hub.committed) == (["next"], "next")
     assert hub.files == tree(folder)
+
+
+def test_a_repository_is_there_before_hours_of_work(hub):
+    claim(None)
+    claim(REPO, True, "next", hub.address, "hf_secret")
+    ((request, _),) = hub.created
+    assert request.get("private") is True or request["visibility"] == "private"
+    assert (hub.branches, hub.files) == (["next"], {})
+    with pytest.raises(HubError, match="wanted an owner among someone, lab, found stranger"):
+        claim("stranger/tiny", endpoint=hub.address, token="hf_secret")
+    hub.refuse = "/api/repos/create"
+    with pytest.raises(HubError, match="cannot upload to someone/tiny-quantized"):
+        claim(REPO, endpoint=hub.address, token="hf_secret")
+    assert len(hub.created) == 1
 
 
 def test_who_may_upload_is_asked_before(hub):
