@@ -46,7 +46,8 @@ def command(
 ) -> None:
     """Compare quantized models: size against divergence, and which of them no other beats.
 
-    Divergences come from the reports; with --text and --baseline, models that lack one are measured.
+    Divergences come from the reports; with --text and --baseline, models that lack one are measured. Where llama.cpp is
+    installed, it says how many tokens per second it writes by GGUF files.
 
     Example: `qtool compare ./SmolLM2-135M-w4 ./SmolLM2-135M.Q4_K_M.gguf -o compare.html`
     """
@@ -70,11 +71,13 @@ def command(
 
 def show(found: Comparison) -> str:
     """A line per model, smallest first; a star for those that no other beats."""
-    rows = []
+    rows, timed = [], any(e.speed for e in found.entries)
     for e in found.entries:
         q = e.evaluation
         kld = f"{q.kld_mean:.4g} ± {q.kld_error or 0:.2g}" if q and q.kld_mean is not None else "-"
         note = "*" if e.name in found.best else "" if e.name in found.comparable or not q else "on another text"
-        rows.append([e.name, e.kind, size(e.nbytes), f"{e.bits_per_weight:.3f}", kld, note])
-    header = ["model", "kind", "size", "bits per weight of the whole model", "KL divergence, nats", ""]
-    return table(header, rows, frozenset({2, 3, 4}))
+        speed = [f"{e.speed[1]:.1f}" if e.speed else "-"] if timed else []
+        rows.append([e.name, e.kind, size(e.nbytes), f"{e.bits_per_weight:.3f}", kld, *speed, note])
+    extra = ["tokens per second"] if timed else []
+    header = ["model", "kind", "size", "bits per weight of the whole model", "KL divergence, nats", *extra, ""]
+    return table(header, rows, frozenset({2, 3, 4, 5} if timed else {2, 3, 4}))

@@ -11,6 +11,7 @@ The cache is F32 and flash attention is off, so that differences to another runt
 from __future__ import annotations
 
 import ctypes
+import time
 import weakref
 from collections.abc import Sequence
 from functools import cache
@@ -165,19 +166,51 @@ class Runtime:
         self.vocab = ctypes.c_void_p(self.lib.llama_model_get_vocab(self.model))
         self.n_vocab = int(self.lib.llama_vocab_n_tokens(self.vocab))
 
-    def values(self, tokens: Sequence[int]) -> Any:
-        """float32 [T, V] of numpy: what follows each of T tokens from the start of a context.
+    def decode(self, tokens: Sequence[int], wanted: Sequence[int], going_on: bool = False) -> None:
+        """Runs tokens.
+
+        Args:
+            tokens: T of them.
+            wanted: 1 for those whose logits are wanted, T of them.
+            going_on: behind what was run before, instead of from the start of a context.
 
         Raises:
             UsageError: no tokens, or more than the context holds.
         """
         if not 0 < len(tokens) <= self.n_ctx:
             raise UsageError("llama.cpp's context", wanted=f"1 to {self.n_ctx} tokens", found=len(tokens))
-        self.lib.llama_memory_clear(self.memory, ctypes.c_bool(True))
+        if not going_on:
+            self.lib.llama_memory_clear(self.memory, ctypes.c_bool(True))
         ids = (ctypes.c_int32 * len(tokens))(*(int(token) for token in tokens))
-        every = (ctypes.c_int8 * len(tokens))(*([1] * len(tokens)))
-        status = self.lib.llama_decode(self.context, LlamaBatch(n_tokens=len(tokens), token=ids, logits=every))
+        flags = (ctypes.c_int8 * len(tokens))(*wanted)
+        status = self.lib.llama_decode(self.context, LlamaBatch(n_tokens=len(tokens), token=ids, logits=flags))
         if status:
             raise QtoolError(f"llama_decode failed with status {status}", found=" / ".join(complaints) or None)
+
+    def speed(self, prompt: int, written: int) -> tuple[float, float]:
+        """Tokens per second: of a prompt that is read at once, and of those that are written one by one behind it.
+
+        Args:
+            prompt: tokens of it.
+            written: tokens behind it.
+        """
+        tokens, last = [i % self.n_vocab for i in range(prompt)], [0] * (prompt - 1) + [1]
+        self.decode(tokens, last)  # so that weights are in memory
+        begin = time.perf_counter()
+        self.decode(tokens, last)
+        self.lib.llama_synchronize(self.context)
+        between = time.perf_counter()
+        for token in range(written):
+            self.decode([token % self.n_vocab], [1], going_on=True)
+        self.lib.llama_synchronize(self.context)
+        return prompt / (between - begin), written / (time.perf_counter() - between)
+
+    def values(self, tokens: Sequence[int]) -> Any:
+        """float32 [T, V] of numpy: what follows each of T tokens from the start of a context.
+
+        Raises:
+            UsageError: no tokens, or more than the context holds.
+        """
+        self.decode(tokens, [1] * len(tokens))
         found: Any = self.lib.llama_get_logits(self.context)
         return np.ctypeslib.as_array(found, shape=(len(tokens), self.n_vocab)).copy()

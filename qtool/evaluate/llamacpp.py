@@ -6,6 +6,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +31,17 @@ for line in sys.stdin:
         said = str(error)
     print(json.dumps(said), flush=True)
 """
+SPEED = """
+import json
+sys.path[:] = json.loads(sys.argv[1])
+from pathlib import Path
+from qtool.evaluate.llama_api import Runtime
+for line in sys.stdin:
+    prompt, written = json.loads(line)
+    print(json.dumps(Runtime(Path(sys.argv[2]), prompt + written, int(sys.argv[3])).speed(prompt, written)), flush=True)
+"""
+PROMPT, WRITTEN = 64, 24
+"""Tokens by which speed is measured."""
 SECONDS = 600.0
 """To load a model and run some tokens, which reads every weight once."""
 
@@ -56,6 +68,29 @@ def try_file(path: Path, tokens: list[int] | None = None) -> Tensor:
             if said := child.ask(tokens or [0], SECONDS):
                 raise CheckpointError(said)
         return torch.from_numpy(np.load(place, allow_pickle=False))
+
+
+class Speed(NamedTuple):
+    """Tokens per second: of a prompt that is read at once, and of those that are written one by one."""
+
+    prompt: float
+    written: float
+
+
+def speed_of(path: Path) -> Speed:
+    """How fast llama.cpp is with a file, in another process.
+
+    Args:
+        path: a GGUF file.
+
+    Raises:
+        CheckpointError: it does not load the file, or ends, or hangs.
+        MissingExtra: xllamacpp is not installed.
+    """
+    library()
+    arguments = (json.dumps(sys.path), str(path), str(torch.get_num_threads()))
+    with Child(SPEED, f"llama.cpp cannot run {path}", *arguments, memory=-1) as child:
+        return Speed(*child.ask([PROMPT, WRITTEN], SECONDS))
 
 
 class LlamaCpp(Runtime):

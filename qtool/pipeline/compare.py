@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from qtool.checkpoint.open import local
-from qtool.errors import UsageError
+from qtool.errors import QtoolError, UsageError
+from qtool.evaluate.llamacpp import speed_of
 from qtool.evaluate.result import Evaluation
 from qtool.pipeline import evaluate
-from qtool.pipeline.events import Listener, silent
+from qtool.pipeline.events import Event, Listener, silent
 from qtool.pipeline.inspect import run as inspect
 from qtool.report.comparison import Compared, Comparison, compare, html
 from qtool.report.model import Report
 from qtool.report.render import read_report
-from qtool.report.summary import bits_per_weight, error_rows, main_evaluation, model_bytes
+from qtool.report.summary import bits_per_weight, error_rows, main_evaluation, model_bytes, stored_as
+from qtool.report.summary import errors as layer_errors
 from qtool.store.files import new_file, sha256
 from qtool.store.names import output_path
+
+LATER = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
+"""Names of parts behind the first."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +35,14 @@ class CompareOptions:
     Attributes:
         sources: folders of runs, report.json files, artifacts, GGUF files.
         out: the page; its JSON lies beside it, with the suffix .json.
+        speed: ask llama.cpp, where it is installed, how fast it is with GGUF files.
         measure: how to evaluate what has no evaluation of that text; None: not at all. `artifact` is replaced.
     """
 
     sources: tuple[str, ...]
     out: Path | None = None
     measure: evaluate.EvaluateOptions | None = None
+    speed: bool = True
 
 
 def run(options: CompareOptions, listener: Listener = silent) -> Comparison:
@@ -50,6 +59,8 @@ def run(options: CompareOptions, listener: Listener = silent) -> Comparison:
     found = [entry(source, name) for source, name in zip(options.sources, names, strict=True)]
     if options.measure:
         found = [measured(each, options.measure, listener) for each in found]
+    if options.speed and find_spec("xllamacpp"):
+        found = [timed(each, listener) for each in found]
     comparison = compare(found)
     if out:
         for path, text in ((out, html(comparison)), (out.with_suffix(".json"), comparison.model_dump_json(indent=1))):
@@ -79,10 +90,19 @@ def entry(source: str, name: str) -> Compared:
     """What is known of one model."""
     if report := report_of(source):
         errors = {row.role: row.median for row in error_rows(report)}
+        known_errors = {layer.name: db for layer, db in layer_errors(report)}
+        layers = {e.name: (stored_as(e), known_errors.get(e.name)) for e in report.layers}
         size, bits, kind = model_bytes(report), bits_per_weight(report), report.recipe_name
         known = main_evaluation(report)
         return Compared(
-            name=name, source=source, kind=kind, nbytes=size, bits_per_weight=bits, evaluation=known, errors=errors
+            name=name,
+            source=source,
+            kind=kind,
+            nbytes=size,
+            bits_per_weight=bits,
+            evaluation=known,
+            errors=errors,
+            layers=layers,
         )
     contents = inspect(source)
     return Compared(
@@ -100,10 +120,29 @@ def measured(known: Compared, measure: evaluate.EvaluateOptions, listener: Liste
     """The same with an evaluation of the text that is asked for, unless it has that."""
     if known.evaluation and known.evaluation.text_sha256 == sha256(measure.text):
         return known
-    artifact = known.source
-    if report := report_of(known.source):
-        folder = local(known.source)
-        folder = folder if folder.is_dir() else folder.parent
-        artifact = str(folder / report.artifacts[0].path)
-    found: Evaluation = evaluate.run(replace(measure, artifact=artifact), listener)
+    found: Evaluation = evaluate.run(replace(measure, artifact=artifact_of(known.source)), listener)
     return known.model_copy(update={"evaluation": found})
+
+
+def artifact_of(source: str) -> str:
+    """Where the first artifact of a run is; anything else is one."""
+    report = report_of(source)
+    if report is None:
+        return source
+    folder = local(source)
+    return str((folder if folder.is_dir() else folder.parent) / report.artifacts[0].path)
+
+
+def timed(known: Compared, listener: Listener) -> Compared:
+    """The same with the speed of llama.cpp, if there is one GGUF file for it that it runs."""
+    place = Path(artifact_of(known.source))
+    files = sorted(place.glob("*.gguf")) if place.is_dir() else [place]
+    files = [file for file in files if file.suffix == ".gguf" and not LATER.search(file.name)]
+    if len(files) != 1:
+        return known
+    listener(Event("compare", 0, 0, f"speed of {known.name}"))
+    try:
+        return known.model_copy(update={"speed": tuple(speed_of(files[0]))})
+    except QtoolError as error:
+        listener(Event("compare", 0, 0, str(error), warning=True))
+        return known

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from markupsafe import Markup
+from pydantic import Field
 
 from qtool.evaluate.result import Evaluation
 from qtool.report import meaning, summary
@@ -33,6 +34,8 @@ class Compared(Entry):
         bits_per_weight: of the whole model.
         evaluation: against the baseline; None if nothing is known.
         errors: median signal-to-error ratio of layers by role, dB; empty without a report.
+        layers: the format of each layer, and its ratio in dB if it is quantized and that is finite; empty likewise.
+        speed: tokens per second in llama.cpp: of a prompt, and of what is written; None if nobody asked it.
     """
 
     name: str
@@ -42,6 +45,8 @@ class Compared(Entry):
     bits_per_weight: float
     evaluation: Evaluation | None
     errors: dict[str, float]
+    layers: dict[str, tuple[str, float | None]] = Field(default_factory=dict)
+    speed: tuple[float, float] | None = None
 
 
 class Comparison(Entry):
@@ -87,7 +92,33 @@ def html(comparison: Comparison) -> str:
     roles = [role for role in summary.ROLES if any(role in e.errors for e in comparison.entries)]
     chart = Markup(scatter(comparison)) if comparison.comparable else None
     template = environment.get_template("compare.html.j2")
-    return template.render(c=comparison, s=summary, m=meaning, chart=chart, roles=roles, styles=styles(comparison))
+    return template.render(
+        c=comparison,
+        s=summary,
+        m=meaning,
+        chart=chart,
+        roles=roles,
+        styles=styles(comparison),
+        timed=any(e.speed for e in comparison.entries),
+        reported=[e.name for e in comparison.entries if e.layers],
+        layers=layer_rows(comparison),
+    )
+
+
+def layer_rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
+    """A row for each layer, with a cell for each model that has a report; those first whose errors differ most."""
+    reported = [e.layers for e in comparison.entries if e.layers]
+    names = list(dict.fromkeys(name for layers in reported for name in layers)) if len(reported) > 1 else []
+
+    def difference(name: str) -> float:
+        found = [db for layers in reported if name in layers and (db := layers[name][1]) is not None]
+        return min(found, default=0.0) - max(found, default=0.0)
+
+    def cell(layers: dict[str, tuple[str, float | None]], name: str) -> str:
+        label, db = layers.get(name, ("-", None))
+        return label if db is None else f"{label}, {summary.decibels(db)}"
+
+    return [(name, [cell(layers, name) for layers in reported]) for name in sorted(names, key=difference)]
 
 
 def styles(comparison: Comparison) -> dict[str, str]:
