@@ -53,8 +53,15 @@ def quantize_rows(rows: Tensor, fmt: Format, statics: Sequence[Static]) -> Tenso
         "scale": torch.tensor([[s.scale] for s in statics], dtype=torch.float64, device=x.device),
         "zero": torch.tensor([[s.zero] for s in statics], dtype=torch.int8, device=x.device),
     }
-    params = fmt.completed(x, static)
-    return fmt.decode(fmt.snap(x, params), params).to(rows.dtype)
+
+    def nearest(part: Tensor) -> Tensor:
+        params = fmt.completed(part, static)
+        return fmt.decode(fmt.snap(part, params), params)
+
+    found = nearest(x)
+    if count := fmt.augmented:
+        found[:, :count] += nearest((x - found)[:, :count])
+    return found.to(rows.dtype)
 
 
 def fit_static(values: Histogram, fmt: Format) -> tuple[Static, ...]:

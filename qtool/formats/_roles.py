@@ -105,6 +105,11 @@ class RunTime(Granular):
         """
         return "minmax"
 
+    @property
+    def augmented(self) -> int:
+        """How many first channels of inputs have what rounding left of them rounded and multiplied as well."""
+        return 0
+
     def covering(self, low: Tensor, high: Tensor) -> dict[str, Tensor]:
         """What calibration chooses for all tokens, if numbers from low to high are not to be clipped.
 

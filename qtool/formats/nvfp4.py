@@ -2,6 +2,10 @@
 
     w_hat = t * d * v        v of 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives
 
+`augment` is for inputs: behind their first channels, which `permute` can make the largest, stand as many more, what
+rounding left of them in the same format, and weights have their columns twice (ARCQuant,
+https://arxiv.org/abs/2601.07475).
+
 A GGUF block is 64 columns: four scales, then 8 bytes for each 16 columns; t is a tensor of its own.
 https://docs.nvidia.com/deeplearning/cudnn/frontend/latest/operations/BlockScaling.html
 https://github.com/ggml-org/llama.cpp, block_nvfp4 in ggml/src/ggml-common.h
@@ -12,6 +16,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from qtool.formats._base import Params, Quantized
@@ -23,7 +28,12 @@ from qtool.numerics.grids.bits import from_planes
 
 
 class NVFP4(TwoLevel, BlockFormat):
-    """4-bit floats with two levels of scales."""
+    """4-bit floats with two levels of scales.
+
+    Attributes:
+        search: "minmax", or how hard the scales of groups are searched for.
+        augment: first channels of an input whose rounding errors are rounded and multiplied as well; whole groups.
+    """
 
     examples: ClassVar[tuple[str, ...]] = ("nvfp4-minmax",)
     ggml_type: ClassVar[int] = 40
@@ -33,6 +43,22 @@ class NVFP4(TwoLevel, BlockFormat):
     fallback: ClassVar[str | None] = None
 
     search: Literal["minmax", "fast", "default", "thorough"] = "default"  # type: ignore[assignment]
+    augment: int = Field(default=0, ge=0, multiple_of=16)
+
+    @property
+    def augmented(self) -> int:
+        """See `RunTime.augmented`."""
+        return self.augment
+
+    @property
+    def label(self) -> str:
+        """`nvfp4`, `nvfp4-minmax`, and `nvfp4+64` with that many augmented channels, which no shorthand spells."""
+        return super().label + (f"+{self.augmented}" if self.augmented else "")
+
+    def misfit(self, k: int) -> str | None:
+        """See `Format.misfit`."""
+        few = f"rows of {k} columns have no {self.augmented} first ones" if self.augmented > k else None
+        return super().misfit(k) or few
 
     @property
     def grid(self) -> minifloat.Grid:

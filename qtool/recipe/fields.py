@@ -28,6 +28,8 @@ def _dump_fallback(value: Any) -> Any:
 def _check_weights(fmt: Format) -> Format:
     if fmt.granularity == "head":
         raise mistake("no format of weights", wanted="one such as int8-channel", found=fmt.label)
+    if fmt.augmented:
+        raise mistake("no format of weights", wanted="augment: 0; only inputs have more channels", found=fmt.label)
     if not isinstance(fmt.ranges, str):
         wanted = "minmax or search; percentages are of what calibration saw of inputs and KV caches"
         raise mistake("scales of weights", wanted=wanted, found=fmt.ranges)

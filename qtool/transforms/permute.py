@@ -3,6 +3,9 @@
 A group has one scale for all its channels, which the largest of them sets. Down's columns, with the rows of up and gate
 that write them, and a head's channels may stand in any order. RPTQ, https://arxiv.org/abs/2304.01089; COMET,
 https://arxiv.org/abs/2410.12168
+
+At "input" the order stays in front of layers, for runtimes that sort while they round (ARCQuant,
+https://arxiv.org/abs/2601.07475): there all inputs can be sorted, those behind a norm as well.
 """
 
 from __future__ import annotations
@@ -22,16 +25,20 @@ class Permute(EdgeTransform):
 
     Attributes:
         by: size of "inputs" (largest magnitude) or of "weights" (root mean square of the readers' columns).
-        edges: "product" for the input of down, "heads" for that of o, head by head.
+        edges: "product" for the input of down, "heads" for that of o, head by head, "input" in front of all layers.
     """
 
     by: Literal["inputs", "weights"] = "weights"
-    edges: tuple[Literal["product", "heads"], ...] = ("product", "heads")
+    edges: tuple[Literal["product", "heads", "input"], ...] = ("product", "heads")
 
     @property
     def needs(self) -> frozenset[type[Statistic]]:
         """Ranges of inputs, if it sorts by them."""
         return frozenset({Channels}) if self.by == "inputs" else frozenset()
+
+    def stays(self, width: int) -> Permutation | None:
+        """See `Transform.stays`."""
+        return Permutation(torch.arange(width)) if "input" in self.edges else None
 
     def op(self, site: Site) -> Permutation | None:
         """See `Transform.op`."""

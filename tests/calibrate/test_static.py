@@ -16,6 +16,7 @@ from qtool.formats._spelling import parse_format
 from qtool.formats.fp import FP
 from qtool.formats.int import Int
 from qtool.numerics.histogram import BINS, Histogram
+from qtool.recipe.fields import _check_weights
 from qtool.stats._base import InputStats
 from qtool.stats.channels import Channels
 from qtool.stats.values import Values
@@ -212,3 +213,20 @@ def test_each_row_gets_what_it_would_get_alone():
     for scales in ("search", "minmax", 99):
         fmt = Int(bits=4, group="channel", symmetric=False, scales=scales, scale_dtype="fp32")
         assert fit_static(values, fmt) == tuple(fit_static(counted(row), fmt)[0] for row in rows)
+
+
+def test_augmented_channels_have_their_rounding_errors_rounded_as_well():
+    """Side by side, as a wider matrix product sees it: x and its errors, weights and their first columns again."""
+    x, w = random(9, 64) * torch.exp(random(64, seed=1)), random(5, 64, seed=2)
+    fmt, plain = parse_format({"type": "nvfp4", "augment": 32}), parse_format("nvfp4")
+    static = Static(float(x.abs().max()) / 2000, 0)
+    found = quantize_static(x, fmt, static)
+    first = quantize_static(x, plain, static)
+    errors = quantize_static((x - first)[:, :32].contiguous(), plain, static)
+    wide = torch.cat([first, errors], 1) @ torch.cat([w, w[:, :32]], 1).T
+    assert_close(found @ w.T, wide, rtol=1e-5, atol=1e-5)
+    lost, single = (x - found).square().sum(0), (x - first).square().sum(0)
+    assert float(lost[:32].sum()) < 0.05 * float(single[:32].sum())
+    assert torch.equal(lost[32:], single[32:])
+    with pytest.raises(ValueError, match="only inputs have more channels"):
+        _check_weights(fmt)

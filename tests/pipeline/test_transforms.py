@@ -215,3 +215,27 @@ def test_statistics_of_the_model_as_it_was_are_refused(tiny_checkpoint: Callable
     calibrate(CalibrateOptions(str(tiny_checkpoint("llama")), asked, stats))
     with pytest.raises(PlanError, match="they are of the model as it was before smooth; run without them"):
         run(QuantizeOptions(str(tiny_checkpoint("llama")), asked, tmp_path / "out", stats=stats))
+
+
+def test_inputs_are_sorted_and_their_largest_channels_rounded_twice(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tiny_checkpoint("llama")
+    sort = [{"permute": {"by": "inputs", "edges": ["input"]}}]
+    apart_by = {}
+    for count in (0, 16, 64):
+        layers = [
+            {"match": "lm_head", "keep": True},
+            {"match": "*", "weights": "int8-channel", "activations": {"type": "nvfp4", "augment": count}},
+        ]
+        out = tmp_path / str(count)
+        run(QuantizeOptions(str(folder), recipe(tmp_path, sort, layers=layers), out, dtype="fp32"))
+        model = open_artifact(out)
+        assert all([op.label for op in ops] == ["permutation"] for ops in model.input_ops.values())
+        assert {layer.activations.augmented for layer in model.layers.values() if layer.activations} == {count}
+        apart_by[count] = apart(logits(model), logits(HFCheckpoint(folder)))
+    assert apart_by[64] < 0.5 * apart_by[16]
+    assert apart_by[16] < 0.95 * apart_by[0]
+    asked = recipe(tmp_path, sort, layers=layers, export=[{"to": "compressed-tensors"}])
+    with pytest.raises(PlanError, match="permutation"):
+        run(QuantizeOptions(str(folder), asked, tmp_path / "no"))

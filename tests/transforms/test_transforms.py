@@ -248,6 +248,19 @@ def test_permute_sorts_all_channels_of_a_product() -> None:
     assert found.order.tolist() == sorted(range(32), key=lambda c: -float(w[:, c].square().sum()))
 
 
+def test_permute_sorts_inputs_in_front_of_layers() -> None:
+    transform, w = Permute(by="inputs", edges=("input",)), randn(6, 32)
+    place, x = site("input", transform, w)
+    found = transform.op(place)
+    assert found is not None
+    sizes = [float(x[:, j].abs().max()) for j in range(32)]
+    assert found.order.tolist() == sorted(range(32), key=lambda j: -sizes[j])
+    stays = transform.stays(32)
+    assert stays is not None
+    assert (stays.label, stays.width) == (found.label, 32)
+    assert Permute().stays(32) is None
+
+
 def test_rotate() -> None:
     place = Site("stream", 576, 576, 1, (), None, None, 5)
     found = Rotate().op(place)
