@@ -20,6 +20,9 @@ PROCESSOR_TESTS := -k "not thorough and not fast and not iq1 and not iq2 and not
 	$(addprefix tests/numerics/test_, compare.py scale_codes.py search.py sweep.py) \
 	tests/methods/test_gptq.py::test_codes_equal_the_plain_loop tests/methods/test_gptq.py::test_output_error_is_below_rounding
 
+# Programs that tests start import what was compiled once, even where the environment says otherwise.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo test test-processors test-bounds test-newest test-oldest test-tasks newest check format docs bench bench-gpu fuzz kills clean
 
 setup: $(READY)

@@ -28,6 +28,7 @@ from qtool.pipeline.work import code_digest
 from qtool.report.model import Report
 from qtool.stats._base import InputStats
 from qtool.stats.gram import Gram
+from tests.cli.test_commands import qtool as here
 from tests.conftest import make_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -128,9 +129,10 @@ def test_the_page_s_package_runs_to_verified_artifacts(extra, model, tmp_path, i
     assert again.returncode == 0, again.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.proven
 @pytest.mark.parametrize("to", ["gguf", "compressed-tensors"])
 def test_the_page_s_stage_lowers_errors_of_unseen_outputs(extra, tiny_checkpoint, tmp_path, installed, to):
+    installed(extra)
     source = tiny_checkpoint("llama-biased")
     weights = "q4_0" if to == "gguf" else {"type": "int", "bits": 3, "group": 32, "scales": "minmax"}
     told = {"recipe": 1, "name": "gains", "calibration": {"samples": 16, "length": 64}, "export": [{"to": to}]}
@@ -140,8 +142,8 @@ def test_the_page_s_stage_lowers_errors_of_unseen_outputs(extra, tiny_checkpoint
         recipe = tmp_path / f"{name}.json"
         recipe.write_text(json.dumps(told | ({"finish": ["gains"]} if name == "gains" else {})))
         out = paths[name] = tmp_path / name
-        result = qtool(extra, "quantize", source, "-r", recipe, "-o", out, "--json", "--dtype", "fp32")
-        assert result.returncode == 0, result.stderr
+        result = here("quantize", source, "-r", recipe, "-o", out, "--json", "--dtype", "fp32")
+        assert result.exit_code == 0, result.output
         report = Report.model_validate(json.loads(result.stdout))
         assert [a.verified for a in report.artifacts] == [True]
     (entry,) = report.finish
@@ -164,10 +166,11 @@ def test_the_page_s_stage_lowers_errors_of_unseen_outputs(extra, tiny_checkpoint
 
 
 @pytest.mark.slow
-def test_the_page_s_residual_runs_to_a_verified_artifact(extra, model, tmp_path):
+def test_the_page_s_residual_runs_to_a_verified_artifact(extra, model, tmp_path, installed):
+    installed(extra)
     out = tmp_path / "out"
-    result = qtool(extra, "quantize", model, "-r", extra / "columns.yaml", "-o", out, "--json")
-    assert result.returncode == 0, result.stderr
+    result = here("quantize", model, "-r", extra / "columns.yaml", "-o", out, "--json")
+    assert result.exit_code == 0, result.output
     report = Report.model_validate(json.loads(result.stdout))
     assert [(a.kind, a.verified) for a in report.artifacts] == [("qtool", True)]
     up = next(e for e in report.layers if e.role == "up")
@@ -176,7 +179,7 @@ def test_the_page_s_residual_runs_to_a_verified_artifact(extra, model, tmp_path)
     with safe_open(out / "block-1.safetensors", "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     arguments = ("-r", extra / "columns.yaml", "-o", tmp_path / "plain", "--json", "--set", "layers.0.residuals=[]")
-    plain = Report.model_validate(json.loads(qtool(extra, "quantize", model, *arguments).stdout))
+    plain = Report.model_validate(json.loads(here("quantize", model, *arguments).stdout))
     name = "model.layers.1.mlp.up_proj"
     assert tensors[f"{name}.residual.0.index"].shape == (3,)
     assert tensors[f"{name}.residual.1.left"].shape == (128, 2)
@@ -185,7 +188,7 @@ def test_the_page_s_residual_runs_to_a_verified_artifact(extra, model, tmp_path)
     assert all(a.weight_error_db > b.weight_error_db + 0.3 and a.nbytes > b.nbytes for a, b in pairs)
     (tmp_path / "text").write_text("Four unevenly spaced levels are good for bell-shaped weights. " * 9)
     arguments = ("--baseline", model, "--text", tmp_path / "text", "--context", "64", "--json")
-    kld = [json.loads(qtool(extra, "eval", path, *arguments).stdout)["kld_mean"] for path in (out, tmp_path / "plain")]
+    kld = [json.loads(here("eval", path, *arguments).stdout)["kld_mean"] for path in (out, tmp_path / "plain")]
     assert 0.0005 < kld[0] < 0.8 * kld[1]
 
 

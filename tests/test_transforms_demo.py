@@ -18,18 +18,20 @@ from scripts.prose import prose
 
 
 @pytest.fixture(scope="module")
-def divergence(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., float]:
+def divergence(
+    demo_checkpoint: Path, short_demo: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., float]:
     """Mean KL divergence of a recipe's result, two chunks of 256 tokens."""
     work = tmp_path_factory.mktemp("transforms")
     (text := work / "prose.txt").write_text(prose()[:20000], encoding="utf-8")
     folders = {
         "plain": models.off_grid(demo_checkpoint, work / "plain"),
-        "outliers": models.off_grid(demo_checkpoint, work / "outliers", outliers=30),
+        "outliers": models.off_grid(short_demo, work / "outliers", outliers=30),
     }
 
     def measure(variant: str, recipe: str, *overrides: str) -> float:
         asked: tuple[Any, ...] = (
-            "calibration={data: builtin, samples: 8, length: 512}",
+            "calibration={data: builtin, samples: 8, length: 256}",
             f"eval={{text: {text}, context: 256, chunks: 2}}",
             "export=[{to: qtool}]",
         )
@@ -46,20 +48,20 @@ def divergence(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 def test_scaled_weights_are_rounded_better_at_four_bits(divergence: Callable[..., float]) -> None:
     plain = divergence("plain", "w4a16-rtn-g64")
     assert 0.1 < plain < 1
-    assert divergence("plain", "w4a16-awq") < 0.85 * plain
-    assert divergence("plain", "w4a16-rtn-g64", "transforms=[smooth]") < 0.85 * plain
+    found = divergence("plain", "w4a16-awq")
+    assert found < 0.6 * plain
 
 
 @pytest.mark.demo
 @pytest.mark.slow
-def test_awq_s_search_takes_less_than_a_minute_on_two_cores(demo_checkpoint: Path, tmp_path: Path) -> None:
-    """44 seconds of processor time; what else the machine does is left out."""
-    model = models.off_grid(demo_checkpoint, tmp_path / "plain")
+def test_awq_s_search_takes_less_than_a_minute_on_two_cores(short_demo: Path, tmp_path: Path) -> None:
+    """44 seconds of processor time for thirty blocks, these are eight; what else the machine does is left out."""
+    model = models.off_grid(short_demo, tmp_path / "plain")
     job = prepare(str(model), "w4a16-awq", ("calibration.samples=16", "calibration.length=512"), device="cpu")
     begin = time.process_time()
     _, made = transformed(job, tmp_path, None, silent)
-    assert time.process_time() - begin < 120
-    assert len(made.edits) > 100
+    assert time.process_time() - begin < 32
+    assert len(made.edits) == 8 * 4
 
 
 @pytest.mark.demo

@@ -38,7 +38,7 @@ name: calibrated
 calibration: {samples: 4, length: 32}
 layers:
   - {match: lm_head, keep: true}
-  - {match: "*.mlp.*", weights: int8-channel, activations: int8-tensor}
+  - {match: "*.down_proj", weights: int8-channel, activations: int8-tensor}
   - {match: "*", weights: int4-g32, method: gptq}
 export: [{to: qtool}]
 """,

@@ -6,17 +6,13 @@ import pytest
 
 from tests.pipeline.kills import RECIPES, interrupted, wrong
 
-PARTS = 4
-"""Processes that share the moments of a recipe, so that tests run side by side."""
-
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("name", RECIPES)
-def test_killed_before_and_after_every_name_it_ends_in_the_same_bytes(name, part, tiny_checkpoint, tmp_path):
-    found = interrupted(tiny_checkpoint("qwen3"), name, tmp_path, part, PARTS)
+def test_killed_before_and_after_every_name_it_ends_in_the_same_bytes(name, tiny_checkpoint, tmp_path):
+    found = interrupted(tiny_checkpoint("llama"), name, tmp_path, 0, 1)
     assert len(found["wanted"]) > 3
-    assert len(found["runs"]) > 5
+    assert len(found["runs"]) > 30
     assert found["kinds"].count("os.rename") > 10
     assert [(run, why) for run in found["runs"] if (why := wrong(run, found["wanted"]))] == []
 
