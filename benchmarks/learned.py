@@ -85,11 +85,18 @@ def trials() -> dict[str, Trial]:
         ways = [plain, {"epochs": 8, "rate": 0.003}] + [{**codes, "rounding_rate": r} for r in (0.003, 0.01, 0.03)]
         adam = learned(**scales, optimizer="adam", rate=0.01)
         behind = (*ways[:1], *ways[2:4], {**codes, "epochs": 24, "rounding_rate": 0.005})
+        soft = {"rounding": "gumbel", "scales": True, "optimizer": "adam"}
         some = {
             "gptq": Trial(weights, distilled=tuple(ways)),
-            "scales": Trial(weights, learned(**scales), distilled=behind),
+            "gumbel": Trial(weights, learned(**soft, rate=0.05), distilled=behind),
+            "scales": Trial(weights, learned(**scales), distilled=behind[:3]),
+            "gumbel-slow": Trial(weights, learned(**soft, rate=0.02)),
+            "gumbel-weighed": Trial(weights, learned(**soft, rate=0.05), {"token_weights": ROOT}),
+            "gumbel-long": Trial(weights, learned(**soft, rate=0.03, steps=600), distilled=behind[:1]),
+            "gumbel-lion": Trial(weights, learned(**soft | {"optimizer": "lion"}, rate=0.01)),
+            "gumbel-plain": Trial(weights, learned(**soft, rate=0.05, loss="plain")),
             "rounding": Trial(weights, learned()),
-            "adam": Trial(weights, adam, distilled=behind[:1]),
+            "adam": Trial(weights, adam),
             "weighed": Trial(weights, learned(**scales), {"token_weights": ROOT}),
             "fast": Trial(weights, learned(**scales, rate=0.01)),
             "long": Trial(weights, learned(**scales | {"scale_rate": rate / 2}, steps=600), distilled=behind[2:]),

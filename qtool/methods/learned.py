@@ -2,160 +2,156 @@
 
 Variables start where another method ended, so no step is needed to be as good as that one; the best state is kept by
 samples that training never sees, the start among the candidates. What a step sees is the block as it will run: inputs
-behind the quantized blocks before it, its own inputs rounded where the plan says so. The target is the output of the
-original block on the original stream. After SignRound (https://arxiv.org/abs/2309.05516), for every grid, and from any
-start.
+behind the quantized blocks before it, its own inputs rounded where the plan says so. After SignRound
+(https://arxiv.org/abs/2309.05516), for every grid, and from any start and other variables.
 
-- Each weight's variable is added to its place among the levels, in steps, before that is rounded (`_soft`); scales of
-  groups, and offsets where they are free, may be trained along, relative to the start.
-- `sign` moves every variable by the same amount a step, `rate` falling to zero on a line; `adam` is Adam, its rate too.
+- The target is the output of the original block on the original stream, or on the inputs that the block has now.
+- `sign` moves every variable by the same amount a step; `lion` by the sign of a mean over steps
+  (https://arxiv.org/abs/2302.06675); `adam` is Adam. Rates fall to zero, on a line or on a cosine.
 - Errors of a token count relative to that token's energy, because the norm behind the block divides by it; without that
   few tokens of huge hidden states would decide everything. Where a recipe weighs tokens by the gradient of the model's
-  loss, errors count by that instead.
+  loss, errors count by that instead; `plain` ones count as they are.
 
-Shape letters: S samples, T tokens of a sample, H hidden size, N rows, K columns, G groups.
+Shape letters: S samples, s of them, T tokens of a sample, H hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from qtool.formats._base import Format, Params
-from qtool.methods._base import BlockTask, Solution
+from qtool.methods._base import BlockTask, Part, Solution
 from qtool.methods._block import BlockMethod
-from qtool.methods._fixed import FixedRounding
-from qtool.methods._soft import harden, soft_decode, soft_start
+from qtool.methods._mixtures import Gumbel, Sigmoid
+from qtool.methods._optimizers import Optimizer, optimizer
+from qtool.methods._relaxed import Divided, LowRank, Relaxed, Steps, Unmoved, Weights
+
+WAYS: dict[str, type[Relaxed]] = {
+    "steps": Steps,
+    "weights": Weights,
+    "divide": Divided,
+    "low-rank": LowRank,
+    "sigmoid": Sigmoid,
+    "gumbel": Gumbel,
+    "none": Unmoved,
+}
+"""What can be trained of rounding."""
 
 CHECKS = 8
 """How often the state is compared with the best one so far."""
-
-
-@dataclass
-class Variables:
-    """What is trained of one module.
-
-    Attributes:
-        w: original weights, float32 [N, K].
-        fmt, params: its format, and where its parameters began.
-        v: added to places before rounding, float32 [N, K].
-        factor: of each scale, float32 [N, G], from 1; None if scales stay.
-        shift: of each offset, in scales, float32 [N, G], from 0; None if offsets stay.
-        fixed: gives weights where scales and offsets stay.
-    """
-
-    w: Tensor
-    fmt: Format
-    params: Params
-    v: Tensor
-    factor: Tensor | None
-    shift: Tensor | None
-    fixed: FixedRounding | None
-
-    @classmethod
-    def of(cls, w: Tensor, start: Solution, scales: bool) -> Variables:
-        """Those that begin with a solution."""
-        fmt = start.quantized.format
-        params = start.quantized.params
-        scale, _ = fmt.affine(params)
-        factor = torch.ones_like(scale).requires_grad_() if scales else None
-        shift = torch.zeros_like(scale).requires_grad_() if scales and fmt.free_offset else None
-        fixed = None if scales else FixedRounding(w, fmt, params)
-        return cls(w, fmt, params, soft_start(w, start.quantized).requires_grad_(), factor, shift, fixed)
-
-    def affine(self) -> tuple[Tensor | None, Tensor | None]:
-        """The wanted scale and offset, float32 [N, G]; None where they stay."""
-        scale, offset = self.fmt.affine(self.params)
-        return (
-            None if self.factor is None else scale * self.factor,
-            None if self.shift is None else offset + scale * self.shift,
-        )
-
-    def weights(self) -> Tensor:
-        """As decoded, float32 [N, K], with gradients."""
-        if self.fixed:
-            return self.fixed(self.v)
-        return soft_decode(self.w, self.v, self.fmt, self.params, *self.affine())
-
-    def leaves(self) -> Iterator[tuple[Tensor, bool]]:
-        """All that is trained, and whether it is a rounding variable."""
-        yield self.v, True
-        yield from ((p, False) for p in (self.factor, self.shift) if p is not None)
 
 
 class Learned(BlockMethod):
     """Trains rounding, block by block.
 
     Attributes:
+        rounding: what of it is trained: `steps` that are added to places (AutoRound), `weights` (EfficientQAT), what
+            weights are divided by (`divide`: FlexRound; `low-rank`: LRQ), mixtures of two levels (`sigmoid`: AdaRound;
+            `gumbel`: GSQ), or `none`, so that only scales move and clip (OmniQuant).
         steps: of training.
         batch: samples of a step.
-        rate: of the first step, in steps between levels; None: 1 / steps, so that a weight can cross one level.
+        rate: of the first step, for rounding; None: 1 / steps, so that a weight can cross one level.
         scales: whether scales and free offsets are trained along.
         scale_rate: of the first step, relative to a scale.
-        optimizer: see the module.
+        optimizer, schedule, target, loss: see the module.
+        penalty: of `sigmoid`: what undecided weights cost, in errors of the start.
         trim: share of the largest errors that training leaves out.
         holdout: share of the samples that only decide which state is best.
+        patience: of the eight times that the state is compared, how often in a row nothing may be won before training
+            ends; None: it never does before its last step, since most is won late, where rates are small.
     """
 
+    rounding: Literal["steps", "weights", "divide", "low-rank", "sigmoid", "gumbel", "none"] = "steps"
     steps: int = Field(200, ge=1, le=100_000)
     batch: int = Field(8, ge=1, le=4096)
     rate: float | None = Field(None, gt=0, le=1)
     scales: bool = False
     scale_rate: float = Field(0.001, gt=0, le=1)
-    optimizer: Literal["sign", "adam"] = "sign"
+    optimizer: Optimizer = "sign"
+    schedule: Literal["line", "cosine"] = "line"
+    target: Literal["original", "present"] = "original"
+    loss: Literal["relative", "plain"] = "relative"
+    penalty: float = Field(1.0, ge=0)
     trim: float = Field(0.0, ge=0, lt=1)
     holdout: float = Field(0.125, gt=0, lt=1)
+    patience: int | None = Field(None, ge=1)
 
     def solve_block(self, task: BlockTask) -> dict[str, Solution]:
         """See `BlockMethod.solve_block`."""
         trained = {name: s for name, s in task.found.items() if s.quantized.format.codebook() is None}
-        variables = {name: Variables.of(task.weights[name], s, self.scales) for name, s in trained.items()}
+        drawn = torch.Generator(task.device).manual_seed(task.seed + task.block)
+        way = WAYS[self.rounding]
+        variables = {name: way(task.weights[name], s.quantized, self.scales, drawn) for name, s in trained.items()}
         if not variables:
             return {}
         seen, unseen = task.split(self.holdout)
-        generator = torch.Generator().manual_seed(task.seed + task.block)
-        step = self._stepper([leaf for x in variables.values() for leaf in x.leaves()])
-        some = seen[: len(unseen)]
-        start = held_out(task, decoded(trained), unseen)
-        best, kept = start, dict[str, Solution]()
+        errors, generator = Errors(task, self), torch.Generator().manual_seed(task.seed + task.block)
+        own = self.rate or 1 / self.steps
+        leaves = [leaf for x in variables.values() for leaf in x.leaves()]
+        step = optimizer(self.optimizer, [(leaf, own if decides else self.scale_rate) for leaf, decides in leaves])
+        start = best = errors.held_out(decoded(trained), unseen)
+        kept, idle = dict[str, Solution](), 0
         for i in range(self.steps):
             part = seen[torch.randperm(len(seen), generator=generator)[: self.batch]]
-            leave_gradients(task, variables, part, self.trim)
-            step(1 - i / self.steps)
+            leave_gradients(errors, variables, part, i / self.steps, self.penalty * start)
+            step(self.share(i / self.steps))
             if (i + 1) % max(1, self.steps // CHECKS) == 0 or i + 1 == self.steps:
-                found = {name: harden(x.w, x.v, x.fmt, x.params, *x.affine()) for name, x in variables.items()}
-                solutions = {name: Solution(q, trained[name].fallback) for name, q in found.items()}
-                if (error := held_out(task, decoded(solutions), unseen)) < best:
-                    best, kept = error, solutions
-        losses = {"training before": held_out(task, decoded(trained), some)}
-        losses["training after"] = held_out(task, decoded({**trained, **kept}), some)
+                solutions = {name: Solution(x.solution(), trained[name].fallback) for name, x in variables.items()}
+                error, idle = errors.held_out(decoded(solutions), unseen), idle + 1
+                if error < best:
+                    best, kept, idle = error, solutions, 0
+                if idle == self.patience:
+                    break
+        some = seen[: len(unseen)]
+        losses = {"training before": errors.held_out(decoded(trained), some)}
+        losses["training after"] = errors.held_out(decoded({**trained, **kept}), some)
         task.note(losses | {"held out before": start, "held out after": best})
         return kept
 
-    def _stepper(self, leaves: list[tuple[Tensor, bool]]) -> Callable[[float], None]:
-        """A function that takes a step, given the share of the first step's rate, and forgets gradients."""
-        own = self.rate or 1 / self.steps
-        rates = [(leaf, own if rounding else self.scale_rate) for leaf, rounding in leaves]
-        groups = [{"params": [leaf], "lr": rate} for leaf, rate in rates]
-        adam = torch.optim.Adam(groups) if self.optimizer == "adam" else None
+    def share(self, progress: float) -> float:
+        """Share of the first step's rate."""
+        return 1 - progress if self.schedule == "line" else 0.5 * (1 + math.cos(math.pi * progress))
 
-        @torch.no_grad()
-        def step(share: float) -> None:
-            if adam:
-                for group, (_, rate) in zip(adam.param_groups, rates, strict=True):
-                    group["lr"] = rate * share
-                adam.step()
-            for leaf, rate in rates:
-                if not adam and leaf.grad is not None:
-                    leaf.sub_(leaf.grad.sign_(), alpha=rate * share)
-                leaf.grad = None
 
-        return step
+class Errors:
+    """How far a block's outputs are from their targets.
+
+    Args:
+        task: the block.
+        method: says what counts.
+    """
+
+    def __init__(self, task: BlockTask, method: Learned) -> None:
+        self.task, self.method = task, method
+
+    def targets(self, part: Part) -> Tensor:
+        """[s, T, H], on the device."""
+        if self.method.target == "original":
+            return self.task.targets[part].to(self.task.device)
+        with torch.no_grad():
+            return self.task.run(part, self.task.weights, dict.fromkeys(self.task.weights, ()))
+
+    def weights(self, part: Part, target: Tensor) -> Tensor | None:
+        """How much tokens count, float32 [s, T]; None: see `relative_error`."""
+        if self.task.token_weights is not None:
+            return self.task.token_weights[part].to(self.task.device)
+        return torch.ones_like(target[..., 0], dtype=torch.float32) if self.method.loss == "plain" else None
+
+    def __call__(self, weights: Mapping[str, Tensor], part: Part, trim: float = 0.0) -> Tensor:
+        """Mean error of the block with these weights on some samples."""
+        target = self.targets(part)
+        return relative_error(self.task.run(part, weights), target, trim, self.weights(part, target))
+
+    @torch.no_grad()
+    def held_out(self, weights: Mapping[str, Tensor], part: Tensor) -> float:
+        """The same of samples one after the other."""
+        weights = {name: w.to(self.task.device) for name, w in weights.items()}
+        return float(torch.stack([self(weights, s[None]) for s in part]).double().mean())
 
 
 def decoded(solutions: Mapping[str, Solution]) -> dict[str, Tensor]:
@@ -184,21 +180,12 @@ def relative_error(output: Tensor, target: Tensor, trim: float = 0.0, weights: T
     return mean
 
 
-def block_error(task: BlockTask, weights: Mapping[str, Tensor], part: Tensor, trim: float = 0.0) -> Tensor:
-    """Relative error of the block with these weights on some samples."""
-    share = None if task.token_weights is None else task.token_weights[part].to(task.device)
-    return relative_error(task.run(part, weights), task.targets[part].to(task.device), trim, share)
-
-
-def leave_gradients(task: BlockTask, variables: Mapping[str, Variables], part: Tensor, trim: float) -> None:
+def leave_gradients(
+    errors: Errors, variables: Mapping[str, Relaxed], part: Tensor, progress: float, penalty: float
+) -> None:
     """Adds gradients of the block's error on some samples to variables; what leads to them is gone afterwards."""
-    weights = {name: x.weights() for name, x in variables.items()}
-    block_error(task, weights, part, trim).backward()  # type: ignore[no-untyped-call]
-
-
-@torch.no_grad()
-def held_out(task: BlockTask, weights: Mapping[str, Tensor], part: Tensor) -> float:
-    """Relative error of the block with these weights on some samples, one after the other."""
-    weights = {name: w.to(task.device) for name, w in weights.items()}
-    errors = [block_error(task, weights, s[None]) for s in part]
-    return float(torch.stack(errors).double().mean())
+    loss = errors({name: x.weights(progress) for name, x in variables.items()}, part, errors.method.trim)
+    extra = [p for x in variables.values() if (p := x.penalty(progress)) is not None]
+    if extra:
+        loss = loss + penalty * torch.stack(extra).mean()
+    loss.backward()  # type: ignore[no-untyped-call]

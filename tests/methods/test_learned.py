@@ -8,7 +8,7 @@ import torch
 from qtool.formats._base import Quantized, expand
 from qtool.formats._spelling import parse_format
 from qtool.methods._base import BlockTask, Solution
-from qtool.methods.learned import Learned, held_out, relative_error
+from qtool.methods.learned import Errors, Learned, relative_error
 
 HIDDEN, WIDE, SAMPLES, TOKENS = 64, 128, 64, 32
 
@@ -21,6 +21,10 @@ class Held:
 
     def __getitem__(self, part):
         return self.values[part]
+
+
+def held_out(task, weights, part):
+    return Errors(task, Learned()).held_out(weights, part)
 
 
 def forward(x, weights, beside=None):
@@ -160,3 +164,67 @@ def test_training_follows_the_weights_of_tokens():
     errors = [[held_out(t, weights, unseen) for weights in decoded] for t in weighed]
     assert errors[0][0] < 0.9 * errors[0][1]
     assert errors[1][1] < 0.9 * errors[1][0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "won"),
+    [
+        ({"rounding": "gumbel"}, 0.65),
+        ({"rounding": "gumbel", "scales": True, "optimizer": "adam", "rate": 0.05}, 0.5),
+        ({"rounding": "gumbel", "scales": True, "optimizer": "lion"}, 0.55),
+        ({"rounding": "sigmoid", "optimizer": "adam", "rate": 0.1}, 0.78),
+        ({"rounding": "weights", "scales": True, "optimizer": "adam", "rate": 0.02}, 0.7),
+        ({"rounding": "divide", "optimizer": "adam", "rate": 0.02, "scales": True}, 0.65),
+        ({"rounding": "low-rank", "optimizer": "adam", "rate": 0.02, "scales": True}, 0.75),
+        ({"rounding": "none", "optimizer": "adam", "scales": True, "scale_rate": 0.003}, 0.985),
+        ({"schedule": "cosine", "target": "present"}, 0.8),
+        ({"loss": "plain", "optimizer": "lion"}, 0.8),
+    ],
+)
+def test_every_way_gains_on_unseen_samples(settings, won):
+    task = make_task("int2-g32")
+    _, unseen = task.split(0.25)
+    found = Learned(steps=80, batch=16, holdout=0.25, **settings).solve_block(task)
+    start, end = ({n: s.quantized.decode() for n, s in part.items()} for part in (task.found, {**task.found, **found}))
+    assert held_out(task, end, unseen) < won * held_out(task, start, unseen)
+
+
+def test_targets_are_of_the_original_stream_or_of_the_inputs_that_are():
+    task = make_task("int2-g32")
+    part = torch.tensor([3, 5])
+    original, present = (Errors(task, Learned(target=target)).targets(part) for target in ("original", "present"))
+    assert torch.equal(original, forward(task.original[part], task.weights))
+    assert torch.equal(present, forward(task.inputs[part], task.weights))
+    assert not torch.allclose(original, present)
+
+
+def test_plain_errors_are_relative_to_all_tokens_together():
+    task = make_task("int2-g32")
+    part, weights = torch.tensor([3, 5]), {n: s.quantized.decode() for n, s in task.found.items()}
+    output, target = forward(task.inputs[part], weights), task.targets[part]
+    wanted = (output - target).square().sum() / target.square().sum()
+    assert float(Errors(task, Learned(loss="plain"))(weights, part)) == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_nothing_won_for_long_ends_the_training(monkeypatch):
+    looks = []
+    held = Errors.held_out
+    monkeypatch.setattr(Errors, "held_out", lambda self, *a: looks.append(1) or held(self, *a))
+    Learned(steps=80, batch=2, holdout=0.25, rate=1.0, patience=2).solve_block(make_task("int4-g32"))
+    assert len(looks) == 1 + 2 + 2  # before, twice in vain, and the two numbers of training samples
+
+
+def test_lion_is_the_sign_of_a_mean_over_steps():
+    from qtool.methods._optimizers import optimizer
+
+    x, mean, by_hand = torch.tensor([1.0, -2.0], requires_grad=True), [0.0, 0.0], [1.0, -2.0]
+    step = optimizer("lion", [(x, 0.1)])
+    for gradients, share in (([1.0, -0.5], 1.0), ([-0.05, 2.0], 0.5), ([-3.0, 2.0], 0.25)):
+        x.grad = torch.tensor(gradients)
+        step(share)
+        for j, g in enumerate(gradients):
+            way = 0.9 * mean[j] + 0.1 * g
+            by_hand[j] -= 0.1 * share * (1 if way > 0 else -1)
+            mean[j] = 0.99 * mean[j] + 0.01 * g
+        assert x.tolist() == pytest.approx(by_hand)
+        assert x.grad is None

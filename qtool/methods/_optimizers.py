@@ -1,0 +1,44 @@
+"""Steps down a gradient, by the way they are taken. Nothing here waits for a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Optimizer = Literal["sign", "lion", "adam"]
+
+LION = (0.9, 0.99)
+"""How much of the mean over steps counts in a step, and how much of it is kept; https://arxiv.org/abs/2302.06675."""
+
+
+def optimizer(name: Optimizer, rates: Sequence[tuple[Tensor, float]]) -> Callable[[float], None]:
+    """A function that takes a step, given the share of the first step's rate, and forgets gradients.
+
+    Args:
+        name: `sign` moves every variable by its rate, against its gradient's sign; `lion` against the sign of a mean
+            of this gradient and those before; `adam` is Adam.
+        rates: variables, and the rate of each in the first step.
+    """
+    groups = [{"params": [leaf], "lr": rate} for leaf, rate in rates]
+    adam = torch.optim.Adam(groups) if name == "adam" else None
+    means = [torch.zeros_like(leaf) for leaf, _ in rates] if name == "lion" else []
+
+    @torch.no_grad()
+    def step(share: float) -> None:
+        if adam:
+            for group, (_, rate) in zip(adam.param_groups, rates, strict=True):
+                group["lr"] = rate * share
+            adam.step()
+        for i, (leaf, rate) in enumerate(rates):
+            if not adam and leaf.grad is not None:
+                way = leaf.grad
+                if means:
+                    way = torch.lerp(leaf.grad, means[i], LION[0])
+                    means[i].lerp_(leaf.grad, 1 - LION[1])
+                leaf.sub_(way.sign_(), alpha=rate * share)
+            leaf.grad = None
+
+    return step
