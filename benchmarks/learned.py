@@ -78,13 +78,13 @@ def trials() -> dict[str, Trial]:
     """All of them by name, what decides most first."""
     found: dict[str, Trial] = {}
     plain = {"epochs": 4, "rate": 0.001}
-    codes = {"epochs": 8, "rate": 0.001, "rounding": True}
+    codes = {"epochs": 8, "rate": 0.001, "rounding": "gumbel"}
     for bits in (2, 3, 4):
         weights, rate = f"int{bits}-g64", 0.002 if bits > 2 else 0.004
         scales = {"scales": True, "scale_rate": rate}
-        ways = [plain, {"epochs": 8, "rate": 0.003}] + [{**codes, "rounding_rate": r} for r in (0.003, 0.01, 0.03)]
+        ways = [plain, {"epochs": 8, "rate": 0.003}] + [{**codes, "rounding_rate": r} for r in (0.01, 0.03)]
         adam = learned(**scales, optimizer="adam", rate=0.01)
-        behind = (*ways[:1], *ways[2:4], {**codes, "epochs": 24, "rounding_rate": 0.005})
+        behind = (*ways[:1], *ways[2:4], {**codes, "epochs": 24, "rounding_rate": 0.01})
         soft = {"rounding": "gumbel", "scales": True, "optimizer": "adam"}
         some = {
             "gptq": Trial(weights, distilled=tuple(ways)),

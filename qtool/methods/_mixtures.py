@@ -22,9 +22,9 @@ WARM = 0.2
 """Share of the training before the regularizer sets in."""
 SHARPNESS = (20.0, 2.0)
 """Exponent of the regularizer, from there to there."""
-TEMPERATURE = (2.0, 0.05)
+TEMPERATURE = (2.0, 0.2)
 """Of shares that are drawn, falling geometrically from there to there."""
-CERTAINTY = (1.0, 5.0)
+CERTAINTY = (3.0, 10.0)
 """By how much a place counts beside the noise, growing from there to there on a line."""
 LOGITS = 6.0
 """What a whole step counts at a certainty of 1, as a logit."""

@@ -76,7 +76,7 @@ class Relaxed(ABC):
         return None
 
 
-class Steps(Relaxed):
+class ShiftedPlaces(Relaxed):
     """A variable is added to each place before it is rounded (AutoRound, https://arxiv.org/abs/2309.05516)."""
 
     def __init__(self, w: Tensor, start: Quantized, scales: bool, generator: torch.Generator) -> None:
@@ -130,7 +130,7 @@ class Unmoved(Moved):
         return self.w
 
 
-class Weights(Moved):
+class ShiftedWeights(Moved):
     """A variable is added to each weight, in steps of the first scales.
 
     With scales and offsets that is Block-AP (EfficientQAT, https://arxiv.org/abs/2407.11062).
@@ -174,7 +174,7 @@ class Divided(Moved):
         return self.zero + (self.w - self.zero) * torch.exp(-(self.v + self.row))
 
 
-class LowRank(Moved):
+class DividedLowRank(Moved):
     """The same, logarithms being a matrix of low rank and vectors (LRQ, https://arxiv.org/abs/2407.11534).
 
     It cannot begin with anything but the nearest codes.

@@ -168,11 +168,6 @@ def soft_start(w: Tensor, quantized: Quantized) -> Tensor:
     return inside - y
 
 
-def soft_place(w: Tensor, quantized: Quantized) -> Tensor:
-    """The places nearest to those of the weights that round to these codes; see `soft_start`."""
-    return places(w, quantized)[1]
-
-
 @torch.no_grad()
 def places(w: Tensor, quantized: Quantized) -> tuple[Tensor, Tensor]:
     """(where weights lie among the levels; the nearest places that round to their codes), float32 [N, K] each."""

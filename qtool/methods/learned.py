@@ -29,13 +29,14 @@ from qtool.methods._base import BlockTask, Part, Solution
 from qtool.methods._block import BlockMethod
 from qtool.methods._mixtures import Gumbel, Sigmoid
 from qtool.methods._optimizers import Optimizer, optimizer
-from qtool.methods._relaxed import Divided, LowRank, Relaxed, Steps, Unmoved, Weights
+from qtool.methods._relaxed import Divided, DividedLowRank, Relaxed, ShiftedPlaces, ShiftedWeights, Unmoved
 
-WAYS: dict[str, type[Relaxed]] = {
-    "steps": Steps,
-    "weights": Weights,
+Way = Literal["steps", "weights", "divide", "low-rank", "sigmoid", "gumbel", "none"]
+WAYS: dict[Way, type[Relaxed]] = {
+    "steps": ShiftedPlaces,
+    "weights": ShiftedWeights,
     "divide": Divided,
-    "low-rank": LowRank,
+    "low-rank": DividedLowRank,
     "sigmoid": Sigmoid,
     "gumbel": Gumbel,
     "none": Unmoved,
@@ -66,7 +67,7 @@ class Learned(BlockMethod):
             ends; None: it never does before its last step, since most is won late, where rates are small.
     """
 
-    rounding: Literal["steps", "weights", "divide", "low-rank", "sigmoid", "gumbel", "none"] = "steps"
+    rounding: Way = "steps"
     steps: int = Field(200, ge=1, le=100_000)
     batch: int = Field(8, ge=1, le=4096)
     rate: float | None = Field(None, gt=0, le=1)

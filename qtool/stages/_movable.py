@@ -1,9 +1,9 @@
 """What moves of a quantized model: scales and offsets of matrices, their codes, and weights of norms.
 
-A variable is relative, 0 where nothing moved; that of a code is its place among the levels, counted in steps. What a
-model computes with is always what its file can hold; gradients go straight through that rounding
-(https://arxiv.org/abs/1308.3432). So scales of few bits, and powers of two, step when their variable has come half of
-the way to the next one, or stay.
+A variable of scales and norms is relative, 0 where nothing moved. What a model computes with is what its file can hold;
+gradients go straight through that rounding (https://arxiv.org/abs/1308.3432). So scales of few bits, and powers of two,
+step when their variable has come half of the way to the next one, or stay. Where codes move, a model that learns
+computes with what `qtool.methods._relaxed` says of them.
 
 Shape letters: N rows, K columns, G groups, H channels.
 """
@@ -17,8 +17,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qtool.formats._base import Params, Quantized, expand
-from qtool.methods._soft import level_at, soft_place
+from qtool.formats._base import Params, expand
+from qtool.methods._relaxed import Relaxed
 from qtool.residuals._base import Matrix
 from qtool.store.overlay import CODES
 
@@ -30,9 +30,18 @@ class Movable(ABC):
     def variables(self) -> Iterator[Tensor]:
         """float32, from 0."""
 
-    def places(self) -> Iterator[Tensor]:
-        """Variables that are rounded to codes, float32, in steps between levels."""
+    def decisive(self) -> Iterator[Tensor]:
+        """Variables that decide on codes, float32."""
         yield from ()
+
+    def soften(self, progress: float | None, seed: int = 0) -> None:
+        """Says what `value` is of from now on: of training that has come so far, or (None) of a file.
+
+        Args:
+            progress: share of the training that is done.
+            seed: of what a step draws at random.
+        """
+        del progress, seed  # most of what moves is always what a file holds
 
     @abstractmethod
     def value(self) -> Tensor:
@@ -48,11 +57,10 @@ class Scales(Movable):
 
     Args:
         matrix: as it was found, on the device.
-        moves: False: they stay.
     """
 
-    def __init__(self, matrix: Matrix, moves: bool = True) -> None:
-        self.matrix, self.moves, fmt = matrix, moves, matrix.quantized.format
+    def __init__(self, matrix: Matrix) -> None:
+        self.matrix, fmt = matrix, matrix.quantized.format
         self.scale, self.offset = fmt.affine(matrix.quantized.params)
         self.factor = torch.zeros_like(self.scale)
         self.shift = torch.zeros_like(self.scale) if fmt.free_offset else None
@@ -64,7 +72,7 @@ class Scales(Movable):
 
     def variables(self) -> Iterator[Tensor]:
         """See `Movable.variables`."""
-        yield from (v for v in (self.factor, self.shift) if self.moves and v is not None)
+        yield from (v for v in (self.factor, self.shift) if v is not None)
 
     def params(self) -> Params:
         """Parameters as the format stores them; those that were found where nothing moved."""
@@ -74,71 +82,83 @@ class Scales(Movable):
         offset = self.offset if self.shift is None else self.offset + self.scale * self.shift
         return quantized.format.refit(quantized.params, self.scale * (1 + self.factor), offset)
 
-    def codes(self) -> Tensor:
-        """uint8 [N, K]."""
-        return self.matrix.quantized.codes
-
     def replaced(self) -> Params:
-        """What takes the place of what was found: parameters, and codes where these move."""
+        """What takes the place of what was found."""
         return self.params()
 
     def value(self) -> Tensor:
         """See `Movable.value`: float32 [N, K]."""
-        quantized = Quantized(self.codes(), self.params(), self.matrix.quantized.format)
-        return replace(self.matrix, quantized=quantized).decode()
+        return replace(self.matrix, quantized=replace(self.matrix.quantized, params=self.params())).decode()
 
     def pull(self, gradient: Tensor) -> None:
         """See `Movable.pull`. An offset that is not free is a fixed multiple of the scale."""
-        if not self.moves:
-            return
-        codes, groups = self.codes(), self.scale.shape[1]
-        unit = self.matrix.quantized.format.levels().to(gradient.device)[codes.long()]
+        quantized = self.matrix.quantized
+        k, groups = quantized.codes.shape[1], self.scale.shape[1]
+        unit = quantized.format.levels().to(gradient.device)[quantized.codes.long()]
         if self.shift is None:
-            unit = unit + expand(self.offset / torch.where(self.scale == 0, torch.inf, self.scale), codes.shape[1])
+            unit = unit + expand(self.offset / torch.where(self.scale == 0, torch.inf, self.scale), k)
         add(self.factor, (gradient * unit).view(len(gradient), groups, -1).sum(2) * self.scale)
         if self.shift is not None:
             add(self.shift, gradient.view(len(gradient), groups, -1).sum(2) * self.scale)
 
 
-class Codes(Scales):
-    """A matrix whose codes move, its scales as well if they may.
+class MovableCodes(Movable):
+    """A matrix whose codes move, its scales as well if they are trained.
 
     Args:
         matrix: as it was found, of a scalar format, on the device.
-        w: what was rounded, float32 [N, K].
-        moves: whether scales move.
+        relaxed: what is trained, beginning there.
     """
 
-    def __init__(self, matrix: Matrix, w: Tensor, moves: bool) -> None:
-        super().__init__(matrix, moves)
-        self.levels = matrix.quantized.format.levels().to(w.device)
-        self.place = soft_place(w, matrix.quantized)
+    def __init__(self, matrix: Matrix, relaxed: Relaxed) -> None:
+        self.matrix, self.relaxed = matrix, relaxed
+        self.progress: float | None = None
+        self.seed = 0
 
     @staticmethod
     def can(matrix: Matrix) -> bool:
         """Whether every weight has a code of its own."""
         return matrix.quantized.format.codebook() is None
 
-    def places(self) -> Iterator[Tensor]:
-        """See `Movable.places`."""
-        yield self.place
+    def variables(self) -> Iterator[Tensor]:
+        """See `Movable.variables`; factors of scales begin with 1."""
+        yield from (variable for variable, decides in self.relaxed.leaves() if not decides)
 
-    def codes(self) -> Tensor:
-        """See `Scales.codes`."""
-        return self.place.round().clamp_(0, len(self.levels) - 1).to(torch.uint8)
+    def decisive(self) -> Iterator[Tensor]:
+        """See `Movable.decisive`."""
+        yield from (variable for variable, decides in self.relaxed.leaves() if decides)
+
+    def soften(self, progress: float | None, seed: int = 0) -> None:
+        """See `Movable.soften`."""
+        self.progress, self.seed = progress, seed
 
     def replaced(self) -> Params:
-        """See `Scales.replaced`."""
-        return {**self.params(), CODES: self.codes()}
+        """Parameters, and codes."""
+        found = self.relaxed.solution()
+        return {**found.params, CODES: found.codes}
 
+    @torch.no_grad()
+    def value(self) -> Tensor:
+        """See `Movable.value`: float32 [N, K]."""
+        if self.progress is None:
+            return replace(self.matrix, quantized=self.relaxed.solution()).decode()
+        return self.softened(self.progress)
+
+    def softened(self, progress: float) -> Tensor:
+        """float32 [N, K], with gradients, the same whenever a step asks for it."""
+        self.relaxed.generator.manual_seed(self.seed)
+        w = self.relaxed.weights(progress)
+        for correction in self.matrix.residuals:
+            w = correction.apply(w)
+        return w
+
+    @torch.enable_grad()
     def pull(self, gradient: Tensor) -> None:
-        """See `Movable.pull`. What is beyond the ends goes no further that way, and may come back."""
-        super().pull(gradient)
-        fmt = self.matrix.quantized.format
-        scale, width = expand(fmt.affine(self.params())[0], gradient.shape[1]), level_at(self.place, self.levels)[1]
-        slope = gradient * scale * width
-        ends = (self.place > len(self.levels) - 1) & (slope < 0) | (self.place < 0) & (slope > 0)
-        add(self.place, slope.masked_fill_(ends, 0.0))
+        """See `Movable.pull`."""
+        leaves = [variable for variable, _ in self.relaxed.leaves()]
+        found = torch.autograd.grad(self.softened(self.progress or 0.0), leaves, gradient)
+        for variable, slope in zip(leaves, found, strict=True):
+            add(variable, slope)
 
 
 class MovableVector(Movable):

@@ -17,10 +17,11 @@ from qtool.calibrate.blocks import TABLE_VALUES
 from qtool.calibrate.gradients import head_gradient
 from qtool.calibrate.hidden import MEMORY_LIMIT, waiting_limit
 from qtool.calibrate.walker import Walker
+from qtool.methods.learned import WAYS, Way
 from qtool.numerics.product import float32_product
 from qtool.numerics.threads.parallel import side_by_side
 from qtool.stages._base import StageTask
-from qtool.stages._movable import Codes, Movable, MovableVector, Scales
+from qtool.stages._movable import Movable, MovableCodes, MovableVector, Scales
 
 
 class Teacher:
@@ -56,13 +57,15 @@ class Student:
         teacher: the original one, on the same tokens.
         scales: whether scales of matrices move.
         norms: whether norms do.
-        rounding: whether codes do.
+        rounding: how codes do; None: they stay.
 
     Attributes:
         moving: what moves, by the module's name, block by block, and the final norm last.
     """
 
-    def __init__(self, task: StageTask, teacher: Teacher, scales: bool, norms: bool, rounding: bool = False) -> None:
+    def __init__(
+        self, task: StageTask, teacher: Teacher, scales: bool, norms: bool, rounding: Way | None = None
+    ) -> None:
         assert task.tokens is not None
         self.task, self.teacher, self.walker = task, teacher, task.walker(task.model)
         self.embedded = self.walker.embed(task.tokens)
@@ -83,14 +86,17 @@ class Student:
         """A tensor as the model's file holds it, on the device."""
         return self.task.model.tensor(name).to(self.task.device, self.task.model.info(name).dtype)
 
-    def matrices(self, i: int, scales: bool, rounding: bool) -> dict[str, Movable]:
+    def matrices(self, i: int, scales: bool, rounding: Way | None) -> dict[str, Movable]:
         """Matrices of a block that can move, by the module's name."""
         found: dict[str, Movable] = {}
+        drawn = torch.Generator(self.task.device)
         for name in (p.module.name for p in self.task.layers if p.module.block == i):
             matrix = self.task.model.matrix(name).to(self.task.device)
-            if rounding and Codes.can(matrix):
+            if rounding and MovableCodes.can(matrix):
                 w = self.task.unrounded.tensor(f"{name}.weight").to(self.task.device, torch.float32)
-                found[name] = Codes(matrix, w, scales and Scales.can(matrix))
+                drawn.manual_seed(self.task.seed + len(found))
+                free = scales and Scales.can(matrix)
+                found[name] = MovableCodes(matrix, WAYS[rounding](w, matrix.quantized, free, drawn))
             elif scales and Scales.can(matrix):
                 found[name] = Scales(matrix)
         return found
@@ -115,13 +121,17 @@ class Student:
             self.kept[i] = block
         return self.kept[i]
 
-    def divergence(self, samples: Tensor, learn: bool = False) -> float:
+    def divergence(self, samples: Tensor, learn: bool = False, progress: float = 0.0, seed: int = 0) -> float:
         """Mean KL divergence from the teacher, nats per token.
 
         Args:
             samples: int64 [s], which.
             learn: add its gradients to those of variables.
+            progress: share of the training that is done, see `Movable.soften`.
+            seed: of what a step that learns draws at random.
         """
+        for number, movable in enumerate(self.everything().values()):
+            movable.soften(progress if learn else None, seed + number)
         x, fronts = self.embedded[samples].to(self.task.device), []
         for i in range(len(self.moving)):
             if learn:
@@ -192,4 +202,4 @@ class Student:
 
 def states(movables: Mapping[str, Movable]) -> list[Tensor]:
     """Copies of all variables."""
-    return [v.clone() for movable in movables.values() for v in (*movable.variables(), *movable.places())]
+    return [v.detach().clone() for movable in movables.values() for v in (*movable.variables(), *movable.decisive())]

@@ -5,9 +5,8 @@ on the calibration's samples; some of them are held out, and the state that is b
 the candidates. Training nothing but scales behind frozen codes is the end-to-end phase of EfficientQAT
 (https://arxiv.org/abs/2407.11062), with the original model's predictions instead of the text.
 
-Where rounding is learned too, each weight has a place among its levels that is rounded to a code, gradients going
-straight through that; it begins where the original weight lies. That takes 16 bytes a weight while it goes on, with
-the optimizer's and those of the best state.
+Where rounding is learned too, in one of the ways of `learned`, codes begin as they were found, and a weight takes 16
+bytes while it goes on, with the optimizer's and those of the best state.
 """
 
 from __future__ import annotations
@@ -19,9 +18,10 @@ from pydantic import Field
 from torch import Tensor
 
 from qtool.methods._base import split
+from qtool.methods.learned import Way
 from qtool.plan.layers import Plan
 from qtool.stages._base import Stage, StageResult, StageTask
-from qtool.stages._movable import Movable, MovableVector, Scales
+from qtool.stages._movable import Movable, MovableCodes, MovableVector, Scales
 from qtool.stages._student import Student, Teacher, states
 
 
@@ -34,8 +34,8 @@ class Distill(Stage):
         rate: of the first step of Adam, relative to a scale, or to the mean magnitude of a norm; falls to 0.
         scales: whether scales and free offsets move.
         norms: whether norms do.
-        rounding: whether codes do.
-        rounding_rate: of the first step of Adam for codes, in steps between levels; falls to 0.
+        rounding: how codes do, as in `learned`; None: they stay.
+        rounding_rate: of the first step of Adam for what decides on codes; falls to 0.
         holdout: share of the samples that only decide which state is best.
     """
 
@@ -44,8 +44,8 @@ class Distill(Stage):
     rate: float = Field(0.001, gt=0, le=0.1)
     scales: bool = True
     norms: bool = True
-    rounding: bool = False
-    rounding_rate: float = Field(0.01, gt=0, le=1)
+    rounding: Way | None = None
+    rounding_rate: float = Field(0.02, gt=0, le=1)
     holdout: float = Field(0.125, gt=0, lt=1)
 
     def misfit(self, plan: Plan) -> str | None:
@@ -73,8 +73,9 @@ class Distill(Stage):
             task.progress(len(learned), self.epochs, f"divergence {losses:.4f}, held out {divergence:.4f}")
             if divergence < least:
                 least, best, epoch = divergence, states(moving), len(learned)
-        for variable, value in zip(variables(moving), best, strict=True):
-            variable.copy_(value)
+        with torch.no_grad():
+            for variable, value in zip(variables(moving), best, strict=True):
+                variable.copy_(value)
         about = {"held out before": start, "held out": least, "best epoch": float(epoch)}
         about |= {"learned first": learned[0], "learned last": learned[-1]}
         return result(moving, about) if epoch else StageResult(about=about)
@@ -83,7 +84,7 @@ class Distill(Stage):
         """Mean divergence of each epoch, while it goes on."""
         moving = student.everything().values()
         kinds = [(v, self.rate) for m in moving for v in m.variables()]
-        kinds += [(v, self.rounding_rate) for m in moving for v in m.places()]
+        kinds += [(v, self.rounding_rate) for m in moving for v in m.decisive()]
         adam = torch.optim.Adam([{"params": [v], "lr": rate} for v, rate in kinds])
         generator = torch.Generator().manual_seed(task.seed)
         steps = -(-len(seen) // self.batch) * self.epochs
@@ -91,7 +92,8 @@ class Distill(Stage):
         for _ in range(self.epochs):
             order, total = seen[torch.randperm(len(seen), generator=generator)], 0.0
             for part in torch.split(order, self.batch):
-                total += student.divergence(part, learn=True) * len(part)
+                drawn = task.seed + done * len(moving)
+                total += student.divergence(part, learn=True, progress=done / steps, seed=drawn) * len(part)
                 for group, (_, rate) in zip(adam.param_groups, kinds, strict=True):
                     group["lr"] = rate * (1 - done / steps)
                 adam.step()
@@ -102,12 +104,12 @@ class Distill(Stage):
 
 def variables(moving: Mapping[str, Movable]) -> list[Tensor]:
     """All variables, in order."""
-    return [v for movable in moving.values() for v in (*movable.variables(), *movable.places())]
+    return [v for movable in moving.values() for v in (*movable.variables(), *movable.decisive())]
 
 
 def result(moving: Mapping[str, Movable], about: Mapping[str, float]) -> StageResult:
     """What moved, as files hold it."""
-    params = {name: movable.replaced() for name, movable in moving.items() if isinstance(movable, Scales)}
+    params = {name: m.replaced() for name, m in moving.items() if isinstance(m, MovableCodes | Scales)}
     tensors = {
         f"{name}.weight": movable.value() for name, movable in moving.items() if isinstance(movable, MovableVector)
     }
