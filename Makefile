@@ -23,7 +23,7 @@ PROCESSOR_TESTS := -k "not thorough and not fast and not iq1 and not iq2 and not
 # Programs that tests start import what was compiled once, even where the environment says otherwise.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-processors test-bounds test-newest test-oldest test-tasks newest check format docs bench bench-gpu fuzz kills clean
+.PHONY: setup demo test test-processors test-bounds test-newest test-oldest test-tasks test-mlx newest check format docs bench bench-gpu fuzz kills clean
 
 setup: $(READY)
 
@@ -71,6 +71,10 @@ test-oldest: .venv-oldest/ready
 # lm-evaluation-harness on tiny local tasks; without it those tests say that they are skipped.
 test-tasks: .venv-tasks/ready
 	OMP_WAIT_POLICY=PASSIVE .venv-tasks/bin/python -m pytest --numprocesses auto tests/evaluate/test_tasks.py $(PYTEST_ARGS)
+
+# MLX folders in mlx-lm, whose CPU build runs on Linux; without it those tests say that they are skipped.
+test-mlx: .venv-mlx/ready
+	OMP_WAIT_POLICY=PASSIVE .venv-mlx/bin/python -m pytest tests/evaluate/test_mlx_lm.py $(PYTEST_ARGS)
 
 .venv-%/ready: constraints-%.txt $(READY)
 	rm -rf .venv-$*
@@ -131,4 +135,4 @@ bench-gpu: $(READY)
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-newest .venv-oldest .venv-tasks .venv-peer build dist demo .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-newest .venv-oldest .venv-tasks .venv-mlx .venv-peer build dist demo .mypy_cache .pytest_cache .ruff_cache

@@ -42,12 +42,14 @@ class Reading:
         reader: what it is called.
         dtype: that it is to compute in.
         rounds: whether it rounds inputs of quantized matrices to 8 bits on the way.
+        most: tokens up to which it computes the same; None: it does so of any text.
         differs: why it is known to compute something else, or does not read it; empty: it should not.
     """
 
     reader: str
     dtype: torch.dtype = torch.float32
     rounds: bool = False
+    most: int | None = None
     differs: str = ""
 
 

@@ -75,11 +75,18 @@ def _rotary_refusal(model: Checkpoint) -> str | None:
 
 def caveats(model: Checkpoint) -> list[str]:
     """See `Artifact.caveats`."""
+    kind, window = model.config["model_type"], ignored_window(model)
+    said = f"mlx-lm lets attention of {kind} models see all tokens, also beyond the sliding window of {window}"
+    return [said] if window else []
+
+
+def ignored_window(model: Checkpoint) -> int | None:
+    """A sliding window that mlx-lm does not apply; None: there is none."""
     config, kind = model.config, model.config["model_type"]
     window = config.get("sliding_window")
     if not window or kind in SLIDING or (kind in OPTIONAL_WINDOW and not config.get("use_sliding_window")):
-        return []
-    return [f"mlx-lm lets attention of {kind} models see all tokens, also beyond the sliding window of {window}"]
+        return None
+    return int(window)
 
 
 def rope_fields(model: Checkpoint) -> dict[str, Any]:

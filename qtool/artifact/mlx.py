@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from qtool.artifact import _mlx_models
-from qtool.artifact._base import Carry
+from qtool.artifact._base import Carry, Reading
 from qtool.artifact._floats import from_bits, to_bits
 from qtool.artifact._mlx_models import rope_fields
 from qtool.artifact._packed import Infos, PackedCheckpoint, Packing
@@ -77,6 +77,10 @@ class MLX(PackedArtifact):
     def caveats(self, model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
         """See `Artifact.caveats`."""
         return _mlx_models.caveats(model)
+
+    def reading(self, model: QuantizedCheckpoint) -> Reading:
+        """See `Artifact.reading`."""
+        return Reading("mlx-lm", most=_mlx_models.ignored_window(model))
 
     def one_format(self, module: Module) -> str | None:
         """See `Artifact.one_format`: matrices of all experts are one tensor."""

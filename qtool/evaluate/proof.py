@@ -63,7 +63,7 @@ def prove(
     if reading.differs:
         return Proof(reader=reading.reader, why_not=reading.differs)
     rows = model.info(f"{model.family.embedding}.weight").shape[0]
-    tokens = [(7 * i * i + 3 * i + 1) % rows for i in range(count(model, length))]
+    tokens = [(7 * i * i + 3 * i + 1) % rows for i in range(min(count(model, length), reading.most or LEAST))]
     try:
         ran = reader.run(written, tokens, reading)
     except CheckpointError as error:
@@ -82,12 +82,10 @@ def prove(
 def count(model: QuantizedCheckpoint, length: int | None) -> int:
     """How many tokens are run.
 
-    No more than a window that is left out, and more than a short original context: llama.cpp decides by the longest
-    context that it allows.
+    More than a short original context: llama.cpp decides by the longest context that it allows.
     """
     original = rope_parameters(model.family.rope(model.config)).get("original_max_position_embeddings") or LEAST
-    wanted = length or (TOKENS if original >= LEAST else int(original) + 8)
-    return min(wanted, model.family.gguf_window(model.config) or wanted)
+    return length or (TOKENS if original >= LEAST else int(original) + 8)
 
 
 def weights(model: QuantizedCheckpoint) -> int:

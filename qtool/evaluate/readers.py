@@ -87,6 +87,13 @@ def by_transformers(model: QuantizedCheckpoint, tokens: list[int], reading: Read
     return Run(logits, remark)
 
 
+def by_mlx(model: QuantizedCheckpoint, tokens: list[int], _: Reading) -> Run:
+    """Runs a folder in a process of its own."""
+    from qtool.evaluate.mlx import try_folder
+
+    return Run(try_folder(Path(model.source), tokens))
+
+
 LOOKS = "transformers loads it only if its class leaves quantized layers as they are, whose weights it looks for"
 
 
@@ -123,6 +130,7 @@ def load_in_transformers(made: Any, folder: Path, dtype: torch.dtype) -> tuple[A
 
 READERS: Mapping[str, ForeignReader] = {
     "llama.cpp": ForeignReader("xllamacpp", "xllamacpp", by_llama_cpp, 8 * 10**9),
+    "mlx-lm": ForeignReader("mlx-lm", "mlx_lm", by_mlx, 2 * 10**9),
     "transformers": ForeignReader("transformers", "compressed_tensors", by_transformers, 2 * 10**9),
 }
 """By what `Artifact.reading` calls them."""

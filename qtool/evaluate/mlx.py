@@ -1,0 +1,58 @@
+"""Runs an MLX folder in mlx-lm itself, whose CPU build runs everywhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qtool.calibrate.child import Child
+from qtool.errors import CheckpointError
+
+TRIAL = """
+import json
+sys.path[:] = json.loads(sys.argv[1])
+for line in sys.stdin:
+    try:
+        from pathlib import Path
+        import mlx.core as mx
+        import numpy
+        from mlx_lm.utils import load_model
+        model = load_model(Path(sys.argv[2]))[0]
+        model.set_dtype(mx.float32)
+        found = model(mx.array([json.loads(line)]))[0]
+        numpy.save(sys.argv[3], numpy.array(found.astype(mx.float32)))
+        said = ""
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"[:1000]
+    print(json.dumps(said), flush=True)
+"""
+SECONDS = 600.0
+"""To load a model and run some tokens."""
+
+
+def try_folder(path: Path, tokens: list[int]) -> Tensor:
+    """Runs a few tokens in float32, in another process, since native code may abort.
+
+    Args:
+        path: a folder for mlx-lm.
+        tokens: some.
+
+    Returns:
+        Logits, float32 [T, V].
+
+    Raises:
+        CheckpointError: it does not load the folder, or ends, or hangs.
+    """
+    what = f"mlx-lm cannot run {path}"
+    with tempfile.TemporaryDirectory(prefix="qtool-") as folder:
+        place = Path(folder) / "logits.npy"
+        with Child(TRIAL, what, json.dumps(sys.path), str(path), str(place), memory=-1) as child:
+            if said := child.ask(tokens, SECONDS):
+                raise CheckpointError(what, found=said)
+        return torch.from_numpy(np.load(place, allow_pickle=False))

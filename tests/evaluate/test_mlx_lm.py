@@ -1,0 +1,73 @@
+"""MLX folders in mlx-lm itself: right ones pass, and mistakes of a conversion are caught."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from qtool.api import quantize
+from qtool.artifact.mlx import MLX
+from qtool.errors import VerifyError
+from qtool.evaluate.proof import prove
+from qtool.evaluate.readers import READERS
+from qtool.formats._spelling import parse_format
+from tests.artifact.conftest import quantize as in_memory
+
+pytestmark = pytest.mark.proven
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mlx():
+    return pytest.importorskip("mlx_lm", reason="needs mlx-lm; `make test-mlx` has it")
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "qwen3_moe"])
+@pytest.mark.parametrize("fmt", ["int4-g32", "mxfp4"])
+def test_mlx_lm_computes_what_we_compute(kind, fmt, tiny_checkpoint, tmp_path):
+    model = in_memory(tiny_checkpoint(kind), parse_format(fmt))
+    if not MLX().supports(model).possible:
+        pytest.fail(MLX().supports(model).reason)
+    MLX().write(model, tmp_path, {})
+    found = prove(MLX(), MLX().open(tmp_path), model)
+    assert found.reader.startswith("mlx-lm ") and found.tokens == (8 if kind == "gemma2" else 24)  # its window
+    assert found.distance < 1e-4
+
+
+MISTAKES = {
+    "norm": lambda tensors: tensors["model.norm.weight"][::2].mul_(0.5),
+    "bias": lambda tensors: tensors["model.layers.0.self_attn.q_proj.bias"].zero_(),
+    "scale": lambda tensors: tensors["model.layers.1.mlp.up_proj.scales"].mul_(1.3),
+}
+
+
+@pytest.mark.parametrize("mistake", sorted(MISTAKES))
+def test_mistakes_are_caught(mistake, tiny_checkpoint, tmp_path):
+    model = in_memory(tiny_checkpoint("qwen2"), parse_format("int4-g32"))
+    MLX().write(model, tmp_path, {})
+    opened = MLX().open(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    MISTAKES[mistake](tensors)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "mlx"})
+    with pytest.raises(VerifyError, match=r"mlx-lm \d.* computes something else"):
+        prove(MLX(), opened, model)
+
+
+def test_rope_that_it_is_not_told_is_caught(tiny_checkpoint, tmp_path):
+    model = in_memory(tiny_checkpoint("llama"), parse_format("int4-g32"))
+    MLX().write(model, tmp_path, {})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"rope_theta": 100.0, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(VerifyError, match=r"computes something else"):
+        prove(MLX(), MLX().open(tmp_path), model)
+
+
+def test_reports_say_it(tiny_checkpoint, tmp_path):
+    layers = [{"match": "re:.*_proj", "weights": "int4-g32", "method": "rtn"}, {"match": "*", "keep": True}]
+    recipe = {"recipe": 1, "name": "test", "layers": layers, "export": [{"to": "mlx"}]}
+    report = quantize(str(tiny_checkpoint("llama")), recipe, tmp_path / "out")
+    words = report.artifacts[0].proof.words
+    assert words.startswith(f"runs in mlx-lm {READERS['mlx-lm'].version}, 24 tokens")
+    assert words in " ".join((tmp_path / "out" / "README.md").read_text().replace("\\", "").split())
