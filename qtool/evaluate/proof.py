@@ -82,10 +82,12 @@ def prove(
 def count(model: QuantizedCheckpoint, length: int | None) -> int:
     """How many tokens are run.
 
-    More than a short original context: llama.cpp decides by the longest context that it allows.
+    No more than a window that GGUF leaves out, and more than a short original context: llama.cpp decides by the longest
+    context that it allows.
     """
     original = rope_parameters(model.family.rope(model.config)).get("original_max_position_embeddings") or LEAST
-    return length or (TOKENS if original >= LEAST else int(original) + 8)
+    wanted = length or (TOKENS if original >= LEAST else int(original) + 8)
+    return min(wanted, model.family.gguf_window(model.config) or wanted)
 
 
 def weights(model: QuantizedCheckpoint) -> int:

@@ -85,7 +85,7 @@ class GGUF(Artifact):
 
     def reading(self, model: QuantizedCheckpoint) -> Reading:
         """See `Artifact.reading`."""
-        return Reading("llama.cpp", rounds=True, most=model.family.gguf_window(model.config))
+        return Reading("llama.cpp", rounds=True)
 
     def one_format(self, module: Module) -> str | None:
         """See `Artifact.one_format`: matrices of all experts are stacked."""
