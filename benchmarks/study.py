@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import yaml
@@ -57,6 +57,8 @@ class Rounded(QuantizedCheckpoint):
         matrices: by module, float32 [N, K].
         layers: by module.
     """
+
+    has_codes: ClassVar[bool] = False
 
     def __init__(self, origin: Checkpoint, matrices: Mapping[str, Tensor], layers: Mapping[str, Layer]) -> None:
         self.origin, self.matrices, self.layers = origin, matrices, layers

@@ -71,10 +71,10 @@ def rotations() -> Table:
         settings = (f"transforms={way}", rule(fmt, f", activations: {fmt}"), "method=rtn", "export=[{to: qtool}]")
         return cell("mxfp4-hadamard", *settings, variant=variant)
 
-    columns = plain(*formats, *(f"{name}, with outliers" for name in formats))
-    lines = {
-        label: tuple(rounded(f, way, v) for v in VARIANTS for f in formats.values()) for label, way in ways.items()
-    }
+    columns = plain(*formats, "MXFP4, with outliers", "NVFP4, with outliers")
+    pairs: list[tuple[str, Variant]] = [(fmt, "off-grid") for fmt in formats.values()]
+    pairs += [(fmt, "outliers") for fmt in ("mxfp4", "nvfp4")]
+    lines = {label: tuple(rounded(fmt, way, variant) for fmt, variant in pairs) for label, way in ways.items()}
     return Table("rewrite", columns, lines)
 
 
@@ -84,10 +84,10 @@ def strengths() -> Table:
     def smoothed(alpha: str) -> tuple[Cell, ...]:
         way = "transforms=[]" if alpha == "none" else f"transforms=[{{smooth: {{alpha: {alpha}}}}}]"
         eight = (cell("w8a8-int8-smooth", way, variant=variant) for variant in VARIANTS)
-        return (*eight, cell("w4a16-awq", way), cell("w4a8-int8", way, variant="outliers"))
+        return (*eight, cell("w4a16-awq", way))
 
-    columns = plain("W8A8, INT8", "W8A8, INT8, with outliers", "W4A16, groups of 64", "W4A8, INT, with outliers")
-    alphas = ("none", "0", "0.25", "0.5", "0.65", "0.75", "0.85", "1")
+    columns = plain("W8A8, INT8", "W8A8, INT8, with outliers", "W4A16, groups of 64")
+    alphas = ("none", "0", "0.25", "0.5", "0.75", "1")
     return Table("alpha", columns, {alpha: smoothed(alpha) for alpha in alphas})
 
 
@@ -101,14 +101,12 @@ def calibrations() -> Table:
         "sampled from the model": "self",
     }
 
-    def on(recipe: str, data: str, samples: int) -> Cell:
-        return cell(recipe, f"calibration.data={data}", f"calibration.samples={samples}")
+    def on(data: str, samples: int) -> Cell:
+        return cell("w4a16-awq", f"calibration.data={data}", f"calibration.samples={samples}")
 
     sizes = (2, 8, 32, 128)
-    columns = plain(*(f"AWQ, {n} x 512 tokens" for n in sizes), *(f"GPTQ, 3 bits, {n} x 512" for n in sizes))
-    ways = [("w4a16-awq", n) for n in sizes] + [("w3a16-gptq", n) for n in sizes]
-    lines = {label: tuple(on(recipe, data, n) for recipe, n in ways) for label, data in sources.items()}
-    return Table("calibrated on", columns, lines)
+    lines = {label: tuple(on(data, n) for n in sizes) for label, data in sources.items()}
+    return Table("AWQ, W4A16, on", plain(*(f"{n} x 512 tokens" for n in sizes)), lines)
 
 
 def low_bits() -> Table:
@@ -166,11 +164,10 @@ def ranks() -> Table:
     ways = {
         "RTN, 3 bits, plain": ("int3-g64", "rtn", "false"),
         "RTN, 3 bits, whitened": ("int3-g64", "rtn", "true"),
-        "GPTQ, 3 bits, plain": ("int3-g64", "gptq", "false"),
         "GPTQ, 3 bits, whitened": ("int3-g64", "gptq", "true"),
         "GPTQ, 2 bits, whitened": ("int2-g64", "gptq", "true"),
     }
-    lines = {str(r): tuple(corrected(r, *way) for way in ways.values()) for r in (0, 8, 16, 32, 64)}
+    lines = {str(r): tuple(corrected(r, *way) for way in ways.values()) for r in (0, 8, 32, 64)}
     return Table("rank", plain(*ways), lines)
 
 
@@ -181,10 +178,8 @@ def drifts() -> Table:
     """
     ways = {
         "nothing (GPTQ)": "0",
-        "half of it": "0.5",
         "three quarters": "0.75",
         "all of it": "1.0",
-        "three quarters, hardly a ridge": "0.75, drift_damp: 0.02",
         "all of it, hardly a ridge (GPTAQ, Qronos)": "1.0, drift_damp: 0.02",
     }
     formats = ("int2-g64", "int3-g64", "int4-g64", "nvfp4")
@@ -204,14 +199,13 @@ def kinds() -> Table:
     """
     names = ("q", "k", "v", "o", "gate", "up", "down")
 
-    def alone(name: str, fmt: str, variant: Variant) -> Cell:
+    def alone(name: str, fmt: str) -> Cell:
         layers = f"{{match: '*.{name}_proj', weights: {fmt}, activations: {fmt}}}, {{match: '*', keep: true}}"
         settings = (f"layers=[{layers}]", "transforms=[]", "method=rtn", "export=[{to: qtool}]")
-        return cell("mxfp4-hadamard", *settings, variant=variant)
+        return cell("mxfp4-hadamard", *settings)
 
-    pairs = [(fmt, variant) for variant in VARIANTS for fmt in ("mxfp4", "nvfp4")]
-    columns = plain("MXFP4", "NVFP4", "MXFP4, with outliers", "NVFP4, with outliers")
-    return Table("layers", columns, {name: tuple(alone(name, *pair) for pair in pairs) for name in names})
+    lines = {name: tuple(alone(name, fmt) for fmt in ("mxfp4", "nvfp4")) for name in names}
+    return Table("layers", plain("MXFP4", "NVFP4"), lines)
 
 
 VARIANTS: tuple[Variant, Variant] = ("off-grid", "outliers")

@@ -37,9 +37,11 @@ class Walker(Blocks):
 
     def tensor(self, name: str) -> Tensor:
         """See `Blocks.tensor`; codes are decoded on the device."""
-        module = name.removesuffix(".weight")
-        if self.device.type != "cpu" and isinstance(self.checkpoint, QuantizedCheckpoint) and module in self.layers:
-            return self.checkpoint.matrix(module).to(self.device).decode().to(self.dtype)
+        module, model = name.removesuffix(".weight"), self.checkpoint
+        coded = isinstance(model, QuantizedCheckpoint) and model.has_codes and module in self.layers
+        if coded and self.device.type != "cpu":
+            assert isinstance(model, QuantizedCheckpoint)
+            return model.matrix(module).to(self.device).decode().to(self.dtype)
         return super().tensor(name)
 
     @torch.inference_mode()

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -187,6 +187,8 @@ class QuantizedCheckpoint(Checkpoint):
     layers: Mapping[str, Layer]
     cache: Cache | None = None
     """How the KV cache is rounded; None: not at all."""
+    has_codes: ClassVar[bool] = True
+    """False where weights are rounded while they are read, and `matrix` has nothing to give."""
 
     @property
     def input_ops(self) -> Mapping[str, tuple[InputOp, ...]]:

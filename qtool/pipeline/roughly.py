@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ class Roughly(QuantizedCheckpoint):
         importance: mean square of each input channel, float32 [K], by `Module.reads`.
         statics: of the inputs that need some.
     """
+
+    has_codes: ClassVar[bool] = False
 
     def __init__(self, job: Job, importance: Mapping[str, Tensor], statics: Statics) -> None:
         self.job, self.origin, self.importance = job, job.checkpoint, importance

@@ -12,6 +12,7 @@ from qtool.ops._base import InputOp
 from qtool.ops.hadamard import Hadamard
 from qtool.ops.orthogonal import Orthogonal
 from qtool.ops.permutation import Permutation
+from qtool.ops.reassembly import Reassembly
 from qtool.ops.scale import Scale
 from qtool.ops.shift import Shift
 
@@ -31,6 +32,7 @@ OPS: dict[str, InputOp] = {
     "hadamard": Hadamard(DIM, SIGNS),
     "orthogonal": Orthogonal(torch.linalg.qr(randn(HEADS, DIM, DIM)).Q),
     "shift": Shift(randn(C)),
+    "reassembly": Reassembly(ORDER, ORDER, torch.full((C,), 0.5)),
 }
 FIRST = randn(1, C)[0]
 """An input; what becomes of its first numbers is written out below."""
@@ -39,6 +41,7 @@ EXPECTED = {
     "permutation": FIRST[2],
     "hadamard": (FIRST[0] - FIRST[1] - FIRST[2] + FIRST[3]) / 2,
     "orthogonal": sum(FIRST[i] * OPS["orthogonal"].data()[1]["matrices"][0, i, 0] for i in range(DIM)),
+    "reassembly": FIRST[2],
     "shift": FIRST[0] - OPS["shift"].data()[1]["amounts"][0],
 }
 
@@ -66,7 +69,8 @@ def test_rows_that_write_the_input(name: str) -> None:
 @pytest.mark.parametrize("name", OPS)
 def test_lengths(name: str) -> None:
     op, x = OPS[name], randn(5, C)
-    assert op.orthogonal == torch.allclose(op.apply(x).norm(dim=1), x.norm(dim=1))
+    same = torch.allclose(op.apply(x).norm(dim=1), x.norm(dim=1))
+    assert op.orthogonal == (same and name != "reassembly")  # ours only sorts, others split and merge
     assert (op.width, op.run) == (C, 1 if name in ("scale", "shift") else DIM)
 
 
@@ -108,8 +112,24 @@ def test_its_data_are_all_there_is(name: str) -> None:
         lambda: Orthogonal(torch.eye(2)),
         lambda: Orthogonal(torch.eye(2)[None] * 1.01),
         lambda: Shift(torch.tensor([torch.nan])),
+        lambda: Reassembly(ORDER, ORDER + 1, torch.ones(C)),
+        lambda: Reassembly(ORDER, ORDER.int(), torch.ones(C)),
+        lambda: Reassembly(ORDER, ORDER, torch.zeros(C)),
     ],
 )
 def test_nonsense_is_refused(make) -> None:
     with pytest.raises(ValueError, match=r"are|has|is known"):
         make()
+
+
+def test_channels_are_split_exactly_and_pairs_merged_as_far_as_they_are_alike() -> None:
+    """Channel 0 in three parts, in place of 1 and 3; 1 is merged into 2 and 3 into 4."""
+    op = Reassembly(
+        torch.tensor([0, 0, 2, 0, 4]), torch.tensor([0, 0, 1, 0, 3]), torch.tensor([1 / 6, 1 / 6, 0.5, 1 / 6, 0.5])
+    )
+    x, w = randn(7, 5), randn(3, 5)
+    found = op.apply(x) @ op.fold(w).T
+    pairs = ((2, 1), (4, 3))
+    lost = sum(torch.outer(x[:, a] - x[:, b], w[:, a] - w[:, b]) / 2 for a, b in pairs)
+    torch.testing.assert_close(found + lost, x @ w.T, rtol=0, atol=1e-6)
+    torch.testing.assert_close(op.apply(x)[:, [0, 1, 3]], (x[:, :1] / 3).expand(7, 3), rtol=1e-6, atol=0)

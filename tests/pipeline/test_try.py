@@ -22,6 +22,7 @@ from qtool.pipeline import attempt, transform
 from qtool.pipeline.events import Event, silent
 from qtool.pipeline.prepare import prepare
 from qtool.pipeline.quantize import QuantizeOptions, run
+from qtool.pipeline.roughly import Roughly
 from qtool.pipeline.tokens import tokens_of
 from qtool.recipe.load import load_recipe
 from tests.artifact.conftest import save_llama
@@ -275,3 +276,11 @@ def test_an_output_layer_that_may_be_turned_has_a_matrix_of_its_own_whatever_is_
         options = QuantizeOptions(str(tiny_checkpoint("llama-tied")), asked, tmp_path / f"out{seed}", seed=seed)
         run(options)
         assert not open_artifact(str(tmp_path / f"out{seed}")).tied
+
+
+def test_what_is_only_tried_is_read_on_another_device_as_well(uneven: Path, tmp_path: Path) -> None:
+    """It has no codes that could be decoded there; the device of shapes stands for a GPU."""
+    job = prepare(str(uneven), recipe(tmp_path, []), device="cpu", dtype="fp32")
+    walker = Walker(Roughly(job, {}, {}), torch.device("meta"), torch.float32)
+    found = walker.tensor("model.layers.0.mlp.up_proj.weight")
+    assert (found.device.type, found.shape) == ("meta", job.checkpoint.info("model.layers.0.mlp.up_proj.weight").shape)

@@ -15,6 +15,7 @@ from qtool.formats.int import Int
 from qtool.ops import hadamard as hadamard_op
 from qtool.ops.orthogonal import Orthogonal
 from qtool.ops.permutation import Permutation
+from qtool.ops.reassembly import Reassembly
 from qtool.ops.scale import Scale
 from qtool.stats._base import InputStats
 from qtool.transforms import awq
@@ -25,6 +26,7 @@ from qtool.transforms.exponents import Exponents
 from qtool.transforms.hadamard import Hadamard
 from qtool.transforms.keys import Keys
 from qtool.transforms.permute import Permute
+from qtool.transforms.reassemble import Reassemble, whole
 from qtool.transforms.rotate import Rotate
 from qtool.transforms.smooth import Smooth
 
@@ -259,6 +261,37 @@ def test_permute_sorts_inputs_in_front_of_layers() -> None:
     assert stays is not None
     assert (stays.label, stays.width) == (found.label, 32)
     assert Permute().stays(32) is None
+
+
+def test_reassemble_splits_outliers_and_merges_what_costs_least() -> None:
+    transform, w = Reassemble(most=0.25, bits=4), randn(6, 32)
+    w[:, 7] = w[:, 12]  # merging these loses nothing
+    place, x = site("input", transform, w)
+    x = randn(50, 32)
+    x[:, 5] *= 40
+    stats = InputStats(32, transform.needs)
+    stats.add(x)
+    found = transform.op(replace(place, stats=stats))
+    assert found is not None
+    parts = [int((found.first == j).sum()) for j in range(32)]
+    assert parts[5] > 4
+    merged = [(int(a), int(b)) for a, b in zip(found.first, found.second, strict=True) if a != b]
+    assert len(merged) == parts[5] - 1 <= 8
+    assert (12, 7) in merged
+    assert {a % 2 for a, _ in merged} == {0}
+    assert len({j for pair in merged for j in pair}) == 2 * len(merged)
+    between = x @ w.T - found.apply(x) @ found.fold(w).T
+    alone = sum(float((x[:, a] - x[:, b]).square().sum() * (w[:, a] - w[:, b]).square().sum()) / 4 for a, b in merged)
+    assert float(between.square().sum()) == pytest.approx(alone, rel=0.6)  # errors of pairs hardly correlate
+
+    def through(op: Reassembly) -> float:
+        y = op.apply(x)
+        step = y.abs().amax(1, keepdim=True) / 7
+        return float(((y / step).round() * step @ op.fold(w).T - x @ w.T).square().sum())
+
+    assert through(found) < 0.5 * through(whole(32))
+    assert transform.stays(32) == whole(32)
+    assert Reassemble(most=0).op(replace(place, stats=stats)) == whole(32)
 
 
 def test_rotate() -> None:
