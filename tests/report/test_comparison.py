@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from qtool.report.comparison import Compared, compare, html, interval
+from qtool.report.comparison import Compared, compare, html, interval, layer_rows
 from tests.report.test_render import HOSTILE, Page
 
 SIZES = {"a": (100, 0.30), "b": (120, 0.10), "c": (130, 0.12), "d": (200, 0.01), "e": (210, 0.01), "f": (100, 0.30)}
@@ -70,3 +70,19 @@ def test_nothing_measured(entries):
     found = compare([e.model_copy(update={"evaluation": None}) for e in entries])
     assert (found.best, found.comparable) == ((), ())
     assert "Nothing was measured" in html(found)
+
+
+def test_layers_that_differ_most_come_first(entries):
+    layers = [
+        {"x": ("q4_k", 20.0), "y": ("q4_k", 21.0), "z": ("kept", None)},
+        {"x": ("q4_k", 20.5), "y": ("q6_k", 32.0)},
+    ]
+    told = [e.model_copy(update={"layers": own}) for e, own in zip(entries, layers, strict=False)]
+    told[0] = told[0].model_copy(update={"speed": (123.4, 45.67)})
+    rows = layer_rows(compare(told))
+    assert rows == [("y", ["q4_k, 21.0", "q6_k, 32.0"]), ("x", ["q4_k, 20.0", "q4_k, 20.5"]), ("z", ["kept", "-"])]
+    page = html(compare([*told, *entries[2:]]))
+    assert page.index("<code>y</code>") < page.index("<code>x</code>") < page.index("<code>z</code>")
+    assert "45.7</td>" in page and "123</td>" in page
+    assert layer_rows(compare([told[0], entries[2]])) == []
+    assert "tokens per second" not in html(compare(entries)).lower()
