@@ -6,6 +6,7 @@ gptq    4 bits in groups of 64 on 32 x 512 tokens of SmolLM2-135M off any grid, 
 encode  every GGUF block type on real matrices with an importance matrix, against ggml's encoders
 gguf    Q4_K_M from safetensors to the file without GPTQ, against conversion and ggml's encoders
 mixes   GGUF files against those of llama-quantize with an importance matrix: KL divergence at the same size
+scores  ways to divide a budget, at the size of one mix: costs by four formulas, and evolution
 budgets files whose bytes are divided by need against mixes of the same size; ten budgets against one
 recipes every recipe that ships on the demo model: KL divergence and size, as in the recipes' headers
 study   integers against floats on the demo model, with and without outliers: the tables and plots of docs/study.md
@@ -45,6 +46,7 @@ from benchmarks import (
     models,
     page,
     recipes,
+    scores,
     solve,
     study,
     system,
@@ -139,6 +141,17 @@ def divided(options: argparse.Namespace) -> dict[str, float]:
         print(row, flush=True)
         found |= {f"{row.mix}_{row.text}_{key}": value for key, value in zip(row._fields[2:], row[2:], strict=True)}
         found[f"{row.mix}_{row.text}_ratio"] = row.ratio
+    return found
+
+
+def decided(options: argparse.Namespace) -> dict[str, float]:
+    """KL divergence of plans of one size by how they were found; prints them as a table."""
+    narrow = models.off_grid(models.checkpoint(options.work / "demo"), options.work / "off-grid")
+    model, found = models.widened(narrow, options.work / "wide"), {}
+    print(scores.HEADER, flush=True)
+    for line in scores.ways(model, options.calibration, options.device, options.generations):
+        print(line, flush=True)
+        found |= {f"{line.way}_kld": line.kld, f"{line.way}_seconds": line.seconds}
     return found
 
 
@@ -251,6 +264,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
     "gguf": gguf,
     "mixes": files,
     "budgets": divided,
+    "scores": decided,
     "recipes": shipped,
     "study": studied,
     "systems": compared,
@@ -281,6 +295,7 @@ def main() -> None:
         "--processes", type=int, default=2, help="side by side: architectures, budgets, learned, systems, tables"
     )
     parser.add_argument("--kind", action="append", default=[], help="architectures: this type, and others given so")
+    parser.add_argument("--generations", type=int, default=40, help="scores: plans that evolution measures")
     parser.add_argument("--system", action="append", default=[], help="systems: this one, and others given so")
     parser.add_argument("--table", action="append", default=[], choices=list(tables.TABLES), help="tables: this one")
     parser.add_argument("--trial", action="append", default=[], help="learned: those whose names begin so")

@@ -163,7 +163,7 @@ class Allocator:
         """Hash of everything that scores depend on."""
         job, digest = self.job, hashlib.sha256()
         options = [[p.module.name, p.label, dumped(p.format)] for d in self.open for o in d.options for p in o]
-        place = [__version__, job.plan.source_fingerprint, edits, job.device.type, str(job.dtype)]
+        place = [__version__, job.plan.source_fingerprint, edits, job.device.type, str(job.dtype), self.budget.scores]
         digest.update(json.dumps([place, options], sort_keys=True).encode())
         for tokens in (self.samples, self.held_out):
             digest.update(tokens.numpy().tobytes())

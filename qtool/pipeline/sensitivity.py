@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qtool.allocate.decisions import Decision
+from qtool.allocate.losses import LOSSES, Rounding
 from qtool.allocate.sampling import Sample, systematic
 from qtool.allocate.slopes import LayerRecord, Slopes
 from qtool.calibrate.inputs import rounded
@@ -66,6 +67,8 @@ class Pricing:
         for p in (p for decision in open_ for option in decision.options for p in option):
             self.options.setdefault(p.module.name, {})[p.label] = p
         everything = job.plan.recipe.calibration.experts == "all"
+        assert job.plan.recipe.budget is not None
+        self.loss = LOSSES[job.plan.recipe.budget.scores]
         self.walker = Walker(job.checkpoint, job.device, job.dtype, everything)
 
     def run(self, listener: Listener) -> Priced:
@@ -142,7 +145,7 @@ class Pricing:
             self.found.costs[name][label] = sum(others) / max(1, len(others))
 
     def inner(self, plan: LayerPlan, seen: LayerRecord, stats: InputStats, sample: Sample, w: Tensor) -> float:
-        """Half the squared errors of what a linear layer makes of its inputs, times squared gradients, summed.
+        """What rounding a linear layer costs, summed over tokens.
 
         Args:
             plan: with the candidate.
@@ -153,7 +156,7 @@ class Pricing:
         """
         w_hat = self.candidate(plan, sample, w, stats[Channels].importance)
         behind = self.behind(seen.x, with_found(plan, self.found.statics))
-        return weighted(weighed(seen.x, behind, w, w_hat, seen.squares), sample)
+        return self.loss(Rounding(seen.x, behind, w, w_hat, seen.squares, sample.weights))
 
     def outer(
         self,
@@ -175,13 +178,13 @@ class Pricing:
             w: of the matrix, float32 [M, K].
         """
         w_hat = self.candidate(plan, sample, w, None if stats is None else stats[Channels].importance)
-        total = torch.zeros(len(w), dtype=torch.float64)
+        total = 0.0
         if head is not None:
             behind = self.behind(head.x, with_found(plan, self.found.statics))
-            total += weighed(head.x, behind, w, w_hat, head.squares)
+            total += self.loss(Rounding(head.x, behind, w, w_hat, head.squares, sample.weights))
         if plan.module.kind == "embedding":
-            total += self.looked_up(w - w_hat, sample, slopes)
-        return weighted(total, sample)
+            total += float(self.looked_up(w - w_hat, sample, slopes) @ sample.weights)
+        return total
 
     def candidate(self, plan: LayerPlan, sample: Sample, w: Tensor, importance: Tensor | None) -> Tensor:
         """The sample of a rounded matrix, float32 [M, K]."""
@@ -236,26 +239,3 @@ class Pricing:
                 parts.append(self.job.checkpoint.rows(name, a, b)[here - a])
         w = torch.cat(parts) if parts else torch.zeros(0, module.shape[1])
         return sample, w.to(self.job.device).float()
-
-
-def weighed(x: Tensor, behind: Tensor | None, w: Tensor, w_hat: Tensor, squares: Tensor) -> Tensor:
-    """sum(squares * (x w^T - behind w_hat^T)^2) / 2 of each row, float64 [M].
-
-    Products are of differences, so that a narrow type says enough.
-
-    Args:
-        x: inputs, [R, K].
-        behind: the same as they are rounded; None: they are not.
-        w: float32 [M, K].
-        w_hat: the same rounded.
-        squares: [R, M].
-    """
-    error = (x if behind is None else behind) @ (w - w_hat).to(x.dtype).T
-    if behind is not None:
-        error += (x - behind) @ w.to(x.dtype).T
-    return error.float().square_().mul_(squares).sum(0).double().cpu() / 2
-
-
-def weighted(found: Tensor, sample: Sample) -> float:
-    """What all rows have together, by those of a sample: float64 [M]."""
-    return float(found @ sample.weights)

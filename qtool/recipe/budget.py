@@ -91,6 +91,9 @@ class Budget(Strict):
             if it is better than the plan, both rounded to nearest.
         samples: calibration sequences from which it is learned how much each layer matters.
         held_out: sequences that plans are compared on, which are in no other use.
+        scores: what is held to be the cost of rounding a matrix: half its outputs' squared errors times squared
+            gradients (second-order), their errors times gradients (first-order), or its weights' squared errors times
+            the mean diagonal (trace) or the largest eigenvalue (eigenvalue) of the loss's curvature.
         swaps: other plans of the same size that are measured, each what would be best if layers of one role cost twice
             or half as much as they seem to.
         confirm: whether a plan and the best that nobody allocated are both carried out where they are nearly as good
@@ -105,6 +108,7 @@ class Budget(Strict):
     against: tuple[str, ...] = ()
     samples: int = Field(default=8, ge=1)
     held_out: int = Field(default=16, ge=1)
+    scores: Literal["second-order", "first-order", "trace", "eigenvalue"] = "second-order"
     swaps: int = Field(default=4, ge=0)
     confirm: bool = True
 

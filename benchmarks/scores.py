@@ -1,0 +1,132 @@
+"""Ways to find out which layer gets which format, at the size of one mix: costs by four formulas, and evolution.
+
+Evolution knows no costs: it changes some decisions of the best plan so far at random, mends the size, measures the
+divergence, and keeps what is better, from the mix on and from the plan of least cost on. What each way comes to is
+measured on samples that none of them has seen, rounded to nearest.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.mixes import calibrated_on
+from qtool.allocate.fit import Chosen
+from qtool.allocate.losses import LOSSES
+from qtool.pipeline.allocator import Allocator
+from qtool.pipeline.events import silent
+from qtool.pipeline.held_out import tokens_for
+from qtool.pipeline.prepare import prepare
+from qtool.pipeline.swaps import swapped
+from qtool.pipeline.trial import Trials
+
+MIX = "gguf-q3_k_m"
+SAMPLES, LENGTH, HELD_OUT = 32, 512, 32
+CHANGES = 4
+"""Decisions that evolution changes at a time, at most."""
+
+
+class Line(NamedTuple):
+    """A way: nats per token on unseen samples, plans that it measured, and seconds."""
+
+    way: str
+    kld: float
+    error: float
+    measured: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.way:24} {self.kld:9.4f} ± {self.error:.4f} {self.measured:5} {self.seconds:8.1f}"
+
+
+HEADER = f"{'way':24} {'KLD':>9} {'':8} {'plans':>5} {'seconds':>8}"
+
+
+class Bench:
+    """One model, and the unseen half of its held-out samples.
+
+    Args:
+        model: folder.
+        calibration: a recipe's calibration.data.
+        device: where.
+    """
+
+    def __init__(self, model: Path, calibration: str, device: str) -> None:
+        flags = calibrated_on(calibration, SAMPLES, LENGTH)[1::2]
+        fixed = (*flags, f"budget.like={MIX}", f"budget.against=[{MIX}]", f"budget.held_out={HELD_OUT}")
+        self.job = prepare(str(model), "gguf-fit", fixed, device=device)
+        self.samples, tokens = tokens_for(self.job)
+        self.seen, unseen = tokens.chunk(2)
+        self.judge = Trials(self.job.checkpoint, unseen, self.job.device)
+        self.work = model.parent
+
+    def allocator(self, loss: str) -> Allocator:
+        """With costs by a formula."""
+        recipe = self.job.plan.recipe
+        assert recipe.budget is not None
+        budget = recipe.budget.model_copy(update={"scores": loss})
+        plan = replace(self.job.plan, recipe=recipe.model_copy(update={"budget": budget}))
+        found = Allocator(replace(self.job, plan=plan), {"base_model": "wide", "recipe_name": MIX})
+        found.refuse_too_small()
+        found.score(self.samples, self.seen, self.work / f"ways-{loss}.scores", False, "", silent)
+        return found
+
+    def line(self, way: str, of: Allocator, chosen: Chosen, begin: float) -> Line:
+        """What a way came to."""
+        seconds, found = time.perf_counter() - begin, of.scores.found
+        assert found is not None
+        from qtool.pipeline.roughly import Roughly
+
+        kld = self.judge.of(Roughly(replace(self.job, plan=of.plan(chosen)), found.importance, found.statics))
+        return Line(way, kld.mean, kld.error, len(of.tried), seconds)
+
+
+def ways(model: Path, calibration: str, device: str, generations: int) -> Iterator[Line]:
+    """Every way in turn, the mix itself first."""
+    bench = Bench(model, calibration, device)
+    for loss in LOSSES:
+        begin = time.perf_counter()
+        of = bench.allocator(loss)
+        assert of.limit is not None
+        if loss == "second-order":
+            best = of
+            yield bench.line(MIX, of, dict(of.uniforms())[MIX], begin)
+        yield bench.line(loss, of, of.fitting(of.limit), begin)
+    begin = time.perf_counter()
+    assert best.limit is not None
+    yield bench.line("second-order, swaps", best, swapped(best, best.fitting(best.limit), best.limit), begin)
+    for way, start in (
+        ("evolution", dict(best.uniforms())[MIX]),
+        ("second-order, evolution", best.fitting(best.limit)),
+    ):
+        best.tried.clear()
+        begin = time.perf_counter()
+        yield bench.line(way, best, evolved(best, start, generations), begin)
+
+
+def evolved(of: Allocator, chosen: Chosen, generations: int) -> Chosen:
+    """The best plan that random changes and as many measurements come to, from some plan on."""
+    draw, best = random.Random(0), of.measure(chosen).mean
+    for _ in range(generations):
+        child = changed(of, chosen, draw)
+        if (kld := of.measure(child).mean) < best:
+            chosen, best = child, kld
+    return chosen
+
+
+def changed(of: Allocator, chosen: Chosen, draw: random.Random) -> Chosen:
+    """A plan with some decisions of another's made anew, that still fits."""
+    assert of.limit is not None
+    child = list(chosen)
+    for i in draw.sample(range(len(child)), draw.randint(2, CHANGES)):
+        child[i] = draw.randrange(len(of.groups[i].sizes))
+    while of.size(tuple(child)) > of.limit:
+        i = draw.randrange(len(child))
+        sizes = of.groups[i].sizes.tolist()
+        if smaller := [size for size in sizes if size < sizes[child[i]]]:
+            child[i] = sizes.index(max(smaller))
+    return tuple(child)
