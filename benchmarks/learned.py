@@ -35,6 +35,8 @@ from qtool.store.overlay import Overlaid
 
 LENGTH = 512
 """Tokens of a sample."""
+WIDE = ("q3_k_m", "q2_k", "q4_k_m")
+"""Mixtures of GGUF types, which want the model whose rows are whole super-blocks."""
 ROOT = {"power": 0.5}
 """Tokens weighed by the root of squared gradients."""
 
@@ -48,7 +50,7 @@ class Trial:
         method: of the recipe.
         calibration: settings of it.
         distilled: settings of distillation, each on its own behind this recipe.
-        recipe: one that ships, which `weights` and `method` are not asked for.
+        recipe: one that ships, without its stages; `weights` and `method` are not asked for.
         wide: on the model whose rows are whole super-blocks.
     """
 
@@ -64,7 +66,7 @@ class Trial:
         calibration = {"data": data, "samples": samples, "length": LENGTH, **self.calibration}
         common: dict[str, Any] = {"recipe": 1, "name": "trial", "calibration": calibration}
         if self.recipe:
-            return common | {"extends": self.recipe, "export": [{"to": "qtool"}]}
+            return common | {"extends": self.recipe, "export": [{"to": "qtool"}], "finish": []}
         layers = [{"match": "lm_head", "keep": True}, {"match": "*", "weights": self.weights}]
         return common | {"layers": layers, "method": self.method, "export": [{"to": "qtool"}]}
 
@@ -76,7 +78,10 @@ def learned(**settings: Any) -> dict[str, Any]:
 
 def trials() -> dict[str, Trial]:
     """All of them by name, what decides most first."""
-    found: dict[str, Trial] = {}
+    last = ({"epochs": 6}, {"epochs": 6, "rounding": "gumbel", "rounding_rate": 0.02})
+    names = (*(f"w{bits}a16" for bits in (2, 3, 4)), *(f"gguf-{mix}" for mix in WIDE), "nvfp4", "mxfp4")
+    found = {f"{n}-best": Trial(recipe=f"{n}-best", distilled=last, wide="gguf" in n) for n in names}
+    found |= {f"{n}-base": Trial(recipe=n, wide="gguf" in n) for n in names[3:]}
     plain = {"epochs": 4, "rate": 0.001}
     codes = {"epochs": 8, "rate": 0.001, "rounding": "gumbel"}
     for bits in (2, 3, 4):
@@ -104,7 +109,12 @@ def trials() -> dict[str, Trial]:
         }
         found |= {f"w{bits}-{name}": trial for name, trial in some.items()}
     order = [name.partition("-")[2] for name in found if name.startswith("w2-")]
-    return dict(sorted(found.items(), key=lambda item: order.index(item[0].partition("-")[2])))
+    return dict(sorted(found.items(), key=lambda item: place_of(item[0].partition("-")[2], order)))
+
+
+def place_of(kind: str, order: list[str]) -> int:
+    """Where a kind of trial comes; those that are not in the order come first."""
+    return order.index(kind) if kind in order else -1
 
 
 def distances(model: str | Checkpoint, options: argparse.Namespace, source: Path) -> dict[str, float]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from qtool.formats._base import Params, Quantized, expand
+from qtool.formats._base import Params, Quantized
 from qtool.methods._relaxed import Relaxed
 from qtool.methods._soft import MARGIN, places, relative, stored
 
@@ -47,6 +49,8 @@ class TwoLevels(Relaxed):
         up = code > self.below
         self.inside = torch.where(up, inside.clamp_min(0.5 + MARGIN), inside.clamp_max(0.5 - MARGIN))
         self.low, self.step = self.levels[self.below], self.levels.diff()[self.below]
+        self.zero = relative(self.first[1], self.first[0], 0.0)
+        self.centered = self.shift is None and not bool(self.zero.any())
 
     @abstractmethod
     def share(self, progress: float) -> Tensor:
@@ -58,16 +62,19 @@ class TwoLevels(Relaxed):
 
     def weights(self, progress: float) -> Tensor:
         """See `Relaxed.weights`."""
-        wanted = self.affine()
-        params = stored(self.fmt, self.start.params, *wanted)
-        k, values = self.w.shape[1], []
-        for own, want in zip(self.fmt.affine(params), wanted, strict=True):
-            values.append(expand(own if want is None else own.detach() + (want - want.detach()), k))
-        scale, offset = values
-        if wanted[0] is not None and not self.fmt.free_offset:  # a fixed multiple of the scale
-            first, zero = self.wide()
-            offset = scale * relative(zero, first, 0.0)
-        return scale * (self.low + self.share(progress) * self.step) + offset
+        params = stored(self.fmt, self.start.params, *self.affine())
+        scale, offset = self.fmt.affine(params)
+        if self.factor is not None:
+            scale = straight(scale, self.first[0] * self.factor)
+        if self.shift is not None:
+            offset = straight(offset, self.first[1] + self.first[0] * self.shift)
+        elif self.factor is not None:  # a fixed multiple of the scale
+            offset = scale * self.zero
+        mixed = torch.addcmul(self.low, self.share(progress), self.step).view(len(self.w), scale.shape[1], -1)
+        value = mixed * scale[..., None]
+        if self.centered:
+            return value.view(self.w.shape)
+        return (value + offset[..., None]).view(self.w.shape)
 
     @torch.no_grad()
     def solution(self) -> Quantized:
@@ -120,9 +127,33 @@ class Gumbel(TwoLevels):
         """See `TwoLevels.share`: one draw, noise being the difference of two Gumbel variables."""
         certain = CERTAINTY[0] + (CERTAINTY[1] - CERTAINTY[0]) * progress
         temperature = TEMPERATURE[0] * (TEMPERATURE[1] / TEMPERATURE[0]) ** progress
-        drawn = torch.rand(self.v.shape, generator=self.generator, device=self.v.device).clamp_(1e-6, 1 - 1e-6)
-        return torch.sigmoid((LOGITS * certain * (self.v - 0.5) + torch.logit(drawn)) / temperature)
+        drawn = torch.rand(self.v.shape, generator=self.generator, device=self.v.device)
+        noise, slope = drawn.logit_(1e-6).div_(temperature), LOGITS * certain / temperature
+        found: Tensor = _Drawn.apply(self.v, noise, slope)  # type: ignore[no-untyped-call]
+        return found
 
     def upper(self) -> Tensor:
         """See `TwoLevels.upper`."""
         return self.v > 0.5
+
+
+class _Drawn(torch.autograd.Function):
+    """sigmoid((v - 1/2) slope + noise), in the noise's memory: [N, K] each."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, noise: Tensor, slope: float) -> Tensor:
+        share = noise.add_(v, alpha=slope).sub_(0.5 * slope).sigmoid_()
+        ctx.save_for_backward(share)
+        ctx.slope = slope
+        return share
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (share,) = ctx.saved_tensors
+        return gradient.mul(share).mul_(ctx.slope).mul_(1 - share), None, None
+
+
+def straight(value: Tensor, wanted: Tensor) -> Tensor:
+    """A value with the gradient of what was wanted."""
+    return value.detach() + (wanted - wanted.detach())

@@ -29,17 +29,21 @@ class Relaxed(ABC):
         start: codes and parameters of a scalar format to begin with, on the device.
         scales: whether scales and free offsets move.
         generator: for what is drawn at random, on the device.
+
+    Attributes:
+        first: scales and offsets to begin with, float32 [N, G].
     """
 
     def __init__(self, w: Tensor, start: Quantized, scales: bool, generator: torch.Generator) -> None:
         self.w, self.fmt, self.start, self.generator = w, start.format, start, generator
-        scale, _ = self.fmt.affine(start.params)
+        self.first = self.fmt.affine(start.params)
+        scale, _ = self.first
         self.factor = torch.ones_like(scale).requires_grad_() if scales else None
         self.shift = torch.zeros_like(scale).requires_grad_() if scales and self.fmt.free_offset else None
 
     def affine(self) -> tuple[Tensor | None, Tensor | None]:
         """The wanted scale and offset, float32 [N, G], with gradients; None where they stay."""
-        scale, offset = self.fmt.affine(self.start.params)
+        scale, offset = self.first
         return (
             None if self.factor is None else scale * self.factor,
             None if self.shift is None else offset + scale * self.shift,
@@ -47,7 +51,7 @@ class Relaxed(ABC):
 
     def wide(self) -> tuple[Tensor, Tensor]:
         """First scales and offsets of each weight, float32 [N, K]."""
-        scale, offset = self.fmt.affine(self.start.params)
+        scale, offset = self.first
         return expand(scale, self.w.shape[1]), expand(offset, self.w.shape[1])
 
     def leaves(self) -> Iterator[tuple[Tensor, bool]]:

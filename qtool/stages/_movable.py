@@ -64,6 +64,7 @@ class Scales(Movable):
         self.scale, self.offset = fmt.affine(matrix.quantized.params)
         self.factor = torch.zeros_like(self.scale)
         self.shift = torch.zeros_like(self.scale) if fmt.free_offset else None
+        self.moved = False
 
     @staticmethod
     def can(matrix: Matrix) -> bool:
@@ -77,7 +78,7 @@ class Scales(Movable):
     def params(self) -> Params:
         """Parameters as the format stores them; those that were found where nothing moved."""
         quantized = self.matrix.quantized
-        if not any(bool(v.any()) for v in self.variables()):
+        if not self.moved:
             return quantized.params
         offset = self.offset if self.shift is None else self.offset + self.scale * self.shift
         return quantized.format.refit(quantized.params, self.scale * (1 + self.factor), offset)
@@ -92,6 +93,7 @@ class Scales(Movable):
 
     def pull(self, gradient: Tensor) -> None:
         """See `Movable.pull`. An offset that is not free is a fixed multiple of the scale."""
+        self.moved = True  # whoever asks for gradients moves what they are of
         quantized = self.matrix.quantized
         k, groups = quantized.codes.shape[1], self.scale.shape[1]
         unit = quantized.format.levels().to(gradient.device)[quantized.codes.long()]

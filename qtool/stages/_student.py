@@ -78,6 +78,7 @@ class Student:
         final = self.walker.family.norm
         self.last: dict[str, Movable] = {final: MovableVector(self.stored(f"{final}.weight"))} if norms else {}
         self.kept: dict[int, nn.Module] = {}
+        self.values, self.learning = dict[int, dict[str, Tensor]](), False
         numbers = sum(m.shape[0] * m.shape[1] for i in self.walker.modules for m in self.walker.modules[i])
         limit = MEMORY_LIMIT if task.device.type == "cpu" else waiting_limit(task.device)
         self.keeps = numbers * task.dtype.itemsize <= limit
@@ -112,6 +113,15 @@ class Student:
         """All that moves, by the module's name."""
         return {name: movable for moving in (*self.moving, self.last) for name, movable in moving.items()}
 
+    def weights(self, i: int, back: bool = False) -> dict[str, Tensor]:
+        """What moves in a block, as it is now; where models fit, a way back finds what the way forth computed."""
+        found = self.values.pop(i, None) if back else None
+        if found is None:
+            found = {name: m.value().to(self.task.dtype) for name, m in self.moving[i].items()}
+            if self.keeps and self.learning and not back:
+                self.values[i] = found
+        return found
+
     def block(self, i: int) -> nn.Module:
         """Block i with the tensors that do not move."""
         if i not in self.kept:
@@ -130,6 +140,7 @@ class Student:
             progress: share of the training that is done, see `Movable.soften`.
             seed: of what a step that learns draws at random.
         """
+        self.learning = learn
         for number, movable in enumerate(self.everything().values()):
             movable.soften(progress if learn else None, seed + number)
         x, fronts = self.embedded[samples].to(self.task.device), []
@@ -146,7 +157,7 @@ class Student:
     @torch.no_grad()
     def forward(self, i: int, x: Tensor) -> Tensor:
         """Block i's output, [s, T, H]."""
-        block, weights = self.block(i), {name: m.value() for name, m in self.moving[i].items()}
+        block, weights = self.block(i), self.weights(i)
         layers, parts = self.walker.layers, self.walker.pieces(*x.shape[:2])
 
         @torch.no_grad()
@@ -164,7 +175,7 @@ class Student:
             gradient: by its outputs.
         """
         block, moving, parts = self.block(i), self.moving[i], self.walker.pieces(*x.shape[:2])
-        weights = {name: m.value().float().requires_grad_() for name, m in moving.items()}
+        weights = {name: w.float().requires_grad_() for name, w in self.weights(i, back=True).items()}
 
         def run(part: slice) -> tuple[Tensor, ...]:
             front = x[part].detach().requires_grad_()
