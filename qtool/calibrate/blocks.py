@@ -132,8 +132,15 @@ class Blocks:
     def block_tensors(self, i: int) -> dict[str, Tensor]:
         """The weights of block i, by name in transformers' class, on the device."""
         prefix = self.family.block_prefix.format(i=i)
-        names = self.family.block_shapes(self.checkpoint.config, i)
-        return {self.family.submodule(name): self.tensor(prefix + name) for name in names}
+        found, parts = dict[str, Tensor](), self.around.family.facts.parts if self.around else {}
+        for name in self.family.block_shapes(self.checkpoint.config, i):
+            tensor = self.tensor(prefix + name)
+            if (part := parts.get(name)) is None:
+                found[self.family.submodule(name)] = tensor
+                continue
+            whole = found.setdefault(part[0], torch.zeros(part[1], dtype=tensor.dtype, device=tensor.device))
+            whole[part[2] : part[2] + len(tensor)] = tensor
+        return found
 
     def tensor(self, name: str) -> Tensor:
         """A weight in the walker's dtype, on its device; a table of integers as it is."""

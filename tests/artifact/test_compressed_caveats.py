@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from qtool.artifact.compressed_tensors import CompressedTensors
 from qtool.formats._spelling import parse_format
@@ -21,6 +21,7 @@ INT8 = {"type": "int", "bits": 8, "group": "channel"} | FP32
 FP8 = {"type": "fp", "element": "e4m3", "group": "channel"} | FP32
 KEPT = dict.fromkeys("qkvo")
 UNROUNDED = "transformers leaves the inputs of experts in {} unrounded"
+COMPRESSED = "with run_compressed=True transformers does not load {}: leave that out"
 NOT_LOADED = {name: f"{name} does not load experts in {{}}" for name in ("transformers", "vLLM")}
 EXPERTS = {  # weights and inputs of experts, and the caveats; without any, transformers computes what we compute
     "int4": (INT4, None),
@@ -45,7 +46,7 @@ EXPERTS = {  # weights and inputs of experts, and the caveats; without any, tran
         NOT_LOADED["transformers"],
         "vLLM leaves it to the GPU whether inputs of {} are rounded as well",
     ),
-    "asymmetric": (INT4_ASYMMETRIC, None, NOT_LOADED["transformers"]),
+    "asymmetric": (INT4_ASYMMETRIC, None, NOT_LOADED["transformers"], COMPRESSED),
 }
 
 
@@ -81,10 +82,10 @@ def test_experts(name, tiny_checkpoint, tmp_path):
 
 
 LINEAR = {  # weights, inputs, what vLLM does otherwise
-    "int4-g128": ("int4-g128", "fp8-token", None),
+    "int4-g128": ("int4-g128", "fp8-token", "vLLM runs int4-g128 with fp8-token inputs on Hopper GPUs only"),
     "int4-g32": ("int4-g32", "fp8-token", "vLLM does not load int4-g32 with fp8-token inputs; transformers does"),
-    "int4-asym": ("int4-g32-asym", None, None),
-    "int3-asym": ("int3-g32-asym", None, "vLLM does not load int3-g32-asym; transformers does"),
+    "int4-asym": ("int4-g32-asym", None, COMPRESSED.format("int4-g32-asym")),
+    "int3-asym": ("int3-g32-asym", None, COMPRESSED.format("int3-g32-asym")),
     "int3": ("int3-g32", None, None),
     "w8a8": ("int8-channel", "int8-token", None),
     "mxfp8": ("mxfp8", "mxfp8", None),
@@ -105,7 +106,8 @@ def test_zero_points_beside_another_format(other, tiny_checkpoint, tmp_path):
     others = {"down": parse_format(other)} if other else {}
     model = quantize(tiny_checkpoint("llama-biased"), parse_format(INT4_ASYMMETRIC), **others)
     found = written(model, tmp_path)
-    assert found == (["transformers does not load int4-g32-asym beside other formats; vLLM does"] if other else [])
+    beside = ["transformers does not load int4-g32-asym beside other formats; vLLM does"] if other else []
+    assert found == [*beside, COMPRESSED.format("int4-g32-asym")]
     wrong = error(model, tmp_path)
     assert wrong is None if other else wrong < 1e-5
 
@@ -136,3 +138,17 @@ def test_plan_export_and_model_card_say_it(tiny_checkpoint, tmp_path):
     events = []
     export.run(ExportOptions(tmp_path / "first", "compressed-tensors", tmp_path / "second"), events.append)
     assert next(event.message for event in events if event.warning) == f"compressed-tensors: {said}"
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+@pytest.mark.parametrize("label", ["int4-g32", "int4-g32-asym"])
+def test_what_transformers_does_not_keep_compressed(label, tiny_checkpoint, tmp_path):
+    model = quantize(tiny_checkpoint("llama"), parse_format(label))
+    said = COMPRESSED.format(label) in written(model, tmp_path)
+    kept = {"quantization_config": CompressedTensorsConfig(run_compressed=True)}
+    if said:
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, **kept)
+    else:
+        assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, **kept)
+    assert said == label.endswith("asym")

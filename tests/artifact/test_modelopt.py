@@ -82,8 +82,25 @@ def test_comes_back(algo, tiny_checkpoint, tmp_path):
     config = json.loads((tmp_path / "hf_quant_config.json").read_text())
     assert config["producer"]["name"] == "modelopt"
     assert config["quantization"]["quant_algo"] == algo
-    assert config["quantization"]["exclude_modules"] == ["lm_head"]
-    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_algo"] == algo
+    assert config["quantization"]["exclude_modules"] == ["lm_head", "model.embed_tokens"]
+    flat = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert flat["quant_algo"] == algo and flat["ignore"] == ["lm_head", "model.embed_tokens"]
+    assert (
+        flat["config_groups"] == {"group_0": GROUPS[algo] | {"targets": ["Linear"]}} and "kv_cache_scheme" not in flat
+    )
+
+
+E8, E4 = ({"dynamic": False, "num_bits": bits, "type": "float"} for bits in (8, 4))
+I8, I4 = ({"dynamic": False, "num_bits": bits, "type": "int"} for bits in (8, 4))
+GROUPS = {  # as ModelOpt 0.47 writes them
+    "FP8": {"input_activations": E8, "weights": E8},
+    "FP8_PER_CHANNEL_PER_TOKEN": {"input_activations": E8, "weights": E8 | {"strategy": "channel"}},
+    "MXFP8": {"input_activations": E8 | {"group_size": 32}, "weights": E8 | {"group_size": 32}},
+    "NVFP4": {"input_activations": E4 | {"group_size": 16}, "weights": E4 | {"group_size": 16}},
+    "W4A16_NVFP4": {"weights": E4 | {"group_size": 16}},
+    "W4A16_AWQ": {"weights": I4 | {"group_size": 32}},
+    "W8A16": {"weights": I8},
+}
 
 
 def test_nibbles_in_pairs_of_outputs(tiny_checkpoint, tmp_path):
@@ -140,7 +157,10 @@ def test_mixtures(tiny_checkpoint, tmp_path):
         "pre_quant_scale": True,
     }
     assert how["quantized_layers"][DOWN] == {"quant_algo": "W8A16"}
-    assert how["exclude_modules"] == [f"model.layers.{i}.self_attn.o_proj" for i in range(2)]
+    assert how["exclude_modules"] == [*(f"model.layers.{i}.self_attn.o_proj" for i in range(2)), "model.embed_tokens"]
+    groups = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["config_groups"].values()
+    assert sorted(name for group in groups for name in group["targets"]) == sorted(how["quantized_layers"])
+    assert [group["weights"] for group in groups if UP in group["targets"]] == [GROUPS["W4A16_AWQ"]["weights"]]
     exact(ModelOpt().open(tmp_path), model)
 
 
@@ -245,6 +265,7 @@ def test_scales_of_the_cache(tiny_checkpoint, tmp_path):
     write(model, tmp_path)
     how = json.loads((tmp_path / "hf_quant_config.json").read_text())["quantization"]
     assert how["kv_cache_quant_algo"] == "FP8"
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["kv_cache_scheme"] == E8
     tensors = load_file(tmp_path / "model.safetensors")
     assert [float(tensors[f"model.layers.{i}.self_attn.k_proj.k_scale"]) for i in range(2)] == [0.5, 1.5]
     assert tensors["model.layers.0.self_attn.v_proj.v_scale"].dtype == torch.float32

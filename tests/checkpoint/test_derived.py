@@ -27,8 +27,10 @@ KINDS = [
     "gemma4_unified_text",
     "gemma3n_text",
     "deepseek_v4",
+    "olmo_hybrid",
 ]
-"""Linear attention with experts, latent attention, norms behind, one stream for all, multipliers, biases, states."""
+"""Linear attention with experts, latent attention, norms behind, one stream for all, multipliers, biases, states,
+kernels that checkpoints store apart."""
 
 
 @pytest.fixture(scope="module")

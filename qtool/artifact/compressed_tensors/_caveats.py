@@ -1,7 +1,7 @@
 """Which of its runtimes cannot read all that compressed-tensors can say, or compute something else of it.
 
-What transformers 5.23 does was tried. What vLLM does is from its source, of about version 0.33: _get_scheme_from_parts
-in vllm/model_executor/layers/quantization/compressed_tensors, and get_moe_method for experts.
+What transformers 5.23 does was tried. What vLLM does is from the source of version 0.32: _get_scheme_from_parts in
+vllm/model_executor/layers/quantization/compressed_tensors, and get_moe_method for experts.
 https://github.com/vllm-project/vllm
 """
 
@@ -31,7 +31,7 @@ from qtool.formats._base import alike
 from qtool.formats.int import Int
 
 WIDTHS = (4, 8)
-"""Bits that vLLM has kernels for where there are zero points, and in experts."""
+"""Bits of experts' integers that vLLM has kernels for."""
 GROUP = 128
 """Columns of a group in vLLM's kernel for 4-bit weights with FP8 inputs."""
 
@@ -67,6 +67,10 @@ def caveats(model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
             "vLLM does not know {}; transformers does, with compressed-tensors 0.20": {
                 layer for layer in found if isinstance(kind_of(layer), MXFP6Packed)
             },
+            "with run_compressed=True transformers does not load {}: leave that out": {
+                layer for layer in found if _asymmetric(layer) and isinstance(kind_of(layer), PackQuantized)
+            },
+            "vLLM runs {} on Hopper GPUs only": {layer for layer in found if _w4a8(layer) and _vllm_runs(layer)},
             "vLLM does not load {}; transformers does": {layer for layer in others if not _vllm_runs(layer)},
             "vLLM does not load experts in {}": {layer for layer in experts if not _vllm_runs_experts(layer)},
             "vLLM leaves it to the GPU whether inputs of {} are rounded as well": {
@@ -82,14 +86,16 @@ def _asymmetric(layer: Layer) -> bool:
     return isinstance(layer.format, Int) and not layer.format.symmetric
 
 
-def _vllm_runs(layer: Layer) -> bool:
-    """Whether vLLM has a kernel for packed integers; it has for all else but MXFP6."""
+def _w4a8(layer: Layer) -> bool:
+    """Whether weights are 4-bit integers and inputs FP8, for which vLLM has a scheme on Hopper alone."""
     ints = as_int(layer.format) if isinstance(kind_of(layer), PackQuantized) else None
-    if ints is None:
-        return True
-    if layer.activations is not None and alike(layer.activations, FP8_INPUTS):
-        return ints.group == GROUP
-    return ints.symmetric or ints.bits in WIDTHS
+    return ints is not None and layer.activations is not None and alike(layer.activations, FP8_INPUTS)
+
+
+def _vllm_runs(layer: Layer) -> bool:
+    """Whether vLLM has a kernel; it has for integers of 2 to 8 bits, with zero points or without, in any groups."""
+    ints = as_int(layer.format)
+    return not _w4a8(layer) or (ints is not None and ints.group == GROUP)
 
 
 def _vllm_runs_experts(layer: Layer) -> bool:

@@ -12,6 +12,7 @@ from qtool.artifact._integers import as_integers, half_dtype, integers
 from qtool.artifact._packed import SCALE_DTYPES, Infos
 from qtool.artifact._targets import kept_linears
 from qtool.artifact.modelopt._algos import ALGOS, Algo, algo_of
+from qtool.artifact.modelopt._groups import CACHE, config_groups
 from qtool.artifact.modelopt._reader import cache_names
 from qtool.checkpoint._base import Checkpoint, Layer, QuantizedCheckpoint, TensorInfo, modules
 from qtool.errors import PlanError
@@ -28,7 +29,10 @@ def settings(model: QuantizedCheckpoint) -> dict[str, Any]:
     alike = all(keys == first for keys in layers.values())
     how = {
         **(first if alike else {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}),
-        "exclude_modules": kept_linears(model),
+        "exclude_modules": [
+            *kept_linears(model),
+            *([] if model.family.embedding in layers else [model.family.embedding]),
+        ],
         "kv_cache_quant_algo": "FP8" if model.cache else None,
     }
     return {"producer": {"name": "modelopt", "version": VERSION}, "quantization": how}
@@ -47,9 +51,10 @@ def cache_scales(model: Checkpoint) -> dict[str, Tensor]:
 
 
 def flat(how: Mapping[str, Any]) -> dict[str, Any]:
-    """The same for config.json."""
+    """The same for config.json, in both spellings: as it was there first, and as ModelOpt writes it now."""
     found = {**how["quantization"], "producer": how["producer"], "quant_method": "modelopt"}
-    return found | {"ignore": found["exclude_modules"]}
+    cache = {"kv_cache_scheme": CACHE} if found["kv_cache_quant_algo"] else {}
+    return found | cache | {"ignore": found["exclude_modules"], "config_groups": config_groups(found)}
 
 
 class ModelOptTensors:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +23,8 @@ from qtool.checkpoint.derived.skeleton import is_experts, skeleton
 from qtool.checkpoint.derived.trace import LENGTH, Call, lists, watch
 from qtool.checkpoint.families._parts import Linear, Slice
 from qtool.errors import CheckpointError, one_line
+
+NOWHERE = Origin("", ())
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Facts:
         experts: most experts of a block.
         separate: whether checkpoints have a matrix for each expert.
         outputs: how many things each block returns; None: a tensor.
+        parts: tensor that is one of several which the class keeps in one, below its block -> (name of that one there,
+            its shape, the first of its rows).
         carried: arguments in which blocks leave something for later ones.
     """
 
@@ -63,6 +67,7 @@ class Facts:
     experts: int
     separate: bool
     outputs: tuple[int | None, ...]
+    parts: Mapping[str, tuple[str, tuple[int, ...], int]] = field(default_factory=dict)
     carried: frozenset[str] = frozenset()
 
 
@@ -126,6 +131,7 @@ def collect(model: Any, place: str, blocks: nn.ModuleList, calls: Mapping[str, C
     shapes = {name: found[name].shape for name in sorted(outside, key=lambda n: n != f"{embedding}.weight")}
     heads = {name: shapes.pop(name) for name in (f"{head}.weight", f"{head}.bias") if name in shapes}
     linears, paths, slices = [], dict[str, str](), dict[str, Slice]()
+    parts: dict[str, tuple[str, tuple[int, ...], int]] = {}
     for i in range(len(blocks)):
         before, inside = prefix.format(i=i), f"{place}.{i}."
         mine = [stack for stack in stacks.values() if stack.key.startswith(inside)]
@@ -133,6 +139,8 @@ def collect(model: Any, place: str, blocks: nn.ModuleList, calls: Mapping[str, C
         for name, shape, key, part in block_tensors(own, mine):
             shapes[name], slices[name] = shape, part
             paths[name.removeprefix(before)] = key.removeprefix(inside)
+            if name in own and own[name].part:
+                parts[name.removeprefix(before)] = key.removeprefix(inside), part.shape, part.first
         linears.append(block_linears(model, inside, before, calls, names, mine))
     if not any(linears):
         raise Unfit("its blocks have no linear layers that run once")
@@ -152,7 +160,8 @@ def collect(model: Any, place: str, blocks: nn.ModuleList, calls: Mapping[str, C
         linears=tuple(linears),
         paths={below: path for below, path in paths.items() if below != path},
         around={name: found[name].key for name in outside if needed(found[name].key, calls, ends)},
-        slices={name: part for name, part in slices.items() if name != part.tensor},
+        slices={n: part for n, part in slices.items() if n != part.tensor and found.get(n, NOWHERE).part is None},
+        parts=parts,
         experts=max((stack.shape[0] for stack in stacks.values()), default=0),
         separate=all(stack.separate for stack in stacks.values()),
         outputs=tuple(call.outputs for call in members),
@@ -173,9 +182,10 @@ def block_tensors(
 ) -> Iterator[tuple[str, tuple[int, ...], str, Slice]]:
     """(name in checkpoints, shape, name in the class, where it may be instead) of the tensors of a block."""
     for name, origin in own.items():
-        if origin.part:
+        part = origin.part or Slice(origin.key, origin.shape)
+        if len(part.shape) != len(origin.shape) or part.transposed or part.step != 1:
             raise Unfit(f"its checkpoints store {name} as a part of {origin.key}")
-        yield name, origin.shape, origin.key, Slice(origin.key, origin.shape)
+        yield name, origin.shape, origin.key, part
     for layer in expert_layers(stacks):
         yield layer.name, layer.shape, layer.path, layer.slice
 
