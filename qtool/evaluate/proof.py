@@ -18,7 +18,7 @@ from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import Layer, QuantizedCheckpoint
 from qtool.checkpoint.families._rope import rope_parameters
 from qtool.errors import CheckpointError, VerifyError, one_line
-from qtool.evaluate.readers import READERS
+from qtool.evaluate.readers import READERS, free_memory
 from qtool.evaluate.result import Proof
 from qtool.formats.int import Int
 from qtool.numerics.checks import finite
@@ -58,8 +58,11 @@ def prove(
     reader = READERS[reading.reader]
     if not reader.installed:
         return Proof(reader=reading.reader, why_not=f"{reader.needs} is not installed")
-    if weights(model) > reader.threshold:
+    if (numbers := weights(model)) > reader.threshold:
         return Proof(reader=reading.reader, why_not=f"the model has more than {reader.threshold:.3g} weights")
+    if (wanted := numbers * reader.memory) > (free := free_memory()):
+        why = f"that takes about {wanted / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
+        return Proof(reader=reading.reader, why_not=why)
     if reading.differs:
         return Proof(reader=reading.reader, why_not=reading.differs)
     rows = model.info(f"{model.family.embedding}.weight").shape[0]

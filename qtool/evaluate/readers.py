@@ -45,13 +45,15 @@ class ForeignReader:
         package: that it comes in.
         needs: what must be installed for it, as `import` calls it.
         run: (artifact, tokens, how it is to be read) -> logits. Raises CheckpointError: it does not run.
-        threshold: most weights of a model that it runs by default: it is to take minutes, and fit into memory.
+        threshold: most weights of a model that it runs: it is to take minutes.
+        memory: bytes that it takes for each weight of a model.
     """
 
     package: str
     needs: str
     run: Callable[[QuantizedCheckpoint, list[int], Reading], Run]
     threshold: int
+    memory: int
 
     @property
     def installed(self) -> bool:
@@ -62,6 +64,14 @@ class ForeignReader:
     def version(self) -> str:
         """Of its package."""
         return version(self.package)
+
+
+def free_memory(told: Path = Path("/proc/meminfo")) -> float:
+    """Bytes that can be had without swapping, as Linux says; elsewhere without bound."""
+    if not told.exists():
+        return float("inf")
+    fields = dict(line.split(":", 1) for line in told.read_text(encoding="ascii").splitlines() if ":" in line)
+    return 1024.0 * int(fields["MemAvailable"].split()[0]) if "MemAvailable" in fields else float("inf")
 
 
 def by_llama_cpp(model: QuantizedCheckpoint, tokens: list[int], _: Reading) -> Run:
@@ -129,8 +139,8 @@ def load_in_transformers(made: Any, folder: Path, dtype: torch.dtype) -> tuple[A
 
 
 READERS: Mapping[str, ForeignReader] = {
-    "llama.cpp": ForeignReader("xllamacpp", "xllamacpp", by_llama_cpp, 8 * 10**9),
-    "mlx-lm": ForeignReader("mlx-lm", "mlx_lm", by_mlx, 2 * 10**9),
-    "transformers": ForeignReader("transformers", "compressed_tensors", by_transformers, 2 * 10**9),
+    "llama.cpp": ForeignReader("xllamacpp", "xllamacpp", by_llama_cpp, 8 * 10**9, 2),
+    "mlx-lm": ForeignReader("mlx-lm", "mlx_lm", by_mlx, 2 * 10**9, 6),
+    "transformers": ForeignReader("transformers", "compressed_tensors", by_transformers, 2 * 10**9, 6),
 }
 """By what `Artifact.reading` calls them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -107,6 +108,20 @@ def test_folders_run_in_transformers(tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(CompressedTensors, "runtimes", ("transformers",))
     with pytest.raises(CheckpointError, match=r"^transformers cannot run"):
         prove(CompressedTensors(), opened, model)
+
+
+def test_a_model_that_does_not_fit_into_memory_is_not_run(tiny_checkpoint, tmp_path, monkeypatch):
+    (told := tmp_path / "meminfo").write_text("MemTotal:       99 kB\nMemAvailable:    123 kB\nHugePages_Total:   0\n")
+    assert readers.free_memory(told) == 123 * 1024
+    assert readers.free_memory(tmp_path / "none") == float("inf")
+    assert 1e6 < readers.free_memory() < 1e15
+    found, model = written(tiny_checkpoint("llama"), tmp_path / "out")
+    exactly = 2 * sum(math.prod(model.info(name).shape) for name in model.names())
+    monkeypatch.setattr(proof, "free_memory", lambda: exactly - 1)
+    why = prove(GGUF(), found, model).why_not
+    assert why == "that takes about 0.0 GB of memory, and 0.0 GB are free"
+    monkeypatch.setattr(proof, "free_memory", lambda: exactly)
+    assert prove(GGUF(), found, model).tokens == 24
 
 
 @pytest.mark.parametrize(

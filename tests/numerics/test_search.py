@@ -40,6 +40,18 @@ def test_symmetric_is_near_the_optimum(bits: int, shape: str) -> None:
     assert scaled > found
 
 
+@pytest.mark.parametrize("importance", [None, torch.linspace(0.1, 3, 64)])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_positive_scale_stays_unless_a_weight_takes_the_level_of_one_side(bits, importance) -> None:  # type: ignore[no-untyped-def]
+    """Rows that lie on the grid: with both signs, with the one level more below zero, with that level above zero."""
+    end = 1 << bits - 1
+    levels = torch.arange(1.0 - end, end).repeat(64)[:64]
+    rows = torch.stack([levels, -levels, levels, levels])
+    rows[2, 0], rows[3, 0] = -end, end
+    found = search.symmetric(rows * 0.25, importance, 64, -end, end - 1)[:, 0]
+    torch.testing.assert_close(found, torch.tensor([0.25, 0.25, 0.25, -0.25]), rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_zero_points_are_near_the_optimum(bits: int) -> None:
     generator = torch.Generator().manual_seed(bits)

@@ -107,7 +107,8 @@ def test_parts_end_with_a_matrix_where_that_is_near():
 def assert_near(one, two, same=0.99, db=0.05):
     """Two results have errors that are alike, and almost all codes in common where these depend on no others.
 
-    Behind the first input, a code that falls to the other side of a tie changes what later layers read.
+    Behind the first input, a code that falls to the other side of a tie changes what later layers read; within a row,
+    what all codes behind it are rounded from. A row is a hundredth of these matrices, and one or two take another path.
 
     Args:
         one, two: folders.
@@ -151,7 +152,7 @@ def test_scales_of_inputs_for_all_tokens_are_the_same(together, alone, tiny_chec
 def test_rows_that_share_a_scale_are_solved_by_one(together, alone, tiny_checkpoint, text, tmp_path):
     tied = "weights: fp8-tensor, method: gptq"
     one, two = both_ways(together, tmp_path, tiny_checkpoint("llama"), text, tied)
-    assert_near(one, two, same=0.97)
+    assert_near(one, two)
 
 
 def test_transforms_are_measured_together(together, alone, tiny_checkpoint, text, tmp_path):
