@@ -156,6 +156,7 @@ def test_processes_combine_what_they_measured(kind: type, cut: int, together) ->
 
 
 WRONG = {
+    "means": {"sums": torch.zeros(200)},
     "gram": {"matrix": torch.eye(200).tril() + torch.tril(torch.ones(200, 200), -1)},
     "drift": {"cross": torch.zeros(200, 200)},
     "channels": {"sum_squares": -torch.ones(200), "low": torch.zeros(200), "high": torch.ones(200)},
