@@ -30,10 +30,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from pydoc_data.topics import topics
-
-import torch
-from safetensors.torch import save_file
 
 from benchmarks import (
     architectures,
@@ -41,7 +37,7 @@ from benchmarks import (
     cast,
     cells,
     encode,
-    learned,
+    learning,
     mixes,
     models,
     page,
@@ -65,7 +61,7 @@ CHUNKS = 24
 def gptq(work: Path, calibration: str, evaluation: Path, peer: Path) -> dict[str, float]:
     """Time, memory and KL divergence of both programs, and the ratios."""
     model = models.off_grid(models.checkpoint(work / "demo"), work / "off-grid")
-    tokens = write_tokens(model, calibration, work / "tokens.safetensors")
+    tokens = models.write_tokens(model, calibration, work / "tokens.safetensors", SAMPLES, LENGTH)
     ours, theirs = work / "qtool", work / "llm-compressor"
     flags = mixes.calibrated_on(calibration, SAMPLES, LENGTH)
     quantize = [*QTOOL, "quantize", model, "--recipe", "w4a16-gptq-g64", "-o", ours, "--overwrite", *flags]
@@ -208,15 +204,7 @@ def trained(options: argparse.Namespace) -> dict[str, float]:
     """KL divergence of what learns, on text like what it learned from and on other prose; learned.json says more."""
     narrow = models.off_grid(models.checkpoint(options.work / "demo"), options.work / "off-grid")
     models.widened(narrow, options.work / "wide")
-    options.topics = options.work / "topics.txt"
-    options.topics.write_text("\n\n".join(topics.values()), encoding="utf-8")
-    if options.with_peer:
-        size = options.samples, learned.LENGTH
-        write_tokens(narrow, options.calibration, options.work / "tokens.safetensors", *size)
-    found = learned.all_together(options)
-    (options.work / "learned.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    texts = {f"{name}_{text}": kld for name, one in found.items() for text, kld in one.get("kld", {}).items()}
-    return {key: float(kld) for key, kld in texts.items()}
+    return learning.measured(options, narrow)
 
 
 def uncalibrated() -> dict[str, float]:
@@ -237,18 +225,6 @@ def solvers() -> dict[str, float]:
 def costs(name: str, cost: Cost) -> dict[str, float]:
     """A cost as named numbers."""
     return {f"{name}_seconds": cost.seconds, f"{name}_peak_gib": cost.peak_bytes / 2**30}
-
-
-def write_tokens(model: Path, data: str, out: Path, samples: int = SAMPLES, length: int = LENGTH) -> Path:
-    """The very tokens that qtool calibrates with, for the other program."""
-    from qtool.calibrate.tokens import load_tokens
-    from qtool.checkpoint.open import open_checkpoint
-    from qtool.recipe.schema import Calibration
-
-    wanted = Calibration(data=data, samples=samples, length=length)
-    tokens = load_tokens(wanted, open_checkpoint(str(model)))
-    save_file({"tokens": tokens.to(torch.int64).contiguous()}, out)
-    return out
 
 
 def gguf(options: argparse.Namespace) -> dict[str, float]:

@@ -37,13 +37,17 @@ ROWS: dict[str, tuple[str, str, float | None]] = {
     "mxfp4": ("mxfp4", "{gptq: {}}", None),
     "iq3_xxs": ("iq3_xxs", "{gptq: {}}", 15.0),
     "q4_k-rtn": ("q4_k", "rtn", None),
+    "w4-learned": ("int4-g128", "{learned: {start: {gptq: {rounds: 0}}}}", 10.0),
+    "w4-drawn": ("int4-g128", "{learned: {rounding: gumbel, optimizer: lion, start: {gptq: {rounds: 0}}}}", 10.0),
 }
 """Format, method and the seconds a block shall take at most, by name of the row."""
+SAMPLES = {"w4-learned": 128, "w4-drawn": 128}
+"""Of 2048 tokens; elsewhere 256."""
 
 RECIPE = """
 recipe: 1
 name: benchmark
-calibration: {{data: {text}, samples: 256, length: 2048}}
+calibration: {{data: {text}, samples: {samples}, length: 2048}}
 method: {method}
 layers:
   - {{match: lm_head, keep: true}}
@@ -121,7 +125,10 @@ def measured(name: str, source: Path, work: Path) -> dict[str, float | None]:
     fmt, method, wanted = ROWS[name]
     recipe = work / f"{name}.yaml"
     recipe.write_text(
-        RECIPE.format(text=work / "text.txt", method=method, format=fmt, export="qtool"), encoding="utf-8"
+        RECIPE.format(
+            text=work / "text.txt", samples=SAMPLES.get(name, 256), method=method, format=fmt, export="qtool"
+        ),
+        encoding="utf-8",
     )
     begun: list[float] = []
 

@@ -71,6 +71,16 @@ class Trial:
         return common | {"layers": layers, "method": self.method, "export": [{"to": "qtool"}]}
 
 
+def described(name: str) -> str:
+    """What a trial is, in the words of a recipe."""
+    if name in PEERS:
+        return f"AutoRound, int{name.split('-')[1][1:]}-g64, {name.split('-')[2]} steps"
+    trial = trials()[name]
+    parts = {"recipe": trial.recipe} if trial.recipe else {"weights": trial.weights, "method": trial.method}
+    found = parts | ({"calibration": trial.calibration} if trial.calibration else {})
+    return yaml.safe_dump(found, default_flow_style=True, sort_keys=False, width=10_000).strip()[1:-1]
+
+
 def learned(**settings: Any) -> dict[str, Any]:
     """A method."""
     return {"learned": settings}

@@ -184,3 +184,15 @@ def block_shapes(prefix: str) -> dict[str, tuple[int, ...]]:
     shapes |= {"self_attn.o_proj": (hidden, rows["q"]), "mlp.down_proj": (hidden, inner)}
     norms = {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
     return {f"{prefix}{name}": shape for name, shape in (shapes | norms).items()}
+
+
+def write_tokens(model: Path, data: str, out: Path, samples: int, length: int) -> Path:
+    """The very tokens that qtool calibrates with, for the other program."""
+    from qtool.calibrate.tokens import load_tokens
+    from qtool.checkpoint.open import open_checkpoint
+    from qtool.recipe.schema import Calibration
+
+    wanted = Calibration(data=data, samples=samples, length=length)
+    tokens = load_tokens(wanted, open_checkpoint(str(model)))
+    save_file({"tokens": tokens.to(torch.int64).contiguous()}, out)
+    return out

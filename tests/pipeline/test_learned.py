@@ -51,3 +51,41 @@ def test_divergence_falls_and_bytes_repeat(tiny_checkpoint, texts, tmp_path, wei
     rows = [line for line in lines if line.startswith("| 1 | learned |")]
     assert len(rows) == 1
     assert float(rows[0].split("|")[-2]) == pytest.approx(found.blocks[1].losses["held out after"], rel=0.01)
+
+
+@pytest.mark.parametrize("where", ["block", "stage"])
+def test_a_run_that_was_killed_goes_on_to_the_same_bytes(where, tiny_checkpoint, texts, tmp_path, monkeypatch):
+    """Killed in the second block's training, or in the second epoch behind all blocks."""
+    from qtool.methods.learned import Learned
+    from qtool.stages._student import Student
+
+    model, calls, learned = tiny_checkpoint("llama"), [], Learned.solve_block
+    recipe = RECIPE.replace("WEIGHTS", "int2-g32").replace("METHOD", LEARNED.replace("60", "12")).split("eval:")[0]
+    recipe = recipe.replace("CALIBRATION", str(texts / "calibration.txt"))
+    path = texts / "killed.yaml"
+    path.write_text(recipe + "finish: [{distill: {epochs: 2, rounding: gumbel}}]\n")
+
+    def quantize(out):
+        run(QuantizeOptions(str(model), str(path), out, device="cpu", dtype="fp32", verify=False))
+        return {file.name: file.read_bytes() for file in out.glob("*.safetensors")}
+
+    wanted = quantize(tmp_path / "whole")
+    owner, name = (Learned, "solve_block") if where == "block" else (Student, "divergence")
+    own, fatal = getattr(owner, name), 2 if where == "block" else 9
+
+    def killed(self, *arguments, **more):
+        calls.append(where)
+        if len(calls) == fatal:
+            raise KeyboardInterrupt
+        return own(self, *arguments, **more)
+
+    monkeypatch.setattr(owner, name, killed)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tmp_path / "killed")
+    assert not (tmp_path / "killed").exists()
+    solved = []
+    monkeypatch.setattr(Learned, "solve_block", lambda self, task: solved.append(task.block) or learned(self, task))
+    if where == "stage":
+        monkeypatch.setattr(Student, "divergence", own)
+    assert quantize(tmp_path / "killed") == wanted
+    assert solved == ([1] if where == "block" else [])
