@@ -7,6 +7,7 @@ encode  every GGUF block type on real matrices with an importance matrix, agains
 gguf    Q4_K_M from safetensors to the file without GPTQ, against conversion and ggml's encoders
 mixes   GGUF files against those of llama-quantize with an importance matrix: KL divergence at the same size
 scores  ways to divide a budget, at the size of one mix: costs by four formulas, and evolution
+latency microseconds that llama.cpp takes by format: a table for budgets
 budgets files whose bytes are divided by need against mixes of the same size; ten budgets against one
 recipes every recipe that ships on the demo model: KL divergence and size, as in the recipes' headers
 study   integers against floats on the demo model, with and without outliers: the tables and plots of docs/study.md
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -37,6 +39,7 @@ from benchmarks import (
     cast,
     cells,
     encode,
+    latency,
     learning,
     mixes,
     models,
@@ -50,6 +53,8 @@ from benchmarks import (
     whole,
 )
 from benchmarks.measure import Cost, measure
+from qtool.checkpoint._base import modules
+from qtool.checkpoint.open import open_checkpoint
 from qtool.recipe.load import find_recipe
 from scripts.prose import prose
 
@@ -151,6 +156,19 @@ def decided(options: argparse.Namespace) -> dict[str, float]:
     return found
 
 
+def timed(options: argparse.Namespace) -> dict[str, float]:
+    """Microseconds by format; writes them as a table that a budget takes."""
+    narrow = models.off_grid(models.checkpoint(options.work / "demo"), options.work / "off-grid")
+    model = models.widened(narrow, options.work / "wide")
+    weights, found = sum(math.prod(m.shape) for m in modules(open_checkpoint(str(model)))), {}
+    for label, microseconds in latency.times(QTOOL, model, options.work, weights):
+        print(f"{label}: {microseconds:.1f}", flush=True)
+        found[label] = microseconds
+    table = options.work / "latency.yaml"
+    table.write_text("".join(f"{label}: {x:.2f}\n" for label, x in found.items()), encoding="utf-8")
+    return found
+
+
 def shipped(options: argparse.Namespace) -> dict[str, float]:
     """KL divergence and size of the demo model by every recipe that ships; prints them as a table."""
     narrow = models.off_grid(models.checkpoint(options.work / "demo"), options.work / "off-grid")
@@ -240,6 +258,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
     "gguf": gguf,
     "mixes": files,
     "budgets": divided,
+    "latency": timed,
     "scores": decided,
     "recipes": shipped,
     "study": studied,

@@ -14,13 +14,15 @@ from torch import Tensor
 
 from qtool import __version__
 from qtool.allocate.decisions import Decision, applied, decisions, file_sizes, picked, uniform
-from qtool.allocate.fit import Chosen, fit
+from qtool.allocate.fit import Chosen
 from qtool.allocate.knapsack import Group, total
+from qtool.allocate.within import fit_within
 from qtool.checkpoint._base import Checkpoint, modules
 from qtool.errors import PlanError
 from qtool.formats._base import Format
 from qtool.formats._spelling import dump_format
 from qtool.pipeline.events import Event, Listener
+from qtool.pipeline.limits import constraints
 from qtool.pipeline.prepare import Job
 from qtool.pipeline.roughly import Roughly
 from qtool.pipeline.scores import ScoreFile, scores_at
@@ -100,6 +102,7 @@ class Allocator:
         self.sizes: dict[Chosen, int] = {}
         self.tried: set[Chosen] = set()
         self.bytes = file_sizes(self.open, self.size)
+        self.constraints = constraints(job.plan, self.open, job.checkpoint)
 
     def plan(self, chosen: Chosen) -> Plan:
         """With these options."""
@@ -218,6 +221,7 @@ class Allocator:
             kld_error=taken.error,
             fell_back=contest.fell_back,
             carried_out=contest.carried_out,
+            beside={f"{c.name}, {c.unit}": (c.of(contest.taken), c.most) for c in self.constraints},
             tried=len(self.tried),
             samples=len(self.samples),
             held_out=len(self.held_out),
@@ -244,14 +248,21 @@ class Allocator:
         return f"{self.budget.bits:g} bits per weight" if self.budget.bits is not None else spelled(self.limit or 0)
 
     def fitting(self, limit: int) -> Chosen:
-        """The choice that costs least among those that fit. Raises PlanError: none does."""
-        found = fit(self.groups, limit, self.size)
-        assert found is not None  # see refuse_too_small
+        """The choice that costs least among those that keep all limits. Raises PlanError: none does."""
+        if (found := self.solved(self.groups, limit)) is None:
+            names = " and ".join(["bytes", *(c.name for c in self.constraints)])
+            line = f"budget: no plan keeps the limits of {names} together; raise one of them"
+            raise PlanError([line], f"recipe {self.job.plan.recipe.name}")
         return found
+
+    def solved(self, groups: Sequence[Group], limit: int) -> Chosen | None:
+        """The choice that costs least by some costs; None: none keeps all limits."""
+        return fit_within(groups, limit, self.size, self.constraints)
 
     def best_uniform(self, limit: int) -> tuple[str, Chosen] | None:
         """Name and choice of the plan that promises most among those that nobody allocated and that fit."""
-        fitting = [c for c in self.uniforms() if self.size(c[1]) <= limit]
+        small = [c for c in self.uniforms() if self.size(c[1]) <= limit]
+        fitting = [c for c in small if all(limit.keeps(c[1]) for limit in self.constraints)]
         return min(fitting, key=lambda c: total(self.groups, c[1]), default=None)
 
     def uniforms(self) -> Iterator[tuple[str, Chosen]]:

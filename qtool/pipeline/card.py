@@ -113,5 +113,5 @@ def without_paths(value: Any) -> Any:
         return {key: without_paths(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [without_paths(inner) for inner in value]
-    file = isinstance(value, str) and "/" in value and value.endswith((".txt", ".json", ".jsonl", ".parquet"))
+    file = isinstance(value, str) and "/" in value and value.endswith((".txt", ".json", ".jsonl", ".parquet", ".yaml"))
     return Path(value).name if file else value

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
-from qtool.allocate.fit import Chosen, fit
+from qtool.allocate.fit import Chosen
 from qtool.allocate.knapsack import Group
 from qtool.pipeline.allocator import Allocator
 
@@ -34,7 +34,7 @@ def swapped(of: Allocator, chosen: Chosen, limit: int) -> Chosen:
         if not left:
             break
         tried = {**factors, role: factors[role] * factor}
-        other = fit(scaled(of, tried), limit, of.size)
+        other = of.solved(scaled(of, tried), limit)
         if other is None or other in of.tried:
             continue
         left -= 1

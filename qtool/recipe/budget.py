@@ -74,6 +74,18 @@ CandidateField = Annotated[
 ]
 
 
+class Latency(Strict):
+    """How long a token may take.
+
+    Attributes:
+        table: YAML file with microseconds that a layer takes for a token, by format: of a million weights, or by shape.
+        milliseconds: that all layers may take together.
+    """
+
+    table: str
+    milliseconds: float = Field(gt=0)
+
+
 class Budget(Strict):
     """How large the artifact may be, or how far from the original, and what its layers may become.
 
@@ -86,6 +98,9 @@ class Budget(Strict):
         kld: KL divergence from the original in nats per token, on calibration samples that were held out, that is not
             exceeded, with 95 % confidence; the artifact is as small as that allows.
         like: a recipe, such as gguf-q4_k_m: the artifact has at most as many bytes as its rules would give it.
+        operations: bit operations that a token may take, as a share of those with 16-bit weights and inputs; a limit
+            beside the others.
+        latency: time that a token may take by a table of latencies; a limit beside the others.
         formats: what layers may become: a format, keep, or a mapping with weights and activations.
         against: recipes whose rules are tried as well; of those that fit, the most promising is measured, and taken
             if it is better than the plan, both rounded to nearest.
@@ -104,6 +119,8 @@ class Budget(Strict):
     bits: float | None = Field(default=None, gt=0)
     kld: float | None = Field(default=None, gt=0)
     like: str | None = None
+    operations: float | None = Field(default=None, gt=0, le=1)
+    latency: Latency | None = None
     formats: Annotated[tuple[CandidateField, ...], Field(min_length=1)]
     against: tuple[str, ...] = ()
     samples: int = Field(default=8, ge=1)
@@ -114,6 +131,9 @@ class Budget(Strict):
 
     @classmethod
     def conflicts(cls, value: Mapping[str, Any]) -> list[tuple[Keys, str]]:
-        """At most one limit."""
+        """At most one limit of size or divergence, and with one of divergence none beside it."""
         given = [key for key in ("size", "bits", "kld", "like") if value.get(key) is not None]
+        beside = [key for key in ("operations", "latency") if value.get(key) is not None]
+        if given == ["kld"] and beside:
+            return [((beside[0],), f"{beside[0]} goes with size, bits or like, found kld")]
         return [((), f"wanted one limit, found {' and '.join(given)}")] if len(given) > 1 else []

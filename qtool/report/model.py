@@ -112,6 +112,7 @@ class AllocationEntry(Entry):
         uniform_nbytes, uniform_kld, uniform_kld_error: the same of that.
         fell_back: whether that was better, and was taken.
         carried_out: whether divergences are of what methods made of both plans, rather than of rounded models.
+        beside: what the answer has of what else was limited, and the limits.
         tried: plans that were measured.
         samples, held_out: sequences that scores and divergences were measured on.
     """
@@ -127,6 +128,7 @@ class AllocationEntry(Entry):
     uniform_kld_error: float | None = None
     fell_back: bool = False
     carried_out: bool = False
+    beside: dict[str, tuple[float, float]] = {}
     tried: int
     samples: int
     held_out: int

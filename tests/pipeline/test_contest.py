@@ -44,6 +44,9 @@ class Known:
     def size(self, chosen):
         return sum(int(g.sizes[j]) for g, j in zip(self.groups, chosen, strict=True))
 
+    def solved(self, groups, limit):
+        return fit(groups, limit, self.size)
+
     def measure(self, chosen):
         self.tried.add(chosen)
         factors = (1, 1, self.wrong, self.wrong)
