@@ -28,6 +28,9 @@ TERNARY = (-1.0, 0.0, 1.0)
 TWO_BITS = (-1.5, -0.5, 0.5, 1.5)
 """Those of ParetoQ."""
 
+EXPERTS, VISITED = 4, 2
+"""Copies of each MLP in a mixture, and how many of them a token visits."""
+
 CHANNELS = 6
 """Channels of an input that are made outliers, where there are to be some."""
 
@@ -81,13 +84,43 @@ def variant(work: Path, name: str) -> Path:
     """The demo model off any grid, or one made of it.
 
     "off-grid"; "outliers": six channels of an input are 30 times as large; "ternary" and "two-bit": widened so that
-    rows are whole blocks of 256, and linear layers put on a grid with a scale per row, as if trained on it.
+    rows are whole blocks of 256, and linear layers put on a grid with a scale per row, as if trained on it. "experts":
+    a mixture of experts made of "outliers".
     """
     demo = checkpoint(work / "demo")
+    if name == "experts":
+        return mixture(off_grid(demo, work / "outliers", outliers=30.0), work / name)
     if name in ("off-grid", "outliers"):
         return off_grid(demo, work / name, outliers=30.0 if name == "outliers" else 1.0)
     wide = widened(off_grid(demo, work / "off-grid"), work / "wide")
     return trained(wide, work / name, TERNARY if name == "ternary" else TWO_BITS)
+
+
+def mixture(source: Path, out: Path, seed: int = 7) -> Path:
+    """A Mixtral that computes the same as a Llama checkpoint of one shard.
+
+    Experts are copies of the MLP, and a token's weights of those that it visits sum to 1. Routers are random, and every
+    copy has factors of its own between up and down, so that experts differ in tokens and in weights.
+    """
+    if (out / "model.safetensors").exists():
+        return out
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    w, generator = load_file(source / "model.safetensors"), torch.Generator().manual_seed(seed)
+    for i in range(config["num_hidden_layers"]):
+        mlp, block = f"model.layers.{i}.mlp.", f"model.layers.{i}.block_sparse_moe."
+        gate, up, down = (w.pop(f"{mlp}{name}_proj.weight") for name in ("gate", "up", "down"))
+        router = torch.randn(EXPERTS, config["hidden_size"], generator=generator) / config["hidden_size"] ** 0.5
+        w[f"{block}gate.weight"] = (router / w[f"model.layers.{i}.post_attention_layernorm.weight"]).bfloat16()
+        for expert in range(EXPERTS):
+            s = torch.exp(SPREAD * torch.randn(len(up), generator=generator))
+            copies = {"w1": gate, "w3": up * s[:, None], "w2": down / s}
+            w |= {f"{block}experts.{expert}.{name}.weight": t.bfloat16() for name, t in copies.items()}
+    shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    config |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+    config |= {"num_local_experts": EXPERTS, "num_experts_per_tok": VISITED, "sliding_window": None}
+    (out / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    save_file({name: t.clone() for name, t in w.items()}, out / "model.safetensors", metadata={"format": "pt"})
+    return out
 
 
 def trained(source: Path, out: Path, levels: tuple[float, ...]) -> Path:

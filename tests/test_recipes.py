@@ -44,6 +44,7 @@ WANTED = W4A16 | {
     "svdquant": ("int4-g64", "gptq", "int4-g64"),
     "nvfp4-arc": ("nvfp4", "gptq", "nvfp4+64"),
     "w6a6-qllm": ("int6-channel", "gptq", "int6-token"),
+    "w4a8-eaquant": ("int4-g64", "gptq", "int8-token"),
     "hif4": ("hif4", "gptq"),
     "abq-2": ("balanced2-g64", "gptq"),
     "zeroquant-fp": ("fp4-g64", "gptq", "fp8-token"),

@@ -8,14 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from qtool.artifact.qtool import Qtool
 from qtool.calibrate.shards import StatsFolder
 from qtool.calibrate.tokens import load_tokens
+from qtool.calibrate.walker import Walker
+from qtool.checkpoint._base import modules
 from qtool.checkpoint.open import open_checkpoint
 from qtool.formats.int import Int
 from qtool.methods.rtn import RTN
+from qtool.models import open_artifact
 from qtool.pipeline.calibrate import CalibrateOptions
 from qtool.pipeline.calibrate import run as calibrate
 from qtool.pipeline.prepare import prepare
@@ -149,3 +153,49 @@ def test_statistics_in_a_file(name, unreached, recipe, tmp_path):
     fallen = {entry.name: entry.fallback for entry in report.layers if entry.fallback}
     assert set(fallen) == {f"model.layers.1.mlp.experts.3.{x}_proj" for x in ("gate", "up", "down")}
     assert all("chosen without data" in text for text in fallen.values())
+
+
+def test_smoothing_expert_by_expert_keeps_outputs_and_routes(tiny_checkpoint, tmp_path):
+    """Of a model with outliers in what routers and experts read, whose inputs are rounded to four bits."""
+    source = tmp_path / "outliers"
+    shutil.copytree(tiny_checkpoint("mixtral"), source)
+    w = load_file(source / "model.safetensors")
+    for name in [name for name in w if "block_sparse_moe" in name and not name.endswith("w2.weight")]:
+        w[name][:, ::21] /= 30
+    for i in range(2):
+        w[f"model.layers.{i}.post_attention_layernorm.weight"][::21] *= 30
+    save_file(w, source / "model.safetensors", metadata={"format": "pt"})
+    tokens = torch.randint(3, 500, (4, 48), generator=torch.Generator().manual_seed(4))
+    wanted, routes = outputs_and_routes(open_checkpoint(str(source)), tokens)
+    lost, agree = {}, {}
+    for name, transforms in (("plain", []), ("experts", [{"smooth": {"alpha": 0.6, "experts": "largest"}}])):
+        inside = {"match": "role:gate,up,down", "weights": "int6-channel", "activations": "int4-token"}
+        told = {"recipe": 1, "name": name, "calibration": {"samples": 4, "length": 48, "min_tokens": 1}}
+        told |= {
+            "transforms": transforms,
+            "layers": [inside, {"match": "*", "keep": True}],
+            "export": [{"to": "qtool"}],
+        }
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump(told))
+        quantize(QuantizeOptions(str(source), str(tmp_path / "r.yaml"), tmp_path / name, dtype="fp32"))
+        found, taken = outputs_and_routes(open_artifact(str(tmp_path / name)), tokens)
+        lost[name] = float((found - wanted).square().sum() / wanted.square().sum())
+        agree[name] = sum(float((a == b).float().mean()) for a, b in zip(taken, routes, strict=True)) / len(routes)
+    assert lost["experts"] < 0.3 * lost["plain"]
+    assert agree["plain"] < 0.98
+    assert agree["experts"] > agree["plain"]
+
+
+def outputs_and_routes(model, tokens):
+    """Hidden states behind the last block, and which experts every token visits in each, as bool [T, E]."""
+    walker, routes = Walker(model, torch.device("cpu"), torch.float32), []
+    hidden = walker.embed(tokens)
+    for i in range(len(walker.blocks)):
+        block, scores = walker.load_block(i), []
+        (router,) = (m for m in modules(model) if m.block == i and m.kind == "router")
+        module = block.get_submodule(walker.path(router))
+        module.register_forward_hook(lambda _, __, y, scores=scores: scores.append(y[0] if isinstance(y, tuple) else y))
+        walker.advance(block, i, hidden)
+        scores = torch.cat(scores)
+        routes.append(scores >= scores.topk(2, dim=1).values[:, 1:])
+    return hidden.values.float(), routes
