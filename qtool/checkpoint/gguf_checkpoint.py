@@ -233,7 +233,8 @@ def _config(file: GGUFFile, family: Family | Conversion) -> dict[str, Any]:
     config: dict[str, Any] = {field: values[key] for key, field in numbers.items()}
     plain = isinstance(family, Conversion) and (family.latent or not family.attends)
     dim = 0 if plain else _head_dim(file, arch, config)
-    factors = {name: file.read(name) for name in ROPE_TENSORS if name in file.tensors}
+    own = isinstance(family, Conversion) and family.own_factors
+    factors = {} if own else {name: file.read(name) for name in ROPE_TENSORS if name in file.tensors}
     config |= {} if plain else {"head_dim": dim}
     config |= rope_config(fields, arch, fields.get(f"{arch}.rope.dimension_count", dim), factors)
     config |= {

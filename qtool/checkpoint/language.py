@@ -34,6 +34,7 @@ KINDS: Mapping[str, Kind] = {
     "qwen2_vl": Kind("qwen2", "qwen2vl"),
     "qwen2_5_vl": Kind("qwen2", "qwen2vl"),
     "qwen3_vl": Kind("qwen3", "qwen3vl"),
+    "gemma4": Kind("gemma4_text"),
     "qwen3_5": Kind("qwen3_5_text"),
     "qwen3_5_moe": Kind("qwen3_5_moe_text"),
 }

@@ -41,7 +41,7 @@ SIZES = {
     **dict.fromkeys(("moe_intermediate_size", "moe_shared_expert_intermediate_size"), 96),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_k"), 2),
-    "vocab_size": VOCABULARY,
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
 }
 """Fields of config.json, and the largest that they are."""
 
@@ -96,7 +96,7 @@ class Twin(QuantizedCheckpoint):
         values = torch.randn(self.shapes[name], generator=torch.Generator().manual_seed(seed))
         if values.ndim > 1:
             return values if name == f"{self.family.embedding}.weight" else values * values.shape[-1] ** -0.5
-        norm = name.endswith("norm.weight")
+        norm = name.endswith(("norm.weight", "layer_scalar"))  # both multiply hidden states
         return values * 0.2 + (1.0 - self.family.gguf_offset(name) if norm else 0.0)
 
     def matrix(self, module: str) -> Matrix:

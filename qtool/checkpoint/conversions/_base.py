@@ -49,6 +49,7 @@ class Conversion:
         latent: whether keys are longer than values.
         window: whether llama.cpp lets attention see more than `sliding_window`.
         attends: whether some block has attention.
+        own_factors: whether factors of frequencies in a file are not those of Llama 3's scaling.
     """
 
     architecture: ClassVar[str]
@@ -67,6 +68,7 @@ class Conversion:
     window: ClassVar[bool] = False
     latent: ClassVar[bool] = False
     attends: ClassVar[bool] = True
+    own_factors: ClassVar[bool] = False
     gguf_untied: ClassVar[bool] = False
 
     @property

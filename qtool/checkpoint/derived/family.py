@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from qtool.checkpoint.conversions._base import Conversion, conversion_of, filled
+from qtool.checkpoint.conversions._refused import REFUSED
 from qtool.checkpoint.derived.derive import Facts, derive
 from qtool.checkpoint.families._base import Family, Value
 from qtool.checkpoint.families._edges import Edge
@@ -83,7 +84,10 @@ class Derived(Family):
         """What GGUF calls such models. Raises CheckpointError: nothing says so."""
         found = conversion_of(config["model_type"])
         if found is None:
-            raise CheckpointError(f"nothing says what GGUF calls the tensors of {config['model_type']} models")
+            kind = config["model_type"]
+            if kind in REFUSED:
+                raise CheckpointError(f"{kind} models are not written as GGUF: {REFUSED[kind]}")
+            raise CheckpointError(f"nothing says what GGUF calls the tensors of {kind} models")
         return found
 
     def rotary_dim(self, config: dict[str, Any]) -> int:
