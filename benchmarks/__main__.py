@@ -38,6 +38,7 @@ from benchmarks import (
     budgets,
     cast,
     cells,
+    curves,
     encode,
     latency,
     learning,
@@ -197,8 +198,11 @@ def compared(options: argparse.Namespace) -> dict[str, float]:
 
 
 def tabled(options: argparse.Namespace) -> dict[str, float]:
-    """Divergences of recipes in the tables of docs/rewrites.md; goes on where an earlier run was cut."""
-    return measured(tables.cells(options.table), options)
+    """Divergences of recipes in the tables of docs/rewrites.md; goes on where one was cut. Draws its plots."""
+    try:
+        return measured(tables.cells(options.table), options)
+    finally:
+        curves.write()
 
 
 def measured(wanted: list[cells.Cell], options: argparse.Namespace) -> dict[str, float]:

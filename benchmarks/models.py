@@ -84,8 +84,8 @@ def variant(work: Path, name: str) -> Path:
     """The demo model off any grid, or one made of it.
 
     "off-grid"; "outliers": six channels of an input are 30 times as large; "ternary" and "two-bit": widened so that
-    rows are whole blocks of 256, and linear layers put on a grid with a scale per row, as if trained on it. "experts":
-    a mixture of experts made of "outliers".
+    rows are whole blocks of 256, and linear layers put on a grid with a scale per row, as if trained on it;
+    "ternary-groups": with one for 128 columns. "experts": a mixture of experts made of "outliers".
     """
     demo = checkpoint(work / "demo")
     if name == "experts":
@@ -93,6 +93,8 @@ def variant(work: Path, name: str) -> Path:
     if name in ("off-grid", "outliers"):
         return off_grid(demo, work / name, outliers=30.0 if name == "outliers" else 1.0)
     wide = widened(off_grid(demo, work / "off-grid"), work / "wide")
+    if name == "ternary-groups":
+        return trained(wide, work / name, TERNARY, group=128)
     return trained(wide, work / name, TERNARY if name == "ternary" else TWO_BITS)
 
 
@@ -123,17 +125,18 @@ def mixture(source: Path, out: Path, seed: int = 7) -> Path:
     return out
 
 
-def trained(source: Path, out: Path, levels: tuple[float, ...]) -> Path:
-    """A checkpoint of one shard whose linear layers are levels times a scale per row, the root mean square."""
+def trained(source: Path, out: Path, levels: tuple[float, ...], group: int | None = None) -> Path:
+    """A checkpoint of one shard whose linear layers are levels times root mean squares of rows or groups."""
     if (out / "model.safetensors").exists():
         return out
     w = load_file(source / "model.safetensors")
     table = torch.tensor(levels)
     for name, tensor in w.items():
         if "_proj" in name:
-            scale = tensor.float().square().mean(1, keepdim=True).sqrt().bfloat16().float()
-            nearest = ((tensor.float() / scale)[..., None] - table).abs().argmin(-1)
-            w[name] = (table[nearest] * scale).to(tensor.dtype)
+            parts = tensor.float().unflatten(1, (-1, group or tensor.shape[1]))
+            scale = parts.square().mean(2, keepdim=True).sqrt().bfloat16().float()
+            nearest = ((parts / scale)[..., None] - table).abs().argmin(-1)
+            w[name] = (table[nearest] * scale).flatten(1).to(tensor.dtype)
     shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
     save_file(w, out / "model.safetensors", metadata={"format": "pt"})
     return out

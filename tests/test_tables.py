@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import cells, tables
+from benchmarks import cells, curves, tables
 from benchmarks.cells import Measured
 
 
@@ -31,3 +31,22 @@ def test_the_least_of_a_column_is_bold_and_what_is_unknown_is_empty(tmp_path, mo
     assert header == ("recipe", "prose", "source code", "prose, with outliers", "source code, with outliers")
     assert rows[0] == ("FP8, inputs by token", "**0.143**", "**0.333**", "**0.286**", "**0.667**")
     assert rows[1] == ("FP8, static inputs", "0.429", "1", "", "")
+
+
+def test_plots_show_what_is_known(tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "KEPT", tmp_path / "kept.json")
+    monkeypatch.setattr(curves, "FOLDER", tmp_path)
+    curves.write()
+    assert list(tmp_path.glob("*.svg")) == []
+    for name, plot in curves.PLOTS.items():
+        table = tables.TABLES[plot.table]()
+        drawn = table.lines if plot.lines else [column.label for column in table.columns]
+        assert set(plot.curves) <= set(drawn), name
+    for number, one in enumerate(tables.cells(["strengths"])[3:9]):  # alpha 0 and 0.25
+        cells.keep(one.key, Measured(kld=0.1 + number, code=1, megabytes=1, carrier="gguf"))
+    curves.write()
+    (picture,) = tmp_path.glob("*.svg")
+    text = picture.read_text()
+    assert picture.name == "rewrites-strengths.svg"
+    assert text.count("<circle") == 6
+    assert "W8A8, outliers, 0.25: 4.1 nats per token" in text
