@@ -59,6 +59,9 @@ def dotted(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
+KNOWN = {dotted(path) for path in SOURCES}
+
+
 def room(module: str) -> str:
     """The part of a module's name that ORDER ranks."""
     return module.split(".")[1] if "." in module else "__init__"
@@ -66,7 +69,6 @@ def room(module: str) -> str:
 
 def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """(line, module) of everything below qtool that a source imports, wherever the statement stands."""
-    known = {dotted(path) for path in SOURCES}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names if alias.name.split(".")[0] == "qtool")
@@ -75,7 +77,7 @@ def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "qtool":
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
-                yield node.lineno, inner if inner in known or node.module == "qtool" else str(node.module)
+                yield node.lineno, inner if inner in KNOWN or node.module == "qtool" else str(node.module)
 
 
 def ids(path: Path) -> str:

@@ -18,8 +18,8 @@ from qtool.artifact.gguf._options import FILE_TYPES
 from qtool.checkpoint.families.llama import Llama
 from qtool.formats._spelling import parse_format
 from qtool.plan import make_plan
-from qtool.recipe.load import list_recipes, load_recipe
-from tests.recipe.shapes import SMOLLM2_135M, Shapes, carriers
+from qtool.recipe.load import load_recipe
+from tests.recipe.shapes import SHIPPED, SMOLLM2_135M, Shapes, carriers
 
 BASE = {
     "q2_k_s": "q2_k",
@@ -228,7 +228,7 @@ def planned(mix, checkpoint, imatrix=True):
 
 
 def test_all_of_them_ship():
-    assert {entry.name for entry in list_recipes() if entry.name.startswith("gguf-")} == {
+    assert {entry.name for entry in SHIPPED if entry.name.startswith("gguf-")} == {
         *(f"gguf-{mix}" for mix in MIXES),
         *(f"gguf-{mix}-best" for mix in LEARNED),
         "gguf-fit",
@@ -332,7 +332,7 @@ def test_smollm2_is_as_large_as_llama_quantize_made_it(mix):
 
 @pytest.mark.parametrize("mix", MIXES)
 def test_header_says_how_large(mix):
-    (entry,) = (entry for entry in list_recipes() if entry.name == f"gguf-{mix}")
+    (entry,) = (entry for entry in SHIPPED if entry.name == f"gguf-{mix}")
     stated = re.search(
         r"^# Size: ([\d.]+) bits per weight in Llama 3\.1 8B, ([\d.]+) in Smol", entry.path.read_text(), re.M
     )
@@ -351,5 +351,5 @@ def test_a_mix_with_learned_codes_has_the_same_types(mix):
     assert [p.format for p in learned.layers] == [p.format for p in plain.layers]
     inside = [p for p in learned.layers if p.module.block is not None]
     assert {p.method.name() for p in inside} == {"learned"}
-    texts = [entry.path.read_text() for entry in list_recipes() if entry.name in (f"gguf-{mix}", f"gguf-{mix}-best")]
+    texts = [entry.path.read_text() for entry in SHIPPED if entry.name in (f"gguf-{mix}", f"gguf-{mix}-best")]
     assert len({re.search("^# Size: .*$", text, re.M)[0] for text in texts}) == 1

@@ -10,10 +10,10 @@ import pytest
 from qtool import registry
 from qtool.errors import PlanError
 from qtool.plan import make_plan
-from qtool.recipe.load import find_recipe, list_recipes, load_recipe
-from tests.recipe.shapes import QWEN3_600M, SMOLLM2_135M, TINY, Shapes, carriers
+from qtool.recipe.load import find_recipe, load_recipe
+from tests.recipe.shapes import QWEN3_600M, SHIPPED, SMOLLM2_135M, TINY, Shapes, carriers
 
-ALL = list_recipes()
+ALL = SHIPPED
 LIMITED = {"gguf-fit", "w4-mixed", "nvfp4-fp8-mixed"}
 """Those that leave formats open and want a limit; tests/pipeline/test_allocate.py is about them."""
 MIXES = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m")

@@ -97,6 +97,23 @@ def test_decibels_of_normal_numbers():
     assert decibels["hif4"] > decibels["hif4-minmax"] + 0.35
 
 
+def test_a_refit_moves_the_base_to_where_scales_are_met_best():
+    fmt, generator = HiF4(), torch.Generator().manual_seed(2)
+    params = fmt.fit(W)
+    scale = fmt.affine(params)[0]
+    wanted = scale * torch.exp(0.5 * torch.randn(scale.shape, generator=generator))
+    moved = fmt.refit(params, wanted, torch.zeros_like(scale))
+    assert all(torch.equal(moved[name], params[name]) for name in ("eights", "fours"))
+    for n, s in itertools.product((0, 1, 2, 3, 5), range(2)):
+        tried = {name: p[n : n + 1].clone() for name, p in params.items()}
+        misses = []
+        for code in range(LARGEST + 1):
+            tried["base"][0, s] = code
+            found = fmt.affine(tried)[0][0, 16 * s : 16 * s + 16]
+            misses.append(float((found.double() - wanted[n, 16 * s : 16 * s + 16]).square().sum()))
+        assert misses[int(moved["base"][n, s])] <= min(misses) * (1 + 1e-5)
+
+
 def test_gptq_walks_it_and_wins():
     w, stats = problem(n=16, k=128, tokens=512)
     losses = [loss(w, m.solve(w, stats, HiF4()).quantized, stats) for m in (GPTQ(rounds=1), GPTQ(rounds=0), RTN())]

@@ -2,7 +2,7 @@
 
 Whatever is in a file, reading it gives a model or one of qtool's own errors, within seconds and within bounds of
 memory. Cases are read in a child, so that one that ends the process is counted like any other; each case follows from
-its number and the seed alone, so `--first N --count 1` repeats one, and any number of processes (`--jobs`) share them.
+its number and the seed alone, so `--first N --count 1` repeats one, and `--processes` share them.
 With `--seconds` the rest is left when that time is over. Prints JSON: how many cases were read, the number of the one
 that follows, what failed, and how often what came; exits with 1 if something failed.
 """
@@ -209,7 +209,7 @@ def until(deadline: float, read: Callable[[range], Found], cases: range) -> Foun
     return read(cases) if time.monotonic() < deadline else None
 
 
-def fuzz(cases: range, seed: int, room: Path, jobs: int = 1, seconds: float = float("inf")) -> dict[str, object]:
+def fuzz(cases: range, seed: int, room: Path, processes: int = 1, seconds: float = float("inf")) -> dict[str, object]:
     """Reads all cases, or those that are begun in time: see the module for what it gives."""
     samples = write_samples(room / "samples")
     begin = time.monotonic()
@@ -218,7 +218,7 @@ def fuzz(cases: range, seed: int, room: Path, jobs: int = 1, seconds: float = fl
     outcomes: Counter[str] = Counter()
     failures: list[tuple[int, str, str]] = []
     following = cases.start
-    with get_context("fork").Pool(jobs) as pool:
+    with get_context("fork").Pool(processes) as pool:
         for chunk, found in zip(chunks, pool.imap(partial(until, begin + seconds, read), chunks), strict=True):
             if found is None:
                 break
@@ -236,12 +236,12 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=float("inf"))
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=ROOM if ROOM.is_dir() else None) as folder:
         cases = range(asked.first, asked.first + asked.count)
-        found = fuzz(cases, asked.seed, Path(folder), asked.jobs, asked.seconds)
+        found = fuzz(cases, asked.seed, Path(folder), asked.processes, asked.seconds)
     sys.stdout.write(json.dumps(found, indent=1) + "\n")
     sys.exit(bool(found["failures"]))
 

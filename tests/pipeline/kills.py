@@ -1,4 +1,4 @@
-"""Kills runs at every moment at which they change files: `python -m tests.pipeline.kills --turns 2 --jobs 8`.
+"""Kills runs at every moment at which they change files: `python -m tests.pipeline.kills --turns 2 --processes 8`.
 
 Each goes on and has to end in the same bytes as one that nobody disturbs. Prints JSON: how many runs were killed, and
 what was wrong with which; exits with 1 if something was. `interrupted.py` has the moments.
@@ -90,11 +90,11 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--turns", type=int, default=2)
-    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1)
     asked, begin, kills, failures = parser.parse_args(), time.monotonic(), 0, []
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(asked.jobs) as pool:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(asked.processes) as pool:
         model = make_checkpoint("qwen3", Path(folder) / "model", make_tokenizer())
-        parts = ceil(asked.jobs / (asked.turns * len(RECIPES)))
+        parts = ceil(asked.processes / (asked.turns * len(RECIPES)))
         tasks = list(itertools.product(range(asked.turns), RECIPES, range(parts)))
 
         def work(task: tuple[int, str, int]) -> dict[str, Any]:

@@ -9,7 +9,11 @@ import torch
 from qtool import registry
 from qtool.artifact._base import Artifact, Carry
 from qtool.checkpoint._base import Checkpoint, TensorInfo
+from qtool.recipe.load import list_recipes
 from qtool.recipe.schema import Recipe
+
+SHIPPED = tuple(list_recipes())
+"""All recipes, which are read once."""
 
 TINY = {
     "model_type": "llama",

@@ -10,10 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qtool.errors import RecipeError
-from qtool.recipe.load import list_recipes, load_recipe
+from qtool.recipe.load import load_recipe
 from qtool.recipe.schema import Recipe
+from tests.recipe.shapes import SHIPPED
 
-TEXTS = [entry.path.read_text() for entry in list_recipes()]
+TEXTS = [entry.path.read_text() for entry in SHIPPED]
 PIECES = [
     "*",
     "&a",
@@ -146,5 +147,5 @@ def test_any_flag(load, flag):
 def test_the_texts_are_good_before_they_are_edited(load):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for entry in list_recipes():
+        for entry in SHIPPED:
             assert load_recipe(entry.name).name == entry.name

@@ -149,6 +149,20 @@ def test_planes_found_together_are_better_than_one_behind_the_other():
     assert planes("binary", 50) < 0.95 * two_bits < planes("binary", 0)
 
 
+@pytest.mark.parametrize("table", ["ternary", "binary"])
+def test_scales_of_both_planes_are_those_of_least_squares_for_their_codes(table):
+    """Scales are stored in bfloat16, and codes are the nearest for what is stored: that costs next to nothing."""
+    fmt, residual = parse_format(f"{table}-g32"), Codes(format=f"{table}-g32", joint=50)
+    first, tensors = residual.jointly(W, RTN().solve(W, None, fmt).quantized)
+    second = residual.decode(tensors, K).view(W.shape)
+    error, least = 0.0, 0.0
+    for x, a, b in zip(*(t.double().view(-1, 32) for t in (W, first.decode(), second)), strict=True):
+        error += float((x - a - b).square().sum())
+        planes = torch.stack([a, b], 1)
+        least += float((x - planes @ (torch.linalg.pinv(planes) @ x)).square().sum())
+    assert error < 1.0005 * least
+
+
 def test_it_is_read_back_as_it_is_spelled():
     for spelled in ("int4-g64", {"type": "lut", "table": [-1.0, 0.0, 1.0], "group": 32}):
         residual = parse_residual({"codes": {"format": spelled, "share": 0.1, "unit": 64}})
