@@ -83,6 +83,7 @@ def test_layers_that_differ_most_come_first(entries):
     assert rows == [("y", ["q4_k, 21.0", "q6_k, 32.0"]), ("x", ["q4_k, 20.0", "q4_k, 20.5"]), ("z", ["kept", "-"])]
     page = html(compare([*told, *entries[2:]]))
     assert page.index("<code>y</code>") < page.index("<code>x</code>") < page.index("<code>z</code>")
-    assert "45.7</td>" in page and "123</td>" in page
+    assert "45.7</td>" in page
     assert layer_rows(compare([told[0], entries[2]])) == []
-    assert "tokens per second" not in html(compare(entries)).lower()
+    assert "tokens/s" in page
+    assert "tokens/s" not in html(compare(entries))
