@@ -52,6 +52,7 @@ class Trial:
         distilled: settings of distillation, each on its own behind this recipe.
         recipe: one that ships, without its stages; `weights` and `method` are not asked for.
         wide: on the model whose rows are whole super-blocks.
+        finish: stages of the recipe itself.
     """
 
     weights: str = ""
@@ -60,6 +61,7 @@ class Trial:
     distilled: tuple[dict[str, Any], ...] = ()
     recipe: str = ""
     wide: bool = False
+    finish: tuple[Any, ...] = ()
 
     def content(self, data: str, samples: int) -> dict[str, Any]:
         """The recipe."""
@@ -68,7 +70,7 @@ class Trial:
         if self.recipe:
             return common | {"extends": self.recipe, "export": [{"to": "qtool"}], "finish": []}
         layers = [{"match": "lm_head", "keep": True}, {"match": "*", "weights": self.weights}]
-        return common | {"layers": layers, "method": self.method, "export": [{"to": "qtool"}]}
+        return common | {"layers": layers, "method": self.method, "export": [{"to": "qtool"}], "finish": [*self.finish]}
 
 
 def described(name: str) -> str:
@@ -77,7 +79,8 @@ def described(name: str) -> str:
         return f"AutoRound, int{name.split('-')[1][1:]}-g64, {name.split('-')[2]} steps"
     trial = trials()[name]
     parts = {"recipe": trial.recipe} if trial.recipe else {"weights": trial.weights, "method": trial.method}
-    found = parts | ({"calibration": trial.calibration} if trial.calibration else {})
+    rest = {"calibration": trial.calibration, "finish": [*trial.finish]}
+    found = parts | {key: value for key, value in rest.items() if value}
     return yaml.safe_dump(found, default_flow_style=True, sort_keys=False, width=10_000).strip()[1:-1]
 
 
@@ -110,6 +113,7 @@ def trials() -> dict[str, Trial]:
             "gumbel-long": Trial(weights, learned(**soft, rate=0.03, steps=600), distilled=behind[:1]),
             "gumbel-lion": Trial(weights, learned(**soft | {"optimizer": "lion"}, rate=0.01)),
             "gumbel-plain": Trial(weights, learned(**soft, rate=0.05, loss="plain")),
+            "absorb": Trial(weights, finish=("absorb",)),
             "rounding": Trial(weights, learned()),
             "adam": Trial(weights, adam),
             "weighed": Trial(weights, learned(**scales), {"token_weights": ROOT}),
