@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from qtool.errors import StorageError, UsageError
-from qtool.pipeline.one_file import folder_of
+from qtool.pipeline.one_file import folder_of, same
 from qtool.pipeline.quantize import QuantizeOptions, run
 from qtool.store.files import damaged_file
 
@@ -48,6 +48,22 @@ def test_a_file_that_is_in_the_way(tiny_checkpoint, recipes, tmp_path):
     assert out.read_text() == "mine"
     run(replace(options, overwrite=True))
     assert out.read_bytes()[:4] == b"GGUF"
+
+
+def test_files_are_the_same_by_their_bytes(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    content = bytes(range(256)) * 6000  # more than is read at a time
+    one.write_bytes(content)
+    two.write_bytes(content)
+    assert same(one, two)
+    for at in (0, 1 << 20, len(content) - 1):
+        two.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        assert not same(one, two)
+    two.write_bytes(content[:-1])
+    assert not same(one, two)
+    two.unlink()
+    two.hardlink_to(one)
+    assert same(one, two)
 
 
 def test_what_is_no_single_file(tiny_checkpoint, recipes, tmp_path):
