@@ -11,7 +11,7 @@ import typer
 from qtool.cli import options
 from qtool.cli.cache import scores_folder
 from qtool.cli.console import Console, document, result, table
-from qtool.errors import UsageError
+from qtool.errors import PlanError, UsageError
 from qtool.report.budget import budget_lines
 from qtool.report.units import size
 
@@ -74,6 +74,7 @@ def command(
     allocation = None
     for warning in job.plan.warnings:
         console.warn(warning)
+    problems = problems_of(job, push_to_hub) if check else []
     if job.plan.recipe.budget is None and (scores or curve):
         flag = "--scores" if scores else "--curve"
         raise UsageError(flag, wanted="a recipe with a budget: such as gguf-fit", found=job.plan.recipe.name)
@@ -81,6 +82,7 @@ def command(
         show_curve(job, scores, console, json)
         return
     if job.plan.recipe.budget:
+        refuse(problems)  # before it takes minutes
         from qtool.pipeline.budget import divided
 
         with console:
@@ -90,12 +92,20 @@ def command(
         document(as_json(plan) | {"allocation": allocation and allocation.model_dump(mode="json")})
     else:
         result("\n".join([show(plan), *(budget_lines(allocation) if allocation else [])]))
-    if check:
-        from qtool.errors import PlanError
-        from qtool.pipeline.check import check as try_all
+    refuse(problems)
 
-        if found := try_all(job, Path(), push_to_hub):
-            raise PlanError(found, "this run would fail")
+
+def problems_of(job: Job, push_to: str | None) -> list[str]:
+    """What would fail later, a line each."""
+    from qtool.pipeline.check import check
+
+    return check(job, Path(), push_to)
+
+
+def refuse(problems: list[str]) -> None:
+    """Raises PlanError: there are some."""
+    if problems:
+        raise PlanError(problems, "this run would fail")
 
 
 def show_curve(job: Job, scores: Path | None, console: Console, json: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from qtool.errors import HubError
 from tests.cli.test_commands import qtool
 
 RECIPE = """\
@@ -49,6 +50,26 @@ def test_flags_that_do_not_fit(tiny_checkpoint, tmp_path):
     refused = qtool("plan", model, "-r", "gguf-fit", "--fit", "4XB")
     assert refused.exit_code == 2
     assert "'4XB'" in refused.stderr
+
+
+def test_what_would_fail_is_said_before_costs_are_found_out(tiny_checkpoint, tmp_path, monkeypatch):
+    def refuse(repo):
+        raise HubError(f"cannot upload to {repo}")
+
+    (tmp_path / "fit.yaml").write_text(RECIPE.replace("builtin", "gone.txt"))
+    monkeypatch.setattr("qtool.pipeline.check.refuse_stranger", refuse)
+    monkeypatch.setattr("qtool.pipeline.sensitivity.Pricing.run", None)
+    common = [tiny_checkpoint("llama"), "-r", tmp_path / "fit.yaml", "--fit", "125KB", "--check"]
+    checked = qtool("plan", *common, "--push-to-hub", "me/tiny")
+    assert checked.exit_code == 4
+    assert checked.stderr.count("there is no calibration file gone.txt") == 1
+    assert "cannot upload to me/tiny" in checked.stderr
+    assert "2 problems" in checked.stderr
+    misspelt = RECIPE.replace("role:embedding", "role:embeding")
+    (tmp_path / "fit.yaml").write_text(misspelt)
+    checked = qtool("plan", *common)
+    assert checked.exit_code == 4
+    assert "did you mean" in checked.stderr and "embedding" in checked.stderr
 
 
 def test_a_curve_of_sizes(tiny_checkpoint, tmp_path):
