@@ -23,6 +23,9 @@ class Ahead:
     def __init__(self, read: Callable[[int], Weights], blocks: int, device: torch.device) -> None:
         self.read, self.blocks, self.active = read, blocks, device.type == "cuda"
         self.lane = ThreadPoolExecutor(1, "qtool")  # whose thread is started by the first work
+        there = self.active and torch.cuda.is_available()
+        self.stream = torch.cuda.Stream(device) if there else None  # type: ignore[no-untyped-call]
+        """So that copies wait for nothing that is computed."""
         self.last: tuple[int, Weights] = (-1, {})
         self.next: tuple[int, Future[Weights] | None] = (-1, None)
 
@@ -33,6 +36,19 @@ class Ahead:
         if self.last[0] != i:
             self.last = (-1, {})
             index, begun = self.next
-            self.last = i, begun.result() if begun and index == i else self.read(i)
-            self.next = i + 1, self.lane.submit(self.read, i + 1) if i + 1 < self.blocks else None
+            self.last = i, self._arrived(begun.result()) if begun and index == i else self.read(i)
+            self.next = i + 1, self.lane.submit(self._begin, i + 1) if i + 1 < self.blocks else None
         return self.last[1]
+
+    def _begin(self, i: int) -> Weights:
+        with torch.cuda.stream(self.stream):
+            return self.read(i)
+
+    def _arrived(self, weights: Weights) -> Weights:
+        """Weights that the stream in use may read, and keeps from being written over until it has."""
+        if self.stream:
+            here = torch.cuda.current_stream(self.stream.device)
+            here.wait_stream(self.stream)
+            for w in (w for w in weights.values() if w.is_cuda):
+                w.record_stream(here)
+        return weights

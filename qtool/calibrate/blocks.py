@@ -31,6 +31,7 @@ from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoin
 from qtool.errors import CheckpointError
 from qtool.numerics.checks import finite
 from qtool.numerics.metrics import all_finite
+from qtool.numerics.threads.marks import marked
 from qtool.numerics.threads.parallel import shares
 from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.residuals._base import Correction
@@ -134,7 +135,8 @@ class Blocks:
         prefix = self.family.block_prefix.format(i=i)
         found, parts = dict[str, Tensor](), self.around.family.facts.parts if self.around else {}
         for name in self.family.block_shapes(self.checkpoint.config, i):
-            tensor = self.tensor(prefix + name)
+            with marked("weights read"):
+                tensor = self.tensor(prefix + name)
             if (part := parts.get(name)) is None:
                 found[self.family.submodule(name)] = tensor
                 continue

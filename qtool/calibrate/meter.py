@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from qtool.numerics.threads.marks import marked
 from qtool.stats._base import InputStats, Statistic
 
 
@@ -46,8 +47,9 @@ class Meter:
 
     def count(self, _: str, seen: Mapping[str, Tensor], part: slice) -> None:
         """Counts a batch at a place: inputs [T, K] by `Module.reads`."""
-        for reads, x in seen.items():
-            self.count_input(reads, x, part)
+        with marked("statistics"):
+            for reads, x in seen.items():
+                self.count_input(reads, x, part)
 
     def count_input(self, reads: str, x: Tensor, part: slice) -> None:
         """Counts a batch, [T, K], and compares its first tokens with what they should be."""

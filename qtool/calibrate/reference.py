@@ -14,6 +14,7 @@ from qtool.calibrate.blocks import Blocks
 from qtool.calibrate.copies import twin
 from qtool.calibrate.foreign import misfit
 from qtool.checkpoint._base import Module
+from qtool.numerics.threads.marks import marked
 
 SHARE = 0.25
 """Part of the samples that the unquantized model is run on. With half or all of them, KL divergence at 4 bits was 7
@@ -64,7 +65,8 @@ class Reference:
         """What `compute` finds, once per block where hidden states stay on a device."""
         if part.start in self.found:
             return self.found[part.start]
-        found = self.compute(part)
+        with marked("unquantized forward passes"):
+            found = self.compute(part)
         if self.hidden.values.device.type != "cpu":
             self.found[part.start] = found
         return found

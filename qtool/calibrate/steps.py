@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from greenlet import getcurrent, greenlet
 
+from qtool.numerics.threads.marks import marked
 from qtool.numerics.threads.parallel import AHEAD, in_order, lanes
 from qtool.numerics.threads.ranks import ALONE, Ranks
 
@@ -112,7 +113,8 @@ class InStep:
         def go() -> Stop | None:
             if not begun:
                 begun.append(greenlet(lambda: self.run(batch)))
-            stop: Stop | None = begun[0].switch()
+            with marked("forward passes"):
+                stop: Stop | None = begun[0].switch()
             return stop
 
         return go
@@ -121,7 +123,8 @@ class InStep:
         @torch.inference_mode()
         def go() -> Stop | None:
             try:
-                self.run(batch)
+                with marked("forward passes"):
+                    self.run(batch)
             except Reached as reached:
                 return reached.stop
             return None

@@ -23,6 +23,7 @@ from qtool.calibrate.reference import Reference
 from qtool.calibrate.steps import InStep
 from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint
 from qtool.numerics.product import float32_product
+from qtool.numerics.threads.marks import marked
 from qtool.numerics.threads.parallel import side_by_side
 from qtool.stats._base import InputStats, Statistic
 
@@ -159,7 +160,8 @@ class Walker(Blocks):
         """
         if module.expert is None:
             check_tokens(block, module.name, stats.tokens, hidden.samples * hidden.length)
-        stats.combine(self.ranks)
+        with marked("exchange"):
+            stats.combine(self.ranks)
         return finite_statistics(stats, f"{module.name} of {self.checkpoint.source}")
 
     @torch.inference_mode()

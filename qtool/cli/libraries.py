@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,3 +45,8 @@ def silenced() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+def quiet_profiler() -> None:
+    """Keeps torch's profiler from logging its own beginning and end; to be called before torch is imported."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")

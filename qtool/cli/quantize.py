@@ -11,6 +11,7 @@ import typer
 from qtool.cli import options, ranks
 from qtool.cli.cache import scores_folder
 from qtool.cli.console import Console, document, result, table
+from qtool.cli.libraries import quiet_profiler
 from qtool.errors import UsageError
 from qtool.report.budget import budget_lines
 from qtool.report.meaning import meaning
@@ -27,12 +28,20 @@ Family = Annotated[
     ),
 ]
 Keep = Annotated[bool, typer.Option("--keep", help="Keep the work folder OUT.work after success.")]
+Profile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.json",
+        help="Write where the second block's time went, as a trace for Perfetto; the report sums it up.",
+        show_default=False,
+    ),
+]
 Verify = Annotated[bool, typer.Option(help="Read artifacts back and compare them with what was computed.")]
 
 
 ALIKE = (
     *("device", "dtype", "seed", "stats", "imatrix"),
-    *("keep", "overwrite", "verify", "private", "revision", "base_model", "license"),
+    *("keep", "overwrite", "profile", "verify", "private", "revision", "base_model", "license"),
 )
 """Options that the command and `QuantizeOptions` call alike."""
 
@@ -60,6 +69,7 @@ def command(
     model_free: options.ModelFree = False,
     keep: Keep = False,
     overwrite: options.Overwrite = False,
+    profile: Profile = None,
     verify: Verify = True,
     push_to_hub: options.PushToHub = None,
     private: options.Private = False,
@@ -82,6 +92,8 @@ def command(
     given = dict(locals())  # as Typer converted them, which its context keeps as text in some releases
     console = Console(quiet, verbose, strict)
     recipes = recipes_of(recipe, family, console)
+    if profile:
+        quiet_profiler()
     asked = options_of(ctx, given, recipes)
     if len(recipes) == 1:
         run(asked, console, json)

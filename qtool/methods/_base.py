@@ -10,7 +10,7 @@ Shape letters: S samples, s of them, T tokens per sample, H hidden size, N rows,
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -178,6 +178,23 @@ class Method(Spec):
             stats: measured on the K inputs; None if `needs` is empty.
             fmt: the representation to choose codes in.
         """
+
+    def abreast(self, fmt: Format, k: int) -> bool:
+        """Whether `solve_abreast` takes matrices of a format and so many columns, on CUDA devices."""
+        return False
+
+    def solve_abreast(self, w: Tensor, stats: Sequence[InputStats], fmt: Format) -> Quantized | None:
+        """Quantizes several matrices of one size with inputs of their own.
+
+        Args:
+            w: float32 [M, N, K], N a multiple of 64.
+            stats: measured on the K inputs of each.
+            fmt: see `solve`.
+
+        Returns:
+            All rows, [M N, K]; None: they have to be solved one by one.
+        """
+        raise NotImplementedError
 
     @property
     def first(self) -> Method:

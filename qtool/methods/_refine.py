@@ -6,7 +6,9 @@ code in turn then moves to its best level given all the others; where codes go t
 
 `pull` is the rows' (w - w_hat) H, up to a factor the gradient; it is carried along, since it costs as much as the walk.
 
-Shape letters: N rows, K columns, G groups, P parameters per row (G, or 2 G with offsets).
+On devices several matrices of one size may be refined together, see `numerics.solving.split`.
+
+Shape letters: M matrices, N rows of all, K columns, G groups, P parameters per row (G, or 2 G with offsets).
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ from torch import Tensor
 from qtool.formats._base import Format, Params, Quantized, expand
 from qtool.numerics.solving.descent import descend
 from qtool.numerics.solving.normal import normal_equations, per_group, solve_rows
-from qtool.numerics.solving.split import Split
+from qtool.numerics.solving.split import Split, subtract_times, times
 from qtool.numerics.solving.vector_walk import descend_vectors
+from qtool.numerics.threads.marks import marked
 
 STRIP = 1 << 24
 """Weights that are refined together, so that memory does not grow with the matrix."""
@@ -35,28 +38,31 @@ def refine(w: Tensor, curvature: Split, q: Quantized, rounds: int, sweeps: int) 
 
     Args:
         w: float32 [N, K].
-        curvature: H, float32 [K, K], damped.
+        curvature: H, float32 [K, K], damped; or [M, K, K], where offsets are not free.
         q: codes and parameters to start from.
         rounds: alternations.
         sweeps: most passes of coordinate descent over a row in one round.
     """
     gram, groups = curvature.matrix, q.format.affine(q.params)[0].shape[1]
     sums = per_group(gram, groups) if q.format.free_offset else None
+    assert sums is None or gram.dim() == 2
     size = max(1, STRIP // w.shape[1]) if w.device.type == "cpu" else len(w)
     parts = []
     for a in range(0, len(w), size):
         part = q.rows(a, a + size)
         codes, params = part.codes, part.params
-        pull = (w[a : a + size] - q.format.decode(codes, params)) @ gram
+        pull = times(w[a : a + size] - q.format.decode(codes, params), gram)
         for _ in range(rounds):
             if q.format.group_rows == 1:  # what rows share no single row can decide
-                params, move = move_parameters(codes, params, q.format, gram, sums, pull)
-                pull.addmm_(move, gram, alpha=-1)
+                with marked("scales refitted"):
+                    params, move = move_parameters(codes, params, q.format, gram, sums, pull)
+                    subtract_times(pull, move, gram)
             scale, offset = q.format.affine(params)
-            if book := q.format.codebook():
-                codes, pull = descend_vectors(gram, (scale, offset), q.format.levels(), book, codes, pull, sweeps)
-            else:
-                codes, pull = descend(curvature, scale, q.format.levels(), codes, pull, sweeps)
+            with marked("descent"):
+                if book := q.format.codebook():
+                    codes, pull = descend_vectors(gram, (scale, offset), q.format.levels(), book, codes, pull, sweeps)
+                else:
+                    codes, pull = descend(curvature, scale, q.format.levels(), codes, pull, sweeps)
         parts.append((codes, params))
     return Quantized(torch.cat([codes for codes, _ in parts]), join_rows([params for _, params in parts]), q.format)
 
@@ -75,7 +81,7 @@ def move_parameters(
         codes: uint8 [N, K].
         params: present parameters.
         fmt: their format.
-        gram: float32 [K, K].
+        gram: float32 [K, K] or [M, K, K].
         sums: float32 [K, G], of the Gram matrix over each group's columns, where offsets are free; else None.
         pull: float32 [N, K], (w - w_hat) H.
 
@@ -86,11 +92,15 @@ def move_parameters(
     size = max(
         1, (CHUNK_BYTES if codes.device.type == "cpu" else DEVICE_BYTES) // (4 * (groups * (1 + fmt.free_offset)) ** 2)
     )
+    each = len(codes) // (len(gram) if gram.dim() == 3 else 1)
+    if gram.dim() == 3:
+        size = max(1, size // each) * each
     moved, moves = [], torch.empty_like(pull)
     for a in range(0, len(codes), size):
         rows = slice(a, a + size)
         here = {name: p[rows] for name, p in params.items()}
-        found, moves[rows] = _move_rows(codes[rows], here, fmt, gram, sums, pull[rows])
+        theirs = gram if gram.dim() == 2 else gram[a // each : (a + size) // each]
+        found, moves[rows] = _move_rows(codes[rows], here, fmt, theirs, sums, pull[rows])
         moved.append(found)
     return join_rows(moved), moves
 

@@ -20,6 +20,7 @@ The reference is the plain loop in tests/reference/gptq.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Literal
 
@@ -29,11 +30,13 @@ from torch import Tensor
 
 from qtool.errors import NumericsError
 from qtool.formats._base import Format, Params, Quantized
+from qtool.methods._abreast import rule_of, solve_abreast
 from qtool.methods._base import Method, Solution
 from qtool.methods._refine import refine
 from qtool.numerics.solving.linalg import inverse_factor, ridge
 from qtool.numerics.solving.split import Split
 from qtool.numerics.solving.walk import BLOCK, searches, walk, walk_searching
+from qtool.numerics.threads.marks import marked
 from qtool.numerics.threads.parallel import shares, side_by_side
 from qtool.stats._base import InputStats, Statistic
 from qtool.stats.drift import Drift
@@ -91,10 +94,27 @@ class GPTQ(Method):
             return Solution(Quantized(fmt.snap(w, params), params, fmt), f"rounded to nearest: {error}")
         fallback = f"damping raised from {self.damp:g} to {used:g}" if used > self.damp else None
         target = self._target(w, stats)
-        quantized = Quantized(*self._walk(target, order, factor, fmt), fmt)
+        with marked("walk"):
+            quantized = Quantized(*self._walk(target, order, factor, fmt), fmt)
         if self.rounds:
             quantized = refine(target, self._curvature(stats, used), quantized, self.rounds, SWEEPS)
         return Solution(quantized, fallback, target)
+
+    def abreast(self, fmt: Format, k: int) -> bool:
+        """See `Method.abreast`."""
+        return self.fit == "walk" and rule_of(fmt, k) is not None
+
+    def solve_abreast(self, w: Tensor, stats: Sequence[InputStats], fmt: Format) -> Quantized | None:
+        """See `Method.solve_abreast`."""
+        if any(self._drift(each) for each in stats):
+            return None
+        grams = torch.stack([each[Gram].matrix for each in stats])
+        diagonal = grams.diagonal(dim1=1, dim2=2)
+        if self.order == "activation":
+            order = activation_order(diagonal, self._widths(fmt))
+        else:
+            order = torch.arange(w.shape[2], device=w.device).expand(len(w), -1)
+        return solve_abreast(w, grams, order, fmt, self.damp, self.rounds, SWEEPS)
 
     def _curvature(self, stats: InputStats, damp: float) -> Split:
         """The damped Gram matrix [K, K], once per input."""
@@ -198,11 +218,11 @@ def activation_order(diagonal: Tensor, widths: tuple[int, ...]) -> Tensor:
     """Columns by falling size, those of a vector, span or block side by side, these by falling size as well.
 
     Args:
-        diagonal: float32 [K], of the Gram matrix.
+        diagonal: float32 [..., K], of the Gram matrix.
         widths: of what stays together, from the smallest to the largest.
     """
     order = diagonal.argsort(descending=True, stable=True)
     for width in widths:
-        place = diagonal.view(-1, width).sum(1).argsort(descending=True, stable=True).argsort()
-        order = order[place[order // width].argsort(stable=True)]
+        place = diagonal.view(*diagonal.shape[:-1], -1, width).sum(-1).argsort(descending=True, stable=True).argsort()
+        order = order.gather(-1, place.gather(-1, order // width).argsort(stable=True))
     return order

@@ -1,6 +1,6 @@
 """How far a quantized matrix is from the original, as signal over error in decibels: 6.02 dB is one bit.
 
-Shape letters: N output features, K input features, S blocks of a row.
+Shape letters: N output features, K input features, S blocks of a row, M matrices.
 """
 
 from __future__ import annotations
@@ -39,6 +39,18 @@ def energy(w: Tensor, gram: Tensor | None = None) -> float:
         seen.addmm_(w[:, b:], gram[b:, a:b], alpha=2)
         rows += torch.einsum("nk,nk->n", here, seen)
     return float(rows.sum())
+
+
+def energies(w: Tensor, grams: Tensor | None = None) -> Tensor:
+    """`energy` of several matrices, where they are: [M, N, K] and [M, K, K] -> float64 [M]."""
+    if grams is None:
+        return torch.einsum("mnk,mnk->mn", w, w).double().sum(1)
+    rows = torch.zeros(w.shape[:2], dtype=torch.float64, device=w.device)
+    for a, b in strips(w.shape[2], w.device):
+        here = w[..., a:b]
+        seen = torch.baddbmm(here @ grams[:, a:b, a:b], w[..., b:], grams[:, b:, a:b], alpha=2)
+        rows += torch.einsum("mnk,mnk->mn", here, seen)
+    return rows.sum(1)
 
 
 def ratio_db(signal: float, error: float) -> float:

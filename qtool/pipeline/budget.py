@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qtool.errors import VerifyError
 from qtool.pipeline.allocate import allocated
 from qtool.pipeline.card import origin
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.prepare import Job
 from qtool.pipeline.stored import opened
 from qtool.pipeline.transform import transformed
-from qtool.report.model import AllocationEntry
+from qtool.report.model import AllocationEntry, ArtifactEntry
 
 
 def sizing_card(job: Job, base_model: str, imatrix: Path | None = None) -> dict[str, Any]:
@@ -49,3 +51,13 @@ def rewritten(job: Job, folder: Path, listener: Listener) -> tuple[Job, str]:
         return job, ""
     job, made = transformed(job, folder, None, listener)
     return job, made.run
+
+
+def refuse_too_large(artifacts: Sequence[ArtifactEntry], allocation: AllocationEntry | None) -> None:
+    """Raises VerifyError: the files with tensors have more bytes than the budget allows."""
+    if allocation is None or allocation.limit is None:
+        return
+    suffixes = (".gguf", ".safetensors", ".safetensors.index.json")
+    found = sum(f.nbytes for a in artifacts for f in a.files if f.name.endswith(suffixes))
+    if found > allocation.limit:
+        raise VerifyError("the artifact is larger than its budget", wanted=allocation.limit, found=found)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qtool.formats._base import Quantized
+from qtool.numerics.threads.marks import marked
 from qtool.numerics.threads.ranks import Ranks
 from qtool.pipeline.entries import Sums, solved_entry
 from qtool.plan import LayerPlan
@@ -114,7 +115,8 @@ def assembled(plan: LayerPlan, stats: InputStats | None, parts: Sequence[Found])
         stats: of its input; None without data.
         parts: all of its rows, in order.
     """
-    quantized = together([part.quantized for part in parts])
+    with marked("codes copied"):
+        quantized = together([part.quantized for part in parts])
     corrections = tuple(
         Correction(c.residual, {name: t.cpu() for name, t in c.tensors.items()}) for c in parts[0].corrections
     )

@@ -7,6 +7,7 @@ units that depend on no others, each process solves some.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 
@@ -14,6 +15,7 @@ from qtool.calibrate.attention import AttentionErrors
 from qtool.pipeline.entries import kept_entry, mean_db
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.prepare import Job
+from qtool.pipeline.profile import Profile
 from qtool.pipeline.saving import Saving
 from qtool.pipeline.solver import UnitSolver
 from qtool.pipeline.statistics import Statistics
@@ -23,16 +25,24 @@ from qtool.report.model import BlockEntry, CacheEntry, LayerEntry
 
 
 def solve_all(
-    job: Job, work: Work, source: Statistics, listener: Listener
+    job: Job, work: Work, source: Statistics, listener: Listener, profile: Profile | None = None
 ) -> tuple[tuple[LayerEntry, ...], tuple[CacheEntry, ...], tuple[BlockEntry, ...]]:
-    """Goes through the plan unit by unit; what an earlier run finished is only walked through."""
+    """Goes through the plan unit by unit; what an earlier run finished is only walked through.
+
+    Args:
+        job: the run.
+        work: where finished units are.
+        source: of statistics.
+        listener: called with events of progress.
+        profile: of the second unit that is solved, since the first one compiles; of the only one.
+    """
     caches, blocks = list[CacheEntry](), list[BlockEntry]()
     entries = {p.module.name: kept_entry(p) for p in job.plan.layers if p.format is None}
     todo = steps(job.plan)
     earlier = f"{len(work.finished)} finished earlier" if work.finished else ""
     listener(Event("quantize", 0, len(todo), earlier))
     solved = apart if source.independent and job.ranks.size > 1 else together
-    for done, (unit, record) in enumerate(solved(todo, job, work, source), 1):
+    for done, (unit, record) in enumerate(solved(todo, job, work, source, profile), 1):
         entries |= {entry.name: entry for entry in record.layers}
         caches += [record.cache] if record.cache else []
         blocks += record.blocks
@@ -42,25 +52,39 @@ def solve_all(
     return tuple(entries[p.module.name] for p in job.plan.layers), tuple(caches), tuple(blocks)
 
 
-def together(todo: Sequence[Unit], job: Job, work: Work, source: Statistics) -> Iterator[tuple[Unit, Record]]:
+def together(
+    todo: Sequence[Unit], job: Job, work: Work, source: Statistics, profile: Profile | None
+) -> Iterator[tuple[Unit, Record]]:
     """Solves unit by unit; the first process saves them."""
+    profiled = second([unit for unit in todo if unit.name not in work.finished]) if profile else None
     with Saving(job.device) as saving:
         for done, unit in enumerate(todo, 1):
             propagate = any(later.walked and later.name not in work.finished for later in todo[done:])
-            record, solver = solve_unit(unit, job, work, source, propagate)
+            with profile.unit() if profile and unit is profiled else nullcontext():
+                record, solver = solve_unit(unit, job, work, source, propagate)
             if solver and job.ranks.first:
                 cached = source.cached[0] if unit.cache and source.cached else None
                 saving(partial(work.save, unit, solver, record, cached))
             yield unit, record
 
 
-def apart(todo: Sequence[Unit], job: Job, work: Work, source: Statistics) -> Iterator[tuple[Unit, Record]]:
+def second(units: Sequence[Unit]) -> Unit | None:
+    """The second one, or else the first, if there is one."""
+    return units[min(1, len(units) - 1)] if units else None
+
+
+def apart(
+    todo: Sequence[Unit], job: Job, work: Work, source: Statistics, profile: Profile | None
+) -> Iterator[tuple[Unit, Record]]:
     """Solves as many units at a time as there are processes, which store them; the first one keeps the list."""
     ranks = job.ranks
+    mine = [unit for i, unit in enumerate(todo) if i % ranks.size == ranks.rank and unit.name not in work.finished]
+    profiled = second(mine) if profile else None
     for start in range(0, len(todo), ranks.size):
         made = []
         for unit in todo[start : start + ranks.size][ranks.rank : ranks.rank + 1]:
-            record, solver = solve_unit(unit, job, work, source, propagate=False)
+            with profile.unit() if profile and unit is profiled else nullcontext():
+                record, solver = solve_unit(unit, job, work, source, propagate=False)
             stored = work.store(unit, solver, record) if solver else None
             made.append((unit, record, stored))
         for unit, record, stored in chain(*ranks.gather(made)):

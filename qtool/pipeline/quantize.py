@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,10 +11,11 @@ from typing import Any
 
 from qtool.calibrate.shards import is_stats_folder
 from qtool.checkpoint._base import Checkpoint
-from qtool.errors import PlanError, StorageError, UsageError, VerifyError
+from qtool.errors import PlanError, StorageError, UsageError
 from qtool.evaluate.gates import refuse_missed
 from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline import evaluate
+from qtool.pipeline.budget import refuse_too_large
 from qtool.pipeline.card import card_of, origin
 from qtool.pipeline.content import read_content, refuse_changed
 from qtool.pipeline.contest import Dividing, decided
@@ -23,6 +24,7 @@ from qtool.pipeline.finish import finish
 from qtool.pipeline.loop import solve_all
 from qtool.pipeline.one_file import SUFFIX, check_one_file, folder_of, name_file
 from qtool.pipeline.prepare import Job, prepare
+from qtool.pipeline.profile import Profile
 from qtool.pipeline.publish import publish
 from qtool.pipeline.statistics import Statistics, statistics_for
 from qtool.pipeline.stopwatch import Stopwatch
@@ -32,7 +34,7 @@ from qtool.pipeline.units import units
 from qtool.pipeline.upload import check_repository, upload
 from qtool.pipeline.work import Work, begun, identity, open_work, remove_work, result_identity
 from qtool.recipe.schema import Recipe
-from qtool.report.model import AllocationEntry, ArtifactEntry, Report
+from qtool.report.model import AllocationEntry, Report
 from qtool.report.render import read_report, write_report
 from qtool.store.files import check_file, check_free, damaged_file, new_folder
 from qtool.store.names import output_path
@@ -64,6 +66,7 @@ class QuantizeOptions:
         revision: its branch that gets the upload; None: the main one.
         base_model, license: what the model card says instead of what the source's own card does.
         ranks: who does it together; all are asked for the same.
+        profile: where the trace of one block goes, see `qtool.pipeline.profile`.
     """
 
     model: str | Checkpoint
@@ -90,6 +93,7 @@ class QuantizeOptions:
     base_model: str | None = None
     license: str | None = None
     ranks: Ranks = ALONE
+    profile: Path | None = None
 
 
 def run(options: QuantizeOptions, listener: Listener = silent) -> Report:
@@ -202,6 +206,8 @@ def check(options: QuantizeOptions) -> None:
             raise UsageError(flag, wanted="a file of `qtool calibrate` or llama-imatrix", found=f"no file {file}")
     if options.scores and not os.path.isdir(options.scores):
         check_file(output_path(options.scores))
+    if options.profile:
+        check_file(options.profile)
     check_repository(options.push_to, options.private, options.revision)
 
 
@@ -235,7 +241,8 @@ def produce(
 ) -> Report:
     """Solves what is not solved yet, evaluates, and writes artifacts and report under their final name."""
     with watch.stage("quantize"):
-        entries, caches, blocks = solve_all(job, work, source, listener)
+        profile = Profile(options.profile, job.device) if options.profile and job.ranks.first else None
+        entries, caches, blocks = solve_all(job, work, source, listener, profile)
     if not job.ranks.first:
         job.ranks.barrier()  # for what the first one finds, which is taken over here
     model, finishing = finish(job, work.model(), work.folder, work.run, watch, listener)
@@ -248,7 +255,7 @@ def produce(
     provenance = origin(job.original, options.base_model, options.license)
     report = make_report(job, entries, caches, evaluations, source.about, provenance)
     found = {"repository": options.push_to or "", "allocation": allocation, "blocks": blocks, "finish": finishing}
-    report = report.model_copy(update=found)
+    report = report.model_copy(update=found | {"profile": profile.entries if profile else ()})
     card = card_of(report, importance=source.about if "entries" in source.about else None)
     with ExitStack() as making:
         folder = making.enter_context(new_folder(options.out, options.overwrite)) if job.ranks.first else Path()
@@ -261,16 +268,6 @@ def produce(
         if job.ranks.first:
             write_report(report, folder)
     return job.ranks.broadcast(report)
-
-
-def refuse_too_large(artifacts: Sequence[ArtifactEntry], allocation: AllocationEntry | None) -> None:
-    """Raises VerifyError: the files with tensors have more bytes than the budget allows."""
-    if allocation is None or allocation.limit is None:
-        return
-    suffixes = (".gguf", ".safetensors", ".safetensors.index.json")
-    found = sum(f.nbytes for a in artifacts for f in a.files if f.name.endswith(suffixes))
-    if found > allocation.limit:
-        raise VerifyError("the artifact is larger than its budget", wanted=allocation.limit, found=found)
 
 
 def finished(out: Path, job: Job, run: Mapping[str, Any]) -> Report | None:

@@ -8,6 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from typing_extensions import Self
 
+from qtool.numerics.threads.marks import marked
+
 
 class Saving:
     """Saves one unit at a time: on a thread where another device computes, else at once.
@@ -24,11 +26,16 @@ class Saving:
 
     def __call__(self, save: Callable[[], None]) -> None:
         """Saves a unit, after the one before."""
+
+        def work() -> None:
+            with marked("saving"):
+                save()
+
         if self.lane is None:
-            save()
+            work()
             return
         self.wait()
-        self.begun = self.lane.submit(save)
+        self.begun = self.lane.submit(work)
 
     def wait(self) -> None:
         """Returns when everything is saved."""

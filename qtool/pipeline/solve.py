@@ -14,6 +14,7 @@ from qtool.errors import NumericsError
 from qtool.formats._base import Format, Quantized
 from qtool.methods._base import Solution
 from qtool.numerics.metrics import all_finite
+from qtool.numerics.threads.marks import marked
 from qtool.numerics.threads.parallel import row_shares, shares, side_by_side
 from qtool.pipeline.correct import correct, joined
 from qtool.pipeline.entries import Sums
@@ -38,6 +39,7 @@ def solve(
     device: torch.device,
     merged: Sequence[str] = (),
     rows: tuple[int, int] | None = None,
+    weight: Tensor | None = None,
 ) -> Found:
     """Quantizes some rows of one module; many of them in parts, if nothing ties them together.
 
@@ -48,6 +50,7 @@ def solve(
         device: where to compute, and where codes and parameters stay.
         merged: modules that share what is chosen for a whole matrix; see `Unit.merged`.
         rows: (start, stop); None: all of them, as has to be where they are `tied`.
+        weight: [N, K] on the device, where it is at hand as the checkpoint has it; None: read it.
 
     Raises:
         NumericsError: the result is not finite.
@@ -70,7 +73,9 @@ def solve(
     whole = at_once or bool(plan.residuals)
     for a, b in [(0, len(codes))] if whole else row_parts(codes.shape):
         part = first + a, first + b
-        w = read(checkpoint, source, name, *part).to(device).float()  # the bus carries the narrower type
+        with marked("weights read"):  # the bus carries the narrower type
+            w = weight[slice(*part)] if weight is not None else read(checkpoint, source, name, *part).to(device)
+            w = w.float()
         begin = time.monotonic()
         same = source.same and source.same.rows(*part)
         solved = take_over(w, same) if same else solve_groups(plan, fmt, w, views, first + a)
@@ -144,14 +149,17 @@ def solve_rows(plan: LayerPlan, fmt: Format, w: Tensor, stats: InputStats | None
 
     def solve_part(part: tuple[int, int]) -> tuple[Solution, Sums]:
         rows = w[slice(*part)]
-        solution = method.solve(rows, stats, fmt)
-        w_hat = solution.quantized.decode().to(w.device)
-        refuse_infinite(w_hat, plan)
-        return solution, Sums.of(rows, w_hat, gram, solution.target)
+        with marked("solving"):
+            solution = method.solve(rows, stats, fmt)
+        with marked("errors"):
+            w_hat = solution.quantized.decode().to(w.device)
+            refuse_infinite(w_hat, plan)
+            return solution, Sums.of(rows, w_hat, gram, solution.target)
 
     with naming(plan.module.name):
         if stats:
-            method.prepare(stats, fmt)
+            with marked("factors"):
+                method.prepare(stats, fmt)
         parts = rows_abreast(w, fmt, gram)
         return side_by_side(solve_part, parts, shares(len(parts), w.device))
 

@@ -9,12 +9,15 @@ from functools import partial
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from qtool.calibrate.inputs import fit_static
 from qtool.checkpoint._base import Layer
 from qtool.errors import NumericsError
 from qtool.methods._base import BlockTask, Solution
+from qtool.numerics.threads.marks import marked
 from qtool.numerics.threads.ranks import ALONE, Ranks
+from qtool.pipeline.abreast import solve_alike
 from qtool.pipeline.entries import Sums
 from qtool.pipeline.found import Found, assembled, exchanged, rows_to_solve
 from qtool.pipeline.prepare import Job
@@ -43,8 +46,13 @@ class Solver(Protocol):
     def resumed(self) -> bool:
         """True if an earlier run solved the unit, so that nothing has to be measured."""
 
-    def solve(self, inputs: Sequence[Input]) -> Solved:
-        """Solves the modules that read some inputs, given what was measured there."""
+    def solve(self, inputs: Sequence[Input], weights: Mapping[str, Tensor] | None = None) -> Solved:
+        """Solves the modules that read some inputs, given what was measured there.
+
+        Args:
+            inputs: who reads them, and what was measured.
+            weights: of modules, [N, K] by name, where they are at hand.
+        """
 
     def solve_block(self, task: BlockTask) -> Iterator[Solved]:
         """Solves modules once more, given the whole block; `task` names none of them yet."""
@@ -74,25 +82,45 @@ class UnitSolver:
         self.stats: dict[str, InputStats | None] = {}
         """Of modules that are solved once more."""
 
-    def solve(self, inputs: Sequence[Input]) -> Solved:
+    def solve(self, inputs: Sequence[Input], weights: Mapping[str, Tensor] | None = None) -> Solved:
         """See `Solver.solve`."""
         readers = [(p, stats) for plans, stats in inputs for p in plans]
         least = self.job.plan.recipe.calibration.min_tokens
         usable = {p.module.name: with_enough_data(p, stats, least) for p, stats in readers}
         rows = rows_to_solve([p for p, _ in readers], [tied(p) for p, _ in readers], self.ranks)
-        found = {}
+        found = self.solve_alike(inputs, usable, rows, weights or {})
         for p, stats in readers:
             name, (start, stop) = p.module.name, rows[p.module.name]
             self.layers[name], plan = with_static(p, stats), usable[name]
-            if start < stop:
+            if start < stop and name not in found:
                 first = replace(plan, method=plan.method and plan.method.first)
                 seen = stats if plan is p else None
                 merged = self.unit.merged(p)
-                found[name] = solve(first, self.job.checkpoint, seen, self.job.device, merged, (start, stop))
-        together = exchanged(found, self.ranks, self.job.device)
+                w = (weights or {}).get(name)
+                found[name] = solve(first, self.job.checkpoint, seen, self.job.device, merged, (start, stop), w)
+        with marked("exchange"):
+            together = exchanged(found, self.ranks, self.job.device)
         for p, stats in readers:
             self.keep(p, usable[p.module.name], stats, together[p.module.name])
         return self.found(p.module.name for p, _ in readers)
+
+    def solve_alike(
+        self,
+        inputs: Sequence[Input],
+        usable: Mapping[str, LayerPlan],
+        rows: Mapping[str, tuple[int, int]],
+        weights: Mapping[str, Tensor],
+    ) -> dict[str, Found]:
+        """Those of the modules that are solved side by side; see `abreast.solve_alike`."""
+        whole = [
+            (plans, stats)
+            for plans, stats in inputs
+            if stats
+            and all(usable[p.module.name] is p for p in plans)
+            and all(rows[p.module.name] == (0, p.module.shape[0]) and not tied(p) for p in plans)
+            and all(p.method == (p.method and p.method.first) for p in plans)
+        ]
+        return solve_alike(whole, self.job.checkpoint, weights, self.job.device) if len(whole) > 1 else {}
 
     def keep(self, plan: LayerPlan, usable: LayerPlan, stats: InputStats | None, parts: Sequence[Found]) -> None:
         """Keeps a module.
@@ -122,7 +150,8 @@ class UnitSolver:
             mine = {p.module.name: p for p in owned if p.method == method}
             begin = time.monotonic()
             full = replace(self.completed(task, mine), note=partial(self.note, task.block, method.name()))
-            solutions = method.solve_block(full)
+            with marked("learning"):
+                solutions = method.solve_block(full)
             seconds = (time.monotonic() - begin) / len(mine)
             for name, p in mine.items():
                 entry = self.entries[name]

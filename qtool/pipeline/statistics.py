@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -14,8 +15,9 @@ from qtool.calibrate.cache import MeteredCache, RoundedCache
 from qtool.calibrate.hidden import Hidden
 from qtool.calibrate.reference import Reference
 from qtool.calibrate.walker import Walker
-from qtool.checkpoint._base import CacheScales, Layer
+from qtool.checkpoint._base import CacheScales, Layer, QuantizedCheckpoint
 from qtool.methods._base import BlockTask
+from qtool.numerics.threads.marks import marked
 from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline.events import Event, Listener, remarks
 from qtool.pipeline.prepare import Job
@@ -141,7 +143,8 @@ class Walked(Statistics):
             weights = self.weights.modules if self.weights else None
             steps = self.walker.steps(block, i, self.hidden, measured, self.reference, metered, weights, blockwise)
             for several in steps:
-                solved = solver.solve([(inputs[reads], stats) for reads, stats in several.items()])
+                here = [(inputs[reads], stats) for reads, stats in several.items()]
+                solved = solver.solve(here, self.at_hand(block, [p for plans, _ in here for p in plans]))
                 self.put(block, layers, unit, solved)
         if blockwise:
             self.solve_block(block, layers, unit, solver)
@@ -151,13 +154,22 @@ class Walked(Statistics):
             found = None if first is None else self.compare_attention(block, rounding, i, first, rounded)
             self.cached = self.ranks.broadcast(found)
 
+    def at_hand(self, block: nn.Module, plans: Iterable[LayerPlan]) -> dict[str, Tensor]:
+        """Weights of modules that the loaded block has as they are stored, by name, so that nobody reads them again."""
+        checkpoint, walker = self.walker.checkpoint, self.walker
+        if isinstance(checkpoint, QuantizedCheckpoint):
+            return {}
+        exact = [p.module for p in plans if checkpoint.info(f"{p.module.name}.weight").dtype == walker.dtype]
+        return {m.name: cast(Tensor, walker.linear(block, m).weight).data for m in exact}
+
     def put(self, block: nn.Module, layers: dict[str, Layer], unit: Unit, solved: Solved) -> None:
         """Puts what was solved into the block, if its successors are to see that."""
         for p in (p for p in unit.quantized if p.module.name in solved):
             matrix, layers[p.module.name] = solved[p.module.name]
             if self.quantized:
-                here = matrix.to(self.walker.device)
-                self.walker.set_weight(block, p.module, here.decode(), here.residuals)
+                with marked("codes put into the block"):
+                    here = matrix.to(self.walker.device)
+                    self.walker.set_weight(block, p.module, here.decode(), here.residuals)
 
     def solve_block(self, block: nn.Module, layers: dict[str, Layer], unit: Unit, solver: Solver) -> None:
         """Has the block solved as a whole, and lets hidden states go on behind what was found."""

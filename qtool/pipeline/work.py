@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qtool import registry
 from qtool.checkpoint._base import CacheScales
@@ -70,7 +71,7 @@ class Work:
             return Record(layers=())
         return Record.model_validate(self.finished[unit.name]) if unit.name in self.finished else None
 
-    def solve(self, inputs: Sequence[Input]) -> Solved:
+    def solve(self, inputs: Sequence[Input], weights: Mapping[str, Tensor] | None = None) -> Solved:
         """See `Solver.solve`: what the earlier run found."""
         assert self.earlier is not None
         names = [p.module.name for plans, _ in inputs for p in plans]

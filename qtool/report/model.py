@@ -167,6 +167,22 @@ class StageEntry(Entry):
     peak_bytes: Size
 
 
+class ProfileEntry(Entry):
+    """What a part of the work on one block took.
+
+    Attributes:
+        part: its name.
+        calls: how often it was begun.
+        host_seconds: over all threads, without parts within.
+        device_seconds: that a CUDA device worked for it.
+    """
+
+    part: str
+    calls: int
+    host_seconds: Amount
+    device_seconds: Amount
+
+
 class Report(Entry):
     """Everything a run did.
 
@@ -185,6 +201,7 @@ class Report(Entry):
         allocation: how the recipe's budget was divided; None without one.
         kv_cache: of each decoder block; empty if the cache is left alone, or no tokens were run.
         blocks: what methods that solve blocks measured.
+        profile: where one block's seconds went, if that was asked.
         finish: stages behind the last block. Errors of layers are those before them.
         tasks: of lm-evaluation-harness, that `eval --tasks --update` added.
         environment: versions of python and packages, cpu, threads, device.
@@ -211,6 +228,7 @@ class Report(Entry):
     kv_cache: tuple[CacheEntry, ...] = ()
     blocks: tuple[BlockEntry, ...] = ()
     finish: tuple[FinishEntry, ...] = ()
+    profile: tuple[ProfileEntry, ...] = ()
     run: str = ""
     base_model: str = ""
     license: dict[str, str] = {}

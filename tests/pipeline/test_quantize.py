@@ -17,8 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from qtool.artifact.gguf import GGUF
 from qtool.artifact.gguf._reader import QuantizedGGUF
+from qtool.checkpoint.open import open_checkpoint
 from qtool.errors import GateError, NumericsError, StorageError, UsageError, VerifyError
+from qtool.pipeline import solve
 from qtool.pipeline.quantize import QuantizeOptions, conclude, run
+from qtool.pipeline.statistics import Walked
 from qtool.report.render import read_report
 
 GGUF_NAMES = {
@@ -272,6 +275,30 @@ def test_work_of_the_same_run_is_not_done_again(tiny_checkpoint, recipes, tmp_pa
     shutil.rmtree(out)
     monkeypatch.setattr("qtool.pipeline.solver.solve", None)
     assert run(QuantizeOptions(model, recipes["gguf"], out)).layers == first.layers
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_weights_that_the_walk_has_are_not_read_again(dtype, tiny_checkpoint, recipes, texts, tmp_path, monkeypatch):
+    """But where it computes in another type than they are stored in; the codes are the same."""
+    seen, honest = [], solve.read
+
+    def read(checkpoint, source, module, start, stop):
+        seen.append(module)
+        return honest(checkpoint, source, module, start, stop)
+
+    monkeypatch.setattr("qtool.pipeline.solve.read", read)
+    model, text = str(tiny_checkpoint("llama")), f"calibration.data={texts / 'calibration.txt'}"
+    small = (text, "calibration.samples=4", "calibration.length=32", "method=gptq")
+    run(QuantizeOptions(model, recipes["gguf"], tmp_path / "out", small, device="cpu", dtype=dtype))
+    (file,) = (tmp_path / "out").rglob("*.gguf")
+    first = file.read_bytes()
+    inside = {module for module in seen if ".layers." in module}
+    stored = str(open_checkpoint(model).info("model.layers.0.mlp.up_proj.weight").dtype)
+    assert bool(inside) == (stored != {"bf16": "torch.bfloat16", "fp32": "torch.float32"}[dtype])
+    monkeypatch.setattr(Walked, "at_hand", lambda *_: {})
+    run(QuantizeOptions(model, recipes["gguf"], tmp_path / "again", small, device="cpu", dtype=dtype))
+    (file,) = (tmp_path / "again").rglob("*.gguf")
+    assert file.read_bytes() == first
 
 
 def test_a_run_killed_while_it_tidied_up_is_done(tiny_checkpoint, recipes, tmp_path, monkeypatch):

@@ -16,17 +16,18 @@ from qtool.numerics.solving.split import Split
 
 @triton.jit
 def descent_kernel(  # type: ignore[no-untyped-def]
-    gram, gram_stride, scale, levels, middles, codes, pull, steps, first,
-    rows, columns, width, lowest, highest, uniform: tl.constexpr, step: tl.constexpr, pieces: tl.constexpr,
+    gram, matrix_stride, gram_stride, scale, levels, middles, codes, pull, steps, first,
+    rows, each, columns, width, lowest, highest, uniform: tl.constexpr, step: tl.constexpr, pieces: tl.constexpr,
     piece: tl.constexpr, count: tl.constexpr,
 ):  # fmt: skip
     """Descends over columns `first` to first + columns of codes and pull [K, rows]; fills steps [columns, rows].
 
     The pull is updated within these columns only. scale [rows' groups, rows], for `width` columns each.
+    Every `each` rows have a Gram matrix of their own.
     """
     n = tl.program_id(0) * count + tl.arange(0, count)
     j, column = tl.arange(0, piece), tl.arange(0, pieces)[:, None] * piece + tl.arange(0, piece)[None, :]
-    gram += first * gram_stride + first
+    gram += (tl.program_id(0) * count // each).to(tl.int64) * matrix_stride + first * gram_stride + first
     inside = (column[:, :, None] < columns) & (n[None, None, :] < rows)
     place = (first + column[:, :, None]) * rows + n[None, None, :]
     tile = tl.load(pull + place, inside, 0.0)
@@ -70,12 +71,14 @@ def descend(
     lowest, highest = float(levels[0]), float(levels[-1])
     uniform = highest - lowest == len(levels) - 1 and lowest.is_integer()
     steps = gradient.new_empty(min(BLOCK, k), rows)
+    several, each = gram.dim() == 3, rows // (len(gram) if gram.dim() == 3 else 1)
+    assert each % ROWS == 0 or not several
     for _ in range(sweeps):
         for a in range(0, k, BLOCK):
             columns = min(BLOCK, k - a)
             descent_kernel[(cdiv(rows, ROWS),)](
-                gram, gram.stride(0), scales, table, between, better, gradient, steps, a,
-                rows, columns, width, lowest, highest, uniform, (len(middles) + 1) // 2,
+                gram, gram.stride(0) * several, gram.stride(-2), scales, table, between, better, gradient, steps, a,
+                rows, each, columns, width, lowest, highest, uniform, (len(middles) + 1) // 2,
                 BLOCK // PIECE, PIECE, ROWS, num_warps=WARPS,
             )  # fmt: skip
             b, moved = a + columns, steps[:columns]

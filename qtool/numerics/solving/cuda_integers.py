@@ -1,6 +1,6 @@
 """The column walk on CUDA devices that searches the scales of integers on its way, as Triton kernels; see `cuda_walk`.
 
-Shape letters: N rows, K columns, P pieces of S columns of a tile, C rows of a program, G groups.
+Shape letters: M matrices, N rows of all, K columns, P pieces of S columns of a tile, C rows of a program, G groups.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from triton import cdiv
 from qtool.numerics.scales.cuda_search import TINY, on_device, rounded
 from qtool.numerics.scales.search import IntegerScales, clip_ratios
 from qtool.numerics.solving.cuda_pieces import BLOCK, MAGIC, PIECE, ROWS, WARPS, entry, fed, piece_of
+from qtool.numerics.solving.split import subtract_product
 
 STORED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """How kernels call the types that scales are rounded to."""
@@ -72,11 +73,18 @@ def scale_and_zero(v, w, near_v, ratios, trials, lowest, highest):  # type: igno
 
 @triton.jit
 def integer_kernel(  # type: ignore[no-untyped-def]
-    w, factor, factor_stride, weights, reaches, ratios, codes, error, scales, zeros,
-    rows, columns, lowest, highest, trials, width: tl.constexpr, with_zeros: tl.constexpr, stored: tl.constexpr,
+    w, factor, matrix_stride, factor_stride, weights, reaches, weight_stride, ratios, codes, error, scales, zeros,
+    rows, each, columns, lowest, highest, trials, width: tl.constexpr, with_zeros: tl.constexpr, stored: tl.constexpr,
     pieces: tl.constexpr, piece: tl.constexpr, count: tl.constexpr,
 ):  # fmt: skip
-    """`walk_kernel` that chooses scales of groups of `width` columns on its way; fills scales, zeros [G, rows]."""
+    """`walk_kernel` that chooses scales of groups of `width` columns on its way; fills scales, zeros [G, rows].
+
+    Every `each` rows have a factor, weights and reaches of their own.
+    """
+    matrix = (tl.program_id(0) * count // each).to(tl.int64)
+    factor += matrix * matrix_stride
+    weights += matrix * weight_stride
+    reaches += matrix * weight_stride
     n = tl.program_id(0) * count + tl.arange(0, count)
     j, column = tl.arange(0, piece), tl.arange(0, pieces)[:, None] * piece + tl.arange(0, piece)[None, :]
     inside = (column[:, :, None] < columns) & (n[None, None, :] < rows)
@@ -124,10 +132,11 @@ def walk_integers(
 
     Args:
         w: float32 [N, K], columns in walking order, those of a group side by side.
-        factor: float32 [K, K], U of `linalg.inverse_factor`, in the same order.
+        factor: float32 [K, K], U of `linalg.inverse_factor`, in the same order; or [M, K, K], for as many rows each,
+            a multiple of `ROWS`.
         rule: how scales are chosen; groups of a multiple of `PIECE` columns that divides `BLOCK`.
-        weight: float32 [K], see `search.relative`, in the same order.
-        reach: float32 [K], of them.
+        weight: float32 [K], see `search.relative`, in the same order; or [M, K].
+        reach: float32 [K], of them; or [M, K].
 
     Returns:
         Codes, uint8 [N, K], in walking order; scales and, if there are any, zero points, float32 [N, G] each.
@@ -138,13 +147,16 @@ def walk_integers(
     found = rest.new_empty(1 + rule.zeros, k // width, rows)
     tried = clip_ratios(rule.highest - rule.lowest + 1)
     ratios = on_device(tuple(tried.tolist()), w.device)
+    several, each = factor.dim() == 3, rows // (len(factor) if factor.dim() == 3 else 1)
+    assert each % ROWS == 0 or not several
     for a in range(0, k, BLOCK):
         b = min(a + BLOCK, k)
         groups = slice(a // width, b // width)
         integer_kernel[(cdiv(rows, ROWS),)](
-            rest[a:b], factor[a:b, a:b], factor.stride(0), weight[a:b], reach[a:b], ratios, codes[a:b], error,
-            found[0, groups], found[-1, groups], rows, b - a, float(rule.lowest), float(rule.highest), len(tried),
+            rest[a:b], factor[..., a:b, a:b], factor.stride(0) * several, factor.stride(-2), weight[..., a:b],
+            reach[..., a:b], k * several, ratios, codes[a:b], error, found[0, groups], found[-1, groups],
+            rows, each, b - a, float(rule.lowest), float(rule.highest), len(tried),
             width, rule.zeros, STORED[rule.dtype], BLOCK // PIECE, PIECE, ROWS, num_warps=WARPS,
         )  # fmt: skip
-        rest[b:].addmm_(factor[a:b, b:].T, error[: b - a], alpha=-1)
+        subtract_product(rest[b:], factor[..., a:b, b:].mT, error[: b - a])
     return codes.T, tuple(p.T for p in found)

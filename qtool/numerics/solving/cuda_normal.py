@@ -21,10 +21,14 @@ PART = 32
 
 @triton.jit
 def fold_kernel(  # type: ignore[no-untyped-def]
-    levels, gram, gram_stride, normal, rows, k, size, groups,
+    levels, gram, matrix_stride, gram_stride, normal, rows, each, k, size, groups,
     width: tl.constexpr, part: tl.constexpr, count: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
-    """Fills row and column g of normal [rows, size, size] from its diagonal up to G; levels [rows, k], gram [k, k]."""
+    """Fills row and column g of normal [rows, size, size] from its diagonal up to G; levels [rows, k], gram [k, k].
+
+    Every `each` rows have a Gram matrix of their own.
+    """
+    gram += (tl.program_id(0) * count // each).to(tl.int64) * matrix_stride
     n, g = tl.program_id(0) * count + tl.arange(0, count), tl.program_id(1)
     i, j, h = tl.arange(0, part), tl.arange(0, columns), tl.arange(0, columns // width)
     row, start = levels + n[:, None].to(tl.int64) * k, g * width
@@ -47,7 +51,9 @@ def scale_by_scale(levels: Tensor, gram: Tensor, groups: int, normal: Tensor) ->
     """See `normal.scale_by_scale`; W is one of `normal.TILED`."""
     (n, k), width = levels.shape, levels.shape[1] // groups
     assert normal.is_contiguous()
+    several, each = gram.dim() == 3, n // (len(gram) if gram.dim() == 3 else 1)
+    assert each % ROWS == 0 or not several
     fold_kernel[(cdiv(n, ROWS), groups)](
-        levels.contiguous(), gram, gram.stride(0), normal, n, k, normal.shape[1], groups, width, min(width, PART), ROWS,
-        COLUMNS, num_stages=2,
+        levels.contiguous(), gram, gram.stride(0) * several, gram.stride(-2), normal, n, each, k, normal.shape[1],
+        groups, width, min(width, PART), ROWS, COLUMNS, num_stages=2,
     )  # fmt: skip

@@ -104,7 +104,7 @@ def descend(
     """Improves codes by coordinate descent.
 
     Args:
-        curvature: H, float32 [K, K].
+        curvature: H, float32 [K, K]; on CUDA devices several, see `split`.
         scale: float32 [N, G].
         levels: float32 [L], ascending.
         codes: uint8 [N, K].

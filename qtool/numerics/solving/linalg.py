@@ -1,6 +1,6 @@
 """Factorizations that the solvers need.
 
-Shape letters: K input features.
+Shape letters: K input features, M matrices.
 """
 
 from __future__ import annotations
@@ -56,6 +56,17 @@ def inverse_factor(gram: Tensor, damp: float) -> tuple[Tensor, float]:
     )
 
 
+def inverse_factors(grams: Tensor, damp: float) -> Tensor | None:
+    """`inverse_factor` of several matrices, float32 [M, K, K]; None if one cannot be factorized with that damping."""
+    damped = grams.flip(1, 2).contiguous()
+    diagonal = damped.diagonal(dim1=1, dim2=2)
+    diagonal += damp * diagonal.mean(1, keepdim=True)
+    found = [torch.linalg.cholesky_ex(one) for one in damped]  # libraries take small matrices together, not these
+    inverse = invert_lower(torch.stack([lower for lower, _ in found]))
+    fine = (torch.stack([info for _, info in found]) == 0).all() & inverse.sum().isfinite()
+    return inverse.flip(1, 2).contiguous() if bool(fine) else None
+
+
 def ridge(cross: Tensor, gram: Tensor, damp: float) -> Tensor:
     """Ridge regression: A with A (H + damp * mean(diag H) * I) = C, the map from inputs to what they explain.
 
@@ -77,16 +88,20 @@ def ridge(cross: Tensor, gram: Tensor, damp: float) -> Tensor:
 
 
 def invert_lower(lower: Tensor) -> Tensor:
-    """Inverse of a lower triangular matrix [K, K], by halves, so that nearly all work is matrix products."""
-    k = len(lower)
+    """Inverse of a lower triangular matrix, [..., K, K], by halves, so that nearly all work is products."""
+    k = lower.shape[-1]
     if k <= (LEAF if lower.device.type == "cpu" else DEVICE_LEAF):
         identity = torch.eye(k, dtype=lower.dtype, device=lower.device)
         solved: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
         return solved
     half = k // 2
-    halves = [lower[:half, :half], lower[half:, half:]]
+    halves = [lower[..., :half, :half], lower[..., half:, half:]]
     first, last = side_by_side(invert_lower, halves, shares(2, lower.device) if k > SPLIT else (1, 1))
     inverse = torch.zeros_like(lower)
-    inverse[:half, :half], inverse[half:, half:] = first, last
-    torch.mm(last, lower[half:, :half] @ first, out=inverse[half:, :half]).neg_()
+    inverse[..., :half, :half], inverse[..., half:, half:] = first, last
+    corner = inverse[..., half:, :half]
+    if lower.dim() == 2:
+        torch.mm(last, lower[half:, :half] @ first, out=corner).neg_()
+    else:
+        corner.copy_(last @ (lower[..., half:, :half] @ first)).neg_()
     return inverse

@@ -13,6 +13,7 @@ from numba import njit
 from torch import Tensor
 
 from qtool.numerics.scales.search import FAST
+from qtool.numerics.solving.split import times
 
 RIDGE = 1e-5
 """Damping of the normal equations relative to each diagonal entry: leaves alone what the data does not determine."""
@@ -51,7 +52,7 @@ def normal_equations(
 
     Args:
         levels: float32 [N, K], derivative of w_hat by its group's scale.
-        gram: H, float32 [K, K].
+        gram: H, float32 [K, K]; on CUDA devices, and without offsets, several, see `split`.
         pull: float32 [N, K], (w - w_hat) H.
         groups: G; divides K.
         sums: `per_group(gram, groups)`, float32 [K, G], where offsets are parameters; else None.
@@ -80,7 +81,7 @@ def scale_by_scale(levels: Tensor, gram: Tensor, groups: int, normal: Tensor) ->
     if levels.is_cuda:
         for g in range(groups):
             start = g * width
-            seen = levels[:, start : start + width] @ gram[start : start + width, start:]
+            seen = times(levels[:, start : start + width], gram[..., start : start + width, start:])
             normal[:, g, g:groups] = normal[:, g:groups, g] = per_group(seen.mul_(levels[:, start:]), groups - g)
         return
     values, filled = levels.contiguous().numpy(), normal.numpy()
