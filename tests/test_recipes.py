@@ -218,9 +218,14 @@ def test_no_family_needs_a_warning(entry, family):
 def test_data_is_needed_where_the_header_says_so(entry):
     made = planned(entry.name, UNTIED)
     needs = any(p.needs for p in made.layers) or any(transform.needs for transform in made.recipe.transforms)
-    assert needs == ("Calibrates on 128 x 512 tokens of built-in prose." in entry.path.read_text())
-    calibration = made.recipe.calibration
-    assert (calibration.data, calibration.samples, calibration.length) == ("builtin", 128, 512)
+    calibration, text = made.recipe.calibration, " ".join(entry.path.read_text().split())
+    assert (calibration.samples, calibration.length) == (128, 512)
+    if entry.name.endswith("-best"):
+        assert "Calibrates on 128 x 512 tokens, three quarters built-in prose, the others source code." in text
+        assert [(source.data, source.weight) for source in calibration.data] == [("builtin", 3), ("code", 1)]
+    else:
+        assert needs == ("Calibrates on 128 x 512 tokens of built-in prose." in text)
+        assert calibration.data == "builtin"
 
 
 def test_budgets_are_those_of_recipes_that_leave_formats_open():

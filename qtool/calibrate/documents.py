@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sysconfig
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,6 +28,27 @@ CHATS, PLAIN = ("messages", "conversations", "conversation", "text"), ("content"
 PATIENCE = 1000
 """Rows without text that are passed by before the first that has some."""
 
+CODE = (
+    *(
+        "bisect",
+        "calendar",
+        "cmd",
+        "copy",
+        "filecmp",
+        "fnmatch",
+        "getopt",
+        "getpass",
+        "glob",
+        "gzip",
+        "hashlib",
+        "hmac",
+    ),
+    *("keyword", "lzma", "nturl2path", "numbers", "operator", "pickle", "platform", "plistlib", "pprint", "queue"),
+    *("random", "reprlib", "sched", "selectors", "shelve", "shlex", "shutil", "statistics", "string", "stringprep"),
+    *("tempfile", "textwrap", "timeit", "token", "tokenize", "trace", "traceback", "uuid", "weakref", "zipapp"),
+)
+"""Modules whose source is text to calibrate with: a fixed list, because the library's content differs by machine."""
+
 Texts = Generator[str, None, None]
 
 Tell = Callable[[str], None]
@@ -37,7 +59,7 @@ def documents(source: str, tokenizer: Any, chat_template: bool, tell: Tell = lam
     """The documents of one token source of a recipe, except `self`.
 
     Args:
-        source: builtin, a path that ends in .txt, .json, .jsonl or .parquet, or hf:repo[:config[:split]].
+        source: builtin, code, a path that ends in .txt, .json, .jsonl or .parquet, or hf:repo[:config[:split]].
         tokenizer: lays out chat messages, if asked to.
         chat_template: use the tokenizer's chat template for rows that hold messages.
         tell: told at the end how many rows had no text, and what was wrong with the first.
@@ -49,6 +71,8 @@ def documents(source: str, tokenizer: Any, chat_template: bool, tell: Tell = lam
     """
     if source == "builtin":
         return _builtin()
+    if source == "code":
+        return _code()
     template = tokenizer if chat_template else None
     if source.startswith("hf:"):
         return _texts(_hub_rows(source), source, template, tell)
@@ -70,6 +94,14 @@ def _builtin() -> Texts:
     from pydoc_data.topics import topics
 
     return (topics[name] for name in sorted(topics))
+
+
+def _code() -> Texts:
+    """Source code that comes with every Python: a fixed list of modules, those that this one has."""
+    for name in CODE:
+        path = Path(sysconfig.get_path("stdlib")) / f"{name}.py"
+        if path.is_file():
+            yield from _pieces(path)
 
 
 def _pieces(path: Path) -> Texts:

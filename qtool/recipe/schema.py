@@ -32,11 +32,13 @@ def _check_pattern(pattern: str) -> str:
 
 
 def _check_source(data: str) -> str:
-    if data in ("builtin", "self") or data.startswith("hf:") or data.endswith((".txt", ".json", ".jsonl", ".parquet")):
+    if data in ("builtin", "code", "self") or data.startswith("hf:"):
+        return data
+    if data.endswith((".txt", ".json", ".jsonl", ".parquet")):
         return data
     raise mistake(
         "no token source",
-        wanted="builtin, self, a file that ends in .txt, .json, .jsonl or .parquet, or hf:REPO[:CONFIG[:SPLIT]]",
+        wanted="builtin, code, self, a file that ends in .txt, .json, .jsonl or .parquet, or hf:REPO[:CONFIG[:SPLIT]]",
         found=show(data),
     )
 
@@ -52,8 +54,8 @@ class Source(Strict):
     """One token source of a mixture.
 
     Attributes:
-        data: builtin (prose of Python's standard library), self (sampled from the model), a file that ends in .txt,
-            .json, .jsonl or .parquet, or hf:repo[:config[:split]].
+        data: builtin (prose of Python's standard library), code (source of it), self (sampled from the model), a file
+            that ends in .txt, .json, .jsonl or .parquet, or hf:repo[:config[:split]].
         weight: its share of the samples, relative to the other sources.
     """
 
@@ -81,8 +83,8 @@ class Calibration(Strict):
     """Which tokens are run through the model, and how.
 
     Attributes:
-        data: builtin (prose of Python's standard library), self (sampled from the model), a file that ends in .txt,
-            .json, .jsonl or .parquet, hf:repo[:config[:split]], or a list of these with weights.
+        data: builtin (prose of Python's standard library), code (source of it), self (sampled from the model), a file
+            that ends in .txt, .json, .jsonl or .parquet, hf:repo[:config[:split]], or a list of these with weights.
         samples: token sequences.
         length: tokens per sequence.
         seed: chooses the sequences.

@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from qtool.methods._base import split
+from qtool.methods._optimizers import Adam
 from qtool.methods.learned import Way
 from qtool.plan.layers import Plan
 from qtool.stages._base import Stage, StageResult, StageTask
@@ -85,7 +86,7 @@ class Distill(Stage):
         moving = student.everything().values()
         kinds = [(v, self.rate) for m in moving for v in m.variables()]
         kinds += [(v, self.rounding_rate) for m in moving for v in m.decisive()]
-        adam = torch.optim.Adam([{"params": [v], "lr": rate} for v, rate in kinds])
+        adam = Adam(kinds)
         generator = torch.Generator().manual_seed(task.seed)
         steps = -(-len(seen) // self.batch) * self.epochs
         done = 0
@@ -94,9 +95,7 @@ class Distill(Stage):
             for part in torch.split(order, self.batch):
                 drawn = task.seed + done * len(moving)
                 total += student.divergence(part, learn=True, progress=done / steps, seed=drawn) * len(part)
-                for group, (_, rate) in zip(adam.param_groups, kinds, strict=True):
-                    group["lr"] = rate * (1 - done / steps)
-                adam.step()
+                adam.take(1 - done / steps)
                 adam.zero_grad()
                 done += 1
             yield total / len(seen)

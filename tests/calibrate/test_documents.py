@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import json
 import pydoc_data.topics
@@ -17,6 +18,7 @@ from qtool.calibrate import chat, child
 from qtool.calibrate import documents as module
 from qtool.calibrate.documents import documents
 from qtool.errors import CheckpointError, HubError, MissingExtra
+from scripts import prose
 
 CHAT = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
 SHAREGPT = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}]
@@ -43,6 +45,17 @@ def test_builtin_is_the_language_reference_in_alphabetical_order(monkeypatch):
     assert texts("builtin") == want
     monkeypatch.setattr(pydoc_data.topics, "topics", dict(reversed(topics.items())))
     assert texts("builtin") == want
+
+
+def test_code_is_source_of_modules_that_compiles_and_that_nothing_is_evaluated_on():
+    found = texts("code")
+    assert len(found) > 25
+    assert sum(map(len, found)) > 400_000
+    for source in found:
+        compile(source, "module", "exec", dont_inherit=True, flags=ast.PyCF_ONLY_AST)
+    evaluated = {*prose.code().split("\n\n"), *prose.prose().split("\n\n")}
+    shared = [part for source in found for part in source.split("\n\n") if len(part) > 200 and part in evaluated]
+    assert not shared
 
 
 def test_text_comes_in_pieces(tmp_path, monkeypatch):

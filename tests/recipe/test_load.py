@@ -289,7 +289,7 @@ MISTAKES = [
     (HEAD + LAYERS + "calibration: {data: []}", "calibration.data: wanted at least 1 entry, found a list of 0"),
     (
         HEAD + LAYERS + "calibration: {data: buildin}",
-        "calibration.data: no token source: wanted builtin, self, a file",
+        "calibration.data: no token source: wanted builtin, code, self, a file",
     ),
     (
         HEAD + LAYERS + "calibration: {data: [{data: x.doc}]}",
