@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,8 +117,16 @@ def watch(model: Any, modules: Mapping[str, nn.Module]) -> dict[str, Call]:
 
 def run(model: Any) -> None:
     """A forward pass of a few tokens, of which nothing is kept."""
-    with quiet(), torch.no_grad(), Undecided():  # type: ignore[no-untyped-call]
+    with quiet(), torch.no_grad(), all_nonzero(), Undecided():  # type: ignore[no-untyped-call]
         model.eval()(input_ids=torch.zeros((1, LENGTH), dtype=torch.long, device="meta"), use_cache=False)
+
+
+def all_nonzero() -> Any:
+    """Within the context, tensors without values count as nonzero everywhere, so that whoever picks rows picks all."""
+    from torch.fx.experimental import _config
+
+    name = "meta_nonzero_assume_all_nonzero"
+    return _config.patch({name: True}) if hasattr(_config, name) else nullcontext()
 
 
 def signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
