@@ -24,8 +24,6 @@ from qtool.checkpoint.derived.trace import LENGTH, Call, lists, watch
 from qtool.checkpoint.families._parts import Linear, Slice
 from qtool.errors import CheckpointError, one_line
 
-NOWHERE = Origin("", ())
-
 
 @dataclass(frozen=True)
 class Facts:
@@ -137,9 +135,11 @@ def collect(model: Any, place: str, blocks: nn.ModuleList, calls: Mapping[str, C
         mine = [stack for stack in stacks.values() if stack.key.startswith(inside)]
         own = {name: found[name] for name, block in owners.items() if block == i and found[name].key not in stacks}
         for name, shape, key, part in block_tensors(own, mine):
-            shapes[name], slices[name] = shape, part
+            shapes[name] = shape
             paths[name.removeprefix(before)] = key.removeprefix(inside)
-            if name in own and own[name].part:
+            if name not in own or not own[name].part:
+                slices[name] = part
+            else:
                 parts[name.removeprefix(before)] = key.removeprefix(inside), part.shape, part.first
         linears.append(block_linears(model, inside, before, calls, names, mine))
     if not any(linears):
@@ -160,7 +160,7 @@ def collect(model: Any, place: str, blocks: nn.ModuleList, calls: Mapping[str, C
         linears=tuple(linears),
         paths={below: path for below, path in paths.items() if below != path},
         around={name: found[name].key for name in outside if needed(found[name].key, calls, ends)},
-        slices={n: part for n, part in slices.items() if n != part.tensor and found.get(n, NOWHERE).part is None},
+        slices={name: part for name, part in slices.items() if name != part.tensor},
         parts=parts,
         experts=max((stack.shape[0] for stack in stacks.values()), default=0),
         separate=all(stack.separate for stack in stacks.values()),

@@ -123,10 +123,11 @@ def run(model: Any) -> None:
 
 def all_nonzero() -> Any:
     """Within the context, tensors without values count as nonzero everywhere, so that whoever picks rows picks all."""
-    from torch.fx.experimental import _config
+    from torch.fx.experimental import _config as found
 
+    config: Any = found
     name = "meta_nonzero_assume_all_nonzero"
-    return _config.patch({name: True}) if hasattr(_config, name) else nullcontext()
+    return config.patch({name: True}) if hasattr(config, name) else nullcontext()
 
 
 def signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
