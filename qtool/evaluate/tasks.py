@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qtool.calibrate.tokenizer import load_tokenizer
@@ -81,7 +82,8 @@ def answers(model: Checkpoint, score: Scorer, asked: Asked) -> dict[str, Answers
     evaluate, adapter = harness().simple_evaluate, adapted(model, score)
     with quiet():
         loaded = loaded_tasks(asked.tasks)
-        found = evaluate(adapter, tasks=loaded, num_fewshot=asked.fewshot, limit=asked.limit, bootstrap_iters=0)
+        wanted = {"num_fewshot": asked.fewshot, "limit": asked.limit, "bootstrap_iters": 0}
+        found = evaluate(adapter, tasks=loaded, task_manager=task_manager(), **wanted)
     return {name: answers_of(found, name) for name in found["samples"]}
 
 
@@ -92,12 +94,18 @@ def task_names(asked: Asked) -> tuple[str, ...]:
         return tuple(task.task_name for task in loaded_tasks(asked.tasks))
 
 
-def loaded_tasks(names: Sequence[str]) -> list[Any]:
-    """The harness's tasks, with their data. Raises UsageError: see `answers`."""
+@cache
+def task_manager() -> Any:
+    """The harness's index of its tasks, thousands of files: reading them takes longer than small tasks do."""
     from lm_eval.tasks import TaskManager
 
+    return TaskManager()
+
+
+def loaded_tasks(names: Sequence[str]) -> list[Any]:
+    """The harness's tasks, with their data. Raises UsageError: see `answers`."""
     try:
-        tasks = TaskManager().load(list(names))["tasks"]
+        tasks = task_manager().load(list(names))["tasks"]
     except (OSError, ValueError, KeyError, ImportError) as error:
         hint = "name tasks of lm-evaluation-harness, or the YAML file of one; their data comes from the hub"
         raise UsageError("--tasks cannot be loaded", found=one_line(error), hint=hint) from error

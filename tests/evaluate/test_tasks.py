@@ -107,7 +107,7 @@ def test_scores_are_those_of_the_harness(name, harness, local, tiny_checkpoint):
     folder = tiny_checkpoint("llama")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     theirs = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=1, device="cpu")
-    wanted = harness.simple_evaluate(theirs, tasks=[local[name]], bootstrap_iters=0)
+    wanted = harness.simple_evaluate(theirs, tasks=[local[name]], task_manager=tasks.task_manager(), bootstrap_iters=0)
     checkpoint = HFCheckpoint(folder)
     score = streamed(checkpoint, CPU, torch.float32, lambda *_: None)
     ((task, found),) = tasks.answers(checkpoint, score, tasks.Asked((local[name],), None, None)).items()
