@@ -8,12 +8,14 @@ import yaml
 
 from qtool.checkpoint.families._edges import Edge
 from qtool.checkpoint.open import open_checkpoint
+from qtool.formats._base import Quantized
+from qtool.formats._spelling import parse_format
 from qtool.models import open_artifact
 from qtool.pipeline.prepare import prepare
 from qtool.pipeline.quantize import QuantizeOptions, run
 from qtool.stages import absorb
 from qtool.stages._base import StageTask
-from qtool.stages.absorb import Absorb, columns, error_of, factors
+from qtool.stages.absorb import Absorb, columns, error_of, factors, multiplied
 
 CPU = torch.device("cpu")
 
@@ -93,3 +95,14 @@ def test_nothing_changes_unless_predictions_that_were_held_out_are_nearer(recipe
     assert (entry.changed == 0) == (entry.about["held out"] == entry.about["held out before"])
     assert entry.about["held out"] <= entry.about["held out before"]
     assert (klds[1] == klds[0]) == (entry.changed == 0)
+
+
+def test_only_rows_that_write_channels_are_multiplied():
+    w = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    fmt = parse_format("int4-g32-asym")
+    params = fmt.fit(w)
+    writer = Quantized(fmt.snap(w, params), params, fmt)
+    factors_by_hand = torch.tensor([2.0, 0.5, 1.0, 4.0])
+    found = multiplied(writer, Edge("product", ("up",), ("down",), 4, first=2), factors_by_hand)
+    wanted = writer.decode() * torch.tensor([1.0, 1.0, 2.0, 0.5, 1.0, 4.0])[:, None]
+    assert torch.equal(fmt.decode(writer.codes, found), wanted)
