@@ -62,22 +62,24 @@ class Reassemble(Transform):
             (r.weight().double().T @ r.weight().double() for r in site.readers), torch.zeros((), dtype=gram.dtype)
         )
         assert site.stats is not None
-        reach, lost = float(largest.max()), torch.inf
-        best = whole(site.width)
+        best, lost = whole(site.width), torch.inf
+        reach, own = float(largest.max()), read.diagonal()
         if reach == 0:
             return best
+        costs = distances(gram) * distances(read) / 4
+        likely = cheapest(costs, most := int(self.most * site.width), site.width)
         for theta in (reach * torch.logspace(0, -5, THETAS, 2.0, dtype=torch.float64)).tolist():
             parts = (largest / theta).ceil().clamp_min(1).long()
             added = int(parts.sum()) - site.width
-            pairs = cheapest(distances(gram) * distances(read) / 4, parts == 1, added)
-            if added > self.most * site.width or len(pairs) < added:
+            pairs = disjoint(likely, parts == 1, added)
+            if added > most or len(pairs) < added:
                 break
-            found, (a, b) = assembled(parts, pairs), pairs.unbind(1)
-            merged = float((distances(gram)[a, b] * distances(read)[a, b]).sum()) / 4
+            a, b = pairs.unbind(1)
+            weights_squared = float(own @ parts.double()) + 2 * float(read[a, b].sum())
             step = 2 * theta / 2**self.bits
-            rounded = step**2 / 12 * site.stats.tokens * float(found.fold(read).diagonal().sum())
-            if merged + rounded < lost:
-                best, lost = found, merged + rounded
+            left = float(costs[a, b].sum()) + step**2 / 12 * site.stats.tokens * weights_squared
+            if left < lost:
+                best, lost = assembled(parts, pairs), left
         return best
 
 
@@ -92,19 +94,30 @@ def distances(products: Tensor) -> Tensor:
     return (own[:, None] + own - 2 * products).clamp_min(0)
 
 
-def cheapest(costs: Tensor, free: Tensor, count: int) -> Tensor:
-    """At most so many pairs of an even and an odd free channel, no channel twice: int64 [P, 2]."""
-    places = torch.arange(len(free))
-    even, odd = places[free & (places % 2 == 0)], places[free & (places % 2 == 1)]
-    if not count or not len(even) or not len(odd):
-        return torch.empty(0, 2, dtype=torch.int64)
-    between, found, taken = costs[even][:, odd], list[list[int]](), set[int]()
-    most = min(between.numel(), 64 * count)
-    for at in between.flatten().topk(most, largest=False).indices.tolist():
-        pair = [int(even[at // len(odd)]), int(odd[at % len(odd)])]
-        if len(found) < count and taken.isdisjoint(pair):
-            found.append(pair)
-            taken.update(pair)
+def cheapest(costs: Tensor, count: int, width: int) -> Tensor:
+    """Pairs of an even and an odd channel, the cheapest first, more than `count`: int64 [P, 2].
+
+    Args:
+        costs: [C, C].
+        count: disjoint pairs that are wanted at most.
+        width: C.
+    """
+    between = costs[0::2, 1::2]
+    most = min(between.numel(), 64 * max(count, 1))
+    at = between.flatten().topk(most, largest=False).indices
+    odd = width // 2
+    return torch.stack([2 * (at // odd), 2 * (at % odd) + 1], dim=1)
+
+
+def disjoint(pairs: Tensor, free: Tensor, count: int) -> Tensor:
+    """The first so many pairs of free channels, no channel twice: int64 [P, 2]."""
+    found, taken = list[tuple[int, int]](), set[int]()
+    for a, b in pairs[free[pairs].all(1)].tolist():
+        if len(found) == count:
+            break
+        if a not in taken and b not in taken:
+            found.append((a, b))
+            taken |= {a, b}
     return torch.tensor(found, dtype=torch.int64).view(-1, 2)
 
 
