@@ -82,8 +82,8 @@ def launched(processes: int, *arguments: str) -> list[str]:
 
 
 def environment(processes: int) -> dict[str, str]:
-    """Cores are shared out as well."""
-    return os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+    """Cores are shared out as well, those that this process may use."""
+    return os.environ | {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes))}
 
 
 def run(processes: int, *arguments: str) -> tuple[float, dict[str, int], str]:
@@ -182,6 +182,14 @@ def evaluated(source: Path, artifact: Path, text: Path, processes: int) -> dict[
     return found
 
 
+def recipe(method: str, words: Path, work: Path) -> Path:
+    """Of INT4 in groups of 128, as it ships."""
+    content = gpu.RECIPE.format(text=words, samples=256, method=method, format="int4-g128", export="compressed-tensors")
+    path = work / f"{method}.yaml"
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
 def main() -> None:
     """Measures the rows that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -193,11 +201,7 @@ def main() -> None:
     work, count, rows = options.work, options.processes, options.only.split(",")
     work.mkdir(parents=True, exist_ok=True)
     words = gpu.text(work / "text.txt")
-    recipes = {}
-    for name, method in {"gptq": "gptq", "rtn": "rtn"}.items():
-        recipes[name] = work / f"{name}.yaml"
-        content = gpu.RECIPE.format(text=words, method=method, format="int4-g128", export="compressed-tensors")
-        recipes[name].write_text(content, encoding="utf-8")
+    recipes = {name: recipe(name, words, work) for name in ("gptq", "rtn")}
     found = {}
     dense = gpu.model(work / f"dense-{options.blocks}", options.blocks) if {"dense", "eval", "rtn"} & {*rows} else work
     if "dense" in rows:
