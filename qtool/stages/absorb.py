@@ -178,7 +178,7 @@ def error_of(w: Tensor, q: Tensor, h: Tensor) -> float:
 
 
 def factors(w: Tensor, q: Tensor, h: Tensor, channel: Tensor, count: int) -> Tensor:
-    """The best factor of each channel, float32 [C].
+    """The best factor of each channel, float32 [C]; ones where the equations cannot be solved.
 
     Args:
         w: the reader, float32 [N, K].
@@ -192,7 +192,10 @@ def factors(w: Tensor, q: Tensor, h: Tensor, channel: Tensor, count: int) -> Ten
     a = slope.new_zeros(count, count).index_add_(1, channel, a)
     b = slope.new_zeros(count).index_add_(0, channel, slope)
     near = NEAR * a.diagonal().clamp_min(float(a.diagonal().mean()) * 1e-6 + 1e-30)
-    found: Tensor = torch.linalg.solve(a + near.diag(), b + near)
+    lower, info = torch.linalg.cholesky_ex(a + near.diag())
+    if int(info):
+        return torch.ones_like(b).float()
+    found = torch.cholesky_solve((b + near)[:, None], lower)[:, 0]
     return found.clamp(1 / LARGEST, LARGEST).float()
 
 
