@@ -49,4 +49,4 @@ def silenced() -> Iterator[None]:
 
 def quiet_profiler() -> None:
     """Keeps torch's profiler from logging its own beginning and end; to be called before torch is imported."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above all that it has

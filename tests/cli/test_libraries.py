@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import sys
 import warnings
 
@@ -53,3 +54,12 @@ def test_libraries_say_nothing_when_quiet(capsys):
 def test_strict_makes_errors_of_warnings():
     with pytest.raises(StrictError, match=r"^odd; without --strict this is a warning$"):
         Console(strict=True).warn("odd")
+
+
+def test_the_profiler_says_nothing():
+    program = (
+        "from qtool.cli.libraries import quiet_profiler\nquiet_profiler()\nimport torch\n"
+        "with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):\n    torch.ones(3) + 1\n"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (found.stdout, found.stderr) == ("", "")
