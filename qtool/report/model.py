@@ -10,6 +10,7 @@ from qtool.evaluate.result import Evaluation, Proof, TaskEvaluation
 
 Count = Annotated[int, Field(gt=0, lt=2**63)]
 Size = Annotated[int, Field(ge=0, lt=2**63)]
+Index = Annotated[int, Field(ge=0, lt=2**20)]
 Amount = Annotated[float, Field(ge=0, lt=2**63)]
 
 
@@ -39,7 +40,7 @@ class LayerEntry(Entry):
 
     name: str
     role: str
-    block: int | None
+    block: Index | None
     shape: tuple[Count, Count]
     format: str | None
     method: str | None
@@ -51,7 +52,7 @@ class LayerEntry(Entry):
     tokens: Size
     fallback: str | None
     seconds: Amount
-    expert: int | None = None
+    expert: Index | None = None
     target_error_db: float | None = None
 
 
@@ -64,7 +65,7 @@ class BlockEntry(Entry):
         losses: what it measured, by name: before and after, on samples that it learned from and on others.
     """
 
-    block: int
+    block: Index
     method: str
     losses: dict[str, float]
 
@@ -79,7 +80,7 @@ class CacheEntry(Entry):
         outputs_error_db: the same of what attention gives to the output projection.
     """
 
-    block: int
+    block: Index
     keys: str
     values: str
     scores_error_db: float
@@ -96,7 +97,7 @@ class FinishEntry(Entry):
     """
 
     name: str
-    changed: int
+    changed: Size
     about: dict[str, float | str]
 
 
@@ -118,20 +119,20 @@ class AllocationEntry(Entry):
     """
 
     wanted: str
-    limit: int | None
-    nbytes: int
+    limit: Size | None
+    nbytes: Size
     kld: float
     kld_error: float
     uniform: str | None = None
-    uniform_nbytes: int | None = None
+    uniform_nbytes: Size | None = None
     uniform_kld: float | None = None
     uniform_kld_error: float | None = None
     fell_back: bool = False
     carried_out: bool = False
     beside: dict[str, tuple[float, float]] = {}
-    tried: int
-    samples: int
-    held_out: int
+    tried: Size
+    samples: Size
+    held_out: Size
 
 
 class FileEntry(Entry):
@@ -178,7 +179,7 @@ class ProfileEntry(Entry):
     """
 
     part: str
-    calls: int
+    calls: Size
     host_seconds: Amount
     device_seconds: Amount
 
@@ -216,7 +217,7 @@ class Report(Entry):
     source_bytes: Count
     parameters: Count
     calibration: dict[str, object]
-    limited_blocks: int | None
+    limited_blocks: Size | None
     layers: tuple[LayerEntry, ...]
     artifacts: tuple[ArtifactEntry, ...]
     stages: tuple[StageEntry, ...]

@@ -309,3 +309,13 @@ def test_errors_of_attention_are_shown_where_a_cache_is_rounded(report):
     cells = [text for text in Page(html(report)).texts if text.strip()]
     start = cells.index("outputs", cells.index("KV cache")) + 1
     assert cells[start : start + 5] == ["3", "int4-channel", "int4-token", "21.3", "17.5"]
+
+
+@pytest.mark.parametrize("field", ["block", "expert"])
+def test_numbers_beyond_all_models_are_refused(field, report, tmp_path):
+    path = write_report(report, tmp_path)[0]
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["layers"][0][field] = 10**400
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=field):
+        read_report(path)
