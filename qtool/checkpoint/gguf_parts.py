@@ -24,10 +24,15 @@ def part_path(path: Path, index: int, count: int) -> Path:
     return path if count == 1 else path.with_name(f"{path.stem}-{index + 1:05}-of-{count:05}.gguf")
 
 
+def part_of(name: str) -> tuple[int, int]:
+    """(which part a file is by its name, from 0; of how many), see `part_path`."""
+    match = NAME.fullmatch(name)
+    return (int(match[2]) - 1, int(match[3])) if match else (0, 1)
+
+
 def first_parts(folder: Path) -> list[Path]:
     """The GGUF files of a folder; of those that are parts of one model only the first."""
-    found = sorted(folder.glob("*.gguf"))
-    return [path for path in found if not (match := NAME.fullmatch(path.name)) or int(match[2]) == 1]
+    return [path for path in sorted(folder.glob("*.gguf")) if part_of(path.name)[0] == 0]
 
 
 def open_gguf(path: Path) -> GGUFFile:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from qtool.checkpoint.gguf_parts import first_parts
 from qtool.checkpoint.open import local
 from qtool.errors import QtoolError, UsageError
 from qtool.evaluate.llamacpp import speed_of
@@ -23,9 +23,6 @@ from qtool.report.summary import bits_per_weight, error_rows, main_evaluation, m
 from qtool.report.summary import errors as layer_errors
 from qtool.store.files import new_file, sha256
 from qtool.store.names import output_path
-
-LATER = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
-"""Names of parts behind the first."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +133,7 @@ def artifact_of(source: str) -> str:
 def timed(known: Compared, listener: Listener) -> Compared:
     """The same with the speed of llama.cpp, if there is one GGUF file for it that it runs."""
     place = Path(artifact_of(known.source))
-    files = sorted(place.glob("*.gguf")) if place.is_dir() else [place]
-    files = [file for file in files if file.suffix == ".gguf" and not LATER.search(file.name)]
+    files = first_parts(place) if place.is_dir() else [file for file in first_parts(place.parent) if file == place]
     if len(files) != 1:
         return known
     listener(Event("compare", 0, 0, f"speed of {known.name}"))

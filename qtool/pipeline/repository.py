@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from qtool.checkpoint.gguf_parts import part_of, part_path
 from qtool.report.family_card import Member, family_card
 from qtool.report.model import Report
 from qtool.store.files import storage_errors
-
-PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 
 
 @contextmanager
@@ -50,8 +48,8 @@ def placed(result: Path, report: Report, folder: Path) -> Member:
     stem = f"{report.base_model.rstrip('/').rpartition('/')[2]}-{quantization(report.recipe_name)}"
     names = []
     for file in sorted(f.name for f in artifact.files if f.name.endswith(".gguf")):
-        part = PART.search(file)
-        names.append(stem + (part.group() if part else ".gguf"))
+        index, count = part_of(file)
+        names.append(part_path(Path(f"{stem}.gguf"), index, count).name)
         link(result / artifact.path / file, folder / names[-1])
     return Member(report, tuple(names))
 
