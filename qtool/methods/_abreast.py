@@ -25,7 +25,7 @@ ROWS = 64
 
 def rule_of(fmt: Format, k: int) -> IntegerScales | None:
     """How scales are searched; None: matrices of this format and so many columns are solved one by one."""
-    if k > SMALL or not fmt.by_rows or fmt.free_offset or fmt.group_rows != 1 or fmt.block_columns in (None, k):
+    if k > SMALL or fmt.free_offset or fmt.group_rows != 1 or fmt.block_columns in (None, k):
         return None
     rule = fmt.on_the_way().search_in_walk()
     return rule if isinstance(rule, IntegerScales) and searches(rule) else None

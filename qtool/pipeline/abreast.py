@@ -20,6 +20,7 @@ from qtool.numerics.threads.marks import marked
 from qtool.pipeline.entries import Sums
 from qtool.pipeline.found import Found
 from qtool.pipeline.requantize import origin
+from qtool.pipeline.solve import tied
 from qtool.plan import LayerPlan
 from qtool.stats._base import InputStats
 from qtool.stats.gram import gram_of
@@ -71,17 +72,13 @@ def may(plans: Sequence[LayerPlan], stats: InputStats, checkpoint: Checkpoint, w
     first, rows = plans[0], sum(p.module.shape[0] for p in plans)
     if first.method is None or first.format is None or first.format.needs_largest or rows % MULTIPLE:
         return False
-    if any((p.method, p.format) != (first.method, first.format) or p.residuals for p in plans):
+    if first.method.first != first.method or any((p.method, p.format) != (first.method, first.format) for p in plans):
         return False
-    if gram_of(stats) is None or any(stats.of(p.module.name) != (stats,) for p in plans):
+    if gram_of(stats) is None or any(tied(p) or stats.of(p.module.name) != (stats,) for p in plans):
         return False
-    if not all(p.module.name in weights and origin(checkpoint, p.module.name, first.format) == PLAIN for p in plans):
+    if not all(p.module.name in weights and origin(checkpoint, p.module.name, first.format).plain for p in plans):
         return False
     return first.method.abreast(first.format, first.module.shape[1])
-
-
-PLAIN = (None, None, None)
-"""The `origin` of a matrix that has plain numbers."""
 
 
 def solve_batch(some: Sequence[Readers], weights: Mapping[str, Tensor]) -> dict[str, Found]:

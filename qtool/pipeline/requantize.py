@@ -34,6 +34,11 @@ class StoredMatrix(NamedTuple):
     same: Quantized | None
     remark: str | None
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is on no grid yet."""
+        return self == (None, None, None)
+
 
 def stored_matrix(checkpoint: Checkpoint, module: str) -> Matrix | None:
     """What a source has of a module that is quantized; None if it has plain numbers."""

@@ -112,13 +112,11 @@ class UnitSolver:
         weights: Mapping[str, Tensor],
     ) -> dict[str, Found]:
         """Those of the modules that are solved side by side; see `abreast.solve_alike`."""
+        mine = {name for name, part in rows.items() if usable[name].module.shape[0] == part[1] - part[0]}
         whole = [
             (plans, stats)
             for plans, stats in inputs
-            if stats
-            and all(usable[p.module.name] is p for p in plans)
-            and all(rows[p.module.name] == (0, p.module.shape[0]) and not tied(p) for p in plans)
-            and all(p.method == (p.method and p.method.first) for p in plans)
+            if stats and all(usable[p.module.name] is p and p.module.name in mine for p in plans)
         ]
         return solve_alike(whole, self.job.checkpoint, weights, self.job.device) if len(whole) > 1 else {}
 

@@ -14,6 +14,7 @@ from qtool.numerics.metrics import energies, energy
 from qtool.numerics.solving.linalg import inverse_factor, inverse_factors
 from qtool.numerics.solving.split import subtract_product, subtract_times, times
 from qtool.pipeline import abreast
+from qtool.pipeline.requantize import StoredMatrix
 from qtool.recipe.parse import parse_method
 from qtool.stats._base import InputStats
 from qtool.stats.gram import Gram
@@ -59,7 +60,7 @@ def inputs(*groups):
 
 @pytest.fixture(autouse=True)
 def plain(monkeypatch):
-    monkeypatch.setattr("qtool.pipeline.abreast.origin", lambda *_: abreast.PLAIN)
+    monkeypatch.setattr("qtool.pipeline.abreast.origin", lambda *_: StoredMatrix(None, None, None))
 
 
 def test_each_module_gets_its_own_rows_and_errors():

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
-from qtool.numerics.solving.cuda_pieces import BLOCK, MAGIC, PIECE, ROWS, WARPS, entry, fed, nearest, piece_of
+from qtool.numerics.solving.cuda_pieces import BLOCK, MAGIC, PIECE, ROWS, WARPS, apart, entry, fed, nearest, piece_of
 from qtool.numerics.solving.split import Split
 
 
@@ -71,13 +71,12 @@ def descend(
     lowest, highest = float(levels[0]), float(levels[-1])
     uniform = highest - lowest == len(levels) - 1 and lowest.is_integer()
     steps = gradient.new_empty(min(BLOCK, k), rows)
-    several, each = gram.dim() == 3, rows // (len(gram) if gram.dim() == 3 else 1)
-    assert each % ROWS == 0 or not several
+    stride, each = apart(gram, rows, ROWS)
     for _ in range(sweeps):
         for a in range(0, k, BLOCK):
             columns = min(BLOCK, k - a)
             descent_kernel[(cdiv(rows, ROWS),)](
-                gram, gram.stride(0) * several, gram.stride(-2), scales, table, between, better, gradient, steps, a,
+                gram, stride, gram.stride(-2), scales, table, between, better, gradient, steps, a,
                 rows, each, columns, width, lowest, highest, uniform, (len(middles) + 1) // 2,
                 BLOCK // PIECE, PIECE, ROWS, num_warps=WARPS,
             )  # fmt: skip

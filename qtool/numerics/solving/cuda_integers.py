@@ -13,7 +13,7 @@ from triton import cdiv
 
 from qtool.numerics.scales.cuda_search import TINY, on_device, rounded
 from qtool.numerics.scales.search import IntegerScales, clip_ratios
-from qtool.numerics.solving.cuda_pieces import BLOCK, MAGIC, PIECE, ROWS, WARPS, entry, fed, piece_of
+from qtool.numerics.solving.cuda_pieces import BLOCK, MAGIC, PIECE, ROWS, WARPS, apart, entry, fed, piece_of
 from qtool.numerics.solving.split import subtract_product
 
 STORED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -147,14 +147,13 @@ def walk_integers(
     found = rest.new_empty(1 + rule.zeros, k // width, rows)
     tried = clip_ratios(rule.highest - rule.lowest + 1)
     ratios = on_device(tuple(tried.tolist()), w.device)
-    several, each = factor.dim() == 3, rows // (len(factor) if factor.dim() == 3 else 1)
-    assert each % ROWS == 0 or not several
+    stride, each = apart(factor, rows, ROWS)
     for a in range(0, k, BLOCK):
         b = min(a + BLOCK, k)
         groups = slice(a // width, b // width)
         integer_kernel[(cdiv(rows, ROWS),)](
-            rest[a:b], factor[..., a:b, a:b], factor.stride(0) * several, factor.stride(-2), weight[..., a:b],
-            reach[..., a:b], k * several, ratios, codes[a:b], error, found[0, groups], found[-1, groups],
+            rest[a:b], factor[..., a:b, a:b], stride, factor.stride(-2), weight[..., a:b],
+            reach[..., a:b], k if stride else 0, ratios, codes[a:b], error, found[0, groups], found[-1, groups],
             rows, each, b - a, float(rule.lowest), float(rule.highest), len(tried),
             width, rule.zeros, STORED[rule.dtype], BLOCK // PIECE, PIECE, ROWS, num_warps=WARPS,
         )  # fmt: skip

@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
+from qtool.numerics.solving.cuda_pieces import apart
+
 ROWS, COLUMNS = 64, 128
 """Rows of a program, and the columns that it takes at a time."""
 PART = 32
@@ -51,9 +53,8 @@ def scale_by_scale(levels: Tensor, gram: Tensor, groups: int, normal: Tensor) ->
     """See `normal.scale_by_scale`; W is one of `normal.TILED`."""
     (n, k), width = levels.shape, levels.shape[1] // groups
     assert normal.is_contiguous()
-    several, each = gram.dim() == 3, n // (len(gram) if gram.dim() == 3 else 1)
-    assert each % ROWS == 0 or not several
+    stride, each = apart(gram, n, ROWS)
     fold_kernel[(cdiv(n, ROWS), groups)](
-        levels.contiguous(), gram, gram.stride(0) * several, gram.stride(-2), normal, n, each, k, normal.shape[1],
+        levels.contiguous(), gram, stride, gram.stride(-2), normal, n, each, k, normal.shape[1],
         groups, width, min(width, PART), ROWS, COLUMNS, num_stages=2,
     )  # fmt: skip

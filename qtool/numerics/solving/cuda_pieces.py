@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 ROWS, WARPS = 8, 1
 """Rows of a program, and the warps that share them."""
@@ -17,6 +18,21 @@ PIECE = 16
 """Columns that are gone through one by one."""
 MAGIC = tl.constexpr(12582912.0)
 """1.5 * 2^23: a float32 sum with it has no fraction, ties even."""
+
+
+def apart(matrix: Tensor, rows: int, multiple: int) -> tuple[int, int]:
+    """(how far matrices lie apart in memory, how many rows belong to each), for one of [K, K] or several, [M, K, K].
+
+    Args:
+        matrix: one or several.
+        rows: of all.
+        multiple: rows of a program, which belong to one matrix.
+    """
+    if matrix.dim() == 2:
+        return 0, rows
+    each = rows // len(matrix)
+    assert each % multiple == 0
+    return matrix.stride(0), each
 
 
 @triton.jit
