@@ -39,6 +39,7 @@ from qtool.report.render import read_report, write_report
 from qtool.store.files import check_file, check_free, damaged_file, new_folder
 from qtool.store.names import output_path
 
+NOT_PROFILED = "--profile: an earlier run solved everything, so no trace was written"
 BY_IMPORTANCE = "method={rtn: {importance: true}}"
 """What `--imatrix` sets; a `--set method=...` of the user's own comes later and wins."""
 
@@ -141,7 +142,9 @@ def into_folder(options: QuantizeOptions, file: Path | None, listener: Listener)
     run_identity = ranks.broadcast(identity(job, source.digest, read_content(job.original, ranks), made.edits))
     earlier = ranks.first and not options.overwrite and (taken or begun(place, run_identity))
     report = ranks.broadcast(finished(out, job, run_identity) if earlier else None)
-    if report is None:  # else an earlier run was ended before it could tidy up
+    if report is not None:  # an earlier run was ended before it could tidy up
+        say_what_is_missing(options.profile, listener)
+    else:
         if ranks.first:
             check_free(out, options.overwrite)
         with open_work(place, job, run_identity, listener) as work:
@@ -181,6 +184,12 @@ def prepared(o: QuantizeOptions, file: Path | None) -> Job:
     if file and o.ranks.first:
         check_one_file(file, job.artifacts, bool(o.options.get("split_max_size")), o.overwrite)
     return job
+
+
+def say_what_is_missing(trace: Path | None, listener: Listener) -> None:
+    """Warns of a trace that was asked for where nothing was left to be profiled."""
+    if trace:
+        listener(Event("quantize", 0, 0, NOT_PROFILED, warning=True))
 
 
 def scores_of(out: Path) -> Path:
@@ -243,6 +252,8 @@ def produce(
     with watch.stage("quantize"):
         profile = Profile(options.profile, job.device) if options.profile and job.ranks.first else None
         entries, caches, blocks = solve_all(job, work, source, listener, profile)
+        if profile and not profile.entries:
+            say_what_is_missing(options.profile, listener)
     if not job.ranks.first:
         job.ranks.barrier()  # for what the first one finds, which is taken over here
     model, finishing = finish(job, work.model(), work.folder, work.run, watch, listener)

@@ -1,11 +1,13 @@
 """Where a block's seconds went."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 
 from qtool.pipeline.profile import parts_of
-from qtool.pipeline.quantize import QuantizeOptions, run
+from qtool.pipeline.quantize import NOT_PROFILED, QuantizeOptions, run
 from qtool.report.render import read_report
 
 
@@ -78,3 +80,17 @@ def test_a_run_is_profiled(tiny_checkpoint, texts, tmp_path, method):
     assert read_report(tmp_path / "out" / "report.json").profile == report.profile
     for page in ("report.html", "report.md"):
         assert "Where a block's seconds went" in (tmp_path / "out" / page).read_text()
+
+
+def test_what_is_solved_already_is_not_profiled_and_that_is_said(tiny_checkpoint, recipes, tmp_path):
+    trace, events = tmp_path / "trace.json", []
+    options = QuantizeOptions(str(tiny_checkpoint("llama")), recipes["gguf"], tmp_path / "out", keep=True)
+    run(options)
+    shutil.rmtree(tmp_path / "out")
+    report = run(replace(options, profile=trace), events.append)
+    assert [e.message for e in events if e.warning] == [NOT_PROFILED]
+    assert not trace.exists()
+    assert report.profile == ()
+    again = run(replace(options, profile=trace, take_over=True), (events := []).append)
+    assert [e.message for e in events if e.warning] == [NOT_PROFILED]
+    assert again == report
