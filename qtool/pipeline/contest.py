@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,6 @@ from qtool.pipeline.allocate import allocated
 from qtool.pipeline.allocator import Allocator, Contest
 from qtool.pipeline.budget import sizing_card
 from qtool.pipeline.card import origin
-from qtool.pipeline.content import read_content
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.loop import solve_all
 from qtool.pipeline.prepare import Job
@@ -39,6 +39,7 @@ class Dividing(NamedTuple):
         imatrix, stats: statistics to use instead of running the model.
         scores: where scores are kept, see `allocated`.
         strict: refuse scores of something else.
+        content: reads the source once, and says what `read_content` does.
     """
 
     base_model: str | None
@@ -47,6 +48,7 @@ class Dividing(NamedTuple):
     stats: Path | None
     scores: Path
     strict: bool
+    content: Callable[[], str]
 
 
 def decided(
@@ -72,7 +74,8 @@ def decided(
         card = sizing_card(job, source.base_model, asked.imatrix)
         allocator, contest = allocated(job, card, asked.scores, asked.strict, made.run, listener)
         if contest.close and allocator.confirms:
-            contest = CarriedOut(allocator, made, asked.stats or asked.imatrix, listener).judge(contest, place)
+            stored = asked.stats or asked.imatrix
+            contest = CarriedOut(allocator, made, asked.content(), stored, listener).judge(contest, place)
     return allocator.decided(contest.taken), allocator.entry(contest)
 
 
@@ -82,13 +85,14 @@ class CarriedOut:
     Args:
         allocator: knows them.
         made: what transforms did.
+        content: of the source, see `read_content`.
         stored: statistics to use, see `statistics_for`.
         listener: called with events of progress.
     """
 
-    def __init__(self, allocator: Allocator, made: Made, stored: Path | None, listener: Listener) -> None:
-        self.allocator, self.made, self.stored, self.listener = allocator, made, stored, listener
-        self.content = read_content(allocator.job.original, allocator.job.ranks)
+    def __init__(self, allocator: Allocator, made: Made, content: str, stored: Path | None, listener: Listener) -> None:
+        self.allocator, self.made, self.content = allocator, made, content
+        self.stored, self.listener = stored, listener
 
     def judge(self, contest: Contest, place: Path) -> Contest:
         """The same contest, with divergences of carried out plans; the work of the better one is in the work folder."""

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -132,14 +133,14 @@ def into_folder(options: QuantizeOptions, file: Path | None, listener: Listener)
     if job.plan.recipe.transforms:
         with watch.stage("transform"):
             job, made = transformed(job, place, options.stats or options.imatrix, listener)
-    scores = options.scores or scores_of(out)
+    scores, content = options.scores or scores_of(out), cache(partial(read_content, job.original, ranks))
     dividing = Dividing(
-        options.base_model, options.license, options.imatrix, options.stats, scores, bool(options.scores)
+        options.base_model, options.license, options.imatrix, options.stats, scores, bool(options.scores), content
     )
     job, allocation = decided(job, dividing, made, place, watch, listener)
     with watch.stage("calibrate"):
         source = statistics_for(job, options.stats or options.imatrix, listener)
-    run_identity = ranks.broadcast(identity(job, source.digest, read_content(job.original, ranks), made.edits))
+    run_identity = ranks.broadcast(identity(job, source.digest, content(), made.edits))
     earlier = ranks.first and not options.overwrite and (taken or begun(place, run_identity))
     report = ranks.broadcast(finished(out, job, run_identity) if earlier else None)
     if report is not None:  # an earlier run was ended before it could tidy up
