@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from qtool.calibrate.child import Child
 from qtool.errors import CheckpointError
+from qtool.evaluate.apart import logits_apart
 from qtool.evaluate.llama_api import Runtime, library
 
 TRIAL = """
@@ -61,13 +60,10 @@ def try_file(path: Path, tokens: list[int] | None = None) -> Tensor:
     """
     library()  # says what is wrong with it, rather than with the file
     what = f"llama.cpp cannot run {path}"
-    with tempfile.TemporaryDirectory(prefix="qtool-") as folder:
-        place = Path(folder) / "logits.npy"
-        arguments = (json.dumps(sys.path), str(path), str(place), str(torch.get_num_threads()))
-        with Child(TRIAL, what, *arguments, memory=-1) as child:
-            if said := child.ask(tokens or [0], SECONDS):
-                raise CheckpointError(said)
-        return torch.from_numpy(np.load(place, allow_pickle=False))
+    found = logits_apart(TRIAL, what, path, tokens or [0], SECONDS, str(torch.get_num_threads()))
+    if isinstance(found, str):
+        raise CheckpointError(found)
+    return found
 
 
 class Speed(NamedTuple):

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
-import tempfile
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from qtool.calibrate.child import Child
 from qtool.errors import CheckpointError
+from qtool.evaluate.apart import logits_apart
 
 TRIAL = """
 import json
@@ -50,9 +45,7 @@ def try_folder(path: Path, tokens: list[int]) -> Tensor:
         CheckpointError: it does not load the folder, or ends, or hangs.
     """
     what = f"mlx-lm cannot run {path}"
-    with tempfile.TemporaryDirectory(prefix="qtool-") as folder:
-        place = Path(folder) / "logits.npy"
-        with Child(TRIAL, what, json.dumps(sys.path), str(path), str(place), memory=-1) as child:
-            if said := child.ask(tokens, SECONDS):
-                raise CheckpointError(what, found=said)
-        return torch.from_numpy(np.load(place, allow_pickle=False))
+    found = logits_apart(TRIAL, what, path, tokens, SECONDS)
+    if isinstance(found, str):
+        raise CheckpointError(what, found=found)
+    return found
