@@ -34,14 +34,18 @@ def solve_all(
         work: where finished units are.
         source: of statistics.
         listener: called with events of progress.
-        profile: of the second unit that is solved, since the first one compiles; of the only one.
+        profile: of one of the units.
     """
     caches, blocks = list[CacheEntry](), list[BlockEntry]()
     entries = {p.module.name: kept_entry(p) for p in job.plan.layers if p.format is None}
     todo = steps(job.plan)
     earlier = f"{len(work.finished)} finished earlier" if work.finished else ""
     listener(Event("quantize", 0, len(todo), earlier))
-    solved = apart if source.independent and job.ranks.size > 1 else together
+    alone = source.independent and job.ranks.size > 1
+    if profile:
+        mine = todo[job.ranks.share(len(todo))] if alone else todo
+        profile.choose([unit.name for unit in mine if unit.name not in work.finished])
+    solved = apart if alone else together
     for done, (unit, record) in enumerate(solved(todo, job, work, source, profile), 1):
         entries |= {entry.name: entry for entry in record.layers}
         caches += [record.cache] if record.cache else []
@@ -56,11 +60,10 @@ def together(
     todo: Sequence[Unit], job: Job, work: Work, source: Statistics, profile: Profile | None
 ) -> Iterator[tuple[Unit, Record]]:
     """Solves unit by unit; the first process saves them."""
-    profiled = second([unit for unit in todo if unit.name not in work.finished]) if profile else None
     with Saving(job.device) as saving:
         for done, unit in enumerate(todo, 1):
             propagate = any(later.walked and later.name not in work.finished for later in todo[done:])
-            with profile.unit() if profile and unit is profiled else nullcontext():
+            with profile.unit(unit.name) if profile else nullcontext():
                 record, solver = solve_unit(unit, job, work, source, propagate)
             if solver and job.ranks.first:
                 cached = source.cached[0] if unit.cache and source.cached else None
@@ -68,22 +71,15 @@ def together(
             yield unit, record
 
 
-def second(units: Sequence[Unit]) -> Unit | None:
-    """The second one, or else the first, if there is one."""
-    return units[min(1, len(units) - 1)] if units else None
-
-
 def apart(
     todo: Sequence[Unit], job: Job, work: Work, source: Statistics, profile: Profile | None
 ) -> Iterator[tuple[Unit, Record]]:
     """Solves as many units at a time as there are processes, which store them; the first one keeps the list."""
     ranks = job.ranks
-    mine = [unit for i, unit in enumerate(todo) if i % ranks.size == ranks.rank and unit.name not in work.finished]
-    profiled = second(mine) if profile else None
     for start in range(0, len(todo), ranks.size):
         made = []
         for unit in todo[start : start + ranks.size][ranks.rank : ranks.rank + 1]:
-            with profile.unit() if profile and unit is profiled else nullcontext():
+            with profile.unit(unit.name) if profile else nullcontext():
                 record, solver = solve_unit(unit, job, work, source, propagate=False)
             stored = work.store(unit, solver, record) if solver else None
             made.append((unit, record, stored))
