@@ -51,7 +51,7 @@ class Profile:
         self.entries: tuple[ProfileEntry, ...] = ()
 
     def choose(self, units: Sequence[str]) -> None:
-        """Of units that are to be solved, by name, takes the second, since the first one compiles; or else the only one."""
+        """Of units to be solved, by name, takes the second, since the first one compiles; or else the only one."""
         self.chosen = next(iter(units[1:2] or units), None)
 
     @contextmanager
