@@ -81,7 +81,7 @@ class Bench:
         assert found is not None
         from qtool.pipeline.roughly import Roughly
 
-        kld = self.judge.of(Roughly(replace(self.job, plan=of.plan(chosen)), found.importance, found.statics))
+        kld = self.judge.of(Roughly(replace(self.job, plan=of.plan(chosen)), *found.known))
         return Line(way, kld.mean, kld.error, len(of.tried), seconds)
 
 

@@ -61,9 +61,6 @@ def decisions(plan: Plan, checkpoint: Checkpoint, artifact: Artifact) -> tuple[D
     recipe, budget = plan.recipe, plan.recipe.budget
     assert budget is not None
 
-    def key(p: LayerPlan) -> str:
-        return artifact.one_format(p.module) or p.module.name
-
     sets: dict[str, list[LayerPlan]] = {}
     for p in plan.layers:
         sets.setdefault(artifact.one_format(p.module) or p.module.name, []).append(p)
@@ -127,14 +124,16 @@ def planned(
 ) -> LayerPlan | None:
     """A module's plan with a candidate instead of what its rule says; None: it or the artifact cannot have that."""
     rule, module = recipe.layers[plan.rule], plan.module
-    if candidate.activations and module.kind == "embedding":
+    residuals = candidate.residuals or rule.residuals
+    measured = candidate.activations or any(residual.needs for residual in residuals)
+    if measured and module.kind == "embedding":
         return None
     found: LayerPlan | None = None
     if candidate.weights is None:
         found = as_kept(plan, "source" if candidate.keep is True else str(candidate.keep), None, checkpoint)
     else:
         choice = choose(candidate.weights, rule.fallback or recipe.fallback, module.shape[1])
-        if choice.problem:
+        if choice.problem or any(residual.misfit(*module.shape) for residual in residuals):
             return None
         if choice.format is None:
             found = as_kept(plan, choice.keep, choice.fallback, checkpoint)
@@ -147,7 +146,8 @@ def planned(
                 activations=candidate.activations,
                 keep="source",
                 fallback=choice.fallback,
-                bits=Layer(choice.format, residuals=plan.residuals).storage_bits(*module.shape),
+                bits=Layer(choice.format, residuals=residuals).storage_bits(*module.shape),
+                residuals=residuals,
             )
     if found is None or not artifact.can_carry(module, found.layer, found.keep).possible:
         return None

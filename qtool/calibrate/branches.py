@@ -30,7 +30,7 @@ def stored_branches(checkpoint: Checkpoint, module: str, device: torch.device) -
     if layer is None or layer.activations is None or not any(residual.apart for residual in layer.residuals):
         return ()
     assert isinstance(checkpoint, QuantizedCheckpoint)
-    return checkpoint.matrix(module).to(device).residuals
+    return [correction.to(device) for correction in checkpoint.corrections(module)]
 
 
 class RoundedInputs:

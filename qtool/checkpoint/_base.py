@@ -8,6 +8,7 @@ from.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from qtool.errors import CheckpointError
 from qtool.formats._base import Format
 from qtool.ops._base import InputOp
 from qtool.recipe.cache import KVCache
-from qtool.residuals._base import Matrix, Residual
+from qtool.residuals._base import Correction, Matrix, Residual
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,7 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor in memory."""
-        count = 1
-        for extent in self.shape:
-            count *= extent
-        return count * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Checkpoint(ABC):
@@ -206,6 +204,10 @@ class QuantizedCheckpoint(Checkpoint):
     @abstractmethod
     def matrix(self, module: str) -> Matrix:
         """Codes, parameters and corrections of one module of `layers`."""
+
+    def corrections(self, module: str) -> Sequence[Correction]:
+        """Only what is kept beside the codes."""
+        return self.matrix(module).residuals
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ class Allocator:
         def model() -> Checkpoint:
             assert self.scores.found is not None
             job = replace(self.job, plan=self.plan(chosen))
-            return Roughly(job, self.scores.found.importance, self.scores.found.statics)
+            return Roughly(job, *self.scores.found.known)
 
         return self.known(chosen, "", model)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, NoReturn
 
@@ -12,14 +12,18 @@ from torch import Tensor
 from qtool.checkpoint._base import Layer, QuantizedCheckpoint, Static, TensorInfo
 from qtool.methods.rtn import RTN
 from qtool.numerics.threads.parallel import row_shares, shares, side_by_side
+from qtool.pipeline.correct import fit
 from qtool.pipeline.prepare import Job
 from qtool.pipeline.requantize import origin
 from qtool.pipeline.rows import row_parts
 from qtool.pipeline.solve import informed, refuse_infinite
 from qtool.plan import LayerPlan
+from qtool.residuals._base import Correction, Tensors
 
 Statics = dict[str, dict[str, Static]]
 """What inputs are rounded with where all tokens share that: by module and by the label of their format."""
+Corrections = Mapping[str, Mapping[str, Sequence[Tensors]]]
+"""What was found to be kept beside codes: by module and by the label of its plan, in order."""
 
 
 class Roughly(QuantizedCheckpoint):
@@ -29,12 +33,20 @@ class Roughly(QuantizedCheckpoint):
         job: the run, with the plan.
         importance: mean square of each input channel, float32 [K], by `Module.reads`.
         statics: of the inputs that need some.
+        corrections: of the layers that have some; where nothing is known, codes are alone.
     """
 
     has_codes: ClassVar[bool] = False
 
-    def __init__(self, job: Job, importance: Mapping[str, Tensor], statics: Statics) -> None:
+    def __init__(
+        self,
+        job: Job,
+        importance: Mapping[str, Tensor],
+        statics: Statics,
+        corrections: Corrections | None = None,
+    ) -> None:
         self.job, self.origin, self.importance = job, job.checkpoint, importance
+        self.found = corrections or {}
         self.plans = {p.module.name: p for p in job.plan.layers if p.format}
         self.source, self.config = self.origin.source, self.origin.config
         self.family, self.files = self.origin.family, self.origin.files
@@ -61,6 +73,11 @@ class Roughly(QuantizedCheckpoint):
         if plan is None:
             return self.origin.tensor(name)
         nearest, known = Nearest(self.job, plan), self.importance.get(plan.module.reads)
+        if beside := [c.to(self.job.device) for c in self.corrections(plan.module.name)]:
+            w_hat = nearest(nearest.rest(self.origin.tensor(name), beside), known)
+            for correction in beside:
+                w_hat = correction.apply(w_hat)
+            return w_hat
         parts = row_parts(plan.module.shape) if nearest.format.by_rows else [(0, plan.module.shape[0])]
         return torch.cat([nearest(self.origin.rows(name, *part), known) for part in parts])
 
@@ -71,9 +88,15 @@ class Roughly(QuantizedCheckpoint):
             return self.origin.rows(name, start, stop)
         if plan.module.kind == "embedding" and self.origin.tied:
             self.shared.setdefault(name, self.tensor(name))
-        elif plan.format and plan.format.by_rows:
+        elif plan.format and plan.format.by_rows and not plan.residuals:
             return Nearest(self.job, plan)(self.origin.rows(name, start, stop), self.importance.get(plan.module.reads))
         return super().rows(name, start, stop)
+
+    def corrections(self, module: str) -> Sequence[Correction]:
+        """See `QuantizedCheckpoint.corrections`."""
+        plan = self.plans[module]
+        found = self.found.get(module, {}).get(plan.label, ())
+        return [Correction(residual, tensors) for residual, tensors in zip(plan.residuals, found, strict=False)]
 
     def matrix(self, module: str) -> NoReturn:
         """Nobody asks for codes. Raises RuntimeError."""
@@ -131,3 +154,27 @@ class Nearest:
         w_hat = torch.cat(side_by_side(part, parts, shares(len(parts), self.device)))
         refuse_infinite(w_hat, self.plan)
         return w_hat
+
+    def rest(self, w: Tensor, corrections: Sequence[Correction]) -> Tensor:
+        """What codes are chosen for, float32 [N, K]: less than the matrix if corrections were found before them."""
+        w = w.to(self.device).float()
+        if not any(residual.before for residual in self.plan.residuals):
+            return w
+        for correction in corrections:
+            w = w - correction.apply(torch.zeros_like(w))
+        return w
+
+    def corrected(self, w: Tensor, importance: Tensor | None, gram: Tensor | None) -> tuple[Tensor, list[Correction]]:
+        """What a runtime decodes of the codes alone, float32 [N, K], and what is kept beside them.
+
+        Args:
+            w: the whole matrix, [N, K].
+            importance: of inputs, float32 [K], where they are known.
+            gram: X^T X of inputs, float32 [K, K], where residuals ask for it.
+        """
+        w = w.to(self.device).float()
+        if any(residual.before for residual in self.plan.residuals):
+            corrections, rest = fit(self.plan.residuals, w, gram)
+            return self(rest, importance), list(corrections)
+        w_hat = self(w, importance)
+        return w_hat, list(fit(self.plan.residuals, w - w_hat, gram)[0])

@@ -1,6 +1,7 @@
 """What was found out about a model's layers, in a file, so that another budget takes seconds.
 
-A safetensors file; `<reads>` float32 [K] are mean squares of input channels, and the metadata holds JSON:
+A safetensors file; `<reads>` float32 [K] are mean squares of input channels, tensors named with bars what is
+kept beside codes (module, label, index and name), and the metadata holds JSON:
 
     __metadata__["qtool.scores"]    the version, 1
     __metadata__["identity"]        hash of model, tokens, candidates and program
@@ -13,16 +14,21 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from qtool.checkpoint._base import Static, TensorInfo
 from qtool.checkpoint.safetensors_io import SafetensorsFile, SafetensorsWriter
 from qtool.errors import CheckpointError
 from qtool.pipeline.sensitivity import Priced
+from qtool.residuals._base import Tensors
 from qtool.store.files import new_file
 
 VERSION = "1"
+BETWEEN = " | "
 
 
 class ScoreFile:
@@ -68,7 +74,7 @@ class ScoreFile:
             "statics": json.dumps(statics),
             "measured": json.dumps(self.measured),
         }
-        tensors = self.found.importance
+        tensors = self.found.importance | spread(self.found.corrections)
         infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
         with new_file(self.path) as partial, SafetensorsWriter(partial, infos, metadata) as writer:
             for name, tensor in tensors.items():
@@ -93,12 +99,33 @@ def read(file: SafetensorsFile) -> tuple[Priced, dict[str, list[float]]]:
     try:
         found = Priced(
             {module: {label: number(c) for label, c in own.items()} for module, own in costs.items()},
-            {name: file.read(name) for name in file.entries},
+            {name: file.read(name) for name in file.entries if BETWEEN not in name},
             {m: {label: Static(number(s), int(z)) for label, (s, z) in own.items()} for m, own in statics.items()},
+            gathered({name: file.read(name) for name in file.entries if BETWEEN in name}),
         )
         return found, {plan: [number(x) for x in samples] for plan, samples in measured.items()}
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file.path} holds damaged scores", found=error, hint="remove it") from None
+
+
+def spread(corrections: Mapping[str, Mapping[str, Sequence[Tensors]]]) -> dict[str, Tensor]:
+    """Tensors of corrections by the names that they have in a file."""
+    return {
+        BETWEEN.join((module, label, str(i), name)): tensor
+        for module, own in corrections.items()
+        for label, several in own.items()
+        for i, tensors in enumerate(several)
+        for name, tensor in tensors.items()
+    }
+
+
+def gathered(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, list[Tensors]]]:
+    """What `spread` took apart. Raises ValueError: a name is none of its."""
+    found: dict[str, dict[str, dict[int, dict[str, Tensor]]]] = {}
+    for key, tensor in tensors.items():
+        module, label, i, name = key.split(BETWEEN)
+        found.setdefault(module, {}).setdefault(label, {}).setdefault(int(i), {})[name] = tensor
+    return {m: {label: [own[i] for i in sorted(own)] for label, own in of.items()} for m, of in found.items()}
 
 
 def parsed(file: SafetensorsFile, key: str) -> dict[str, Any]:

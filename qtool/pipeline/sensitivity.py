@@ -9,7 +9,7 @@ Shape letters: S samples, T tokens of one, R tokens that a module reads, K input
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -25,12 +25,14 @@ from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import Layer, Module
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.prepare import Job
-from qtool.pipeline.roughly import Nearest, Statics, with_found
+from qtool.pipeline.roughly import Corrections, Nearest, Statics, with_found
 from qtool.pipeline.rows import row_parts
 from qtool.pipeline.solver import with_static
 from qtool.plan import LayerPlan
+from qtool.residuals._base import Tensors
 from qtool.stats._base import InputStats
 from qtool.stats.channels import Channels
+from qtool.stats.gram import gram_of
 from qtool.stats.values import Values
 
 ROWS = 256
@@ -45,11 +47,18 @@ class Priced:
         costs: nats per token, by module and by the label of its plan.
         importance: mean square of each input channel, float32 [K], by `Module.reads`.
         statics: what inputs are rounded with.
+        corrections: what is kept beside codes.
     """
 
     costs: dict[str, dict[str, float]] = field(default_factory=dict)
     importance: dict[str, Tensor] = field(default_factory=dict)
     statics: Statics = field(default_factory=dict)
+    corrections: dict[str, dict[str, list[Tensors]]] = field(default_factory=dict)
+
+    @property
+    def known(self) -> tuple[Mapping[str, Tensor], Statics, Corrections]:
+        """What `Roughly` takes."""
+        return self.importance, self.statics, self.corrections
 
 
 class Pricing:
@@ -114,7 +123,8 @@ class Pricing:
         """Statistics of what a module reads, [R, K]."""
         rounding = {p.activations.label: p for p in self.options[name].values() if p.activations}
         static = {label: p for label, p in rounding.items() if p.activations and p.activations.static}
-        stats = InputStats(x.shape[1], frozenset({Channels, Values} if static else {Channels}), self.job.device)
+        needs = {need for p in self.options[name].values() for r in p.residuals for need in r.needs} | {Channels}
+        stats = InputStats(x.shape[1], frozenset(needs | {Values} if static else needs), self.job.device)
         stats.add(x)
         self.found.importance[reads] = stats[Channels].importance.cpu()
         for label, p in static.items():
@@ -154,7 +164,7 @@ class Pricing:
             sample: its rows.
             w: of its matrix, float32 [M, K].
         """
-        w_hat = self.candidate(plan, sample, w, stats[Channels].importance)
+        w, w_hat = self.candidate(plan, sample, w, stats)
         behind = self.behind(seen.x, with_found(plan, self.found.statics))
         return self.loss(Rounding(seen.x, behind, w, w_hat, seen.squares, sample.weights))
 
@@ -177,7 +187,7 @@ class Pricing:
             sample: its rows.
             w: of the matrix, float32 [M, K].
         """
-        w_hat = self.candidate(plan, sample, w, None if stats is None else stats[Channels].importance)
+        w, w_hat = self.candidate(plan, sample, w, stats)
         total = 0.0
         if head is not None:
             behind = self.behind(head.x, with_found(plan, self.found.statics))
@@ -186,13 +196,28 @@ class Pricing:
             total += float(self.looked_up(w - w_hat, sample, slopes) @ sample.weights)
         return total
 
-    def candidate(self, plan: LayerPlan, sample: Sample, w: Tensor, importance: Tensor | None) -> Tensor:
-        """The sample of a rounded matrix, float32 [M, K]."""
-        nearest = Nearest(self.job, plan)
-        if nearest.format.by_rows:
-            return nearest(w, importance)
-        whole = self.job.checkpoint.tensor(f"{plan.module.name}.weight")
-        return nearest(whole, importance)[sample.rows.to(w.device)]
+    def candidate(self, plan: LayerPlan, sample: Sample, w: Tensor, stats: InputStats | None) -> tuple[Tensor, Tensor]:
+        """The sample of a matrix, and the same rounded, both float32 [M, K].
+
+        What runs beside the codes on inputs as they were is no part of either: it takes as much from what is missing
+        as from what would have to be rounded.
+        """
+        nearest, importance = Nearest(self.job, plan), None if stats is None else stats[Channels].importance
+        if nearest.format.by_rows and not plan.residuals:
+            return w, nearest(w, importance)
+        whole, rows = self.job.checkpoint.tensor(f"{plan.module.name}.weight"), sample.rows.to(w.device)
+        if not plan.residuals:
+            return w, nearest(whole, importance)[rows]
+        w_hat, found = nearest.corrected(whole, importance, gram_of(stats))
+        kept: list[Tensors] = [{name: t.cpu() for name, t in c.tensors.items()} for c in found]
+        self.found.corrections.setdefault(plan.module.name, {})[plan.label] = kept
+        rest = torch.zeros_like(w_hat)
+        for correction in found:
+            if correction.residual.apart:
+                rest = correction.apply(rest)
+            else:
+                w_hat = correction.apply(w_hat)
+        return w - rest[rows], w_hat[rows]
 
     def looked_up(self, error: Tensor, sample: Sample, slopes: Slopes) -> Tensor:
         """Of rows of the embedding that tokens look up, [M, K]: float64 [M]."""

@@ -9,7 +9,8 @@ from pydantic import BeforeValidator, Field, PlainSerializer
 
 from qtool.formats._spelling import dump_format
 from qtool.problems import Keys, Mistakes, checked
-from qtool.recipe.fields import InputsField, WeightsField
+from qtool.recipe.fields import InputsField, ResidualField, WeightsField
+from qtool.recipe.parse import dump_named
 from qtool.recipe.size import Size
 from qtool.recipe.strict import Strict
 
@@ -20,19 +21,22 @@ class Candidate(Strict):
     Attributes:
         weights: the format of its weight.
         activations: the format that its inputs are rounded to at run time.
+        residuals: what is kept beside the codes, such as {low_rank: {rank: 16}}; what its rule says if none is named.
         keep: true leaves it as it is; f32, f16 or bf16 casts it.
     """
 
     weights: WeightsField | None = None
     activations: InputsField | None = None
+    residuals: tuple[ResidualField, ...] = ()
     keep: Literal[True, "f32", "f16", "bf16"] | None = None
 
     @property
     def label(self) -> str:
-        """In a word or two: "q4_k", "nvfp4 with nvfp4 inputs", "kept", "kept as f16"."""
+        """In a few words: "q4_k", "int4-g64 + low_rank rank 16", "nvfp4 with nvfp4 inputs", "kept", "kept as f16"."""
         if self.weights is None:
             return "kept" if self.keep is True else f"kept as {self.keep}"
-        return self.weights.label + (f" with {self.activations.label} inputs" if self.activations else "")
+        stored = " + ".join((self.weights.label, *(residual.label for residual in self.residuals)))
+        return stored + (f" with {self.activations.label} inputs" if self.activations else "")
 
     @classmethod
     def conflicts(cls, value: Mapping[str, Any]) -> list[tuple[Keys, str]]:
@@ -40,9 +44,10 @@ class Candidate(Strict):
         chosen = [key for key in ("weights", "keep") if value.get(key) is not None]
         if len(chosen) != 1:
             return [((), f"wanted one of weights and keep, found {' and '.join(chosen) or 'none'}")]
-        if chosen == ["keep"] and value.get("activations") is not None:
-            return [(("activations",), "a layer that is kept rounds no inputs")]
-        return []
+        if chosen == ["weights"]:
+            return []
+        told = {"activations": "a layer that is kept rounds no inputs", "residuals": "a layer that is kept is exact"}
+        return [((key,), text) for key, text in told.items() if value.get(key)]
 
 
 def _parse_candidate(value: Any) -> Any:
@@ -52,7 +57,8 @@ def _parse_candidate(value: Any) -> Any:
     if value == "keep":
         return Candidate(keep=True)
     if isinstance(value, Mapping) and "type" not in value:
-        return checked(Candidate, value)
+        lists = {key: tuple(x) for key, x in value.items() if isinstance(x, list)}
+        return checked(Candidate, {**value, **lists})
     try:
         return checked(Candidate, {"weights": value})
     except Mistakes as error:
@@ -62,9 +68,12 @@ def _parse_candidate(value: Any) -> Any:
 def _dump_candidate(candidate: Candidate) -> Any:
     if candidate.weights is None:
         return {"keep": candidate.keep}
-    if candidate.activations is None:
+    if candidate.activations is None and not candidate.residuals:
         return dump_format(candidate.weights)
-    return {"weights": dump_format(candidate.weights), "activations": dump_format(candidate.activations)}
+    found: dict[str, Any] = {"weights": dump_format(candidate.weights)}
+    if candidate.activations:
+        found["activations"] = dump_format(candidate.activations)
+    return found | ({"residuals": [dump_named(r) for r in candidate.residuals]} if candidate.residuals else {})
 
 
 CandidateField = Annotated[
@@ -101,7 +110,7 @@ class Budget(Strict):
         operations: bit operations that a token may take, as a share of those with 16-bit weights and inputs; a limit
             beside the others.
         latency: time that a token may take by a table of latencies; a limit beside the others.
-        formats: what layers may become: a format, keep, or a mapping with weights and activations.
+        formats: what layers may become: a format, keep, or a mapping with weights, activations and residuals.
         against: recipes whose rules are tried as well; of those that fit, the most promising is measured, and taken
             if it is better than the plan, both rounded to nearest.
         samples: calibration sequences from which it is learned how much each layer matters.

@@ -129,6 +129,10 @@ class Correction:
         """The corrected matrix, float32 [N, K]."""
         return self.residual.apply(w_hat, self.tensors)
 
+    def to(self, device: torch.device) -> Correction:
+        """The same on a device."""
+        return Correction(self.residual, {name: t.to(device) for name, t in self.tensors.items()})
+
     def rows(self, start: int, stop: int) -> Correction:
         """That of rows `start` to `stop`."""
         return Correction(self.residual, self.residual.rows(self.tensors, start, stop))
@@ -163,8 +167,7 @@ class Matrix:
 
     def to(self, device: torch.device) -> Matrix:
         """The same on a device."""
-        moved = [Correction(c.residual, {name: t.to(device) for name, t in c.tensors.items()}) for c in self.residuals]
-        return Matrix(self.quantized.to(device), tuple(moved))
+        return Matrix(self.quantized.to(device), tuple(correction.to(device) for correction in self.residuals))
 
     def rows(self, start: int, stop: int) -> Matrix:
         """Rows `start` to `stop`."""
