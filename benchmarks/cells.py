@@ -39,7 +39,7 @@ CONDITIONS = {"samples": SAMPLES, "length": LENGTH, "chunks": CHUNKS, "context":
 EVALUATED = {"prose.txt": prose.prose, "code.txt": prose.code}
 CALIBRATED = {"other-prose.txt": prose.other_prose, "other-code.txt": prose.other_code, "words.txt": prose.words}
 """Texts that are made on the spot, by the names of their files."""
-Variant = Literal["off-grid", "outliers", "ternary", "ternary-groups", "two-bit", "experts"]
+Variant = Literal["off-grid", "outliers", "ternary", "ternary-groups", "two-bit", "phases", "experts"]
 """SmolLM2-135M off any grid; with outliers in its activations; with weights that are on a grid; as a mixture."""
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from qtool.numerics.grids.phases import cells, rounded
 from scripts.demo_model import checkpoint
 
 LARGE = {
@@ -85,7 +86,8 @@ def variant(work: Path, name: str) -> Path:
 
     "off-grid"; "outliers": six channels of an input are 30 times as large; "ternary" and "two-bit": widened so that
     rows are whole blocks of 256, and linear layers put on a grid with a scale per row, as if trained on it;
-    "ternary-groups": with one for 128 columns. "experts": a mixture of experts made of "outliers".
+    "ternary-groups": with one for 128 columns; "phases": sums of two of 1, i, -1, -i. "experts": a mixture of experts
+    made of "outliers".
     """
     demo = checkpoint(work / "demo")
     if name == "experts":
@@ -93,6 +95,8 @@ def variant(work: Path, name: str) -> Path:
     if name in ("off-grid", "outliers"):
         return off_grid(demo, work / name, outliers=30.0 if name == "outliers" else 1.0)
     wide = widened(off_grid(demo, work / "off-grid"), work / "wide")
+    if name == "phases":
+        return of_units(wide, work / name)
     if name == "ternary-groups":
         return trained(wide, work / name, TERNARY, group=128)
     return trained(wide, work / name, TERNARY if name == "ternary" else TWO_BITS)
@@ -137,6 +141,20 @@ def trained(source: Path, out: Path, levels: tuple[float, ...], group: int | Non
             scale = parts.square().mean(2, keepdim=True).sqrt().bfloat16().float()
             nearest = ((parts / scale)[..., None] - table).abs().argmin(-1)
             w[name] = (table[nearest] * scale).flatten(1).to(tensor.dtype)
+    shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    save_file(w, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def of_units(source: Path, out: Path) -> Path:
+    """A checkpoint of one shard whose linear layers are sums of two units 1, i, -1, -i, as Fairy2i rounds them."""
+    if (out / "model.safetensors").exists():
+        return out
+    w = load_file(source / "model.safetensors")
+    for name, tensor in w.items():
+        if "_proj" in name:
+            codes, table = rounded(tensor.float(), 2)
+            w[name] = table.flatten()[cells(codes, 2)].to(tensor.dtype)
     shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
     save_file(w, out / "model.safetensors", metadata={"format": "pt"})
     return out

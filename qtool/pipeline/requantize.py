@@ -14,9 +14,9 @@ import torch
 
 from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint
 from qtool.formats._base import Format, Quantized
-from qtool.pipeline.trained import described, held, trained_grid
+from qtool.pipeline.trained import described, held, trained_grid, trained_phases, units, units_off
 from qtool.plan import Plan
-from qtool.residuals._base import Matrix
+from qtool.residuals._base import Matrix, Residual
 
 ADVICE = "both errors add up, so start from the original weights if there are any"
 
@@ -47,14 +47,24 @@ def stored_matrix(checkpoint: Checkpoint, module: str) -> Matrix | None:
     return None
 
 
-def origin(checkpoint: Checkpoint, module: str, wanted: Format) -> StoredMatrix:
-    """Looks whether a matrix is quantized already, and whether a format has the very same values."""
+def origin(checkpoint: Checkpoint, module: str, wanted: Format, residuals: Sequence[Residual] = ()) -> StoredMatrix:
+    """Looks whether a matrix is quantized already, and whether a format has the very same values.
+
+    Args:
+        checkpoint: has the matrix.
+        module: its name.
+        wanted: the format.
+        residuals: what is kept beside it.
+    """
     stored = stored_matrix(checkpoint, module)
     if stored is None:
         if why := checkpoint.decoded.get(module) if isinstance(checkpoint, QuantizedCheckpoint) else None:
             return StoredMatrix(None, None, f"rounded a second time: {why}")
         if not (trained := trained_grid(checkpoint, module)):
-            return StoredMatrix(None, None, None)
+            terms = trained_phases(checkpoint, module)
+            lost = units_off(terms, residuals) if terms else None
+            remark = lost and f"rounded off the grid that training left ({units(terms)}): {lost}"
+            return StoredMatrix(None, None, remark)
         same = held(wanted, trained)
         if isinstance(same, str):
             return StoredMatrix(None, None, f"rounded off the grid that training left ({described(trained)}): {same}")

@@ -64,7 +64,7 @@ def solve(
     lost = "corrected without data" if stats is None and any(r.needs for r in plan.residuals) else None
     views = stats.of(name) if stats and plan.weight_needs else ()
     stats = views[0] if views else None
-    source = origin(checkpoint, name, plan.format)
+    source = origin(checkpoint, name, plan.format, plan.residuals)
     codes = torch.empty(last - first, plan.module.shape[1], dtype=torch.uint8, device=device)
     params, sums, seconds = [], Sums(), 0.0
     remarks, start = [plan.fallback, blind, lost, source.remark], 0
@@ -90,8 +90,13 @@ def solve(
         seconds += time.monotonic() - begin
     joined = {key: torch.cat([part[key] for part in params]) for key in params[0]}
     quantized = Quantized(codes, joined, source.same.format if source.same else plan.format)
-    how = TAKEN_OVER if source.same else method.name()
+    how = TAKEN_OVER if source.same or (corrections and complete(fmt, sums)) else method.name()
     return Found(quantized, corrections, sums, how, tuple(remarks), seconds)
+
+
+def complete(fmt: Format, sums: Sums) -> bool:
+    """True if codes say nothing of a matrix, and what is beside them all of it."""
+    return len(fmt.levels()) == 1 and sums.error == 0
 
 
 def tied(plan: LayerPlan) -> bool:

@@ -17,9 +17,13 @@ from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint
 from qtool.formats._base import Format, Quantized
 from qtool.formats.biased import Biased
 from qtool.formats.int import Int
+from qtool.numerics.grids import phases
 from qtool.numerics.grids.trained import multiples
 from qtool.plan import Plan
+from qtool.residuals._base import Residual
+from qtool.residuals.phases import Phases
 
+HOLDERS = "tq1_0 and tq2_0 hold ternary rows, int3 any such grid, biased2 two bits"
 PROBED = 4
 """Rows that are looked at first, and that plans look at."""
 
@@ -65,6 +69,33 @@ def integers(codes: Tensor, scale: Tensor, bits: int, group: int | Literal["chan
     return None
 
 
+def trained_phases(checkpoint: Checkpoint, module: str, probe: bool = False) -> int:
+    """How many units of 1, i, -1, -i a matrix is a sum of, if it is (see `phases`); 0: it is none."""
+    name = f"{module}.weight"
+    info = checkpoint.info(name)
+    n, k = info.shape
+    if not info.dtype.is_floating_point or n % 2 or k % 2:
+        return 0
+    starts, count = (0, n // 2), min(PROBED, n // 2)
+    some = torch.cat([checkpoint.rows(name, start, start + count).float() for start in starts])
+    values = len(set(some[0, : k // 2].tolist()))
+    for terms in range(1, phases.MOST + 1):
+        if values <= 9**terms and phases.recognized(some, terms):
+            return terms if probe or phases.recognized(checkpoint.tensor(name).float(), terms) else 0
+    return 0
+
+
+def units_off(terms: int, residuals: Sequence[Residual]) -> str | None:
+    """Why corrections do not say all of a matrix that is a sum of so many units; None if they do."""
+    said = any(isinstance(residual, Phases) and residual.terms == terms for residual in residuals)
+    return None if said else f"only codeless with the residual phases, terms: {terms}, holds it"
+
+
+def units(terms: int) -> str:
+    """What grid that is, in words."""
+    return f"sums of {terms} {'unit' if terms == 1 else 'units'} of 1, i, -1, -i"
+
+
 def held(wanted: Format, found: Sequence[Quantized]) -> Quantized | str:
     """The same values in a wanted format, or why it does not have them. At least one form is given."""
     reason = ""
@@ -93,7 +124,10 @@ def trained_lines(plan: Plan, checkpoint: Checkpoint) -> list[str]:
         if found := trained_grid(checkpoint, p.module.name, probe=True):
             same = "transforms move them off it" if plan.recipe.transforms else held(p.format, found)
             on = f"on a grid that training left ({described(found)})"
-            lines[line(on, p.format.label, same if isinstance(same, str) else None)] += 1
+            lines[line(on, p.format.label, f"{same}; {HOLDERS}" if isinstance(same, str) else None)] += 1
+        elif terms := trained_phases(checkpoint, p.module.name, probe=True):
+            moved = "transforms move them off it" if plan.recipe.transforms else units_off(terms, p.residuals)
+            lines[line(f"on a grid that training left ({units(terms)})", p.format.label, moved)] += 1
     return [f"{count} {'matrix is' if count == 1 else 'matrices are'} {text}" for text, count in lines.items()]
 
 
@@ -101,5 +135,4 @@ def line(on: str, label: str, reason: str | None) -> str:
     """What becomes of matrices on a grid."""
     if reason is None:
         return f"{on} and taken over as {label} wherever that is exact"
-    advice = "tq1_0 and tq2_0 hold ternary rows, int3 any such grid, biased2 two bits"
-    return f"{on} and rounded again to {label}, which they do not survive: {reason}; {advice}"
+    return f"{on} and rounded again to {label}, which they do not survive: {reason}"

@@ -230,8 +230,8 @@ def cache_of(manifest: Manifest, heads: int, width: int) -> Cache | None:
 
 
 def code_bits(fmt: Format) -> int:
-    """Bits that the neutral checkpoint stores per code."""
-    return max(1, (len(fmt.levels()) - 1).bit_length())
+    """Bits that the neutral checkpoint stores per code; none where there is nothing to choose from."""
+    return (len(fmt.levels()) - 1).bit_length()
 
 
 def packed(matrix: Matrix) -> dict[str, Tensor]:

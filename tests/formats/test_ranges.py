@@ -19,8 +19,9 @@ OPTIONS = {
     "bfp": ("bfp4-g16",),
     "bilevel": ("bilevel3-g16",),
     "lut": ("nf4-g64", "ternary-g64"),
+    "codeless": (),
 }
-"""Of formats that have no meaning without."""
+"""Of formats that have no meaning without; one has nothing that could err."""
 LABELS = [label for name in registry.names("formats") for label in OPTIONS.get(name, (name,))]
 K = 256
 

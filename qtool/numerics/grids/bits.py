@@ -63,12 +63,14 @@ def pack(fields: Tensor, bits: int) -> Tensor:
 
     Args:
         fields: uint8 [..., K], each below 2^bits.
-        bits: 1 to 8.
+        bits: 0 to 8.
 
     Returns:
         uint8 [..., ceil(K * bits / 8)].
     """
     count = fields.shape[-1]
+    if bits == 0:
+        return fields[..., :0].contiguous()
     if bits == 8:
         return fields.contiguous()
     padded = pad(fields, (0, -count % 8)).reshape(-1, count + -count % 8)
@@ -84,12 +86,14 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 
     Args:
         packed: uint8 [..., at least ceil(K * bits / 8)].
-        bits: 1 to 8.
+        bits: 0 to 8.
         count: K, the number of fields of a row.
 
     Returns:
         uint8 [..., count].
     """
+    if bits == 0:
+        return packed.new_zeros((*packed.shape[:-1], count))
     if bits == 8:
         return packed[..., :count].contiguous()
     used = packed[..., : (count * bits + 7) // 8]
