@@ -6,6 +6,9 @@ code in turn then moves to its best level given all the others; where codes go t
 
 `pull` is the rows' (w - w_hat) H, up to a factor the gradient; it is carried along, since it costs as much as the walk.
 
+Scales that are codes of a table move one by one instead, along with the codes (`numerics.solving.settle`): what is
+stored is chosen given what all others store, for a quarter of the time.
+
 On devices several matrices of one size may be refined together, see `numerics.solving.split`.
 
 Shape letters: M matrices, N rows of all, K columns, G groups, P parameters per row (G, or 2 G with offsets).
@@ -17,8 +20,10 @@ import torch
 from torch import Tensor
 
 from qtool.formats._base import Format, Params, Quantized, expand
+from qtool.numerics.grids.scale_codes import CodedScales
 from qtool.numerics.solving.descent import descend
 from qtool.numerics.solving.normal import normal_equations, per_group, solve_rows
+from qtool.numerics.solving.settle import settle, settles
 from qtool.numerics.solving.split import Split, subtract_times, times
 from qtool.numerics.solving.vector_walk import descend_vectors
 from qtool.numerics.threads.marks import marked
@@ -48,8 +53,12 @@ def refine(w: Tensor, curvature: Split, q: Quantized, rounds: int, sweeps: int) 
     assert sums is None or gram.dim() == 2
     size = max(1, STRIP // w.shape[1]) if w.device.type == "cpu" else len(w)
     parts = []
+    rule = coded(q.format) if w.device.type == "cpu" else None
     for a in range(0, len(w), size):
         part = q.rows(a, a + size)
+        if rule:
+            parts.append(_settled(w[a : a + size], curvature, part, rule, rounds, sweeps))
+            continue
         codes, params = part.codes, part.params
         pull = times(w[a : a + size] - q.format.decode(codes, params), gram)
         for _ in range(rounds):
@@ -65,6 +74,27 @@ def refine(w: Tensor, curvature: Split, q: Quantized, rounds: int, sweeps: int) 
                     codes, pull = descend(curvature, scale, q.format.levels(), codes, pull, sweeps)
         parts.append((codes, params))
     return Quantized(torch.cat([codes for codes, _ in parts]), join_rows([params for _, params in parts]), q.format)
+
+
+def coded(fmt: Format) -> CodedScales | None:
+    """The table of a format's scales, if `settle` takes them."""
+    rule = fmt.search_in_walk()
+    return rule if isinstance(rule, CodedScales) and settles(rule.columns) else None
+
+
+def _settled(
+    w: Tensor, curvature: Split, q: Quantized, rule: CodedScales, rounds: int, sweeps: int
+) -> tuple[Tensor, Params]:
+    """`refine` of a few rows whose scales are in a table."""
+    codes, values, levels = q.codes, rule.values, q.format.levels()
+    found = torch.searchsorted(values, q.format.affine(q.params)[0].contiguous())
+    pull = times(w - q.decode(), curvature.matrix)
+    for _ in range(rounds):
+        with marked("scales refitted"):
+            found, codes, pull = settle(curvature.matrix, values, levels, found, codes, pull)
+        with marked("descent"):
+            codes, pull = descend(curvature, values[found], levels, codes, pull, sweeps - 1)
+    return codes, q.format.of_search(found.to(torch.uint8))
 
 
 def join_rows(parts: list[Params]) -> Params:

@@ -22,6 +22,9 @@ from qtool.numerics.threads.parallel import over_rows
 LANES = 32
 """Columns that are looked at together; divides nothing, the last ones are fewer."""
 
+ORDERED = {"nnan", "nsz", "contract"}
+"""Freedoms of the compiler that leave the order of operations as it is."""
+
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def nearest_move(t, code, levels):  # type: ignore[no-untyped-def]
@@ -34,7 +37,7 @@ def nearest_move(t, code, levels):  # type: ignore[no-untyped-def]
     return here
 
 
-@njit(nogil=True, cache=True, fastmath={"nnan", "nsz", "contract"}, error_model="numpy")
+@njit(nogil=True, cache=True, fastmath=ORDERED, error_model="numpy")
 def first_move(wish, code, up, down, start, stop):  # type: ignore[no-untyped-def]
     """The first column from `start` on whose wish lies beyond half of the way to a neighbouring level, or `stop`."""
     some = False
@@ -47,11 +50,21 @@ def first_move(wish, code, up, down, start, stop):  # type: ignore[no-untyped-de
     return stop
 
 
-@njit(nogil=True, cache=True, fastmath={"nnan", "nsz", "contract"}, error_model="numpy")
+@njit(nogil=True, cache=True, fastmath=ORDERED, error_model="numpy")
 def fill_wishes(pull, inverse, wish, start, stop):  # type: ignore[no-untyped-def]
     """How far, in levels, each column would move."""
     for j in range(start, stop):
         wish[j] = pull[j] * inverse[j]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def halfway(levels):  # type: ignore[no-untyped-def]
+    """How far it is from each level to half of the way to the next one, and to the one before, float32 [L]."""
+    up, down = np.full(len(levels), np.float32(np.inf)), np.full(len(levels), np.float32(-np.inf))
+    for c in range(len(levels) - 1):
+        up[c] = (levels[c + 1] - levels[c]) * np.float32(0.5)
+        down[c + 1] = -up[c]
+    return up, down
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
@@ -61,6 +74,41 @@ def subtract(row, step, pull):  # type: ignore[no-untyped-def]
         pull[i] -= step * row[i]
 
 
+@njit(nogil=True, cache=True, fastmath=ORDERED, error_model="numpy")
+def fill_inverse(curvature, scale, inverse, wide):  # type: ignore[no-untyped-def]
+    """Fills inverse [K], levels per pull, 0 where none is to move, and wide [K], scales; curvature [K], scale [G]."""
+    width = len(curvature) // len(scale)
+    for g in range(len(scale)):
+        for j in range(g * width, (g + 1) * width):
+            slope = curvature[j] * scale[g]
+            inverse[j] = np.float32(1) / slope if curvature[j] > 0 and abs(slope) > TINY else np.float32(0)
+            wide[j] = scale[g]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def move_codes(gram, inverse, wide, levels, ends, codes, pull, moved, wish):  # type: ignore[no-untyped-def]
+    """Moves the codes [K] of a row one after the other, and their pull [K]; returns how many moved.
+
+    gram [K, K]; inverse, wide [K]: see `fill_inverse`; ends: see `halfway`; moved [K] is added the changes of w_hat;
+    wish [K] is memory.
+    """
+    (up, down), k, changes = ends, len(codes), 0
+    for a in range(0, k, LANES):
+        b, j = min(a + LANES, k), a
+        while j < b:
+            fill_wishes(pull, inverse, wish, j, b)
+            j = first_move(wish, codes, up, down, j, b)
+            if j < b:
+                code = nearest_move(wish[j], codes[j], levels)
+                step = wide[j] * (levels[code] - levels[codes[j]])
+                codes[j] = code
+                moved[j] += step
+                subtract(gram[j], step, pull)
+                changes += 1
+                j += 1
+    return changes
+
+
 @njit(nogil=True, cache=True, error_model="numpy")
 def descend_rows(gram, curvature, scale, levels, codes, pull, sweeps, start, stop):  # type: ignore[no-untyped-def]
     """Moves the codes of rows start to stop.
@@ -68,33 +116,12 @@ def descend_rows(gram, curvature, scale, levels, codes, pull, sweeps, start, sto
     gram [K, K], curvature [K] its diagonal; scale [N, G], for K / G columns each; codes uint8 [N, K] and pull [N, K]
     are kept up to date in place. Every change lowers the objective; a row is done when a sweep changes nothing.
     """
-    k = codes.shape[1]
-    width = k // scale.shape[1]
-    inverse, wish = np.empty(k, np.float32), np.empty(k, np.float32)
-    up, down = np.full(len(levels), np.float32(np.inf)), np.full(len(levels), np.float32(-np.inf))
-    for c in range(len(levels) - 1):
-        up[c] = (levels[c + 1] - levels[c]) * np.float32(0.5)
-        down[c + 1] = -up[c]
+    ends, memory = halfway(levels), np.zeros((4, codes.shape[1]), np.float32)
+    inverse, wide, moved, wish = memory[0], memory[1], memory[2], memory[3]
     for n in range(start, stop):
-        for g in range(scale.shape[1]):
-            for j in range(g * width, (g + 1) * width):
-                slope = curvature[j] * scale[n, g]
-                inverse[j] = np.float32(1) / slope if curvature[j] > 0 and abs(slope) > TINY else np.float32(0)
+        fill_inverse(curvature, scale[n], inverse, wide)
         for _ in range(sweeps):
-            changes = 0
-            for a in range(0, k, LANES):
-                b, j = min(a + LANES, k), a
-                while j < b:
-                    fill_wishes(pull[n], inverse, wish, j, b)
-                    j = first_move(wish, codes[n], up, down, j, b)
-                    if j < b:
-                        code = nearest_move(wish[j], codes[n, j], levels)
-                        step = scale[n, j // width] * (levels[code] - levels[codes[n, j]])
-                        codes[n, j] = code
-                        subtract(gram[j], step, pull[n])
-                        changes += 1
-                        j += 1
-            if changes == 0:
+            if move_codes(gram, inverse, wide, levels, ends, codes[n], pull[n], moved, wish) == 0:
                 break
 
 
