@@ -9,7 +9,7 @@ beyond the paper:
   the inverse factor the walk divides by), not by H_jj.
 - After the walk, scales are refitted in closed form for the codes found, then codes are improved by coordinate descent
   for the scales found, and so on for some rounds. A row keeps a new scale only if its objective falls.
-  Scales that are codes of a table (microscaling, NVFP4) move one by one to the best that can be stored.
+  Scales out of a table move one by one instead, each to the best that can be stored given all others.
 - Formats with a codebook are walked a vector at a time: the allowed codes that cost least, all told (`vector_walk`).
 - What is approximated is W (I + a A): behind quantized layers inputs have drifted from X_0 to X, and A, the ridge
   regression of X_0 - X on X, undoes what inputs still tell about it (after GPTAQ, https://arxiv.org/abs/2504.02692, and

@@ -107,7 +107,7 @@ def settle(
     Returns:
         New scales, codes and their pull.
     """
-    found, codes, pull = (t.clone() for t in (found, codes, pull))
+    found, codes, pull = (t.clone(memory_format=torch.contiguous_format) for t in (found, codes, pull))
     width, table = codes.shape[1] // found.shape[1], (levels.numpy(), values.numpy())
     for a in range(0, codes.shape[1], BLOCK):
         b = min(a + BLOCK, codes.shape[1])
