@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 
 import numpy as np
@@ -159,6 +160,40 @@ def test_divergence_of_a_trial_is_that_of_the_written_file(start, written, tiny_
     model = open_artifact(tmp_path / "out")
     found = trial.Trials(HFCheckpoint(folder), held_out, torch.device("cpu")).of(model)
     assert allocator.measure(chosen).mean == pytest.approx(found.mean, rel=0.05)
+
+
+TWO_BITS = "{type: bilevel, bits: 2, group: 32, second: 4}"
+SHARING = [
+    f"weights: {TWO_BITS}, residuals: [{{codes: {{format: int2-g32, share: {s}, unit: 32}}}}]" for s in (0.1, 0.25, 0.5)
+]
+
+
+def test_shares_of_groups_with_more_bits_are_the_best_of_all_combinations(tiny_checkpoint, tmp_path):
+    """Those of `fast-2bit-fit`, for four matrices with three shares to choose from."""
+    small = [
+        "calibration.samples=4",
+        "calibration.length=64",
+        "budget.samples=3",
+        "budget.held_out=2",
+        "budget.like=null",
+    ]
+    small.append("budget.formats=[" + ", ".join(f"{{{text}}}" for text in SHARING) + "]")
+    rules = ", ".join(f"{{match: '*.{role}_proj', {SHARING[1]}}}" for role in ("down", "o"))
+    settings = (*small, f"layers=[{rules}, {{match: '*', keep: true}}]")
+    least, most = span(opened(tiny_checkpoint("llama"), "fast-2bit-fit", *settings))
+    limit = (3 * least + 2 * most) // 5
+    allocator = Allocator(opened(tiny_checkpoint("llama"), "fast-2bit-fit", *settings, size=limit), {})
+    samples, held_out = tokens_for(allocator.job)
+    allocator.score(samples, held_out, tmp_path / "scores", True, "", silent)
+    costs = [d.costs(allocator.scores.found.costs) for d in allocator.open]
+    assert [len(own) for own in costs] == [3] * 4
+    for own in costs:
+        assert own[0] > 1.05 * own[1] > 1.05 * 1.05 * own[2]
+    fitting = [c for c in itertools.product(range(3), repeat=4) if allocator.size(c) <= limit]
+    assert 10 < len(fitting) < 71
+    best = min(fitting, key=lambda c: sum(own[i] for own, i in zip(costs, c, strict=True)))
+    assert len(set(best)) > 1
+    assert allocator.fitting(limit) == best
 
 
 def test_what_a_candidate_cannot_be(tiny_checkpoint, written):
