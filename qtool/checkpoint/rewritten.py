@@ -158,6 +158,8 @@ class Rewritten(Checkpoint):
         gain = self._gain(edge)
         if op is None:
             self._gains[edge.name] = torch.ones_like(gain)
+            if not bool(gain.all()) and f"{edge.source[0]}.bias" in self._names:
+                raise CheckpointError(f"{edge.source[0]} multiplies with zero: its factors cannot be folded away")
             self._scale_readers(edge, gain)
         elif isinstance(op, Scale) and op.width == edge.width:
             self._gains[edge.name] = op.apply(gain)
@@ -166,6 +168,9 @@ class Rewritten(Checkpoint):
             self._refuse(edge, op)
 
     def _scale_readers(self, edge: Edge, factors: Tensor) -> None:
+        """Has readers multiply with factors that the norm is relieved of; so is what it adds."""
+        if (bias := f"{edge.source[0]}.bias") in self._names:
+            self._steps[bias].append(Step(lambda b: b / factors.to(b)))
         for module in edge.readers:
             self._untie(module)
             self._steps[f"{module}.weight"].append(Step(lambda w: w * factors.to(w)))

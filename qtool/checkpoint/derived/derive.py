@@ -18,9 +18,10 @@ from torch import nn
 from qtool.checkpoint.derived.chain import Streams, Unfit, blocks_place, check_chain, streams_of
 from qtool.checkpoint.derived.experts import Stack, expert_layers, stacks_of
 from qtool.checkpoint.derived.names import Origin, origins
+from qtool.checkpoint.derived.norms import Readers, block_norms, is_plain, norms_of
 from qtool.checkpoint.derived.roles import is_router, merged, role_of
 from qtool.checkpoint.derived.skeleton import is_experts, skeleton
-from qtool.checkpoint.derived.trace import LENGTH, Call, lists, watch
+from qtool.checkpoint.derived.trace import Call, lists, watch
 from qtool.checkpoint.families._parts import Linear, Slice
 from qtool.errors import CheckpointError, one_line
 
@@ -48,6 +49,8 @@ class Facts:
         parts: tensor that is one of several which the class keeps in one, below its block -> (name of that one there,
             its shape, the first of its rows).
         carried: arguments in which blocks leave something for later ones.
+        norms: of every block, those whose output is what some layers read: (norm, these layers), below the block.
+        last_norm: the one whose output the output layer reads; None: there is none.
     """
 
     architecture: str
@@ -67,6 +70,8 @@ class Facts:
     outputs: tuple[int | None, ...]
     parts: Mapping[str, tuple[str, tuple[int, ...], int]] = field(default_factory=dict)
     carried: frozenset[str] = frozenset()
+    norms: tuple[tuple[tuple[str, tuple[str, ...]], ...], ...] = ()
+    last_norm: str | None = None
 
 
 def derive(config: Mapping[str, Any]) -> Facts:
@@ -128,7 +133,7 @@ def collect(model: Any, place: str, blocks: nn.ModuleList, calls: Mapping[str, C
     outside = [name for name in found if name not in owners]
     shapes = {name: found[name].shape for name in sorted(outside, key=lambda n: n != f"{embedding}.weight")}
     heads = {name: shapes.pop(name) for name in (f"{head}.weight", f"{head}.bias") if name in shapes}
-    linears, paths, slices = [], dict[str, str](), dict[str, Slice]()
+    linears, norms, paths, slices = [], list[Readers](), dict[str, str](), dict[str, Slice]()
     parts: dict[str, tuple[str, tuple[int, ...], int]] = {}
     for i in range(len(blocks)):
         before, inside = prefix.format(i=i), f"{place}.{i}."
@@ -142,6 +147,7 @@ def collect(model: Any, place: str, blocks: nn.ModuleList, calls: Mapping[str, C
             else:
                 parts[name.removeprefix(before)] = key.removeprefix(inside), part.shape, part.first
         linears.append(block_linears(model, inside, before, calls, names, mine))
+        norms.append(block_norms(model, inside, before, calls, names, mine))
     if not any(linears):
         raise Unfit("its blocks have no linear layers that run once")
     for below, own_path in list(paths.items()):
@@ -165,6 +171,8 @@ def collect(model: Any, place: str, blocks: nn.ModuleList, calls: Mapping[str, C
         experts=max((stack.shape[0] for stack in stacks.values()), default=0),
         separate=all(stack.separate for stack in stacks.values()),
         outputs=tuple(call.outputs for call in members),
+        norms=tuple(norms),
+        last_norm=next((norm for norm, _ in norms_of(model, "", calls, names, {ends[1]: (head,)})), None),
     )
 
 
@@ -265,8 +273,3 @@ def block_linears(
             kind = "router" if router else "linear"
             linears.append(Linear(path, "router" if router else role_of(path), reads, fused.get(path), kind=kind))
     return tuple(linears)
-
-
-def is_plain(module: nn.Module, call: Call) -> bool:
-    """Whether it is a linear layer that ran once, on every token."""
-    return isinstance(module, nn.Linear) and call.times == 1 and call.tokens == LENGTH

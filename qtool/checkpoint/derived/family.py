@@ -10,16 +10,13 @@ from torch import Tensor
 from qtool.checkpoint.conversions._base import Conversion, conversion_of, filled
 from qtool.checkpoint.conversions._refused import REFUSED
 from qtool.checkpoint.derived.derive import Facts, derive
+from qtool.checkpoint.derived.edges import proven_edges
+from qtool.checkpoint.derived.heads import heads_of
 from qtool.checkpoint.families._base import Family, Value
 from qtool.checkpoint.families._edges import Edge
 from qtool.checkpoint.families._gguf import Form
 from qtool.checkpoint.families._parts import Linear, Slice
 from qtool.errors import CheckpointError
-
-HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
-KV_HEADS = ("num_key_value_heads", "num_kv_heads")
-TEXT = ("text_config", "llm_config", "language_config")
-"""Where configs of several parts describe the language model."""
 
 
 class Derived(Family):
@@ -35,11 +32,7 @@ class Derived(Family):
 
     def heads(self, config: dict[str, Any]) -> tuple[int, int, int]:
         """See `Family.heads`; 1 where config.json does not say."""
-        text = next((config[name] for name in TEXT if isinstance(config.get(name), dict)), config)
-        heads = next((text[name] for name in HEADS if isinstance(text.get(name), int)), 1)
-        kv_heads = next((text[name] for name in KV_HEADS if isinstance(text.get(name), int)), heads)
-        width = self.facts.shapes[f"{self.embedding}.weight"][1]
-        return max(heads, 1), max(min(kv_heads, heads), 1), int(text.get("head_dim") or max(width // max(heads, 1), 1))
+        return heads_of(config, self.facts.shapes[f"{self.embedding}.weight"][1])
 
     def experts(self, config: dict[str, Any]) -> int:
         """See `Family.experts`."""
@@ -60,8 +53,8 @@ class Derived(Family):
         return {name.removeprefix(prefix): shape for name, shape in shapes if name.startswith(prefix)}
 
     def edges(self, config: dict[str, Any], i: int | None) -> tuple[Edge, ...]:
-        """See `Family.edges`: none, since none was proven."""
-        return ()
+        """See `Family.edges`."""
+        return () if self.model_free else proven_edges(self.facts, config, i)
 
     def slices(self, config: dict[str, Any], stored: Collection[str]) -> dict[str, Slice]:
         """See `Family.slices`."""
