@@ -17,7 +17,7 @@ ALL = SHIPPED
 LIMITED = {"gguf-fit", "w4-mixed", "nvfp4-fp8-mixed"}
 """Those that leave formats open and want a limit; tests/pipeline/test_allocate.py is about them."""
 MIXES = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m")
-SIBLINGS = {f"gguf-{mix}-fit": f"gguf-{mix}" for mix in MIXES}
+SIBLINGS = {"fast-2bit-fit": "fast-2bit"} | {f"gguf-{mix}-fit": f"gguf-{mix}" for mix in MIXES}
 """Those that may be as large as another."""
 ENTRIES = [entry for entry in ALL if not entry.name.startswith("gguf-") and entry.name not in LIMITED]
 """Those that give one format to all blocks; tests/test_mixes.py is about the others."""
@@ -40,6 +40,8 @@ WANTED = W4A16 | {
     "w2a16-decoupleq": ("biased2-g64", "gptq"),
     "nf4": ("nf4-g64", "rtn"),
     "ptqtp": ("ternary-g64", "rtn"),
+    "fairy2i": ("codeless", "rtn"),
+    "fast-2bit-fit": ("bilevel2-g32", "gptq"),
     "spqr": ("bilevel3-g64", "gptq"),
     "svdquant": ("int4-g64", "gptq", "int4-g64"),
     "nvfp4-arc": ("nvfp4", "gptq", "nvfp4+64"),
@@ -122,6 +124,8 @@ LAYOUTS = {
     "zeroquant-fp": "qtool",
     "mixllm": "qtool",
     "fast-2bit": "qtool",
+    "fast-2bit-fit": "qtool",
+    "fairy2i": "qtool",
     "double-rounding": "qtool",
     "gwq": "qtool",
     "fp6": "qtool",
