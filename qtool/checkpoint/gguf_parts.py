@@ -16,6 +16,8 @@ from qtool.checkpoint.gguf_io import GGUFFile
 from qtool.errors import CheckpointError
 
 NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
+VISION = "mmproj-"
+"""How names of files begin that hold a vision tower, as llama.cpp's tools call them."""
 NUMBER, COUNT, TENSORS = "split.no", "split.count", "split.tensors.count"
 
 
@@ -31,8 +33,9 @@ def part_of(name: str) -> tuple[int, int]:
 
 
 def first_parts(folder: Path) -> list[Path]:
-    """The GGUF files of a folder; of those that are parts of one model only the first."""
-    return [path for path in sorted(folder.glob("*.gguf")) if part_of(path.name)[0] == 0]
+    """The GGUF files of a folder; of those that are parts of one model only the first, and no vision towers."""
+    found = [path for path in sorted(folder.glob("*.gguf")) if part_of(path.name)[0] == 0]
+    return [path for path in found if not path.name.startswith(VISION)]
 
 
 def open_gguf(path: Path) -> GGUFFile:

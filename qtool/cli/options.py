@@ -208,6 +208,16 @@ Scores = Annotated[
         show_default=False,
     ),
 ]
+VisionModel = Annotated[
+    str | None,
+    typer.Option(
+        "--mmproj",
+        metavar="MODEL",
+        help="Write the vision tower and projector of MODEL, a folder or hub id, beside the GGUF model.",
+        rich_help_panel=OUTPUT,
+        show_default=False,
+    ),
+]
 SplitMaxSize = Annotated[
     int | None,
     typer.Option(

@@ -27,7 +27,7 @@ def check_one_file(out: Path, artifacts: Collection[str], split: bool, overwrite
     Args:
         out: the file.
         artifacts: that the recipe exports.
-        split: whether the model is cut into several files.
+        split: whether the model is cut into several files, or has one beside it.
         overwrite: replace an earlier file.
 
     Raises:
@@ -35,7 +35,7 @@ def check_one_file(out: Path, artifacts: Collection[str], split: bool, overwrite
         StorageError: another file has its name, or it cannot be written.
     """
     if tuple(artifacts) != ("gguf",) or split:
-        found = "several parts" if split else ", ".join(artifacts) or "no export"
+        found = "several files" if split else ", ".join(artifacts) or "no export"
         raise UsageError(f"--out {out.name}", wanted="a recipe that exports one GGUF file, or a folder", found=found)
     check_file(out)
     if not overwrite and out.exists() and not any(same(file, out) for file in folder_of(out).glob(f"*{SUFFIX}")):

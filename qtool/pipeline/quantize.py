@@ -183,7 +183,7 @@ def prepared(o: QuantizeOptions, file: Path | None) -> Job:
     evaluate.check(job.plan.recipe.eval)
     refuse_together(job)
     if file and o.ranks.first:
-        check_one_file(file, job.artifacts, bool(o.options.get("split_max_size")), o.overwrite)
+        check_one_file(file, job.artifacts, any(map(o.options.get, ("split_max_size", "mmproj"))), o.overwrite)
     return job
 
 

@@ -70,7 +70,7 @@ def test_what_is_no_single_file(tiny_checkpoint, recipes, tmp_path):
     options = QuantizeOptions(str(tiny_checkpoint("qwen3")), recipes["compressed"], tmp_path / "m.gguf", device="cpu")
     with pytest.raises(UsageError, match=r"--out m\.gguf: wanted a recipe that exports one GGUF file, or a folder"):
         run(options)
-    with pytest.raises(UsageError, match="found several parts"):
+    with pytest.raises(UsageError, match="found several files"):
         run(replace(options, recipe=recipes["gguf"], options={"split_max_size": 100_000}))
     assert list(tmp_path.iterdir()) == []
 

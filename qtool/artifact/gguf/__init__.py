@@ -2,6 +2,9 @@
 
 Matrices in the formats that are GGUF block types are stored as they are. Integers of qtool's own formats are stored in
 the smallest block type that holds exactly the same values: their zero points become part of the codes, or of minima.
+Of Gemma 3 and Qwen2.5-VL the vision tower and projector are written as a file of their own beside the model,
+unquantized (`mmproj`). Proven is that llama.cpp's mtmd makes the same embeddings of a picture as transformers; how
+pictures of other sizes are made to fit, and where they are put in a prompt, is mtmd's own business.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -18,10 +21,12 @@ from qtool.artifact.gguf._options import GGUFOptions
 from qtool.artifact.gguf._reader import QuantizedGGUF
 from qtool.artifact.gguf._sizes import footprint
 from qtool.artifact.gguf._tokenizer import tokenizer_metadata
+from qtool.artifact.gguf._vision import VisionFile
 from qtool.artifact.gguf._writer import ModelWriter, block_bytes, candidates
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, modules
-from qtool.checkpoint.gguf_parts import first_parts
+from qtool.checkpoint.gguf_parts import VISION, first_parts
 from qtool.checkpoint.language import LanguageModel, language_model
+from qtool.checkpoint.open import find_model
 from qtool.errors import CheckpointError
 from qtool.store.files import storage_errors
 from qtool.store.imatrix import about_importance
@@ -62,6 +67,7 @@ class GGUF(Artifact):
         try:
             family.gguf_names(config), family.gguf_metadata(config), family.gguf_extra_tensors(config)
             tokenizer_metadata(model.files, config, self.options.pre_tokenizer)
+            self._vision()
         except CheckpointError as error:
             return Carry(False, str(error))
         return Carry(True)
@@ -76,7 +82,7 @@ class GGUF(Artifact):
         """See `Artifact.caveats`."""
         found = language_model(model)
         left = ["only the language model is in this file; llama.cpp wants the other parts in one of their own"]
-        about = left if found is not model else []
+        about = left if found is not model and not self.options.mmproj else []
         window = found.family.gguf_window(found.config)
         if window is None or window >= found.config.get("max_position_embeddings", 0):
             return about
@@ -116,7 +122,14 @@ class GGUF(Artifact):
     def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
         """See `Artifact.write`."""
         with storage_errors(out):
-            return self._writer(model, out, card).write()
+            writer = self._writer(model, out, card)
+            files, vision = writer.write(), self._vision()
+            beside = writer.path.with_name(f"{VISION}{writer.path.stem}.gguf")
+            return files if vision is None else [*files, vision.write(beside, writer.path.stem)]
+
+    def _vision(self) -> VisionFile | None:
+        """What is written beside the model. Raises CheckpointError: see `VisionFile`."""
+        return VisionFile(find_model(self.options.mmproj)) if self.options.mmproj else None
 
     def open(self, path: Path) -> QuantizedGGUF:
         """See `Artifact.open`; of a folder the one model in it."""

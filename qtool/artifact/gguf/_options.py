@@ -34,9 +34,11 @@ class GGUFOptions(Strict):
     Attributes:
         pre_tokenizer: llama.cpp's name for how the tokenizer splits text, where gguf does not recognize it.
         split_max_size: cuts a GGUF model into files with at most so much of tensors each, such as 2G, 500M or bytes.
+        mmproj: folder or hub id of a model whose vision tower and projector are written beside it, for mtmd.
         file_type: the mix that a GGUF file says it is; by default a usual one with its most frequent type.
     """
 
     pre_tokenizer: Annotated[str, Field(min_length=1)] | None = None
     split_max_size: Size | None = None
+    mmproj: Annotated[str, Field(min_length=1)] | None = None
     file_type: FileType | None = None
