@@ -71,7 +71,7 @@ class Scheduled(Granular):
         return fmt
 
     def search_in_walk(self) -> CodedScales | IntegerScales | None:
-        """How `fit` searches, where the column walk of a CUDA device can do that when it reaches a group."""
+        """How `fit` searches, where the walk of columns can do that when it comes to a group; see `walk_searching`."""
         return None
 
     def of_search(self, *found: Tensor) -> dict[str, Tensor]:

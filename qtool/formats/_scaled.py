@@ -15,10 +15,8 @@ from qtool.formats._base import Format, Params, row_chunks
 from qtool.numerics.checks import refuse_large
 from qtool.numerics.grids import minifloat
 from qtool.numerics.grids.minifloat import Grid
+from qtool.numerics.grids.scale_codes import LARGEST
 from qtool.numerics.scales.search import reach, relative
-
-LARGEST = 2.0**126
-"""The largest weight whose scale is searched: what a larger scale makes of it, up to three times as much, is finite."""
 
 
 class Scaled(Format):

@@ -191,8 +191,8 @@ class GPTQ(Method):
             )
             return codes, params
         fitting = fmt.on_the_way()
-        rule = fitting.search_in_walk() if w.is_cuda else None
-        if rule and searches(rule):
+        rule = fitting.search_in_walk()
+        if rule and searches(rule, w.is_cuda):
             codes[:, order], found = walk_searching(w[:, order], factor, fmt.levels(), rule, weight[order])
             return codes, fmt.of_search(*(p[:, (order[::block] // block).argsort()] for p in found))
         fitted: dict[int, Params] = {}

@@ -23,6 +23,8 @@ from qtool.numerics.threads.parallel import over_rows
 F32, I32 = np.float32, np.int32
 LANES = 64
 """Groups that are searched at once, if there are so many: what they need stays in the fastest cache."""
+LARGEST = 2.0**126
+"""The largest weight whose scale is searched: what a larger scale makes of it, up to three times as much, is finite."""
 EXACT = {"nnan", "nsz", "contract"}
 """Freedoms of the compiler that leave sums with `ROUNDER` as they are."""
 

@@ -19,6 +19,7 @@ from qtool.numerics.codebooks.codebook import Codebook
 from qtool.numerics.grids.affine import middles
 from qtool.numerics.grids.scale_codes import EXACT, CodedScales
 from qtool.numerics.scales.search import FAST, IntegerScales, reach, relative
+from qtool.numerics.solving.coded_walk import walk_coded
 from qtool.numerics.solving.vector_walk import walk_vector_block
 from qtool.numerics.threads.parallel import over_rows
 
@@ -126,17 +127,17 @@ def walk(
     return codes.T
 
 
-def searches(rule: CodedScales | IntegerScales) -> bool:
-    """Whether `walk_searching` takes groups of that width."""
-    return isinstance(rule, CodedScales) or (rule.columns % 16 == 0 and BLOCK % rule.columns == 0)
+def searches(rule: CodedScales | IntegerScales, cuda: bool = True) -> bool:
+    """Whether `walk_searching` takes groups of that width; integers on CUDA devices only."""
+    return isinstance(rule, CodedScales) or (cuda and rule.columns % 16 == 0 and BLOCK % rule.columns == 0)
 
 
 def walk_searching(
     w: Tensor, factor: Tensor, levels: Tensor, rule: CodedScales | IntegerScales, weight: Tensor
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The walk of matrices on CUDA devices where each group's scale is searched when the walk gets there.
+    """The walk where each group's scale is searched when the walk gets there; see `searches`.
 
-    It gives what `walk` does with the format's own search as its parameters, in one launch per `BLOCK` columns.
+    It gives what `walk` does with the format's own search as its parameters, `BLOCK` columns at a time.
 
     Args:
         w: float32 [N, K], columns in walking order, those of a group side by side.
@@ -154,6 +155,9 @@ def walk_searching(
         from qtool.numerics.solving import cuda_integers
 
         return cuda_integers.walk_integers(w, factor, rule, counts, reach(counts))
+    if not w.is_cuda:
+        codes, found = walk_coded(w, factor, rule, counts, reach(counts))
+        return codes, (found,)
     from qtool.numerics.solving import cuda_walk
 
     table, between = levels.to(w.device), middles(levels).to(w.device)
