@@ -53,6 +53,7 @@ from benchmarks import (
     tables,
     whole,
 )
+from benchmarks import divided as keep
 from benchmarks.measure import Cost, measure
 from qtool.checkpoint._base import modules
 from qtool.checkpoint.open import open_checkpoint
@@ -135,12 +136,15 @@ def divided(options: argparse.Namespace) -> dict[str, float]:
     """KL divergence of files by budget over that of mixes as large, as a table; seconds of one budget and of ten."""
     narrow = models.off_grid(models.checkpoint(options.work / "demo"), options.work / "off-grid")
     model = models.widened(narrow, options.work / "wide")
-    found = dict(budgets.another(QTOOL, model, options.work, options.calibration))
+    found = {} if options.mix else dict(budgets.another(QTOOL, model, options.work, options.calibration))
     print(*(f"{key} {value:.1f}" for key, value in found.items()), budgets.HEADER, sep="\n", flush=True)
     texts = {"evaluation": options.evaluation, "prose": options.prose}
     place = budgets.Place(options.device, options.processes)
-    for row in budgets.siblings(QTOOL, model, options.work, options.calibration, texts, options.chunks, place):
+    wanted = options.mix or budgets.MIXES
+    for row in budgets.siblings(QTOOL, model, options.work, options.calibration, texts, options.chunks, place, wanted):
         print(row, flush=True)
+        if options.write_page:
+            keep.keep_row(row)
         found |= {f"{row.mix}_{row.text}_{key}": value for key, value in zip(row._fields[2:], row[2:], strict=True)}
         found[f"{row.mix}_{row.text}_ratio"] = row.ratio
     return found
@@ -151,9 +155,13 @@ def decided(options: argparse.Namespace) -> dict[str, float]:
     narrow = models.off_grid(models.checkpoint(options.work / "demo"), options.work / "off-grid")
     model, found = models.widened(narrow, options.work / "wide"), {}
     print(scores.HEADER, flush=True)
+    lines = []
     for line in scores.ways(model, options.calibration, options.device, options.generations):
         print(line, flush=True)
+        lines.append(line)
         found |= {f"{line.way}_kld": line.kld, f"{line.way}_seconds": line.seconds}
+    if options.write_page:
+        keep.keep_ways(lines)
     return found
 
 
@@ -289,12 +297,15 @@ def main() -> None:
     parser.add_argument("--write-headers", action="store_true", help="recipes: write the lines # Quality: anew")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="study and later: where")
     parser.add_argument("--chunks", type=int, default=12, help="study, budgets, learned: of each text")
-    parser.add_argument("--write-page", action="store_true", help="study, architectures: write the page in docs/ anew")
+    parser.add_argument("--write-page", action="store_true", help="write the page or table in docs/ anew")
     parser.add_argument(
         "--processes", type=int, default=2, help="side by side: architectures, budgets, learned, systems, tables"
     )
     parser.add_argument("--kind", action="append", default=[], help="architectures: this type, and others given so")
-    parser.add_argument("--generations", type=int, default=40, help="scores: plans that evolution measures")
+    parser.add_argument(
+        "--mix", action="append", default=[], choices=budgets.MIXES, help="budgets: this mix, no seconds"
+    )
+    parser.add_argument("--generations", type=int, default=16, help="scores: plans that evolution measures")
     parser.add_argument("--system", action="append", default=[], help="systems: this one, and others given so")
     parser.add_argument("--table", action="append", default=[], choices=list(tables.TABLES), help="tables: this one")
     parser.add_argument("--trial", action="append", default=[], help="learned: those whose names begin so")

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from benchmarks.mixes import calibrated_on
 from qtool.allocate.fit import Chosen
@@ -20,12 +22,16 @@ from qtool.allocate.losses import LOSSES
 from qtool.pipeline.allocator import Allocator
 from qtool.pipeline.events import silent
 from qtool.pipeline.held_out import tokens_for
-from qtool.pipeline.prepare import prepare
+from qtool.pipeline.prepare import Job, prepare
+from qtool.pipeline.roughly import Roughly
+from qtool.pipeline.sensitivity import Priced
 from qtool.pipeline.swaps import swapped
 from qtool.pipeline.trial import Trials
 
 MIX = "gguf-q3_k_m"
-SAMPLES, LENGTH, HELD_OUT = 32, 512, 32
+SAMPLES, LENGTH, HELD_OUT = 16, 256, 32
+SCORED = 4
+"""Samples that costs are learned from."""
 CHANGES = 4
 """Decisions that evolution changes at a time, at most."""
 
@@ -46,6 +52,41 @@ class Line(NamedTuple):
 HEADER = f"{'way':24} {'KLD':>9} {'':8} {'plans':>5} {'seconds':>8}"
 
 
+class Remembering(Allocator):
+    """One that rounds each matrix to each format once, however many plans it measures.
+
+    Args:
+        job, card: see `Allocator`.
+        rounded: matrices by name and label.
+    """
+
+    def __init__(self, job: Job, card: Mapping[str, Any], rounded: dict[tuple[str, str], Tensor]) -> None:
+        super().__init__(job, card)
+        self.matrices = rounded
+
+    def rounded(self, chosen: Chosen) -> Roughly:
+        """See `Allocator.rounded`."""
+        assert self.scores.found is not None
+        return Remembered(replace(self.job, plan=self.plan(chosen)), self.scores.found, self.matrices)
+
+
+class Remembered(Roughly):
+    """What it makes of its matrices."""
+
+    def __init__(self, job: Job, found: Priced, matrices: dict[tuple[str, str], Tensor]) -> None:
+        super().__init__(job, *found.known)
+        self.matrices = matrices
+
+    def tensor(self, name: str) -> Tensor:
+        """See `Checkpoint.tensor`."""
+        plan = self.plans.get(name.removesuffix(".weight"))
+        if plan is None:
+            return super().tensor(name)
+        if (key := (name, plan.label)) not in self.matrices:
+            self.matrices[key] = super().tensor(name)
+        return self.matrices[key]
+
+
 class Bench:
     """One model, and the unseen half of its held-out samples.
 
@@ -57,12 +98,18 @@ class Bench:
 
     def __init__(self, model: Path, calibration: str, device: str) -> None:
         flags = calibrated_on(calibration, SAMPLES, LENGTH)[1::2]
-        fixed = (*flags, f"budget.like={MIX}", f"budget.against=[{MIX}]", f"budget.held_out={HELD_OUT}")
+        fixed = (
+            *flags,
+            f"budget.like={MIX}",
+            f"budget.against=[{MIX}]",
+            f"budget.held_out={HELD_OUT}",
+            f"budget.samples={SCORED}",
+        )
         self.job = prepare(str(model), "gguf-fit", fixed, device=device)
         self.samples, tokens = tokens_for(self.job)
         self.seen, unseen = tokens.chunk(2)
         self.judge = Trials(self.job.checkpoint, unseen, self.job.device)
-        self.work = model.parent
+        self.work, self.rounded = model.parent, dict[tuple[str, str], Tensor]()
 
     def allocator(self, loss: str) -> Allocator:
         """With costs by a formula."""
@@ -70,18 +117,15 @@ class Bench:
         assert recipe.budget is not None
         budget = recipe.budget.model_copy(update={"scores": loss})
         plan = replace(self.job.plan, recipe=recipe.model_copy(update={"budget": budget}))
-        found = Allocator(replace(self.job, plan=plan), {"base_model": "wide", "recipe_name": MIX})
+        found = Remembering(replace(self.job, plan=plan), {"base_model": "wide", "recipe_name": MIX}, self.rounded)
         found.refuse_too_small()
         found.score(self.samples, self.seen, self.work / f"ways-{loss}.scores", False, "", silent)
         return found
 
     def line(self, way: str, of: Allocator, chosen: Chosen, begin: float) -> Line:
         """What a way came to."""
-        seconds, found = time.perf_counter() - begin, of.scores.found
-        assert found is not None
-        from qtool.pipeline.roughly import Roughly
-
-        kld = self.judge.of(Roughly(replace(self.job, plan=of.plan(chosen)), *found.known))
+        seconds = time.perf_counter() - begin
+        kld = self.judge.of(of.rounded(chosen))
         return Line(way, kld.mean, kld.error, len(of.tried), seconds)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import typer
 
-from benchmarks import learning, system, tables
+from benchmarks import divided, learning, system, tables
 from qtool import errors, registry
 from qtool.checkpoint._base import Layer, Module
 from qtool.cli.app import app
@@ -221,6 +221,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "exit-codes": exit_codes,
     "families": families,
     "formats": lambda: chapters("formats"),
+    "siblings": lambda: table(divided.SIBLINGS, list(divided.sibling_rows())),
+    "ways": lambda: table(divided.WAYS, rows) if (rows := list(divided.way_rows())) else "",
     "learning": lambda: table(learning.HEADER, list(learning.rows())),
     "methods": lambda: chapters("methods"),
     "recipe": recipe,

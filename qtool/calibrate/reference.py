@@ -6,7 +6,7 @@ part of the difference (https://arxiv.org/abs/2504.02692).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from torch import Tensor, nn
 
@@ -101,3 +101,33 @@ class Reference:
     def proceed(self) -> None:
         """Goes on behind the block."""
         self.hidden = self.outputs
+
+
+class SharedReference(Reference):
+    """The same for several runs that go from block to block side by side: each is run once for all of them.
+
+    Args:
+        blocks, tokens: see `Reference`.
+        compared: inputs that one of the runs looks at, by `Module.reads`.
+    """
+
+    def __init__(self, blocks: Blocks, tokens: Tensor, compared: Collection[str]) -> None:
+        super().__init__(blocks, tokens, apart=True)
+        self.looked_at, self.seen = compared, dict[tuple[int, int], tuple[dict[str, Tensor], Tensor | None]]()
+
+    def begin(self, i: int, readers: Iterable[Module], keep: bool = False) -> None:
+        """See `Reference.begin`; the first run that comes to the block does, and goes on behind the one before."""
+        if self.block is None or self.index != i:
+            self.seen.clear()
+            self.proceed()
+            every = {m.reads: m for m in reversed(self.blocks.modules[i]) if m.reads in self.looked_at}
+            super().begin(i, reversed(every.values()), keep=True)
+
+    def run(self, part: slice) -> tuple[dict[str, Tensor], Tensor | None]:
+        """See `Reference.run`."""
+        key = part.start, part.stop
+        if key not in self.seen:
+            with marked("unquantized forward passes"):
+                self.seen[key] = self.compute(part)
+        inputs, output = self.seen[key]
+        return dict(inputs), output

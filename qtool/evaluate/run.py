@@ -12,6 +12,7 @@ output matrix and one chunk of logits per model, however long the text or large 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +53,7 @@ def evaluate(
     progress: Progress,
     runtime: Literal["qtool", "llama.cpp"] = "qtool",
     ranks: Ranks = ALONE,
+    once: Callable[[Callable[[], Logits]], Logits] = lambda find: find(),
 ) -> Evaluation:
     """Perplexity of a model on a text, and its divergence from a baseline.
 
@@ -66,6 +68,7 @@ def evaluate(
         progress: called for each block and chunk.
         runtime: "llama.cpp" runs the tested model's GGUF file in llama.cpp; the baseline is run here in any case.
         ranks: who runs other chunks of the text.
+        once: finds the baseline's logits, or gives those of an earlier call with the same text, device and dtype.
 
     Raises:
         UsageError: the text cannot be read, or is too short; llama.cpp is to run something else than GGUF.
@@ -82,22 +85,20 @@ def evaluate(
     walked = models[1:] if file else models
     targets, mine = tokens[:, first + 1 :], tokens[ranks.share(len(tokens))]
     steps = Steps(progress, sum(m.family.blocks(m.config) for m in walked) + len(mine))
-    sources = [walk(m, mine, first, device, dtype, steps) for m in walked]
+    logits = partial(walk, tokens=mine, first=first, device=device, dtype=dtype, steps=steps)
+    sources = [once(partial(logits, m)) if m is baseline else logits(m) for m in walked]
+    steps.done = steps.total - len(mine)
     if file:
         sources.insert(0, llama_cpp(file, mine, first))
     scores = score_chunks(sources, mine[:, first + 1 :], steps)
     scores.combine(ranks, *targets.shape)
-    measured: dict[str, Any] = scores.summary()
+    how = {"context": context, "chunks": len(targets), "runtime": runtime, "qtool": __version__, "text": text.name}
+    measured: dict[str, Any] = how | scores.summary()
     return Evaluation(
-        text=text.name,
         tokens=targets.numel(),
-        context=context,
-        chunks=len(targets),
-        runtime=runtime,
         artifact=quantized.fingerprint(),
         baseline=baseline.fingerprint() if baseline else None,
         text_sha256=sha256(text),
-        qtool=__version__,
         **measured,
     )
 

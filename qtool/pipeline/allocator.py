@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -175,13 +175,12 @@ class Allocator:
     def measure(self, chosen: Chosen) -> Divergence:
         """The divergence of a plan, rounded to nearest, on held-out samples; known ones are not measured again."""
         self.tried.add(chosen)
+        return self.known(chosen, "", partial(self.rounded, chosen))
 
-        def model() -> Checkpoint:
-            assert self.scores.found is not None
-            job = replace(self.job, plan=self.plan(chosen))
-            return Roughly(job, *self.scores.found.known)
-
-        return self.known(chosen, "", model)
+    def rounded(self, chosen: Chosen) -> Checkpoint:
+        """The model as a plan would leave it, rounded to nearest."""
+        assert self.scores.found is not None
+        return Roughly(replace(self.job, plan=self.plan(chosen)), *self.scores.found.known)
 
     def known(self, chosen: Chosen, run: str, model: Callable[[], Checkpoint]) -> Divergence:
         """The divergence of a plan, measured once.

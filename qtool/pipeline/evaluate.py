@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -146,6 +147,7 @@ def as_asked(job: Job, model: Checkpoint, asked: Eval, listener: Listener) -> Ev
         dtype=EXACT,
         progress=tell(listener),
         ranks=job.ranks,
+        once=partial(job.shared.once, ("logits", asked.text, asked.context, asked.chunks)),
     )
     return evaluation.model_copy(update={"artifact": None, "gates": judge(evaluation, asked.gates)})
 

@@ -1,7 +1,8 @@
 """Several recipes for one model: a folder with a result for each, and a page that compares them.
 
-Every recipe is carried out as it would be alone, so that its files have the same bytes; what has been measured and lies
-in a file (`stats`, scores of budgets) is shared. A result that is there already is not made again.
+Every recipe's files have the bytes that they have if it is carried out alone. Shared are tokens, the first look at the
+source, the unquantized model in calibration and in evaluation (see `lockstep`), and what lies in a file (`stats`,
+scores of budgets). A result that is there already is not made again.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from qtool.checkpoint._base import Checkpoint
 from qtool.errors import StorageError, UsageError
 from qtool.evaluate.gates import refuse_missed
+from qtool.models import open_model
 from qtool.pipeline import compare, quantize
 from qtool.pipeline.events import Event, Listener, silent
+from qtool.pipeline.lockstep import solve_side_by_side
 from qtool.pipeline.one_file import SUFFIX
 from qtool.pipeline.repository import repository
+from qtool.pipeline.shared import Shared
 from qtool.pipeline.upload import upload
 from qtool.recipe.load import load_recipe
 from qtool.report.model import Report
@@ -49,10 +54,16 @@ def run(options: quantize.QuantizeOptions, recipes: Sequence[str], listener: Lis
         with storage_errors(out):
             out.mkdir(parents=True, exist_ok=True)
         refuse_others(out, names)
-    reports = []
-    for i, (name, recipe) in enumerate(zip(names, recipes, strict=True)):
-        listener(Event("family", i, len(names), name))
-        reports.append(quantize.run(replace(options, recipe=recipe, out=out / name, take_over=True), listener))
+    model = options.model if isinstance(options.model, Checkpoint) else open_model(options.model)
+    shared, reports = Shared(keep=True), []
+    several = [
+        replace(options, model=model, recipe=recipe, out=out / name, take_over=True, shared=shared)
+        for name, recipe in zip(names, recipes, strict=True)
+    ]
+    solve_side_by_side(several, listener)
+    for i, one in enumerate(several):
+        listener(Event("family", i, len(names), one.out.name))
+        reports.append(quantize.run(one, listener))
     if options.ranks.first:
         compare.run(compare.CompareOptions(tuple(str(out / name) for name in names), out / PAGE), listener)
     listener(Event("family", len(names), len(names), PAGE))

@@ -6,7 +6,7 @@ units that depend on no others, each process solves some.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
@@ -58,7 +58,7 @@ def solve_all(
 
 def together(
     todo: Sequence[Unit], job: Job, work: Work, source: Statistics, profile: Profile | None
-) -> Iterator[tuple[Unit, Record]]:
+) -> Generator[tuple[Unit, Record], None, None]:
     """Solves unit by unit; the first process saves them."""
     with Saving(job.device) as saving:
         for done, unit in enumerate(todo, 1):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -19,6 +19,7 @@ from qtool.numerics.threads.processor import compute_dtype
 from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline.model_free import refuse_class
 from qtool.pipeline.requantize import second_generation
+from qtool.pipeline.shared import Shared
 from qtool.pipeline.trained import trained_lines
 from qtool.plan import Plan, make_plan
 from qtool.recipe.export import options_of, owners
@@ -38,6 +39,7 @@ class Job:
         original: the model as it was given.
         checkpoint: what is quantized: the same, or what transforms make of it.
         ranks: who does it together.
+        shared: what other runs for the model have found out.
     """
 
     original: Checkpoint
@@ -47,6 +49,7 @@ class Job:
     device: torch.device
     dtype: torch.dtype
     ranks: Ranks = ALONE
+    shared: Shared = field(default_factory=Shared, compare=False)
 
 
 def prepare(

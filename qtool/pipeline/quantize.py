@@ -27,6 +27,7 @@ from qtool.pipeline.one_file import SUFFIX, check_one_file, folder_of, name_file
 from qtool.pipeline.prepare import Job, prepare
 from qtool.pipeline.profile import Profile
 from qtool.pipeline.publish import publish
+from qtool.pipeline.shared import Shared
 from qtool.pipeline.statistics import Statistics, statistics_for
 from qtool.pipeline.stopwatch import Stopwatch
 from qtool.pipeline.summarize import make_report
@@ -69,6 +70,7 @@ class QuantizeOptions:
         base_model, license: what the model card says instead of what the source's own card does.
         ranks: who does it together; all are asked for the same.
         profile: where the trace of one block goes, see `qtool.pipeline.profile`.
+        shared: what other runs for the model have found out.
     """
 
     model: str | Checkpoint
@@ -96,6 +98,7 @@ class QuantizeOptions:
     license: str | None = None
     ranks: Ranks = ALONE
     profile: Path | None = None
+    shared: Shared = field(default_factory=Shared, compare=False)
 
 
 def run(options: QuantizeOptions, listener: Listener = silent) -> Report:
@@ -115,25 +118,25 @@ def run(options: QuantizeOptions, listener: Listener = silent) -> Report:
 
 def into_folder(options: QuantizeOptions, file: Path | None, listener: Listener) -> Report:
     """The result in a folder, of which a file will get another name; see `run`."""
-    check(options)
+    options.shared.once("checked", partial(check, options))
     out, ranks = options.out, options.ranks
     place = out.with_name(f"{out.name}.work")
     taken = options.take_over and not options.overwrite
     fresh = not taken and not os.path.exists(place)  # nor where the system refuses to look, unlike Path.exists
     if ranks.first and fresh:
         check_free(out, options.overwrite)
-    watch = Stopwatch()
+    watch = Stopwatch(options.shared.stages.get(out))
     with watch.stage("plan"):
-        job = prepared(options, file)
+        job = options.shared.once(("job", out), partial(prepared, options, file))
     for warning in job.plan.warnings:
         listener(Event("plan", 1, 1, warning, warning=True))
     if ranks.first:
-        refuse_changed(job.original.source, listener)
+        job.shared.once("unchanged", partial(refuse_changed, job.original.source, listener))
     made = Made()
     if job.plan.recipe.transforms:
         with watch.stage("transform"):
             job, made = transformed(job, place, options.stats or options.imatrix, listener)
-    scores, content = options.scores or scores_of(out), cache(partial(read_content, job.original, ranks))
+    scores, content = options.scores or scores_of(out), cache(partial(content_of, job))
     dividing = Dividing(
         options.base_model, options.license, options.imatrix, options.stats, scores, bool(options.scores), content
     )
@@ -167,24 +170,18 @@ def prepared(o: QuantizeOptions, file: Path | None) -> Job:
         file: name that the result's file will get.
     """
     overrides = (BY_IMPORTANCE, *o.overrides) if o.imatrix else o.overrides
-    job = prepare(
-        o.model,
-        o.recipe,
-        overrides,
-        o.seed,
-        o.limit,
-        o.device,
-        o.dtype,
-        o.options,
-        o.ranks,
-        o.limit_of,
-        o.tensor_types,
-    )
+    place = o.device, o.dtype, o.options, o.ranks, o.limit_of, o.tensor_types
+    job = replace(prepare(o.model, o.recipe, overrides, o.seed, o.limit, *place), shared=o.shared)
     evaluate.check(job.plan.recipe.eval)
     refuse_together(job)
     if file and o.ranks.first:
         check_one_file(file, job.artifacts, any(map(o.options.get, ("split_max_size", "mmproj"))), o.overwrite)
     return job
+
+
+def content_of(job: Job) -> str:
+    """Checksum of the source, see `read_content`."""
+    return job.shared.once("content", partial(read_content, job.original, job.ranks))
 
 
 def say_what_is_missing(trace: Path | None, listener: Listener) -> None:

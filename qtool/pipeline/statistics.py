@@ -97,6 +97,7 @@ class Walked(Statistics):
         blockwise: whether a method solves blocks, and so wants all samples as the unquantized model has them.
         original: whether one of these looks at that model's hidden states in front of blocks.
         weights: how much each token counts; None: all alike.
+        reference: the unquantized model, where other runs have it beside them too.
     """
 
     independent = False
@@ -110,6 +111,7 @@ class Walked(Statistics):
         blockwise: bool = False,
         original: bool = False,
         weights: Weights | None = None,
+        reference: Reference | None = None,
     ) -> None:
         about = {**calibration.model_dump(mode="json"), "tokens": tokens.numel()}
         super().__init__(hashlib.sha256(tokens.numpy().tobytes()).hexdigest(), about)
@@ -118,7 +120,8 @@ class Walked(Statistics):
         self.hidden = walker.embed(tokens[self.ranks.share(len(tokens))])
         self.quantized = calibration.propagate == "quantized"
         beside = self.quantized and (compare or blockwise)
-        self.reference = Reference(walker, tokens, every=blockwise, apart=original) if beside else None
+        own = reference or Reference(walker, tokens, every=blockwise, apart=original) if beside else None
+        self.reference = own
 
     def visit(self, unit: Unit, solver: Solver, propagate: bool) -> None:
         """See `Statistics.visit`."""
@@ -240,13 +243,27 @@ def comparable(plans: tuple[LayerPlan, ...]) -> frozenset[type[Statistic]]:
     return needs if drifts else needs - {Drift}
 
 
-def statistics_for(job: Job, stored: Path | None, listener: Listener) -> Statistics:
+class Alone:
+    """Walks of a run without others beside it."""
+
+    def walker(self, job: Job) -> Walker:
+        """Over the model that is quantized."""
+        everything = job.plan.recipe.calibration.experts == "all"
+        return Walker(job.checkpoint, job.device, job.dtype, everything, job.ranks)
+
+    def reference(self, job: Job, walker: Walker) -> Reference | None:
+        """The unquantized model beside the quantized one; None: the run begins one of its own."""
+        return None
+
+
+def statistics_for(job: Job, stored: Path | None, listener: Listener, beside: Alone | None = None) -> Statistics:
     """Chooses where a run's statistics come from.
 
     Args:
         job: says whether any method needs some.
         stored: statistics of an earlier `calibrate`; None: run the calibration tokens.
         listener: called with events of progress.
+        beside: what other runs need as well; None: there are none.
 
     Raises:
         CheckpointError, MissingExtra, HubError: see `load_tokens` and `stored_for`.
@@ -261,12 +278,14 @@ def statistics_for(job: Job, stored: Path | None, listener: Listener) -> Statist
     calibration = job.plan.recipe.calibration
     listener(Event("calibrate", 0, 1, str(calibration.data)))
     tokens = tokens_of(job, remarks(listener, "calibrate"))
-    walker = Walker(job.checkpoint, job.device, job.dtype, calibration.experts == "all", job.ranks)
+    beside = beside or Alone()
+    walker = beside.walker(job)
     compare = any(kind.compares for unit in units(job.plan) for kind in unit.needs)
     methods = [p.method for unit in units(job.plan) for p in unit.blockwise if p.method]
     original = any(method.reads_original for method in methods)
     groups = weighing(job.plan.layers, calibration.token_weights.groups if calibration.token_weights else 1)
     weights = token_weights(walker, tokens[job.ranks.share(len(tokens))], calibration, groups, listener)
-    source = Walked(walker, tokens, calibration, compare, bool(methods), original, weights)
+    reference = beside.reference(job, walker) if compare and calibration.propagate == "quantized" else None
+    source = Walked(walker, tokens, calibration, compare, bool(methods), original, weights, reference)
     listener(Event("calibrate", 1, 1, f"{tokens.numel()} tokens"))
     return source

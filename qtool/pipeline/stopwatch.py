@@ -13,12 +13,15 @@ from qtool.report.model import StageEntry
 class Stopwatch:
     """Time and memory of the stages of a run, in order.
 
+    Args:
+        earlier: a stage that was done before.
+
     Attributes:
         entries: one per finished stage.
     """
 
-    def __init__(self) -> None:
-        self.entries: list[StageEntry] = []
+    def __init__(self, earlier: StageEntry | None = None) -> None:
+        self.entries = [earlier] if earlier else []
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -8,10 +8,16 @@ from torch import Tensor
 from qtool.calibrate.documents import Tell
 from qtool.calibrate.tokens import load_tokens
 from qtool.pipeline.prepare import Job
+from qtool.pipeline.shared import tokens_key
 
 
 def tokens_of(job: Job, tell: Tell = lambda _: None) -> Tensor:
     """What the first process loads, int64 [samples, length]; for `tell` and errors, see `load_tokens`."""
     if not job.ranks.first:
         return job.ranks.broadcast(torch.empty(0))
-    return job.ranks.broadcast(load_tokens(job.plan.recipe.calibration, job.original, tell))
+    calibration = job.plan.recipe.calibration
+
+    def load() -> Tensor:
+        return load_tokens(calibration, job.original, tell)
+
+    return job.ranks.broadcast(job.shared.once(("tokens", tokens_key(calibration)), load))
