@@ -230,14 +230,14 @@ class Rewritten(Checkpoint):
         part = slice(first, first + op.width)
 
         def weight(w: Tensor) -> Tensor:
-            w = w.clone()
-            w[part] = op.mix(w[part].T).T
-            return w
+            written = w.clone()
+            written[part] = op.mix(w[part].T).T
+            return written
 
         def bias(b: Tensor) -> Tensor:
-            b = b.clone()
-            b[part] = op.apply(b[part])
-            return b
+            written = b.clone()
+            written[part] = op.apply(b[part])
+            return written
 
         self._steps[f"{module}.weight"].append(Step(weight, whole=True))
         if f"{module}.bias" in self._names:

@@ -19,8 +19,8 @@ from qtool.checkpoint.rewritten import Rewritten
 from qtool.errors import CheckpointError
 from qtool.methods._base import split
 from qtool.pipeline.events import Event, Listener
+from qtool.pipeline.learning import carried_out
 from qtool.pipeline.prepare import Job
-from qtool.pipeline.rewriting import Rewriting
 from qtool.pipeline.roughly import Roughly, Statics
 from qtool.pipeline.solver import with_static
 from qtool.pipeline.trial import Trials
@@ -103,7 +103,7 @@ class Attempt:
             edges = self.job.original.family.edges(self.job.original.config, None)
             found = tuple(Edit(edge.name) for edge in edges if edge.kind == "norm")
         for transform in transforms:
-            found += tuple(Rewriting(self.job, transform, (*self.before, *found), self.listener).edits(tokens))
+            found += tuple(carried_out(self.job, transform, (*self.before, *found), self.listener).edits(tokens))
         return found
 
     def by_block(self, edits: Sequence[Edit]) -> dict[int, list[Edit]]:

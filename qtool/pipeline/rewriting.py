@@ -37,7 +37,12 @@ class Rewriting:
         transform: which one.
         before: what those before it did.
         listener: called with events of progress.
+
+    Attributes:
+        notes: what came of it, for the report: nothing that its edits do not say.
     """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, job: Job, transform: Transform, before: Sequence[Edit], listener: Listener) -> None:
         self.job, self.transform, self.listener = job, transform, listener

@@ -20,8 +20,8 @@ from qtool.checkpoint.rewritten import Rewritten
 from qtool.errors import CheckpointError, PlanError
 from qtool.pipeline.attempt import Attempt, with_ops
 from qtool.pipeline.events import Listener
+from qtool.pipeline.learning import carried_out
 from qtool.pipeline.prepare import Job
-from qtool.pipeline.rewriting import Rewriting
 from qtool.pipeline.tokens import tokens_of
 from qtool.pipeline.work import code_digest
 from qtool.plan import LayerPlan
@@ -84,10 +84,11 @@ def rewritten(job: Job, tokens: Tensor | None, run: str, listener: Listener) -> 
     for transform in job.plan.recipe.transforms:
         if transform.tried and tokens is not None:
             attempt = Attempt(job, transform.tried, made.edits, listener)
-            edits = tuple(attempt.edits(tokens))
-            made = replace(made, edits=(*made.edits, *edits), notes=(*made.notes, *attempt.notes))
+            edits, notes = tuple(attempt.edits(tokens)), attempt.notes
         else:
-            made = replace(made, edits=(*made.edits, *Rewriting(job, transform, made.edits, listener).edits(tokens)))
+            work = carried_out(job, transform, made.edits, listener)
+            edits, notes = tuple(work.edits(tokens)), work.notes
+        made = replace(made, edits=(*made.edits, *edits), notes=(*made.notes, *notes))
     return made
 
 

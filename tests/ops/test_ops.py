@@ -10,6 +10,7 @@ from qtool import registry
 from qtool.errors import CheckpointError
 from qtool.ops._base import InputOp
 from qtool.ops.hadamard import Hadamard
+from qtool.ops.kronecker import Kronecker
 from qtool.ops.orthogonal import Orthogonal
 from qtool.ops.permutation import Permutation
 from qtool.ops.reassembly import Reassembly
@@ -33,6 +34,7 @@ OPS: dict[str, InputOp] = {
     "orthogonal": Orthogonal(torch.linalg.qr(randn(HEADS, DIM, DIM)).Q),
     "shift": Shift(randn(C)),
     "reassembly": Reassembly(ORDER, ORDER, torch.full((C,), 0.5)),
+    "kronecker": Kronecker(randn(HEADS, 2, 2), randn(2, 2)),
 }
 FIRST = randn(1, C)[0]
 """An input; what becomes of its first numbers is written out below."""
@@ -43,6 +45,11 @@ EXPECTED = {
     "orthogonal": sum(FIRST[i] * OPS["orthogonal"].data()[1]["matrices"][0, i, 0] for i in range(DIM)),
     "reassembly": FIRST[2],
     "shift": FIRST[0] - OPS["shift"].data()[1]["amounts"][0],
+    "kronecker": sum(
+        FIRST[2 * i + j] * OPS["kronecker"].data()[1]["left"][0, i, 0] * OPS["kronecker"].data()[1]["right"][j, 0]
+        for i in range(2)
+        for j in range(2)
+    ),
 }
 
 
@@ -115,6 +122,9 @@ def test_its_data_are_all_there_is(name: str) -> None:
         lambda: Reassembly(ORDER, ORDER + 1, torch.ones(C)),
         lambda: Reassembly(ORDER, ORDER.int(), torch.ones(C)),
         lambda: Reassembly(ORDER, ORDER, torch.zeros(C)),
+        lambda: Kronecker(torch.ones(3, 2, 1), torch.ones(1, 1)),
+        lambda: Kronecker(torch.ones(2, 2), torch.ones(1, 1)),
+        lambda: Kronecker(torch.full((1, 1, 1), torch.nan), torch.ones(1, 1)),
     ],
 )
 def test_nonsense_is_refused(make) -> None:
@@ -133,3 +143,19 @@ def test_channels_are_split_exactly_and_pairs_merged_as_far_as_they_are_alike() 
     lost = sum(torch.outer(x[:, a] - x[:, b], w[:, a] - w[:, b]) / 2 for a, b in pairs)
     torch.testing.assert_close(found + lost, x @ w.T, rtol=0, atol=1e-6)
     torch.testing.assert_close(op.apply(x)[:, [0, 1, 3]], (x[:, :1] / 3).expand(7, 3), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("m", "a", "b"), [(1, 3, 4), (3, 2, 5), (4, 6, 1)])
+def test_kronecker_is_a_block_diagonal_matrix_of_products_and_gradients_go_through(m: int, a: int, b: int) -> None:
+    left, right = randn(m, a, a).requires_grad_(), randn(b, b).requires_grad_()
+    op, x = Kronecker(left, right), randn(2, 3, m * a * b)
+    whole = torch.block_diag(*(torch.kron(one, right) for one in left))
+    torch.testing.assert_close(op.apply(x), x @ whole, rtol=0, atol=1e-12)
+    torch.testing.assert_close(op.fold(x), x @ torch.linalg.inv(whole).T, rtol=1e-9, atol=1e-9)
+    assert torch.autograd.gradcheck(lambda p, q: Kronecker(p, q).apply(x), (left, right))
+    assert torch.autograd.gradcheck(lambda p, q: Kronecker(p, q).fold(x), (left, right), atol=1e-4)
+
+
+def test_a_matrix_without_an_inverse_cannot_be_made_up_for() -> None:
+    with pytest.raises(ValueError, match="no inverse"):
+        Kronecker(torch.ones(1, 2, 2), torch.ones(1, 1)).fold(torch.ones(1, 2))
