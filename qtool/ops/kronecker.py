@@ -17,6 +17,9 @@ from torch import Tensor
 
 from qtool.ops._base import InputOp
 
+CONDITION = 1e5
+"""How large numbers of a factor and of its inverse may be, multiplied."""
+
 
 @dataclass(frozen=True, eq=False)
 class Kronecker(InputOp):
@@ -58,11 +61,7 @@ class Kronecker(InputOp):
 
     def fold(self, w: Tensor) -> Tensor:
         """See `InputOp.fold`. Raises ValueError: a factor has no inverse."""
-        try:
-            left, right = (torch.linalg.inv(factor.double()).mT.to(w) for factor in (self.left, self.right))
-        except RuntimeError as error:
-            raise ValueError("factors have no inverse") from error
-        return product(w, left, right)
+        return product(w, *(inverse_transposed(factor.double()).to(w) for factor in (self.left, self.right)))
 
     def spread(self, repeat: int, dim: int) -> Kronecker:
         """See `InputOp.spread`."""
@@ -84,3 +83,15 @@ def product(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     turned = runs.permute(1, 0, 3, 2)
     mixed = torch.bmm(turned.reshape(m, -1, a), left).view(turned.shape)
     return mixed.permute(1, 0, 3, 2).reshape(x.shape)
+
+
+def inverse_transposed(p: Tensor) -> Tensor:
+    """Inverses of the transposes of matrices, float64 [..., A, A]. Raises ValueError: one has none, or nearly so."""
+    squared = p.mT @ p
+    try:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(squared))
+    except RuntimeError as error:
+        raise ValueError("factors have no inverse") from error
+    if not bool((inverse.abs().amax((-1, -2)) * squared.abs().amax((-1, -2)) < CONDITION**2).all()):
+        raise ValueError("factors have no inverse that float32 could hold")
+    return p @ inverse

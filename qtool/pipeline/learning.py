@@ -90,11 +90,11 @@ class Learning:
         """Of the layers of a block that are quantized, by module."""
         return {p.module.name: p for p in self.job.plan.layers if p.module.block == i and p.format}
 
-    def places(self, i: int) -> list[Place]:
+    def places(self, i: int) -> list[TrainedSite]:
         """What is trained in a block."""
         sites = [*self.rewriting.on_edges(i, {}), *self.rewriting.in_front(i, {})]
         device = self.job.device
-        return [Place(edge, modules, self.transform.variables(site, device)) for edge, modules, site in sites]
+        return [TrainedSite(edge, modules, self.transform.variables(site, device)) for edge, modules, site in sites]
 
     def trained(self, block: BlockRun) -> Trained:
         """The best of what training comes by, nothing and the start among it."""
@@ -105,16 +105,17 @@ class Learning:
         best, generator = tuple[Edit, ...](), torch.Generator().manual_seed(seed + block.i)
         step = optimizer("adam", [(leaf, transform.rate) for place in places for leaf in place.variables.leaves])
         for i in range(transform.steps + 1 if places else 0):
-            progress = i / transform.steps
-            if i % max(1, transform.steps // CHECKS) == 0 or i == transform.steps:
-                edits = [place.kept(progress) for place in places]
-                if (error := block.held_out(edits, unseen)) < least:
-                    least, best = error, tuple(edits)
-            if i == transform.steps:
-                break
-            part = seen[torch.randperm(len(seen), generator=generator)[: transform.batch]]
-            loss = block.error([place.edit(progress) for place in places], part)
-            if not bool(loss.isfinite()):
+            progress, last = i / transform.steps, i == transform.steps
+            try:
+                if last or i % max(1, transform.steps // CHECKS) == 0:
+                    edits = [place.kept(progress) for place in places]
+                    if (error := block.held_out(edits, unseen)) < least:
+                        least, best = error, tuple(edits)
+                if last:
+                    break
+                part = seen[torch.randperm(len(seen), generator=generator)[: transform.batch]]
+                loss = block.error([place.edit(progress) for place in places], part)
+            except ValueError:  # steps were so long that an operation has no inverse any more
                 break
             loss.backward()  # type: ignore[no-untyped-call]
             step(0.5 * (1 + math.cos(math.pi * progress)))
@@ -131,7 +132,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Place:
+class TrainedSite:
     """What is trained somewhere; see `Edit`."""
 
     edge: str

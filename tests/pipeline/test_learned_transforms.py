@@ -39,7 +39,7 @@ def recipe(folder: Path, transforms: list[Any], **fields: Any) -> str:
     told: dict[str, Any] = {
         "recipe": 1,
         "name": "trained",
-        "calibration": {"samples": 6, "length": 24},
+        "calibration": {"samples": 4, "length": 16},
         "transforms": transforms,
         "method": "rtn",
         "layers": [
@@ -96,13 +96,13 @@ def through(model: Any, i: int, x: Tensor) -> Tensor:
 
 
 def test_what_training_measures_is_what_an_artifact_gives(uneven: Path, tmp_path: Path) -> None:
-    told = recipe(tmp_path, [{"learned": {"heads": "matrices", "inputs": 16, "steps": 8, "rate": 0.04}}])
+    told = recipe(tmp_path, [{"learned": {"heads": "matrices", "inputs": 16, "steps": 4, "rate": 0.06}}])
     events: list[Event] = []
     job = prepare(str(uneven), told, device="cpu", dtype="fp32")
     run(QuantizeOptions(str(uneven), told, tmp_path / "out", device="cpu", dtype="fp32", verify=False), events.append)
     measured = [event.values for event in events if event.message == "learned"]
     artifact = open_artifact(str(tmp_path / "out"))
-    _, unseen = split(6, 0.125, 0)
+    _, unseen = split(4, 0.125, 0)
     exact = states(job.original, tokens_of(job)[unseen], 2)
     for i in range(2):
         output, energy = through(artifact, i, exact[i]), exact[i + 1].square().sum(-1)
@@ -125,7 +125,9 @@ def test_the_same_run_learns_the_same(uneven: Path, tmp_path: Path) -> None:
 
 def test_factors_go_on_from_those_of_the_transform_before(uneven: Path, tmp_path: Path) -> None:
     events: list[Event] = []
-    _, found = made(uneven, recipe(tmp_path, ["smooth", {"learned": {"steps": 8, "rate": 0.03}}]), events.append)
+    _, found = made(
+        uneven, recipe(tmp_path, ["smooth", {"learned": {"edges": ["norm"], "steps": 6, "rate": 0.05}}]), events.append
+    )
     _, smooth = made(uneven, recipe(tmp_path, ["smooth"]))
     assert found.edits[: len(smooth.edits)] == smooth.edits
     assert len(found.edits) > len(smooth.edits)
@@ -181,9 +183,9 @@ def test_nothing_is_done_where_training_makes_it_worse(uneven: Path, tmp_path: P
 
 
 def test_it_is_a_candidate_like_any_other(uneven: Path, tmp_path: Path) -> None:
-    several = [{"try": ["smooth", {"learned": {"edges": [], "inputs": 32, "steps": 4, "rate": 0.05}}]}]
+    several = [{"try": ["equalize", {"learned": {"edges": [], "inputs": 32, "steps": 1}}]}]
     job, found = made(uneven, recipe(tmp_path, several))
-    assert any("learned steps=4 rate=0.05 edges=[] inputs=32 in" in note for note in found.notes)
+    assert any("learned steps=1 edges=[] inputs=32 in" in note for note in found.notes)
     assert any(edit.op and edit.op.label == "kronecker-8x4" for edit in found.edits)
     assert any(p.input_ops for p in job.plan.layers)
 
