@@ -9,11 +9,13 @@ import torch
 
 from benchmarks import tiny
 from benchmarks.architectures import logits_of
+from benchmarks.gguf_biases import added, content
 from benchmarks.tiny import save_tiny
 from qtool import registry
 from qtool.artifact.gguf import GGUF
 from qtool.checkpoint.conversions._base import ROOM, conversion_of
 from qtool.checkpoint.conversions._refused import REFUSED
+from qtool.checkpoint.families._biases import READ
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError
 from qtool.evaluate.llamacpp import try_file
@@ -143,6 +145,28 @@ def test_what_llama_cpp_does_not_know_is_refused(kind, fields, why, tmp_path):
         config = tiny.tiny_config(kind).to_dict()
     with pytest.raises(CheckpointError, match=why):
         conversion_of(kind).metadata(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "tensor"),
+    [
+        ("arcee", {"attention_bias": True}, "attn_output"),
+        ("arcee", {"mlp_bias": True}, "ffn_up"),
+        ("ernie4_5", {"use_bias": True}, "attn_output"),
+        ("seed_oss", {"attention_out_bias": True}, "attn_output"),
+    ],
+)
+def test_biases_that_llama_cpp_does_not_add_are_refused(kind, fields, tensor, saved):
+    reason = GGUF().supports(HFCheckpoint(saved(kind, **fields)[0])).reason
+    arch = conversion_of(kind).gguf_arch
+    assert reason.startswith(f"llama.cpp adds no bias of {tensor} in {arch} models: wanted biases of ")
+
+
+@pytest.mark.parametrize(("tensor", "loads"), [("attn_q", True), ("attn_output", False)])
+def test_llama_cpp_itself_says_which_biases_it_adds(tensor, loads, saved, tmp_path):
+    model = InMemory(HFCheckpoint(saved("arcee")[0]), lambda module: None)
+    arch, metadata, tensors = content(model, tmp_path)
+    assert added(metadata, tensors, tensor, tmp_path) is loads is (tensor in READ[arch].split())
 
 
 def test_a_window_that_llama_cpp_does_not_apply_is_said(saved):

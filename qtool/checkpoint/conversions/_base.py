@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qtool import registry
 from qtool.checkpoint.families._base import GGUF_FIELDS, Value
-from qtool.checkpoint.families._gguf import Form, check_fixed, name_map, positive
+from qtool.checkpoint.families._gguf import Form, check_biases, check_fixed, name_map, positive
 from qtool.checkpoint.families._parts import stacked
 from qtool.checkpoint.families._rope import LLAMA3_TENSOR, check_llama3, llama3_factors, rope_metadata
 from qtool.errors import CheckpointError
@@ -142,6 +142,7 @@ class Conversion:
                 )
             if there is not None:
                 found[name] = there
+        check_biases(self.gguf_arch, found)
         return found
 
     def extra_tensors(self, config: dict[str, Any]) -> dict[str, Tensor]:

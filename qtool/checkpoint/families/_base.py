@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qtool.checkpoint.families._edges import Edge
-from qtool.checkpoint.families._gguf import Form, name_map
+from qtool.checkpoint.families._gguf import Form, check_biases, name_map
 from qtool.checkpoint.families._parts import ATTENTION, GATED_MLP, Linear, Slice, pairs, stacked
 from qtool.checkpoint.families._rope import LLAMA3_TENSOR, check_llama3, llama3_factors, rope_metadata
 from qtool.errors import CheckpointError
@@ -275,6 +275,7 @@ class Family:
                     f"the gguf package has no name for tensor {name} of architecture {self.gguf_arch}"
                 )
             mapped[name] = found
+        check_biases(self.gguf_arch, mapped)
         return mapped
 
     def gguf_rows(self, config: dict[str, Any], role: str) -> Tensor | None:

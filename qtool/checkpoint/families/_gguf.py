@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from torch import Tensor
 
+from qtool.checkpoint.families._biases import READ
 from qtool.errors import CheckpointError
 
 
@@ -59,6 +60,26 @@ def positive(metadata: dict[str, Any], key: str) -> int:
     value = metadata.get(key)
     value = value[0] if isinstance(value, list) and value else value
     return value if type(value) is int and value > 0 else 1
+
+
+def kind_of(name: str) -> str:
+    """What GGUF calls a tensor, below its block: "attn_q" of "blk.3.attn_q.bias"."""
+    parts = name.split(".")
+    return ".".join(parts[2:-1] if parts[0] == "blk" else parts[:-1])
+
+
+def check_biases(arch: str, names: Mapping[str, str]) -> None:
+    """Raises CheckpointError: a model has a bias that llama.cpp does not add, or a file with it does not load.
+
+    Args:
+        arch: what llama.cpp calls it; of others nothing is known.
+        names: in checkpoints -> in GGUF.
+    """
+    read = READ.get(arch)
+    for here, there in names.items():
+        if read is not None and there.endswith(".bias") and kind_of(there) not in read.split():
+            what = f"llama.cpp adds no bias of {kind_of(there)} in {arch} models"
+            raise CheckpointError(what, wanted=f"biases of {read or 'nothing'} at most", found=here)
 
 
 def check_fixed(arch: str, config: dict[str, Any], fixed: dict[str, Any]) -> None:

@@ -1,0 +1,128 @@
+"""Asks llama.cpp which biases it reads of each architecture, and writes qtool/checkpoint/families/_biases.py.
+
+To a tiny model of each kind one bias of every block is added that the file did not have. Either llama.cpp says that
+there are too many tensors, or it reads the bias; and if it also adds it, logits are others.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import tiny
+from qtool import registry
+from qtool.artifact.gguf import GGUF
+from qtool.checkpoint._base import QuantizedCheckpoint
+from qtool.checkpoint.config import FAMILIES
+from qtool.checkpoint.conversions._base import ROOM
+from qtool.checkpoint.families._gguf import kind_of
+from qtool.checkpoint.gguf_io import GGUFFile
+from qtool.checkpoint.hf import HFCheckpoint
+from qtool.errors import CheckpointError
+from qtool.evaluate.llamacpp import try_file
+from qtool.store.gguf_writer import Container, Value
+from tests.artifact.conftest import InMemory
+from tests.conftest import make_tokenizer
+
+TARGET = Path(__file__).parents[1] / "qtool/checkpoint/families/_biases.py"
+TOKENS = [(7 * i * i + 3 * i) % 500 for i in range(8)]
+HEADER = '''"""Biases that llama.cpp adds, by architecture; asked of llama.cpp itself by `benchmarks/gguf_biases.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+READ: Mapping[str, str] = {
+'''
+FOOTER = '''}
+"""Architecture -> what GGUF calls the tensors that may have a bias there, below their block."""
+'''
+
+
+def save(path: Path, metadata: dict[str, Value], tensors: dict[str, Tensor]) -> None:
+    """A GGUF file in float32."""
+    with Container(path, metadata, {name: tuple(x.shape) for name, x in tensors.items()}) as out:
+        for name, x in tensors.items():
+            out.add(name, 0, [x])
+
+
+def logits(path: Path) -> Tensor | None:
+    """What llama.cpp computes, [T, V]; None: it does not load the file."""
+    try:
+        return try_file(path, TOKENS)
+    except CheckpointError:
+        return None
+
+
+def added(metadata: dict[str, Value], tensors: dict[str, Tensor], kind: str, folder: Path) -> bool:
+    """Whether llama.cpp adds biases of one kind of tensor that has none in a file."""
+    path, more = folder / "probe.gguf", {}
+    for name, x in tensors.items():
+        if name.endswith(".weight") and kind_of(name) == kind:
+            shape = x.shape[:1] if x.ndim < 3 else x.shape[:2]
+            more[name.removesuffix("weight") + "bias"] = torch.linspace(-1, 1, shape.numel()).view(shape)
+    found = []
+    for held in (tensors, tensors | more):
+        save(path, metadata, held)
+        found.append(logits(path))
+    plain, other = found
+    assert plain is not None
+    return other is not None and not torch.allclose(plain, other, atol=1e-4)
+
+
+def content(model: QuantizedCheckpoint, folder: Path) -> tuple[str, dict[str, Value], dict[str, Tensor]]:
+    """Architecture, metadata and tensors of a model's GGUF file, in float32."""
+    writer = GGUF()._writer(model, folder, {})
+    (path,) = writer.write()
+    file = GGUFFile(path)
+    return writer.family.gguf_arch, writer.metadata, {there: file.read(there).float() for there in file.tensors}
+
+
+def asked(model: QuantizedCheckpoint, folder: Path) -> tuple[str, set[str]]:
+    """Architecture, and kinds of tensors that may have a bias: those which have one, and others."""
+    arch, metadata, tensors = content(model, folder)
+    there = {kind_of(name) for name in tensors if name.endswith(".bias")}
+    others = {kind_of(name) for name in tensors if name.endswith(".weight")} - there
+    return arch, there | {kind for kind in sorted(others) if added(metadata, tensors, kind, folder)}
+
+
+def write(found: dict[str, set[str]]) -> None:
+    """The table."""
+    lines = []
+    for arch, kinds in sorted(found.items()):
+        lines.append(f'    "{arch}": "{" ".join(sorted(kinds))}",\n')
+    TARGET.write_text(HEADER + "".join(lines) + FOOTER, encoding="utf-8")
+
+
+def kinds() -> Iterator[tuple[str, dict[str, Any]]]:
+    """(model_type, what a tiny model of it needs) of everything that is written as GGUF."""
+    from tests.checkpoint.test_conversions import PARTICULAR
+
+    whole = {kind: {"sliding_window": None} for kind in ("phi3", "mistral", "mixtral")}
+    gemma = {kind: {"query_pre_attn_scalar": 16} for kind in ("gemma2", "gemma3_text")}
+    whole |= {"qwen3_moe": {"norm_topk_prob": True}}
+    for kind in (*registry.names(ROOM), *registry.names(FAMILIES)):
+        yield kind, PARTICULAR.get(kind, {}) | whole.get(kind, {}) | gemma.get(kind, {})
+
+
+def main() -> None:
+    """Asks about every kind, which takes some minutes."""
+    found: dict[str, set[str]] = {}
+    for kind, fields in kinds():
+        tiny.PARTICULAR[kind] = tiny.PARTICULAR.get(kind, {}) | fields
+        with tempfile.TemporaryDirectory() as name:
+            tiny.save_tiny(kind, folder := Path(name))
+            make_tokenizer().save_pretrained(folder)
+            arch, read = asked(InMemory(HFCheckpoint(folder), lambda module: None), folder)
+        found.setdefault(arch, set()).update(read)
+        print(arch, *sorted(read), flush=True)
+    write(found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Biases that llama.cpp adds, by architecture; asked of llama.cpp itself by `benchmarks/gguf_biases.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+READ: Mapping[str, str] = {
+    "arcee": "attn_k attn_q attn_v",
+    "chatglm": "attn_k attn_q attn_v",
+    "cohere2": "attn_k attn_q attn_v",
+    "command-r": "attn_k attn_q attn_v",
+    "deepseek2": "exp_probs_b",
+    "dots1": "attn_k attn_q attn_v exp_probs_b",
+    "ernie4_5": "attn_k attn_q attn_v",
+    "ernie4_5-moe": "attn_k attn_q attn_v exp_probs_b",
+    "exaone4": "attn_k attn_q attn_v",
+    "falcon-h1": "attn_k attn_q attn_v ffn_down ffn_gate ffn_up ssm_conv1d ssm_dt",
+    "gemma": "attn_k attn_q attn_v",
+    "gemma2": "attn_k attn_q attn_v",
+    "gemma3": "attn_k attn_q attn_v",
+    "gemma4": "",
+    "glm4": "attn_k attn_q attn_v",
+    "glm4moe": "attn_k attn_q attn_v exp_probs_b",
+    "gpt-oss": "attn_k attn_output attn_q attn_v ffn_down_exps ffn_gate_exps ffn_gate_inp ffn_up_exps",
+    "gptneox": "attn_norm attn_output attn_qkv ffn_down ffn_norm ffn_up output_norm",
+    "granite": "attn_k attn_output attn_q attn_v ffn_down ffn_gate ffn_up",
+    "hunyuan-dense": "attn_k attn_q attn_v",
+    "hunyuan-moe": "attn_k attn_q attn_v",
+    "lfm2": "attn_k attn_q attn_v",
+    "lfm2moe": "attn_k attn_q attn_v exp_probs_b",
+    "llama": "attn_k attn_output attn_q attn_v ffn_down ffn_gate ffn_up",
+    "mamba2": "ssm_conv1d ssm_dt",
+    "minimax-m2": "attn_k attn_q attn_v exp_probs_b",
+    "nemotron": "attn_k attn_norm attn_output attn_q attn_v ffn_down ffn_norm ffn_up output_norm",
+    "olmo": "attn_k attn_q attn_v",
+    "olmo2": "attn_k attn_q attn_v",
+    "olmoe": "attn_k attn_q attn_v",
+    "phi2": "attn_k attn_norm attn_output attn_q attn_v ffn_down ffn_up output output_norm",
+    "phi3": "attn_qkv",
+    "qwen2": "attn_k attn_q attn_v output",
+    "qwen2moe": "attn_k attn_q attn_v",
+    "qwen3": "attn_k attn_q attn_v",
+    "qwen35": "attn_k attn_q attn_v ssm_dt",
+    "qwen35moe": "attn_k attn_q attn_v ssm_dt",
+    "qwen3moe": "attn_k attn_q attn_v",
+    "qwen3next": "attn_k attn_q attn_v ssm_dt",
+    "seed_oss": "attn_k attn_q attn_v",
+    "smollm3": "attn_k attn_q attn_v",
+    "stablelm": "attn_k attn_norm attn_q attn_v ffn_norm output_norm",
+    "starcoder2": "attn_k attn_norm attn_output attn_q attn_v ffn_down ffn_norm ffn_up output_norm",
+}
+"""Architecture -> what GGUF calls the tensors that may have a bias there, below their block."""
