@@ -16,6 +16,7 @@ tables  rewrites by format, strength and calibration, methods by bits, ranks: th
 learned learned rounding and scales against GPTQ and AutoRound at the same bytes, several trials side by side
 cast    formats without a search, on a random matrix, against copying it
 solve   GPTQ of a matrix of the demo model's size on one thread in every kind of format, against 4-bit integers
+paths   GPTQ's walk along several paths, and scales by the whole local metric, on matrices of the demo model
 architectures  every type of transformers' causal language models, tiny: the table of docs/architectures.md
 stream  Q8_0 without data on a random model of 1.07 billion parameters, against copying the files; peak memory
 
@@ -45,6 +46,7 @@ from benchmarks import (
     mixes,
     models,
     page,
+    paths,
     recipes,
     scores,
     solve,
@@ -252,6 +254,16 @@ def solvers() -> dict[str, float]:
     return found
 
 
+def pathways(options: argparse.Namespace) -> dict[str, float]:
+    """Errors of outputs by other walks over those of GPTQ's, refined; prints them as a table."""
+    model, found = models.off_grid(models.checkpoint(options.work / "demo"), options.work / "off-grid"), {}
+    print(paths.HEADER, flush=True)
+    for line in paths.lines(model):
+        print(line, flush=True)
+        found[f"{line.matrix} {line.label} {line.way}"] = line.refined
+    return found
+
+
 def costs(name: str, cost: Cost) -> dict[str, float]:
     """A cost as named numbers."""
     return {f"{name}_seconds": cost.seconds, f"{name}_peak_gib": cost.peak_bytes / 2**30}
@@ -279,6 +291,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
     "learned": trained,
     "cast": lambda _: uncalibrated(),
     "solve": lambda _: solvers(),
+    "paths": pathways,
     "architectures": lambda options: architectures.run(
         options.work, options.kind, options.processes, options.write_page
     ),

@@ -48,6 +48,14 @@ def model_edges(model: Checkpoint) -> dict[str, Edge]:
     return {edge.name: edge for i in blocks for edge in model.family.edges(model.config, i)}
 
 
+def takes_shifts(model: Checkpoint, edge: Edge) -> bool:
+    """Whether numbers that are subtracted from channels of an edge arrive, and have biases to be folded into."""
+    names = set(model.names())
+    return (edge.kind == "norm" or edge.shifts) and all(
+        f"{module}.bias" in names for module in (*edge.source, *edge.readers)
+    )
+
+
 def _dump(edits: Sequence[Edit]) -> tuple[str, dict[str, Tensor]]:
     """(JSON, tensors) of a list."""
     listed: list[dict[str, Any]] = []

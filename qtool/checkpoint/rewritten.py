@@ -164,6 +164,10 @@ class Rewritten(Checkpoint):
         elif isinstance(op, Scale) and op.width == edge.width:
             self._gains[edge.name] = op.apply(gain)
             self._scale_readers(edge, op.factors)
+        elif op.adds and op.width == edge.width and (bias := f"{edge.source[0]}.bias") in self._names:
+            self._steps[bias].append(Step(op.apply, whole=True))
+            for module in edge.readers:
+                self._columns(module, op)
         else:
             self._refuse(edge, op)
 

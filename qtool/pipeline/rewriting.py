@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qtool.calibrate.walker import Walker
-from qtool.checkpoint.edits import STREAM, Edit, model_edges
+from qtool.checkpoint.edits import STREAM, Edit, model_edges, takes_shifts
 from qtool.checkpoint.families._edges import Edge
 from qtool.checkpoint.rewritten import Rewritten
 from qtool.pipeline.events import Event, Listener
@@ -94,6 +94,8 @@ class Rewriting:
     def on_edges(self, i: int | None, stats: Mapping[str, InputStats]) -> Iterator[tuple[str, tuple[str, ...], Site]]:
         """Sites on edges of the graph: the edge, no modules, and the site."""
         for edge in self.model.family.edges(self.model.config, i):
+            if self.transform.adds and not takes_shifts(self.model, edge):
+                continue
             readers = [self.plans[name] for name in edge.readers if name in self.plans]
             measured = readers or [self.plans[name] for name in edge.source if name in self.plans]
             rounded = any(self.plans[m].format for m in (*edge.source, *edge.readers) if m in self.plans)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from qtool.checkpoint._base import Checkpoint
-from qtool.checkpoint.edits import STREAM, model_edges
+from qtool.checkpoint.edits import STREAM, model_edges, takes_shifts
 from qtool.plan.findings import Findings
 from qtool.plan.layers import LayerPlan
 from qtool.recipe.schema import Recipe
@@ -55,6 +55,8 @@ def _misfits(transform: Transform, layers: Sequence[LayerPlan], checkpoint: Chec
     """Why a transform cannot work on the model, or on some of the places that it is meant for."""
     edges = [edge for edge in model_edges(checkpoint).values() if edge.kind in transform.kinds]
     kind = checkpoint.config["model_type"]
+    if transform.adds and edges and not any(takes_shifts(checkpoint, edge) for edge in edges):
+        yield f"no norm and no values of {kind} models have biases, and layers that read them, for what it adds"
     if STREAM in transform.kinds and all(edge.kind != STREAM for edge in edges):
         yield f"hidden states of {kind} models cannot be turned, because norms write them"
     elif transform.kinds and not edges and "input" not in transform.kinds:

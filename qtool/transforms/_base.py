@@ -117,6 +117,9 @@ class Transform(Spec):
 
     room: ClassVar[str] = "transforms"
 
+    adds: ClassVar[bool] = False
+    """True if it works where layers have biases for what it adds; see `takes_shifts`."""
+
     @property
     @abstractmethod
     def kinds(self) -> frozenset[Kind]:

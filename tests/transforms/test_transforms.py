@@ -28,6 +28,7 @@ from qtool.transforms.keys import Keys
 from qtool.transforms.permute import Permute
 from qtool.transforms.reassemble import Reassemble, whole
 from qtool.transforms.rotate import Rotate
+from qtool.transforms.shift import Shift
 from qtool.transforms.smooth import Smooth
 
 FORMAT = Int(bits=4, group=8, scales="minmax")
@@ -332,3 +333,14 @@ def test_nothing_is_done_where_nothing_is_quantized_or_nothing_was_seen(name: st
     assert transform.op(place) is not None
     if transform.needs:
         assert transform.op(replace(place, stats=InputStats(32, transform.needs))) is None
+
+
+def test_shifts_put_every_range_around_zero():
+    """The middle of all that is read of a channel, whichever head of queries reads it."""
+    place, x = site("heads", Shift(), randn(6, WIDE))
+    amounts = Shift().op(place).amounts
+    runs = x.view(50, HEADS, REPEAT, DIM)
+    for head in range(HEADS):
+        for j in range(DIM):
+            read = [float(runs[t, head, r, j]) for t in range(50) for r in range(REPEAT)]
+            assert float(amounts[head * DIM + j]) == pytest.approx((max(read) + min(read)) / 2, rel=1e-5, abs=1e-6)
