@@ -318,7 +318,7 @@ def main() -> None:
     parser.add_argument(
         "--mix", action="append", default=[], choices=budgets.MIXES, help="budgets: this mix, no seconds"
     )
-    parser.add_argument("--generations", type=int, default=16, help="scores: plans that evolution measures")
+    parser.add_argument("--generations", type=int, default=12, help="scores: plans that evolution measures")
     parser.add_argument("--system", action="append", default=[], help="systems: this one, and others given so")
     parser.add_argument("--table", action="append", default=[], choices=list(tables.TABLES), help="tables: this one")
     parser.add_argument("--trial", action="append", default=[], help="learned: those whose names begin so")

@@ -29,8 +29,8 @@ from qtool.pipeline.swaps import swapped
 from qtool.pipeline.trial import Trials
 
 MIX = "gguf-q3_k_m"
-SAMPLES, LENGTH, HELD_OUT = 16, 256, 32
-SCORED = 4
+SAMPLES, LENGTH, HELD_OUT = 32, 128, 24
+SCORED = 8
 """Samples that costs are learned from."""
 CHANGES = 4
 """Decisions that evolution changes at a time, at most."""
