@@ -67,6 +67,8 @@ OTHERS = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+DEPTHS = {"num_hidden_layers", "depth", "num_layers"}
+"""Of towers beside the language model, where one layer does."""
 SMALL: dict[str, Any] = (
     HEADS | WIDTHS | FEED_FORWARD | LAYERS | LENGTHS | DECODER | EXPERTS | LATENT | RECURRENT | OTHERS
 )
@@ -88,9 +90,15 @@ PARTICULAR: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
     },
-    "dots3_note_text": {"num_key_value_heads": 4, "head_dim": 24, "n_routed_experts": 4},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_theta": 10000.0, "rope_type": "default"}}},
-    "longcat_flash": {"num_key_value_heads": 4, "head_dim": 8},
+    "dots3_note_text": {
+        "num_key_value_heads": 4,
+        "head_dim": 24,
+        "n_routed_experts": 4,
+        **{f"swa_{name}": 4 for name in ("num_attention_heads", "num_key_value_heads")},
+        **{f"swa_{name}": 16 for name in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")},
+        "swa_head_dim": 24,
+        "swa_qk_rope_head_dim": 8,
+    },
     "qwen4_exp_text": {
         "hc_lowrank": 8,
         "indexer_n_heads": 2,
@@ -99,6 +107,8 @@ PARTICULAR: dict[str, dict[str, Any]] = {
         "indexer_budget": 16,
         "indexer_compress_ratio": 4,
     },
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_theta": 10000.0, "rope_type": "default"}}},
+    "longcat_flash": {"num_key_value_heads": 4, "head_dim": 8, "num_layers": 2},
     "reformer": {"axial_pos_shape": [16, 16], "axial_pos_embds_dim": [32, 32]},
     "xmod": {"default_language": "en_XX"},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
@@ -122,9 +132,12 @@ def tiny_config(kind: str, config_class: Any = None) -> Any:
         known |= {field.name for field in dataclasses.fields(config_class)}
     known -= set(getattr(config_class, "attribute_map", None) or {})
     fields = {name: value for name, value in SMALL.items() if name in known}
-    for name, part in (getattr(config_class, "sub_configs", None) or {}).items():
+    for name, stated in (getattr(config_class, "sub_configs", None) or {}).items():
+        part = stated if hasattr(stated, "model_type") else type(getattr(config_class(), name, None))
         if name in ("text_config", "decoder") and hasattr(part, "model_type"):
             fields[name] = tiny_config(part.model_type, part)
+        elif name.endswith("_config") and hasattr(part, "__dataclass_fields__"):
+            fields[name] = part(**dict.fromkeys(DEPTHS & part.__dataclass_fields__.keys(), 1))
     return config_class(**fields | PARTICULAR.get(kind, {}))
 
 

@@ -10,6 +10,7 @@ from qtool import registry
 from qtool.artifact._base import Artifact
 from qtool.artifact._mxfp4_experts import MXFP4Experts
 from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint
+from qtool.checkpoint.hf import BY_NAMES, HFCheckpoint
 from qtool.checkpoint.open import find_model, local, open_checkpoint
 from qtool.errors import CheckpointError, reading
 
@@ -62,3 +63,19 @@ def identify(source: str) -> tuple[str, Checkpoint]:
     model = found[1](path) if found else open_checkpoint(str(path))
     model.source = source
     return found[0] if found else "checkpoint", model
+
+
+def open_model_free(source: str) -> Checkpoint:
+    """Opens a folder of safetensors, or what the hub has, by names and shapes of tensors; see `open_model`."""
+    path = find_model(source)
+    if path.is_file():
+        hint = "leave out --model-free"
+        raise CheckpointError(f"{source} is a GGUF file", wanted="a folder of safetensors", hint=hint)
+    token = BY_NAMES.set(True)
+    try:
+        found = find_artifact(path)
+        model: Checkpoint = found[1](path) if found else HFCheckpoint(path, source)
+    finally:
+        BY_NAMES.reset(token)
+    model.source = source
+    return model

@@ -10,15 +10,20 @@ from qtool.formats._scaled import Scaled
 
 def to_bits(codes: Tensor, fmt: Scaled) -> Tensor:
     """Level indices -> sign and magnitude, uint8 [...]; zero is positive."""
-    middle, sign = len(fmt.levels()) // 2, 1 << (fmt.code_bits - 1)
-    return torch.where(codes < middle, sign + middle - codes.to(torch.int16), codes.to(torch.int16) - middle).to(
-        torch.uint8
-    )
+    middle = len(fmt.levels()) // 2
+    negative = (codes < middle).to(torch.uint8)
+    return _negated(codes.to(torch.uint8) - middle, negative) | negative << (fmt.code_bits - 1)
 
 
 def from_bits(bits: Tensor, fmt: Scaled) -> Tensor:
     """The inverse of `to_bits`. Both zeros are zero; what is no number gets an index beyond the last level."""
-    middle, sign = len(fmt.levels()) // 2, 1 << (fmt.code_bits - 1)
-    magnitude = (bits & (sign - 1)).to(torch.int16)
-    codes = torch.where(bits < sign, middle + magnitude, middle - magnitude)
-    return torch.where(magnitude > middle, 255, codes).to(torch.uint8)
+    middle, shift = len(fmt.levels()) // 2, fmt.code_bits - 1
+    magnitude = bits.to(torch.uint8) & ((1 << shift) - 1)
+    codes = _negated(magnitude, bits.to(torch.uint8) >> shift) + middle
+    return codes.masked_fill_(magnitude > middle, 255)
+
+
+def _negated(values: Tensor, negative: Tensor) -> Tensor:
+    """Values, times -1 where `negative` is 1 and not 0, modulo 256: uint8 throughout, which is quick."""
+    mask = negative * 255
+    return (values ^ mask) - mask

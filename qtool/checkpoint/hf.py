@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -214,11 +215,15 @@ def _equal(a: SafetensorsFile, a_name: str, b: SafetensorsFile, b_name: str) -> 
     return any(all(torch.equal(a.read(a_name, *s).to(t), b.read(b_name, *s).to(t)) for s in slices) for t in types)
 
 
+BY_NAMES: ContextVar[bool] = ContextVar("by_names", default=False)
+"""Whether folders are opened by names and shapes of their tensors only; see `open_model_free`."""
+
+
 def described(folder: Path, model_free: bool) -> tuple[dict[str, Any], Family]:
     """Configuration and family of a folder; see `read_config`."""
     path = folder / "config.json"
     config = read_own(path)
-    if not model_free and FREE not in config:
+    if not (model_free or BY_NAMES.get()) and FREE not in config:
         return complete(config, path)
     config[FREE] = True
     return config, free_family(config, stored_shapes(locate(folder)))

@@ -53,15 +53,6 @@ def open_checkpoint(
     return GGUFCheckpoint(path) if path.is_file() else HFCheckpoint(path, source)
 
 
-def open_model_free(source: str) -> Checkpoint:
-    """Opens any folder of safetensors, or what the hub has, by names and shapes of tensors; see `open_checkpoint`."""
-    path = find_model(source)
-    if path.is_file():
-        hint = "leave out --model-free"
-        raise CheckpointError(f"{source} is a GGUF file", wanted="a folder of safetensors", hint=hint)
-    return HFCheckpoint(path, source, model_free=True)
-
-
 def find_model(
     source: str,
     *,

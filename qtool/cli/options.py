@@ -31,7 +31,7 @@ def opened(model: str, model_free: bool) -> str | Checkpoint:
     """The model as stages take it. Raises CheckpointError: it cannot be opened without its class."""
     if not model_free:
         return model
-    from qtool.checkpoint.open import open_model_free
+    from qtool.models import open_model_free
 
     return open_model_free(model)
 
@@ -76,7 +76,7 @@ ModelFree = Annotated[
     typer.Option(
         "--model-free",
         help="Know the model by names and shapes of its tensors only, whether or not transformers has a class for it; "
-        "for recipes without data that export compressed-tensors.",
+        "for recipes without data that export compressed-tensors or fp8.",
     ),
 ]
 ArtifactPath = Annotated[

@@ -5,8 +5,8 @@ Shape letters: T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import redirect_stderr, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -104,6 +104,9 @@ def by_mlx(model: QuantizedCheckpoint, tokens: list[int], _: Reading) -> Run:
     return Run(try_folder(Path(model.source), tokens))
 
 
+LOSES = (
+    "transformers loads it only if its decoder of packed weights leaves kernels of convolutions alone, which it loses"
+)
 LOOKS = "transformers loads it only if its class leaves quantized layers as they are, whose weights it looks for"
 
 
@@ -117,9 +120,46 @@ def load_in_transformers(made: Any, folder: Path, dtype: torch.dtype) -> tuple[A
         folder: where it is.
         dtype: of what is not quantized.
     """
+    options = {"dtype": dtype, "device_map": "cpu"}
+    with kernels_kept() as lost:
+        model, remark = load_with_weights(made, folder, options)
+    return model, "; ".join(filter(None, (remark, LOSES if lost else "")))
+
+
+@contextmanager
+def kernels_kept() -> Iterator[list[str]]:
+    """Within the context, transformers keeps tensors that it puts together of several and that are not quantized.
+
+    Its decoder of packed matrices passes on what it unpacked, and nothing else. Yields what it would have lost.
+    """
+    from transformers.integrations import compressed_tensors as integration
+
+    decoder = getattr(integration, "CompressedTensorsDequantize", None) or getattr(
+        integration, "DecompressExperts", None
+    )
+    lost: list[str] = []
+    if decoder is None:
+        yield lost
+        return
+    convert = decoder.convert
+
+    def kept(self: Any, input_dict: dict[str, Any], *others: Any, **named: Any) -> Any:
+        if any(key.endswith(("_packed", "_scale")) for key in input_dict):
+            return convert(self, input_dict, *others, **named)
+        lost.extend(key for key in input_dict if "." in key)
+        return input_dict if any("." in key for key in input_dict) else convert(self, input_dict, *others, **named)
+
+    decoder.convert = kept
+    try:
+        yield lost
+    finally:
+        decoder.convert = convert
+
+
+def load_with_weights(made: Any, folder: Path, options: Mapping[str, Any]) -> tuple[Any, str]:
+    """See `load_in_transformers`."""
     from transformers import PreTrainedModel
 
-    options = {"dtype": dtype, "device_map": "cpu"}
     try:
         return made.from_pretrained(folder, **options).eval(), ""
     except AttributeError as error:

@@ -8,8 +8,8 @@ from qtool.checkpoint._base import Checkpoint
 from qtool.errors import PlanError
 from qtool.plan import Plan
 
-LAYOUT = "compressed-tensors"
-"""The layout that is read back by such names."""
+LAYOUTS = ("compressed-tensors", "fp8")
+"""Layouts that are read back by such names."""
 
 
 def refuse_class(plan: Plan, checkpoint: Checkpoint) -> None:
@@ -31,5 +31,5 @@ def wants(plan: Plan) -> Iterator[str]:
         yield "transforms: and finish: look at how layers follow each other; remove them"
     if recipe.kv_cache:
         yield "kv_cache: nobody knows the model's heads; remove it"
-    if other := sorted(set(plan.artifacts) - {LAYOUT}):
-        yield f"{', '.join(other)}: export to {LAYOUT} instead"
+    if other := sorted(set(plan.artifacts) - set(LAYOUTS)):
+        yield f"{', '.join(other)}: export to {' or '.join(LAYOUTS)} instead"

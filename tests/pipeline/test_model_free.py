@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from qtool.api import open_model, quantize
 from qtool.checkpoint._base import modules
-from qtool.checkpoint.open import open_model_free
 from qtool.cli.app import app
 from qtool.errors import CheckpointError, PlanError
+from qtool.models import open_model_free
 from qtool.pipeline.prepare import prepare
 
 
@@ -77,6 +77,33 @@ def test_what_is_beside_the_language_model_is_copied(unknown, tmp_path):
     assert "model.layers.0.mlp.up_proj.weight_packed" in found
 
 
+def test_published_fp8_is_taken_over_bit_for_bit(tmp_path):
+    """As DeepSeek's checkpoints are stored: float32 scales of 128 x 128 weights."""
+    folder, draw = tmp_path / "published", torch.Generator().manual_seed(0)
+    folder.mkdir()
+    tensors = {"model.embed_tokens.weight": torch.randn(64, 128, generator=draw).bfloat16()}
+    tensors["lm_head.weight"] = torch.randn(64, 128, generator=draw).bfloat16()
+    for i in range(2):
+        for name, n, k in (("self_attn.q_proj", 128, 128), ("mlp.up_proj", 256, 128), ("mlp.down_proj", 128, 256)):
+            base = f"model.layers.{i}.{name}.weight"
+            tensors[base] = (torch.randn(n, k, generator=draw) * 90).to(torch.float8_e4m3fn)
+            tensors[f"{base}_scale_inv"] = torch.rand(n // 128, k // 128, generator=draw)
+    save_file(tensors, folder / "model.safetensors")
+    how = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "nobody", "quantization_config": how}))
+    rule = {"match": "*", "weights": "fp8-block", "activations": "fp8-g128", "method": "rtn"}
+    layers = [{"match": "lm_head", "keep": True}, rule]
+    wanted = {"recipe": 1, "name": "same", "layers": layers, "export": [{"to": "fp8"}]}
+    report = quantize(open_model_free(str(folder)), wanted, tmp_path / "free")
+    assert {entry.method for entry in report.layers if entry.format} == {"taken over"}
+    found = load_file(tmp_path / "free" / "model.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8))
+    shapes = {module.name: module.shape for module in modules(open_model(tmp_path / "free"))}
+    assert shapes["model.layers.1.mlp.up_proj"] == (256, 128)
+
+
 def test_an_unknown_type_offers_it(unknown):
     folder = unknown("llama")
     found = CliRunner().invoke(app, ["plan", str(folder), "-r", "w4a16-rtn-g32"])
@@ -92,7 +119,7 @@ def test_what_needs_the_class_is_refused_at_once(unknown):
         prepare(model, "w4a16-gptq-g32", ["eval={text: text.txt}"])
     with pytest.raises(PlanError, match="gguf cannot hold this model: nothing says"):
         prepare(model, "gguf-q8_0")
-    with pytest.raises(PlanError, match="qtool: export to compressed-tensors instead"):
+    with pytest.raises(PlanError, match="qtool: export to compressed-tensors or fp8 instead"):
         prepare(model, "w4a16-rtn-g32", ["export=[{to: qtool}]"])
 
 

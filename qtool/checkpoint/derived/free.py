@@ -30,7 +30,7 @@ MOST_EXPERTS = 1024
 """Rows of a router at most."""
 BLOCK = re.compile(r"(?P<before>.*?)\.(?P<number>\d+)\.")
 PARTS = (
-    *("weight_scale", "weight_shape", "weight_global_scale", "weight_zero_point", "weight_g_idx"),
+    *("weight_scale", "weight_scale_inv", "weight_shape", "weight_global_scale", "weight_zero_point", "weight_g_idx"),
     *("input_scale", "input_global_scale", "input_zero_point"),
 )
 """What packed matrices have beside their codes."""
