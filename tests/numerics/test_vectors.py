@@ -12,7 +12,7 @@ from qtool.formats._base import Format
 from qtool.numerics.codebooks.codebook import NEIGHBORS
 from qtool.numerics.codebooks.sphere import search_span, searcher, trees
 from qtool.numerics.codebooks.vector_snap import snap_vectors
-from qtool.numerics.solving.vector_walk import descend_vectors
+from qtool.numerics.solving.vector_walk import descend_vectors, largest_first
 from tests.reference.vectors import best_pair, best_span, cheapest, combinations
 
 NAMES = ("iq1_s", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s")
@@ -133,3 +133,9 @@ def test_descent_lowers_the_objective_to_where_no_span_can_improve_it(name: str)
         gap = free - fmt.decode(better, params)[n, part].double()
         _, best = best_span(free, metric, float(scale[n, group]), float(offset[n, group]), fmt)
         assert gap @ metric @ gap <= best * 1.001 + 1e-9, now
+
+
+def test_columns_of_a_vector_stay_together_the_largest_first() -> None:
+    order, places = largest_first(torch.tensor([1.0, 3.0, 2.0, 3.0, 9.0, 5.0, 6.0, 7.0]), 4)
+    assert order.tolist() == [1, 3, 2, 0, 4, 7, 6, 5]
+    assert order[places].tolist() == list(range(8))
