@@ -115,6 +115,7 @@ def trials() -> dict[str, Trial]:
             "gumbel-plain": Trial(weights, learned(**soft, rate=0.05, loss="plain")),
             "absorb": Trial(weights, finish=("absorb",)),
             "rounding": Trial(weights, learned()),
+            "quick": Trial(weights, learned(**scales, steps=100, batch=4), distilled=({"epochs": 1},)),
             "adam": Trial(weights, adam),
             "weighed": Trial(weights, learned(**scales), {"token_weights": ROOT}),
             "fast": Trial(weights, learned(**scales, rate=0.01)),

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from qtool.formats._base import Format
-from qtool.methods._soft import Rounded
 from qtool.numerics.grids.through import through
 
 
@@ -29,20 +28,26 @@ def round_following(x: Tensor, fmt: Format) -> Tensor:
     if fmt.needs_largest:
         fmt = fmt.with_largest(float(kept.abs().max()))
     params = fmt.fit(kept)
-    if fmt.codebook() is not None:
-        return through(x, fmt.decode(fmt.snap(kept, params), params))
+    value = fmt.decode(fmt.snap(kept, params), params)
+    if not (x.requires_grad and torch.is_grad_enabled()) or fmt.codebook() is not None:
+        return through(x, value)
     scale, offset = fmt.affine(params)
-    low, high = (together(end, fmt.group_rows) for end in x.view(len(x), scale.shape[1], -1).aminmax(dim=2))
-    sided = bool(offset.any())
-    size = high - low if sided else torch.maximum(high, -low)
-    moved = scale * torch.where(size > 0, (size - size.detach()) / size.detach().clamp_min(1e-30), 0.0)
-    shift = torch.zeros_like(offset)
+    groups = x.view(len(x), scale.shape[1], -1)
+    low, high = (together(end, fmt.group_rows) for end in groups.aminmax(dim=2))
+    size = high - low if bool(offset.any()) else torch.maximum(high, -low)
+    grown = torch.where(size > 0, (size - size.detach()) / size.detach().clamp_min(1e-30), 0.0)
+    levels = fmt.levels()
+    bottom, top = float(1.5 * levels[0] - 0.5 * levels[1]), float(1.5 * levels[-1] - 0.5 * levels[-2])
+    s, o, rounded = scale[..., None], offset[..., None], value.view(groups.shape)
+    ends = s * bottom + o, s * top + o
+    inside = (groups > torch.minimum(*ends)) & (groups < torch.maximum(*ends))
+    by_size = torch.where(inside, rounded - groups.detach(), rounded - o if fmt.free_offset else rounded)
+    relaxed = torch.where(inside, groups, 0.0) + by_size * grown[..., None]
     if fmt.free_offset:
-        middle, levels = (high + low) / 2, fmt.levels()
-        shift = middle - middle.detach() - moved * float(levels[0] + levels[-1]) / 2
-    none = torch.zeros((), device=x.device)
-    result: Tensor = Rounded.apply(x, none, scale + moved, offset + shift, fmt, params)  # type: ignore[no-untyped-call]
-    return result
+        middle = (high + low) / 2
+        shift = middle - middle.detach() - scale * grown * float(levels[0] + levels[-1]) / 2
+        relaxed = relaxed + torch.where(inside, 0.0, shift[..., None])
+    return through(relaxed.view(x.shape), value)
 
 
 def together(ends: Tensor, rows: int | None) -> Tensor:

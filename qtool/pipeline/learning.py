@@ -99,12 +99,14 @@ class Learning:
     def trained(self, block: BlockRun) -> Trained:
         """The best of what training comes by, nothing and the start among it."""
         transform, places = self.transform, self.places(block.i)
+        if not places:
+            return Trained((), 0.0, 0.0)
         seed = self.job.plan.recipe.calibration.seed
         seen, unseen = split(block.inputs.samples, transform.holdout, seed)
         before = least = block.held_out((), unseen)
         best, generator = tuple[Edit, ...](), torch.Generator().manual_seed(seed + block.i)
         step = optimizer("adam", [(leaf, transform.rate) for place in places for leaf in place.variables.leaves])
-        for i in range(transform.steps + 1 if places else 0):
+        for i in range(transform.steps + 1):
             progress, last = i / transform.steps, i == transform.steps
             try:
                 if last or i % max(1, transform.steps // CHECKS) == 0:
@@ -180,8 +182,8 @@ class BlockRun:
         names = [prefix + name for name in model.family.block_shapes(model.config, i)]
         self.held = Held(model, {name: model.tensor(name).to(walker.device) for name in names})
 
-    def error(self, edits: Sequence[Edit], part: Tensor) -> Tensor:
-        """Error of the output for some samples, relative to tokens' energies, with gradients by what edits hold."""
+    def changed(self, edits: Sequence[Edit]) -> tuple[dict[str, Tensor], dict[str, Callable[[Tensor], Tensor]]]:
+        """(tensors that edits and rounding make others, by name; what linear layers read, by module)."""
         model = Rewritten(self.held, edits, dtype=torch.float32)
         tensors, inputs = dict[str, Tensor](), dict[str, Callable[[Tensor], Tensor]]()
         for name, stored in self.held.tensors.items():
@@ -196,13 +198,24 @@ class BlockRun:
             own = plan.activations if plan.activations and not plan.activations.static else None
             if ops or own:
                 inputs[name] = partial(read, ops=ops, fmt=own)
-        output = run_replaced(self.walker, self.block, self.i, self.inputs[part], tensors, inputs)
-        return relative_error(output, self.targets[part].to(output.device))
+        return tensors, inputs
+
+    def error(self, edits: Sequence[Edit], part: Tensor) -> Tensor:
+        """Error of the output for some samples, relative to tokens' energies, with gradients by what edits hold."""
+        return self.apart(*self.changed(edits), part)
 
     @torch.no_grad()
     def held_out(self, edits: Sequence[Edit], part: Tensor) -> float:
         """The same of samples one after the other."""
-        return float(torch.stack([self.error(edits, s[None]) for s in part]).double().mean())
+        changed = self.changed(edits)
+        return float(torch.stack([self.apart(*changed, s[None]) for s in part]).double().mean())
+
+    def apart(
+        self, tensors: Mapping[str, Tensor], inputs: Mapping[str, Callable[[Tensor], Tensor]], part: Tensor
+    ) -> Tensor:
+        """Mean error of the output of the block with these for some samples."""
+        output = run_replaced(self.walker, self.block, self.i, self.inputs[part], tensors, inputs)
+        return relative_error(output, self.targets[part].to(output.device))
 
 
 def read(x: Tensor, ops: Sequence[InputOp], fmt: Format | None) -> Tensor:
