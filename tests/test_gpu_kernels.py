@@ -254,3 +254,22 @@ def test_weights_of_searches_are_those_of_the_cpu() -> None:
         strict=True,
     ):
         torch.testing.assert_close(a.cpu(), b)
+
+
+@pytest.mark.parametrize("label", ["iq1_m", "iq2_xxs", "iq2_s", "iq3_xxs", "iq3_s"])
+def test_vectors(label: str) -> None:
+    k, fmt = 512, parse_format(label)
+    w = torch.randn(16, k, generator=torch.Generator().manual_seed(3))
+    stats = InputStats(k, frozenset({Gram}))
+    stats.add(torch.randn(2 * k, k, generator=torch.Generator().manual_seed(4)) @ gram_of(k, 2 * k).div(k))
+    method = GPTQ(drift=0)
+    want = method.solve(w, stats, fmt).quantized
+    gram = stats[Gram].matrix
+    there = InputStats(k, frozenset({Gram}))
+    there.add(torch.linalg.cholesky(gram.double()).mT.float().cuda())
+    found = method.solve(w.cuda(), there, fmt).quantized
+    assert (found.codes.cpu() != want.codes).float().mean() <= 0.2
+    ours = objective(w - fmt.decode(found.codes.cpu(), {n: p.cpu() for n, p in found.params.items()}), gram).sum()
+    assert ours <= 1.001 * objective(w - want.decode(), gram).sum()
+    snapped = fmt.snap(w.cuda(), {n: p.cuda() for n, p in want.params.items()}).cpu()
+    assert (snapped != fmt.snap(w, want.params)).float().mean() <= 1e-3

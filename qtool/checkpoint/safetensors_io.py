@@ -133,7 +133,10 @@ class SafetensorsFile:
         if within := self.entries[name].within:
             name, index = within
         part = slice(start, stop) if index is None else (index, slice(start, stop))
-        found: Tensor = self._map.get_tensor(name) if stop is None else self._map.get_slice(name)[part]
+        try:
+            found: Tensor = self._map.get_tensor(name) if stop is None else self._map.get_slice(name)[part]
+        except (SafetensorError, ValueError) as error:  # as it has them where memory is short
+            raise CheckpointError(f"cannot read {name} of {self.path}: {one_line(error)}") from error
         return found
 
     def _opened(self) -> Any:

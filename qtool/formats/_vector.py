@@ -21,7 +21,8 @@ from qtool.errors import NumericsError
 from qtool.formats._base import Params, expand, row_chunks
 from qtool.formats._ggml import BlockFormat, fp16
 from qtool.numerics.codebooks.codebook import Codebook
-from qtool.numerics.codebooks.vector_search import EFFORT, ScaleRule, vector_scales
+from qtool.numerics.codebooks.scale_rule import EFFORT, ScaleRule
+from qtool.numerics.codebooks.vector_search import vector_scales
 from qtool.numerics.codebooks.vector_snap import snap_vectors
 from qtool.numerics.ggml.codebook import CodebookSearch, ggml_codebook_scales
 from qtool.numerics.ggml.ternary import TernarySearch, ggml_ternary_scales

@@ -15,7 +15,7 @@ from torch import Tensor
 from qtool.formats._base import Params
 from qtool.formats._ggml import as_bytes, as_fp16
 from qtool.formats._vector import Vector, bytes_to_fields, eighth_sign, fields_to_bytes
-from qtool.numerics.codebooks.vector_search import ScaleRule
+from qtool.numerics.codebooks.scale_rule import ScaleRule
 from qtool.numerics.ggml.codebook import CodebookSearch
 
 

@@ -12,6 +12,7 @@ Count = Annotated[int, Field(gt=0, lt=2**63)]
 Size = Annotated[int, Field(ge=0, lt=2**63)]
 Index = Annotated[int, Field(ge=0, lt=2**20)]
 Amount = Annotated[float, Field(ge=0, lt=2**63)]
+Bits = Annotated[float, Field(gt=2**-20, lt=2**20)]
 
 
 class Entry(BaseModel):
@@ -45,7 +46,7 @@ class LayerEntry(Entry):
     format: str | None
     method: str | None
     activations: str | None
-    bits_per_weight: Amount
+    bits_per_weight: Bits
     nbytes: Size
     weight_error_db: float | None
     output_error_db: float | None

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,6 +167,17 @@ def test_what_only_the_library_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "x").write_bytes(header(a=claim()) + EIGHT)
     with pytest.raises(CheckpointError, match=r"x is no safetensors file: not in pt at all$"):
         SafetensorsFile(tmp_path / "x")
+
+
+def test_what_the_library_says_while_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: str) -> None:
+        raise ValueError("could not determine the shape")
+
+    save_file({"a": torch.tensor(2.5)}, tmp_path / "x")
+    file = SafetensorsFile(tmp_path / "x")
+    monkeypatch.setattr(file, "_map", SimpleNamespace(get_tensor=fail))
+    with pytest.raises(CheckpointError, match=r"cannot read a of .*x: could not determine the shape$"):
+        file.read("a")
 
 
 def test_parts_of_a_large_tensor_and_of_a_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -311,11 +311,11 @@ def test_errors_of_attention_are_shown_where_a_cache_is_rounded(report):
     assert cells[start : start + 5] == ["3", "int4-channel", "int4-token", "21.3", "17.5"]
 
 
-@pytest.mark.parametrize("field", ["block", "expert"])
-def test_numbers_beyond_all_models_are_refused(field, report, tmp_path):
+@pytest.mark.parametrize(("field", "value"), [("block", 10**400), ("expert", 10**400), ("bits_per_weight", 5e-324)])
+def test_numbers_beyond_all_models_are_refused(field, value, report, tmp_path):
     path = write_report(report, tmp_path)[0]
     content = json.loads(path.read_text(encoding="utf-8"))
-    content["layers"][0][field] = 10**400
+    content["layers"][0][field] = value
     path.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(CheckpointError, match=field):
         read_report(path)

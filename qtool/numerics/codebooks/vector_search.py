@@ -15,71 +15,18 @@ Shape letters: N rows, C columns, S super-blocks of a row, G groups of a row.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
 from qtool.numerics.checks import searchable
-from qtool.numerics.codebooks.codebook import NEIGHBORS, Codebook
+from qtool.numerics.codebooks.codebook import Codebook
 from qtool.numerics.codebooks.nearest import close_products
+from qtool.numerics.codebooks.scale_rule import AGAIN, ScaleRule, VectorEffort
 from qtool.numerics.scales.search import FAST
 from qtool.numerics.scales.sweep import half
 from qtool.numerics.threads.parallel import over_rows
-
-
-class ScaleRule(NamedTuple):
-    """How scales are stored.
-
-    Attributes:
-        group: columns that share s.
-        unit: of a scale, in d.
-        top: largest s.
-        delta: size of shifts; 0 if there are none.
-        segment: columns that share a shift; divides `group`.
-        low, high: where a group's sweep begins and ends, relative to its root mean square.
-    """
-
-    group: int
-    unit: float
-    top: int
-    delta: float
-    segment: int
-    low: float
-    high: float
-
-
-class VectorEffort(NamedTuple):
-    """How much is tried.
-
-    Attributes:
-        steps: of a group's sweep.
-        multipliers: steps of the sweep over d.
-        starts: values of d that are followed up.
-        rounds: turns of (s, shifts, codes) and d for each of them.
-        around: values of s tried on both sides of the rounded one.
-        close: entries near a vector that are compared.
-    """
-
-    steps: int
-    multipliers: int
-    starts: int
-    rounds: int
-    around: int
-    close: int
-
-
-EFFORT = {
-    "fast": (VectorEffort(6, 32, 1, 1, 0, 4), VectorEffort(3, 32, 1, 0, 0, 3)),
-    "default": (VectorEffort(10, 64, 1, 2, 1, NEIGHBORS), VectorEffort(5, 64, 1, 1, 1, NEIGHBORS)),
-    "thorough": (VectorEffort(40, 256, 4, 3, 2, NEIGHBORS), VectorEffort(20, 256, 4, 1, 2, NEIGHBORS)),
-}
-"""For codebooks without shifts and with them, where both shifts are tried each time."""
-
-AGAIN = 1
-"""Steps of a sweep from the best scale so far, as least squares closed it."""
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
@@ -255,16 +202,20 @@ def vector_scales(
         (float32 [N, S] of values that fp16 holds; float32 [N, G] of integers; int8 [N, C / segment] of 1 and -1; the
         error of the codes that the search has seen, in parts of that of zeros, float32 [N, S]).
     """
+    ratios = np.geomspace(rule.low, rule.high, effort.steps).astype(np.float32)
+    if x.is_cuda:
+        from qtool.numerics.codebooks import batched_search
+
+        return batched_search.vector_scales(x, weight, book, block, rule, ratios, effort)
     rows, columns = x.shape
     d, errors = np.zeros((2, rows, columns // block), np.float32)
     s = np.zeros((rows, columns // rule.group), np.float32)
     signs = np.ones((rows, columns // rule.segment), np.int8)
-    ratios = np.geomspace(rule.low, rule.high, effort.steps).astype(np.float32)
-    arrays = (searchable(x), weight.cpu().numpy(), book.tables, rule, ratios, effort)
+    arrays = (searchable(x), weight.numpy(), book.tables, rule, ratios, effort)
 
     def work(a: int, b: int) -> None:
         vector_rows(*arrays, d, s, signs, errors, a, b)
 
     over_rows(work, rows)
-    scale, steps, shifts, error = (torch.from_numpy(part).to(x.device) for part in (d, s, signs, errors))
+    scale, steps, shifts, error = map(torch.from_numpy, (d, s, signs, errors))
     return scale, steps, shifts, error

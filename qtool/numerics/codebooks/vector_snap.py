@@ -71,11 +71,15 @@ def snap_vectors(
         importance: float32 [C] or None.
         params: (scale, offset), float32 [N, groups] each.
         book: what is allowed.
-        count: entries near a vector that are compared; 0 for the very nearest of all.
+        count: entries near a vector that are compared; 0 for the very nearest of all, which CUDA devices always find.
     """
     weight, _ = column_weights(importance, x.shape[1], book.span, x.shape[1])
+    if x.is_cuda:
+        from qtool.numerics.codebooks.batched_nearest import nearest_codes
+
+        return nearest_codes(x.float(), weight.to(x.device), *params, book)
     codes = np.empty(x.shape, np.uint8)
-    arrays = [t.float().contiguous().cpu().numpy() for t in (x, weight, *params)]
+    arrays = [t.float().contiguous().numpy() for t in (x, weight, *params)]
 
     def work(a: int, b: int) -> None:
         memory = workspace(book.tables)
@@ -85,4 +89,4 @@ def snap_vectors(
             exact_rows(*arrays, book.tables, memory, codes, a, b)
 
     over_rows(work, len(codes))
-    return torch.from_numpy(codes).to(x.device)
+    return torch.from_numpy(codes)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qtool.numerics.checks import searchable
 from qtool.numerics.codebooks.codebook import Codebook
-from qtool.numerics.codebooks.vector_search import ScaleRule
+from qtool.numerics.codebooks.scale_rule import ScaleRule
 from qtool.numerics.ggml.search import positive_step
 from qtool.numerics.ggml.shells import fill_closest, shells_of
 from qtool.numerics.scales.search import FAST

@@ -17,7 +17,7 @@ from numba import njit
 from torch import Tensor
 
 from qtool.numerics.codebooks.codebook import Codebook
-from qtool.numerics.codebooks.vector_search import ScaleRule
+from qtool.numerics.codebooks.scale_rule import ScaleRule
 from qtool.numerics.ggml.codebook import F32, SUPER, fill_steps, relative_error, search_rows, weigh
 from qtool.numerics.ggml.shells import fill_closest, shells_of
 from qtool.numerics.scales.sweep import half

@@ -125,11 +125,15 @@ def walk_vector_block(
         book: what codes go together.
         order: int64 [B], natural numbers of the columns: whole spans, whose vectors are whole.
     """
+    if w.is_cuda:
+        from qtool.numerics.solving import batched_vectors
+
+        return batched_vectors.walk_vector_block(w, factor, scale, offset, levels, book, order)
     codes, error = np.empty(w.shape, np.uint8), np.empty(w.shape, np.float32)
-    w_, *arrays = [t.contiguous().cpu().numpy() for t in (w, factor, scale, offset, levels)]
-    w_, forest, even = w_.copy(), trees(book, order.cpu().numpy()), book.signs == "even"
+    w_, *arrays = [t.contiguous().numpy() for t in (w, factor, scale, offset, levels)]
+    w_, forest, even = w_.copy(), trees(book, order.numpy()), book.signs == "even"
     over_rows(lambda a, b: walk_vector_rows(w_, *arrays, forest, even, book.span, codes, error, a, b), len(codes))
-    return torch.from_numpy(codes).to(w.device), torch.from_numpy(error).to(w.device)
+    return torch.from_numpy(codes), torch.from_numpy(error)
 
 
 def descend_vectors(
@@ -152,6 +156,10 @@ def descend_vectors(
         pull: float32 [N, K].
         sweeps: most passes over a row.
     """
+    if codes.is_cuda:
+        from qtool.numerics.solving import batched_vectors
+
+        return batched_vectors.descend_vectors(gram, params, levels, book, codes, pull, sweeps)
     k, span = len(gram), book.span
     order, places = largest_first(gram.diagonal(), book.width)
     gram, codes, pull = gram[order][:, order], codes[:, order], pull[:, order]
@@ -159,11 +167,11 @@ def descend_vectors(
     lower = torch.linalg.cholesky(diagonal.flip(1, 2))
     identity = torch.eye(span, device=gram.device).expand_as(lower)
     factors = torch.linalg.solve_triangular(lower, identity, upper=False).flip(1, 2)
-    better, gradient = (t.cpu().numpy().copy() for t in (codes, pull))
-    arrays = [t.contiguous().cpu().numpy() for t in (gram, factors, *params, levels)]
-    forest, even = trees(book, order.cpu().numpy()), book.signs == "even"
+    better, gradient = (t.numpy().copy() for t in (codes, pull))
+    arrays = [t.contiguous().numpy() for t in (gram, factors, *params, levels)]
+    forest, even = trees(book, order.numpy()), book.signs == "even"
     over_rows(lambda a, b: descend_vector_rows(*arrays, forest, even, better, gradient, sweeps, a, b), len(better))
-    return tuple(torch.from_numpy(t).to(pull.device)[:, places] for t in (better, gradient))  # type: ignore[return-value]
+    return tuple(torch.from_numpy(t)[:, places] for t in (better, gradient))  # type: ignore[return-value]
 
 
 def largest_first(diagonal: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -172,5 +180,5 @@ def largest_first(diagonal: Tensor, width: int) -> tuple[Tensor, Tensor]:
     Which comes first changes no result of an exact search, but one that settles first what counts most cuts off most.
     """
     inside = diagonal.reshape(-1, width).argsort(dim=1, descending=True, stable=True)
-    order = (inside + torch.arange(0, len(diagonal), width, device=diagonal.device)[:, None]).flatten()
+    order = (inside + torch.arange(0, len(diagonal), width)[:, None]).flatten()
     return order, order.argsort()
