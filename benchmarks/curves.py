@@ -113,8 +113,13 @@ def draw(plot: Plot) -> str | None:
     return framed(shown, plot.x_title, "log10 of nats", plot.label) if shown else None
 
 
+def file_of(table: str) -> str:
+    """What the picture of a table is called."""
+    return f"rewrites-{table}.svg"
+
+
 def write() -> None:
     """Writes all pictures beside the page."""
     for name, plot in PLOTS.items():
         if picture := draw(plot):
-            (FOLDER / f"rewrites-{name}.svg").write_text(picture + "\n", encoding="utf-8")
+            (FOLDER / file_of(name)).write_text(picture + "\n", encoding="utf-8")

@@ -17,7 +17,7 @@ from typing import Any
 
 import typer
 
-from benchmarks import divided, learning, system, tables
+from benchmarks import curves, divided, learning, system, tables
 from qtool import errors, registry
 from qtool.checkpoint._base import Layer, Module
 from qtool.cli.app import app
@@ -215,6 +215,12 @@ def layers() -> Iterator[tuple[str, Layer]]:
         yield f"`{weights}`, inputs `{inputs}`", Layer(parse_format(weights), parse_format(inputs))
 
 
+def study(name: str) -> str:
+    """A table of docs/rewrites.md, and its plot where there is one."""
+    drawn = (curves.FOLDER / curves.file_of(name)).exists()
+    return table(*tables.rows(name)) + (f"\n\n![{curves.PLOTS[name].label}]({curves.file_of(name)})" if drawn else "")
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "artifacts": lambda: chapters("artifact"),
     "commands": commands,
@@ -232,7 +238,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "support": support,
     "systems": lambda: table(system.HEADER, list(system.rows())),
     "transforms": lambda: chapters("transforms"),
-    **{f"table-{name}": partial(lambda name: table(*tables.rows(name)), name) for name in tables.TABLES},
+    **{f"table-{name}": partial(study, name) for name in tables.TABLES},
 }
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import cells, curves, tables
 from benchmarks.cells import Measured
+from scripts import docs
 
 
 @pytest.mark.parametrize("name", tables.TABLES)
@@ -38,6 +39,7 @@ def test_plots_show_what_is_known(tmp_path, monkeypatch):
     monkeypatch.setattr(curves, "FOLDER", tmp_path)
     curves.write()
     assert list(tmp_path.glob("*.svg")) == []
+    assert "svg" not in docs.study("strengths")
     for name, plot in curves.PLOTS.items():
         table = tables.TABLES[plot.table]()
         drawn = table.lines if plot.lines else [column.label for column in table.columns]
@@ -48,5 +50,7 @@ def test_plots_show_what_is_known(tmp_path, monkeypatch):
     (picture,) = tmp_path.glob("*.svg")
     text = picture.read_text()
     assert picture.name == "rewrites-strengths.svg"
+    assert docs.study("strengths").endswith("![Divergence over the strength of smoothing](rewrites-strengths.svg)")
+    assert "svg" not in docs.study("ranks")
     assert text.count("<circle") == 6
     assert "W8A8, outliers, 0.25: 4.1 nats per token" in text
