@@ -17,7 +17,7 @@ from typing import Any
 
 import typer
 
-from benchmarks import curves, divided, learning, system, tables
+from benchmarks import divided, learning, system, tables
 from qtool import errors, registry
 from qtool.checkpoint._base import Layer, Module
 from qtool.cli.app import app
@@ -217,6 +217,8 @@ def layers() -> Iterator[tuple[str, Layer]]:
 
 def study(name: str) -> str:
     """A table of docs/rewrites.md, and its plot where there is one."""
+    from benchmarks import curves  # which imports tables from here
+
     drawn = (curves.FOLDER / curves.file_of(name)).exists()
     return table(*tables.rows(name)) + (f"\n\n![{curves.PLOTS[name].label}]({curves.file_of(name)})" if drawn else "")
 
