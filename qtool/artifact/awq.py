@@ -21,7 +21,7 @@ import torch
 from pydantic import AliasChoices, Field
 from torch import Tensor
 
-from qtool.artifact._base import Carry, naming
+from qtool.artifact._base import Carry, Reading, naming
 from qtool.artifact._integers import as_integers, half_dtype, integers
 from qtool.artifact._packed import Infos, PackedCheckpoint, Packing
 from qtool.artifact._packed_artifact import Layout, PackedArtifact
@@ -64,6 +64,10 @@ class AWQ(PackedArtifact):
         if len(sizes) < 2:
             return super().agree(layers)
         return Carry(False, f"AWQ has one group size for all layers, not {', '.join(map(str, sizes))}")
+
+    def reading(self, model: QuantizedCheckpoint) -> Reading:
+        """See `Artifact.reading`."""
+        return Reading("vLLM", torch.float16)
 
     def caveats(self, model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
         """See `Artifact.caveats`; from csrc/quantization/awq/gemm_kernels.cu of vLLM."""

