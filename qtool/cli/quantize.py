@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -188,7 +189,7 @@ def summary(report: Report, out: Path) -> str:
     errors = [(e.weight_error_db, e.name) for e in quantized if e.weight_error_db is not None]
     if errors:
         worst, name = min(errors)
-        lines.append(f"largest weight error {worst:.1f} dB in {name}")
+        lines.append("weights are exact" if worst == math.inf else f"largest weight error {worst:.1f} dB in {name}")
     for e in report.evaluations:
         lines.append(f"{e.text}: {quality(e.model_dump())}")
         lines += [] if e.kld_mean is None else [f"  {meaning(e.kld_mean)}"]

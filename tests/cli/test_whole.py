@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,6 +107,17 @@ def test_plan_tries_what_would_fail_later(model, tmp_path, monkeypatch):
     for name in ("gone.txt", "prose.txt"):
         (tmp_path / name).write_text("It is there now.")
     assert qtool("plan", model, "-r", "r.yaml", "--check").exit_code == 0
+
+
+def test_weights_that_are_taken_over_are_called_exact(model, recipe, tmp_path):
+    from qtool.cli.quantize import summary
+
+    assert qtool("quantize", model, "--recipe", recipe, "-o", tmp_path / "out").exit_code == 0
+    report = read_report(tmp_path / "out" / "report.json")
+    exact = [e.model_copy(update={"weight_error_db": math.inf}) if e.format else e for e in report.layers]
+    lines = summary(report.model_copy(update={"layers": exact}), tmp_path).splitlines()
+    assert "weights are exact" in lines
+    assert not any("weight error" in line for line in lines)
 
 
 def test_quantize_prints_its_result_on_stdout_and_progress_on_stderr(model, recipe, tmp_path):
