@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
-from importlib.metadata import packages_distributions, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -63,8 +63,10 @@ class ForeignReader:
     @property
     def version(self) -> str:
         """Of its package, or of another one with the same modules."""
-        names = packages_distributions().get(self.needs) or [self.package]
-        return version(self.package if self.package in names else names[0])
+        try:
+            return version(self.package)
+        except PackageNotFoundError:
+            return version(packages_distributions()[self.needs][0])
 
 
 def free_memory(told: Path = Path("/proc/meminfo")) -> float:

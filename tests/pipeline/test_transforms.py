@@ -170,7 +170,7 @@ def test_an_interrupted_run_goes_on_with_the_same_edits(
     kept = tmp_path / "out.work" / transform.FILE
     assert kept.is_file()
     with monkeypatch.context() as context:
-        context.setattr(transform, "Rewriting", None)  # nothing is searched again
+        context.setattr(transform, "carried_out", None)  # nothing is searched again
         run(QuantizeOptions(folder, asked, tmp_path / "out", dtype="fp32", keep=True))
     assert bytes_of(tmp_path / "out") == expected
     manifest = json.loads((tmp_path / "out.work" / "manifest.json").read_text())

@@ -623,7 +623,7 @@ def test_what_no_artifact_has_is_no_option(write):
     ]
     assert problems(write(HEAD + LAYERS + "export: [{to: gguf, file_type: q4_kx, split: 2G}]")) == [
         "r.yaml:5: export[0].file_type: no file type is called 'q4_kx'; did you mean 'q4_k_s'?",
-        "r.yaml:5: export[0].split: unknown key; known: file_type, pre_tokenizer, split_max_size, to",
+        "r.yaml:5: export[0].split: unknown key; known: file_type, mmproj, pre_tokenizer, split_max_size, to",
     ]
 
 
