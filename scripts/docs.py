@@ -220,7 +220,13 @@ def study(name: str) -> str:
     from benchmarks import curves  # which imports tables from here
 
     drawn = (curves.FOLDER / curves.file_of(name)).exists()
-    return table(*tables.rows(name)) + (f"\n\n![{curves.PLOTS[name].label}]({curves.file_of(name)})" if drawn else "")
+    header, rows = tables.rows(name)
+    known = [row for row in rows if any(row[1:])]
+    if not known:
+        return f"Not measured yet: `python -m benchmarks --only tables --table {name}` does it."
+    seen = [j for j in range(len(header)) if any(row[j] for row in known)]
+    shown = table([header[j] for j in seen], [[row[j] for j in seen] for row in known])
+    return shown + (f"\n\n![{curves.PLOTS[name].label}]({curves.file_of(name)})" if drawn else "")
 
 
 PARTS: dict[str, Callable[[], str]] = {
