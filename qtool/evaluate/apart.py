@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qtool.calibrate.child import Child
+from qtool.errors import CheckpointError
 
 
 def logits_apart(
@@ -40,3 +41,23 @@ def logits_apart(
         with Child(program, what, json.dumps(sys.path), str(path), str(place), *more, memory=-1) as child:
             said: str = child.ask(list(tokens), seconds)
         return said or torch.from_numpy(np.load(place, allow_pickle=False))
+
+
+def folder_logits(reader: str, program: str, path: Path, tokens: Sequence[int], seconds: float) -> Tensor:
+    """Runs some tokens of a model in a folder: logits, float32 [T, V].
+
+    Args:
+        reader: whose program it is, for errors.
+        program: see `logits_apart`.
+        path: the folder.
+        tokens: T of them.
+        seconds: that it may take.
+
+    Raises:
+        CheckpointError: it does not load the folder, or ends, or hangs.
+    """
+    what = f"{reader} cannot run {path}"
+    found = logits_apart(program, what, path, tokens, seconds)
+    if isinstance(found, str):
+        raise CheckpointError(what, found=found)
+    return found

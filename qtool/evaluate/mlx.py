@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from torch import Tensor
-
-from qtool.errors import CheckpointError
-from qtool.evaluate.apart import logits_apart
-
 TRIAL = """
 import json
 sys.path[:] = json.loads(sys.argv[1])
@@ -29,23 +22,3 @@ for line in sys.stdin:
 """
 SECONDS = 600.0
 """To load a model and run some tokens."""
-
-
-def try_folder(path: Path, tokens: list[int]) -> Tensor:
-    """Runs a few tokens in float32, in another process, since native code may abort.
-
-    Args:
-        path: a folder for mlx-lm.
-        tokens: some.
-
-    Returns:
-        Logits, float32 [T, V].
-
-    Raises:
-        CheckpointError: it does not load the folder, or ends, or hangs.
-    """
-    what = f"mlx-lm cannot run {path}"
-    found = logits_apart(TRIAL, what, path, tokens, SECONDS)
-    if isinstance(found, str):
-        raise CheckpointError(what, found=found)
-    return found

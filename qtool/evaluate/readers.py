@@ -22,6 +22,8 @@ from qtool.checkpoint._base import QuantizedCheckpoint
 from qtool.checkpoint.derived.skeleton import named_class, quiet
 from qtool.checkpoint.gguf_checkpoint import GGUFCheckpoint
 from qtool.errors import CheckpointError, one_line
+from qtool.evaluate import mlx, vllm
+from qtool.evaluate.apart import folder_logits
 
 
 @dataclass(frozen=True)
@@ -102,16 +104,12 @@ def by_transformers(model: QuantizedCheckpoint, tokens: list[int], reading: Read
 
 def by_mlx(model: QuantizedCheckpoint, tokens: list[int], _: Reading) -> Run:
     """Runs a folder in a process of its own."""
-    from qtool.evaluate.mlx import try_folder
-
-    return Run(try_folder(Path(model.source), tokens))
+    return Run(folder_logits("mlx-lm", mlx.TRIAL, Path(model.source), tokens, mlx.SECONDS))
 
 
 def by_vllm(model: QuantizedCheckpoint, tokens: list[int], _: Reading) -> Run:
     """Runs a folder in a process of its own."""
-    from qtool.evaluate.vllm import try_folder
-
-    return Run(try_folder(Path(model.source), tokens))
+    return Run(folder_logits("vLLM", vllm.TRIAL, Path(model.source), tokens, vllm.SECONDS))
 
 
 LOSES = (

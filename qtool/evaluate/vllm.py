@@ -6,13 +6,6 @@ left off, so that weights are compared.
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from torch import Tensor
-
-from qtool.errors import CheckpointError
-from qtool.evaluate.apart import logits_apart
-
 TRIAL = """
 import json, os
 answers = os.fdopen(os.dup(1), "w")
@@ -41,23 +34,3 @@ for line in sys.stdin:
 """
 SECONDS = 1200.0
 """To load a model and run some tokens."""
-
-
-def try_folder(path: Path, tokens: list[int]) -> Tensor:
-    """Runs a few tokens in float16, in another process, since native code may abort.
-
-    Args:
-        path: a folder for vLLM.
-        tokens: some.
-
-    Returns:
-        Logits, float32 [T, V].
-
-    Raises:
-        CheckpointError: it does not load the folder, or ends, or hangs.
-    """
-    what = f"vLLM cannot run {path}"
-    found = logits_apart(TRIAL, what, path, tokens, SECONDS)
-    if isinstance(found, str):
-        raise CheckpointError(what, found=found)
-    return found

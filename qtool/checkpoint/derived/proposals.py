@@ -15,7 +15,7 @@ from typing import Any
 
 from qtool.checkpoint.derived.derive import Facts
 from qtool.checkpoint.derived.heads import heads_of, rotary_dims, text_fields
-from qtool.checkpoint.families._edges import Edge
+from qtool.checkpoint.families._edges import Edge, query_and_key
 from qtool.checkpoint.families._parts import Linear
 
 Pattern = tuple[object, ...]
@@ -63,12 +63,9 @@ def score_edges(facts: Facts, config: Mapping[str, Any], prefix: str, linears: S
     """From keys to queries."""
     heads, kv_heads, dim = heads_of(config, facts.shapes[f"{facts.embedding}.weight"][1])
     found = {x.role: prefix + x.path for x in linears if x.expert is None}
-    if both := found.get("qkv"):
-        q, k, first = both, both, heads * dim
-    elif {"q", "k"} <= found.keys():
-        q, k, first = found["q"], found["k"], 0
-    else:
+    if (ends := query_and_key(found, heads * dim)) is None:
         return
+    q, k, first = ends
     if facts.shapes[f"{k}.weight"][0] - first in (kv_heads * dim, 2 * kv_heads * dim):
         for rotary in rotary_dims(config, dim):
             repeat = heads // kv_heads

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from qtool.checkpoint.families._edges import Edge
+from qtool.checkpoint.families._edges import Edge, query_and_key
 from qtool.checkpoint.families._gguf import Form, check_biases, name_map
 from qtool.checkpoint.families._parts import ATTENTION, GATED_MLP, Linear, Slice, pairs, stacked
 from qtool.checkpoint.families._rope import LLAMA3_TENSOR, check_llama3, llama3_factors, rope_metadata
@@ -200,14 +200,10 @@ class Family:
     def score_edges(self, config: dict[str, Any], linears: Sequence[Linear], prefix: str) -> Iterator[Edge]:
         """From k to q of a block, where no norm lies between them and their products."""
         (heads, kv_heads, dim), found = self.heads(config), {x.role: prefix + x.path for x in linears}
-        if both := found.get("qkv"):
-            q, k, first = both, both, heads * dim
-        elif {"q", "k"} <= found.keys():
-            q, k, first = found["q"], found["k"], 0
-        else:
-            return
-        rotary, repeat = self.rotary_dim(config), heads // kv_heads
-        yield Edge("scores", (k,), (), kv_heads * dim, first, repeat, dim, beside=(q,), rotary=rotary)
+        if ends := query_and_key(found, heads * dim):
+            (q, k, first), repeat = ends, heads // kv_heads
+            rotary = self.rotary_dim(config)
+            yield Edge("scores", (k,), (), kv_heads * dim, first, repeat, dim, beside=(q,), rotary=rotary)
 
     def slices(self, config: dict[str, Any], stored: Collection[str]) -> dict[str, Slice]:
         """Tensors of the model that a checkpoint with these tensors stores otherwise than under their own names."""

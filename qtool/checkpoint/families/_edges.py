@@ -6,6 +6,7 @@ F intermediate size.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,3 +61,15 @@ class Edge:
     def name(self) -> str:
         """Of no other edge of the model: "product model.layers.0.mlp.up_proj"."""
         return f"{self.kind} {self.source[0]}"
+
+
+def query_and_key(layers: Mapping[str, str], queries: int) -> tuple[str, str, int] | None:
+    """(layer of q, layer of k, the row where k begins) by the layers of a block's roles; None: it has no such layers.
+
+    Args:
+        layers: by role, without those of experts.
+        queries: rows of q, behind which k lies where one layer makes both.
+    """
+    if both := layers.get("qkv"):
+        return both, both, queries
+    return (layers["q"], layers["k"], 0) if {"q", "k"} <= layers.keys() else None
