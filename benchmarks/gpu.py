@@ -1,4 +1,4 @@
-"""Seconds of a block on a CUDA device: synthetic blocks of a Llama of 8 billion parameters, made on the machine.
+"""Seconds of a block on a CUDA device: synthetic blocks of Llama-3-8B and of a mixture of experts, made on the machine.
 
     python -m benchmarks.gpu --work /tmp/gpu                    all rows; with --profile also what took how long
     python -m benchmarks.gpu --work /tmp/gpu --only w4 --blocks 3
@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import time
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from qtool.pipeline.events import Event
 from qtool.pipeline.quantize import QuantizeOptions
@@ -25,30 +27,70 @@ from qtool.pipeline.quantize import run as quantize
 
 SHAPE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
 """Of Llama-3-8B."""
+MIXTURE = {
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+}
+"""Of Qwen3-30B-A3B."""
 VOCABULARY = 1000
 TEXT_WORDS = 700_000
 """More than 256 x 2048 tokens."""
 
-ROWS: dict[str, tuple[str, str, float | None]] = {
-    "w4": ("int4-g128", "{gptq: {rounds: 1}}", 2.5),
-    "w4-plain": ("int4-g128", "{gptq: {rounds: 0, drift: 0}}", 2.0),
-    "q4_k": ("q4_k", "{gptq: {}}", 4.0),
-    "nvfp4": ("nvfp4", "{gptq: {}}", 4.0),
-    "mxfp4": ("mxfp4", "{gptq: {}}", None),
-    "iq3_xxs": ("iq3_xxs", "{gptq: {}}", 15.0),
-    "q4_k-rtn": ("q4_k", "rtn", None),
-    "w4-learned": ("int4-g128", "{learned: {start: {gptq: {rounds: 0}}}}", 10.0),
-    "w4-drawn": ("int4-g128", "{learned: {rounding: gumbel, optimizer: lion, start: {gptq: {rounds: 0}}}}", 10.0),
+
+@dataclass(frozen=True)
+class Row:
+    """What is timed.
+
+    Attributes:
+        weights: format of all linear layers of the blocks.
+        method: of the recipe.
+        wanted: seconds that a block shall take at most; infinite: none are set; 0: twice those of moving its weights to
+            the device.
+        samples: of 2048 tokens.
+        transforms: of the recipe.
+        experts: of the mixture.
+    """
+
+    weights: str
+    method: str
+    wanted: float = math.inf
+    samples: int = 256
+    transforms: str = "[]"
+    experts: bool = False
+
+
+ROWS = {
+    "w4": Row("int4-g128", "{gptq: {rounds: 1}}", 2.5),
+    "w4-plain": Row("int4-g128", "{gptq: {rounds: 0, drift: 0}}", 2.0),
+    "q4_k": Row("q4_k", "{gptq: {}}", 4.0),
+    "nvfp4": Row("nvfp4", "{gptq: {}}", 4.0),
+    "mxfp4": Row("mxfp4", "{gptq: {}}"),
+    "iq3_xxs": Row("iq3_xxs", "{gptq: {}}", 15.0),
+    "experts": Row("int4-g128", "{gptq: {rounds: 1}}", 10.0, experts=True),
+    "q4_k-rtn": Row("q4_k", "rtn", 0.0),
+    "q2_k-rtn": Row("q2_k", "rtn", 0.0),
+    "w4-awq": Row("int4-g128", "rtn", 3.0, transforms="[awq]"),
+    "w4-learned": Row("int4-g128", "{learned: {start: {gptq: {rounds: 0}}}}", 8.0, samples=128),
+    "w4-drawn": Row(
+        "int4-g128",
+        "{learned: {rounding: gumbel, optimizer: lion, start: {gptq: {rounds: 0}}}}",
+        8.0,
+        samples=128,
+    ),
 }
-"""Format, method and the seconds a block shall take at most, by name of the row."""
-SAMPLES = {"w4-learned": 128, "w4-drawn": 128}
-"""Of 2048 tokens; elsewhere 256."""
 
 RECIPE = """
 recipe: 1
 name: benchmark
 calibration: {{data: {text}, samples: {samples}, length: 2048}}
 method: {method}
+transforms: {transforms}
 layers:
   - {{match: lm_head, keep: true}}
   - {{match: "*", weights: {format}}}
@@ -111,6 +153,28 @@ def model(folder: Path, blocks: int) -> Path:
     return folder
 
 
+def mixture(folder: Path, blocks: int) -> Path:
+    """A checkpoint of some blocks of a mixture of experts, in bfloat16."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not (folder / "config.json").exists():
+        torch.manual_seed(0)
+        fields = {"vocab_size": VOCABULARY, "num_hidden_layers": blocks, "norm_topk_prob": True}
+        config = AutoConfig.for_model("qwen3_moe", **fields, **MIXTURE)
+        with torch.device("cuda"):
+            made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        made.save_pretrained(folder)
+        tokenizer(folder)
+    return folder
+
+
+def recipe_of(weights: str, method: str, words: Path, samples: int, transforms: str, export: str) -> str:
+    """A recipe for all linear layers of the blocks."""
+    return RECIPE.format(
+        text=words, samples=samples, method=method, transforms=transforms, format=weights, export=export
+    )
+
+
 def text(path: Path) -> Path:
     """Random words, in documents of 5000."""
     rng = random.Random(0)
@@ -120,16 +184,23 @@ def text(path: Path) -> Path:
     return path
 
 
-def measured(name: str, source: Path, work: Path) -> dict[str, float | None]:
+def moved(source: Path) -> float:
+    """Seconds in which the weights of a block go from its file, once read, to the device."""
+    shard = source / "block-1.safetensors"
+    for _ in range(2):
+        begin = time.perf_counter()
+        for tensor in load_file(shard).values():
+            tensor.cuda()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - begin
+    return seconds
+
+
+def measured(name: str, source: Path, work: Path) -> dict[str, float]:
     """Seconds of a block behind the first one, bytes on the device at their peak, and the seconds wanted."""
-    fmt, method, wanted = ROWS[name]
-    recipe = work / f"{name}.yaml"
-    recipe.write_text(
-        RECIPE.format(
-            text=work / "text.txt", samples=SAMPLES.get(name, 256), method=method, format=fmt, export="qtool"
-        ),
-        encoding="utf-8",
-    )
+    row, recipe = ROWS[name], work / f"{name}.yaml"
+    content = recipe_of(row.weights, row.method, work / "text.txt", row.samples, row.transforms, "qtool")
+    recipe.write_text(content, encoding="utf-8")
     begun: list[float] = []
 
     def listen(event: Event) -> None:
@@ -144,6 +215,7 @@ def measured(name: str, source: Path, work: Path) -> dict[str, float | None]:
     quantize(options, listen)
     steps = [b - a for a, b in pairwise(begun[1:])]
     peak = torch.cuda.max_memory_allocated()
+    wanted = row.wanted or 2 * moved(source)
     return {"seconds": sum(steps) / len(steps), "first": begun[1] - begun[0], "device_bytes": peak, "wanted": wanted}
 
 
@@ -155,14 +227,15 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=5, help="how many, the first of which is not counted")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    source = model(options.work / f"model-{options.blocks}", options.blocks)
     text(options.work / "text.txt")
-    found = {name: measured(name, source, options.work) for name in options.only.split(",")}
-    (options.work / "gpu.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-    for name, row in found.items():
-        wanted = f"{row['wanted']:.1f}" if row["wanted"] else "-"
-        memory = (row["device_bytes"] or 0) / 2**30
-        print(f"{name:10} {row['seconds']:8.2f} s   wanted {wanted:>5} s   {memory:6.1f} GiB on the device")
+    found = {}
+    for name in options.only.split(","):
+        make = mixture if ROWS[name].experts else model
+        source = make(options.work / f"{make.__name__}-{options.blocks}", options.blocks)
+        found[name] = row = measured(name, source, options.work)
+        (options.work / "gpu.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+        memory = row["device_bytes"] / 2**30
+        print(f"{name:10} {row['seconds']:8.2f} s   wanted {row['wanted']:5.2f} s   {memory:6.1f} GiB on the device")
 
 
 if __name__ == "__main__":

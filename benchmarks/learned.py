@@ -91,7 +91,7 @@ def learned(**settings: Any) -> dict[str, Any]:
 
 def trials() -> dict[str, Trial]:
     """All of them by name, what decides most first."""
-    last = ({"epochs": 6}, {"epochs": 6, "rounding": "gumbel", "rounding_rate": 0.02})
+    last = ({"epochs": 4}, {"epochs": 4, "rounding": "gumbel", "rounding_rate": 0.02})
     names = (*(f"w{bits}a16" for bits in (2, 3, 4)), *(f"gguf-{mix}" for mix in WIDE), "nvfp4", "mxfp4")
     found = {f"{n}-best": Trial(recipe=f"{n}-best", distilled=last, wide="gguf" in n) for n in names}
     found |= {f"{n}-base": Trial(recipe=n, wide="gguf" in n) for n in names[3:]}

@@ -25,33 +25,6 @@ import torch
 
 from benchmarks import gpu
 
-MIXTURE = {
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "moe_intermediate_size": 768,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-}
-"""Of Qwen3-30B-A3B."""
-
-
-def mixture(folder: Path, blocks: int) -> Path:
-    """A checkpoint of some blocks of a mixture of experts, in bfloat16."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if not (folder / "config.json").exists():
-        torch.manual_seed(0)
-        fields = {"vocab_size": gpu.VOCABULARY, "num_hidden_layers": blocks, "norm_topk_prob": True}
-        config = AutoConfig.for_model("qwen3_moe", **fields, **MIXTURE)
-        with torch.device("cuda"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        model.save_pretrained(folder)
-        gpu.tokenizer(folder)
-    return folder
-
 
 class Memory:
     """Largest use of each device while the context lasts, MiB, as the driver sees it."""
@@ -103,7 +76,7 @@ def run(processes: int, *arguments: str) -> tuple[float, dict[str, int], str]:
 def quantized(name: str, source: Path, recipe: Path, work: Path, processes: int) -> dict[str, Any]:
     """Quantizes with one process and with several, and compares times and results."""
     folders, walls, stages = {}, {}, {}
-    for count in (1, processes):
+    for count in sorted({1, processes}):
         out = folders[count] = work / f"{name}-{count}"
         walls[count], *_ = run(count, "quantize", str(source), "-r", str(recipe), "-o", str(out), "--overwrite", "-q")
         report = json.loads((out / "report.json").read_text(encoding="utf-8"))
@@ -173,10 +146,10 @@ def evaluated(source: Path, artifact: Path, text: Path, processes: int) -> dict[
     """Evaluates with one process and with several."""
     shared = ("eval", str(artifact), "--baseline", str(source), "--text", str(text), "--context", "2048")
     walls, results = {}, []
-    for count in (1, processes):
+    for count in sorted({1, processes}):
         walls[count], _, told = run(count, *shared, "--chunks", "64", "--dtype", "bf16", "--json", "-q")
         results.append(json.loads(told[told.index("{") :]))
-    differ = {key: (results[0][key], results[1][key]) for key in results[0] if results[0][key] != results[1][key]}
+    differ = {key: (results[0][key], results[-1][key]) for key in results[0] if results[0][key] != results[-1][key]}
     found = {"wall": walls, "gain": round(walls[1] / walls[processes], 2), "differs": differ}
     print(f"eval: {json.dumps(found)}", flush=True)
     return found
@@ -184,7 +157,7 @@ def evaluated(source: Path, artifact: Path, text: Path, processes: int) -> dict[
 
 def recipe(method: str, words: Path, work: Path) -> Path:
     """Of INT4 in groups of 128, as it ships."""
-    content = gpu.RECIPE.format(text=words, samples=256, method=method, format="int4-g128", export="compressed-tensors")
+    content = gpu.recipe_of("int4-g128", method, words, 256, "[]", "compressed-tensors")
     path = work / f"{method}.yaml"
     path.write_text(content, encoding="utf-8")
     return path
@@ -209,7 +182,7 @@ def main() -> None:
     if "eval" in rows:
         found["eval"] = evaluated(dense, work / f"dense-{count}", words, count)
     if "mixture" in rows:
-        found["mixture"] = quantized("mixture", mixture(work / "mixture", 2), recipes["gptq"], work, count)
+        found["mixture"] = quantized("mixture", gpu.mixture(work / "mixture", 2), recipes["gptq"], work, count)
     if "rtn" in rows:
         found["rtn"] = quantized("rtn", dense, recipes["rtn"], work, count)
     if "killed" in rows:

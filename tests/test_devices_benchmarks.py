@@ -27,7 +27,7 @@ def test_recipes_of_rows(name, tmp_path, monkeypatch):
         gpu.measured(name, tmp_path / "model", tmp_path)
     (recipe,) = seen
     assert recipe.calibration.length == 2048
-    assert recipe.calibration.samples == gpu.SAMPLES.get(name, 256)
+    assert recipe.calibration.samples == gpu.ROWS[name].samples
     assert recipe.layers[0].keep
 
 
