@@ -6,7 +6,7 @@ gptq    4 bits in groups of 64 on 32 x 512 tokens of SmolLM2-135M off any grid, 
 encode  every GGUF block type on real matrices with an importance matrix, against ggml's encoders
 gguf    Q4_K_M from safetensors to the file without GPTQ, against conversion and ggml's encoders
 mixes   GGUF files against those of llama-quantize with an importance matrix: KL divergence at the same size
-scores  ways to divide a budget, at the size of one mix: costs by four formulas, and evolution
+scores  ways to divide a budget, at the size of one mix: costs, evolution, a policy
 latency microseconds that llama.cpp takes by format: a table for budgets
 budgets files whose bytes are divided by need against mixes of the same size; ten budgets against one
 recipes every recipe that ships on the demo model: KL divergence and size, as in the recipes' headers
@@ -318,7 +318,7 @@ def main() -> None:
     parser.add_argument(
         "--mix", action="append", default=[], choices=budgets.MIXES, help="budgets: this mix, no seconds"
     )
-    parser.add_argument("--generations", type=int, default=12, help="scores: plans that evolution measures")
+    parser.add_argument("--generations", type=int, default=12, help="scores: plans that evolution and policies measure")
     parser.add_argument("--system", action="append", default=[], help="systems: this one, and others given so")
     parser.add_argument("--table", action="append", default=[], choices=list(tables.TABLES), help="tables: this one")
     parser.add_argument("--trial", action="append", default=[], help="learned: those whose names begin so")

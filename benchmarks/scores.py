@@ -1,8 +1,9 @@
-"""Ways to find out which layer gets which format, at the size of one mix: costs by four formulas, and evolution.
+"""Ways to find out which layer gets which format, at the size of one mix: by costs, by evolution, by a policy.
 
-Evolution knows no costs: it changes some decisions of the best plan so far at random, mends the size, measures the
-divergence, and keeps what is better, from the mix on and from the plan of least cost on. What each way comes to is
-measured on samples that none of them has seen, rounded to nearest.
+Costs are by four formulas. Evolution knows none: it changes some decisions of the best plan so far at random, mends the
+size, measures the divergence, and keeps what is better, from the mix on and from the plan of least cost on. A policy
+(`benchmarks.policy`) measures as many plans, with and without practice on costs. What each way comes to is measured on
+samples that none of them has seen, rounded to nearest.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from benchmarks import policy
 from benchmarks.mixes import calibrated_on
 from qtool.allocate.fit import Chosen
 from qtool.allocate.losses import LOSSES
@@ -150,6 +152,10 @@ def ways(model: Path, calibration: str, device: str, generations: int) -> Iterat
         best.tried.clear()
         begin = time.perf_counter()
         yield bench.line(way, best, evolved(best, start, generations), begin)
+    for way, practice in (("policy", 0), ("second-order, policy", policy.PRACTICE)):
+        best.tried.clear()
+        begin = time.perf_counter()
+        yield bench.line(way, best, policy.learned(best, generations, practice), begin)
 
 
 def evolved(of: Allocator, chosen: Chosen, generations: int) -> Chosen:
