@@ -196,8 +196,11 @@ def moved(source: Path) -> float:
     return seconds
 
 
-def measured(name: str, source: Path, work: Path) -> dict[str, float]:
-    """Seconds of a block behind the first one, bytes on the device at their peak, and the seconds wanted."""
+def measured(name: str, source: Path, work: Path, profile: bool = False) -> dict[str, float]:
+    """Seconds of a block behind the first one, bytes on the device at their peak, and the seconds wanted.
+
+    With a profile of the second block, which then takes longer, it prints what took how long.
+    """
     row, recipe = ROWS[name], work / f"{name}.yaml"
     content = recipe_of(row.weights, row.method, work / "text.txt", row.samples, row.transforms, "qtool")
     recipe.write_text(content, encoding="utf-8")
@@ -211,8 +214,15 @@ def measured(name: str, source: Path, work: Path) -> dict[str, float]:
 
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    options = QuantizeOptions(str(source), str(recipe), work / name, device="cuda", overwrite=True, verify=False)
-    quantize(options, listen)
+    trace = work / f"{name}-trace.json" if profile else None
+    options = QuantizeOptions(
+        str(source), str(recipe), work / name, device="cuda", overwrite=True, verify=False, profile=trace
+    )
+    report = quantize(options, listen)
+    for entry in report.profile:
+        print(
+            f"{entry.part:40} {entry.calls:6} x {entry.host_seconds:8.2f} s {entry.device_seconds:8.2f} s on the device"
+        )
     steps = [b - a for a, b in pairwise(begun[1:])]
     peak = torch.cuda.max_memory_allocated()
     wanted = row.wanted or 2 * moved(source)
@@ -225,6 +235,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for models and results")
     parser.add_argument("--only", default=",".join(ROWS), help="rows, divided by commas")
     parser.add_argument("--blocks", type=int, default=5, help="how many, the first of which is not counted")
+    parser.add_argument("--profile", action="store_true", help="tell what took how long")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     text(options.work / "text.txt")
@@ -232,7 +243,7 @@ def main() -> None:
     for name in options.only.split(","):
         make = mixture if ROWS[name].experts else model
         source = make(options.work / f"{make.__name__}-{options.blocks}", options.blocks)
-        found[name] = row = measured(name, source, options.work)
+        found[name] = row = measured(name, source, options.work, options.profile)
         (options.work / "gpu.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
         memory = row["device_bytes"] / 2**30
         print(f"{name:10} {row['seconds']:8.2f} s   wanted {row['wanted']:5.2f} s   {memory:6.1f} GiB on the device")
