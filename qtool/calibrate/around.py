@@ -9,13 +9,14 @@ Shape letters: S samples, T tokens per sample, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qtool.calibrate.foreign import misfit
+from qtool.calibrate.hidden import Hidden
 from qtool.calibrate.inputs import rounded
 from qtool.calibrate.meta import Recorder
 from qtool.calibrate.operated import operated
@@ -111,6 +112,7 @@ class Around:
         self.recorded: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self.depends: bool | None = None
         self.left: dict[tuple[int, int, str], Any] = {}
+        self.handed: dict[tuple[int, int, int], dict[str, Any]] = {}
         self.lock = threading.RLock()
         self.head: HeadModule | None = None
 
@@ -167,25 +169,45 @@ class Around:
                 self.recorded[samples, length] = self._record(tokens)
             return self.recorded[samples, length]
 
-    def carrying(self, arguments: Mapping[str, Any], samples: tuple[int, int], first: bool) -> dict[str, Any]:
-        """Arguments of a block with what earlier blocks left for it.
+    @property
+    def exchanged(self) -> bool:
+        """Whether blocks hand on more than hidden states."""
+        return bool(self.family.facts.carried or self.family.facts.handed)
+
+    def carrying(self, arguments: Mapping[str, Any], hidden: Hidden, part: slice, i: int) -> dict[str, Any]:
+        """Arguments of block i with what earlier blocks left for it.
 
         Args:
             arguments: of the block.
-            samples: which ones, the same in every block: where their tokens are, and the first of them.
-            first: whether it is the first block.
+            hidden: in front of it.
+            part: which samples, the same in every block.
+            i: its index.
         """
-        extended = dict(arguments)
+        extended, samples = dict(arguments), hidden.place(part)
         for name in self.family.facts.carried & extended.keys():
-            if first or (*samples, name) not in self.left:
+            if i == 0 or (*samples, name) not in self.left:
                 self.left[(*samples, name)] = type(extended[name])()
             extended[name] = self.left[(*samples, name)]
-        return extended
+        return extended | (self.handed.get((*samples, i), {}) if i else {})
+
+    def handing(self, hidden: Hidden, part: slice, i: int) -> Callable[[Sequence[Any]], None] | None:
+        """What keeps the things that block i returns and the next one is given; None: these are hidden states only.
+
+        What the block was given itself is kept too, since it may run again.
+        """
+        wanted = self.family.facts.handed
+
+        def keep(returned: Sequence[Any]) -> None:
+            samples = hidden.place(part)
+            self.handed[(*samples, i + 1)] = {name: returned[place] for name, place in wanted.items()}
+            self.handed.pop((*samples, i - 1), None)
+
+        return keep if wanted else None
 
     def anyhow(self, samples: int, length: int) -> list[dict[str, Any]]:
         """The same for samples whose tokens are forgotten. Raises QtoolError: they matter."""
         found = self.arguments(torch.zeros((samples, length), dtype=torch.long))
-        if self.depends or self.family.facts.carried:
+        if self.depends or self.exchanged:
             raise misfit(self.model, "gives blocks what depends on tokens, which methods that train blocks do not keep")
         return found
 

@@ -210,7 +210,7 @@ class Blocks:
             NumericsError: it is not finite; says where that begins.
         """
         x, arguments = hidden[part].to(self.device), self.arguments_for(hidden, part, i)
-        output = self.run(block, x, arguments, cache)
+        output = self.run(block, x, arguments, cache, self.around and self.around.handing(hidden, part, i))
         if not all_finite(output):
             finite(x, f"of hidden states before block {i} of {self.checkpoint.source}")
             again, names = twin(block), {self.path(m): m.name for m in self.modules[i]}
@@ -248,12 +248,14 @@ class Blocks:
         with self.quantized_inputs(block, i, layers, times=1):
             return self.run(block, x.to(self.device, self.dtype), arguments)
 
-    def run(self, block: nn.Module, x: Tensor, arguments: Mapping[str, Any], cache: KVStore | None = None) -> Tensor:
+    def run(
+        self, block: nn.Module, x: Tensor, arguments: Mapping[str, Any], cache: KVStore | None = None, hand: Any = None
+    ) -> Tensor:
         """What a loaded block makes of hidden states, [s, T, H]; see `run_block`."""
         if self.around is None:
             return run_block(block, x, arguments, cache, self.attends)
         streams = self.around.family.facts.streams
-        return streams.pack(run_block(block, streams.unpack(x), arguments, cache, self.attends))
+        return streams.pack(run_block(block, streams.unpack(x), arguments, cache, self.attends, hand))
 
     def record(self, hidden: Hidden) -> None:
         """Finds out what blocks are given, before threads ask for it."""
@@ -268,9 +270,7 @@ class Blocks:
             return self.block_arguments(hidden.length)[i]
         assert hidden.tokens is not None
         found = self.around.arguments(hidden.tokens[part])[i]
-        if not self.around.family.facts.carried:
-            return found
-        return self.around.carrying(found, (hidden.tokens.data_ptr(), part.start or 0), i == 0)
+        return self.around.carrying(found, hidden, part, i) if self.around.exchanged else found
 
     def block_arguments(self, length: int) -> list[dict[str, Any]]:
         """What the model's own forward passes to each block beside hidden states, for samples of `length` tokens."""

@@ -88,32 +88,35 @@ class Experts(nn.ModuleList):
         self.show_all, self.abreast = show_all, 1
         self.meeting: Meeting | None = None
 
-    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    def forward(self, x: Tensor, chosen: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """Sums up what the chosen experts make of each token.
 
         Args:
-            x: [T, H].
+            x: [T, H]; where nobody chooses, [X T, H]: what each expert reads, one behind the other.
             chosen: int64 [T, A], indices of experts.
             weights: [T, A], of their results.
         """
-        result, visits = torch.zeros_like(x), visitors(chosen, len(self))
+        show_all = self.show_all and chosen is not None
+        result = torch.zeros_like(x)
+        visits = own_rows(x, len(self)) if chosen is None else visitors(chosen, len(self))
         for start in range(0, len(self), self.abreast):
             several: dict[int, Any] = dict(list(enumerate(self))[start : start + self.abreast])
-            here = [e for e in several if self.show_all or len(visits[e][0])]
-            shown = partial(self.shown, x, visits)
+            here = [e for e in several if show_all or len(visits[e][0])]
+            shown = partial(self.shown, x, visits, show_all)
             self.meet("in", start, shown, here)
             inside = {e: several[e].inside(shown(e)) for e in here}
             self.meet("down", start, inside.__getitem__, here)
             for e in here:
                 token, place = visits[e]
                 y = several[e].layer("down")(inside.pop(e))
-                y = y[token] if self.show_all else y
-                result.index_add_(0, token, (y * weights[token, place, None]).to(result.dtype))
+                y = y[token] if show_all else y
+                y = y if weights is None else y * weights[token, place, None]
+                result.index_add_(0, token, y.to(result.dtype))
         return result
 
-    def shown(self, x: Tensor, visits: Sequence[Sequence[Tensor]], e: int) -> Tensor:
+    def shown(self, x: Tensor, visits: Sequence[Sequence[Tensor]], show_all: bool, e: int) -> Tensor:
         """What an expert reads of [T, H], given (tokens, ...) that visit each."""
-        return x if self.show_all else x[visits[e][0]]
+        return x if show_all else x[visits[e][0]]
 
     def meet(self, side: str, first: int, read: Callable[[int], Tensor], here: Collection[int]) -> None:
         """Has inputs of some experts measured, if somebody wants them, before any of these is used.
@@ -145,6 +148,13 @@ def visitors(chosen: Tensor, experts: int) -> list[tuple[Tensor, Tensor]]:
     order, counts = flat.argsort(stable=True), flat.bincount(minlength=experts).tolist()
     parts: Sequence[Tensor] = torch.split(order, counts)
     return [(part // chosen.shape[1], part % chosen.shape[1]) for part in parts]
+
+
+def own_rows(x: Tensor, experts: int) -> list[tuple[Tensor, Tensor]]:
+    """The same, of inputs [X T, H] of all experts; those that do not visit one are zeros there, which it makes zero."""
+    parts = torch.split(x.any(-1), len(x) // experts)
+    rows = [part.nonzero().flatten() + e * len(part) for e, part in enumerate(parts)]
+    return [(found, torch.zeros_like(found)) for found in rows]
 
 
 def split_experts(block: nn.Module, found: Mapping[str, Module], show_all: bool) -> None:

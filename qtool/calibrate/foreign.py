@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from itertools import chain
 from typing import Any, Protocol
@@ -77,7 +77,12 @@ class Handed:
 
 
 def run_block(
-    block: nn.Module, x: Tensor, arguments: Mapping[str, Any], store: KVStore | None, attention: bool
+    block: nn.Module,
+    x: Tensor,
+    arguments: Mapping[str, Any],
+    store: KVStore | None,
+    attention: bool,
+    hand: Callable[[Sequence[Any]], None] | None = None,
 ) -> Tensor:
     """A decoder block's output, [S, T, H].
 
@@ -87,6 +92,7 @@ def run_block(
         arguments: what it takes beside, by name.
         store: what keys and values go through; None: nothing.
         attention: whether our attention is what it should use.
+        hand: takes all that it returns, where a later block wants more of that than hidden states.
 
     Raises:
         QtoolError: the block did not use what it was given.
@@ -99,6 +105,8 @@ def run_block(
     ATTENDED.set(attended)
     output = block(x, **{**arguments, **({name: handed} if name else {})})
     first: Tensor = output[0] if isinstance(output, tuple) else output
+    if hand:
+        hand(output)
     if handed:
         handed.check(block)
     if attention and len(attended) != 1:

@@ -65,6 +65,11 @@ class Hidden:
         other.tokens = self.tokens
         return other
 
+    def place(self, part: slice) -> tuple[int, int]:
+        """What tells some samples from others, in front of every block."""
+        assert self.tokens is not None
+        return self.tokens.data_ptr(), part.start or 0
+
     def __getitem__(self, part: slice | Tensor) -> Tensor:
         return self.values[part]
 

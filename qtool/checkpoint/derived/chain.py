@@ -5,6 +5,7 @@ Shape letters: S samples, T tokens, E hidden size.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -68,8 +69,12 @@ def blocks_place(model: Any, calls: Mapping[str, Call]) -> str:
     return max(sizes, key=sizes.__getitem__)
 
 
-def check_chain(model: Any, place: str, calls: Mapping[str, Call]) -> frozenset[str]:
-    """Arguments in which blocks leave something for later ones.
+def check_chain(model: Any, place: str, calls: Mapping[str, Call]) -> tuple[frozenset[str], dict[str, int]]:
+    """What blocks exchange beside hidden states.
+
+    Returns:
+        (arguments in which blocks leave something for later ones, argument -> which of the things that the block
+        before returns it is).
 
     Raises:
         Unfit: blocks exchange something else than that and hidden states.
@@ -85,14 +90,35 @@ def check_chain(model: Any, place: str, calls: Mapping[str, Call]) -> frozenset[
         for parameter in block.parameters():
             if owners.setdefault(id(parameter), i) != i:
                 raise Unfit(f"blocks {owners[id(parameter)]} and {i} share weights")
-    carried: set[str] = set()
+    carried, handed = set[str](), dict[str, int]()
     alone = arguments_without_blocks(model, place, members)
     for i, (call, found) in enumerate(zip(members, alone, strict=True)):
         differing = [name for name, wanted in call.arguments.items() if found.get(name) != wanted]
-        if missing := [name for name in differing if not isinstance(found.get(name), dict)]:
-            raise Unfit(f"block {i} is given {missing[0]} that other blocks compute")
-        carried |= set(differing)
-    return frozenset(carried)
+        left = {name for name in differing if isinstance(found.get(name), dict)}
+        for name in differing:
+            if name not in left and (place_of := handed_place(members, name)) is None:
+                raise Unfit(f"block {i} is given {name} that other blocks compute")
+            elif name not in left:
+                handed[argument_name(blocks[i], name)] = place_of
+        carried |= left
+    return frozenset(carried), handed
+
+
+def handed_place(members: list[Call], name: str) -> int | None:
+    """Which of the things that each block returns is that argument of the next one; None: none, or it differs."""
+    pairs = list(zip(members, members[1:], strict=False))
+    for place in range(1, min((len(before.returned) for before, _ in pairs), default=0)):
+        if all(before.returned[place] == call.given.get(name) for before, call in pairs):
+            return place
+    return None
+
+
+def argument_name(block: nn.Module, name: str) -> str:
+    """What a block calls an argument that it was given by place, counted behind the hidden states."""
+    if not name.isdigit():
+        return name
+    _hidden, *names = inspect.signature(block.forward).parameters
+    return names[int(name)]
 
 
 def arguments_without_blocks(model: Any, place: str, members: list[Call]) -> list[dict[str, Any]]:

@@ -49,6 +49,7 @@ class Facts:
         parts: tensor that is one of several which the class keeps in one, below its block -> (name of that one there,
             its shape, the first of its rows).
         carried: arguments in which blocks leave something for later ones.
+        handed: argument -> which of the things that the block before returns it is.
         norms: of every block, those whose output is what some layers read: (norm, these layers), below the block.
         last_norm: the one whose output the output layer reads; None: there is none.
     """
@@ -70,6 +71,7 @@ class Facts:
     outputs: tuple[int | None, ...]
     parts: Mapping[str, tuple[str, tuple[int, ...], int]] = field(default_factory=dict)
     carried: frozenset[str] = frozenset()
+    handed: Mapping[str, int] = field(default_factory=dict)
     norms: tuple[tuple[tuple[str, tuple[str, ...]], ...], ...] = ()
     last_norm: str | None = None
 
@@ -114,9 +116,9 @@ def facts_of(model: Any) -> Facts:
         raise Unfit(f"its forward pass cannot be followed: {type(error).__name__}: {one_line(error)}") from error
     place = blocks_place(model, calls)
     blocks = model.get_submodule(place)
-    carried = check_chain(model, place, calls)
+    carried, handed = check_chain(model, place, calls)
     facts = collect(model, place, blocks, calls, (names[id(embedding)], names[id(head)]))
-    return replace(facts, carried=carried)
+    return replace(facts, carried=carried, handed=handed)
 
 
 def collect(model: Any, place: str, blocks: nn.ModuleList, calls: Mapping[str, Call], ends: tuple[str, str]) -> Facts:

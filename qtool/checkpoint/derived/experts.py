@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtool.checkpoint.derived.names import Origin
-from qtool.checkpoint.derived.skeleton import is_experts
+from qtool.checkpoint.derived.skeleton import is_experts, is_taken_apart
 from qtool.checkpoint.families._parts import Linear, Slice
 
 PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
@@ -28,7 +28,7 @@ class Stack:
         transposed: whether matrices are [K, N] in it.
         concatenated: whether rows of gate lie before those of up, instead of in turns.
         names: (expert, role) -> what a checkpoint calls the layer, and where it is in the parameter.
-        separate: whether checkpoints store it so; False: they store the parameter.
+        separate: whether checkpoints store it so, at least quantized ones; False: they store the parameter.
     """
 
     key: str
@@ -96,7 +96,8 @@ def stacks_of(model: Any, place: str, found: Mapping[str, Origin]) -> dict[str, 
 def stack_of(module: Any, owner: str, name: str, shape: tuple[int, ...], cut: list[tuple[str, Origin]]) -> Stack:
     """One of them; `cut` is what checkpoints store of it."""
     key, bias = f"{owner}.{name}", name.endswith("_bias")
-    turned, joined = bool(module.is_transposed) and not bias, bool(module.is_concatenated)
+    apart = is_taken_apart(module)
+    turned, joined = apart or (bool(module.is_transposed) and not bias), apart or bool(module.is_concatenated)
     names: dict[tuple[int, str], tuple[str, Slice]] = {}
     separate = all(origin.part and origin.part.index is not None for _, origin in cut)
     if separate:
@@ -110,7 +111,7 @@ def stack_of(module: Any, owner: str, name: str, shape: tuple[int, ...], cut: li
         for role, first, step in rows(name, shape[2 if turned else 1], joined):
             tensor = f"{place}.{e}.{role}_proj.{'bias' if bias else 'weight'}"
             names[e, role] = tensor, Slice(cut[0][0], shape, e, first, step, turned)
-    return Stack(key, owner, shape, turned, joined, names, False)
+    return Stack(key, owner, shape, turned, joined, names, apart)
 
 
 def rows(name: str, count: int, concatenated: bool) -> Iterator[tuple[str, int, int]]:

@@ -127,8 +127,19 @@ def quiet() -> Iterator[None]:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module holds all experts of a block by transformers' protocol: three-dimensional parameters.
+    """Whether a module holds all experts of a block in three-dimensional parameters, by a protocol that is known.
 
     https://huggingface.co/docs/transformers/main/experts_interface
     """
-    return all(hasattr(module, name) for name in ("_apply_gate", "has_gate", "is_transposed", "is_concatenated"))
+    by_protocol = all(hasattr(module, name) for name in ("_apply_gate", "has_gate", "is_transposed", "is_concatenated"))
+    return by_protocol or is_taken_apart(module)
+
+
+def is_taken_apart(module: nn.Module) -> bool:
+    """Whether transformers makes layers of such experts where a checkpoint is quantized, which then has them apart.
+
+    Their matrices are [K, N], gate before up, and each expert is given all tokens, one expert's behind the other's.
+    """
+    from transformers.quantizers import base
+
+    return type(module).__name__ in getattr(base, "MODULES_TO_PATCH_FOR_QUANTIZATION", {})

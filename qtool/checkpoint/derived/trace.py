@@ -54,8 +54,10 @@ class Call:
         hidden: what its first argument was; that and the next two of the first time.
         shape: the shape of that.
         output: what it returned, or the first thing of it.
+        returned: each thing that it returned, if several; None in places of what is no tensor.
         outputs: how many things it returned; None: a tensor.
-        arguments: what else it was given, see `signature`.
+        arguments: what else it was given, see `looks`.
+        given: those of them that are tensors, by the same names.
     """
 
     order: int
@@ -63,8 +65,10 @@ class Call:
     hidden: Key | None = None
     shape: tuple[int, ...] = ()
     output: Key | None = None
+    returned: tuple[Key | None, ...] = ()
     outputs: int | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
+    given: dict[str, Key] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -94,14 +98,18 @@ def watch(model: Any, modules: Mapping[str, nn.Module]) -> dict[str, Call]:
         values = [*args, *kwargs.values()]
         if values and isinstance(values[0], Tensor):
             call.hidden, call.shape = key_of(values[0]), tuple(values[0].shape)
-        call.arguments = signature(args[1:], kwargs if args else dict(list(kwargs.items())[1:]))
+        beside = places(args[1:], kwargs if args else dict(list(kwargs.items())[1:]))
+        call.arguments = {key: looks(value) for key, value in beside.items()}
+        call.given = {key: key_of(value) for key, value in beside.items() if isinstance(value, Tensor) and value.ndim}
 
     def after(name: str, output: Any) -> None:
         references.append(output)
         first = output[0] if isinstance(output, tuple | list) and output else output
         if isinstance(first, Tensor):
             calls[name].output = key_of(first)
-        calls[name].outputs = len(output) if isinstance(output, tuple | list) else None
+        if isinstance(output, tuple | list):
+            calls[name].outputs = len(output)
+            calls[name].returned = tuple(key_of(x) if isinstance(x, Tensor) and x.ndim else None for x in output)
 
     for module in model.modules():
         if is_experts(module):
@@ -130,14 +138,13 @@ def all_nonzero() -> Any:
     return config.patch({name: True}) if hasattr(config, name) else nullcontext()
 
 
-def signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What arguments look like: shapes of tensors, sizes of collections, None or the type of anything else."""
-    places = {str(i): value for i, value in enumerate(args)} | dict(kwargs)
-    return {name: looks(value) for name, value in places.items()}
+def places(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by name, or by place where they have none."""
+    return {str(i): value for i, value in enumerate(args)} | dict(kwargs)
 
 
 def looks(value: Any) -> Any:
-    """See `signature`."""
+    """What an argument looks like: shapes of tensors, sizes of collections, None or the type of anything else."""
     if isinstance(value, Tensor):
         return tuple(value.shape)
     if isinstance(value, tuple | list):
