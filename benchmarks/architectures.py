@@ -26,6 +26,7 @@ from benchmarks.tiny import save_tiny
 from qtool.api import quantize
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import Checkpoint, modules
+from qtool.checkpoint.derived.skeleton import named_class
 from qtool.errors import QtoolError, one_line
 from qtool.evaluate.readers import load_in_transformers
 from qtool.models import open_model
@@ -103,7 +104,8 @@ def attempt(kind: str, tokenizer: Any, folder: Path) -> Row:
     out = folder / "quantized"
     quantize(str(source), recipe(text), out, dtype="fp32")
     with contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
-        loaded, remark = load_in_transformers(type(model), out, torch.float32)
+        made = named_class(open_model(str(out)).config) or type(model)  # of a text model, where no other part is kept
+        loaded, remark = load_in_transformers(made, out, torch.float32)
         found = loaded(input_ids=tokens, use_cache=False).logits
     worst = max(worst, abs(divergence(logits_of(open_model(str(out)), tokens), found)))
     linears = [module for module in modules(checkpoint) if module.kind == "linear" and module.block is not None]

@@ -160,5 +160,8 @@ def save_tiny(kind: str, folder: Path) -> Any:
                     parameter.normal_(0, 0.5 * parameter.shape[-1] ** -0.5)
                 elif "A_log" not in name and "dt" not in name:  # states that forget too fast, or never
                     parameter.add_(torch.randn(parameter.shape) * 0.1)
+            for module in model.modules():
+                if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+                    module.weight[module.padding_idx] = 0  # where training leaves it
     model.save_pretrained(folder)
     return model

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from qtool.calibrate import blocks as blocks_module
 from qtool.calibrate import places
+from qtool.calibrate.experts import Expert, Experts
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.stats.channels import Channels
@@ -148,3 +149,22 @@ def test_replaced_weights_are_what_a_block_multiplies_with(name, folder):
     with torch.no_grad():
         want = model(TOKENS).logits
     assert_close(walker.logits(hidden, 2), want[2], rtol=1e-3, atol=1e-4 * float(want.std()))
+
+
+def test_experts_that_are_all_given_every_token_read_those_that_are_not_zero():
+    """As in Llama 4, whose router scales inputs to zero where an expert is not chosen."""
+    experts, seen = 3, defaultdict(list)
+    made = []
+    for e in range(experts):
+        layers = {role: torch.nn.Linear(8, 8, bias=False) for role in ("gate", "up", "down")}
+        layers["up"].register_forward_pre_hook(lambda _, x, e=e: seen[e].append(x[0].detach().clone()))
+        names = {role: f"{role}_proj" for role in layers}
+        made.append(Expert(layers, names, lambda gate, up: gate.sigmoid() * up))
+    x = torch.randn(experts, 5, 8)
+    x[0, 1], x[1], x[2, 4] = 0, 0, 0
+    found = Experts(made, show_all=True)(x.view(-1, 8)).view(experts, 5, 8)
+    for e, expert in enumerate(made):
+        wanted = expert.layer("down")(expert.layer("gate")(x[e]).sigmoid() * expert.layer("up")(x[e]))
+        assert_close(found[e], wanted)
+    assert [len(seen[e][0]) for e in (0, 2)] == [4, 4]
+    assert len(seen[1]) == 1  # ours, above

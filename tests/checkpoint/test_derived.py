@@ -28,9 +28,11 @@ KINDS = [
     "gemma3n_text",
     "deepseek_v4",
     "olmo_hybrid",
+    "zaya",
+    "llama4_text",
 ]
 """Linear attention with experts, latent attention, norms behind, one stream for all, multipliers, biases, states,
-kernels that checkpoints store apart."""
+kernels that checkpoints store apart, what routers hand on from block to block, experts that are one tensor."""
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,10 @@ from tests.conftest import make_tokenizer
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["qwen3_next", "bert", "gemma3n_text"])
+@pytest.mark.parametrize("kind", ["qwen3_next", "bert", "gemma3n_text", "llama4_text"])
 def test_transformers_reads_what_was_written(kind, tmp_path):
-    """Experts and linear attention; a layer outside of blocks that has to be left alone; shared keys and values."""
+    """Experts and linear attention; a layer outside of blocks that has to be left alone; shared keys and values;
+    experts that are one tensor and become layers."""
     row = attempt(kind, make_tokenizer(), tmp_path)
     assert row.passed, row.why
     assert row.divergence is not None and row.divergence < ALIKE

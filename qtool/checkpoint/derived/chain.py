@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -95,18 +96,18 @@ def check_chain(model: Any, place: str, calls: Mapping[str, Call]) -> tuple[froz
     for i, (call, found) in enumerate(zip(members, alone, strict=True)):
         differing = [name for name, wanted in call.arguments.items() if found.get(name) != wanted]
         left = {name for name in differing if isinstance(found.get(name), dict)}
-        for name in differing:
-            if name not in left and (place_of := handed_place(members, name)) is None:
+        for name in (name for name in differing if name not in left):
+            returned = handed_place(members, name)
+            if returned is None:
                 raise Unfit(f"block {i} is given {name} that other blocks compute")
-            elif name not in left:
-                handed[argument_name(blocks[i], name)] = place_of
+            handed[argument_name(blocks[i], name)] = returned
         carried |= left
     return frozenset(carried), handed
 
 
 def handed_place(members: list[Call], name: str) -> int | None:
     """Which of the things that each block returns is that argument of the next one; None: none, or it differs."""
-    pairs = list(zip(members, members[1:], strict=False))
+    pairs = list(pairwise(members))
     for place in range(1, min((len(before.returned) for before, _ in pairs), default=0)):
         if all(before.returned[place] == call.given.get(name) for before, call in pairs):
             return place
