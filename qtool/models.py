@@ -10,7 +10,7 @@ from qtool import registry
 from qtool.artifact._base import Artifact
 from qtool.artifact._mxfp4_experts import MXFP4Experts
 from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint
-from qtool.checkpoint.hf import BY_NAMES, HFCheckpoint
+from qtool.checkpoint.hf import BY_NAMES, TOLD_APART, HFCheckpoint
 from qtool.checkpoint.open import find_model, local, open_checkpoint
 from qtool.errors import CheckpointError, reading
 
@@ -79,3 +79,12 @@ def open_model_free(source: str) -> Checkpoint:
         BY_NAMES.reset(token)
     model.source = source
     return model
+
+
+def open_apart(source: str) -> Checkpoint:
+    """Opens a model so that linear layers which its class keeps in one are layers of their own; see `open_model`."""
+    token = TOLD_APART.set(True)
+    try:
+        return open_model(source)
+    finally:
+        TOLD_APART.reset(token)

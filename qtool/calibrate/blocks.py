@@ -21,7 +21,7 @@ from qtool.calibrate.ahead import Ahead
 from qtool.calibrate.around import Around
 from qtool.calibrate.branches import RoundedInputs, set_branches, stored_branches
 from qtool.calibrate.copies import buffers_to, twin
-from qtool.calibrate.experts import split_experts
+from qtool.calibrate.experts import split_layers
 from qtool.calibrate.foreign import Calls, KVStore, assign, misfit, run_block
 from qtool.calibrate.hidden import Hidden
 from qtool.calibrate.infinite import origin
@@ -77,7 +77,7 @@ class Blocks:
             if module.block is not None:
                 self.modules[module.block].append(module)
         for block, found in zip(self.blocks, self.modules.values(), strict=True):
-            split_experts(block, {self.path(module): module for module in found}, all_experts)
+            split_layers(block, {self.path(module): module for module in found}, all_experts)
         self.around = Around(self.model, checkpoint, device, dtype) if self.family.derived else None
         self.norm = None if self.around else self.model.model.norm
         self.arguments: dict[int, list[dict[str, Any]]] = {}

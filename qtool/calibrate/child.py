@@ -80,7 +80,7 @@ class Child:
             seconds: to wait.
 
         Raises:
-            CheckpointError: no answer in that time, too long a one, or the child has ended.
+            CheckpointError: no answer in that time, too long a one, something else, or the child has ended.
         """
         assert self.process.stdout
         answer, end = bytearray(), time.monotonic() + seconds
@@ -94,7 +94,11 @@ class Child:
             answer += piece
             if len(answer) > LONGEST:
                 raise CheckpointError(self.what, wanted=f"at most {LONGEST} bytes", found="more")
-        return json.loads(answer)
+        try:
+            return json.loads(answer)
+        except ValueError as error:  # such as what a debugger says that native code calls before it aborts
+            said = answer.decode(errors="replace")
+            raise CheckpointError(self.what, wanted="an answer", found=f"{said.strip()!r:.80}") from error
 
     def _ended(self) -> CheckpointError:
         code = self.process.wait()

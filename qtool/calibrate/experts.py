@@ -157,6 +157,53 @@ def own_rows(x: Tensor, experts: int) -> list[tuple[Tensor, Tensor]]:
     return [(found, torch.zeros_like(found)) for found in rows]
 
 
+def split_layers(block: nn.Module, found: Mapping[str, Module], show_all: bool) -> None:
+    """Gives a block of transformers the linear layers that `found` names, where its class keeps several in one.
+
+    Args:
+        block: of transformers.
+        found: the linear layers of the block by path below it.
+        show_all: see `Experts`.
+    """
+    split_experts(block, found, show_all)
+    split_joined(block, found)
+
+
+class OneBehindOther(nn.Module):
+    """Layers that a class keeps in one: their outputs one behind the other.
+
+    Args:
+        layers: by name, in order.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Linear]) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N], of all layers together."""
+        return torch.cat([layer(x) for layer in self.children()], dim=-1)
+
+
+def split_joined(block: nn.Module, found: Mapping[str, Module]) -> None:
+    """Puts `OneBehindOther` on the meta device in the place of linear layers that are known by their parts.
+
+    Args:
+        block: of transformers.
+        found: the linear layers of the block by path below it, a part below the layer that it is of.
+    """
+    parts: dict[str, dict[str, nn.Linear]] = defaultdict(dict)
+    modules = dict(block.named_modules())
+    for path, module in found.items():
+        whole, _, name = path.rpartition(".")
+        if isinstance(modules.get(whole), nn.Linear):
+            parts[whole][name] = nn.Linear(*module.shape[::-1], bias=False, device="meta")
+    for whole, layers in parts.items():
+        owner, _, name = whole.rpartition(".")
+        setattr(block.get_submodule(owner), name, OneBehindOther(layers))
+
+
 def split_experts(block: nn.Module, found: Mapping[str, Module], show_all: bool) -> None:
     """Puts `Experts` on the meta device in the place of transformers' module, if the block has one.
 

@@ -22,6 +22,7 @@ from qtool import registry
 from qtool.checkpoint._base import Checkpoint, TensorInfo, modules, verify
 from qtool.checkpoint.config import FAMILIES, complete
 from qtool.checkpoint.conversions._base import ROOM, Conversion
+from qtool.checkpoint.derived.skeleton import APART
 from qtool.checkpoint.families._base import GGUF_FIELDS, Family
 from qtool.checkpoint.families._parts import stacked
 from qtool.checkpoint.families._rope import ROPE_TENSORS, rope_config
@@ -34,7 +35,7 @@ from qtool.errors import CheckpointError
 
 SPECIAL = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
 FILE_TYPES: dict[object, str] = {int(kind): kind.name for kind in gguf.LlamaFileType}
-SAME_TEXT = {"qwen2vl": "qwen2", "qwen3vl": "qwen3"}
+SAME_TEXT = {"qwen2vl": "qwen2", "qwen3vl": "qwen3", "qwen3vlmoe": "qwen3moe"}
 """Architecture that counts positions of pictures -> the one that it is for text."""
 LONG = 16
 """Entries of a list that are shown."""
@@ -203,7 +204,7 @@ def _family(file: GGUFFile) -> Family | Conversion:
     rooms = (FAMILIES, ROOM)
     families: list[Family | Conversion] = [registry.load(r, name)() for r in rooms for name in registry.names(r)]
     mixture = bool(file.metadata.get(f"{stored}.expert_count"))
-    fitting = [family for family in families if family.gguf_arch == arch and family.mixture == mixture]
+    fitting = [family for family in families if family.gguf_arch == arch and family.mixture in (mixture, None)]
     if not fitting:
         known = sorted({family.gguf_arch for family in families})
         raise CheckpointError(
@@ -252,6 +253,7 @@ def _config(file: GGUFFile, family: Family | Conversion) -> dict[str, Any]:
             "dtype": _dtype(file),
             **family.gguf_fields(fields, file.tensors),
         }
+        | ({APART: True} if isinstance(family, Conversion) and family.apart else {})
     )
 
 

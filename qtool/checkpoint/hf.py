@@ -15,6 +15,7 @@ from torch import Tensor
 from qtool.checkpoint._base import Checkpoint, TensorInfo, verify
 from qtool.checkpoint.config import complete, read_json, read_own
 from qtool.checkpoint.derived.free import FREE, PARTS, free_family
+from qtool.checkpoint.derived.skeleton import APART
 from qtool.checkpoint.families._base import Family
 from qtool.checkpoint.families._parts import Slice
 from qtool.checkpoint.links import own_file
@@ -217,6 +218,8 @@ def _equal(a: SafetensorsFile, a_name: str, b: SafetensorsFile, b_name: str) -> 
 
 BY_NAMES: ContextVar[bool] = ContextVar("by_names", default=False)
 """Whether folders are opened by names and shapes of their tensors only; see `open_model_free`."""
+TOLD_APART: ContextVar[bool] = ContextVar("told_apart", default=False)
+"""Whether linear layers are told apart that classes keep in one; see `open_apart`."""
 
 
 def described(folder: Path, model_free: bool) -> tuple[dict[str, Any], Family]:
@@ -224,7 +227,7 @@ def described(folder: Path, model_free: bool) -> tuple[dict[str, Any], Family]:
     path = folder / "config.json"
     config = read_own(path)
     if not (model_free or BY_NAMES.get()) and FREE not in config:
-        return complete(config, path)
+        return complete(config | ({APART: True} if TOLD_APART.get() else {}), path)
     config[FREE] = True
     return config, free_family(config, stored_shapes(locate(folder)))
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from qtool.checkpoint._base import Checkpoint, Layer, QuantizedCheckpoint, TensorInfo
 from qtool.checkpoint.config import complete
-from qtool.checkpoint.conversions._base import filled
+from qtool.checkpoint.conversions._base import conversion_of, filled
+from qtool.checkpoint.derived.skeleton import APART
 from qtool.checkpoint.families._base import Value
 from qtool.residuals._base import Matrix
 
@@ -24,16 +26,22 @@ class Kind(NamedTuple):
     Attributes:
         text: the `model_type` that it has by itself.
         gguf_arch: what llama.cpp calls it, which counts positions of pictures; empty: what it calls the text model.
+        apart: whether its experts are in one tensor, which those of the text model by itself are not.
+        fields: what config.json of the text model has to say, and the other one takes for granted.
     """
 
     text: str
     gguf_arch: str = ""
+    apart: bool = False
+    fields: Mapping[str, Any] = MappingProxyType({})
 
 
 KINDS: Mapping[str, Kind] = {
     "qwen2_vl": Kind("qwen2", "qwen2vl"),
     "qwen2_5_vl": Kind("qwen2", "qwen2vl"),
     "qwen3_vl": Kind("qwen3", "qwen3vl"),
+    "qwen3_vl_moe": Kind("qwen3_moe", "qwen3vlmoe", True, {"norm_topk_prob": True}),
+    "llama4": Kind("llama4_text", apart=True),
     "gemma4": Kind("gemma4_text"),
     "qwen3_5": Kind("qwen3_5_text"),
     "qwen3_5_moe": Kind("qwen3_5_moe_text"),
@@ -112,7 +120,9 @@ def language_config(model: Checkpoint, full: Mapping[str, Any], kind: Kind) -> d
     if kind.gguf_arch and isinstance(rope, dict):
         rope = {field: value for field, value in rope.items() if field not in SECTIONS}
         text |= {"rope_parameters": rope, "rope_scaling": None}
-    return outer | text | {"model_type": kind.text, "architectures": None, "tie_word_embeddings": model.tied}
+    outer |= {APART: True} if model.config.get(APART) else {}
+    own = {"model_type": kind.text, "architectures": None, "tie_word_embeddings": model.tied}
+    return {**outer, **text, **kind.fields, **own}
 
 
 def positions(full: Mapping[str, Any], kind: Kind) -> dict[str, Value]:
@@ -129,3 +139,12 @@ def language_model(model: Checkpoint) -> Checkpoint:
     """The language model, if a model is known to have other parts; else the model."""
     kind = KINDS.get(str(model.config.get("model_type")))
     return LanguageModel(model, kind) if kind and model.family.derived and not model.family.model_free else model
+
+
+def comes_apart(model: Checkpoint) -> bool:
+    """Whether GGUF has a tensor for each of several linear layers that a model's class keeps in one, and we too."""
+    if not model.family.derived or model.family.model_free or APART in model.config:
+        return False
+    kind = KINDS.get(str(model.config.get("model_type")))
+    naming = conversion_of(str(model.config.get("model_type")))
+    return kind.apart if kind else naming is not None and naming.apart

@@ -17,9 +17,11 @@ from qtool.checkpoint.conversions._base import ROOM, conversion_of
 from qtool.checkpoint.conversions._refused import REFUSED
 from qtool.checkpoint.families._biases import READ
 from qtool.checkpoint.hf import HFCheckpoint
+from qtool.checkpoint.language import comes_apart
 from qtool.errors import CheckpointError
 from qtool.evaluate.llamacpp import try_file
 from qtool.evaluate.twin import _proven, prove_twin
+from qtool.models import open_apart
 from tests.artifact.conftest import InMemory
 from tests.conftest import make_tokenizer
 
@@ -41,6 +43,8 @@ PARTICULAR = {
         "hidden_size_per_layer_input": 64,
     },
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2, "mamba_n_groups": 2},
+    "llama4_text": {"intermediate_size_mlp": 80, "interleave_moe_layer_step": 2},
 }
 """What a tiny model of a type needs that llama.cpp shall compute."""
 TABLES = ("gemma", "phi", "starcoder2", "gpt_neox", "gemma4_text")
@@ -72,10 +76,16 @@ def distance(found, wanted):
     return float((found - wanted).norm() / wanted.norm())
 
 
+def opened(folder):
+    """A model, as a recipe that exports GGUF alone opens it."""
+    model = HFCheckpoint(folder)
+    return open_apart(str(folder)) if comes_apart(model) else model
+
+
 def converted(folder, out):
     """A GGUF file in float32, and what it was written from."""
     out.mkdir()
-    model = InMemory(HFCheckpoint(folder), lambda module: None)
+    model = InMemory(opened(folder), lambda module: None)
     GGUF().write(model, out, {})
     return next(out.glob("*.gguf")), model
 
@@ -112,7 +122,7 @@ def test_llama_cpp_gets_an_output_layer_of_its_own_where_it_wants_one(kind, save
 @pytest.mark.parametrize("kind", registry.names(ROOM))
 def test_twins_run_in_llama_cpp(kind, saved):
     _proven.cache_clear()
-    found = prove_twin(GGUF(), HFCheckpoint(saved(kind)[0]))
+    found = prove_twin(GGUF(), opened(saved(kind)[0]))
     if kind == "mamba2":  # whose sizes are said in other words
         assert found is None
         return
@@ -135,6 +145,9 @@ def test_twins_run_in_llama_cpp(kind, saved):
         ("falcon_h1", {"key_multiplier": 0.5}, "falcon-h1 models with one key_multiplier only: wanted 1.0, found 0.5"),
         ("mamba2", {"time_step_limit": [0.0, 5.0]}, "mamba2 models with one time_step_limit only"),
         ("mamba2", {"n_groups": 2}, "mamba2 models with one n_groups only: wanted 1, found 2"),
+        ("llama4_text", {"attention_chunk_size": 16}, "llama4 models with one attention_chunk_size only: wanted 8192"),
+        ("llama4_text", {"use_qk_norm": False}, "llama4 models with one use_qk_norm only: wanted True, found False"),
+        ("granitemoehybrid", {"mamba_proj_bias": True}, "granitehybrid models with one mamba_proj_bias only"),
         ("exaone4", {"sliding_window": 16}, "exaone4 models with one window only: wanted 0, found 16"),
     ],
 )
@@ -175,10 +188,25 @@ def test_a_window_that_llama_cpp_does_not_apply_is_said(saved):
     assert "up to 16 tokens" in GGUF().caveats(model, {})[0]
 
 
-@pytest.mark.parametrize("kind", ["phimoe", "granitemoe", "granitemoehybrid", "llama4_text", "gemma3n_text"])
+@pytest.mark.parametrize("kind", ["phimoe", "gemma3n_text"])
 def test_what_llama_cpp_loads_and_is_not_written_says_why(kind, saved):
     model = HFCheckpoint(saved(kind)[0])
     assert GGUF().supports(model).reason == f"{kind} models are not written as GGUF: {REFUSED[kind]}"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_local_experts": 0, "position_embedding_type": "rope"},
+        {"position_embedding_type": "rope", "attention_multiplier": 0.3, "residual_multiplier": 0.7},
+    ],
+)
+def test_granite_4_without_experts_and_with_positions(fields, saved, tmp_path):
+    folder, wanted = saved("granitemoehybrid", **fields)
+    path, _ = converted(folder, tmp_path / "out")
+    assert distance(try_file(path, TOKENS), wanted) < 1e-5
+    back = GGUF().open(tmp_path / "out")
+    assert distance(logits_of(back, torch.tensor([TOKENS]))[0], wanted) < 1e-5
 
 
 def test_types_without_a_conversion_are_refused(saved):

@@ -14,6 +14,7 @@ from qtool.artifact.gguf import GGUF
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.checkpoint.language import KINDS, LanguageModel, language_model
 from qtool.evaluate.llamacpp import try_file
+from qtool.models import open_apart
 from tests.artifact.conftest import InMemory
 from tests.conftest import make_tokenizer
 
@@ -64,6 +65,16 @@ PARTS = {
         {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
         | {"head_dim": 16, "intermediate_size": 32},
     ),
+    "qwen3_vl_moe": (
+        TEXT | EXPERTS | {"head_dim": 16} | rotary(4, 2, 2),
+        VISION | {"hidden_size": 32, "deepstack_visual_indexes": [0]},
+    ),
+    "llama4": (
+        TEXT | {"head_dim": 16, "intermediate_size_mlp": 80, "num_local_experts": 4, "interleave_moe_layer_step": 2},
+        {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+        | {"image_size": 28, "patch_size": 14, "projector_input_dim": 64, "projector_output_dim": 64}
+        | {"vision_output_dim": 64},
+    ),
     "qwen3_5": (TEXT | DELTA, VISION | {"hidden_size": 32}),
     "qwen3_5_moe": (TEXT | DELTA | EXPERTS, VISION | {"hidden_size": 32}),
 }
@@ -106,7 +117,7 @@ def distance(found, wanted):
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_llama_cpp_computes_what_the_whole_computes_of_text(kind, saved, tmp_path):
     folder, wanted = saved(kind)
-    model = InMemory(HFCheckpoint(folder), lambda module: None)
+    model = InMemory(open_apart(str(folder)) if KINDS[kind].apart else HFCheckpoint(folder), lambda module: None)
     part = GGUF().part(model)
     assert isinstance(part, LanguageModel) and part.names() and not any("vis" in name for name in part.names())
     assert distance(logits_of(part, torch.tensor([TOKENS]))[0], wanted) < 1e-6

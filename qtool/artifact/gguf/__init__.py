@@ -25,7 +25,7 @@ from qtool.artifact.gguf._vision import VisionFile
 from qtool.artifact.gguf._writer import ModelWriter, block_bytes, candidates
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, modules
 from qtool.checkpoint.gguf_parts import VISION, first_parts
-from qtool.checkpoint.language import LanguageModel, language_model
+from qtool.checkpoint.language import LanguageModel, comes_apart, language_model
 from qtool.checkpoint.open import find_model
 from qtool.errors import CheckpointError
 from qtool.store.files import storage_errors
@@ -62,6 +62,9 @@ class GGUF(Artifact):
         """See `Artifact.supports`. Raises CheckpointError: the model has no tokenizer."""
         if not model.files.keys() & {"tokenizer.json", "tokenizer.model"}:
             raise CheckpointError(f"{model.source} has no tokenizer", wanted="tokenizer.json or tokenizer.model")
+        if comes_apart(model):
+            reason = "layers that {} models keep in one are only told apart if GGUF is all that is exported"
+            return Carry(False, reason.format(model.config["model_type"]))
         model = language_model(model)
         family, config = model.family, model.config
         try:

@@ -43,13 +43,14 @@ class Conversion:
         gguf_permute: roles whose rows llama.cpp wants in interleaved rotary order.
         rope_kinds: kinds of rotary scaling that llama.cpp knows for it.
         partial: share of a head that is rotated where config.json does not say.
-        mixture: whether blocks hold experts.
+        mixture: whether blocks hold experts; None: of some models.
         gguf_marker: as in `Family`; or a key and its value.
         gguf_untied: as in `Family`.
         latent: whether keys are longer than values.
         window: whether llama.cpp lets attention see more than `sliding_window`.
         attends: whether some block has attention.
         own_factors: whether factors of frequencies in a file are not those of Llama 3's scaling.
+        apart: whether GGUF has a tensor for each of several layers that transformers' class keeps in one parameter.
     """
 
     architecture: ClassVar[str]
@@ -63,13 +64,14 @@ class Conversion:
     gguf_permute: ClassVar[frozenset[str]] = frozenset()
     rope_kinds: ClassVar[tuple[str, ...]] = ("default", "linear", "yarn")
     partial: ClassVar[float] = 1.0
-    mixture: ClassVar[bool] = False
+    mixture: ClassVar[bool | None] = False
     gguf_marker: ClassVar[str | tuple[str, int] | None] = None
     window: ClassVar[bool] = False
     latent: ClassVar[bool] = False
     attends: ClassVar[bool] = True
     own_factors: ClassVar[bool] = False
     gguf_untied: ClassVar[bool] = False
+    apart: ClassVar[bool] = False
 
     @property
     def kind(self) -> str:
@@ -133,7 +135,7 @@ class Conversion:
         found: dict[str, str] = {}
         for name in dict.fromkeys([*shapes, head]):
             asked = stacked(name)[0]
-            for part, other in self.names.items():
+            for part, other in self.renames(config).items():
                 asked = asked.replace(part, other)
             there = table.get_name(asked, try_suffixes=(".weight", ".bias"))
             if there is None and (name != head or head in shapes):
@@ -144,6 +146,10 @@ class Conversion:
                 found[name] = there
         check_biases(self.gguf_arch, found)
         return found
+
+    def renames(self, config: dict[str, Any]) -> Mapping[str, str]:
+        """`names` of a model."""
+        return self.names
 
     def extra_tensors(self, config: dict[str, Any]) -> dict[str, Tensor]:
         """Tensors that GGUF wants and the checkpoint only implies, float32."""

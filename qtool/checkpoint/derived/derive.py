@@ -17,10 +17,11 @@ from torch import nn
 
 from qtool.checkpoint.derived.chain import Streams, Unfit, blocks_place, check_chain, streams_of
 from qtool.checkpoint.derived.experts import Stack, expert_layers, stacks_of
+from qtool.checkpoint.derived.halves import halved
 from qtool.checkpoint.derived.names import Origin, origins
 from qtool.checkpoint.derived.norms import Readers, block_norms, is_plain, norms_of
 from qtool.checkpoint.derived.roles import is_router, merged, role_of
-from qtool.checkpoint.derived.skeleton import is_experts, skeleton
+from qtool.checkpoint.derived.skeleton import APART, is_experts, skeleton
 from qtool.checkpoint.derived.trace import Call, lists, watch
 from qtool.checkpoint.families._parts import Linear, Slice
 from qtool.errors import CheckpointError, one_line
@@ -94,14 +95,14 @@ def _derive(text: str) -> Facts:
     config = json.loads(text)
     model = skeleton(config, torch.float32)
     try:
-        return facts_of(model)
+        return halved(facts_of(model, True)) if config.get(APART) else facts_of(model)
     except Unfit as unfit:
         what = f"{config['model_type']} models do not go through block by block"
         raise CheckpointError(what, found=str(unfit), hint="--model-free quantizes without data") from unfit
 
 
-def facts_of(model: Any) -> Facts:
-    """See `derive`. Raises Unfit."""
+def facts_of(model: Any, apart: bool = False) -> Facts:
+    """See `derive`; `apart`: tells experts apart that checkpoints store in one tensor. Raises Unfit."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
     if id(embedding) not in names or not isinstance(head, nn.Linear):
@@ -117,16 +118,18 @@ def facts_of(model: Any) -> Facts:
     place = blocks_place(model, calls)
     blocks = model.get_submodule(place)
     carried, handed = check_chain(model, place, calls)
-    facts = collect(model, place, blocks, calls, (names[id(embedding)], names[id(head)]))
+    facts = collect(model, place, blocks, calls, (names[id(embedding)], names[id(head)]), apart)
     return replace(facts, carried=carried, handed=handed)
 
 
-def collect(model: Any, place: str, blocks: nn.ModuleList, calls: Mapping[str, Call], ends: tuple[str, str]) -> Facts:
+def collect(
+    model: Any, place: str, blocks: nn.ModuleList, calls: Mapping[str, Call], ends: tuple[str, str], apart: bool
+) -> Facts:
     """Puts everything together. Raises Unfit: checkpoints have tensors that cannot be told apart."""
     found, lost = origins(model)
     if lost:
         raise Unfit(f"its checkpoints store {lost[0]} otherwise than the class")
-    stacks = {key: stack for key, stack in stacks_of(model, place, found).items() if stack.separate}
+    stacks = {key: stack for key, stack in stacks_of(model, place, found).items() if stack.separate or apart}
     names = {origin.key: name for name, origin in found.items() if origin.part is None}
     owners = block_owners(place, len(blocks), found)
     prefix = block_prefix(owners)

@@ -27,7 +27,8 @@ class Stack:
         shape: [X, R, C], or [X, R] of biases.
         transposed: whether matrices are [K, N] in it.
         concatenated: whether rows of gate lie before those of up, instead of in turns.
-        names: (expert, role) -> what a checkpoint calls the layer, and where it is in the parameter.
+        names: (expert, role) -> what a checkpoint calls the layer, where it is in the parameter, and where a checkpoint
+            may have it otherwise.
         separate: whether checkpoints store it so, at least quantized ones; False: they store the parameter.
     """
 
@@ -36,7 +37,7 @@ class Stack:
     shape: tuple[int, ...]
     transposed: bool
     concatenated: bool
-    names: Mapping[tuple[int, str], tuple[str, Slice]]
+    names: Mapping[tuple[int, str], tuple[str, Slice, Slice]]
     separate: bool
 
 
@@ -48,6 +49,7 @@ class ExpertTensor:
         name: in checkpoints, with ".weight" or ".bias".
         path: where it is in a class whose experts are modules.
         shape: [N, K] or [N].
+        part: where it is in the parameter.
         slice: where a checkpoint may have it instead.
         role: gate, up or down.
         expert: its index.
@@ -56,6 +58,7 @@ class ExpertTensor:
     name: str
     path: str
     shape: tuple[int, ...]
+    part: Slice
     slice: Slice
     role: str
     expert: int
@@ -98,20 +101,28 @@ def stack_of(module: Any, owner: str, name: str, shape: tuple[int, ...], cut: li
     key, bias = f"{owner}.{name}", name.endswith("_bias")
     apart = is_taken_apart(module)
     turned, joined = apart or (bool(module.is_transposed) and not bias), apart or bool(module.is_concatenated)
-    names: dict[tuple[int, str], tuple[str, Slice]] = {}
+    names: dict[tuple[int, str], tuple[str, Slice, Slice]] = {}
     separate = all(origin.part and origin.part.index is not None for _, origin in cut)
     if separate:
         for tensor, origin in cut:
             assert origin.part and origin.part.index is not None
             role = "down" if name.startswith("down") else "up" if origin.part.first or name.startswith("up") else "gate"
-            names[origin.part.index, role] = tensor, origin.part
+            names[origin.part.index, role] = tensor, origin.part, origin.part
         return Stack(key, owner, shape, turned, joined, names, True)
-    place = cut[0][0].rpartition(".")[0]
+    stored, origin = cut[0]
+    other_way = origin.part is not None and origin.part.transposed
     for e in range(shape[0]):
         for role, first, step in rows(name, shape[2 if turned else 1], joined):
-            tensor = f"{place}.{e}.{role}_proj.{'bias' if bias else 'weight'}"
-            names[e, role] = tensor, Slice(cut[0][0], shape, e, first, step, turned)
+            tensor = f"{experts_place(stored)}.{e}.{role}_proj.{'bias' if bias else 'weight'}"
+            part = Slice(key, shape, e, first, step, turned)
+            names[e, role] = tensor, part, Slice(stored, origin.shape, e, first, step, turned ^ other_way)
     return Stack(key, owner, shape, turned, joined, names, apart)
+
+
+def experts_place(stored: str) -> str:
+    """What experts are below that have a tensor together: "mlp.experts" of "mlp.experts.down_proj"."""
+    place = stored.removesuffix(".weight").rpartition(".")[0]
+    return place if place.endswith(".experts") else f"{place}.experts"
 
 
 def rows(name: str, count: int, concatenated: bool) -> Iterator[tuple[str, int, int]]:
@@ -133,9 +144,9 @@ def expert_layers(stacks: Iterable[Stack]) -> list[ExpertTensor]:
             (stack.shape[1], 0) if bias else (stack.shape[2], stack.shape[1]) if stack.transposed else stack.shape[1:]
         )
         n //= 2 if stack.key.rpartition(".")[2].startswith("gate_up") else 1
-        for (e, role), (name, part) in stack.names.items():
+        for (e, role), (name, part, stored) in stack.names.items():
             last, kind = name.split(".")[-2:]
             path = f"{stack.owner}.{e}.{last}.{kind}"
-            layers.append(ExpertTensor(name, path, (n,) if bias else (n, k), part, role, e))
+            layers.append(ExpertTensor(name, path, (n,) if bias else (n, k), part, stored, role, e))
     order = ("gate", "up", "down")
     return sorted(layers, key=lambda layer: (layer.expert, order.index(layer.role)))

@@ -138,7 +138,10 @@ class Miniature(Checkpoint):
                 self.views[name] = cut(state[origin.key], origin.part, origin.shape)
         for stack in stacks.values():
             for layer in expert_layers([stack]):
-                self.views[layer.name] = cut(state[stack.key], layer.slice, layer.shape)
+                self.views[layer.name] = cut(state[stack.key], layer.part, layer.shape)
+        for name, part in self.facts.slices.items():
+            if name not in self.views and part.tensor in found:
+                self.views[name] = cut(state[found[part.tensor].key], part, self.facts.shapes[name])
         self.views[f"{self.facts.head}.weight"] = model.get_output_embeddings().weight
         self.tokens = torch.randint(3, VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(0))
         self.tokens %= len(self.views[f"{self.facts.embedding}.weight"])

@@ -101,6 +101,8 @@ def part_of(key: str, whole: Tensor, tensor: Tensor) -> Slice:
     if tensor.dim() == whole.dim() > 2 and tensor.is_contiguous() and tensor.shape[1:] == whole.shape[1:]:
         row = int(tensor.storage_offset() - whole.storage_offset()) // tensor[0].numel()
         return Slice(key, tuple(whole.shape), first=row)  # several kernels of convolutions in one
+    if tensor.dim() == whole.dim() == 3 and tensor.shape == whole.mT.shape and tensor.stride(2) != 1:
+        return Slice(key, tuple(whole.shape), transposed=True)
     stacked = tensor.dim() < whole.dim()
     inner = whole[0].numel() if stacked else whole.numel()
     index, first = divmod(int(tensor.storage_offset() - whole.storage_offset()), inner)

@@ -13,7 +13,9 @@ from torch import nn
 
 from qtool.errors import CheckpointError, one_line
 
-LEFT_OUT = ("quantization_config", "auto_map")
+APART = "qtool_apart"
+"""What config.json says where linear layers are told apart that transformers' class keeps in one parameter."""
+LEFT_OUT = ("quantization_config", "auto_map", APART)
 """Fields of config.json that are not transformers' business here."""
 TAG = "__float__"
 CLASSES = ("ForConditionalGeneration", "ForCausalLM", "LMHeadModel")
