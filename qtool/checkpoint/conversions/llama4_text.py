@@ -34,7 +34,6 @@ class Llama4Text(Conversion):
         "attention_bias": False,
     }
     mixture = True
-    apart = True
 
     def more(self, config: dict[str, Any]) -> dict[str, Value]:
         """See `Conversion.more`."""

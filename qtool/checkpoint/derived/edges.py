@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtool.checkpoint.derived.derive import Facts, derive
+from qtool.checkpoint.derived.derive import derive
+from qtool.checkpoint.derived.facts import Facts
 from qtool.checkpoint.derived.miniature import Miniature, smaller
 from qtool.checkpoint.derived.proposals import Pattern, kind_of, pattern, proposals
 from qtool.checkpoint.edits import STREAM, Edit

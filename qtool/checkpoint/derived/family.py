@@ -9,8 +9,9 @@ from torch import Tensor
 
 from qtool.checkpoint.conversions._base import Conversion, conversion_of, filled
 from qtool.checkpoint.conversions._refused import REFUSED
-from qtool.checkpoint.derived.derive import Facts, derive
+from qtool.checkpoint.derived.derive import derive
 from qtool.checkpoint.derived.edges import proven_edges
+from qtool.checkpoint.derived.facts import Facts
 from qtool.checkpoint.derived.heads import heads_of
 from qtool.checkpoint.families._base import Family, Value
 from qtool.checkpoint.families._edges import Edge

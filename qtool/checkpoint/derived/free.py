@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qtool.checkpoint.derived.chain import Streams
-from qtool.checkpoint.derived.derive import Facts
+from qtool.checkpoint.derived.facts import Facts
 from qtool.checkpoint.derived.family import Derived, family_of
 from qtool.checkpoint.derived.roles import ROUTERS, merged, role_of
 from qtool.checkpoint.families._parts import EXPERT, Linear

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+from qtool.checkpoint.derived.facts import Facts
 from qtool.checkpoint.families._parts import Linear, Slice
-
-if TYPE_CHECKING:
-    from qtool.checkpoint.derived.derive import Facts
 
 ROLES = ("gate", "up")
 

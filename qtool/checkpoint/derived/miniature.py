@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qtool.checkpoint._base import Checkpoint, TensorInfo
-from qtool.checkpoint.derived.derive import Facts, derive
+from qtool.checkpoint.derived.derive import derive
 from qtool.checkpoint.derived.experts import expert_layers, stacks_of
+from qtool.checkpoint.derived.facts import Facts
 from qtool.checkpoint.derived.heads import BLOCKS, HEADS, KV_HEADS, heads_of, text_fields
 from qtool.checkpoint.derived.names import origins
 from qtool.checkpoint.derived.skeleton import fill_buffers, quiet, skeleton

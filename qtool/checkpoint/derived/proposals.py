@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qtool.checkpoint.derived.derive import Facts
+from qtool.checkpoint.derived.facts import Facts
 from qtool.checkpoint.derived.heads import heads_of, rotary_dims, text_fields
 from qtool.checkpoint.families._edges import Edge, query_and_key
 from qtool.checkpoint.families._parts import Linear
