@@ -13,6 +13,7 @@ from qtool.errors import QtoolError
 from qtool.formats.q4_0 import Q4_0
 from tests.conftest import make_tokenizer
 
+EXPERTS = "model.layers.1.block_sparse_moe.input_linear"
 pytestmark = pytest.mark.proven
 
 
@@ -23,27 +24,23 @@ def recipe(*exports):
     return {"recipe": 1, "name": "test", "calibration": calibration, "layers": layers, "export": [*exports]}
 
 
-@pytest.mark.parametrize(("kind", "blocks"), [("granitemoeshared", 2), ("llama4_text", 4)])
-def test_they_are_measured_rounded_and_run_in_llama_cpp(kind, blocks, tmp_path, monkeypatch):
-    monkeypatch.setitem(tiny.PARTICULAR, kind, {"num_hidden_layers": blocks, "num_local_experts": 2})
+def test_they_are_measured_rounded_and_run_in_llama_cpp(tmp_path, monkeypatch):
+    kind = "granitemoeshared"
+    monkeypatch.setitem(tiny.PARTICULAR, kind, {"num_hidden_layers": 2, "num_local_experts": 2})
     save_tiny(kind, folder := tmp_path / "model")
     make_tokenizer().save_pretrained(folder)
     report = quantize(str(folder), recipe({"to": "gguf"}), tmp_path / "out", device="cpu", dtype="fp32")
     assert report.artifacts[0].verified and report.artifacts[0].proof.words.startswith("runs in llama.cpp")
     found, source = GGUF().open(tmp_path / "out"), HFCheckpoint(folder)
-    if kind == "llama4_text":
-        whole = source.tensor("model.layers.1.feed_forward.experts.gate_up_proj")[1].T
-        parts = {f"model.layers.1.feed_forward.experts.1.{name}_proj": name for name in ("gate", "up")}
-    else:
-        whole = source.tensor("model.layers.1.block_sparse_moe.input_linear.weight")[1]
-        parts = {f"model.layers.1.block_sparse_moe.experts.1.{name}_proj": name for name in ("gate", "up")}
-        shared = source.tensor("model.layers.0.shared_mlp.input_linear.weight")
-        assert apart(found, "model.layers.0.shared_mlp.up_proj", shared[len(shared) // 2 :]) < 0.2
+    wholes = {
+        "model.layers.1.block_sparse_moe.experts.1.": source.tensor(f"{EXPERTS}.weight")[1],
+        "model.layers.0.shared_mlp.": source.tensor("model.layers.0.shared_mlp.input_linear.weight"),
+    }
     methods = {entry.name: entry.method for entry in report.layers}
-    for name, half in parts.items():
-        rows = len(whole) // 2
-        assert methods[name] == "gptq" and isinstance(found.layers[name].format, Q4_0)
-        assert 0.02 < apart(found, name, whole[:rows] if half == "gate" else whole[rows:]) < 0.2
+    for place, whole in wholes.items():
+        for name, half in zip(("gate_proj", "up_proj"), whole.chunk(2), strict=True):
+            assert methods[place + name] == "gptq" and isinstance(found.layers[place + name].format, Q4_0)
+            assert 0.02 < apart(found, place + name, half) < 0.2
     with pytest.raises(QtoolError, match=rf"layers that {kind} models keep in one are only told apart if GGUF is all"):
         quantize(str(folder), recipe({"to": "gguf"}, {"to": "qtool"}), tmp_path / "both")
     with pytest.raises(QtoolError, match="as one tensor only; gguf holds them"):
