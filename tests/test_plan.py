@@ -12,11 +12,11 @@ from qtool import registry
 from qtool.checkpoint._base import Layer, Module, modules
 from qtool.errors import PlanError, UsageError
 from qtool.formats._spelling import parse_format
+from qtool.methods._base import Method
 from qtool.plan import layers as decided
 from qtool.plan import make_plan
 from qtool.plan.fallback import choose
 from qtool.recipe.load import load_recipe
-from qtool.recipe.parse import parse_method
 from qtool.recipe.schema import Recipe
 from tests.recipe.shapes import SMOLLM2_135M, TINY, Shapes
 
@@ -136,8 +136,8 @@ class TestDecisions:
     def test_method_is_rtn_unless_said(self):
         rules = {"match": "*.q_proj", "weights": "int4-g32", "method": {"gptq": {"damp": 0.5}}}, REST
         decided = by_name(plan(*rules))
-        assert decided["model.layers.0.self_attn.q_proj"].method == parse_method({"gptq": {"damp": 0.5}})
-        assert decided["model.layers.0.self_attn.k_proj"].method == parse_method("rtn")
+        assert decided["model.layers.0.self_attn.q_proj"].method == Method.of({"gptq": {"damp": 0.5}})
+        assert decided["model.layers.0.self_attn.k_proj"].method == Method.of("rtn")
 
     def test_activations_and_keep_are_passed_on(self):
         rule = {"match": "*", "weights": "int8-channel", "activations": "int8-token"}
@@ -272,8 +272,8 @@ class TestMethod:
     def test_a_rules_own_comes_first_then_the_recipes(self):
         rules = {"match": "*.q_proj", "weights": "int4-g32", "method": "rtn"}, REST
         decided = by_name(plan(*rules, method={"gptq": {"damp": 0.5}}))
-        assert decided["model.layers.0.self_attn.q_proj"].method == parse_method("rtn")
-        assert decided["lm_head"].method == parse_method({"gptq": {"damp": 0.5}})
+        assert decided["model.layers.0.self_attn.q_proj"].method == Method.of("rtn")
+        assert decided["lm_head"].method == Method.of({"gptq": {"damp": 0.5}})
 
     def test_a_recipes_own_that_no_rule_leaves_room_for(self):
         [line] = refusals({"match": "*", "weights": "int4-g32", "method": "rtn"}, method="gptq")
@@ -282,8 +282,8 @@ class TestMethod:
     @pytest.mark.parametrize("pattern", ["lm_head", "role:embedding"])
     def test_embeddings_have_no_inputs_and_are_rounded(self, pattern):
         decided = by_name(plan({"match": pattern, "weights": "q8_0"}, REST, model=TIED, method="gptq"))
-        assert decided["model.embed_tokens"].method == parse_method("rtn")
-        assert decided["model.layers.0.mlp.up_proj"].method == parse_method("gptq")
+        assert decided["model.embed_tokens"].method == Method.of("rtn")
+        assert decided["model.layers.0.mlp.up_proj"].method == Method.of("gptq")
 
 
 class TestBlocks:

@@ -19,9 +19,9 @@ from qtool.calibrate.inputs import quantize_tokens
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.evaluate.run import evaluate
 from qtool.formats._spelling import parse_format
+from qtool.methods._base import Method
 from qtool.models import open_artifact
 from qtool.pipeline.quantize import QuantizeOptions, run
-from qtool.recipe.parse import parse_method
 from scripts.prose import prose
 from tests.artifact.conftest import quantize
 
@@ -58,7 +58,7 @@ def test_formats_hold_the_rows_of_the_model(name):
 
 
 def test_runs_are_all_that_the_tables_show_and_each_once():
-    assert {parse_method(m).name() for m in METHODS.values()} == {"rtn", "gptq"}
+    assert {Method.of(m).name() for m in METHODS.values()} == {"rtn", "gptq"}
     found = runs()
     keys = [run.key("plain") for run in found]
     assert len(set(keys)) == len(keys)

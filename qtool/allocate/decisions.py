@@ -11,11 +11,11 @@ import numpy as np
 from qtool.allocate.knapsack import Costs, Sizes
 from qtool.artifact._base import Artifact
 from qtool.checkpoint._base import Checkpoint, Layer
+from qtool.methods._base import Method
 from qtool.plan import LayerPlan, Plan
 from qtool.plan.decide import kept_bits
 from qtool.plan.fallback import choose
 from qtool.recipe.budget import Candidate
-from qtool.recipe.parse import parse_method
 from qtool.recipe.schema import Recipe
 
 Option = tuple[LayerPlan, ...]
@@ -138,7 +138,7 @@ def planned(
         if choice.format is None:
             found = as_kept(plan, choice.keep, choice.fallback, checkpoint)
         else:
-            own = rule.method or (recipe.method if module.kind == "linear" else None) or parse_method("rtn")
+            own = rule.method or (recipe.method if module.kind == "linear" else None) or Method.of("rtn")
             found = replace(
                 plan,
                 format=choice.format,

@@ -21,7 +21,7 @@ def integers(fmt: Format) -> Int | None:
     """
     if isinstance(fmt, Int):
         return fmt
-    bits = max(2, (len(fmt.levels()) - 1).bit_length())
+    bits = max(2, fmt.code_bits)
     products = isinstance(fmt, BlockFormat) and fmt.columns != fmt.group_columns
     if bits > 8 or products or fmt.codebook():
         return None

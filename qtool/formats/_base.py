@@ -16,6 +16,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -88,6 +89,11 @@ class Format(Scheduled, RunTime):
     @abstractmethod
     def levels(self) -> Tensor:
         """float32 [L], ascending; a code is an index into it."""
+
+    @property
+    def code_bits(self) -> int:
+        """Bits that tell a code from all others; none where there is nothing to choose from."""
+        return (len(self.levels()) - 1).bit_length()
 
     @abstractmethod
     def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
@@ -198,6 +204,13 @@ def too_wide(fmt: Format, zeros: bool, holder: Format) -> str:
     """Why a format cannot hold another one: it has too few codes for that one's range, or for its zero points."""
     cause = f"the zero points of {fmt.label} do" if zeros else f"the range of {fmt.label} does"
     return f"{cause} not fit {holder.label}"
+
+
+@cache
+def entries(fmt: Format, k: int) -> Mapping[str, tuple[int, torch.dtype]]:
+    """Entries of a row of k columns, and type, of each parameter; a row of zeros has them as well as any other."""
+    informed = fmt.with_largest(1.0) if fmt.needs_largest else fmt
+    return {name: (p.shape[1], p.dtype) for name, p in informed.fit(torch.zeros(1, k)).items()}
 
 
 def row_chunks(w: Tensor) -> tuple[Tensor, ...]:

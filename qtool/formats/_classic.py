@@ -153,7 +153,7 @@ class Classic(BlockFormat):
         if fmt.group_columns is not None and fmt.group_columns % self.columns:
             return f"{self.label} needs groups that are a multiple of {self.columns} columns, not {fmt.group_columns}"
         zeros = isinstance(fmt, Int) and not fmt.symmetric
-        if (len(fmt.levels()) - 1).bit_length() + (zeros and not self.offset) > self.bits:
+        if fmt.code_bits + (zeros and not self.offset) > self.bits:
             return too_wide(fmt, zeros, self)
         return None
 

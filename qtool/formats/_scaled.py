@@ -36,11 +36,6 @@ class Scaled(Format):
     def grid(self) -> Grid:
         """The levels."""
 
-    @property
-    def code_bits(self) -> int:
-        """Bits of a code."""
-        return (len(self.levels()) - 1).bit_length()
-
     @abstractmethod
     def scale(self, params: Params) -> Tensor:
         """float32 [N, G], never negative."""

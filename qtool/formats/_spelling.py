@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
-from pydantic import ValidationError
+from pydantic import BeforeValidator, PlainSerializer, ValidationError
 
 from qtool import registry
 from qtool.errors import suggestion
@@ -27,6 +27,19 @@ def parse_format(value: Any) -> Format:
         raise Mistakes([(("type",), f"no format is called {show(name)}; {suggestion(name, known)}")])
     fields = {key: field for key, field in value.items() if key != "type"}
     return cast(Format, checked(registry.load("formats", name), fields))
+
+
+def parse_weights(value: Any) -> Format:
+    """The same, for weights. Raises Mistakes: no format, or one that only inputs and KV caches can have."""
+    fmt = parse_format(value)
+    if fmt.granularity == "head":
+        raise mistake("no format of weights", wanted="one such as int8-channel", found=fmt.label)
+    if fmt.augmented:
+        raise mistake("no format of weights", wanted="augment: 0; only inputs have more channels", found=fmt.label)
+    if not isinstance(fmt.ranges, str):
+        wanted = "minmax or search; percentages are of what calibration saw of inputs and KV caches"
+        raise mistake("scales of weights", wanted=wanted, found=fmt.ranges)
+    return fmt
 
 
 def _shorthand(text: str) -> Format:
@@ -53,3 +66,7 @@ def dump_format(fmt: Format) -> Any:
 def spelled_out(fmt: Format) -> dict[str, Any]:
     """A format as a mapping with every field."""
     return {"type": registry.name_of("formats", type(fmt)), **fmt.model_dump(mode="json")}
+
+
+WeightsField = Annotated[Format, BeforeValidator(parse_weights), PlainSerializer(dump_format)]
+"""The format of a matrix as a field."""

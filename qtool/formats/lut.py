@@ -113,11 +113,6 @@ class LUT(Format):
         """See `Format.levels`."""
         return torch.tensor(named(self.table) if isinstance(self.table, str) else self.table)
 
-    @property
-    def code_bits(self) -> int:
-        """Bits of a code."""
-        return (len(self.levels()) - 1).bit_length()
-
     def storage_bits(self, n: int, k: int) -> int:
         """See `Format.storage_bits`."""
         scales = n * (k // (self.group_columns or k))

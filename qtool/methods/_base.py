@@ -155,6 +155,7 @@ class Method(Spec):
     """Chooses codes. The fields of a subclass are its options in a recipe."""
 
     room: ClassVar[str] = "methods"
+    wanted: ClassVar[str] = "a name such as rtn, or {gptq: {damp: 0.01}}"
     reads_original: ClassVar[bool] = False
     """Whether `solve_block` looks at the unquantized model's hidden states, which take as much memory as targets do."""
 

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from qtool.formats._base import Format
 from qtool.methods._base import BlockTask, Method, Solution
-from qtool.spec import named
+from qtool.spec import Spec
 from qtool.stats._base import InputStats, Statistic
 
 MatrixMethod = Annotated[
     Method,
-    BeforeValidator(lambda value: named(value, "methods", Method)),
-    PlainSerializer(lambda m: {m.name(): m.model_dump(mode="json")}),
+    BeforeValidator(Method.of),
+    PlainSerializer(Spec.spelled),
 ]
 
 

@@ -16,6 +16,7 @@ from dataclasses import fields
 from functools import cached_property
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from qtool.errors import CheckpointError
@@ -106,3 +107,17 @@ class InputOp(ABC):
 def spread(values: Tensor, repeat: int, dim: int) -> Tensor:
     """Each run of `dim` entries `repeat` times in a row: [C] -> [C * repeat]."""
     return values.view(-1, 1, dim).expand(-1, repeat, -1).reshape(-1)
+
+
+def spread_places(places: Tensor, repeat: int, dim: int) -> Tensor:
+    """Channels that each channel comes from, as they are behind `spread`: every copy of a run keeps to itself."""
+    runs = torch.arange(len(places) // dim).view(-1, 1, 1)
+    first = (runs * repeat + torch.arange(repeat).view(1, -1, 1)) * dim
+    return (places.view(-1, 1, dim) - runs * dim + first).reshape(-1)
+
+
+def shortest_run(*places: Tensor) -> int:
+    """The shortest run of channels that no channel comes into from outside, int64 [C] each."""
+    own = torch.arange(len(places[0]))
+    runs = (d for d in range(1, len(own) + 1) if len(own) % d == 0)
+    return next(d for d in runs if all(torch.equal(at // d, own // d) for at in places))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qtool.ops._base import InputOp, spread
+from qtool.ops._base import InputOp, shortest_run, spread_places
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +37,7 @@ class Permutation(InputOp):
     @property
     def run(self) -> int:
         """See `InputOp.run`."""
-        place = torch.arange(self.width)
-        runs = (d for d in range(1, self.width + 1) if self.width % d == 0)
-        return next(d for d in runs if torch.equal(self.order // d, place // d))
+        return shortest_run(self.order)
 
     def apply(self, x: Tensor) -> Tensor:
         """See `InputOp.apply`."""
@@ -51,7 +49,4 @@ class Permutation(InputOp):
 
     def spread(self, repeat: int, dim: int) -> Permutation:
         """See `InputOp.spread`; channels stay in their run."""
-        run = torch.arange(self.width).view(-1, 1, dim)
-        copies = torch.arange(repeat).view(1, -1, 1)
-        first = spread(torch.arange(self.width) // dim * dim, repeat, dim)
-        return Permutation(spread(self.order, repeat, dim) - first + (run // dim * repeat + copies).reshape(-1) * dim)
+        return Permutation(spread_places(self.order, repeat, dim))

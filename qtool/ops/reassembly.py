@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qtool.ops._base import InputOp, spread
+from qtool.ops._base import InputOp, shortest_run, spread, spread_places
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +49,7 @@ class Reassembly(InputOp):
     @property
     def run(self) -> int:
         """See `InputOp.run`."""
-        place = torch.arange(self.width)
-        runs = (d for d in range(1, self.width + 1) if self.width % d == 0)
-        return next(d for d in runs if all(torch.equal(at // d, place // d) for at in (self.first, self.second)))
+        return shortest_run(self.first, self.second)
 
     def apply(self, x: Tensor) -> Tensor:
         """See `InputOp.apply`."""
@@ -65,9 +63,5 @@ class Reassembly(InputOp):
 
     def spread(self, repeat: int, dim: int) -> Reassembly:
         """See `InputOp.spread`; channels stay in their run."""
-        run, copies = torch.arange(self.width).view(-1, 1, dim), torch.arange(repeat).view(1, -1, 1)
-        moved = (run // dim * repeat + copies).reshape(-1) * dim - spread(
-            torch.arange(self.width) // dim * dim, repeat, dim
-        )
-        first, second = (spread(at, repeat, dim) + moved for at in (self.first, self.second))
+        first, second = (spread_places(at, repeat, dim) for at in (self.first, self.second))
         return Reassembly(first, second, spread(self.shares, repeat, dim))

@@ -18,7 +18,6 @@ from qtool.pipeline.events import Event, Listener, remarks
 from qtool.pipeline.prepare import Job
 from qtool.pipeline.stopwatch import Stopwatch
 from qtool.plan import Plan
-from qtool.recipe.parse import dump_named
 from qtool.report.model import FinishEntry
 from qtool.report.summary import measured
 from qtool.stages._base import Stage, StageResult, StageTask
@@ -93,7 +92,7 @@ def one_valued(model: QuantizedCheckpoint, members: Sequence[str]) -> dict[str, 
 
 def key_of(before: str, job: Job, stage: Stage, tokens: Tensor | None) -> str:
     """Hex digest of all that a stage's result depends on: the run, the stages before, itself, what it reads."""
-    content = json.dumps([before, dump_named(stage), str(job.device), str(job.dtype)], sort_keys=True)
+    content = json.dumps([before, stage.spelled(), str(job.device), str(job.dtype)], sort_keys=True)
     data = b"" if tokens is None else tokens.numpy().tobytes()
     return hashlib.sha256(content.encode() + data).hexdigest()
 

@@ -18,7 +18,6 @@ from qtool.formats._spelling import parse_format
 from qtool.methods._base import Method
 from qtool.numerics.checks import finite
 from qtool.numerics.metrics import all_finite
-from qtool.recipe.parse import parse_method
 from qtool.stats._base import InputStats
 
 
@@ -45,7 +44,7 @@ def quantize_matrix(
         NumericsError: the matrix or the inputs are not finite, or the result is not.
     """
     try:
-        fmt, how = parse_format(format), parse_method(method)
+        fmt, how = parse_format(format), Method.of(method)
     except ValueError as error:
         raise UsageError(str(error)) from error
     if w.ndim != 2 or not w.is_floating_point():

@@ -14,7 +14,7 @@ from torch import Tensor
 from qtool.calibrate.inputs import fit_static
 from qtool.checkpoint._base import Layer
 from qtool.errors import NumericsError
-from qtool.methods._base import BlockTask, Solution
+from qtool.methods._base import BlockTask, Method, Solution
 from qtool.numerics.threads.marks import marked
 from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline.abreast import solve_alike
@@ -25,7 +25,6 @@ from qtool.pipeline.rows import row_groups
 from qtool.pipeline.solve import TAKEN_OVER, informed, refuse_infinite, solve, tied
 from qtool.pipeline.units import Unit
 from qtool.plan import LayerPlan
-from qtool.recipe.parse import parse_method
 from qtool.report.model import BlockEntry, LayerEntry
 from qtool.residuals._base import Matrix
 from qtool.stats._base import InputStats
@@ -230,4 +229,4 @@ def with_enough_data(plan: LayerPlan, stats: InputStats | None, least: int) -> L
     if stats.tokens >= least:
         return plan
     text = f"rounded to nearest: fewer than {least} calibration tokens reached this expert"
-    return replace(plan, method=parse_method("rtn"), fallback="; ".join(filter(None, (plan.fallback, text))))
+    return replace(plan, method=Method.of("rtn"), fallback="; ".join(filter(None, (plan.fallback, text))))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qtool.checkpoint._base import Checkpoint, Layer, Module
+from qtool.methods._base import Method
 from qtool.plan.assign import assign
 from qtool.plan.fallback import choose
 from qtool.plan.findings import Findings
 from qtool.plan.layers import LayerPlan
-from qtool.recipe.parse import parse_method
 from qtool.recipe.schema import Recipe
 from qtool.recipe.scope import ModelFacts
 
@@ -57,7 +57,7 @@ def decide_module(module: Module, index: int, recipe: Recipe, checkpoint: Checkp
     if rule is None or rule.weights is None:
         keep = rule.keep if rule and isinstance(rule.keep, str) else "source"
         return LayerPlan(module, None, None, None, keep, None, index, kept_bits(module, keep, checkpoint))
-    method = rule.method or (recipe.method if module.kind == "linear" else None) or parse_method("rtn")
+    method = rule.method or (recipe.method if module.kind == "linear" else None) or Method.of("rtn")
     if module.kind == "embedding":
         if method.needs:
             text = f"{method.name()} measures inputs, an embedding only looks rows up; give it a rule with method: rtn"

@@ -7,10 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer
 
-from qtool.formats._spelling import dump_format
+from qtool.formats._spelling import WeightsField, dump_format
 from qtool.problems import Keys, Mistakes, checked
-from qtool.recipe.fields import InputsField, ResidualField, WeightsField
-from qtool.recipe.parse import dump_named
+from qtool.recipe.fields import InputsField, ResidualField
 from qtool.recipe.size import Size
 from qtool.recipe.strict import Strict
 
@@ -73,7 +72,7 @@ def _dump_candidate(candidate: Candidate) -> Any:
     found: dict[str, Any] = {"weights": dump_format(candidate.weights)}
     if candidate.activations:
         found["activations"] = dump_format(candidate.activations)
-    return found | ({"residuals": [dump_named(r) for r in candidate.residuals]} if candidate.residuals else {})
+    return found | ({"residuals": [r.spelled() for r in candidate.residuals]} if candidate.residuals else {})
 
 
 CandidateField = Annotated[

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, PrivateAttr, Tag
 
+from qtool.formats._spelling import WeightsField
 from qtool.problems import Keys, mistake, show
 from qtool.recipe.budget import Budget
 from qtool.recipe.export import Export
@@ -18,7 +19,6 @@ from qtool.recipe.fields import (
     ResidualField,
     StageField,
     TransformField,
-    WeightsField,
 )
 from qtool.recipe.gates import Gates
 from qtool.recipe.match import compile_pattern

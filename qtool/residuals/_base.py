@@ -42,6 +42,7 @@ class Residual(Spec):
     """
 
     room: ClassVar[str] = "residuals"
+    wanted: ClassVar[str] = "a name such as low_rank, or {low_rank: {rank: 64}}"
 
     apart: ClassVar[bool] = False
     """True if it runs beside the codes, on inputs as they are before they are rounded; see `output`."""
@@ -172,3 +173,8 @@ class Matrix:
     def rows(self, start: int, stop: int) -> Matrix:
         """Rows `start` to `stop`."""
         return Matrix(self.quantized.rows(start, stop), tuple(c.rows(start, stop) for c in self.residuals))
+
+
+def cost(error: Tensor, gram: Tensor | None) -> Tensor:
+    """What each error costs if nothing makes up for it, float32 [N, K]: its square, times H_jj of its input."""
+    return error.square() if gram is None else error.square() * gram.diagonal()

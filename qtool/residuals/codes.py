@@ -17,18 +17,17 @@ Shape letters: U units of a row (K / P), M chosen units of a matrix, b bits of a
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, PlainSerializer
+from pydantic import Field
 from torch import Tensor
 
-from qtool.formats._base import Format, Params, Quantized
-from qtool.formats._spelling import dump_format, parse_format
+from qtool.formats._base import Params, Quantized, entries
+from qtool.formats._spelling import WeightsField
 from qtool.numerics.grids.bits import pack, unpack
 from qtool.numerics.solving.planes import pair_codes, pair_scales
-from qtool.residuals._base import Infos, Residual, Tensors
+from qtool.residuals._base import Infos, Residual, Tensors, cost
 from qtool.stats._base import Statistic
 from qtool.stats.gram import Gram
 
@@ -37,9 +36,6 @@ MOST_PAIRS = 64
 STARTS = ((1.5, 0.5), (1.0, 0.35), (1.9, -0.9), (1.4, -0.65), (-1.9, 0.9), (-1.4, 0.65))
 """Scales that a joint search begins from, over the root mean square: one a third of the other for trits, minus half of
 it for bits."""
-
-
-AnyFormat = Annotated[Format, BeforeValidator(parse_format), PlainSerializer(dump_format)]
 
 
 class Codes(Residual):
@@ -54,7 +50,7 @@ class Codes(Residual):
         joint: turns that find first and second codes of small tables together, in place of one behind the other.
     """
 
-    format: AnyFormat = Field("ternary-g64", validate_default=True)
+    format: WeightsField = Field("ternary-g64", validate_default=True)
     share: float = Field(1.0, gt=0, le=1)
     unit: Annotated[int, Field(gt=0)] | Literal["row"] = "row"
     sensitive: bool = True
@@ -73,11 +69,6 @@ class Codes(Residual):
         """M."""
         return max(1, round(self.share * n * (k // self.width(k))))
 
-    @property
-    def bits(self) -> int:
-        """Of a code."""
-        return max(1, (len(self.format.levels()) - 1).bit_length())
-
     def misfit(self, n: int, k: int) -> str | None:
         """See `Residual.misfit`."""
         if k % self.width(k):
@@ -87,8 +78,8 @@ class Codes(Residual):
     def infos(self, n: int, k: int) -> Infos:
         """See `Residual.infos`."""
         m, width = self.count(n, k), self.width(k)
-        found: Infos = {"codes": ((m, (width * self.bits + 7) // 8), torch.uint8)}
-        found |= {name: ((m, entries), dtype) for name, (entries, dtype) in parameters(self.format, width).items()}
+        found: Infos = {"codes": ((m, (width * self.format.code_bits + 7) // 8), torch.uint8)}
+        found |= {name: ((m, count), dtype) for name, (count, dtype) in entries(self.format, width).items()}
         if self.share < 1:
             found["chosen"] = ((n, (k // width + 7) // 8), torch.uint8)
         return found
@@ -99,8 +90,7 @@ class Codes(Residual):
         units = error.reshape(-1, self.width(k))
         if self.share == 1:
             return self.stored(units)
-        cost = error.square() if gram is None else error.square() * gram.diagonal()
-        best = cost.view(units.shape).sum(1).topk(self.count(n, k), sorted=False).indices
+        best = cost(error, gram).view(units.shape).sum(1).topk(self.count(n, k), sorted=False).indices
         chosen = torch.zeros(len(units), dtype=torch.uint8, device=error.device)
         chosen[best] = 1
         return self.stored(units[chosen.bool()]) | {"chosen": pack(chosen.view(n, -1), 1)}
@@ -118,19 +108,19 @@ class Codes(Residual):
         params = [f.refit(p, scales[..., i], zeros) for i, (f, p) in enumerate(zip(fmts, starts, strict=True))]
         stored = torch.stack([f.affine(p)[0] for f, p in zip(fmts, params, strict=True)], dim=-1)
         codes = pair_codes(x, stored.view(-1, 2), levels).view(2, *w.shape)
-        return Quantized(codes[0], params[0], fmts[0]), {"codes": pack(codes[1], self.bits), **params[1]}
+        return Quantized(codes[0], params[0], fmts[0]), {"codes": pack(codes[1], self.format.code_bits), **params[1]}
 
     def stored(self, units: Tensor) -> dict[str, Tensor]:
         """Some units in the format, float32 [M, P]."""
         params = self.format.fit(units)
-        return {"codes": pack(self.format.snap(units, params), self.bits), **params}
+        return {"codes": pack(self.format.snap(units, params), self.format.code_bits), **params}
 
     def decode(self, tensors: Tensors, width: int) -> Tensor:
         """The chosen units, float32 [M, P]."""
         if not len(tensors["codes"]):
             return tensors["codes"].new_empty((0, width), dtype=torch.float32)
         params: Params = {name: t for name, t in tensors.items() if name not in ("codes", "chosen")}
-        return Quantized(unpack(tensors["codes"], self.bits, width), params, self.format).decode()
+        return Quantized(unpack(tensors["codes"], self.format.code_bits, width), params, self.format).decode()
 
     def apply(self, w_hat: Tensor, tensors: Tensors) -> Tensor:
         """See `Residual.apply`."""
@@ -157,16 +147,10 @@ class Codes(Residual):
         width = self.width(k)
         if self.share < 1 and (found := ones(pack(unpack(tensors["chosen"], 1, k // width), 1))) != self.count(n, k):
             raise ValueError(f"chosen: wanted {self.count(n, k)} units, found {found}")
-        if (highest := int(unpack(tensors["codes"], self.bits, width).max())) >= len(self.format.levels()):
+        if (highest := int(unpack(tensors["codes"], self.format.code_bits, width).max())) >= len(self.format.levels()):
             raise ValueError(f"codes: wanted codes below {len(self.format.levels())}, found {highest}")
 
 
 def ones(packed: Tensor) -> int:
     """Bits that are set, of uint8 [N, any]."""
     return int((packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1).sum())
-
-
-@cache
-def parameters(fmt: Format, k: int) -> dict[str, tuple[int, torch.dtype]]:
-    """Entries of a row of k columns, and type, of each parameter of a format; a row of zeros has them as any other."""
-    return {name: (p.shape[1], p.dtype) for name, p in fmt.fit(torch.zeros(1, k)).items()}

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from qtool.formats.int import DTYPES
-from qtool.residuals._base import Infos, Residual, Tensors
+from qtool.residuals._base import Infos, Residual, Tensors, cost
 from qtool.stats._base import Statistic
 from qtool.stats.gram import Gram
 
@@ -65,8 +65,7 @@ class Sparse(Residual):
     def fit(self, error: Tensor, gram: Tensor | None) -> Tensors:
         """See `Residual.fit`."""
         n, k = error.shape
-        cost = error.square() if gram is None else error.square() * gram.diagonal()
-        chosen = cost.flatten().topk(self.entries(n, k), sorted=False).indices.sort().values
+        chosen = cost(error, gram).flatten().topk(self.entries(n, k), sorted=False).indices.sort().values
         count = torch.bincount(chosen // k, minlength=n)
         row = torch.cat([count.new_zeros(1), count.cumsum(0)])
         value = error.flatten()[chosen].to(DTYPES[self.dtype])

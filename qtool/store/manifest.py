@@ -17,12 +17,11 @@ from torch import Tensor
 from qtool.checkpoint._base import Cache, Layer, Static
 from qtool.checkpoint.config import read_json
 from qtool.errors import CheckpointError, NumericsError, is_utf8
-from qtool.formats._base import Format, Quantized
+from qtool.formats._base import Quantized
 from qtool.formats._spelling import dump_format, parse_format
 from qtool.numerics.grids.bits import pack
 from qtool.recipe.cache import parse_cache
-from qtool.recipe.parse import dump_named, parse_residual
-from qtool.residuals._base import Correction, Matrix
+from qtool.residuals._base import Correction, Matrix, Residual
 from qtool.store.files import new_file
 from qtool.store.inputs import dump_ops
 from qtool.store.tight import tightened
@@ -86,7 +85,7 @@ class StoredLayer(ManifestPart):
             activations=inputs,
             shape=(n, k),
             static=layer.static,
-            residuals=tuple(dump_named(correction.residual) for correction in matrix.residuals),
+            residuals=tuple(correction.residual.spelled() for correction in matrix.residuals),
             input_ops=dump_ops(layer.input_ops),
         )
 
@@ -97,7 +96,7 @@ class StoredLayer(ManifestPart):
             static = None if self.static is None else Static(*self.static)
             if (static is None) == (inputs is not None and inputs.static):
                 raise ValueError("inputs with one scale for all tokens, and no others, have `static`")
-            residuals = tuple(parse_residual(entry) for entry in self.residuals)
+            residuals = tuple(Residual.of(entry) for entry in self.residuals)
             if reason := next(filter(None, (residual.misfit(*self.shape) for residual in residuals)), None):
                 raise ValueError(reason)
             return Layer(parse_format(self.format), inputs, static, residuals)
@@ -229,15 +228,10 @@ def cache_of(manifest: Manifest, heads: int, width: int) -> Cache | None:
     return Cache(fmt, statics if fmt.static else {})
 
 
-def code_bits(fmt: Format) -> int:
-    """Bits that the neutral checkpoint stores per code; none where there is nothing to choose from."""
-    return (len(fmt.levels()) - 1).bit_length()
-
-
 def packed(matrix: Matrix) -> dict[str, Tensor]:
     """The tensors that hold a matrix, by name below its module."""
     q = matrix.quantized
-    tensors = {"codes": pack(q.codes, code_bits(q.format)), **tightened(q)}
+    tensors = {"codes": pack(q.codes, q.format.code_bits), **tightened(q)}
     found = {f"{WEIGHT}{name}": tensor for name, tensor in tensors.items()}
     for i, correction in enumerate(matrix.residuals):
         found |= {f"{residual_prefix(i)}{name}": tensor for name, tensor in correction.tensors.items()}

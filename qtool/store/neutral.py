@@ -37,7 +37,6 @@ from qtool.store.manifest import (
     cache_of,
     checked,
     checked_correction,
-    code_bits,
     packed,
     residual_prefix,
 )
@@ -263,7 +262,7 @@ class NeutralCheckpoint(QuantizedCheckpoint):
         layer, (n, k) = self.layers[module], self._shapes[module]
         prefix = f"{module}.{WEIGHT}"
         file = self._file(prefix + "codes")
-        bits = code_bits(layer.format)
+        bits = layer.format.code_bits
         expected = TensorInfo((n, (k * bits + 7) // 8), torch.uint8)
         if file.info(prefix + "codes") != expected:
             raise CheckpointError(f"{file.path}: codes of {module}", wanted=expected, found=file.info(prefix + "codes"))

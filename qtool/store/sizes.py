@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 
 import torch
 
 from qtool.checkpoint._base import Checkpoint, Layer, TensorInfo
-from qtool.formats._base import Format
+from qtool.formats._base import entries
 from qtool.store.inputs import op_tensors
-from qtool.store.manifest import WEIGHT, code_bits, residual_prefix
+from qtool.store.manifest import WEIGHT, residual_prefix
 from qtool.store.tight import tight_info
 
 Infos = dict[str, TensorInfo]
@@ -36,9 +35,9 @@ def block_infos(model: Checkpoint, layers: Mapping[str, Layer], names: Sequence[
 
 def matrix_infos(layer: Layer, n: int, k: int) -> Infos:
     """Shapes and types of codes, parameters and corrections of a matrix, by their names below its module."""
-    found = {f"{WEIGHT}codes": TensorInfo((n, (k * code_bits(layer.format) + 7) // 8), torch.uint8)}
-    for name, (entries, dtype) in _parameters(layer.format, k).items():
-        found[f"{WEIGHT}{name}"] = tight_info(layer.format, name, n, entries, dtype)
+    found = {f"{WEIGHT}codes": TensorInfo((n, (k * layer.format.code_bits + 7) // 8), torch.uint8)}
+    for name, (count, dtype) in entries(layer.format, k).items():
+        found[f"{WEIGHT}{name}"] = tight_info(layer.format, name, n, count, dtype)
     for i, residual in enumerate(layer.residuals):
         found |= {f"{residual_prefix(i)}{name}": TensorInfo(*info) for name, info in residual.infos(n, k).items()}
     return found
@@ -47,10 +46,3 @@ def matrix_infos(layer: Layer, n: int, k: int) -> Infos:
 def op_infos(layer: Layer) -> Infos:
     """The same for what is done to the module's input."""
     return {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in op_tensors(layer.input_ops).items()}
-
-
-@cache
-def _parameters(fmt: Format, k: int) -> dict[str, tuple[int, torch.dtype]]:
-    """Entries of a row, and type, of each parameter of a format; a row of zeros has them as well as any other."""
-    informed = fmt.with_largest(1.0) if fmt.needs_largest else fmt
-    return {name: (p.shape[1], p.dtype) for name, p in informed.fit(torch.zeros(1, k)).items()}

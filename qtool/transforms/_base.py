@@ -116,6 +116,7 @@ class Transform(Spec):
     """Rewrites a model. The fields of a subclass are its options in a recipe."""
 
     room: ClassVar[str] = "transforms"
+    wanted: ClassVar[str] = "a name such as rotate, or {smooth: {alpha: 0.5}}"
 
     adds: ClassVar[bool] = False
     """True if it works where layers have biases for what it adds; see `takes_shifts`."""

@@ -21,7 +21,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, field_validator, m
 from typing_extensions import Self
 
 from qtool.ops._base import InputOp
-from qtool.spec import named
+from qtool.spec import Spec
 from qtool.stats._base import Statistic
 from qtool.stats.channels import Channels
 from qtool.transforms._base import Candidates, Kind, Site, Transform
@@ -34,8 +34,8 @@ def _several(value: Any) -> Any:
 
 One = Annotated[
     Transform,
-    BeforeValidator(lambda value: named(value, "transforms", Transform)),
-    PlainSerializer(lambda t: {t.name(): t.model_dump(mode="json")}),
+    BeforeValidator(Transform.of),
+    PlainSerializer(Spec.spelled),
 ]
 Candidate = Annotated[
     tuple[One, ...], Field(min_length=1), BeforeValidator(_several, json_schema_input_type=One | list[One])

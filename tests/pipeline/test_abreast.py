@@ -9,13 +9,13 @@ import torch
 
 from qtool.formats._base import Quantized
 from qtool.formats._spelling import parse_format
+from qtool.methods._base import Method
 from qtool.methods.gptq import GPTQ, activation_order
 from qtool.numerics.metrics import energies, energy
 from qtool.numerics.solving.linalg import inverse_factor, inverse_factors
 from qtool.numerics.solving.split import subtract_product, subtract_times, times
 from qtool.pipeline import abreast
 from qtool.pipeline.requantize import StoredMatrix
-from qtool.recipe.parse import parse_method
 from qtool.stats._base import InputStats
 from qtool.stats.gram import Gram
 from tests.methods.test_refine import gram_of
@@ -112,7 +112,7 @@ def test_what_fails_together_is_left_to_be_solved_alone(monkeypatch):
 
 
 def test_which_formats_are_solved_side_by_side():
-    gptq = parse_method("gptq")
+    gptq = Method.of("gptq")
     taken = {"int4-g32", "int4-g128", "int3-g64-asym", "int8-g16"}
     left = {"int4-channel", "int4-g256", "int4-g24", "q4_k", "q4_0", "nvfp4", "mxfp4", "fp8-channel", "iq3_xxs"}
     assert {label for label in taken | left if gptq.abreast(parse_format(label), 768)} == taken

@@ -13,8 +13,7 @@ from qtool.methods.rtn import RTN
 from qtool.numerics.solving.planes import RIDGE, pair_codes, pair_scales
 from qtool.pipeline.correct import correct
 from qtool.problems import Mistakes
-from qtool.recipe.parse import dump_named, parse_residual
-from qtool.residuals._base import Correction, Matrix
+from qtool.residuals._base import Correction, Matrix, Residual
 from qtool.residuals.codes import STARTS, Codes
 
 N, K = 10, 96
@@ -165,12 +164,12 @@ def test_scales_of_both_planes_are_those_of_least_squares_for_their_codes(table)
 
 def test_it_is_read_back_as_it_is_spelled():
     for spelled in ("int4-g64", {"type": "lut", "table": [-1.0, 0.0, 1.0], "group": 32}):
-        residual = parse_residual({"codes": {"format": spelled, "share": 0.1, "unit": 64}})
-        assert parse_residual(dump_named(residual)) == residual
+        residual = Residual.of({"codes": {"format": spelled, "share": 0.1, "unit": 64}})
+        assert Residual.of(residual.spelled()) == residual
     for wrong in ("int99", {"type": "int99"}, 4):
         with pytest.raises(Mistakes) as direct:
             parse_format(wrong)
         with pytest.raises(Mistakes) as inside:
-            parse_residual({"codes": {"format": wrong}})
+            Residual.of({"codes": {"format": wrong}})
         expected = [(("codes", "format", *path), text) for path, text in direct.value.found]
         assert list(inside.value.found) == expected
