@@ -66,6 +66,7 @@ WANTED = W4A16 | {
     "w4a4-comet": ("int4-g64", "rtn", "int4-g64"),
     "w4a8kv4-qoq": ("qoq-g128", "gptq", "int8-token"),
     "w8a16": ("int8-channel", "rtn"),
+    "w8a16k4-ksort": ("int8-channel", "rtn"),
     "w8a8-int8": ("int8-channel", "rtn", "int8-token"),
     "w4a16-awq": ("int4-g64", "rtn"),
     "w8a8-int8-smooth": ("int8-channel", "rtn", "int8-token"),
@@ -109,6 +110,7 @@ WANTED = W4A16 | {
 ATTENTION = {"mixed-fp8-int4": ("fp8-channel", "rtn", "fp8-token")}
 """The same of q, k, v and o, where they are treated in another way."""
 LAYOUTS = {
+    "w8a16k4-ksort": "qtool",
     "w4a8kv4-qoq": "qtool",
     "w4a4-comet": "qtool",
     "w4a4-llm-fp4": "qtool",
@@ -147,6 +149,7 @@ REFUSED = {
     ("w4a8kv4-qoq", "gemma3_text"): UNTURNED[0],
     ("w4a8kv4-qoq", "qwen3"): UNTURNED[1],
     ("w4a8kv4-qoq", "qwen3_moe"): UNTURNED[1],
+    **{("w8a16k4-ksort", family): UNTURNED[1] for family in ("gemma3_text", "qwen3", "qwen3_moe")},
 }
 """Recipe and family -> why a rewrite of the one cannot work on the other."""
 MODELS = {"SmolLM2-135M": SMOLLM2_135M, "Qwen3-0.6B": QWEN3_600M}

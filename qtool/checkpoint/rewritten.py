@@ -201,15 +201,14 @@ class Rewritten(Checkpoint):
             self._columns(module, op.spread(edge.repeat, edge.dim))
 
     def _balance(self, edge: Edge, op: InputOp) -> None:
-        """Takes factors from keys to queries, the same for channels that the rotary embedding mixes."""
-        if not isinstance(op, Scale) or op.width != edge.width:
+        """Does to keys what queries make up for, if it may as well be done behind the rotary embedding."""
+        fits = op.width == edge.width and edge.dim % op.run == 0 and not op.adds
+        if not fits or not (isinstance(op, Scale) or op.orthogonal) or not turns_alike(op, edge):
             self._refuse(edge, op)
-        pairs = op.factors.view(-1, edge.dim)[:, : edge.rotary].reshape(-1, 2, edge.rotary // 2)
-        if not torch.equal(pairs[:, 0], pairs[:, 1]):
-            self._refuse(edge, op)
+        answer = Scale(1 / op.factors) if isinstance(op, Scale) else op
         self._rows(edge.source[0], op, edge.first)
         for module in edge.beside:
-            self._rows(module, Scale(1 / op.factors).spread(edge.repeat, edge.dim))
+            self._rows(module, answer.spread(edge.repeat, edge.dim))
 
     def _turn_stream(self, op: InputOp) -> None:
         """Multiplies all hidden states of the model with an orthogonal matrix."""
@@ -276,3 +275,19 @@ class Rewritten(Checkpoint):
     def _refuse(self, where: Edge | str, op: InputOp) -> NoReturn:
         place = where.name if isinstance(where, Edge) else where
         raise CheckpointError(f"{self.source} does not compute the same with a {op.name()} there", found=place)
+
+
+def turns_alike(op: InputOp, edge: Edge) -> bool:
+    """Whether it makes no difference to keys if positions turn them before an operation, or behind it."""
+    half, generator = edge.rotary // 2, torch.Generator().manual_seed(0)
+    keys = torch.randn(2, edge.width, dtype=torch.float64, generator=generator)
+
+    def turned(x: Tensor) -> Tensor:
+        """As a small step ahead does: every pair by an angle of its own."""
+        heads, angles = x.view(len(x), -1, edge.dim), torch.arange(1, half + 1, dtype=x.dtype)
+        first, second = heads[..., :half], heads[..., half : edge.rotary]
+        rest = torch.zeros_like(heads[..., edge.rotary :])
+        return torch.cat([-second * angles, first * angles, rest], -1).flatten(1)
+
+    before, behind = op.apply(turned(keys)), turned(op.apply(keys))
+    return torch.allclose(before, behind, rtol=0, atol=1e-6 * float(before.abs().max()))

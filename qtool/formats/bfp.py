@@ -57,3 +57,7 @@ class BFP(SharedExponent):
     def point(self) -> int:
         """See `SharedExponent.point`."""
         return self.bits - 2
+
+    def at_run_time(self) -> BFP:
+        """See `Format.at_run_time`: the exponent of the largest number, as hardware takes it."""
+        return self.model_copy(update={"search": "floor"})

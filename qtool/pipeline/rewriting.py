@@ -126,13 +126,15 @@ class Rewriting:
         each: Mapping[str, InputStats] | None = None,
     ) -> Site:
         """An edge as transforms see it; `each` has the statistics of single readers, by `Module.reads`."""
-        source = None
+        source = bias = None
         if edge.kind in ("heads", "product", "scores"):
             rows = slice(edge.first, edge.first + edge.width)
             source = partial(self.weight, edge.source[0], rows)
+            if (name := f"{edge.source[0]}.bias") in self.model.names():
+                bias = partial(self.tensor, name, rows)
         seed = self.seed(edge.name)
         found = self.readers(readers, each or {})
-        return Site(edge.kind, edge.width, edge.dim, edge.repeat, found, source, stats, seed, edge.rotary)
+        return Site(edge.kind, edge.width, edge.dim, edge.repeat, found, source, stats, seed, edge.rotary, bias)
 
     def readers(self, plans: Sequence[LayerPlan], stats: Mapping[str, InputStats]) -> tuple[Reader, ...]:
         """Layers that are quantized, as transforms see them."""
@@ -151,7 +153,11 @@ class Rewriting:
         """Rows of a weight, float32, as the transforms before this one left it."""
         shared = module == self.model.family.head and self.model.tied
         name = self.model.family.embedding if shared else module
-        return self.model.tensor(f"{name}.weight").float()[rows]
+        return self.tensor(f"{name}.weight", rows)
+
+    def tensor(self, name: str, rows: slice) -> Tensor:
+        """Rows of a tensor, float32, as the transforms before this one left it."""
+        return self.model.tensor(name).float()[rows]
 
     def seed(self, name: str) -> int:
         """For random choices at a place of that name."""

@@ -68,6 +68,8 @@ def check(
         carriers: the artifacts by name.
         findings: gets a line for every kind of mistake.
     """
+    if cache and (reason := cache.misfit(checkpoint.family.heads(checkpoint.config)[2])):
+        findings.add(-1, f"the KV cache does not fit this model: {reason}")
     for name, carrier in carriers.items():
         for verdict in (carrier.supports(checkpoint), carrier.caches(cache)):
             if not verdict.possible:

@@ -34,8 +34,7 @@ class Planned(QuantizedCheckpoint):
     def _cached(self, fmt: KVCache) -> Cache:
         """How the KV cache will be rounded."""
         _, heads, width = self.family.heads(self.config)
-        counts = {"tensor": 1, "head": heads, "channel": heads * width, "token": 0}
-        keys, values = ((SOME,) * counts[str(side.granularity)] for side in (fmt.keys, fmt.values))
+        keys, values = ((SOME,) * count for count in fmt.counts(heads, width))
         blocks = range(self.family.blocks(self.config)) if fmt.static else ()
         return Cache(fmt, dict.fromkeys(blocks, (keys, values)))
 

@@ -12,16 +12,19 @@ from qtool.formats._spelling import parse_format, spelled_out
 from qtool.problems import checked, mistake
 from qtool.recipe.strict import Strict
 
+STATIC = ("tensor", "head", "channel")
+"""What shares scales that calibration finds."""
+
 
 def _parse_side(value: Any) -> Format:
     fmt = parse_format(value)
-    if fmt.granularity is None:
-        wanted = "one scale per tensor, head, channel or token, such as fp8-head or int4-token"
+    if fmt.granularity is None and (fmt.group_columns is None or fmt.group_rows != 1 or fmt.needs_largest):
+        wanted = "scales per tensor, head, channel or token, or of groups in a head, as fp8-head, int4-token, bfp4-g16"
         raise mistake("no format of a KV cache", wanted=wanted, found=fmt.label)
-    if fmt.granularity == "token" and not isinstance(fmt.ranges, str):
+    if fmt.granularity not in STATIC and not isinstance(fmt.ranges, str):
         wanted = "minmax or search; percentages are for scales that hold for all tokens (group: tensor, head, channel)"
         raise mistake(f"scales of a {fmt.label} KV cache", wanted=wanted, found=fmt.ranges)
-    usual = {} if fmt.granularity == "token" or "scales" in fmt.model_fields_set else {"scales": "minmax"}
+    usual = {} if fmt.granularity not in STATIC or "scales" in fmt.model_fields_set else {"scales": "minmax"}
     return fmt.model_copy(update=usual)
 
 
@@ -36,7 +39,8 @@ class KVCache(Strict):
     """Formats of keys and of values in the KV cache.
 
     One scale of fp8-tensor is for all numbers of a block, one of fp8-head for a head, and one of int4-channel for a
-    channel of a head; calibration finds these. With int4-token, every token's heads are rounded by themselves.
+    channel of a head; calibration finds these. With int4-token, every token's heads are rounded by themselves, and with
+    groups, such as bfp4-g16, runs of a head's channels are.
 
     Scales cover everything that calibration saw unless `scales` says otherwise: the largest keys are often those of
     tokens that all others attend to, and ranges with the least squared error clip them (with 4-bit keys per channel,
@@ -59,7 +63,23 @@ class KVCache(Strict):
     @property
     def static(self) -> bool:
         """True if calibration has to find scales."""
-        return {self.keys.granularity, self.values.granularity} != {"token"}
+        return self.keys.granularity in STATIC or self.values.granularity in STATIC
+
+    def counts(self, heads: int, width: int) -> tuple[int, int]:
+        """Scales of keys and of values that calibration finds for a block.
+
+        Args:
+            heads: of keys and values.
+            width: numbers of one.
+        """
+        per = dict(zip(STATIC, (1, heads, heads * width), strict=True))
+        return per.get(str(self.keys.granularity), 0), per.get(str(self.values.granularity), 0)
+
+    def misfit(self, width: int) -> str | None:
+        """Why heads of that many numbers cannot be held; None if they can."""
+        grouped = (fmt for fmt in (self.keys, self.values) if fmt.granularity is None)
+        reasons = ((fmt.label, fmt.misfit(width)) for fmt in grouped)
+        return next((f"{label}: {why}".replace("rows of", "heads of") for label, why in reasons if why), None)
 
 
 def either(value: Any) -> Any:

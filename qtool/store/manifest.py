@@ -215,8 +215,9 @@ def cache_of(manifest: Manifest, heads: int, width: int) -> Cache | None:
         fmt = parse_cache(manifest.kv_cache)
     except ValueError as error:
         raise CheckpointError(f"{MANIFEST}: format of the KV cache: {error}") from error
-    counts = {"tensor": 1, "head": heads, "channel": heads * width, "token": 0}
-    wanted = [counts[str(side.granularity)] for side in (fmt.keys, fmt.values)]
+    if reason := fmt.misfit(width):
+        raise CheckpointError(f"{MANIFEST}: format of the KV cache: {reason}")
+    wanted = [*fmt.counts(heads, width)]
     statics = {}
     for key, entry in manifest.blocks.items():
         if key.startswith(BLOCK):

@@ -23,7 +23,7 @@ from qtool.stats._base import InputStats, S, Statistic
 from qtool.stats.channels import Channels
 
 Kind = Literal["norm", "heads", "product", "scores", "stream", "input"]
-SCALABLE: tuple[Kind, ...] = ("norm", "heads", "product")
+Scalable = Literal["norm", "heads", "product"]
 """Kinds of sites where every channel can be divided by a factor of its own."""
 
 
@@ -59,6 +59,7 @@ class Site:
         stats: of the input of the readers, K wide, at "scores" of the input of the source; None if the transform needs
             none.
         seed: for random choices.
+        bias: what the source adds to the channels, float32 [C]; None: nothing.
         rotary: at "scores", how many first channels of a head are rotated, i with i + rotary / 2.
     """
 
@@ -71,6 +72,7 @@ class Site:
     stats: InputStats | None
     seed: int
     rotary: int = 0
+    bias: Callable[[], Tensor] | None = None
 
     @property
     def idle(self) -> bool:
@@ -174,12 +176,22 @@ class EdgeTransform(Transform):
         edges: where.
     """
 
-    edges: tuple[Kind, ...] = SCALABLE
+    edges: tuple[Kind, ...]
 
     @property
     def kinds(self) -> frozenset[Kind]:
         """See `Transform.kinds`."""
         return frozenset(self.edges)
+
+
+class FactorTransform(EdgeTransform):
+    """One that divides channels by factors.
+
+    Attributes:
+        edges: where.
+    """
+
+    edges: tuple[Scalable, ...] = ("norm", "heads", "product")
 
 
 def floored(sizes: Tensor, least: float = 1e-3) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from qtool.ops.scale import Scale
 from qtool.stats._base import Statistic
 from qtool.stats.gram import Gram
-from qtool.transforms._base import EdgeTransform, Reader, Site, floored
+from qtool.transforms._base import FactorTransform, Reader, Site, floored
 
 ROWS = 128
 """Rows of a reader that errors are compared on: powers differ by much more than what is left to chance."""
@@ -28,7 +28,7 @@ LEAST = 1e-4
 """Channels smaller than this, relative to the largest, count as so large."""
 
 
-class AWQ(EdgeTransform):
+class AWQ(FactorTransform):
     """Activation-aware scaling.
 
     Attributes:

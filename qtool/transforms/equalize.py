@@ -10,17 +10,17 @@ with up.
 from __future__ import annotations
 
 from qtool.ops.scale import Scale
-from qtool.transforms._base import EdgeTransform, Kind, Site, floored
+from qtool.transforms._base import FactorTransform, Scalable, Site, floored
 
 
-class Equalize(EdgeTransform):
+class Equalize(FactorTransform):
     """Cross-layer equalization.
 
     Attributes:
         edges: where.
     """
 
-    edges: tuple[Kind, ...] = ("heads", "product")
+    edges: tuple[Scalable, ...] = ("heads", "product")
 
     def op(self, site: Site) -> Scale | None:
         """See `Transform.op`."""

@@ -16,10 +16,10 @@ from pydantic import Field
 from qtool.ops.scale import Scale
 from qtool.stats._base import Statistic
 from qtool.stats.channels import Channels
-from qtool.transforms._base import EdgeTransform, Site
+from qtool.transforms._base import FactorTransform, Site
 
 
-class Exponents(EdgeTransform):
+class Exponents(FactorTransform):
     """Powers of two for channels.
 
     Attributes:

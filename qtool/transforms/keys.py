@@ -3,11 +3,11 @@
     s_j = rms(K_j)^alpha
 
 A few channels of keys are many times as large as the others in every token. What the rotary embedding turns into each
-other has the same factor, the root mean square of both. Sizes follow from the weight and the Gram matrix of its inputs,
-rms(K_j)^2 = w_j G w_j^T / tokens: keys themselves need not be seen. SmoothAttention of QServe,
+other has the same factor, the root mean square of both. Sizes follow from the weight, statistics of its inputs, and
+the bias: keys themselves need not be seen. SmoothAttention of QServe,
 https://arxiv.org/abs/2405.04532, which takes the largest magnitudes instead.
 
-Shape letters: C channels of keys, K inputs, D channels of a head.
+Shape letters: C channels of keys, D channels of a head.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from qtool.ops.scale import Scale
 from qtool.stats._base import Statistic
-from qtool.stats.gram import Gram
 from qtool.transforms._base import Kind, Site, Transform, floored
+from qtool.transforms._keys import MEASURED, energies
 
 
 class Keys(Transform):
@@ -38,17 +38,14 @@ class Keys(Transform):
 
     @property
     def needs(self) -> frozenset[type[Statistic]]:
-        """Gram matrices."""
-        return frozenset({Gram})
+        """What sizes of keys follow from."""
+        return MEASURED
 
     def op(self, site: Site) -> Scale | None:
         """See `Transform.op`."""
-        if site.stats is None or not site.stats.tokens or site.source is None:
+        if (found := energies(site)) is None:
             return None
-        w, gram = site.source().double(), site.measured(Gram).matrix.cpu().double()
-        size = paired(((w @ gram) * w).sum(1).clamp_min(0), site.dim, site.rotary).sqrt()
-        if not bool(size.max() > 0):
-            return None
+        size = paired(found, site.dim, site.rotary).sqrt()
         heads = floored(size).view(-1, site.dim) ** self.alpha
         return Scale((heads / heads.log().mean(1, keepdim=True).exp()).flatten().float())
 

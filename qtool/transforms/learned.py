@@ -28,7 +28,7 @@ from typing_extensions import Self
 from qtool.ops.kronecker import Kronecker
 from qtool.stats._base import Statistic
 from qtool.stats.channels import Channels
-from qtool.transforms._base import SCALABLE, Kind, Site
+from qtool.transforms._base import Kind, Scalable, Site
 from qtool.transforms._trained import Dominant, Factors, Products, TrainedTransform, Variables, near_factors
 
 
@@ -43,16 +43,9 @@ class Learned(TrainedTransform):
         steps, batch, rate, holdout: of the training.
     """
 
-    edges: tuple[Kind, ...] = SCALABLE
+    edges: tuple[Scalable, ...] = ("norm", "heads", "product")
     heads: Literal["factors", "matrices"] = "factors"
     inputs: Literal["whole"] | int | None = None
-
-    @field_validator("edges")
-    @classmethod
-    def _scalable(cls, edges: tuple[Kind, ...]) -> tuple[Kind, ...]:
-        if wrong := [edge for edge in edges if edge not in SCALABLE]:
-            raise ValueError(f"factors of channels go along {', '.join(SCALABLE)}, not {wrong[0]}")
-        return edges
 
     @field_validator("inputs")
     @classmethod

@@ -28,10 +28,10 @@ from torch import Tensor
 from qtool.ops.scale import Scale
 from qtool.stats._base import Statistic
 from qtool.stats.channels import Channels
-from qtool.transforms._base import EdgeTransform, Reader, Site, floored
+from qtool.transforms._base import FactorTransform, Reader, Site, floored
 
 
-class Smooth(EdgeTransform):
+class Smooth(FactorTransform):
     """Scale migration.
 
     Attributes:

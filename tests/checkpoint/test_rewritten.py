@@ -28,6 +28,7 @@ from qtool.ops.orthogonal import Orthogonal
 from qtool.ops.permutation import Permutation
 from qtool.ops.scale import Scale
 from qtool.ops.shift import Shift
+from qtool.transforms.ksort import sorting
 from tests.conftest import MIXTURES, TINY
 
 NAMES = [*TINY, *MIXTURES]
@@ -95,6 +96,9 @@ def turns(edge: Edge) -> Orthogonal:
     return Orthogonal(q)
 
 
+KEYS = "scores model.layers.0.self_attn.k_proj"
+
+
 def signs(n: int) -> Tensor:
     return (torch.randint(0, 2, (n,), generator=generator()) * 2 - 1).to(torch.int8)
 
@@ -110,6 +114,12 @@ def in_pairs(edge: Edge) -> Scale:
     heads, half = factors(edge.width).factors.view(-1, edge.dim).clone(), edge.rotary // 2
     heads[:, half : edge.rotary] = heads[:, :half]
     return Scale(heads.flatten())
+
+
+def sorted_keys(edge: Edge) -> Orthogonal:
+    """Keys in another order, as far as the rotary embedding leaves that open."""
+    sizes = factors(edge.width).factors.view(-1, edge.dim).float()
+    return Orthogonal(torch.stack([sorting(own, edge.rotary) for own in sizes]))
 
 
 def biased(model: Checkpoint, edge: Edge) -> bool:
@@ -128,7 +138,7 @@ def rewrites(model: Checkpoint) -> Iterator[tuple[str, list[Edit]]]:
     shifts = [Edit(e.name, Shift(factors(e.width).factors)) for e in heads if biased(model, e)]
     yield "orders and shifts", [*shifts, *(Edit(edge.name, within(edge)) for edge in (*heads, *products))]
     if scores:
-        yield "keys", [Edit(edge.name, in_pairs(edge)) for edge in scores]
+        yield "keys", [Edit(edge.name, op(edge)) for edge in scores for op in (in_pairs, sorted_keys)]
     yield "heads turned", [Edit(edge.name, turns(edge)) for edge in heads]
     hadamards = [Edit(edge.name, Hadamard(edge.dim, signs(edge.width))) for edge in heads]
     if stream:
@@ -272,6 +282,11 @@ def test_the_original_is_left_alone() -> None:
         (Edit("stream model.embed_tokens", Hadamard(64, signs(64))), "stream model.embed"),
         (Edit(STREAM, Scale(torch.ones(64))), "stream"),
         (Edit(STREAM, Hadamard(64, signs(64))), "fold them away"),
+        (Edit(KEYS, Scale(torch.arange(1.0, 33))), "k_proj"),
+        (Edit(KEYS, Permutation(torch.arange(32).view(4, 8).flip(0).reshape(-1))), "k_proj"),
+        (Edit(KEYS, Permutation(torch.arange(32).view(2, 2, 8).flip(1).reshape(-1))), "k_proj"),
+        (Edit(KEYS, Permutation(torch.arange(32).view(2, 2, 4, 2).flip(3).reshape(-1))), "k_proj"),
+        (Edit(KEYS, Shift(torch.zeros(32))), "k_proj"),
         (Edit("", Shift(torch.ones(64)), ("model.layers.0.mlp.up_proj",)), "up_proj"),
     ],
 )

@@ -111,6 +111,26 @@ def test_every_tokens_heads_are_rounded_by_themselves(tiny_checkpoint, tmp_path)
     assert_simulates(found, source, rounded)
 
 
+def test_groups_of_a_tokens_heads_share_exponents(tiny_checkpoint, tmp_path):
+    source = tiny_checkpoint("qwen3")
+    path = recipe(tmp_path, "{keys: bfp4-g8, values: int4-g16}")
+    run(QuantizeOptions(str(source), path, tmp_path / "out", dtype="fp32"))
+    found = Qtool().open(tmp_path / "out")
+    assert (found.cache.format.label, found.cache.statics) == ("bfp4-g8 keys and int4-g16 values", {})
+
+    def rounded(_, keys, values):
+        groups = keys.unflatten(-1, (-1, 8))
+        step = groups.abs().amax(-1, keepdim=True).log2().floor().exp2() / 4
+        yield ((groups / step).round().clamp(-7, 7) * step).flatten(-2)
+        groups = values.unflatten(-1, (-1, 16))
+        scale = groups.abs().amax(-1, keepdim=True) / 7.5
+        yield ((groups / scale).round().clamp(-8, 7) * scale).flatten(-2)
+
+    assert_simulates(found, source, rounded)
+    with pytest.raises(PlanError, match="bfp4-g24: heads of 32 columns are not divisible by 24"):
+        run(QuantizeOptions(str(source), recipe(tmp_path, "bfp4-g24"), tmp_path / "other", dtype="fp32"))
+
+
 def covering(x, granularity, bits, symmetric):
     """(scale, zero point) of keys or values, [S, A, T, D], as [1, A or 1, T or 1, D or 1]."""
     shared = {"head": (0, 2, 3), "channel": (0, 2), "token": (3,)}[granularity]

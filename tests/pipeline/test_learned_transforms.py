@@ -216,7 +216,7 @@ def test_matrices_of_inputs_begin_orthogonal() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"edges": ["stream"]}, "factors of channels go along norm, heads, product, not stream"),
+        ({"edges": ["stream"]}, "'norm', 'heads' or 'product'"),
         ({"edges": []}, "nothing to train: name edges, or inputs"),
         ({"inputs": 1}, "runs have at least two channels"),
     ],

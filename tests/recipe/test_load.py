@@ -228,9 +228,9 @@ MISTAKES = [
     ),
     (HEAD + LAYERS + "method: gtpq", "r.yaml:5: method: no method is called 'gtpq'; did you mean 'gptq'?"),
     (
-        HEAD + LAYERS + "kv_cache: int4-g32",
-        "r.yaml:5: kv_cache: no format of a KV cache: wanted one scale per tensor, head, channel or token, such as "
-        "fp8-head or int4-token, found int4-g32",
+        HEAD + LAYERS + "kv_cache: nvfp4",
+        "r.yaml:5: kv_cache: no format of a KV cache: wanted scales per tensor, head, channel or token, or of "
+        "groups in a head, as fp8-head, int4-token, bfp4-g16, found nvfp4",
     ),
     (
         HEAD + LAYERS + "kv_cache:\n  keys: int4-chanel\n  values: q4_0",
@@ -238,7 +238,7 @@ MISTAKES = [
     ),
     (
         HEAD + LAYERS + "kv_cache:\n  keys: int4-channel\n  values: biased4-channel",
-        "r.yaml:7: kv_cache.values: no format of a KV cache: wanted one scale",
+        "r.yaml:7: kv_cache.values: no format of a KV cache: wanted scales",
     ),
     (HEAD + LAYERS + "kv_cache: {keys: int4-channel}", "r.yaml:5: kv_cache: the key 'values' is missing"),
     (

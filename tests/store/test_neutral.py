@@ -219,7 +219,7 @@ LIES = {
     "zero points": (lambda m: layer(m).update(format="int4-g32-asym"), "parameters of .*: found 'zero'"),
     "shape": (lambda m: layer(m).update(shape=[64, 128]), "up_proj.weight does not fit config.json"),
     "missing block": (lambda m: m["blocks"].pop("block-1"), "lacks 9 of the"),
-    "cache": (lambda m: m.update(kv_cache="int4-g32"), "format of the KV cache: .*found int4-g32"),
+    "cache": (lambda m: m.update(kv_cache="nvint4"), "format of the KV cache: .*found nvint4"),
     "no scales": (
         lambda m: m.update(kv_cache="fp8-tensor"),
         r"KV cache of block-0: wanted \[1, 1\] for fp8-tensor, found",

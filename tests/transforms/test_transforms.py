@@ -20,12 +20,14 @@ from qtool.ops.scale import Scale
 from qtool.stats._base import InputStats
 from qtool.transforms import awq
 from qtool.transforms._base import Kind, Reader, Site, Transform
+from qtool.transforms._keys import energies
 from qtool.transforms._trained import TrainedTransform
 from qtool.transforms.awq import AWQ
 from qtool.transforms.equalize import Equalize
 from qtool.transforms.exponents import Exponents
 from qtool.transforms.hadamard import Hadamard
 from qtool.transforms.keys import Keys
+from qtool.transforms.ksort import KSort
 from qtool.transforms.permute import Permute
 from qtool.transforms.reassemble import Reassemble, whole
 from qtool.transforms.rotate import Rotate
@@ -165,6 +167,37 @@ def test_keys_are_evened_out_in_the_pairs_that_are_rotated(rotary: int) -> None:
         ratio = found.factors[part].double() / expected[part]
         torch.testing.assert_close(ratio, ratio[:1].expand(DIM), rtol=1e-4, atol=0)
         assert float(found.factors[part].log().mean()) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("rotary", [8, 4, 0])
+def test_the_larger_channel_of_a_pair_comes_first_and_free_ones_are_sorted(rotary: int) -> None:
+    transform = KSort()
+    w, bias = randn(HEADS * DIM, 32) * 0.1, randn(HEADS * DIM)
+    place, x = site("norm", transform, randn(3, 32), source=w)
+    place = replace(place, kind="scores", width=HEADS * DIM, dim=DIM, readers=(), rotary=rotary, bias=lambda: bias)
+    found = transform.op(place)
+    keys = x @ w.T + bias
+    sizes = keys.double().square().mean(0)
+    expected = keys.clone()
+    for start in range(0, HEADS * DIM, DIM):
+        for i in range(rotary // 2):
+            a, b = start + i, start + i + rotary // 2
+            if sizes[b] > sizes[a]:
+                expected[:, a], expected[:, b] = keys[:, b], -keys[:, a]
+        free = sorted(range(start + rotary, start + DIM), key=lambda j: -float(sizes[j]))
+        expected[:, start + rotary : start + DIM] = keys[:, free]
+    torch.testing.assert_close(found.apply(keys), expected, rtol=0, atol=0)
+    assert not torch.equal(expected, keys)
+    assert KSort().op(replace(place, stats=InputStats(32, transform.needs))) is None
+
+
+def test_sizes_of_keys_are_those_that_are_measured() -> None:
+    w, bias = randn(HEADS * DIM, 32), 3 * randn(HEADS * DIM)
+    place, x = site("norm", KSort(), randn(3, 32), source=w)
+    for added in (None, bias):
+        found = energies(replace(place, kind="scores", bias=None if added is None else lambda: bias))
+        keys = x.double() @ w.double().T + (0 if added is None else added.double())
+        torch.testing.assert_close(found, keys.square().mean(0), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("uneven", [False, True])
