@@ -15,6 +15,7 @@ systems the systems of the field as recipes, each against a plain way to the sam
 tables  rewrites by format, strength and calibration, methods by bits, ranks: the tables of docs/rewrites.md
 learned learned rounding and scales against GPTQ and AutoRound at the same bytes, several trials side by side
 cast    formats without a search, on a random matrix, against copying it
+stages  whole runs on the CPU by format against 4-bit integers and llm-compressor: the table of docs/methods.md
 solve   GPTQ of a matrix of the demo model's size on one thread in every kind of format, against 4-bit integers
 paths   GPTQ's walk along several paths, and scales by the whole local metric, on matrices of the demo model
 architectures  every type of transformers' causal language models, tiny: the table of docs/architectures.md
@@ -50,6 +51,7 @@ from benchmarks import (
     recipes,
     scores,
     solve,
+    stages,
     study,
     system,
     tables,
@@ -254,6 +256,14 @@ def solvers() -> dict[str, float]:
     return found
 
 
+def staged(options: argparse.Namespace) -> dict[str, float]:
+    """Seconds of whole runs by format, and over those of 4-bit integers and of the peer; prints them as a table."""
+    narrow = models.off_grid(models.checkpoint(options.work / "demo"), options.work / "off-grid")
+    model = models.widened(narrow, options.work / "wide")
+    peer = options.peer if options.peer.exists() else None
+    return stages.measured(model, options.work, options.calibration, peer, options.format, options.write_page)
+
+
 def pathways(options: argparse.Namespace) -> dict[str, float]:
     """Errors of outputs by other walks over those of GPTQ's, refined; prints them as a table."""
     model, found = models.off_grid(models.checkpoint(options.work / "demo"), options.work / "off-grid"), {}
@@ -291,6 +301,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
     "learned": trained,
     "cast": lambda _: uncalibrated(),
     "solve": lambda _: solvers(),
+    "stages": staged,
     "paths": pathways,
     "architectures": lambda options: architectures.run(
         options.work, options.kind, options.processes, options.write_page
@@ -321,6 +332,7 @@ def main() -> None:
     parser.add_argument("--generations", type=int, default=12, help="scores: plans that evolution and policies measure")
     parser.add_argument("--system", action="append", default=[], help="systems: this one, and others given so")
     parser.add_argument("--table", action="append", default=[], choices=list(tables.TABLES), help="tables: this one")
+    parser.add_argument("--format", action="append", default=[], help="stages: this one, and others given so")
     parser.add_argument("--trial", action="append", default=[], help="learned: those whose names begin so")
     parser.add_argument("--samples", type=int, default=128, help="learned: of the calibration, of 512 tokens")
     parser.add_argument("--seconds", type=float, default=86400, help="learned: when to stop")

@@ -18,6 +18,7 @@ from typing import Any
 import typer
 
 from benchmarks import divided, learning, system, tables
+from benchmarks import stages as timed
 from qtool import errors, registry
 from qtool.checkpoint._base import Layer, Module
 from qtool.cli.app import app
@@ -245,6 +246,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "stages": lambda: chapters("stages"),
     "support": support,
     "systems": lambda: table(system.HEADER, list(system.rows())),
+    "times": lambda: table(timed.TITLES, rows) if (rows := list(timed.rows())) else "",
     "transforms": lambda: chapters("transforms"),
     **{f"table-{name}": partial(study, name) for name in tables.TABLES},
 }

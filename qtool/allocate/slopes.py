@@ -111,7 +111,7 @@ class Slopes:
             with torch.enable_grad():
                 x = x.to(self.walker.device).clone().requires_grad_()
                 arguments = self.walker.block_arguments(x.shape[1])[i]
-                output = run_block(block, x, arguments, None, self.walker.attends)
+                output = run_block(block, x, arguments, None)
                 (found,) = torch.autograd.grad(output, x, slope.to(output))
         finally:
             for hook in hooks:

@@ -25,7 +25,7 @@ from qtool.calibrate.experts import split_layers
 from qtool.calibrate.foreign import Calls, KVStore, assign, misfit, run_block
 from qtool.calibrate.hidden import Hidden
 from qtool.calibrate.infinite import origin
-from qtool.calibrate.meta import ATTENTION, Recorder, build
+from qtool.calibrate.meta import Recorder, build
 from qtool.calibrate.operated import Following, innermost, put_behind
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, modules
 from qtool.errors import CheckpointError
@@ -70,7 +70,6 @@ class Blocks:
         self.layers = checkpoint.layers if isinstance(checkpoint, QuantizedCheckpoint) else {}
         self.family, self.input_ops = checkpoint.family, checkpoint.input_ops
         self.model = build(self.family, checkpoint.config, dtype)
-        self.attends = self.model.config._attn_implementation == ATTENTION
         self.blocks = list(self.model.get_submodule(self.family.blocks_path))
         self.modules: dict[int, list[Module]] = {i: [] for i in range(len(self.blocks))}
         for module in modules(checkpoint):
@@ -253,9 +252,9 @@ class Blocks:
     ) -> Tensor:
         """What a loaded block makes of hidden states, [s, T, H]; see `run_block`."""
         if self.around is None:
-            return run_block(block, x, arguments, cache, self.attends)
+            return run_block(block, x, arguments, cache)
         streams = self.around.family.facts.streams
-        return streams.pack(run_block(block, streams.unpack(x), arguments, cache, self.attends, hand))
+        return streams.pack(run_block(block, streams.unpack(x), arguments, cache, hand))
 
     def record(self, hidden: Hidden) -> None:
         """Finds out what blocks are given, before threads ask for it."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextvars import ContextVar
 from itertools import chain
 from typing import Any, Protocol
 
@@ -23,13 +22,6 @@ from qtool.tested import NEWEST
 
 CACHE_NAMES = ("cache", "past_key_values")
 """What releases of transformers call the argument that takes a cache."""
-
-ATTENDED: ContextVar[list[nn.Module]] = ContextVar("attended")
-"""Which modules came by our attention in the call of a block that runs.
-
-No argument leads there: transformers calls a registered attention function through the block's own code, with arguments
-of its choice, and threads run several blocks' calls at once, each of which has its own list by way of the context.
-"""
 
 
 class KVStore(Protocol):
@@ -81,7 +73,6 @@ def run_block(
     x: Tensor,
     arguments: Mapping[str, Any],
     store: KVStore | None,
-    attention: bool,
     hand: Callable[[Sequence[Any]], None] | None = None,
 ) -> Tensor:
     """A decoder block's output, [S, T, H].
@@ -91,7 +82,6 @@ def run_block(
         x: [S, T, H].
         arguments: what it takes beside, by name.
         store: what keys and values go through; None: nothing.
-        attention: whether our attention is what it should use.
         hand: takes all that it returns, where a later block wants more of that than hidden states.
 
     Raises:
@@ -101,16 +91,12 @@ def run_block(
     if store and name is None:
         raise misfit(block, f"takes no cache by any of the names {', '.join(CACHE_NAMES)}")
     handed = Handed(store) if store else None
-    attended: list[nn.Module] = []
-    ATTENDED.set(attended)
     output = block(x, **{**arguments, **({name: handed} if name else {})})
     first: Tensor = output[0] if isinstance(output, tuple) else output
     if hand:
         hand(output)
     if handed:
         handed.check(block)
-    if attention and len(attended) != 1:
-        raise misfit(block, f"used qtool's attention {len(attended)} times instead of once")
     if first.shape != x.shape:
         raise misfit(block, f"made {list(first.shape)} of hidden states {list(x.shape)}")
     return first

@@ -176,7 +176,7 @@ def block_gradient(
     for m in (m for m in walker.modules[i] if m.name in seen):
         walker.linear(block, m).register_forward_hook(partial(watch, m.name))
     with torch.enable_grad():
-        y = run_block(block, x, walker.block_arguments(x.shape[1])[i], None, walker.attends)
+        y = run_block(block, x, walker.block_arguments(x.shape[1])[i], None)
     return torch.autograd.grad(y, x, gradient.to(y.device, y.dtype))[0]
 
 

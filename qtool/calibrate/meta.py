@@ -8,18 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtool.calibrate.foreign import ATTENDED, misfit
+from qtool.calibrate.foreign import misfit
 from qtool.checkpoint.derived.skeleton import fill_buffers, quiet, skeleton
 from qtool.checkpoint.families._base import Family
 from qtool.errors import CheckpointError, one_line
-from qtool.numerics.attention import causal_attention
-
-ATTENTION = "qtool"
-"""What transformers calls `attention` below."""
 
 
 def build(family: Family, config: dict[str, Any], dtype: torch.dtype) -> Any:
-    """transformers' model of a family, see `build_on_meta`; of a derived one with transformers' own attention."""
+    """transformers' model of a family, see `build_on_meta`."""
     if family.model_free:
         what = "a model that is known by names of its tensors only cannot be run"
         raise CheckpointError(what, hint="install a transformers that knows it, and leave out --model-free")
@@ -36,24 +32,18 @@ def build_on_meta(config: dict[str, Any], dtype: torch.dtype, attention: str | N
     Args:
         config: config.json.
         dtype: of the parameters.
-        attention: implementation of attention; None: the one that transformers prefers, see `attend`.
+        attention: implementation of attention; None: the one that transformers prefers.
 
     Raises:
         CheckpointError: transformers does not know or refuses the config.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
-    from transformers.masking_utils import sdpa_mask
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    AttentionInterface.register(ATTENTION, attend)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     known = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
     try:
         with quiet(), torch.device("meta"):
             parsed = AutoConfig.for_model(**known)
             model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation=attention)
-            if model.config._attn_implementation == "sdpa":
-                model.set_attn_implementation(ATTENTION)
-                attention = ATTENTION
     except Exception as error:  # its own checks raise many kinds
         what = "config.json does not describe a model that transformers builds"
         raise CheckpointError(what, found=one_line(error)) from error
@@ -64,32 +54,6 @@ def build_on_meta(config: dict[str, Any], dtype: torch.dtype, attention: str | N
     if hasattr(body.embed_tokens, "scalar_embed_scale"):
         body.embed_tokens.embed_scale = torch.tensor(body.embed_tokens.scalar_embed_scale)
     return model
-
-
-def attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    """Stands in for transformers' attention by torch (sdpa): the same, but whole sequences in bfloat16 on the CPU.
-
-    There ours is quicker; see `causal_attention`. query is [S, H, T, D], key and value [S, A, T, D].
-    """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    ATTENDED.get([]).append(module)
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    whole = attention_mask is None and query.shape[2] == key.shape[2] > 1
-    ours = query.dtype == torch.bfloat16 and query.device.type == "cpu" and not query.requires_grad
-    if causal and whole and scaling and ours:
-        return causal_attention(query, key, value, scaling), None
-    options = {"scaling": scaling, "is_causal": is_causal, **others}
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
 
 
 class Recorder(nn.Module):

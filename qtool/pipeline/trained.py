@@ -26,6 +26,8 @@ from qtool.residuals.phases import Phases
 HOLDERS = "tq1_0 and tq2_0 hold ternary rows, int3 any such grid, biased2 two bits"
 PROBED = 4
 """Rows that are looked at first, and that plans look at."""
+COUNTED = 16
+"""Rows of which values are counted before that: a sum of units has few, plain numbers of 16 bits more than any has."""
 
 
 def trained_grid(checkpoint: Checkpoint, module: str, probe: bool = False) -> tuple[Quantized, ...]:
@@ -75,6 +77,8 @@ def trained_phases(checkpoint: Checkpoint, module: str, probe: bool = False) -> 
     info = checkpoint.info(name)
     n, k = info.shape
     if not info.dtype.is_floating_point or n % 2 or k % 2:
+        return 0
+    if len(set(checkpoint.rows(name, 0, min(COUNTED, n // 2))[:, : k // 2].flatten().tolist())) > 9**phases.MOST:
         return 0
     starts, count = (0, n // 2), min(PROBED, n // 2)
     some = torch.cat([checkpoint.rows(name, start, start + count).float() for start in starts])

@@ -53,7 +53,7 @@ def test_the_argument_is_the_one_that_a_block_takes(argument):
 
     assert cache_argument(Block) == argument
     x = torch.randn(1, 2, 8, 16)
-    found = run_block(Block(), x, {"cache": None, "past_key_values": None}, RoundedCache(INT3, ((), ())), False)
+    found = run_block(Block(), x, {"cache": None, "past_key_values": None}, RoundedCache(INT3, ((), ())))
     assert len(found[0, 0, 0].unique()) <= 8
 
 
@@ -74,19 +74,6 @@ def test_a_block_that_drops_its_cache(llama):
         list(llama.steps(block, 0, hidden, {}, cache=MeteredCache(INT3)))
     with pytest.raises(QtoolError, match=pattern):
         attention_errors(llama, block, 0, hidden, RoundedCache(INT3, ((), ())))
-
-
-def test_a_block_that_attends_otherwise(llama, monkeypatch):
-    assert llama.attends
-    llama.model.config._attn_implementation = "eager"
-    with pytest.raises(QtoolError, match=told("LlamaDecoderLayer used qtool's attention 0 times instead of once")):
-        llama.output(llama.load_block(0), 0, llama.embed(TOKENS), slice(0, 3))
-
-
-def test_a_model_that_keeps_its_own_attention(tiny_checkpoint, monkeypatch):
-    monkeypatch.setattr(transformers.PreTrainedModel, "set_attn_implementation", lambda self, name: None)
-    with pytest.raises(QtoolError, match=told("LlamaForCausalLM uses attention sdpa instead of qtool")):
-        meta.build_on_meta(HFCheckpoint(tiny_checkpoint("llama")).config, torch.float32)
 
 
 def without_mlp(forward):

@@ -10,12 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qtool.checkpoint.open import open_checkpoint
 from qtool.formats._spelling import parse_format
 from qtool.methods.rtn import RTN
 from qtool.models import open_artifact
 from qtool.numerics.grids.phases import recognized
 from qtool.pipeline.prepare import prepare
 from qtool.pipeline.quantize import QuantizeOptions, run
+from qtool.pipeline.trained import trained_phases
 from qtool.residuals._base import Correction, Matrix
 from qtool.residuals.phases import Phases
 from tests.artifact.conftest import save_llama
@@ -137,3 +139,9 @@ def test_a_trained_model_is_taken_over_and_said_to_be_rounded_off_its_grid_by_ot
     other.write_text(json.dumps({"recipe": 1, "name": "other", "layers": rules}))
     warnings = prepare(str(folder), str(other)).plan.warnings
     assert any(f"matrices are {on} and rounded again to int2-g64" in text for text in warnings)
+
+
+def test_numbers_that_are_too_many_are_not_searched_for_sums(tmp_path, monkeypatch):
+    folder = save_llama(tmp_path, 256, torch.bfloat16)
+    monkeypatch.setattr("qtool.numerics.grids.phases.recognized", lambda *_: pytest.fail("searched"))
+    assert trained_phases(open_checkpoint(str(folder)), "model.layers.0.mlp.gate_proj") == 0
