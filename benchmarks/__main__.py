@@ -329,7 +329,7 @@ def main() -> None:
     parser.add_argument(
         "--mix", action="append", default=[], choices=budgets.MIXES, help="budgets: this mix, no seconds"
     )
-    parser.add_argument("--generations", type=int, default=12, help="scores: plans that evolution and policies measure")
+    parser.add_argument("--generations", type=int, default=24, help="scores: plans that evolution and policies measure")
     parser.add_argument("--system", action="append", default=[], help="systems: this one, and others given so")
     parser.add_argument("--table", action="append", default=[], choices=list(tables.TABLES), help="tables: this one")
     parser.add_argument("--format", action="append", default=[], help="stages: this one, and others given so")

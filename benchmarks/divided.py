@@ -11,7 +11,7 @@ from benchmarks import budgets, scores
 
 KEPT = Path(__file__).with_name("divided.json")
 SIBLINGS = ("mix", "bytes", "text", "the mix", "its `-fit` sibling", "ratio")
-WAYS = ("way", "KL divergence", "plans measured", "seconds")
+WAYS = ("way", "KL divergence", "plans measured", "seconds of processor time")
 
 
 def known() -> dict[str, Any]:

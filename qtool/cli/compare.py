@@ -69,13 +69,18 @@ def command(
         result(show(found))
 
 
+def otherwise(text: str, found: Comparison) -> str:
+    """Why a divergence on some text does not compare with the others."""
+    return "in other chunks or from another baseline" if text == found.text else "on another text"
+
+
 def show(found: Comparison) -> str:
     """A line per model, smallest first; a star for those that no other beats."""
     rows, timed = [], any(e.speed for e in found.entries)
     for e in found.entries:
         q = e.evaluation
         kld = f"{q.kld_mean:.4g} ± {q.kld_error or 0:.2g}" if q and q.kld_mean is not None else "-"
-        note = "*" if e.name in found.best else "" if e.name in found.comparable or not q else "on another text"
+        note = "*" if e.name in found.best else "" if e.name in found.comparable or not q else otherwise(q.text, found)
         speed = [f"{e.speed[1]:.1f}" if e.speed else "-"] if timed else []
         rows.append([e.name, e.kind, size(e.nbytes), f"{e.bits_per_weight:.3f}", kld, *speed, note])
     extra = ["tokens per second"] if timed else []

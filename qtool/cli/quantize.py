@@ -157,7 +157,6 @@ def run_family(asked: QuantizeOptions, recipes: list[str], console: Console, jso
 def run(asked: QuantizeOptions, console: Console, json: bool) -> None:
     """Quantizes and prints what came of it, before a gate or the hub may say no."""
     from qtool.pipeline import quantize as stage
-    from qtool.pipeline.one_file import folder_of
     from qtool.pipeline.upload import claim
 
     with console:
@@ -166,22 +165,26 @@ def run(asked: QuantizeOptions, console: Console, json: bool) -> None:
     if json:
         document(report.model_dump(mode="json"))
     else:
-        result(summary(report, folder_of(asked.out)))
+        result(summary(report, asked.out))
     with console:
         stage.conclude(report, asked, console)
 
 
 def summary(report: Report, out: Path) -> str:
     """What a run did, in a few lines."""
-    rows = []
+    from qtool.pipeline.one_file import folder_of
+
+    folder, rows = folder_of(out), []
     for artifact in report.artifacts:
         nbytes = sum(f.nbytes for f in artifact.files)
         checked = "verified" if artifact.verified else "not verified"
         share = f"{nbytes / report.source_bytes:.0%}"
-        rows.append([artifact.kind, size(nbytes), share, checked, str(out / artifact.path)])
+        rows.append([artifact.kind, size(nbytes), share, checked, str(out if folder != out else out / artifact.path)])
     quantized = [e for e in report.layers if e.format]
     bits = sum(e.nbytes for e in quantized) * 8 / max(1, sum(e.shape[0] * e.shape[1] for e in quantized))
-    lines = [table(["artifact", "size", "of source", "", "folder"], rows, frozenset({1, 2}))]
+    lines = [
+        table(["artifact", "size", "of source", "", "folder" if folder == out else "file"], rows, frozenset({1, 2}))
+    ]
     whole = 8 * (sum(e.nbytes for e in report.layers) + report.other_bytes) / report.parameters
     lines.append(f"{len(quantized)} of {len(report.layers)} matrices quantized")
     lines.append(f"bits per weight: {bits:.2f} of quantized matrices, {whole:.2f} of the whole model")
@@ -196,7 +199,7 @@ def summary(report: Report, out: Path) -> str:
     lines += verdicts(report.evaluations)
     seconds = sum(s.seconds for s in report.stages)
     peak = max((s.peak_bytes for s in report.stages), default=0)
-    lines.append(f"{duration(seconds)}, {size(peak)} peak memory; report: {out / 'report.html'}")
+    lines.append(f"{duration(seconds)}, {size(peak)} peak memory; report: {folder / 'report.html'}")
     lines += [f"{a.kind} {a.proof.words}" for a in report.artifacts if a.proof]
     return "\n".join(lines)
 

@@ -36,6 +36,7 @@ from qtool.plan.findings import Findings
 from qtool.recipe.load import load_recipe
 from qtool.report.model import AllocationEntry
 from qtool.report.units import size as spelled
+from qtool.store.files import check_file
 
 CLEAR = 0.8
 """Ratio of rounded plans' divergences below which no method turns who is better."""
@@ -153,10 +154,11 @@ class Allocator:
     def score(
         self, samples: Tensor, held_out: Tensor, place: Path, strict: bool, edits: str, listener: Listener
     ) -> None:
-        """Finds out what options cost, unless a file says so."""
+        """Finds out what options cost, unless a file says so. Raises StorageError: they could not be kept."""
         self.samples, self.held_out, self.listener = samples, held_out, listener
         self.scores = scores_at(place, self.identity(edits), strict)
         if self.scores.found is None:
+            check_file(self.scores.path)
             self.scores.found = Pricing(self.job, self.open, samples).run(listener)
             self.scores.save()
         costs = [d.costs(self.scores.found.costs) for d in self.open]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,12 +16,13 @@ from qtool.evaluate.result import Evaluation
 from qtool.pipeline import evaluate
 from qtool.pipeline.events import Event, Listener, silent
 from qtool.pipeline.inspect import run as inspect
-from qtool.report.comparison import Compared, Comparison, compare, html
+from qtool.pipeline.one_file import described
+from qtool.report.comparison import Compared, Comparison, compare, html, protocol
 from qtool.report.model import Report
 from qtool.report.render import read_report
-from qtool.report.summary import bits_per_weight, error_rows, main_evaluation, model_bytes, stored_as
+from qtool.report.summary import bits_per_weight, error_rows, main_evaluation, model_bytes, stored_as, with_inputs
 from qtool.report.summary import errors as layer_errors
-from qtool.store.files import new_file, sha256
+from qtool.store.files import check_file, new_file, sha256
 from qtool.store.names import output_path
 
 
@@ -46,16 +47,20 @@ def run(options: CompareOptions, listener: Listener = silent) -> Comparison:
     """Compares models.
 
     Raises:
-        UsageError: fewer than two.
+        UsageError: fewer than two, or a page that is called as its JSON is.
         CheckpointError, StorageError: one cannot be read, or the page cannot be written.
     """
     if len(options.sources) < 2:
         raise UsageError("qtool compare", wanted="two models or more", found=len(options.sources))
     out = options.out and output_path(options.out, *options.sources)
+    if out:
+        if out.suffix == ".json":
+            raise UsageError("--out", wanted="the page, such as page.html, beside which its JSON lies", found=out.name)
+        check_file(out)
     names = unique(options.sources)
     found = [entry(source, name) for source, name in zip(options.sources, names, strict=True)]
     if options.measure:
-        found = [measured(each, options.measure, listener) for each in found]
+        found = measured(found, options.measure, listener)
     if options.speed and find_spec("xllamacpp"):
         found = [timed(each, listener) for each in found]
     comparison = compare(found)
@@ -78,7 +83,7 @@ def unique(sources: Sequence[str]) -> list[str]:
 
 def report_of(source: str) -> Report | None:
     """The report of a run's folder, or the report itself; None if it is neither."""
-    path = local(source)
+    path = described(local(source))
     path = path / "report.json" if os.path.isdir(path) else path
     return read_report(path) if path.name == "report.json" and os.path.isfile(path) else None
 
@@ -102,6 +107,7 @@ def entry(source: str, name: str) -> Compared:
             layers=layers,
         )
     contents = inspect(source)
+    matrices = [t for t in contents.tensors if len(t.shape) == 2]
     return Compared(
         name=name,
         source=source,
@@ -110,15 +116,32 @@ def entry(source: str, name: str) -> Compared:
         bits_per_weight=contents.bits / contents.parameters,
         evaluation=None,
         errors={},
+        layers={t.name.removesuffix(".weight"): (with_inputs(t.type, t.activations), None) for t in matrices},
     )
 
 
-def measured(known: Compared, measure: evaluate.EvaluateOptions, listener: Listener) -> Compared:
-    """The same with an evaluation of the text that is asked for, unless it has that."""
-    if known.evaluation and known.evaluation.text_sha256 == sha256(measure.text):
-        return known
-    found: Evaluation = evaluate.run(replace(measure, artifact=artifact_of(known.source)), listener)
-    return known.model_copy(update={"evaluation": found})
+def measured(known: Sequence[Compared], measure: evaluate.EvaluateOptions, listener: Listener) -> list[Compared]:
+    """The same with evaluations that compare: of one text, in the same chunks; those that fit are not done again."""
+    text = sha256(measure.text)
+
+    def fits(one: Compared) -> bool:
+        found = one.evaluation
+        if found is None or found.kld_mean is None or (found.text_sha256, found.context) != (text, measure.context):
+            return False
+        return measure.chunks in (None, found.chunks)
+
+    def again(one: Compared) -> Compared:
+        found: Evaluation = evaluate.run(replace(measure, artifact=artifact_of(one.source)), listener)
+        return one.model_copy(update={"evaluation": found})
+
+    def protocols(ones: Iterable[Compared]) -> set[tuple[object, ...]]:
+        return {protocol(one.evaluation) for one in ones if one.evaluation}
+
+    kept = [one for one in known if fits(one)]
+    anew = {one.name: again(one) for one in known if one not in kept}
+    alike = protocols(anew.values() or kept)
+    anew |= {one.name: again(one) for one in kept if protocols([one]) != alike}
+    return [anew.get(one.name, one) for one in known]
 
 
 def artifact_of(source: str) -> str:
@@ -126,7 +149,7 @@ def artifact_of(source: str) -> str:
     report = report_of(source)
     if report is None:
         return source
-    folder = local(source)
+    folder = described(local(source))
     return str((folder if folder.is_dir() else folder.parent) / report.artifacts[0].path)
 
 

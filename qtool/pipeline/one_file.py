@@ -21,6 +21,14 @@ def folder_of(out: Path) -> Path:
     return out.with_suffix(".report") if out.suffix == SUFFIX else out
 
 
+def described(path: Path) -> Path:
+    """The folder of the result that a file is the second name of; anything else stays what it is."""
+    folder = folder_of(path)
+    if folder == path or not path.is_file() or not (folder / "report.json").is_file():
+        return path
+    return folder if any(same(file, path) for file in folder.glob(f"*{SUFFIX}")) else path
+
+
 def check_one_file(out: Path, artifacts: Collection[str], split: bool, overwrite: bool) -> None:
     """Refuses what cannot become one file, before any work.
 

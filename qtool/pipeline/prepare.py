@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -124,7 +125,7 @@ def preview(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
 
 
 def with_limit(recipe: Recipe, chosen: Mapping[str, object]) -> Recipe:
-    """The recipe with another limit of its budget. Raises UsageError: it has no budget, or these are several limits."""
+    """The recipe with another limit of its budget. Raises UsageError: it has none, or this is no single one above 0."""
     if not chosen:
         return recipe
     names = ", ".join(LIMITS[key] for key in chosen)
@@ -132,6 +133,9 @@ def with_limit(recipe: Recipe, chosen: Mapping[str, object]) -> Recipe:
         raise UsageError(f"{names} exclude each other")
     if recipe.budget is None:
         raise UsageError(names, wanted="a recipe with a budget: such as gguf-fit", found=recipe.name)
+    (limit,) = chosen.values()
+    if isinstance(limit, float) and not 0 < limit < math.inf:
+        raise UsageError(names, wanted="a positive number", found=f"{limit:g}")
     limits = dict.fromkeys((*LIMITS, "like")) | dict(chosen)
     return recipe.model_copy(update={"budget": recipe.budget.model_copy(update=limits)})
 

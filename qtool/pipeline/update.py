@@ -10,6 +10,7 @@ from qtool.artifact._base import Artifact
 from qtool.errors import UsageError
 from qtool.evaluate.result import Evaluation, TaskEvaluation
 from qtool.pipeline.card import card_of
+from qtool.pipeline.one_file import described
 from qtool.report.model import ArtifactEntry, FileEntry, Report
 from qtool.report.model_card import write_card
 from qtool.report.render import read_report, write_report
@@ -24,12 +25,13 @@ def result_of(artifact: Path) -> Path:
     """The folder of the run's result that an artifact belongs to.
 
     Args:
-        artifact: the artifact's folder, or a file in it.
+        artifact: the artifact's folder, a file in it, or the second name of one (see `qtool.pipeline.one_file`).
 
     Raises:
         UsageError: no report lies there or above, or it does not name this artifact.
         CheckpointError: the report cannot be read.
     """
+    artifact = described(artifact)
     place = artifact.parent if artifact.is_file() else artifact
     for folder in (place, place.parent):
         if (folder / "report.json").is_file():

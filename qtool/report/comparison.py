@@ -34,7 +34,7 @@ class Compared(Entry):
         bits_per_weight: of the whole model.
         evaluation: against the baseline; None if nothing is known.
         errors: median signal-to-error ratio of layers by role, dB; empty without a report.
-        layers: the format of each layer, and its ratio in dB if it is quantized and that is finite; empty likewise.
+        layers: the format of each layer, and its ratio in dB if a report has one that is finite.
         speed: tokens per second in llama.cpp: of a prompt, and of what is written; None if nobody asked it.
     """
 
@@ -106,13 +106,14 @@ def html(comparison: Comparison) -> str:
 
 
 def layer_rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
-    """A row for each layer, with a cell for each model that has a report; those first whose errors differ most."""
+    """A row for each layer, a cell for each model; those first whose errors differ most, then whose formats do."""
     reported = [e.layers for e in comparison.entries if e.layers]
     names = list(dict.fromkeys(name for layers in reported for name in layers)) if len(reported) > 1 else []
 
-    def difference(name: str) -> float:
-        found = [db for layers in reported if name in layers and (db := layers[name][1]) is not None]
-        return min(found, default=0.0) - max(found, default=0.0)
+    def difference(name: str) -> tuple[float, bool]:
+        there = [layers[name] for layers in reported if name in layers]
+        found = [db for _, db in there if db is not None]
+        return min(found, default=0.0) - max(found, default=0.0), len({label for label, _ in there}) == 1
 
     def cell(layers: dict[str, tuple[str, float | None]], name: str) -> str:
         label, db = layers.get(name, ("-", None))

@@ -132,14 +132,18 @@ def span(values: Iterable[float], pad: float = 0.06) -> tuple[float, float]:
 
 
 def decades(axes: Axes) -> str:
-    """Grid lines and numbers (1, 2 and 5 in each power of ten) of a vertical axis of logarithms to base ten."""
+    """Grid lines and numbers of a vertical axis of logarithms to base ten: 1, 2 and 5 of each power, or closer ones."""
+    powers = [10.0**power for power in range(math.floor(axes.y0), math.ceil(axes.y1) + 1)]
+    for digits in ((1, 2, 5), range(1, 10), [fifth / 5 for fifth in range(5, 50)]):
+        values = [digit * power for power in powers for digit in digits]
+        shown = [value for value in values if axes.y0 <= math.log10(value) <= axes.y1]
+        if len(shown) > 2:
+            break
     found = []
-    for power in range(math.floor(axes.y0), math.ceil(axes.y1) + 1):
-        for value in (digit * 10.0**power for digit in (1, 2, 5)):
-            if axes.y0 <= math.log10(value) <= axes.y1:
-                at = axes.py(math.log10(value))
-                found.append(tag("line", class_="grid", x1=LEFT, x2=axes.width - RIGHT, y1=at, y2=at))
-                found.append(tag("text", f"{value:g}", x=LEFT - 6, y=at, dy="0.35em", text_anchor="end"))
+    for value in shown:
+        at = axes.py(math.log10(value))
+        found.append(tag("line", class_="grid", x1=LEFT, x2=axes.width - RIGHT, y1=at, y2=at))
+        found.append(tag("text", f"{value:g}", x=LEFT - 6, y=at, dy="0.35em", text_anchor="end"))
     return "".join(found)
 
 

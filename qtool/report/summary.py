@@ -89,9 +89,12 @@ def weights(layer: LayerEntry) -> int:
 
 def stored_as(layer: LayerEntry) -> str:
     """Format label of the weight, with that of the activations."""
-    if layer.format is None:
-        return "kept"
-    return f"{layer.format} · activations {layer.activations}" if layer.activations else layer.format
+    return "kept" if layer.format is None else with_inputs(layer.format, layer.activations)
+
+
+def with_inputs(label: str, activations: str | None) -> str:
+    """The label of a weight's format with that of its inputs, if they have one."""
+    return f"{label} · activations {activations}" if activations else label
 
 
 def size_rows(report: Report) -> list[SizeRow]:

@@ -113,9 +113,9 @@ def check_file(path: Path) -> None:
     """
     if os.path.isdir(path):
         raise StorageError("the output is occupied", wanted="a file", found=f"the folder {path}", hint="choose another")
+    refuse_read_only(path)
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
 
 
 def check_free(out: Path, overwrite: bool = False) -> None:
@@ -124,11 +124,12 @@ def check_free(out: Path, overwrite: bool = False) -> None:
     What a killed run had set aside there is brought back first.
 
     Raises:
-        StorageError: `out` holds something that may not be replaced, or the system refuses to look.
+        StorageError: `out` holds something that may not be replaced, or the system refuses to look or to write there.
     """
     with storage_errors(out):
         recover(out)
         if not out.exists() and not out.is_symlink():
+            refuse_read_only(out)
             return
         if not out.is_dir():
             raise StorageError(
@@ -143,6 +144,15 @@ def check_free(out: Path, overwrite: bool = False) -> None:
         if not overwrite:
             hint = "pass --overwrite to replace it, or choose another folder"
             raise StorageError("the output folder holds an earlier output", found=str(out), hint=hint)
+
+
+def refuse_read_only(path: Path) -> None:
+    """Raises StorageError: nothing can be made in the nearest folder above a path that exists."""
+    place = next(above for above in path.absolute().parents if os.path.lexists(above))
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise cannot_write(path, OSError(error.errno, error.strerror)) from error
 
 
 def sha256(path: Path) -> str:

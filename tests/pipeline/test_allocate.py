@@ -19,7 +19,7 @@ from qtool.allocate.knapsack import Group, total
 from qtool.calibrate.inputs import quantize_tokens
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint.hf import HFCheckpoint
-from qtool.errors import CheckpointError, PlanError, RecipeError, UsageError, VerifyError
+from qtool.errors import CheckpointError, PlanError, RecipeError, StorageError, UsageError, VerifyError
 from qtool.formats._spelling import parse_format
 from qtool.methods.rtn import RTN
 from qtool.pipeline import sensitivity, trial
@@ -276,6 +276,8 @@ def test_scores_are_measured_once(written, tiny_checkpoint, tmp_path, monkeypatc
         assert "model.layers.0.attn_in" in set(content.keys())
     with pytest.raises(CheckpointError, match="measured on something else"):
         divided(opened(tiny_checkpoint("llama-tied"), written["fit"], bits=12), file, silent)
+    with pytest.raises(StorageError, match=f"cannot write {file}/below"):  # before anything is measured
+        divided(opened(folder, written["fit"], bits=12), file / "below", silent)
 
 
 def test_a_folder_of_scores(written, tiny_checkpoint, tmp_path, monkeypatch):
@@ -378,6 +380,9 @@ def test_what_cannot_be_divided(written, tiny_checkpoint, tmp_path):
         divided(opened(folder, written["fit"], "budget.formats=[q4_0, q4_1]", size=10**6), None, silent)
     with pytest.raises(UsageError, match="--fit, --bits exclude each other"):
         opened(folder, written["fit"], size=1, bits=2)
+    for limit, found in ({"bits": float("inf")}, "inf"), ({"bits": 0.0}, "0"), ({"kld": float("nan")}, "nan"):
+        with pytest.raises(UsageError, match=f"--(bits|kld): wanted a positive number, found {found}"):
+            opened(folder, written["fit"], **limit)
     with pytest.raises(UsageError, match="--fit: wanted a recipe with a budget: such as gguf-fit, found gguf-q8_0"):
         opened(folder, "gguf-q8_0", size=1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -10,8 +11,11 @@ import pytest
 from typer.testing import CliRunner
 
 from qtool.cli.app import app
-from qtool.pipeline.compare import unique
-from qtool.report.comparison import Comparison
+from qtool.evaluate.result import Evaluation
+from qtool.pipeline.compare import measured, unique
+from qtool.pipeline.evaluate import EvaluateOptions
+from qtool.pipeline.events import silent
+from qtool.report.comparison import Compared, Comparison
 
 
 def qtool(*arguments):
@@ -52,18 +56,59 @@ def test_from_files_to_page(tiny_checkpoint, tmp_path):
     assert "<svg" in page.read_text()
     assert all(rate > 1 for e in found.entries for rate in e.speed)
     assert by_name["q8_0"].layers["model.layers.0.mlp.up_proj"][0] == "q8_0"
-    assert by_name["stranger.gguf"].layers == {}
-    rows = re.findall(r"<tr><td><code>(.*?)</code></td><td>(.*?)</td><td>(.*?)</td></tr>", page.read_text())
-    assert {row[0] for row in rows} == set(by_name["q4_0"].layers)
+    types = {name: label for name, (label, db) in by_name["stranger.gguf"].layers.items() if db is None}
+    assert types["model.layers.1.mlp.up_proj"] == "q4_0" and types["lm_head"] == "bf16"
+    rows = re.findall(r"<tr><td><code>(.*?)</code></td>" + "<td>(.*?)</td>" * 3 + "</tr>", page.read_text())
+    assert {row[0] for row in rows} == set(by_name["q4_0"].layers) == set(types)
+    assert ("lm_head", "kept", "bf16", "kept") in rows
     assert "tokens per second" in result.stdout
     assert len([line for line in result.stdout.splitlines() if line.endswith("*")]) == 2
     unmeasured = json.loads(qtool("compare", *sources, "--json", "-q").stdout)
     assert unmeasured["comparable"] == ["q8_0"]
 
 
+@pytest.mark.parametrize(
+    ("known", "chunks", "anew"),
+    [
+        ({"a": 4, "b": 4}, 4, []),
+        ({"a": 4, "b": 2}, 4, ["b"]),
+        ({"a": 4, "b": None}, None, ["b", "a"]),  # all of the text turn out to be five
+        ({"a": 5, "b": None}, None, ["b"]),
+        ({"a": 4, "b": 2}, None, ["a", "b"]),
+        ({"a": 2, "b": 2}, None, []),
+    ],
+)
+def test_divergences_that_do_not_compare_are_measured_again(known, chunks, anew, tmp_path, monkeypatch):
+    (tmp_path / "text").write_text("text")
+    asked = []
+
+    def evaluation(count):
+        digest = hashlib.sha256(b"text").hexdigest()
+        own = {"text": "text", "text_sha256": digest, "context": 64, "chunks": count, "tokens": 32 * count, "ppl": 2.0}
+        return Evaluation(runtime="qtool", ppl_error=0.1, kld_mean=0.1, baseline="base", **own)
+
+    def measure(options, _):
+        asked.append(options.artifact)
+        return evaluation(chunks or 5)
+
+    def entry(name, count):
+        found = count and evaluation(count)
+        own = {"name": name, "source": name, "kind": "gguf", "nbytes": 1, "bits_per_weight": 4.0}
+        return Compared(evaluation=found, errors={}, **own)
+
+    monkeypatch.setattr("qtool.pipeline.compare.evaluate.run", measure)
+    options = EvaluateOptions("", "base", tmp_path / "text", 64, chunks)
+    found = measured([entry(*pair) for pair in known.items()], options, silent)
+    assert asked == anew
+    assert len({e.evaluation.chunks for e in found}) == 1
+
+
 def test_what_cannot_be_compared(tmp_path):
     assert qtool("compare", tmp_path).exit_code == 2
     assert "--text and --baseline go together" in qtool("compare", "a", "b", "--text", "t").stderr
+    assert "beside which its JSON lies, found a.json" in qtool("compare", "a", "b", "-o", tmp_path / "a.json").stderr
+    refused = qtool("compare", "a", "b", "-o", "/proc/a/page.html")  # before anything is read
+    assert (refused.exit_code, "cannot write /proc/a/page.html" in refused.stderr) == (7, True)
 
 
 @pytest.mark.parametrize(

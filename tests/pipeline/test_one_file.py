@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from dataclasses import replace
 
 import pytest
 
 from qtool.errors import StorageError, UsageError
-from qtool.pipeline.one_file import folder_of, same
+from qtool.pipeline import compare
+from qtool.pipeline.one_file import described, folder_of, same
 from qtool.pipeline.quantize import QuantizeOptions, run
+from qtool.pipeline.update import result_of
 from qtool.store.files import damaged_file
 
 
@@ -28,6 +31,15 @@ def test_a_file_and_what_is_said_about_it(tiny_checkpoint, recipes, tmp_path):
     assert digest(out) == entry.sha256
     assert damaged_file(folder) is None
     assert (folder / "report.html").is_file()
+    assert described(out) == result_of(out) == folder
+    assert compare.entry(str(out), "m").kind == "tiny-gguf"
+    other = tmp_path / "model.gguf"
+    other.write_bytes(out.read_bytes()[:-1])
+    shutil.copytree(folder, tmp_path / "model.report")
+    assert described(other) == other
+    assert [described(place) for place in (folder, tmp_path / "no.gguf")] == [folder, tmp_path / "no.gguf"]
+    shutil.rmtree(tmp_path / "model.report")
+    other.unlink()
     run(replace(options, out=tmp_path / "folder"))
     assert digest(next((tmp_path / "folder").glob("*.gguf"))) == digest(out)
     with pytest.raises(StorageError, match="the output folder holds an earlier output"):

@@ -1,6 +1,7 @@
 """Outputs are whole or absent, and nothing that qtool did not write is ever replaced."""
 
 import hashlib
+import pathlib
 import subprocess
 import sys
 from contextlib import suppress
@@ -90,6 +91,16 @@ def test_a_file_in_the_way(tmp_path):
         write(tmp_path / "out", overwrite=True)
     with pytest.raises(StorageError, match="cannot write"):
         write(tmp_path / "out" / "below")
+
+
+def test_where_nothing_can_be_written_is_known_before(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for out in (pathlib.Path("/proc/a/b"), tmp_path / "file" / "a"):
+        for refuse in (files.check_free, files.check_file):
+            with pytest.raises(StorageError, match=f"cannot write {out}.*: .*; choose another output"):
+                refuse(out)
+    files.check_free(tmp_path / "a" / "b")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_what_appears_during_the_run_is_not_replaced(tmp_path):
