@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qtool.formats._base import Format, Params, Quantized, expand
+from qtool.numerics.grids.soft import codes_of, slopes_of
 
 MARGIN = 0.01
 """How far from the next code's range a weight begins, in steps, if its own place is in that range."""
@@ -72,6 +73,12 @@ class Rounded(torch.autograd.Function):
     def forward(ctx: Any, w: Tensor, v: Tensor, scale: Tensor, offset: Tensor, fmt: Format, params: Params) -> Tensor:
         """Shapes: w, v [N, K]; scale, offset [N, G], which are those of `params`."""
         levels, even = fmt.levels().to(w.device), is_uniform(fmt.levels())
+        ctx.groups, ctx.tied = scale.shape[1], None if fmt.free_offset else relative(offset, scale, 0.0)
+        ctx.compiled = w.device.type == "cpu" and not ctx.needs_input_grad[0]
+        if ctx.compiled:
+            ctx.save_for_backward(w, v, scale, offset, levels)
+            ctx.even = even
+            return fmt.decode(codes_of(w, v, scale, offset, levels, even), params)
         s, o = expand(scale, w.shape[1]), expand(offset, w.shape[1])
         x = relative(w, s, o)
         at, width = place(x, levels, even)
@@ -81,13 +88,18 @@ class Rounded(torch.autograd.Function):
         slope = torch.where(free, level_at(y, levels, even)[1], 0.0)
         ratio = torch.where(width > 0, slope / torch.where(width > 0, width, 1.0), 0.0)
         ctx.save_for_backward(slope * s, levels[codes.long()] - ratio * x, ratio)
-        ctx.groups, ctx.tied = scale.shape[1], None if fmt.free_offset else relative(offset, scale, 0.0)
         return fmt.decode(codes.to(torch.uint8), params)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients by w, v, scale and offset. An offset that is not free is a fixed multiple of the scale."""
+        if ctx.compiled:
+            w, v, scale, offset, levels = ctx.saved_tensors
+            v, scale, offset = slopes_of(gradient, w, v, scale, offset, levels, ctx.even)
+            if ctx.tied is not None:
+                return None, v, scale + offset * ctx.tied, None, None, None
+            return None, v, scale, offset, None, None
         by_v, by_scale, ratio = ctx.saved_tensors
         w = gradient * ratio if ctx.needs_input_grad[0] else None
         if not (ctx.needs_input_grad[2] or ctx.needs_input_grad[3]):
