@@ -33,7 +33,7 @@ def round_following(x: Tensor, fmt: Format) -> Tensor:
         return through(x, value)
     scale, offset = fmt.affine(params)
     groups = x.view(len(x), scale.shape[1], -1)
-    low, high = (together(end, fmt.group_rows) for end in groups.aminmax(dim=2))
+    low, high = (together(end, fmt.group_rows) for end in (groups.amin(2), groups.amax(2)))
     size = high - low if bool(offset.any()) else torch.maximum(high, -low)
     grown = torch.where(size > 0, (size - size.detach()) / size.detach().clamp_min(1e-30), 0.0)
     levels = fmt.levels()
