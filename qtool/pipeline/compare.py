@@ -94,15 +94,14 @@ def entry(source: str, name: str) -> Compared:
         errors = {row.role: row.median for row in error_rows(report)}
         known_errors = {layer.name: db for layer, db in layer_errors(report)}
         layers = {e.name: (stored_as(e), known_errors.get(e.name)) for e in report.layers}
-        size, bits, kind = model_bytes(report), bits_per_weight(report), report.recipe_name
-        known = main_evaluation(report)
+        nbytes, bits = weighed(source, report)
         return Compared(
             name=name,
             source=source,
-            kind=kind,
-            nbytes=size,
+            kind=report.recipe_name,
+            nbytes=nbytes,
             bits_per_weight=bits,
-            evaluation=known,
+            evaluation=main_evaluation(report),
             errors=errors,
             layers=layers,
         )
@@ -118,6 +117,15 @@ def entry(source: str, name: str) -> Compared:
         errors={},
         layers={t.name.removesuffix(".weight"): (with_inputs(t.type, t.activations), None) for t in matrices},
     )
+
+
+def weighed(source: str, report: Report) -> tuple[int, float]:
+    """Bytes and bits per weight of a run's tensors: its artifact's, or what its report says where that is gone."""
+    try:
+        contents = inspect(artifact_of(source))
+    except QtoolError:
+        return model_bytes(report), bits_per_weight(report)
+    return -(-contents.bits // 8), contents.bits / contents.parameters
 
 
 def measured(known: Sequence[Compared], measure: evaluate.EvaluateOptions, listener: Listener) -> list[Compared]:
