@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from functools import cache, cached_property
 from multiprocessing import get_context
@@ -66,15 +66,26 @@ class Way(Part):
 
 
 class Cell(NamedTuple):
-    """One model to measure."""
+    """One model to measure.
+
+    Attributes:
+        way: the recipe.
+        variant: of the model.
+        code: whether it is evaluated on source code as well, which takes as long again.
+    """
 
     way: Way
     variant: Variant = "off-grid"
+    code: bool = False
 
     @property
     def key(self) -> str:
         """Where its outcome is kept."""
         return " ".join((self.variant, self.way.recipe, *self.way.set))
+
+    def among(self, known: Mapping[str, Measured]) -> bool:
+        """Whether all that is asked was measured."""
+        return self.key in known and not (self.code and known[self.key].code is None)
 
 
 class Measured(Part):
@@ -82,15 +93,15 @@ class Measured(Part):
 
     Attributes:
         kld: mean KL divergence from the model before on prose, nats per token.
-        code: the same on source code.
         megabytes: of the artifact's tensors.
         carrier: the artifact, read back and compared.
+        code: divergence on source code; None: nobody asked.
     """
 
     kld: float
-    code: float
     megabytes: float
     carrier: str
+    code: float | None = None
 
 
 def known() -> dict[str, Measured]:
@@ -102,7 +113,7 @@ def known() -> dict[str, Measured]:
 def keep(key: str, measured: Measured) -> None:
     """Adds an outcome, with four digits; what was measured under other conditions goes."""
     cells = known() | {key: measured}
-    values = {k: {n: rounded(v) for n, v in cells[k].model_dump().items()} for k in sorted(cells)}
+    values = {k: {n: rounded(v) for n, v in cells[k].model_dump(exclude_none=True).items()} for k in sorted(cells)}
     with new_file(KEPT) as partial:
         partial.write_text(json.dumps({"conditions": CONDITIONS, "cells": values}, indent=1) + "\n", encoding="utf-8")
 
@@ -135,7 +146,8 @@ class Demo:
             raise AssertionError(f"{cell.way.recipe}: {artifact.kind} was not read back")
         nbytes = sum(f.nbytes for f in artifact.files if f.name.endswith((".gguf", ".safetensors")))
         model = open_artifact(str(self.out))
-        kld, code = (corpus.divergence(model) for corpus in self.corpora(path))
+        prose, source = self.corpora(path)
+        kld, code = prose.divergence(model), source.divergence(model) if cell.code else None
         return Measured(kld=kld, code=code, megabytes=nbytes / 1e6, carrier=artifact.kind)
 
     def corpora(self, path: Path) -> tuple[Corpus, Corpus]:
@@ -194,7 +206,8 @@ def measure(
     Yields:
         What was run, and what came out, or why nothing did.
     """
-    missing = {one.key: one for one in wanted if one.key not in known()}
+    found = known()
+    missing = {one.key: one for one in wanted if not one.among(found)}
     futures = {pool.submit(run, one): one for one in sorted(missing.values(), key=trains, reverse=True)}
     for future in as_completed(futures):
         one, error = futures[future], future.exception()

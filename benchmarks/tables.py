@@ -16,10 +16,10 @@ class Column(NamedTuple):
     """A column of a table: what it is called, and which of the divergences it shows."""
 
     label: str
-    shows: Callable[[Measured], float] = lambda found: found.kld
+    shows: Callable[[Measured], float | None] = lambda found: found.kld
 
 
-def on_code(found: Measured) -> float:
+def on_code(found: Measured) -> float | None:
     """The divergence on source code."""
     return found.code
 
@@ -38,9 +38,9 @@ class Table(NamedTuple):
     lines: Mapping[str, tuple[Cell, ...]]
 
 
-def cell(recipe: str, *overrides: str, variant: Variant = "off-grid") -> Cell:
+def cell(recipe: str, *overrides: str, variant: Variant = "off-grid", code: bool = False) -> Cell:
     """A recipe that ships, with what is set in it."""
-    return Cell(Way(recipe=recipe, set=overrides), variant)
+    return Cell(Way(recipe=recipe, set=overrides), variant, code)
 
 
 def plain(*labels: str) -> tuple[Column, ...]:
@@ -147,8 +147,8 @@ def eight_bits() -> Table:
     }
     texts = (Column("prose"), Column("source code", on_code))
     columns = (*texts, *(Column(f"{label}, with outliers", shows) for label, shows in texts))
-    cells = {label: [cell(recipe, variant=variant) for variant in VARIANTS] for label, recipe in recipes.items()}
-    return Table("recipe", columns, {label: (a, a, b, b) for label, (a, b) in cells.items()})
+    pairs = {label: [cell(name, variant=variant, code=True) for variant in VARIANTS] for label, name in recipes.items()}
+    return Table("recipe", columns, {label: (a, a, b, b) for label, (a, b) in pairs.items()})
 
 
 def ranks() -> Table:

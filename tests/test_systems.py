@@ -47,7 +47,8 @@ def test_cells_are_measured_once_kept_and_go_on_behind_one_that_fails(tmp_path, 
         asked.append(cell.way.recipe)
         if cell.way.recipe == "w8a16" and asked.count("w8a16") < 2:
             raise ValueError("too wide")
-        return Measured(kld=0.123456, code=0.2, megabytes=113.12345, carrier="gguf")
+        code = 0.2 if cell.code or cell.way.recipe == "w4a16-awq" else None
+        return Measured(kld=0.123456, code=code, megabytes=113.12345, carrier="gguf")
 
     wanted = [one("w4a16-rtn"), one("w8a16"), one("w4a16-awq"), one("w4a16-best"), one("w4a16-rtn")]
     with ThreadPoolExecutor(1) as pool:
@@ -58,6 +59,9 @@ def test_cells_are_measured_once_kept_and_go_on_behind_one_that_fails(tmp_path, 
     assert list(second) == [one("w8a16")]
     stored = json.loads((tmp_path / "kept.json").read_text())
     assert stored["cells"]["off-grid w4a16-awq"] == {"kld": 0.1235, "code": 0.2, "megabytes": 113.1, "carrier": "gguf"}
+    with ThreadPoolExecutor(1) as pool:
+        (again,) = cells.measure([one("w4a16-awq")._replace(code=True), wanted[1]._replace(code=True)], run, pool)
+    assert again[1].code == 0.2
     monkeypatch.setattr(cells, "CONDITIONS", cells.CONDITIONS | {"samples": 1})
     assert cells.known() == {}
 
@@ -87,10 +91,11 @@ def test_a_cell_is_run_evaluated_on_both_texts_and_read_back(tiny_checkpoint, tm
     monkeypatch.setattr(cells.models, "variant", lambda *_: tiny_checkpoint("llama"))
     demo = cells.Demo(tmp_path)
     coarse = demo(one("w4a16-awq", "calibration.data=TEXTS/words.txt"))
-    fine = demo(one("w8a16"))
+    fine, both = demo(one("w8a16")), demo(one("w8a16")._replace(code=True))
     assert 0 < fine.kld < 0.1 * coarse.kld
-    assert 0 < fine.code < 0.1 * coarse.code
-    assert fine.code != fine.kld
+    assert fine.code is None
+    assert 0 < both.code < 0.2 * coarse.kld
+    assert both.code != both.kld == fine.kld
     assert coarse.carrier == "compressed-tensors"
     assert coarse.megabytes < fine.megabytes
     stored = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
