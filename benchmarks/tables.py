@@ -64,6 +64,7 @@ def rotations() -> Table:
         "Hadamard matrices of 16": "[{hadamard: {block: 16}}]",
         "Hadamard matrices of 32": "[{hadamard: {block: 32}}]",
         "Hadamard matrices of 64": "[{hadamard: {block: 64}}]",
+        "smoothing, then Hadamard matrices of 32": "[smooth, {hadamard: {block: 32}}]",
     }
     formats = {"MXFP4": "mxfp4", "NVFP4": "nvfp4", "NVINT4": "nvint4", "INT4, 32": "int4-g32"}
 
