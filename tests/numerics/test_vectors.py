@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import numpy as np
 import pytest
 import torch
@@ -11,16 +9,12 @@ from torch import Tensor
 
 from qtool import registry
 from qtool.formats._base import Format
-from qtool.methods.gptq import activation_order, by_column
 from qtool.numerics.codebooks import batched_search, vector_search
-from qtool.numerics.codebooks.batched_nearest import nearest_codes
 from qtool.numerics.codebooks.codebook import NEIGHBORS
 from qtool.numerics.codebooks.scale_rule import EFFORT
 from qtool.numerics.codebooks.sphere import search_span, searcher, trees
 from qtool.numerics.codebooks.vector_snap import snap_vectors
-from qtool.numerics.solving import batched_vectors, vector_walk
-from qtool.numerics.solving.linalg import inverse_factor
-from qtool.numerics.solving.vector_walk import largest_first
+from qtool.numerics.solving.vector_walk import descend_vectors, largest_first
 from tests.reference.vectors import best_pair, best_span, cheapest, combinations
 
 NAMES = ("iq1_s", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s")
@@ -65,12 +59,10 @@ def test_nearest_codes_equal_brute_force_and_close_ones_are_close(name: str) -> 
     x, weight, scale = vectors(fmt, 24)
     params = (scale, torch.zeros_like(scale))
     exact, close = (snap_vectors(x, weight, params, book, count) for count in (0, NEIGHBORS))
-    batched = nearest_codes(x, weight, *params, book)
     levels = fmt.levels().double()
     best = torch.tensor([best_in_span(x[i], weight, float(scale[i]), fmt) for i in range(len(x))])
-    errors = [((x - levels[codes.long()] * scale).square() * weight).sum(1) for codes in (exact, close, batched)]
+    errors = [((x - levels[codes.long()] * scale).square() * weight).sum(1) for codes in (exact, close)]
     assert torch.allclose(errors[0], best.double(), rtol=1e-4)
-    assert torch.allclose(errors[2], best.double(), rtol=1e-4)
     assert bool((errors[1] >= errors[0] * (1 - 1e-5)).all()) and errors[1].sum() <= 1.1 * errors[0].sum()
 
 
@@ -138,27 +130,8 @@ def test_scales_of_all_blocks_at_once_are_those_of_one_after_the_other(name: str
         assert torch.allclose(want[3], found[3], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["iq1_m", "iq2_xxs", "iq2_s", "iq3_xxs", "iq3_s"])
-def test_walk_of_all_rows_together_is_that_of_one_after_the_other(name: str) -> None:
-    fmt = load(name)
-    book, gram = fmt.codebook(), mixed_gram()
-    w = torch.randn(2 if name == "iq2_s" else 5, 256, generator=torch.Generator().manual_seed(3))
-    order = activation_order(gram.diagonal(), (book.width, book.span))
-    factor, _ = inverse_factor(gram[order][:, order], 0.01)
-    scale, offset = (by_column(p, order, 256).T for p in fmt.affine(fmt.fit(w)))
-    rest = (w[:, order].contiguous(), factor, scale.contiguous(), offset.contiguous(), fmt.levels(), book, order)
-    want, want_error = vector_walk.walk_vector_block(*rest)
-    codes, error = batched_vectors.walk_vector_block(*rest)
-    assert (codes != want).any(1).float().mean() <= 0.2  # a tie changes all that comes behind it
-    same = (codes == want).all(1)
-    assert torch.allclose(error[same], want_error[same], rtol=1e-3, atol=1e-4)
-    miss = w[:, order] - (scale * fmt.levels()[codes.long()] + offset)
-    assert torch.allclose(error.double() @ factor.double(), miss.double(), rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("kernels", [vector_walk, batched_vectors], ids=["rows", "batched"])
 @pytest.mark.parametrize("name", ["iq1_m", "iq2_xxs", "iq2_s", "iq3_xxs"])
-def test_descent_lowers_the_objective_to_where_no_span_can_improve_it(name: str, kernels: ModuleType) -> None:
+def test_descent_lowers_the_objective_to_where_no_span_can_improve_it(name: str) -> None:
     fmt = load(name)
     book = fmt.codebook()
     assert book is not None
@@ -167,8 +140,7 @@ def test_descent_lowers_the_objective_to_where_no_span_can_improve_it(name: str,
     params = fmt.fit(w)
     codes = fmt.snap(w, params)
     pull = (w - fmt.decode(codes, params)) @ gram
-    sweeps = 6 if (name, kernels) == ("iq2_s", batched_vectors) else 50  # a product with 262,144 vectors for each span
-    better, gradient = kernels.descend_vectors(gram, fmt.affine(params), fmt.levels(), book, codes, pull, sweeps)
+    better, gradient = descend_vectors(gram, fmt.affine(params), fmt.levels(), book, codes, pull, 50)
     miss = (w - fmt.decode(better, params)).double()
     before = (w - fmt.decode(codes, params)).double()
     assert bool((((miss @ gram.double()) * miss).sum(1) < 0.9 * ((before @ gram.double()) * before).sum(1)).all())

@@ -75,7 +75,7 @@ def snap_vectors(
     """
     weight, _ = column_weights(importance, x.shape[1], book.span, x.shape[1])
     if x.is_cuda:
-        from qtool.numerics.codebooks.batched_nearest import nearest_codes
+        from qtool.numerics.solving.cuda_vectors import nearest_codes
 
         return nearest_codes(x.float(), weight.to(x.device), *params, book)
     codes = np.empty(x.shape, np.uint8)

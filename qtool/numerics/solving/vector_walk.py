@@ -126,9 +126,9 @@ def walk_vector_block(
         order: int64 [B], natural numbers of the columns: whole spans, whose vectors are whole.
     """
     if w.is_cuda:
-        from qtool.numerics.solving import batched_vectors
+        from qtool.numerics.solving import cuda_vectors
 
-        return batched_vectors.walk_vector_block(w, factor, scale, offset, levels, book, order)
+        return cuda_vectors.walk_vector_block(w, factor, scale, offset, book, order)
     codes, error = np.empty(w.shape, np.uint8), np.empty(w.shape, np.float32)
     w_, *arrays = [t.contiguous().numpy() for t in (w, factor, scale, offset, levels)]
     w_, forest, even = w_.copy(), trees(book, order.numpy()), book.signs == "even"
@@ -157,9 +157,9 @@ def descend_vectors(
         sweeps: most passes over a row.
     """
     if codes.is_cuda:
-        from qtool.numerics.solving import batched_vectors
+        from qtool.numerics.solving import cuda_vectors
 
-        return batched_vectors.descend_vectors(gram, params, levels, book, codes, pull, sweeps)
+        return cuda_vectors.descend_vectors(gram, params[0], levels, book, codes, pull, sweeps)
     k, span = len(gram), book.span
     order, places = largest_first(gram.diagonal(), book.width)
     gram, codes, pull = gram[order][:, order], codes[:, order], pull[:, order]
