@@ -11,6 +11,7 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from qtool.artifact._settings import SETTINGS, quantization_config
 from qtool.checkpoint._base import Layer, QuantizedCheckpoint, TensorInfo
 from qtool.checkpoint.hf import HFCheckpoint, digest, locate
+from qtool.checkpoint.parts import Parts
 from qtool.checkpoint.safetensors_io import SafetensorsFile
 from qtool.errors import CheckpointError
 from qtool.formats._base import Quantized
@@ -60,6 +62,7 @@ class PackedCheckpoint(HFCheckpoint, QuantizedCheckpoint):
     Attributes:
         mark: the tensor below a module that says that it is packed.
         keys: of config.json, that say how the model is quantized; the first one is read.
+        layout: what others call the tensors of matrices where these may be taken over as they are; empty: nothing.
 
     Raises:
         CheckpointError: something is missing, damaged, or of a layout that qtool does not read.
@@ -67,6 +70,7 @@ class PackedCheckpoint(HFCheckpoint, QuantizedCheckpoint):
 
     mark: ClassVar[str]
     keys: ClassVar[tuple[str, ...]] = (SETTINGS,)
+    layout: ClassVar[str] = ""
 
     def __init__(self, folder: Path, source: str | None = None) -> None:
         self.layers: dict[str, Layer] = {}
@@ -162,6 +166,21 @@ class PackedCheckpoint(HFCheckpoint, QuantizedCheckpoint):
         found = self._unpack(module, packing, 0, packing.shape[0])
         assert isinstance(found, Quantized)
         return Matrix(self._checked(module, found))
+
+    def parts(self, module: str) -> Parts | None:
+        """See `HasParts.parts`."""
+        packing = self._packings.get(module)
+        if not self.layout or packing is None or packing.layer is None or packing.reason or packing.layer.static:
+            return None
+        read = partial(self._read_parts, module, packing.parts)
+        return Parts(self.layout, packing.parts, read, partial(self._check_parts, module))
+
+    def _read_parts(self, module: str, parts: Infos) -> dict[str, Tensor]:
+        return {part: self._read(module, part) for part in parts}
+
+    def _check_parts(self, module: str, tensors: Mapping[str, Tensor]) -> None:
+        """Raises NumericsError: the tensors of a matrix do not make finite weights. Only where there is a `layout`."""
+        raise NotImplementedError
 
     def fingerprint(self) -> str:
         """See `Checkpoint.fingerprint`."""

@@ -21,6 +21,7 @@ from qtool.artifact._packed import Infos
 from qtool.artifact._shards import Pieces, overhead, write_shards
 from qtool.artifact._stacks import Read, Stacks, join
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, TensorInfo
+from qtool.checkpoint.parts import parts_of
 from qtool.formats._base import Quantized
 from qtool.store.files import storage_errors
 from qtool.store.side_files import write_side_files
@@ -35,12 +36,14 @@ class Layout:
         encode: module, codes -> these tensors.
         more: small tensors that are written behind all others, by name.
         stacks: modules whose tensors are written as one.
+        name: see `Parts.layout`; empty: nothing is taken over as it is stored.
     """
 
     infos: Callable[[str, Layer, int, int], Infos]
     encode: Callable[[str, Quantized], Mapping[str, Tensor]]
     more: Mapping[str, Tensor] = field(default_factory=dict)
     stacks: Stacks = field(default_factory=dict)
+    name: str = ""
 
 
 class PackedArtifact(Artifact):
@@ -125,6 +128,10 @@ def _pieces(model: QuantizedCheckpoint, layout: Layout) -> tuple[Pieces, Read]:
         module = name.removesuffix(".weight")
         if module not in model.layers:
             return {name: model.tensor(name)}
+        stored = parts_of(model, module)
+        infos = {tensor.removeprefix(f"{module}."): info for tensor, info in pieces[name].items()}
+        if stored and stored.layout == layout.name and stored.infos == infos:
+            return {f"{module}.{part}": tensor for part, tensor in stored.read().items()}
         parts = layout.encode(module, model.matrix(module).alone)
         return {f"{module}.{part}": tensor for part, tensor in parts.items()}
 

@@ -24,10 +24,15 @@ from qtool.artifact._packed_artifact import Layout, PackedArtifact
 from qtool.artifact._settings import Settings, quantization_config, read_settings
 from qtool.artifact._targets import kept_linears
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, TensorInfo
+from qtool.errors import NumericsError
 from qtool.formats._base import Quantized
 from qtool.formats.fp import FP
 from qtool.formats.int import DTYPES
+from qtool.numerics.metrics import all_finite
+from qtool.numerics.nans import has_nan
 
+LAYOUT = "fp8"
+"""See `PackedCheckpoint.layout`."""
 BLOCK = 128
 E4M3, SCALE = torch.float8_e4m3fn, "weight_scale_inv"
 WEIGHTS = FP.model_validate({"element": "e4m3", "group": BLOCK, "rows": BLOCK, "scale_dtype": "fp32"})
@@ -52,7 +57,9 @@ class FP8(PackedArtifact):
 
     def _layout(self, model: Checkpoint, layers: Mapping[str, Layer]) -> Layout:
         """See `PackedArtifact._layout`."""
-        return Layout(lambda _, layer, n, k: infos(n, k, torch.float32), lambda _, quantized: encode(quantized))
+        return Layout(
+            lambda _, layer, n, k: infos(n, k, torch.float32), lambda _, quantized: encode(quantized), name=LAYOUT
+        )
 
     def _config(self, model: QuantizedCheckpoint) -> dict[str, Any]:
         """See `PackedArtifact._config`."""
@@ -103,12 +110,18 @@ class FP8Checkpoint(PackedCheckpoint):
     """An FP8 checkpoint; see `PackedCheckpoint`."""
 
     mark: ClassVar[str] = SCALE
+    layout: ClassVar[str] = LAYOUT
 
     def _understand(self, how: Mapping[str, Any]) -> None:
         """See `PackedCheckpoint._understand`."""
         sizes = how.get("weight_block_size")
         listed = {"weight_block_size": tuple(sizes)} if isinstance(sizes, list) else {}
         read_settings(_FP8Settings, {**how, **listed}, self.source)
+
+    def _check_parts(self, module: str, tensors: Mapping[str, Tensor]) -> None:
+        """See `PackedCheckpoint._check_parts`."""
+        if has_nan(tensors["weight"]) or not all_finite(tensors[SCALE].float() * torch.finfo(E4M3).max):
+            raise NumericsError(f"tensor {module}.weight is not finite", found=f"NaN or infinity in {self.source}")
 
     def _packing(self, module: str, n: int, k: int, found: Infos) -> Packing:
         """See `PackedCheckpoint._packing`."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from qtool.checkpoint._base import Checkpoint
+from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint
 from qtool.checkpoint.open import local
+from qtool.checkpoint.parts import parts_of
 from qtool.errors import CheckpointError, reading
 from qtool.numerics.checks import finite
 from qtool.numerics.checksum import Checksum
@@ -45,8 +46,14 @@ def read_content(checkpoint: Checkpoint, ranks: Ranks = ALONE) -> str:
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> str:
     """Checksum of one tensor. For errors, see `read_content`."""
-    checksum = Checksum()
-    stored = stored_matrix(checkpoint, name.removesuffix(".weight"))
+    checksum, module = Checksum(), name.removesuffix(".weight")
+    if isinstance(checkpoint, QuantizedCheckpoint) and (parts := parts_of(checkpoint, module)):
+        tensors = parts.read()
+        for part, tensor in tensors.items():
+            checksum.add(f"{name} {checkpoint.layers[module].format.label} {part}", tensor)
+        parts.check(tensors)
+        return checksum.hexdigest()
+    stored = stored_matrix(checkpoint, module)
     if stored:
         quantized = stored.quantized
         checksum.add(f"{name} {quantized.format.label}", quantized.codes)

@@ -105,7 +105,7 @@ def solve_unit(
         if propagate:
             source.visit(unit, work, propagate)
         return finished, None
-    solver = UnitSolver(unit, job, source.ranks)
+    solver = UnitSolver(unit, job, source.ranks, alone=source.independent)
     source.visit(unit, solver, propagate)
     cached = source.cached if unit.cache else None
     cache = cache_entry(unit, cached[1]) if cached else None

@@ -17,7 +17,7 @@ from qtool.pipeline.stopwatch import Stopwatch
 from qtool.pipeline.verify import verify
 from qtool.report.model import ArtifactEntry, FileEntry
 from qtool.report.model_card import write_card
-from qtool.store.files import sha256, write_sums
+from qtool.store.files import hashes, write_sums
 
 
 def publish(
@@ -113,7 +113,8 @@ def describe(
         kind=name,
         path=place.relative_to(folder).as_posix(),
         files=tuple(
-            FileEntry(name=f.relative_to(place).as_posix(), nbytes=f.stat().st_size, sha256=sha256(f)) for f in files
+            FileEntry(name=f.relative_to(place).as_posix(), nbytes=f.stat().st_size, sha256=digest)
+            for f, digest in zip(files, hashes(files), strict=True)
         ),
         runtimes=artifact.runtimes,
         verified=checked,

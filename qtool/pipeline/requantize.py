@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 
 from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint
-from qtool.formats._base import Format, Quantized
+from qtool.checkpoint.parts import parts_of
+from qtool.formats._base import Format, Quantized, alike
 from qtool.pipeline.trained import described, held, trained_grid, trained_phases, units, units_off
-from qtool.plan import Plan
+from qtool.plan import LayerPlan, Plan
 from qtool.residuals._base import Matrix, Residual
 
 ADVICE = "both errors add up, so start from the original weights if there are any"
@@ -73,6 +74,18 @@ def origin(checkpoint: Checkpoint, module: str, wanted: Format, residuals: Seque
     if isinstance(same, str):
         return StoredMatrix(stored, None, f"rounded a second time: {same}")
     return StoredMatrix(stored, same, None)
+
+
+def kept_as_stored(checkpoint: Checkpoint, plan: LayerPlan) -> bool:
+    """Whether a plan leaves a matrix as its file has it, so that nothing of it needs to be looked at."""
+    name = plan.module.name
+    if not isinstance(checkpoint, QuantizedCheckpoint) or plan.format is None or plan.residuals:
+        return False
+    if name not in checkpoint.layers or plan.layer is None or plan.layer.input_ops:
+        return False
+    stored = checkpoint.layers[name]
+    exact = not stored.residuals and not stored.input_ops and alike(stored.format, plan.format)
+    return exact and parts_of(checkpoint, name) is not None
 
 
 def corrected(residuals: Sequence[object]) -> str | None:

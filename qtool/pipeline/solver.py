@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from qtool.calibrate.inputs import fit_static
-from qtool.checkpoint._base import Layer
+from qtool.checkpoint._base import Layer, QuantizedCheckpoint
 from qtool.errors import NumericsError
 from qtool.methods._base import BlockTask, Method, Solution
 from qtool.numerics.threads.marks import marked
 from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline.abreast import solve_alike
-from qtool.pipeline.entries import Sums
+from qtool.pipeline.entries import Sums, solved_entry
 from qtool.pipeline.found import Found, assembled, exchanged, rows_to_solve
 from qtool.pipeline.prepare import Job
+from qtool.pipeline.requantize import kept_as_stored
 from qtool.pipeline.rows import row_groups
 from qtool.pipeline.solve import TAKEN_OVER, informed, refuse_infinite, solve, tied
 from qtool.pipeline.units import Unit
@@ -30,6 +31,7 @@ from qtool.residuals._base import Matrix
 from qtool.stats._base import InputStats
 from qtool.stats.gram import gram_of
 from qtool.stats.values import Values
+from qtool.store.manifest import StoredLayer
 
 CPU = torch.device("cpu")
 Input = tuple[tuple[LayerPlan, ...], InputStats | None]
@@ -64,16 +66,19 @@ class UnitSolver:
         unit: what to solve.
         job: the run.
         ranks: who solves it together.
+        alone: whether nobody runs the model meanwhile, so that what is not decoded is not missed.
 
     Attributes:
         matrices, layers, entries: by module.
+        taken: entries of modules that stay as the source's file has them, in the place of `matrices`.
         blocks: what methods that solve blocks measured.
     """
 
     resumed = False
 
-    def __init__(self, unit: Unit, job: Job, ranks: Ranks = ALONE) -> None:
-        self.unit, self.job, self.ranks = unit, job, ranks
+    def __init__(self, unit: Unit, job: Job, ranks: Ranks = ALONE, alone: bool = False) -> None:
+        self.unit, self.job, self.ranks, self.alone = unit, job, ranks, alone
+        self.taken: dict[str, StoredLayer] = {}
         self.matrices: dict[str, Matrix] = {}
         self.layers: dict[str, Layer] = {}
         self.entries: dict[str, LayerEntry] = {}
@@ -83,6 +88,8 @@ class UnitSolver:
 
     def solve(self, inputs: Sequence[Input], weights: Mapping[str, Tensor] | None = None) -> Solved:
         """See `Solver.solve`."""
+        if self.alone:
+            inputs = [(tuple(p for p in plans if not self.leave(p)), stats) for plans, stats in inputs]
         readers = [(p, stats) for plans, stats in inputs for p in plans]
         least = self.job.plan.recipe.calibration.min_tokens
         usable = {p.module.name: with_enough_data(p, stats, least) for p, stats in readers}
@@ -102,6 +109,18 @@ class UnitSolver:
         for p, stats in readers:
             self.keep(p, usable[p.module.name], stats, together[p.module.name])
         return self.found(p.module.name for p, _ in readers)
+
+    def leave(self, plan: LayerPlan) -> bool:
+        """Leaves a module as the source has it, if that is what is wanted; True if so."""
+        name, checkpoint = plan.module.name, self.job.checkpoint
+        if not kept_as_stored(checkpoint, plan) or not isinstance(checkpoint, QuantizedCheckpoint):
+            return False
+        layer = with_static(plan, None)
+        self.taken[name] = StoredLayer.taken_over(checkpoint.layers[name].format, plan.module.shape, layer)
+        self.layers[name] = layer
+        exact = Sums(signal=1.0, output=1.0)
+        self.entries[name] = solved_entry(plan, TAKEN_OVER, None, exact, [plan.fallback], 0.0)
+        return True
 
     def solve_alike(
         self,

@@ -88,7 +88,8 @@ class Work:
     def store(self, unit: Unit, solver: UnitSolver, record: Record, cache: CacheScales | None = None) -> StoredBlock:
         """Writes a unit that is finished when the first process has entered it."""
         content = record.model_dump(mode="json")
-        return self.writer.write_block(unit.name, solver.matrices, content, layers=solver.layers, cache=cache)
+        layers, taken = solver.layers, solver.taken
+        return self.writer.write_block(unit.name, solver.matrices, content, layers=layers, cache=cache, taken=taken)
 
     def enter(self, unit: Unit, entry: StoredBlock) -> None:
         """Counts a stored unit as finished."""

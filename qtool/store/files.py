@@ -13,7 +13,8 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from qtool.store.exchange import recover, replace_folder
 
 SUMS = "SHA256SUMS"
 SIGNATURE = "# written by qtool; check with: sha256sum --check SHA256SUMS\n"
+HASHED: dict[tuple[int, ...], str] = {}
+"""SHA-256 of files that this process wrote, by their state."""
 MOST = 1 << 24
 """Characters that are read of SHA256SUMS: a hundred thousand files."""
 
@@ -164,9 +167,25 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def hashes(paths: Sequence[Path]) -> list[str]:
+    """SHA-256 of files that nobody writes any more, several at a time; what this process has hashed is known."""
+    missing = {path: key for path in paths if (key := _state(path)) not in HASHED}
+    with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1) or 1) as threads:
+        for (_, key), digest in zip(missing.items(), threads.map(sha256, missing), strict=True):
+            HASHED[key] = digest
+    return [HASHED[_state(path)] for path in paths]
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written, and not when it is renamed."""
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def write_sums(folder: Path) -> None:
     """Writes SHA256SUMS over all other files of a folder, in alphabetical order."""
-    _write_sums(folder, {name: sha256(folder / name) for name in _files(folder) if name != SUMS})
+    names = [name for name in _files(folder) if name != SUMS]
+    _write_sums(folder, dict(zip(names, hashes([folder / name for name in names]), strict=True)))
 
 
 def renew_sums(folder: Path, names: Collection[str]) -> None:

@@ -11,7 +11,15 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 from torch import Tensor
 
 from qtool.checkpoint._base import Cache, Layer, Static
@@ -66,6 +74,7 @@ class StoredLayer(ManifestPart):
         static: scale and zero point of inputs that have one for all tokens.
         residuals: what corrects the weight, in order, as recipes spell them.
         input_ops: what is done to the input, in order, as {name: plain fields}.
+        taken: whether its codes and parameters are those of the source, and not in the file. Only in work folders.
     """
 
     format: str | dict[str, Any]
@@ -74,6 +83,19 @@ class StoredLayer(ManifestPart):
     static: StaticPair | None = None
     residuals: tuple[dict[str, Any], ...] = ()
     input_ops: tuple[dict[str, Any], ...] = ()
+    taken: bool = False
+
+    @classmethod
+    def taken_over(cls, fmt: Format, shape: tuple[int, int], layer: Layer) -> StoredLayer:
+        """The entry of a matrix that stays in the source."""
+        inputs = None if layer.activations is None else dump_format(layer.activations)
+        return cls(format=dump_format(fmt), activations=inputs, shape=shape, taken=True)
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Says `taken` only where it is so, as nothing else knows of it."""
+        content: dict[str, Any] = dump(self)
+        return content if self.taken else {key: value for key, value in content.items() if key != "taken"}
 
     @classmethod
     def of(cls, matrix: Matrix, layer: Layer) -> StoredLayer:

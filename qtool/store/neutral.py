@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qtool.checkpoint._base import CacheScales, Checkpoint, Layer, QuantizedCheckpoint, TensorInfo, verify
 from qtool.checkpoint.config import read_config
+from qtool.checkpoint.parts import Parts, parts_of
 from qtool.checkpoint.safetensors_io import SafetensorsFile, SafetensorsWriter
 from qtool.checkpoint.side_files import side_files
 from qtool.errors import CheckpointError, StorageError
@@ -112,6 +113,7 @@ class NeutralWriter:
         source: Checkpoint | None = None,
         layers: Mapping[str, Layer] | None = None,
         cache: CacheScales | None = None,
+        taken: Mapping[str, StoredLayer] | None = None,
     ) -> StoredBlock:
         """Writes one block; it counts when what this returns is entered.
 
@@ -123,6 +125,7 @@ class NeutralWriter:
             source: where they are read from, one at a time.
             layers: what is done to inputs and how they are rounded, by module; None: nothing.
             cache: scales of keys and values, where the cache's format has some for all tokens.
+            taken: entries of modules whose matrices stay in the source.
 
         Raises:
             StorageError: the disk is full or not writable.
@@ -141,7 +144,7 @@ class NeutralWriter:
                     for name in kept:
                         writer.add(name, source.tensor(name))
             nbytes, digest = partial.stat().st_size, sha256(partial)
-        entries = {m: StoredLayer.of(matrix, layers[m]) for m, matrix in matrices.items()}
+        entries = {m: StoredLayer.of(matrix, layers[m]) for m, matrix in matrices.items()} | dict(taken or {})
         plain = json.loads(json.dumps(record))
         block = StoredBlock(nbytes=nbytes, sha256=digest, layers=entries, record=plain, cache=cache)
         return block if record is None else block.sealed(key)
@@ -183,6 +186,7 @@ class NeutralCheckpoint(QuantizedCheckpoint):
         self.layers: dict[str, Layer] = {}
         self._shapes: dict[str, tuple[int, int]] = {}
         self._stored: dict[str, SafetensorsFile] = {}
+        self._taken: dict[str, QuantizedCheckpoint] = {}
         for key, block in self._manifest.blocks.items():
             file = SafetensorsFile(folder / f"{key}.safetensors")
             self._stored.update(dict.fromkeys(file.entries, file))
@@ -190,6 +194,10 @@ class NeutralCheckpoint(QuantizedCheckpoint):
                 ops = read_ops(entry.input_ops, file, module, entry.shape[1])
                 self.layers[module] = replace(entry.layer(module), input_ops=ops)
                 self._shapes[module] = entry.shape
+                if entry.taken:
+                    if not isinstance(source, QuantizedCheckpoint):
+                        raise CheckpointError(f"{folder}: {module}", wanted="its codes", found="none")
+                    self._taken[module] = source
         self.cache = cache_of(self._manifest, *self.family.heads(self.config)[1:])
         self._names = source.names() if source else self._own_names()
         verify(self)
@@ -228,6 +236,8 @@ class NeutralCheckpoint(QuantizedCheckpoint):
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """See `Checkpoint.rows`."""
         module = name.removesuffix(".weight")
+        if module in self._taken:
+            return self._taken[module].rows(name, start, stop)
         if module in self.layers:
             return self._matrix(module, start, stop).decode()
         if self._cast(name):
@@ -238,8 +248,15 @@ class NeutralCheckpoint(QuantizedCheckpoint):
         """See `QuantizedCheckpoint.matrix`."""
         return self._matrix(module, 0, self._shapes[module][0])
 
+    def parts(self, module: str) -> Parts | None:
+        """See `HasParts.parts`: of matrices that stayed in the source."""
+        return parts_of(self._taken[module], module) if module in self._taken else None
+
     def _matrix(self, module: str, start: int, stop: int) -> Matrix:
         """Some rows of a matrix."""
+        if module in self._taken:
+            whole = self._taken[module].matrix(module)
+            return whole if (start, stop) == (0, self._shapes[module][0]) else whole.rows(start, stop)
         residuals = self.layers[module].residuals
         corrections = tuple(self._correction(module, i, start, stop) for i in range(len(residuals)))
         return Matrix(self._quantized_rows(module, start, stop), corrections)
