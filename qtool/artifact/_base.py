@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +19,7 @@ from torch import Tensor
 from qtool.artifact._footprint import Footprint
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, modules
 from qtool.errors import PlanError
+from qtool.numerics.threads.ranks import Ranks
 from qtool.ops._base import InputOp
 from qtool.recipe.cache import KVCache
 from qtool.recipe.strict import Strict
@@ -230,6 +231,13 @@ class Artifact(ABC):
             StorageError: the disk is full or not writable.
             PlanError: the codes or scales of a layer do not fit exactly, with the reason.
         """
+
+    def write_share(self, model: QuantizedCheckpoint, out: Path, ranks: Ranks) -> Sequence[Path]:
+        """Writes this process's share of the files that several can write side by side, before the first writes all.
+
+        Nothing, unless a layout has such files; `write` leaves those that are there. For the rest, see `write`.
+        """
+        return ()
 
     @abstractmethod
     def open(self, path: Path) -> QuantizedCheckpoint:

@@ -167,8 +167,8 @@ class PackedCheckpoint(HFCheckpoint, QuantizedCheckpoint):
         assert isinstance(found, Quantized)
         return Matrix(self._checked(module, found))
 
-    def parts(self, module: str) -> Parts | None:
-        """See `HasParts.parts`."""
+    def as_stored(self, module: str) -> Parts | None:
+        """See `HasParts.as_stored`."""
         packing = self._packings.get(module)
         if not self.layout or packing is None or packing.layer is None or packing.reason or packing.layer.static:
             return None

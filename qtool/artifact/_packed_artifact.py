@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +23,7 @@ from qtool.artifact._stacks import Read, Stacks, join
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, TensorInfo
 from qtool.checkpoint.parts import parts_of
 from qtool.formats._base import Quantized
+from qtool.numerics.threads.ranks import Ranks
 from qtool.store.files import storage_errors
 from qtool.store.side_files import write_side_files
 
@@ -96,6 +97,11 @@ class PackedArtifact(Artifact):
         """See `Artifact.footprint`."""
         layout = self._layout(model, model.layers)
         return self._footprint(model, overhead(_pieces(model, layout)[0]), layout.more)
+
+    def write_share(self, model: QuantizedCheckpoint, out: Path, ranks: Ranks) -> Sequence[Path]:
+        """See `Artifact.write_share`: shards."""
+        self.check(model)
+        return write_shards(out, *_pieces(model, self._layout(model, model.layers)), ranks=ranks)
 
     def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
         """See `Artifact.write`; one matrix is in memory at a time."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from qtool.checkpoint._base import TensorInfo
 from qtool.checkpoint.hf import INDEX, WEIGHTS
 from qtool.checkpoint.safetensors_io import SafetensorsWriter, header
+from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.store.files import storage_errors
 
 LIMIT = 5_000_000_000
@@ -24,15 +25,20 @@ Pieces = Mapping[str, Mapping[str, TensorInfo]]
 
 
 def write_shards(
-    out: Path, pieces: Pieces, read: Callable[[str], Mapping[str, Tensor]], limit: int = LIMIT
+    out: Path,
+    pieces: Pieces,
+    read: Callable[[str], Mapping[str, Tensor]],
+    limit: int = LIMIT,
+    ranks: Ranks = ALONE,
 ) -> list[Path]:
-    """Writes a model, one piece in memory at a time.
+    """Writes a model, one piece in memory at a time; files that are there already are left, another process wrote them.
 
     Args:
         out: existing folder.
         pieces: what there is, in order.
         read: gives the tensors of a piece by key.
         limit: bytes of a shard.
+        ranks: who writes the others.
 
     Returns:
         The files.
@@ -41,13 +47,15 @@ def write_shards(
         StorageError: the disk is full or not writable.
     """
     shards = _named(_cut(pieces, limit))
-    for name, keys in shards.items():
+    for name, keys in list(shards.items())[ranks.share(len(shards))]:
+        if (out / name).exists():
+            continue
         with SafetensorsWriter(out / name, _infos(pieces, keys)) as writer:
             for key in keys:
                 for tensor, content in read(key).items():
                     writer.add(tensor, content)
     files = [out / name for name in shards]
-    if len(shards) == 1:
+    if len(shards) == 1 or ranks.size > 1:
         return files
     with storage_errors(out):
         (out / INDEX).write_bytes(_index(pieces, shards))

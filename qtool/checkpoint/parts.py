@@ -38,13 +38,13 @@ class Parts:
 class HasParts(Protocol):
     """A checkpoint that can give matrices as they are stored."""
 
-    def parts(self, module: str) -> Parts | None:
+    def as_stored(self, module: str) -> Parts | None:
         """The tensors of one; None: they are to be decoded."""
 
 
 def parts_of(checkpoint: Checkpoint, module: str) -> Parts | None:
     """The tensors of a matrix as its file has them; None: there are none, or nobody can take them over as they are."""
-    return checkpoint.parts(module) if isinstance(checkpoint, HasParts) else None
+    return checkpoint.as_stored(module) if isinstance(checkpoint, HasParts) else None
 
 
 def same_bytes(one: Tensor, other: Tensor) -> bool:

@@ -89,6 +89,9 @@ class Command(TyperCommand):
         """Runs the command; see `TyperCommand.invoke`."""
         if ranks.launched() > 1:
             return self.invoke_together(ctx)
+        if (jobs := ctx.params.get("jobs") or 1) > 1:
+            with ranks.started(jobs):
+                return self.invoke_together(ctx)
         try:
             refuse_other_encodings(ctx.params)
             result = super().invoke(ctx)

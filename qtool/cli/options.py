@@ -79,6 +79,14 @@ ModelFree = Annotated[
         "for recipes without data that export compressed-tensors or fp8.",
     ),
 ]
+Jobs = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Processes that share the work, as those of torchrun on one host do: tensors, blocks and shards.",
+    ),
+]
 ArtifactPath = Annotated[
     str, typer.Argument(metavar="ARTIFACT", help="A quantized model: {artifact}.", show_default=False)
 ]

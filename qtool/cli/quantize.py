@@ -69,6 +69,7 @@ def command(
     split_max_size: options.SplitMaxSize = None,
     mmproj: options.VisionModel = None,
     model_free: options.ModelFree = False,
+    jobs: options.Jobs = 1,
     keep: Keep = False,
     overwrite: options.Overwrite = False,
     profile: Profile = None,

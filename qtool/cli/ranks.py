@@ -1,4 +1,4 @@
-"""Processes of one run that torchrun started: this one finds the others, and only the first one speaks.
+"""Processes of one run that torchrun or `--jobs` started: this one finds the others, and only the first one speaks.
 
 Nothing else reads what torchrun puts into the environment.
 """
@@ -6,20 +6,59 @@ Nothing else reads what torchrun puts into the environment.
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qtool.numerics.threads.ranks import Ranks
 
 DEVICES = "CUDA_VISIBLE_DEVICES"
+OTHERS: list[subprocess.Popen[bytes]] = []
+"""Processes that this one started."""
+LAST = 60
+"""Seconds that others get to end, when all is done."""
 
 
 def launched() -> int:
     """How many processes torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+@contextmanager
+def started(jobs: int) -> Iterator[None]:
+    """Runs the very command of this process in others too, as torchrun would; this one is the first of them.
+
+    Args:
+        jobs: how many there are then. They share the machine's cores.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(jobs)}
+    os.environ.update(place, RANK="0", LOCAL_RANK="0")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    command, nothing = [sys.executable, *sys.orig_argv[1:]], subprocess.DEVNULL
+    for rank in map(str, range(1, jobs)):
+        mine = os.environ | {"RANK": rank, "LOCAL_RANK": rank}
+        OTHERS.append(subprocess.Popen(command, env=mine, stdin=nothing, stdout=nothing))
+    try:
+        yield
+        with suppress(subprocess.TimeoutExpired):
+            for process in OTHERS:
+                process.wait(LAST)
+    finally:
+        stop()
+
+
+def stop() -> None:
+    """Ends the processes that this one started."""
+    while OTHERS:
+        process = OTHERS.pop()
+        process.kill()
+        process.wait()
 
 
 @contextmanager
@@ -55,6 +94,7 @@ def of(context: Any) -> Ranks:
 
 def end(code: int) -> None:
     """Ends a process whose run has failed at once: others are gone, and libraries would wait for them."""
+    stop()
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()

@@ -56,6 +56,8 @@ def prove(
     if reading is None:
         return None
     reader = READERS[reading.reader]
+    if model.family.model_free:
+        return Proof(reader=reading.reader, why_not="what the model computes is not known without its class")
     if not reader.installed:
         return Proof(reader=reading.reader, why_not=f"{reader.needs} is not installed")
     if (numbers := weights(model)) > reader.threshold:

@@ -129,9 +129,21 @@ def load_in_transformers(made: Any, folder: Path, dtype: torch.dtype) -> tuple[A
         dtype: of what is not quantized.
     """
     options = {"dtype": dtype, "device_map": "cpu"}
-    with kernels_kept() as lost:
+    with kernels_kept() as lost, by_itself():
         model, remark = load_with_weights(made, folder, options)
     return model, "; ".join(filter(None, (remark, LOSES if lost else "")))
+
+
+@contextmanager
+def by_itself() -> Iterator[None]:
+    """Within the context, libraries take this process for the only one: of several, one alone runs their code."""
+    found: Any = torch.distributed
+    kept = found.is_initialized
+    found.is_initialized = lambda: False
+    try:
+        yield
+    finally:
+        found.is_initialized = kept
 
 
 @contextmanager

@@ -54,6 +54,11 @@ def publish(
         with watch.stage(f"write {name}"):
             if ranks.first:
                 place.mkdir(exist_ok=True)
+            if ranks.size > 1:
+                ranks.barrier()
+                artifact.write_share(model, place, ranks)
+                ranks.barrier()
+            if ranks.first:
                 files = artifact.write(model, place, card)
                 files.append(write_card(artifact, artifact.open(place), place, about))
             ranks.barrier()

@@ -248,8 +248,8 @@ class NeutralCheckpoint(QuantizedCheckpoint):
         """See `QuantizedCheckpoint.matrix`."""
         return self._matrix(module, 0, self._shapes[module][0])
 
-    def parts(self, module: str) -> Parts | None:
-        """See `HasParts.parts`: of matrices that stayed in the source."""
+    def as_stored(self, module: str) -> Parts | None:
+        """See `HasParts.as_stored`: of matrices that stayed in the source."""
         return parts_of(self._taken[module], module) if module in self._taken else None
 
     def _matrix(self, module: str, start: int, stop: int) -> Matrix:

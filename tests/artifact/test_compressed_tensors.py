@@ -18,6 +18,7 @@ from qtool.formats.int import Int
 from qtool.formats.q4_0 import Q4_0
 from qtool.formats.q4_1 import Q4_1
 from qtool.formats.q8_0 import Q8_0
+from qtool.numerics.threads.ranks import ALONE, Ranks
 from tests.artifact.conftest import assert_same_model, quantize
 
 TOKENS = torch.arange(3, 40).reshape(1, -1)
@@ -213,7 +214,7 @@ def test_same_bytes_again(tiny_checkpoint, tmp_path, tree):
 
 def test_shards(tiny_checkpoint, tmp_path, monkeypatch):
     model = quantize(tiny_checkpoint("llama"), Int(bits=4, group=32))
-    monkeypatch.setattr(_shards.write_shards, "__defaults__", (80_000,))
+    monkeypatch.setattr(_shards.write_shards, "__defaults__", (80_000, ALONE))
     write(model, tmp_path)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     shards = sorted(p.name for p in tmp_path.glob("*.safetensors"))
@@ -225,6 +226,15 @@ def test_shards(tiny_checkpoint, tmp_path, monkeypatch):
     assert all(sum(t.nbytes for t in load_file(tmp_path / s).values()) <= 80_000 for s in shards)
     assert_loads_exactly(model, tmp_path, tiny_checkpoint("llama"))
     assert_same_model(CompressedTensors().open(tmp_path), model)
+    together = tmp_path / "together"
+    together.mkdir()
+    for rank in range(2):
+        CompressedTensors().write_share(model, together, Ranks(rank, 2))
+        assert sorted(p.name for p in together.iterdir()) == (shards[::2], shards)[rank]
+    first = (together / shards[0]).stat().st_mtime_ns
+    write(model, together)
+    assert (together / shards[0]).stat().st_mtime_ns == first
+    assert all((together / s).read_bytes() == (tmp_path / s).read_bytes() for s in (*shards, "config.json"))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The command line in two processes of torchrun: who speaks, and what is left when one of them is killed."""
+"""The command line in two processes, of torchrun or its own: who speaks, what is left when one of them is killed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from qtool.errors import ProcessError
+from qtool.models import open_model_free
 from qtool.pipeline.quantize import QuantizeOptions
 from qtool.pipeline.quantize import run as quantize
 
@@ -34,6 +36,13 @@ def torchrun(program, *arguments):
     return subprocess.run(
         [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
+
+
+def two_jobs(program, *arguments):
+    """The same in two processes of one command."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "BLOCK": "1"}
+    command = [sys.executable, *program, *map(str, arguments), "--jobs", "2"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def errors(result):
@@ -83,3 +92,22 @@ def test_what_all_processes_find_wrong_is_said_once(tiny_checkpoint, tmp_path):
     assert errors(wrong)[0].startswith("error: recipe not found")
     alone = torchrun(["-m", "qtool"], "plan", tiny_checkpoint("llama"), "-r", "gguf-q4_0")
     assert errors(alone) == ["error: qtool plan: wanted one process, found torchrun; run it without"]
+
+
+@pytest.mark.slow
+def test_jobs_end_and_continue_as_one_and_write_the_bytes_of_a_single_one(tiny_checkpoint, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(text="builtin").replace("gptq", "rtn").replace("qtool", "compressed-tensors"))
+    source, out = tiny_checkpoint("llama"), tmp_path / "out"
+    arguments = ("quantize", source, "-r", recipe, "-o", out, "--model-free")
+    ended = two_jobs([str(PROGRAM)], *arguments)
+    assert ended.returncode == ProcessError.exit_code
+    assert len(errors(ended)) == 1
+    assert errors(ended)[0].endswith("; run the same command again to continue")
+    assert "Traceback" not in ended.stderr
+    assert not out.exists()
+    continued = two_jobs(["-m", "qtool"], *arguments)
+    assert continued.returncode == 0, continued.stderr
+    assert continued.stderr.count("verify compressed-tensors 0/") == 1
+    quantize(QuantizeOptions(open_model_free(str(source)), str(recipe), tmp_path / "one"))
+    assert weights(out) == weights(tmp_path / "one") != {}

@@ -1,4 +1,4 @@
-"""`qtool` for torchrun, whose second process is killed before its second decoder block; a program of its own."""
+"""`qtool` whose second process is killed before its second decoder block, or another; a program of its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ plain, begun = loop.solve_unit, []
 def killed(unit, *given, **named):
     """Solves a unit, or is killed."""
     begun.extend([unit] if unit.block is not None else [])
-    if os.environ["RANK"] == "1" and len(begun) == 2:
+    if os.environ["RANK"] == "1" and len(begun) == int(os.environ.get("BLOCK", "2")):
         os.kill(os.getpid(), signal.SIGKILL)
     return plain(unit, *given, **named)
 

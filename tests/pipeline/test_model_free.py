@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import pytest
@@ -13,9 +14,11 @@ from typer.testing import CliRunner
 from qtool.api import open_model, quantize
 from qtool.checkpoint._base import modules
 from qtool.cli.app import app
-from qtool.errors import CheckpointError, PlanError
+from qtool.errors import CheckpointError, NumericsError, PlanError, VerifyError
 from qtool.models import open_model_free
 from qtool.pipeline.prepare import prepare
+from qtool.pipeline.quantize import QuantizeOptions, run
+from qtool.pipeline.verify import compare
 
 
 def recipe(weights, activations=None, method="rtn"):
@@ -77,8 +80,9 @@ def test_what_is_beside_the_language_model_is_copied(unknown, tmp_path):
     assert "model.layers.0.mlp.up_proj.weight_packed" in found
 
 
-def test_published_fp8_is_taken_over_bit_for_bit(tmp_path):
-    """As DeepSeek's checkpoints are stored: float32 scales of 128 x 128 weights."""
+@pytest.fixture
+def published(tmp_path):
+    """(folder, tensors) as DeepSeek stores checkpoints: float32 scales of 128 x 128 weights, zeros of both signs."""
     folder, draw = tmp_path / "published", torch.Generator().manual_seed(0)
     folder.mkdir()
     tensors = {"model.embed_tokens.weight": torch.randn(64, 128, generator=draw).bfloat16()}
@@ -87,21 +91,60 @@ def test_published_fp8_is_taken_over_bit_for_bit(tmp_path):
         for name, n, k in (("self_attn.q_proj", 128, 128), ("mlp.up_proj", 256, 128), ("mlp.down_proj", 128, 256)):
             base = f"model.layers.{i}.{name}.weight"
             tensors[base] = (torch.randn(n, k, generator=draw) * 90).to(torch.float8_e4m3fn)
+            tensors[base].view(torch.uint8)[0, :2] = torch.tensor([0x80, 0], dtype=torch.uint8)
             tensors[f"{base}_scale_inv"] = torch.rand(n // 128, k // 128, generator=draw)
     save_file(tensors, folder / "model.safetensors")
     how = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
     (folder / "config.json").write_text(json.dumps({"model_type": "nobody", "quantization_config": how}))
+    return folder, tensors
+
+
+def as_it_is():
     rule = {"match": "*", "weights": "fp8-block", "activations": "fp8-g128", "method": "rtn"}
     layers = [{"match": "lm_head", "keep": True}, rule]
-    wanted = {"recipe": 1, "name": "same", "layers": layers, "export": [{"to": "fp8"}]}
-    report = quantize(open_model_free(str(folder)), wanted, tmp_path / "free")
+    return {"recipe": 1, "name": "same", "layers": layers, "export": [{"to": "fp8"}]}
+
+
+def test_published_fp8_is_taken_over_bit_for_bit(published, tmp_path):
+    folder, tensors = published
+    (tmp_path / "same.yaml").write_text(json.dumps(as_it_is()))
+    options = QuantizeOptions(open_model_free(str(folder)), str(tmp_path / "same.yaml"), tmp_path / "free", keep=True)
+    report = run(options)
     assert {entry.method for entry in report.layers if entry.format} == {"taken over"}
+    assert {entry.weight_error_db for entry in report.layers if entry.format} == {math.inf}
+    assert not load_file(tmp_path / "free.work" / "block-1.safetensors")  # nothing is copied on the way
     found = load_file(tmp_path / "free" / "model.safetensors")
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8))
     shapes = {module.name: module.shape for module in modules(open_model(tmp_path / "free"))}
     assert shapes["model.layers.1.mlp.up_proj"] == (256, 128)
+
+
+def test_a_byte_that_was_not_taken_over_is_noticed(published, tmp_path):
+    folder, tensors = published
+    quantize(open_model_free(str(folder)), as_it_is(), tmp_path / "free")
+    model, name = open_model_free(str(folder)), "model.layers.1.mlp.up_proj.weight"
+    compare(name, open_model(tmp_path / "free"), model)
+    bits = tensors[name].view(torch.uint8)
+    bits[7, 5] ^= 1
+    save_file(tensors, tmp_path / "free" / "model.safetensors")
+    with pytest.raises(VerifyError, match=r"up_proj\.weight read back differs: found 1 of 32768 numbers"):
+        compare(name, open_model(tmp_path / "free"), model)
+
+
+@pytest.mark.parametrize("bits", [0x7F, 0xFF])
+def test_published_fp8_that_is_no_number_is_refused(bits, published, tmp_path):
+    folder, tensors = published
+    tensors["model.layers.1.mlp.up_proj.weight"].view(torch.uint8)[3, 9] = bits
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(NumericsError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is not finite"):
+        quantize(open_model_free(str(folder)), as_it_is(), tmp_path / "free")
+    tensors["model.layers.1.mlp.up_proj.weight"].view(torch.uint8)[3, 9] = 0
+    tensors["model.layers.0.mlp.up_proj.weight_scale_inv"][0, 0] = torch.inf
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(NumericsError, match=r"model\.layers\.0\.mlp\.up_proj\.weight is not finite"):
+        quantize(open_model_free(str(folder)), as_it_is(), tmp_path / "free")
 
 
 def test_an_unknown_type_offers_it(unknown):
