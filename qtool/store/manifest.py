@@ -11,21 +11,13 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from qtool.checkpoint._base import Cache, Layer, Static
 from qtool.checkpoint.config import read_json
 from qtool.errors import CheckpointError, NumericsError, is_utf8
-from qtool.formats._base import Quantized
+from qtool.formats._base import Format, Quantized
 from qtool.formats._spelling import dump_format, parse_format
 from qtool.numerics.grids.bits import pack
 from qtool.recipe.cache import parse_cache
@@ -90,12 +82,6 @@ class StoredLayer(ManifestPart):
         """The entry of a matrix that stays in the source."""
         inputs = None if layer.activations is None else dump_format(layer.activations)
         return cls(format=dump_format(fmt), activations=inputs, shape=shape, taken=True)
-
-    @model_serializer(mode="wrap")
-    def _without_default(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Says `taken` only where it is so, as nothing else knows of it."""
-        content: dict[str, Any] = dump(self)
-        return content if self.taken else {key: value for key, value in content.items() if key != "taken"}
 
     @classmethod
     def of(cls, matrix: Matrix, layer: Layer) -> StoredLayer:
@@ -170,6 +156,9 @@ class Manifest(ManifestPart):
         for block in content["blocks"].values():
             if block["seal"] is None:
                 del block["seal"]
+            for entry in block["layers"].values():
+                if not entry["taken"]:  # which only work folders know
+                    del entry["taken"]
         with new_file(folder / MANIFEST) as partial:
             partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
 

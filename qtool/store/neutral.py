@@ -236,8 +236,6 @@ class NeutralCheckpoint(QuantizedCheckpoint):
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """See `Checkpoint.rows`."""
         module = name.removesuffix(".weight")
-        if module in self._taken:
-            return self._taken[module].rows(name, start, stop)
         if module in self.layers:
             return self._matrix(module, start, stop).decode()
         if self._cast(name):
@@ -255,8 +253,7 @@ class NeutralCheckpoint(QuantizedCheckpoint):
     def _matrix(self, module: str, start: int, stop: int) -> Matrix:
         """Some rows of a matrix."""
         if module in self._taken:
-            whole = self._taken[module].matrix(module)
-            return whole if (start, stop) == (0, self._shapes[module][0]) else whole.rows(start, stop)
+            return self._taken[module].matrix(module).rows(start, stop)
         residuals = self.layers[module].residuals
         corrections = tuple(self._correction(module, i, start, stop) for i in range(len(residuals)))
         return Matrix(self._quantized_rows(module, start, stop), corrections)
