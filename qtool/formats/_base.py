@@ -166,9 +166,8 @@ class Format(Scheduled, RunTime):
         scale, offset = self.affine(params)
         if codes.device.type == "cpu":
             return decode_levels(codes, self.levels(), scale, offset)
-        return self.levels().to(codes.device)[codes.long()] * expand(scale, codes.shape[1]) + expand(
-            offset, codes.shape[1]
-        )
+        level = levels_on(self, codes.device)[codes.long()]
+        return level * expand(scale, codes.shape[1]) + expand(offset, codes.shape[1])
 
     def join(self, parts: list[Params]) -> Params:
         """The parameters of neighbouring blocks, put side by side."""
@@ -192,6 +191,12 @@ class Format(Scheduled, RunTime):
         return f"rows of {k} columns are not divisible by {block}" + (
             f"; groups that divide: {', '.join(map(str, near[:3]))}" if near else ""
         )
+
+
+@cache
+def levels_on(fmt: Format, device: torch.device) -> Tensor:
+    """A format's levels on a device, which does not wait for them more than once; to be read only."""
+    return fmt.levels().to(device)
 
 
 def alike(a: Format, b: Format) -> bool:

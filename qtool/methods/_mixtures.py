@@ -84,7 +84,12 @@ class TwoLevels(Relaxed):
 
 
 class Sigmoid(TwoLevels):
-    """The share is a stretched sigmoid that a regularizer drives to 0 or 1 (AdaRound, https://arxiv.org/abs/2004.10568)."""
+    """The share is a stretched sigmoid that a regularizer drives to 0 or 1 (AdaRound, https://arxiv.org/abs/2004.10568).
+
+    Matrices are not joined, since the regularizer counts each alike.
+    """
+
+    by_row = False
 
     def __init__(self, w: Tensor, start: Quantized, scales: bool, generator: torch.Generator) -> None:
         super().__init__(w, start, scales, generator)

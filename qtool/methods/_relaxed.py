@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,8 +32,11 @@ class Relaxed(ABC):
         generator: for what is drawn at random, on the device.
 
     Attributes:
+        by_row: whether rows know nothing of each other.
         first: scales and offsets to begin with, float32 [N, G].
     """
+
+    by_row: ClassVar[bool] = True
 
     def __init__(self, w: Tensor, start: Quantized, scales: bool, generator: torch.Generator) -> None:
         self.w, self.fmt, self.start, self.generator = w, start.format, start, generator
@@ -185,6 +189,7 @@ class DividedLowRank(Moved):
     """
 
     RANK = 16
+    by_row = False
 
     def __init__(self, w: Tensor, start: Quantized, scales: bool, generator: torch.Generator) -> None:
         super().__init__(w, start, scales, generator)

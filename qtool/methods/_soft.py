@@ -12,13 +12,14 @@ Shape letters: N rows, K columns, G groups, L levels.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qtool.formats._base import Format, Params, Quantized, expand
+from qtool.formats._base import Format, Params, Quantized, expand, levels_on
 from qtool.numerics.grids.soft import codes_of, slopes_of
 
 MARGIN = 0.01
@@ -72,46 +73,79 @@ class Rounded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, v: Tensor, scale: Tensor, offset: Tensor, fmt: Format, params: Params) -> Tensor:
         """Shapes: w, v [N, K]; scale, offset [N, G], which are those of `params`."""
-        levels, even = fmt.levels().to(w.device), is_uniform(fmt.levels())
-        ctx.groups, ctx.tied = scale.shape[1], None if fmt.free_offset else relative(offset, scale, 0.0)
+        levels, even, _, _ = steps_of(fmt, w.device)
+        ctx.even, ctx.tied = even, None if fmt.free_offset else relative(offset, scale, 0.0)
         ctx.compiled = w.device.type == "cpu" and not ctx.needs_input_grad[0]
+        ctx.save_for_backward(w, v, scale, offset, levels)
+        ctx.fmt = fmt
         if ctx.compiled:
-            ctx.save_for_backward(w, v, scale, offset, levels)
-            ctx.even = even
             return fmt.decode(codes_of(w, v, scale, offset, levels, even), params)
-        s, o = expand(scale, w.shape[1]), expand(offset, w.shape[1])
-        x = relative(w, s, o)
-        at, width = place(x, levels, even)
-        y = at.add_(v)
-        codes = y.round().clamp_(0, len(levels) - 1)
-        free = (y > -0.5) & (y < len(levels) - 0.5)
-        slope = torch.where(free, level_at(y, levels, even)[1], 0.0)
-        ratio = torch.where(width > 0, slope / torch.where(width > 0, width, 1.0), 0.0)
-        ctx.save_for_backward(slope * s, levels[codes.long()] - ratio * x, ratio)
-        return fmt.decode(codes.to(torch.uint8), params)
+        codes = located(fmt, w, v, scale, offset)[1].round_().clamp_(0, len(levels) - 1)
+        return fmt.decode(codes.to(torch.uint8).view(w.shape), params)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients by w, v, scale and offset. An offset that is not free is a fixed multiple of the scale."""
+        w, v, scale, offset, levels = ctx.saved_tensors
+        by_w: Tensor | None = None
+        by_scale: Tensor | None
+        by_offset: Tensor | None
         if ctx.compiled:
-            w, v, scale, offset, levels = ctx.saved_tensors
-            v, scale, offset = slopes_of(gradient, w, v, scale, offset, levels, ctx.even)
-            if ctx.tied is not None:
-                return None, v, scale + offset * ctx.tied, None, None, None
-            return None, v, scale, offset, None, None
-        by_v, by_scale, ratio = ctx.saved_tensors
-        w = gradient * ratio if ctx.needs_input_grad[0] else None
-        if not (ctx.needs_input_grad[2] or ctx.needs_input_grad[3]):
-            return w, gradient * by_v, None, None, None, None
+            by_v, by_scale, by_offset = slopes_of(gradient, w, v, scale, offset, levels, ctx.even)
+        else:
+            moves, _, *affine = ctx.needs_input_grad[:4]
+            by_w, by_v, by_scale, by_offset = slopes(ctx.fmt, gradient, w, v, scale, offset, moves, any(affine))
+        if ctx.tied is not None and by_scale is not None and by_offset is not None:
+            return by_w, by_v, by_scale + by_offset * ctx.tied, None, None, None
+        return by_w, by_v, by_scale, by_offset, None, None
 
-        def grouped(t: Tensor) -> Tensor:
-            return t.view(len(t), ctx.groups, -1).sum(2)
 
-        scale, offset = grouped(gradient * by_scale), grouped(gradient * (1 - ratio))
-        if ctx.tied is not None:
-            return w, gradient * by_v, scale + offset * ctx.tied, None, None, None
-        return w, gradient * by_v, scale, offset, None, None
+@cache
+def steps_of(fmt: Format, device: torch.device) -> tuple[Tensor, bool, float, float]:
+    """(levels on the device; whether all steps are as wide; the lowest level; the first step)."""
+    levels = fmt.levels()
+    return levels_on(fmt, device), is_uniform(levels), float(levels[0]), float(levels[1] - levels[0])
+
+
+def located(fmt: Format, w: Tensor, v: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+    """(weights relative to scale and offset; their places among the levels, v added; widths of the steps they are in).
+
+    Shapes are those of `Rounded.forward`, but for results: [N, G, K / G].
+    """
+    levels, even, lowest, step = steps_of(fmt, w.device)
+    own = (len(w), scale.shape[1], -1)
+    x = (w.view(own) - offset[..., None]) / scale.masked_fill(scale == 0, torch.inf)[..., None]
+    if even:
+        y = x - lowest if step == 1 else (x - lowest).div_(step)
+        return x, y.add_(v.view(own)), step
+    y, width = place(x, levels, False)
+    return x, y + v.view(own), width
+
+
+def slopes(
+    fmt: Format, gradient: Tensor, w: Tensor, v: Tensor, scale: Tensor, offset: Tensor, by_w: bool, by_affine: bool
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """Gradients by w, v, scale and offset, given that by values; places are computed again, which takes no memory."""
+    levels, even, lowest, step = steps_of(fmt, w.device)
+    x, y, width = located(fmt, w, v, scale, offset)
+    top, g = len(levels) - 1, gradient.view(x.shape)
+    free = (y > -0.5) & (y < top + 0.5)
+    if even:
+        slope = g * free
+        back = (slope * (step * scale)[..., None]).view(w.shape)
+    else:
+        assert isinstance(width, Tensor)
+        here = torch.where(free, level_at(y, levels, even)[1], 0.0)
+        ratio = torch.where(width > 0, here / torch.where(width > 0, width, 1.0), 0.0)
+        slope, back = g * ratio, (g * (here * scale[..., None])).view(w.shape)
+    front = slope.view(w.shape) if by_w else None
+    if not by_affine:
+        return front, back, None, None
+    code = y.round_().clamp_(0, top)
+    level = code.mul_(step).add_(lowest) if even else levels[code.long()]
+    by_scale = torch.addcmul(g * level, slope, x, value=-1).sum(2)
+    return front, back, by_scale, (g - slope).sum(2)
 
 
 def relative(x: Tensor, scale: Tensor, offset: Tensor | float) -> Tensor:

@@ -18,7 +18,7 @@ Shape letters: S samples, s of them, T tokens of a sample, H hidden size.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from qtool.methods._base import BlockTask, Part, Solution
 from qtool.methods._block import BlockMethod
+from qtool.methods._joined import Joined, joined
 from qtool.methods._mixtures import Gumbel, Sigmoid
 from qtool.methods._optimizers import Optimizer, optimizer
 from qtool.methods._relaxed import Divided, DividedLowRank, Relaxed, ShiftedPlaces, ShiftedWeights, Unmoved
@@ -86,14 +87,13 @@ class Learned(BlockMethod):
         """See `BlockMethod.solve_block`."""
         trained = {name: s for name, s in task.found.items() if s.quantized.format.codebook() is None}
         drawn = torch.Generator(task.device).manual_seed(task.seed + task.block)
-        way = WAYS[self.rounding]
-        variables = {name: way(task.weights[name], s.quantized, self.scales, drawn) for name, s in trained.items()}
-        if not variables:
+        if not trained:
             return {}
+        variables = joined(WAYS[self.rounding], task.weights, trained, self.scales, drawn)
         seen, unseen = task.split(self.holdout)
         errors, generator = Errors(task, self), torch.Generator().manual_seed(task.seed + task.block)
         own = self.rate or 1 / self.steps
-        leaves = [leaf for x in variables.values() for leaf in x.leaves()]
+        leaves = [leaf for several in variables for leaf in several.relaxed.leaves()]
         step = optimizer(self.optimizer, [(leaf, own if decides else self.scale_rate) for leaf, decides in leaves])
         start = best = errors.held_out(decoded(trained), unseen)
         kept, idle = dict[str, Solution](), 0
@@ -102,7 +102,8 @@ class Learned(BlockMethod):
             leave_gradients(errors, variables, part, i / self.steps, self.penalty * start)
             step(self.share(i / self.steps))
             if (i + 1) % max(1, self.steps // CHECKS) == 0 or i + 1 == self.steps:
-                solutions = {name: Solution(x.solution(), trained[name].fallback) for name, x in variables.items()}
+                ends = {name: quantized for several in variables for name, quantized in several.solutions().items()}
+                solutions = {name: Solution(ends[name], start.fallback) for name, start in trained.items()}
                 error, idle = errors.held_out(decoded(solutions), unseen), idle + 1
                 if error < best:
                     best, kept, idle = error, solutions, 0
@@ -181,12 +182,11 @@ def relative_error(output: Tensor, target: Tensor, trim: float = 0.0, weights: T
     return mean
 
 
-def leave_gradients(
-    errors: Errors, variables: Mapping[str, Relaxed], part: Tensor, progress: float, penalty: float
-) -> None:
+def leave_gradients(errors: Errors, variables: Sequence[Joined], part: Tensor, progress: float, penalty: float) -> None:
     """Adds gradients of the block's error on some samples to variables; what leads to them is gone afterwards."""
-    loss = errors({name: x.weights(progress) for name, x in variables.items()}, part, errors.method.trim)
-    extra = [p for x in variables.values() if (p := x.penalty(progress)) is not None]
+    weights = {name: w for several in variables for name, w in several.weights(progress).items()}
+    loss = errors(weights, part, errors.method.trim)
+    extra = [p for several in variables if (p := several.relaxed.penalty(progress)) is not None]
     if extra:
         loss = loss + penalty * torch.stack(extra).mean()
     loss.backward()  # type: ignore[no-untyped-call]

@@ -124,6 +124,7 @@ def test_gradients_are_finite_differences_of_the_relaxed_function(label):
         return (soft_decode(w, v, fmt, params, scale, offset if free else None) * direction).sum()
 
     found, compiled = torch.autograd.grad(loss(w), leaves), torch.autograd.grad(loss(w.detach()), leaves[1:])
+    assert torch.equal(loss(w), loss(w.detach()))
 
     w, direction, levels = w.detach().double(), direction.double(), fmt.levels().double()
     v, s, o = v.detach().double(), scale.detach().double(), offset.detach().double()
