@@ -22,7 +22,7 @@ SMALL = 1 << 22
 """Weights of a matrix that is not worth being alone; a larger one keeps a device busy, and a copy of it takes room."""
 
 
-class Joined:
+class TrainedRows:
     """Some matrices, and what is trained of them.
 
     Args:
@@ -68,8 +68,8 @@ def joined(
     found: Mapping[str, Solution],
     scales: bool,
     generator: torch.Generator,
-) -> list[Joined]:
-    """All of some matrices, as few times as their formats and shapes allow; see `Joined` for the arguments."""
+) -> list[TrainedRows]:
+    """All of some matrices, as few times as their formats and shapes allow; see `TrainedRows` for the arguments."""
     several: list[dict[str, Quantized]] = []
     for name, start in ((name, solution.quantized) for name, solution in found.items()):
         own = next((other for other in several if way.by_row and fit(start, next(iter(other.values())))), None)
@@ -77,7 +77,7 @@ def joined(
             several.append({name: start})
         else:
             own[name] = start
-    return [Joined(way, {name: weights[name] for name in own}, own, scales, generator) for own in several]
+    return [TrainedRows(way, {name: weights[name] for name in own}, own, scales, generator) for own in several]
 
 
 def fit(a: Quantized, b: Quantized) -> bool:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from qtool.methods._base import BlockTask, Part, Solution
 from qtool.methods._block import BlockMethod
-from qtool.methods._joined import Joined, joined
+from qtool.methods._joined import TrainedRows, joined
 from qtool.methods._mixtures import Gumbel, Sigmoid
 from qtool.methods._optimizers import Optimizer, optimizer
 from qtool.methods._relaxed import Divided, DividedLowRank, Relaxed, ShiftedPlaces, ShiftedWeights, Unmoved
@@ -182,7 +182,9 @@ def relative_error(output: Tensor, target: Tensor, trim: float = 0.0, weights: T
     return mean
 
 
-def leave_gradients(errors: Errors, variables: Sequence[Joined], part: Tensor, progress: float, penalty: float) -> None:
+def leave_gradients(
+    errors: Errors, variables: Sequence[TrainedRows], part: Tensor, progress: float, penalty: float
+) -> None:
     """Adds gradients of the block's error on some samples to variables; what leads to them is gone afterwards."""
     weights = {name: w for several in variables for name, w in several.weights(progress).items()}
     loss = errors(weights, part, errors.method.trim)
