@@ -383,6 +383,9 @@ class TestRules:
         for method in ("learned", "gptq"):
             assert all(p.residuals for p in plan(rule(method, 2), export=()).layers if p.format)
         assert refusals(rule("learned", 1000))[0].endswith("low_rank: rank 1000 is more than 64 x 64 matrices have")
+        codes = {"codes": {"format": "int2-g16", "share": 0.5, "unit": 40}}
+        found = refusals(rule("rtn", 2) | {"residuals": [codes]})
+        assert found[0].endswith("codes: rows of 64 columns are not divisible into units of 40")
 
     def test_an_embedding_has_no_inputs(self):
         rule = {"match": "re:.*", "weights": "int8-channel", "method": "gptq", "activations": "int8-token"}

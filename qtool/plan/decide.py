@@ -74,12 +74,15 @@ def decide_module(module: Module, index: int, recipe: Recipe, checkpoint: Checkp
     if choice.format is None:
         bits = kept_bits(module, choice.keep, checkpoint)
         return LayerPlan(module, None, None, None, choice.keep, choice.fallback, index, bits)
+    residuals = []
     for residual in rule.residuals:
         if reason := residual.misfit(*module.shape):
             findings.add(index, f"{residual.name()}: {reason}", module.name)
-    bits = Layer(choice.format, residuals=rule.residuals).storage_bits(*module.shape)
+        else:
+            residuals.append(residual)
+    bits = Layer(choice.format, residuals=tuple(residuals)).storage_bits(*module.shape)
     chosen = choice.format, method, rule.activations, choice.keep, choice.fallback
-    return LayerPlan(module, *chosen, index, bits, rule.residuals)
+    return LayerPlan(module, *chosen, index, bits, tuple(residuals))
 
 
 def kept_bits(module: Module, keep: str, checkpoint: Checkpoint) -> int:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import field_validator
 from torch import Tensor
 
 from qtool.ops._base import InputOp
@@ -177,6 +178,13 @@ class EdgeTransform(Transform):
     """
 
     edges: tuple[Kind, ...]
+
+    @field_validator("edges")
+    @classmethod
+    def _some(cls, edges: tuple[Kind, ...]) -> tuple[Kind, ...]:
+        if not edges:
+            raise ValueError("nowhere to work: name edges")
+        return edges
 
     @property
     def kinds(self) -> frozenset[Kind]:

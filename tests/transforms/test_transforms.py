@@ -353,6 +353,14 @@ def test_hadamard() -> None:
         Hadamard(block=3)
 
 
+@pytest.mark.parametrize("transform", [AWQ, Equalize, Exponents, Permute, Rotate, Smooth])
+def test_edges_are_some_that_a_transform_works_on(transform: type[Transform]) -> None:
+    with pytest.raises(ValidationError, match="nowhere to work: name edges"):
+        transform(edges=())
+    with pytest.raises(ValidationError, match=r"edges\.0"):
+        transform(edges=("scores",))
+
+
 @pytest.mark.parametrize("name", registry.names("transforms"))
 def test_nothing_is_done_where_nothing_is_quantized_or_nothing_was_seen(name: str) -> None:
     options = {"candidates": ["smooth", "hadamard"]} if name == "try" else {}
