@@ -342,6 +342,12 @@ def test_rotate() -> None:
     assert (random.width, random.run) == (32, 8)
     assert Rotate().misfit("stream", 92, 92) == "no Hadamard matrix of order 92 is known here; use matrix: random"
     assert Rotate(matrix="random").misfit("stream", 92, 92) is None
+    mixed = Rotate(matrix="permutation").op(Site("heads", 32, 8, 2, (), None, None, 5))
+    assert isinstance(mixed, Permutation)
+    assert mixed.run == 8  # within each head, and in none as it was
+    assert not torch.equal(mixed.order, torch.arange(32))
+    assert len({tuple((run - run.min()).tolist()) for run in mixed.order.view(4, 8)}) == 4
+    assert Rotate(matrix="permutation").misfit("stream", 92, 92) is None
 
 
 def test_hadamard() -> None:
