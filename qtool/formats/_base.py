@@ -26,6 +26,7 @@ from torch import Tensor
 from qtool.formats._roles import RunTime, Scheduled
 from qtool.numerics.codebooks.codebook import Codebook
 from qtool.numerics.grids.affine import decode_levels, round_to_levels
+from qtool.numerics.solving.settle_multiples import Multiples
 
 Params = dict[str, Tensor]
 """Fitted parameters by name, each [N, entries]; C / entries columns share one entry."""
@@ -126,6 +127,14 @@ class Format(Scheduled, RunTime):
                 they are free, those of its offsets.
         """
         return self.refit(params, scale, offset)
+
+    def multiples(self, params: Params) -> Multiples | None:
+        """Parameters as integer multiples of steps that several groups of a row share; None where they are none."""
+        return None
+
+    def of_multiples(self, found: Multiples) -> Params:
+        """The parameters that `multiples` tells."""
+        raise NotImplementedError
 
     @abstractmethod
     def storage_bits(self, n: int, k: int) -> int:

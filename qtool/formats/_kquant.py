@@ -26,6 +26,7 @@ from qtool.numerics.ggml.search import ScaleSearch
 from qtool.numerics.scales.kquant import EFFORT, SuperBlock, search_super_blocks
 from qtool.numerics.scales.sweep import STRETCH
 from qtool.numerics.solving.kquant_refit import refit_multiples
+from qtool.numerics.solving.settle_multiples import Multiples
 
 
 class KQuant(BlockFormat):
@@ -130,6 +131,16 @@ class KQuant(BlockFormat):
         dmin, m = start.get("dmin", d), start.get("m", sc)
         pull = torch.where(nearer, pulls[1], pulls[0])
         return self.stored(*refit_multiples(curvature, pull, (d, dmin, sc, m), self.limits))
+
+    def multiples(self, params: Params) -> Multiples:
+        """See `Format.multiples`."""
+        d, sc = (params[name].float() for name in ("d", "sc"))
+        dmin, m = (params[name].float() if self.minima else same for name, same in (("dmin", d), ("m", sc)))
+        return Multiples(d, dmin, sc, m, self.minima, self.limits)
+
+    def of_multiples(self, found: Multiples) -> Params:
+        """See `Format.of_multiples`."""
+        return self.stored(*found[:4])
 
     def pack(self, codes: Tensor, params: Params) -> Tensor:
         """See `BlockFormat.pack`."""

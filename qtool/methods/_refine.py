@@ -6,8 +6,9 @@ code in turn then moves to its best level given all the others; where codes go t
 
 `pull` is the rows' (w - w_hat) H, up to a factor the gradient; it is carried along, since it costs as much as the walk.
 
-Scales that are codes of a table move one by one instead, along with the codes (`numerics.solving.settle`): what is
-stored is chosen given what all others store, for a quarter of the time.
+On the CPU scales that are codes of a table, or multiples of steps, move one by one instead, along with the codes
+(`numerics.solving.settle` and `settle_multiples`): what is stored is chosen given what all others store, for a quarter
+of the time.
 
 On devices several matrices of one size may be refined together, see `numerics.solving.split`.
 
@@ -24,6 +25,7 @@ from qtool.numerics.grids.scale_codes import CodedScales
 from qtool.numerics.solving.descent import descend
 from qtool.numerics.solving.normal import normal_equations, per_group, solve_rows
 from qtool.numerics.solving.settle import settle, settles
+from qtool.numerics.solving.settle_multiples import settle_multiples
 from qtool.numerics.solving.split import Split, subtract_times, times
 from qtool.numerics.solving.vector_walk import descend_vectors
 from qtool.numerics.threads.marks import marked
@@ -54,10 +56,14 @@ def refine(w: Tensor, curvature: Split, q: Quantized, rounds: int, sweeps: int) 
     size = max(1, STRIP // w.shape[1]) if w.device.type == "cpu" else len(w)
     parts = []
     rule = coded(q.format) if w.device.type == "cpu" else None
+    shared = w.device.type == "cpu" and q.format.multiples(q.params) is not None
     for a in range(0, len(w), size):
         part = q.rows(a, a + size)
         if rule:
             parts.append(_settled(w[a : a + size], curvature, part, rule, rounds, sweeps))
+            continue
+        if shared:
+            parts.append(_settled_multiples(w[a : a + size], curvature, part, rounds, sweeps))
             continue
         codes, params = part.codes, part.params
         pull = times(w[a : a + size] - q.format.decode(codes, params), gram)
@@ -95,6 +101,20 @@ def _settled(
         with marked("descent"):
             codes, pull = descend(curvature, values[found], levels, codes, pull, sweeps - 1)
     return codes, q.format.of_search(found.to(torch.uint8))
+
+
+def _settled_multiples(w: Tensor, curvature: Split, q: Quantized, rounds: int, sweeps: int) -> tuple[Tensor, Params]:
+    """`refine` of a few rows whose scales are multiples of steps."""
+    codes, levels, params = q.codes, q.format.levels(), q.format.multiples(q.params)
+    assert params is not None
+    pull = times(w - q.decode(), curvature.matrix)
+    for _ in range(rounds):
+        with marked("scales refitted"):
+            params, codes, pull = settle_multiples(curvature.matrix, levels, params, codes, pull)
+        scale = expand(params.d, params.a.shape[1]) * params.a
+        with marked("descent"):
+            codes, pull = descend(curvature, scale, levels, codes, pull, sweeps - 1)
+    return codes, q.format.of_multiples(params)
 
 
 def join_rows(parts: list[Params]) -> Params:

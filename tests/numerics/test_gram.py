@@ -77,7 +77,7 @@ def test_integers_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
     found = GramSum(32)
     for batch in batches:
         found.add(batch)
-        assert found.waiting <= 1000
+        assert found.summed <= 1000
     assert relative(found.total(), batches).abs().max() < 0.02
 
 

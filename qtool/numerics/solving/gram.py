@@ -40,6 +40,9 @@ FUSED = "dtype" in torch.ops.aten.mm.overloads()  # type: ignore[no-untyped-call
 MOST_TOKENS = 1 << 17
 """Products of integers are moved to float32 after so many tokens; 2^31 / 127^2 of them fit."""
 
+ROUNDED = 1 << 25
+"""Bytes of rounded tokens that wait to be multiplied together: each product costs a pass over the matrix as well."""
+
 
 def counts_fast() -> bool:
     """Whether the processor has instructions for sums of 8-bit products."""
@@ -108,14 +111,18 @@ class GramSum:
         self.lower = torch.zeros(k, k, device=device)
         self.products = torch.zeros(0, 0, dtype=torch.int32)
         self.step = torch.zeros(0)
-        self.waiting = 0
+        self.summed = 0
+        """Tokens in `products`."""
+        self.codes: list[Tensor] = []
         self.few: list[Tensor] = []
+        """Tokens that wait to be multiplied: rounded ones, and others."""
 
     def add(self, x: Tensor) -> None:
         """Counts tokens, [T, K] of any float type."""
-        if 0 < len(x) <= MOST_TOKENS and x.dtype == torch.bfloat16 and x.device.type == "cpu" and counts_fast():
-            x = self._add_rounded(x)
-        if x.is_cuda:
+        rounds = 0 < len(x) <= MOST_TOKENS and x.dtype == torch.bfloat16 and x.device.type == "cpu" and counts_fast()
+        if rounds:
+            x = self._round(x)
+        if rounds or x.is_cuda:
             self.few.append(x)
             if sum(map(len, self.few)) >= ENOUGH:
                 self._add_few()
@@ -123,7 +130,7 @@ class GramSum:
             self._add_product(x.float())
 
     def _add_few(self) -> None:
-        """Counts the tokens that wait."""
+        """Counts the tokens that wait and are not rounded."""
         if self.few:
             x = self.few[0] if len(self.few) == 1 else torch.cat(self.few)
             self.few = []
@@ -134,8 +141,8 @@ class GramSum:
         for a, b in strips(len(self.lower), x.device) if len(x) else []:
             add_product(self.lower[a:, a:b], x[:, a:], x[:, a:b])
 
-    def _add_rounded(self, x: Tensor) -> Tensor:
-        """Counts what can be rounded; returns the tokens that cannot, bfloat16 [T', K]."""
+    def _round(self, x: Tensor) -> Tensor:
+        """Has what can be rounded wait to be counted; returns the tokens that cannot, bfloat16 [T', K]."""
         if not len(self.step):
             squares = x.float().square_()
             energy = squares.sum(1)
@@ -146,11 +153,22 @@ class GramSum:
         bits = x.contiguous().view(torch.int16).numpy().view(np.uint16)
         arrays = [bits, *(t.numpy() for t in (1 / self.step, codes, far))]
         over_rows(lambda start, stop: round_tokens(*arrays, start, stop), len(x))
-        if self.waiting + len(x) > MOST_TOKENS:
-            self.total()
-        if not self.waiting:
+        self.codes.append(codes)
+        if sum(map(torch.numel, self.codes)) >= ROUNDED:
+            self._add_codes()
+        return x[far]
+
+    def _add_codes(self) -> None:
+        """Counts the rounded tokens that wait."""
+        if not self.codes:
+            return
+        codes = self.codes[0] if len(self.codes) == 1 else torch.cat(self.codes)
+        self.codes = []
+        if self.summed + len(codes) > MOST_TOKENS:
+            self._unfold()
+        if not self.summed:
             self.products = torch.zeros(self.lower.shape, dtype=torch.int32)
-        self.waiting += len(x)
+        self.summed += len(codes)
 
         @torch.inference_mode()
         def multiply(pair: set[tuple[int, int]]) -> None:
@@ -160,15 +178,19 @@ class GramSum:
         found = strips(len(self.lower))
         pairs = [set(pair) for pair in zip(found, reversed(found), strict=True)]
         side_by_side(multiply, pairs[: -(-len(pairs) // 2)])  # the longest with the shortest: all pairs take as long
-        return x[far]
+
+    def _unfold(self) -> None:
+        """Moves products of integers to float32, and mirrors the whole."""
+        arrays = [t.numpy() for t in (self.lower, self.products, self.step)]
+        over_rows(lambda start, stop: unfold_rows(*arrays, start, stop), len(self.lower))
+        self.products, self.summed = torch.zeros(0, 0, dtype=torch.int32), 0
 
     def total(self) -> Tensor:
         """float32 [K, K]; what is counted later is added to it in place."""
+        self._add_few()
         if self.lower.device.type == "cpu":
-            arrays = [t.numpy() for t in (self.lower, self.products, self.step)]
-            over_rows(lambda start, stop: unfold_rows(*arrays, start, stop), len(self.lower))
-            self.products, self.waiting = torch.zeros(0, 0, dtype=torch.int32), 0
+            self._add_codes()
+            self._unfold()
         else:
-            self._add_few()
             self.lower = self.lower.tril() + self.lower.tril(-1).T
         return self.lower
