@@ -19,6 +19,7 @@ stages  whole runs on the CPU by format against 4-bit integers and llm-compresso
 solve   GPTQ of a matrix of the demo model's size on one thread in every kind of format, against 4-bit integers
 paths   GPTQ's walk along several paths, and scales by the whole local metric, on matrices of the demo model
 architectures  every type of transformers' causal language models, tiny: the table of docs/architectures.md
+copy    published FP8 that stays as it is, known by names only, against copying its files to the same disk
 stream  Q8_0 without data on a random model of 1.07 billion parameters, against copying the files; peak memory
 
 Everything is written below DIR, and the numbers to DIR/results.json.
@@ -40,6 +41,7 @@ from benchmarks import (
     budgets,
     cast,
     cells,
+    copying,
     curves,
     encode,
     latency,
@@ -306,6 +308,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
     "architectures": lambda options: architectures.run(
         options.work, options.kind, options.processes, options.write_page
     ),
+    "copy": lambda options: copying.against_a_copy(QTOOL, options.work, options.gigabytes * 1e9, options.processes),
     "stream": lambda options: stream(options.work),
 }
 
@@ -323,8 +326,9 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=12, help="study, budgets, learned: of each text")
     parser.add_argument("--write-page", action="store_true", help="write the page or table in docs/ anew")
     parser.add_argument(
-        "--processes", type=int, default=2, help="side by side: architectures, budgets, learned, systems, tables"
+        "--processes", type=int, default=2, help="side by side: architectures, budgets, copy, learned, systems, tables"
     )
+    parser.add_argument("--gigabytes", type=float, default=12, help="copy: of the checkpoint")
     parser.add_argument("--kind", action="append", default=[], help="architectures: this type, and others given so")
     parser.add_argument(
         "--mix", action="append", default=[], choices=budgets.MIXES, help="budgets: this mix, no seconds"

@@ -49,4 +49,10 @@ def parts_of(checkpoint: Checkpoint, module: str) -> Parts | None:
 
 def same_bytes(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of one type hold the same bits, which zeros of two signs do not."""
-    return bool(torch.equal(one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8)))
+    return one.shape == other.shape and bool(torch.equal(*(words(tensor) for tensor in (one, other))))
+
+
+def words(tensor: Tensor) -> Tensor:
+    """The bits of a tensor in the largest pieces that divide it, which are compared the quickest."""
+    flat = tensor.contiguous().view(-1).view(torch.uint8)
+    return flat if flat.numel() % 8 or flat.storage_offset() % 8 else flat.view(torch.int64)
