@@ -19,6 +19,7 @@ from torch import Tensor
 from qtool.artifact._footprint import Footprint
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, modules
 from qtool.errors import PlanError
+from qtool.formats._base import Quantized
 from qtool.numerics.threads.ranks import Ranks
 from qtool.ops._base import InputOp
 from qtool.recipe.cache import KVCache
@@ -216,6 +217,10 @@ class Artifact(ABC):
         others = (name for name in model.names() if name.removesuffix(".weight") not in matrices)
         rest = sum(model.info(name).nbytes for name in others)
         return Footprint(matrices, rest + sum(tensor.nbytes for tensor in (more or {}).values()), overhead)
+
+    def try_matrix(self, model: Checkpoint, module: str, layer: Layer, quantized: Quantized) -> None:
+        """Raises PlanError: what a matrix holds has no exact place here, which its layer alone does not tell."""
+        return
 
     @abstractmethod
     def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:

@@ -98,6 +98,10 @@ class PackedArtifact(Artifact):
         layout = self._layout(model, model.layers)
         return self._footprint(model, overhead(_pieces(model, layout)[0]), layout.more)
 
+    def try_matrix(self, model: Checkpoint, module: str, layer: Layer, quantized: Quantized) -> None:
+        """See `Artifact.try_matrix`."""
+        self._layout(model, {module: layer}).encode(module, quantized)
+
     def write_share(self, model: QuantizedCheckpoint, out: Path, ranks: Ranks) -> Sequence[Path]:
         """See `Artifact.write_share`: shards."""
         self.check(model)

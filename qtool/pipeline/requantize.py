@@ -6,12 +6,14 @@ Whatever else is wanted of such a model is a second generation: what was rounded
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 
+from qtool.artifact._base import Artifact
 from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint
 from qtool.checkpoint.parts import parts_of
 from qtool.formats._base import Format, Quantized, alike
@@ -86,6 +88,29 @@ def kept_as_stored(checkpoint: Checkpoint, plan: LayerPlan) -> bool:
     stored = checkpoint.layers[name]
     exact = not stored.residuals and not stored.input_ops and alike(stored.format, plan.format)
     return exact and parts_of(checkpoint, name) is not None
+
+
+def try_taken_over(plan: Plan, checkpoint: Checkpoint, artifacts: Iterable[Artifact]) -> None:
+    """Has artifacts try the smallest matrix of each format whose codes the source has, before hours of work.
+
+    Raises:
+        PlanError: one cannot hold it as it is, such as scales in a wider type than its own.
+    """
+    if not isinstance(checkpoint, QuantizedCheckpoint) or not checkpoint.has_codes or plan.recipe.transforms:
+        return
+    tried: set[tuple[str, str]] = set()
+    for p in sorted(plan.layers, key=lambda p: math.prod(p.module.shape)):
+        name = p.module.name
+        if p.format is None or p.layer is None or p.layer.unmeasured or name not in checkpoint.layers:
+            continue
+        if (kind := (checkpoint.layers[name].format.label, p.format.label)) in tried:
+            continue
+        tried.add(kind)
+        if p.format.may_hold(checkpoint.layers[name].format) is None:
+            same = origin(checkpoint, name, p.format, p.residuals).same
+            for artifact in artifacts:
+                if same is not None:
+                    artifact.try_matrix(checkpoint, name, p.layer, same)
 
 
 def corrected(residuals: Sequence[object]) -> str | None:

@@ -19,6 +19,7 @@ from qtool.models import open_model_free
 from qtool.pipeline.prepare import prepare
 from qtool.pipeline.quantize import QuantizeOptions, run
 from qtool.pipeline.verify import compare
+from qtool.recipe.load import load_recipe
 
 
 def recipe(weights, activations=None, method="rtn"):
@@ -145,6 +146,16 @@ def test_published_fp8_that_is_no_number_is_refused(bits, published, tmp_path):
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(NumericsError, match=r"model\.layers\.0\.mlp\.up_proj\.weight is not finite"):
         quantize(open_model_free(str(folder)), as_it_is(), tmp_path / "free")
+
+
+def test_scales_that_an_artifact_cannot_hold_are_refused_in_the_plan(published):
+    folder, tensors = published
+    recipe = load_recipe(as_it_is() | {"export": [{"to": "compressed-tensors"}]})
+    with pytest.raises(PlanError, match=r"proj: scales stored as float32 are not exact in bfloat16"):
+        prepare(open_model_free(str(folder)), recipe)
+    exact = {name: t.bfloat16().float() if name.endswith("scale_inv") else t for name, t in tensors.items()}
+    save_file(exact, folder / "model.safetensors")
+    assert prepare(open_model_free(str(folder)), recipe).plan.layers
 
 
 def test_an_unknown_type_offers_it(unknown):
