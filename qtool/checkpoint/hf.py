@@ -55,6 +55,9 @@ class HFCheckpoint(Checkpoint):
         self.notes = (code,) if code else ()
         stored = self._weights(folder)
         ignored = {name for name in stored if name.endswith(".rotary_emb.inv_freq")}  # a constant that old files keep
+        separate = self.family.derived or any(name.endswith(f"{self.family.head}.weight") for name in stored)
+        if not separate and read_own(folder / "config.json").get("tie_word_embeddings"):
+            self.config["tie_word_embeddings"] = True  # said of the whole, whatever is said of its text model
         self._shapes = self.family.shapes(self.config)
         self._drop_tied_copy(stored, ignored)
         self._slices = self.family.slices(self.config, stored)

@@ -80,3 +80,20 @@ def test_a_missing_tensor_is_noticed(several: tuple[Path, Any], tmp_path: Path) 
     (tmp_path / "config.json").write_bytes((several[0] / "config.json").read_bytes())
     with pytest.raises(CheckpointError, match=r"lacks 1 of the .* found no model\.layers\.3\.mlp\.up_proj\.weight"):
         HFCheckpoint(tmp_path)
+
+
+def test_an_output_layer_may_be_tied_by_the_whole(several: tuple[Path, Any], tmp_path: Path) -> None:
+    """As in GOT-OCR 2, whose text model says that it has one of its own; so it has where a file stores one."""
+    tensors = load_file(several[0] / "model.safetensors")
+    told = json.loads((several[0] / "config.json").read_text())
+    told["text_config"]["tie_word_embeddings"], told["tie_word_embeddings"] = False, True
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert HFCheckpoint(tmp_path).tied
+    own = {"language_model.lm_head.weight": torch.randn(512, 64)}
+    save_file(tensors | own, tmp_path / "model.safetensors")
+    assert torch.equal(HFCheckpoint(tmp_path).tensor("lm_head.weight"), *own.values())
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(told | {"tie_word_embeddings": False}))
+    with pytest.raises(CheckpointError, match=r"found no lm_head\.weight"):
+        HFCheckpoint(tmp_path)
