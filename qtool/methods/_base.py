@@ -135,12 +135,18 @@ class BlockTask:
                 ("model.layers.0.input_layernorm").
             residuals: what corrects these weights, by module, in the place of what was found first for it.
         """
+        return self.output(self.inputs[part], weights, residuals)
+
+    def output(
+        self, x: Tensor, weights: Mapping[str, Tensor], residuals: Mapping[str, tuple[Correction, ...]] | None = None
+    ) -> Tensor:
+        """The same for hidden states in front of the block, [s, T, H]."""
         corrections = {name: s.residuals for name, s in self.found.items()} | dict(residuals or {})
         whole = dict(weights)
         for name in weights.keys() & corrections.keys():
             for correction in corrections[name]:
                 whole[name] = correction.apply(whole[name])
-        return self.forward(self.inputs[part], whole, corrections)
+        return self.forward(x, whole, corrections)
 
     def split(self, share: float) -> tuple[Tensor, Tensor]:
         """(samples to learn from, samples to judge by), int64 indices, ascending; the same in every block.

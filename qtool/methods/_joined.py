@@ -31,6 +31,9 @@ class TrainedRows:
         starts: where training begins, by module.
         scales: whether scales and free offsets move.
         generator: for what is drawn at random.
+
+    Attributes:
+        small: whether all of them take a device less time than launching what they are for.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class TrainedRows:
         generator: torch.Generator,
     ) -> None:
         self.starts, self.rows = starts, [len(w) for w in weights.values()]
+        self.small = all(w.numel() <= SMALL for w in weights.values())
         together, (first, *_) = list(weights.values()), starts.values()
         if len(together) == 1:
             self.relaxed = way(together[0], first, scales, generator)

@@ -40,6 +40,8 @@ class TwoLevels(Relaxed):
         inside: where the first mixture is between them, float32 [N, K]; more than 1/2: the upper one is the code.
     """
 
+    repeats = False
+
     def __init__(self, w: Tensor, start: Quantized, scales: bool, generator: torch.Generator) -> None:
         super().__init__(w, start, scales, generator)
         self.levels, code = self.fmt.levels().to(w.device), start.codes.long()

@@ -33,10 +33,12 @@ class Relaxed(ABC):
 
     Attributes:
         by_row: whether rows know nothing of each other.
+        repeats: whether every step does the same, whatever is done of the training, and draws nothing at random.
         first: scales and offsets to begin with, float32 [N, G].
     """
 
     by_row: ClassVar[bool] = True
+    repeats: ClassVar[bool] = True
 
     def __init__(self, w: Tensor, start: Quantized, scales: bool, generator: torch.Generator) -> None:
         self.w, self.fmt, self.start, self.generator = w, start.format, start, generator

@@ -31,6 +31,7 @@ from qtool.methods._joined import TrainedRows, joined
 from qtool.methods._mixtures import Gumbel, Sigmoid
 from qtool.methods._optimizers import Optimizer, optimizer
 from qtool.methods._relaxed import Divided, DividedLowRank, Relaxed, ShiftedPlaces, ShiftedWeights, Unmoved
+from qtool.methods._repeated import Repeated
 
 Way = Literal["steps", "weights", "divide", "low-rank", "sigmoid", "gumbel", "none"]
 WAYS: dict[Way, type[Relaxed]] = {
@@ -96,10 +97,11 @@ class Learned(BlockMethod):
         leaves = [leaf for several in variables for leaf in several.relaxed.leaves()]
         step = optimizer(self.optimizer, [(leaf, own if decides else self.scale_rate) for leaf, decides in leaves])
         start = best = errors.held_out(decoded(trained), unseen)
+        gradients = Gradients(errors, variables, self.penalty * start)
         kept, idle = dict[str, Solution](), 0
         for i in range(self.steps):
             part = seen[torch.randperm(len(seen), generator=generator)[: self.batch]]
-            leave_gradients(errors, variables, part, i / self.steps, self.penalty * start)
+            gradients(part, i / self.steps)
             step(self.share(i / self.steps))
             if (i + 1) % max(1, self.steps // CHECKS) == 0 or i + 1 == self.steps:
                 ends = {name: quantized for several in variables for name, quantized in several.solutions().items()}
@@ -144,16 +146,26 @@ class Errors:
             return self.task.token_weights[part].to(self.task.device)
         return torch.ones_like(target[..., 0], dtype=torch.float32) if self.method.loss == "plain" else None
 
-    def __call__(self, weights: Mapping[str, Tensor], part: Part, trim: float = 0.0) -> Tensor:
-        """Mean error of the block with these weights on some samples."""
+    def given(self, part: Part) -> tuple[Tensor, ...]:
+        """(hidden states in front of the block, [s, T, H]; its targets; how much tokens count, if not all alike)."""
         target = self.targets(part)
-        return relative_error(self.task.run(part, weights), target, trim, self.weights(part, target))
+        counts = self.weights(part, target)
+        x = self.task.inputs[part].to(self.task.device, self.task.dtype)
+        return (x, target) if counts is None else (x, target, counts)
+
+    def __call__(self, weights: Mapping[str, Tensor], given: tuple[Tensor, ...], trim: float = 0.0) -> Tensor:
+        """Mean error of the block with these weights on some samples, see `given`."""
+        x, target, *counts = given
+        return relative_error(self.task.output(x, weights), target, trim, counts[0] if counts else None)
 
     @torch.no_grad()
     def held_out(self, weights: Mapping[str, Tensor], part: Tensor) -> float:
-        """The same of samples one after the other."""
+        """The same with nothing left out, of as many samples at a time as do not weigh each other's tokens."""
         weights = {name: w.to(self.task.device) for name, w in weights.items()}
-        return float(torch.stack([self(weights, s[None]) for s in part]).double().mean())
+        several = self.task.device.type != "cpu" and self.task.token_weights is None and self.method.loss == "relative"
+        parts = torch.split(part, self.method.batch if several else 1)
+        errors = torch.stack([self(weights, self.given(s)) for s in parts]).double().cpu()
+        return float((errors * torch.tensor([len(s) for s in parts])).sum() / len(part))
 
 
 def decoded(solutions: Mapping[str, Solution]) -> dict[str, Tensor]:
@@ -182,13 +194,31 @@ def relative_error(output: Tensor, target: Tensor, trim: float = 0.0, weights: T
     return mean
 
 
-def leave_gradients(
-    errors: Errors, variables: Sequence[TrainedRows], part: Tensor, progress: float, penalty: float
-) -> None:
-    """Adds gradients of the block's error on some samples to variables; what leads to them is gone afterwards."""
-    weights = {name: w for several in variables for name, w in several.weights(progress).items()}
-    loss = errors(weights, part, errors.method.trim)
-    extra = [p for several in variables if (p := several.relaxed.penalty(progress)) is not None]
-    if extra:
-        loss = loss + penalty * torch.stack(extra).mean()
-    loss.backward()  # type: ignore[no-untyped-call]
+class Gradients:
+    """Adds gradients of a block's error to variables; what leads to them is gone afterwards.
+
+    Args:
+        errors: of the block.
+        variables: what is trained.
+        penalty: what a penalty of 1 counts.
+    """
+
+    def __init__(self, errors: Errors, variables: Sequence[TrainedRows], penalty: float) -> None:
+        self.errors, self.variables, self.penalty, self.progress = errors, variables, penalty, 0.0
+        leaves = [leaf for several in variables for leaf, _ in several.relaxed.leaves()]
+        alike = all(several.relaxed.repeats and several.small for several in variables)
+        self.repeated = Repeated(self.leave, leaves, alike and not errors.method.trim)
+
+    def __call__(self, part: Tensor, progress: float) -> None:
+        """Of some samples, when so much of the training is done."""
+        self.progress = progress
+        self.repeated(*self.errors.given(part))
+
+    def leave(self, *given: Tensor) -> None:
+        """See the class; of samples as `Errors.given` has them."""
+        weights = {name: w for several in self.variables for name, w in several.weights(self.progress).items()}
+        loss = self.errors(weights, given, self.errors.method.trim)
+        extra = [p for several in self.variables if (p := several.relaxed.penalty(self.progress)) is not None]
+        if extra:
+            loss = loss + self.penalty * torch.stack(extra).mean()
+        loss.backward()  # type: ignore[no-untyped-call]

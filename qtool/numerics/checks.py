@@ -35,6 +35,11 @@ def largest_bits(bits, found, start, stop):  # type: ignore[no-untyped-def]
         found[n] = most
 
 
+def recording(x: Tensor) -> bool:
+    """Whether operations on a tensor are being recorded, to be replayed on other numbers: nobody may wait for one."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def searchable(w: Tensor) -> np.ndarray:
     """float32 [N, C] on the CPU, rows in order. Raises NumericsError: NaN, or larger than `LARGEST`."""
     values = w.float().contiguous().cpu().numpy()

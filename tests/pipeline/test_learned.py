@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from qtool.methods import _repeated
 from qtool.pipeline.quantize import QuantizeOptions, run
+from tests.methods.test_repeated import Recorder
 
 RECIPE = """
 recipe: 1
@@ -28,14 +30,17 @@ def quantized(model, texts, out, weights, method, name):
 
 
 @pytest.mark.parametrize(("weights", "left"), [("int2-g32", 0.95), ("q4_0", 0.97)])
-def test_divergence_falls_and_bytes_repeat(tiny_checkpoint, texts, tmp_path, weights, left):
+def test_divergence_falls_and_bytes_repeat(tiny_checkpoint, texts, tmp_path, weights, left, monkeypatch):
     model = tiny_checkpoint("llama")
     start, before = quantized(model, texts, tmp_path / "start", weights, "gptq", f"start-{weights}")
     found, after = quantized(model, texts, tmp_path / "found", weights, LEARNED, f"found-{weights}")
+    device = Recorder()
+    monkeypatch.setattr(_repeated, "recorded", device)
     again, same = quantized(model, texts, tmp_path / "again", weights, LEARNED, f"found-{weights}")
     assert found.evaluations[0].kld_mean < left * start.evaluations[0].kld_mean
     assert before != after
     assert same == after
+    assert device.replayed == 2 * 60
     assert again.evaluations == found.evaluations
     assert {entry.method for entry in found.layers if entry.format} == {"learned"}
     assert [(entry.block, entry.method) for entry in found.blocks] == [(0, "learned"), (1, "learned")]
