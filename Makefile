@@ -23,7 +23,7 @@ PROCESSOR_TESTS := -k "not thorough and not fast and not iq1 and not iq2 and not
 # Programs that tests start import what was compiled once, even where the environment says otherwise.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-processors test-bounds test-newest test-oldest test-tasks test-mlx newest check format docs bench bench-gpu fuzz kills clean
+.PHONY: setup demo test test-processors test-bounds test-newest test-oldest test-tasks test-mlx test-vllm newest check format docs bench bench-gpu fuzz kills clean
 
 setup: $(READY)
 
@@ -75,6 +75,18 @@ test-tasks: .venv-tasks/ready
 # MLX folders in mlx-lm, whose CPU build runs on Linux; without it those tests say that they are skipped.
 test-mlx: .venv-mlx/ready
 	OMP_WAIT_POLICY=PASSIVE .venv-mlx/bin/python -m pytest tests/evaluate/test_mlx_lm.py $(PYTEST_ARGS)
+
+# GPTQ and AWQ folders in vLLM's build for processors, and what vLLM selects for every recipe. It brings releases of its own
+# of what qtool builds on, so it has a virtual environment for itself; its parts for pictures and sound want a GPU's torch.
+test-vllm: .venv-vllm/ready
+	OMP_WAIT_POLICY=PASSIVE .venv-vllm/bin/python -m pytest tests/evaluate/test_vllm.py $(PYTEST_ARGS)
+
+.venv-vllm/ready: constraints-vllm.txt pyproject.toml
+	rm -rf .venv-vllm
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install -qq --requirement $< --editable .
+	.venv-vllm/bin/python -m pip uninstall -qqy torchvision torchaudio torchcodec
+	@touch $@
 
 .venv-%/ready: constraints-%.txt $(READY)
 	rm -rf .venv-$*
@@ -135,4 +147,4 @@ bench-gpu: $(READY)
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-newest .venv-oldest .venv-tasks .venv-mlx .venv-peer build dist demo .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-newest .venv-oldest .venv-tasks .venv-mlx .venv-vllm .venv-peer build dist demo .mypy_cache .pytest_cache .ruff_cache

@@ -20,6 +20,7 @@ solve   GPTQ of a matrix of the demo model's size on one thread in every kind of
 paths   GPTQ's walk along several paths, and scales by the whole local metric, on matrices of the demo model
 architectures  every type of transformers' causal language models, tiny: the table of docs/architectures.md
 copy    published FP8 that stays as it is, known by names only, against copying its files to the same disk
+schemes what vLLM, in the Python --peer, selects for what recipes write: the table of docs/runtimes.md; only by name
 stream  Q8_0 without data on a random model of 1.07 billion parameters, against copying the files; peak memory
 
 Everything is written below DIR, and the numbers to DIR/results.json.
@@ -51,6 +52,7 @@ from benchmarks import (
     page,
     paths,
     recipes,
+    schemes,
     scores,
     solve,
     stages,
@@ -310,6 +312,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
     ),
     "copy": lambda options: copying.against_a_copy(QTOOL, options.work, options.gigabytes * 1e9, options.processes),
     "stream": lambda options: stream(options.work),
+    "schemes": lambda options: {"written": schemes.ask(options.peer)},
 }
 
 
@@ -349,7 +352,7 @@ def main() -> None:
         options.prose.write_text(prose(), encoding="utf-8")
     options.evaluation = options.evaluation or options.prose
     results = {}
-    for name in [options.only] if options.only else BENCHMARKS:
+    for name in [options.only] if options.only else [name for name in BENCHMARKS if name != "schemes"]:
         found = BENCHMARKS[name](options)
         results[name] = {key: round(value, 4) for key, value in found.items()}
         print(name, *(f"{key:>24} {value:.3f}" for key, value in found.items()), sep="\n")

@@ -17,7 +17,7 @@ from typing import Any
 
 import typer
 
-from benchmarks import divided, learning, system, tables
+from benchmarks import divided, learning, schemes, system, tables
 from benchmarks import stages as timed
 from qtool import errors, registry
 from qtool.checkpoint._base import Layer, Module
@@ -243,6 +243,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "recipe": recipe,
     "recipes": recipes,
     "residuals": lambda: chapters("residuals"),
+    "schemes": lambda: table(schemes.HEADER, list(schemes.rows())),
     "stages": lambda: chapters("stages"),
     "support": support,
     "systems": lambda: table(system.HEADER, list(system.rows())),

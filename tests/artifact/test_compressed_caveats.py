@@ -6,7 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+from benchmarks import schemes
 from qtool.artifact.compressed_tensors import CompressedTensors
+from qtool.artifact.compressed_tensors._caveats import caveats
+from qtool.checkpoint._base import Layer
+from qtool.checkpoint.hf import HFCheckpoint
 from qtool.formats._spelling import parse_format
 from qtool.pipeline import export
 from qtool.pipeline.export import ExportOptions
@@ -23,6 +27,9 @@ KEPT = dict.fromkeys("qkvo")
 UNROUNDED = "transformers leaves the inputs of experts in {} unrounded"
 COMPRESSED = "with run_compressed=True transformers does not load {}: leave that out"
 NOT_LOADED = {name: f"{name} does not load experts in {{}}" for name in ("transformers", "vLLM")}
+OLD = "before compute capability 8.9 vLLM leaves inputs of {} unrounded"
+TURING = "vLLM loads {} from compute capability 8.0 on"
+HOPPER = "vLLM runs {} on Hopper GPUs only"
 EXPERTS = {  # weights and inputs of experts, and the caveats; without any, transformers computes what we compute
     "int4": (INT4, None),
     "int3": (INT4 | {"bits": 3}, None, NOT_LOADED["vLLM"]),
@@ -31,9 +38,9 @@ EXPERTS = {  # weights and inputs of experts, and the caveats; without any, tran
     "w8a8-asym": (INT8, "int8-token-asym", NOT_LOADED["transformers"], NOT_LOADED["vLLM"]),
     "w4a8": (INT4, "int8-token", UNROUNDED, NOT_LOADED["vLLM"]),
     "fp8": (FP8, None, NOT_LOADED["vLLM"]),
-    "fp8-dynamic": (FP8, "fp8-token", UNROUNDED),
-    "fp8-tensor": (FP8 | {"group": "tensor"}, "fp8-token", UNROUNDED, NOT_LOADED["vLLM"]),
-    "mxfp4": ("mxfp4", None, "vLLM leaves it to the GPU whether inputs of {} are rounded as well"),
+    "fp8-dynamic": (FP8, "fp8-token", UNROUNDED, OLD),
+    "fp8-tensor": (FP8 | {"group": "tensor"}, "fp8-token", UNROUNDED, OLD, NOT_LOADED["vLLM"]),
+    "mxfp4": ("mxfp4", None, TURING, "vLLM leaves it to the GPU whether inputs of {} are rounded as well"),
     "mxfp6": ("mxfp6", None, "vLLM does not know {}; transformers does, with compressed-tensors 0.20"),
     "nvfp4": (
         "nvfp4",
@@ -48,6 +55,39 @@ EXPERTS = {  # weights and inputs of experts, and the caveats; without any, tran
     ),
     "asymmetric": (INT4_ASYMMETRIC, None, NOT_LOADED["transformers"], COMPRESSED),
 }
+
+
+def layers_of(words):
+    """Layers of "fp8-channel with fp8-token inputs and int4-g128", by some name."""
+    for label in words.split(" and "):
+        weights, _, inputs = label.partition(" behind ")[0].removesuffix(" inputs").partition(" with ")
+        yield label, Layer(parse_format(weights), parse_format(inputs) if inputs else None)
+
+
+def selections():
+    """What is written as compressed-tensors, and what vLLM selects for it by compute capability."""
+    for written, entry in schemes.stored()["written"].items():
+        layout, _, words = written.partition(": ")
+        if layout == "compressed-tensors":
+            yield pytest.param(words, entry["schemes"], id=words)
+
+
+@pytest.mark.parametrize(("words", "selected"), [*selections()])
+def test_what_is_said_of_vllm_is_what_it_selects(words, selected, tiny_checkpoint):
+    layers = dict(layers_of(words))
+    found = caveats(HFCheckpoint(tiny_checkpoint("llama")), layers)
+    loads = {capability for capability, said in selected.items() if not said.startswith("none")}
+
+    def is_said(text):
+        before, after = text.split("{}")
+        return any(line.startswith(before) and line.endswith(after) for line in found)
+
+    assert is_said(HOPPER) == (loads == {"90"})
+    assert is_said(TURING) == ("75" not in loads and "80" in loads)
+    assert is_said(OLD) == ("W8A8Fp8" in selected["90"])
+    if "75" in loads and "W8A8Fp8" in selected["90"]:
+        assert "W8A8Fp8" not in selected["80"] and "W8A16Fp8" in selected["80"] and "W8A8Fp8" in selected["89"]
+    assert is_said("vLLM does not load {}; transformers does") == (not loads)
 
 
 def written(model, folder):

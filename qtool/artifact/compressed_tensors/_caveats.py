@@ -1,7 +1,7 @@
 """Which of its runtimes cannot read all that compressed-tensors can say, or compute something else of it.
 
-What transformers 5.23 does was tried. What vLLM does is from the source of version 0.32: _get_scheme_from_parts in
-vllm/model_executor/layers/quantization/compressed_tensors, and get_moe_method for experts.
+What transformers 5.23 does was tried. vLLM 0.32 was asked what it selects for recipes (docs/runtimes.md); of experts
+its source was read, get_moe_method in vllm/model_executor/layers/quantization/compressed_tensors.
 https://github.com/vllm-project/vllm
 """
 
@@ -70,6 +70,12 @@ def caveats(model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
             "with run_compressed=True transformers does not load {}: leave that out": {
                 layer for layer in found if _asymmetric(layer) and isinstance(kind_of(layer), PackQuantized)
             },
+            "vLLM loads {} from compute capability 8.0 on": {
+                layer for layer in found if isinstance(kind_of(layer), MXFP4Packed)
+            },
+            "before compute capability 8.9 vLLM leaves inputs of {} unrounded": {
+                layer for layer in found if _w8a8_fp8(layer)
+            },
             "vLLM runs {} on Hopper GPUs only": {layer for layer in found if _w4a8(layer) and _vllm_runs(layer)},
             "vLLM does not load {}; transformers does": {layer for layer in others if not _vllm_runs(layer)},
             "vLLM does not load experts in {}": {layer for layer in experts if not _vllm_runs_experts(layer)},
@@ -90,6 +96,11 @@ def _w4a8(layer: Layer) -> bool:
     """Whether weights are 4-bit integers and inputs FP8, for which vLLM has a scheme on Hopper alone."""
     ints = as_int(layer.format) if isinstance(kind_of(layer), PackQuantized) else None
     return ints is not None and layer.activations is not None and alike(layer.activations, FP8_INPUTS)
+
+
+def _w8a8_fp8(layer: Layer) -> bool:
+    """Whether weights and inputs are FP8, whose products older GPUs do not have."""
+    return isinstance(kind_of(layer), FloatQuantized | NaiveQuantized) and layer.activations is not None
 
 
 def _vllm_runs(layer: Layer) -> bool:
