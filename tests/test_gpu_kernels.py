@@ -311,7 +311,7 @@ def test_vectors(label: str) -> None:
     method = GPTQ(drift=0)
     want = method.solve(w, stats, fmt).quantized
     gram = stats[Gram].matrix
-    there = InputStats(k, frozenset({Gram}))
+    there = InputStats(k, frozenset({Gram}), "cuda")
     there.add(torch.linalg.cholesky(gram.double()).mT.float().cuda())
     found = method.solve(w.cuda(), there, fmt).quantized
     ours = objective(w - fmt.decode(found.codes.cpu(), {n: p.cpu() for n, p in found.params.items()}), gram).sum()

@@ -28,29 +28,29 @@ class Lookup(NamedTuple):
 
     Attributes:
         middles: float32 [M - 1].
-        close: int64 [M^V, neighbors], where the first is an entry like all.
-        exact: bool [M^V], whether the first entry has just these magnitudes.
+        places: int32 [V], of digits in base M.
+        close: int32 [M^V, neighbors], where the first is an entry like all.
+        exact: uint8 [M^V], whether the first entry has just these magnitudes.
         values: float32 [E, V].
-        places: int64 [V], of digits in base M.
     """
 
     middles: Tensor
+    places: Tensor
     close: Tensor
     exact: Tensor
     values: Tensor
-    places: Tensor
 
 
 @cache
 def lookup(book: Codebook, device: torch.device) -> Lookup:
     """Of a codebook."""
     tables = book.tables
-    close = torch.from_numpy(tables.close).long()
+    close = torch.from_numpy(tables.close).int()
     exact = close[:, 0] >= 0
     close[:, 0] = torch.where(exact, close[:, 0], -1 - close[:, 0])
-    places = len(book.magnitudes) ** torch.arange(book.width).flip(0)
+    places = (len(book.magnitudes) ** torch.arange(book.width).flip(0)).int()
     middles, values = torch.from_numpy(tables.middles), torch.from_numpy(tables.values)
-    return Lookup(*(t.to(device) for t in (middles, close, exact, values, places)))
+    return Lookup(*(t.contiguous().to(device) for t in (middles, places, close, exact.to(torch.uint8), values)))
 
 
 class BlockBatch(NamedTuple):
@@ -83,23 +83,26 @@ class BlockBatch(NamedTuple):
         inverse = torch.where(scale != 0, 1 / scale, 0.0)
         digits = torch.searchsorted(tables.middles, (size * inverse).contiguous())
         key = (digits * tables.places).sum(-1)
-        exact = tables.exact[key]
+        exact = tables.exact[key].bool()
         among = tables.close[key][..., : self.close]
-        values = tables.values[among]
+        values = tables.values[among.long()]
         costs = (values * (scale * self.weight)[..., None, :] - 2 * pull[..., None, :]).mul_(values).sum(-1)
         if flip is not None:
             least = (pull[..., None, :] * values).amin(-1)
             costs += torch.where(flip[..., None], 4 * least, 0.0)
             exact = exact & ~flip
         place = torch.where(exact, 0, (costs * scale[..., 0, None]).argmin(-1))
-        return tables.values[among.gather(-1, place[..., None])[..., 0]]
+        return tables.values[among.gather(-1, place[..., None])[..., 0].long()]
 
     def products(self, scale: Tensor, shift: Tensor | float) -> tuple[Tensor, Tensor]:
         """(sum of weight x level, sum of weight level^2) of segments, [R, G, S], for close codes at scales [R, G].
 
         Levels are shifted ones; shift: [R, G, S], or one for all.
         """
-        book, scale = self.book, scale[..., None, None, None, None]
+        book = self.book
+        if self.x.is_cuda:
+            return self._products_there(scale, shift)
+        scale = scale[..., None, None, None, None]
         if isinstance(shift, Tensor):
             shift = shift[..., None, None, None]
         d = self.x - scale * shift if self.rule.delta else self.x
@@ -116,6 +119,21 @@ class BlockBatch(NamedTuple):
         if odd is not None:
             whole = whole - torch.where(odd[..., 0], 2 * (pull * values).amin((-2, -1)), 0.0)
         return whole.sum(-1), ll.sum((-3, -2, -1))
+
+    def _products_there(self, scale: Tensor, shift: Tensor | float) -> tuple[Tensor, Tensor]:
+        """`products` by a kernel."""
+        from qtool.numerics.codebooks import cuda_close
+
+        shape, moved = self.x.shape, None
+        if self.rule.delta:
+            moved = shift if isinstance(shift, Tensor) else torch.full(shape[:3], shift, device=scale.device)
+            moved = moved.contiguous().flatten(1)
+        tables = lookup(self.book, scale.device)
+        pair = cuda_close.products(
+            self.x.flatten(1), self.weight.flatten(), scale.contiguous(), moved, self.book, self.close, tables
+        )
+        xl, ll = (t.view(*shape[:3], -1).sum(-1) for t in pair)
+        return xl, ll
 
     def of_groups(self, scale: Tensor, guess: bool) -> tuple[Tensor, Tensor, Tensor]:
         """`products` of groups, [R, G] each, with the better signs of shifts, or the likely ones: int8 [R, G, S]."""
@@ -233,7 +251,7 @@ def vector_scales(
     for a in range(0, len(x), ROWS):
         found = []
         for b in range(0, x.shape[1], block):
-            values = x[a : a + ROWS, b : b + block].reshape(-1, *shape)
+            values = x[a : a + ROWS, b : b + block].reshape(-1, *shape).contiguous()
             here = BlockBatch(values, weight[b : b + block].view(1, *shape).to(x.device), rule, book, effort.close)
             d, s, signs, errors = search_blocks(here, steps, effort)
             found.append((d[:, None], s, signs.flatten(1), errors[:, None]))
