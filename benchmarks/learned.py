@@ -108,6 +108,7 @@ def trials() -> dict[str, Trial]:
             "gptq": Trial(weights, distilled=tuple(ways)),
             "gumbel": Trial(weights, learned(**soft, rate=0.05), distilled=behind),
             "scales": Trial(weights, learned(**scales), distilled=behind[:3]),
+            "continued": Trial(weights, learned(**scales), {"continued": 3}, distilled=({"epochs": 2},)),
             "gumbel-slow": Trial(weights, learned(**soft, rate=0.02)),
             "gumbel-weighed": Trial(weights, learned(**soft, rate=0.05), {"token_weights": ROOT}),
             "gumbel-long": Trial(weights, learned(**soft, rate=0.03, steps=600), distilled=behind[:1]),
@@ -184,7 +185,7 @@ def distilled(
 ) -> tuple[QuantizedCheckpoint, dict[str, float | str]]:
     """A model behind a stage, and what that measured."""
     job = prepare(str(source), str(recipe), device=device)
-    tokens = load_tokens(job.plan.recipe.calibration, job.original)
+    tokens = load_tokens(job.plan.recipe.calibration, job.original, device=job.device)
     task = StageTask(job.original, job.checkpoint, model, job.plan, tokens, job.device, job.dtype, lambda *_: None)
     found = stage.run(task)
     params = {module: {name: t.cpu() for name, t in own.items()} for module, own in found.params.items()}

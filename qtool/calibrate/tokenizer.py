@@ -161,3 +161,9 @@ def batch_ids(tokenizer: Any, texts: list[str], special: bool = False) -> list[l
             return [list(tokenizer(text, **options)["input_ids"]) for text in texts]
         found = backend.encode_batch_fast(texts, add_special_tokens=special)  # without positions, twice as fast
         return [list(encoding.ids) for encoding in found]
+
+
+def beginning(tokenizer: Any) -> int | None:
+    """The token that the tokenizer puts before every text, if it does."""
+    ids, bare = token_ids(tokenizer, "a", special=True), token_ids(tokenizer, "a")
+    return int(ids[0]) if ids and ids[:1] != bare[:1] else None

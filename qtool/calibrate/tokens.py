@@ -8,7 +8,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from contextlib import closing
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,14 +15,10 @@ import torch
 from torch import Tensor
 
 from qtool.calibrate.documents import Tell, documents
-from qtool.calibrate.foreign import CACHE_NAMES, assign, cache_argument, misfit
-from qtool.calibrate.infinite import origin
-from qtool.calibrate.meta import build_on_meta
-from qtool.calibrate.tokenizer import batch_ids, load_tokenizer, token_ids
+from qtool.calibrate.sampling import CPU, continued, sampled
+from qtool.calibrate.tokenizer import batch_ids, beginning, load_tokenizer
 from qtool.checkpoint._base import Checkpoint
 from qtool.errors import CheckpointError
-from qtool.numerics.checks import finite
-from qtool.numerics.metrics import all_finite
 from qtool.recipe.schema import Calibration, Source
 
 CHOICE = 8
@@ -32,7 +27,9 @@ BATCH = 1 << 22
 """Characters that are tokenized at a time, as documents side by side; their ids take 100 times that memory."""
 
 
-def load_tokens(calibration: Calibration, checkpoint: Checkpoint, tell: Tell = lambda _: None) -> Tensor:
+def load_tokens(
+    calibration: Calibration, checkpoint: Checkpoint, tell: Tell = lambda _: None, device: torch.device = CPU
+) -> Tensor:
     """The tokens that a recipe asks for, the same ones for the same seed: int64 [S, T].
 
     Text is tokenized as one stream and cut into windows of T, of which the seed chooses some. Where the tokenizer
@@ -42,6 +39,7 @@ def load_tokens(calibration: Calibration, checkpoint: Checkpoint, tell: Tell = l
         calibration: what is asked for.
         checkpoint: whose tokenizer is used.
         tell: told what is left out.
+        device: where the model runs, if it is to go on with samples; these come behind all others.
 
     Raises:
         CheckpointError: no tokenizer, no such file, or too little text in it.
@@ -57,6 +55,8 @@ def load_tokens(calibration: Calibration, checkpoint: Checkpoint, tell: Tell = l
             parts.append(sampled(checkpoint, tokenizer, samples, calibration.length, generator))
         elif samples:
             parts.append(windows(source.data, tokenizer, samples, calibration, generator, tell))
+    if calibration.continued:
+        parts.append(continued(checkpoint, torch.cat(parts), calibration.continued, calibration.seed, device))
     return torch.cat(parts)
 
 
@@ -112,54 +112,3 @@ def some(texts: Iterator[str], most: int) -> list[str]:
         if characters >= min(most, BATCH):
             break
     return batch
-
-
-def beginning(tokenizer: Any) -> int | None:
-    """The token that the tokenizer puts before every text, if it does."""
-    ids, bare = token_ids(tokenizer, "a", special=True), token_ids(tokenizer, "a")
-    return int(ids[0]) if ids and ids[:1] != bare[:1] else None
-
-
-def sampled(checkpoint: Checkpoint, tokenizer: Any, samples: int, length: int, generator: torch.Generator) -> Tensor:
-    """Text that the model writes itself, from a random first token on (https://arxiv.org/abs/2305.17888).
-
-    The whole model is in memory meanwhile, in float32. Returns int64 [samples, T].
-
-    Raises:
-        NumericsError: the model's logits are not finite.
-    """
-    if checkpoint.family.derived:
-        what = f"{checkpoint.family.architecture} writes no text here: it has no family file"
-        raise CheckpointError(f"calibration.data: self: {what}", hint="take builtin, or texts of your own")
-    model = build_on_meta(checkpoint.config, torch.float32, checkpoint.family.attention)
-    tied = {"lm_head.weight": f"{checkpoint.family.embedding}.weight"} if checkpoint.tied else {}
-    names = {name: tied.get(name, name) for name, _ in model.named_parameters(remove_duplicate=False)}
-    read = {name: checkpoint.tensor(name).float() for name in dict.fromkeys(names.values())}
-    assign(model, {name: read[source] for name, source in names.items()})
-    known = min(len(tokenizer), model.config.vocab_size)
-    first = torch.randint(known, (samples, 1), generator=generator)
-    begin = beginning(tokenizer)
-    prompt = first if begin is None else torch.cat([torch.full_like(first, begin), first], dim=1)
-    with torch.random.fork_rng(devices=[]), torch.inference_mode():
-        torch.manual_seed(generator.initial_seed())
-        return sample_from(model.eval(), prompt, length)
-
-
-def sample_from(model: torch.nn.Module, tokens: Tensor, length: int) -> Tensor:
-    """Continues token sequences at temperature 1 until they have `length` tokens: int64 [S, any] -> [S, length]."""
-    name = cache_argument(type(model))
-    if name is None:
-        raise misfit(model, f"takes no cache by any of the names {', '.join(CACHE_NAMES)}")
-    cache, fresh = None, tokens
-    while tokens.shape[1] < length:
-        output = model(input_ids=fresh, use_cache=True, **{name: cache})
-        cache = output[name]
-        if (kept := cache.get_seq_length()) != tokens.shape[1]:
-            raise misfit(model, f"keeps {kept} tokens in its cache instead of {tokens.shape[1]}")
-        logits: Tensor = output["logits"][:, -1]
-        if not all_finite(logits):
-            first = origin(model, partial(model, input_ids=tokens, use_cache=False), {})
-            finite(logits, "logits", f"it begins in {first}" if first else None)
-        fresh = torch.multinomial(logits.softmax(-1), 1)
-        tokens = torch.cat([tokens, fresh], dim=1)
-    return tokens

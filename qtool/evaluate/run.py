@@ -22,8 +22,7 @@ from torch import Tensor
 
 from qtool import __version__
 from qtool.calibrate.long_text import file_ids
-from qtool.calibrate.tokenizer import load_tokenizer
-from qtool.calibrate.tokens import beginning
+from qtool.calibrate.tokenizer import beginning, load_tokenizer
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import Checkpoint
 from qtool.checkpoint.gguf_checkpoint import GGUFCheckpoint

@@ -44,7 +44,7 @@ def finish(
     stages = cast(tuple[Stage, ...], job.plan.recipe.finish)
     tokens, entries = None, list[FinishEntry]()
     if any(stage.needs_tokens for stage in stages):
-        tokens = load_tokens(job.plan.recipe.calibration, job.original, remarks(listener, "finish"))
+        tokens = load_tokens(job.plan.recipe.calibration, job.original, remarks(listener, "finish"), job.device)
     key = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
     for i, stage in enumerate(stages):
         name = f"finish {stage.name()}"

@@ -10,7 +10,7 @@ from qtool.pipeline.prepare import Job
 
 def tokens_for(job: Job) -> tuple[Tensor, Tensor]:
     """Samples to score on, int64 [S, T], and others that neither these nor the run's calibration contain."""
-    calibration, budget = job.plan.recipe.calibration, job.plan.recipe.budget
+    calibration, budget = job.plan.recipe.calibration.model_copy(update={"continued": 0}), job.plan.recipe.budget
     assert budget is not None
     used = load_tokens(calibration, job.original) if any(p.needs for p in job.plan.layers) else None
     count = budget.samples + budget.held_out + (0 if used is None else len(used))

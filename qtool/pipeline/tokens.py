@@ -18,6 +18,6 @@ def tokens_of(job: Job, tell: Tell = lambda _: None) -> Tensor:
     calibration = job.plan.recipe.calibration
 
     def load() -> Tensor:
-        return load_tokens(calibration, job.original, tell)
+        return load_tokens(calibration, job.original, tell, job.device)
 
     return job.ranks.broadcast(job.shared.once(("tokens", tokens_key(calibration)), load))

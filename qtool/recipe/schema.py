@@ -87,6 +87,8 @@ class Calibration(Strict):
             that ends in .txt, .json, .jsonl or .parquet, hf:repo[:config[:split]], or a list of these with weights.
         samples: token sequences.
         length: tokens per sequence.
+        continued: how many sequences more for each of these, which begin with its first eighth, and which the model
+            goes on with by itself: more text of a kind of which there is no more.
         seed: chooses the sequences.
         chat_template: whether messages of a .json or .jsonl file are laid out by the model's chat template.
         experts: the tokens that an expert is measured on: those that are routed to it, or all of them.
@@ -101,6 +103,7 @@ class Calibration(Strict):
     ] = "builtin"
     samples: int = Field(default=128, ge=1)
     length: int = Field(default=512, ge=16)
+    continued: int = Field(default=0, ge=0, le=64)
     seed: int = 0
     chat_template: bool = False
     experts: Literal["routed", "all"] = "routed"

@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from qtool.calibrate import sampling
+from qtool.calibrate.sampling import sample_from, sampled
 from qtool.calibrate.tokenizer import load_tokenizer
-from qtool.calibrate.tokens import load_tokens, sample_from, sampled
+from qtool.calibrate.tokens import load_tokens
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import NumericsError, QtoolError
 from qtool.recipe.schema import Calibration, Source
@@ -21,12 +23,12 @@ from tests.evaluate.test_run import add_bos
 LENGTH = 24
 
 
-def slowly(model, tokens, length):
+def slowly(model, tokens, length, generator=None):
     """One whole forward pass for every new token."""
     while tokens.shape[1] < length:
         with torch.no_grad():
             logits = model(tokens, use_cache=False).logits[:, -1]
-        tokens = torch.cat([tokens, torch.multinomial(logits.softmax(-1), 1)], dim=1)
+        tokens = torch.cat([tokens, torch.multinomial(logits.softmax(-1), 1, generator=generator)], dim=1)
     return tokens
 
 
@@ -115,6 +117,20 @@ def test_part_of_a_mixture(tiny_checkpoint):
     mixture = (Source(data="builtin"), Source(data="self"))
     found = load_tokens(Calibration(data=mixture, samples=5, length=LENGTH, seed=2), checkpoint)
     assert torch.equal(found[3:], take(tiny_checkpoint("llama"), seed=3, samples=2))
+
+
+def test_samples_that_the_model_goes_on_with(tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr(sampling, "compute_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(sampling, "ABREAST", 4)
+    checkpoint = HFCheckpoint(tiny_checkpoint("llama"))
+    wanted = Calibration(samples=3, length=LENGTH, seed=5, continued=2)
+    found, real = load_tokens(wanted, checkpoint), load_tokens(wanted.model_copy(update={"continued": 0}), checkpoint)
+    assert torch.equal(found[:3], real)
+    model, generator = load_reference(checkpoint.source), torch.Generator().manual_seed(5)
+    prompts = real[:, :3].repeat(2, 1)  # an eighth of 24
+    want = torch.cat([slowly(model, part, LENGTH, generator) for part in (prompts[:4], prompts[4:])])
+    assert torch.equal(found[3:], want)
+    assert not torch.equal(found[3:6], found[6:])
 
 
 def test_a_tokenizer_that_knows_more_than_the_model(tiny_checkpoint):

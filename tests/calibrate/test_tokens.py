@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from qtool.calibrate import documents as documents_module
 from qtool.calibrate import tokens as tokens_module
 from qtool.calibrate.long_text import file_ids
-from qtool.calibrate.tokenizer import load_tokenizer
-from qtool.calibrate.tokens import beginning, load_tokens, shares
+from qtool.calibrate.tokenizer import beginning, load_tokenizer
+from qtool.calibrate.tokens import load_tokens, shares
 from qtool.checkpoint.gguf_checkpoint import GGUFCheckpoint
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError
