@@ -26,8 +26,8 @@ from qtool.residuals.phases import Phases
 HOLDERS = "tq1_0 and tq2_0 hold ternary rows, int3 any such grid, biased2 two bits"
 PROBED = 4
 """Rows that are looked at first, and that plans look at."""
-COUNTED = 16
-"""Rows of which values are counted before that: a sum of units has few, plain numbers of 16 bits more than any has."""
+VALUES = 1024
+"""Of each half that are looked at where rows are short: enough to tell plain numbers from sums of units."""
 
 
 def trained_grid(checkpoint: Checkpoint, module: str, probe: bool = False) -> tuple[Quantized, ...]:
@@ -78,15 +78,10 @@ def trained_phases(checkpoint: Checkpoint, module: str, probe: bool = False) -> 
     n, k = info.shape
     if not info.dtype.is_floating_point or n % 2 or k % 2:
         return 0
-    if len(set(checkpoint.rows(name, 0, min(COUNTED, n // 2))[:, : k // 2].flatten().tolist())) > 9**phases.MOST:
-        return 0
-    starts, count = (0, n // 2), min(PROBED, n // 2)
+    starts, count, spacing = (0, n // 2), min(max(PROBED, VALUES // k), n // 2), torch.finfo(info.dtype).eps
     some = torch.cat([checkpoint.rows(name, start, start + count).float() for start in starts])
-    values = [len(torch.unique(block)) for half in some.chunk(2) for block in half.chunk(2, 1)]
-    if some.numel() - sum(values) < phases.PROOFS:  # cells of one value are at least as many as values
-        return 0
-    for terms in range(1, phases.MOST + 1):
-        if max(values) <= 9**terms and phases.recognized(some, terms):
+    for terms in range(1, phases.MOST + 1) if phases.may_be(some, phases.MOST, spacing) else ():
+        if phases.may_be(some, terms, spacing) and phases.recognized(some, terms):
             return terms if probe or phases.recognized(checkpoint.tensor(name).float(), terms) else 0
     return 0
 

@@ -14,7 +14,7 @@ from qtool.checkpoint.open import open_checkpoint
 from qtool.formats._spelling import parse_format
 from qtool.methods.rtn import RTN
 from qtool.models import open_artifact
-from qtool.numerics.grids.phases import recognized
+from qtool.numerics.grids.phases import may_be, recognized
 from qtool.pipeline.prepare import prepare
 from qtool.pipeline.quantize import QuantizeOptions, run
 from qtool.pipeline.trained import trained_phases
@@ -97,6 +97,9 @@ def test_what_a_model_was_trained_to_is_taken_over_exactly_whatever_rounded_its_
     other[5, 7] *= 1.25
     assert recognized(other.float(), terms) is None
     assert recognized(big, terms) is None
+    some, spacing = torch.cat([w[:16], w[48:64]]).float(), torch.finfo(dtype).eps
+    assert [may_be(some, t, spacing) for t in (terms - 1, terms)] == [False, True]
+    assert not may_be(torch.cat([big[:16], big[48:64]]).to(dtype).float(), 3, spacing)
 
 
 @pytest.mark.parametrize("terms", [1, 2, 3])
