@@ -11,7 +11,7 @@ from benchmarks import budgets, scores
 
 KEPT = Path(__file__).with_name("divided.json")
 SIBLINGS = ("mix", "bytes", "text", "the mix", "its `-fit` sibling", "ratio")
-WAYS = ("way", "KL divergence", "plans measured", "seconds of processor time")
+WAYS = ("way", "KL divergence", "plans measured")
 
 
 def known() -> dict[str, Any]:
@@ -31,7 +31,7 @@ def keep_row(row: budgets.Row) -> None:
 
 def keep_ways(lines: Sequence[scores.Line]) -> None:
     """Replaces the table of ways."""
-    ways = [[x.way, round(x.kld, 4), round(x.error, 4), x.measured, round(x.seconds)] for x in lines]
+    ways = [[x.way, round(x.kld, 4), round(x.error, 4), x.measured] for x in lines]
     write(known() | {"ways": ways})
 
 
@@ -52,5 +52,5 @@ def sibling_rows() -> Iterator[tuple[str, ...]]:
 
 def way_rows() -> Iterator[tuple[str, ...]]:
     """Lines of the table of ways."""
-    for way, kld, error, plans, seconds in known()["ways"]:
-        yield way, f"{kld:.4f} ± {error:.4f}", str(plans), str(seconds)
+    for way, kld, error, plans in known()["ways"]:
+        yield way, f"{kld:.4f} ± {error:.4f}", str(plans)

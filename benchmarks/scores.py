@@ -9,7 +9,6 @@ samples that none of them has seen, rounded to nearest.
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -39,19 +38,18 @@ CHANGES = 4
 
 
 class Line(NamedTuple):
-    """A way: nats per token on unseen samples, plans that it measured, and seconds of processor time."""
+    """A way: nats per token on unseen samples, and plans that it measured."""
 
     way: str
     kld: float
     error: float
     measured: int
-    seconds: float
 
     def __str__(self) -> str:
-        return f"{self.way:24} {self.kld:9.4f} ± {self.error:.4f} {self.measured:5} {self.seconds:8.1f}"
+        return f"{self.way:24} {self.kld:9.4f} ± {self.error:.4f} {self.measured:5}"
 
 
-HEADER = f"{'way':24} {'KLD':>9} {'':8} {'plans':>5} {'seconds':>8}"
+HEADER = f"{'way':24} {'KLD':>9} {'':8} {'plans':>5}"
 
 
 class Remembering(Allocator):
@@ -124,38 +122,33 @@ class Bench:
         found.score(self.samples, self.seen, self.work / f"ways-{loss}.scores", False, "", silent)
         return found
 
-    def line(self, way: str, of: Allocator, chosen: Chosen, begin: float) -> Line:
+    def line(self, way: str, of: Allocator, chosen: Chosen) -> Line:
         """What a way came to."""
-        seconds = time.process_time() - begin
         kld = self.judge.of(of.rounded(chosen))
-        return Line(way, kld.mean, kld.error, len(of.tried), seconds)
+        return Line(way, kld.mean, kld.error, len(of.tried))
 
 
 def ways(model: Path, calibration: str, device: str, generations: int) -> Iterator[Line]:
     """Every way in turn, the mix itself first."""
     bench = Bench(model, calibration, device)
     for loss in LOSSES:
-        begin = time.process_time()
         of = bench.allocator(loss)
         assert of.limit is not None
         if loss == "second-order":
             best = of
-            yield bench.line(MIX, of, dict(of.uniforms())[MIX], begin)
-        yield bench.line(loss, of, of.fitting(of.limit), begin)
-    begin = time.process_time()
+            yield bench.line(MIX, of, dict(of.uniforms())[MIX])
+        yield bench.line(loss, of, of.fitting(of.limit))
     assert best.limit is not None
-    yield bench.line("second-order, swaps", best, swapped(best, best.fitting(best.limit), best.limit), begin)
+    yield bench.line("second-order, swaps", best, swapped(best, best.fitting(best.limit), best.limit))
     for way, start in (
         ("evolution", dict(best.uniforms())[MIX]),
         ("second-order, evolution", best.fitting(best.limit)),
     ):
         best.tried.clear()
-        begin = time.process_time()
-        yield bench.line(way, best, evolved(best, start, generations), begin)
+        yield bench.line(way, best, evolved(best, start, generations))
     for way, practice in (("policy", 0), ("second-order, policy", policy.PRACTICE)):
         best.tried.clear()
-        begin = time.process_time()
-        yield bench.line(way, best, policy.learned(best, generations, practice), begin)
+        yield bench.line(way, best, policy.learned(best, generations, practice))
 
 
 def evolved(of: Allocator, chosen: Chosen, generations: int) -> Chosen:
