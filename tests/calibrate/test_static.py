@@ -12,11 +12,10 @@ from torch.testing import assert_close
 from qtool.calibrate.inputs import fit_static, quantize_static
 from qtool.checkpoint._base import Static
 from qtool.errors import NumericsError
-from qtool.formats._spelling import parse_format
+from qtool.formats._spelling import parse_format, parse_weights
 from qtool.formats.fp import FP
 from qtool.formats.int import Int
 from qtool.numerics.histogram import BINS, Histogram
-from qtool.recipe.fields import _check_weights
 from qtool.stats._base import InputStats
 from qtool.stats.channels import Channels
 from qtool.stats.values import Values
@@ -229,4 +228,4 @@ def test_augmented_channels_have_their_rounding_errors_rounded_as_well():
     assert float(lost[:32].sum()) < 0.05 * float(single[:32].sum())
     assert torch.equal(lost[32:], single[32:])
     with pytest.raises(ValueError, match="only inputs have more channels"):
-        _check_weights(fmt)
+        parse_weights(fmt)
