@@ -129,10 +129,10 @@ def check_free(out: Path, overwrite: bool = False) -> None:
     Raises:
         StorageError: `out` holds something that may not be replaced, or the system refuses to look or to write there.
     """
+    refuse_read_only(out)
     with storage_errors(out):
         recover(out)
         if not out.exists() and not out.is_symlink():
-            refuse_read_only(out)
             return
         if not out.is_dir():
             raise StorageError(
