@@ -17,7 +17,7 @@ PROCESSOR_TESTS := -k "not thorough and not fast and not iq1 and not iq2 and not
 	tests/formats/test_never_worse.py::test_no_scale_of_two_levels_is_worse_than_that_which_covers \
 	tests/formats/test_never_worse.py::test_a_tie_goes_to_the_rule_without_a_search \
 	tests/formats/test_fp.py::test_search_beats_minmax tests/formats/test_fp.py::test_zeros_and_what_is_no_number \
-	$(addprefix tests/numerics/test_, compare.py coded_walk.py scale_codes.py search.py settle.py sweep.py) \
+	$(addprefix tests/numerics/test_, compare.py coded_walk.py scale_codes.py search.py settle.py settle_multiples.py sweep.py) \
 	tests/methods/test_gptq.py::test_codes_equal_the_plain_loop tests/methods/test_gptq.py::test_output_error_is_below_rounding
 
 # Programs that tests start import what was compiled once, even where the environment says otherwise.
