@@ -1,4 +1,4 @@
-"""What cannot be done to a model that is known by names and shapes of its tensors only."""
+"""What cannot be done to a model without a family file: one that is derived, or known by names of its tensors only."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from qtool.checkpoint._base import Checkpoint
 from qtool.errors import PlanError
 from qtool.plan import Plan
+from qtool.stages.distill import Distill
 
 LAYOUTS = ("compressed-tensors", "fp8")
 """Layouts that are read back by such names."""
@@ -16,6 +17,40 @@ def refuse_class(plan: Plan, checkpoint: Checkpoint) -> None:
     """Raises PlanError: the recipe wants something that only a model class can do."""
     if checkpoint.family.model_free and (lines := list(wants(plan))):
         raise PlanError(lines, f"recipe {plan.recipe.name} does not fit --model-free")
+
+
+def refuse_derived(plan: Plan, checkpoint: Checkpoint) -> None:
+    """Raises PlanError: the recipe wants something of a derived model that only a family file tells."""
+    family = checkpoint.family
+    if family.derived and not family.model_free and (lines := list(wants_file(plan, checkpoint))):
+        raise PlanError(lines, f"recipe {plan.recipe.name} does not fit {checkpoint.config['model_type']} models")
+
+
+def wants_file(plan: Plan, checkpoint: Checkpoint) -> Iterator[str]:
+    """What needs a family file, and what to do instead."""
+    recipe, why = plan.recipe, "the loss's gradients begin at the output layer, which only family files tell apart"
+    if recipe.calibration.token_weights:
+        yield f"token_weights: {why}; remove it"
+    if recipe.budget:
+        yield f"budget: {why}; choose formats by rules"
+    if any(isinstance(stage, Distill) for stage in recipe.finish):
+        yield f"finish: distill: {why}; remove it"
+    if recipe.kv_cache and (other := uncached(checkpoint)) is not None:
+        yield f"kv_cache: block {other} keeps something else than keys and values of whole heads; remove it"
+
+
+def uncached(checkpoint: Checkpoint) -> int | None:
+    """The first block whose attention is not made of keys and values by matrices of their own; None: none is."""
+    family, config = checkpoint.family, checkpoint.config
+    heads, kv_heads, dim = family.heads(config)
+    wanted = {"k": kv_heads * dim, "v": kv_heads * dim, "qkv": (heads + 2 * kv_heads) * dim}
+    for i in range(family.blocks(config)):
+        shapes = family.block_shapes(config, i)
+        layers = [x for x in family.block_linears(config, i) if not x.path.endswith("in_proj_qkv")]  # of states
+        rows = {x.role: shapes[f"{x.path}.weight"][0] for x in layers if x.role in wanted}
+        if any(rows[role] != wanted[role] for role in rows) or not ({"k", "v"} <= rows.keys() or "qkv" in rows):
+            return i
+    return None
 
 
 def wants(plan: Plan) -> Iterator[str]:

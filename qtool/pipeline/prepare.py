@@ -19,7 +19,7 @@ from qtool.errors import UsageError
 from qtool.models import open_apart, open_model
 from qtool.numerics.threads.processor import compute_dtype
 from qtool.numerics.threads.ranks import ALONE, Ranks
-from qtool.pipeline.model_free import refuse_class
+from qtool.pipeline.model_free import refuse_class, refuse_derived
 from qtool.pipeline.requantize import second_generation, try_taken_over
 from qtool.pipeline.shared import Shared
 from qtool.pipeline.trained import trained_lines
@@ -102,6 +102,7 @@ def prepare(
     original, checkpoint = checkpoint, preview(checkpoint, parsed)
     plan = replace(make_plan(parsed, checkpoint, artifacts, limit), source_fingerprint=original.fingerprint())
     refuse_class(plan, original)
+    refuse_derived(plan, original)
     try_taken_over(plan, original, artifacts.values())
     layers = {p.module.name: p.layer for p in plan.layers if p.layer}
     caveats = [f"{name}: {text}" for name, a in artifacts.items() for text in a.caveats(checkpoint, layers)]
