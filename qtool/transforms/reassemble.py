@@ -112,7 +112,7 @@ def cheapest(costs: Tensor, count: int, width: int) -> Tensor:
 def disjoint(pairs: Tensor, free: Tensor, count: int) -> Tensor:
     """The first so many pairs of free channels, no channel twice: int64 [P, 2]."""
     found, taken = list[tuple[int, int]](), set[int]()
-    for a, b in pairs[free[pairs].all(1)].tolist():
+    for a, b in zip(*pairs[free[pairs].all(1)].T.tolist(), strict=True):
         if len(found) == count:
             break
         if a not in taken and b not in taken:
