@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from qtool.api import export, quantize
@@ -107,6 +109,50 @@ def test_folders_run_in_transformers(tiny_checkpoint, tmp_path, monkeypatch):
     assert found.tokens == 0 and found.why_not.startswith("transformers cannot run")
     monkeypatch.setattr(CompressedTensors, "runtimes", ("transformers",))
     with pytest.raises(CheckpointError, match=r"^transformers cannot run"):
+        prove(CompressedTensors(), opened, model)
+
+
+def flipped(tensors):
+    """Rows of the queries in another order, codes and scales alike."""
+    for part in ("weight_packed", "weight_scale"):
+        name = f"model.layers.0.self_attn.q_proj.{part}"
+        tensors[name] = tensors[name].flip(0).contiguous()
+
+
+FOLDER_MISTAKES = {
+    "permutation": flipped,
+    "norm offset": lambda tensors: tensors["model.layers.0.input_layernorm.weight"].add_(1.0),
+    "bias": lambda tensors: tensors["model.layers.0.self_attn.q_proj.bias"].zero_(),
+    "one bias of many": lambda tensors: tensors["model.layers.0.self_attn.v_proj.bias"].zero_(),
+    "a scale": lambda tensors: tensors["model.layers.1.mlp.down_proj.weight_scale"].mul_(1.3),
+    "rope factors": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+    "rope base": {"rope_type": "default", "rope_theta": 100.0},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_checkpoint, tmp_path_factory):
+    """A compressed-tensors folder of a tiny Qwen2, and what it was written from."""
+    out = tmp_path_factory.mktemp("folder")
+    model = in_memory(tiny_checkpoint("qwen2"), Int(bits=4, group=32))
+    CompressedTensors().write(model, out, {})
+    return out, model
+
+
+@pytest.mark.parametrize("mistake", sorted(FOLDER_MISTAKES))
+def test_mistakes_of_a_folder_are_caught(mistake, folder, tmp_path):
+    source, model = folder
+    shutil.copytree(source, out := tmp_path / "out")
+    opened, change = CompressedTensors().open(out), FOLDER_MISTAKES[mistake]
+    if isinstance(change, dict):
+        config = json.loads((out / "config.json").read_text())
+        config.pop("rope_theta", None)
+        (out / "config.json").write_text(json.dumps(config | {"rope_parameters": change}))
+    else:
+        tensors = load_file(out / "model.safetensors")
+        change(tensors)
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(VerifyError, match=r"transformers 5.* computes something else"):
         prove(CompressedTensors(), opened, model)
 
 
