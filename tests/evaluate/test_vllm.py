@@ -24,7 +24,7 @@ from qtool.formats._spelling import parse_format
 from tests.artifact.conftest import quantize as in_memory
 from tests.conftest import make_tokenizer
 
-pytestmark = pytest.mark.proven
+pytestmark = [pytest.mark.proven, pytest.mark.timeout(1800)]  # it starts for minutes on a busy processor
 FORMATS = {GPTQ: "int4-g128", AWQ: "int4-g128-asym"}
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
 
