@@ -26,7 +26,7 @@ from qtool.numerics.threads.parallel import over_rows
 
 TURNS = 2
 """Of pairs and codes in a super-block, in turns; steps move in the first. The error of a matrix is as small after them
-as with all parameters by least squares and rounded to multiples, in two thirds to two fifths of the time."""
+as with all parameters by least squares and rounded to multiples, in less than three quarters of the solver's time."""
 
 
 class Multiples(NamedTuple):
