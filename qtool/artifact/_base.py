@@ -237,12 +237,15 @@ class Artifact(ABC):
             PlanError: the codes or scales of a layer do not fit exactly, with the reason.
         """
 
-    def write_share(self, model: QuantizedCheckpoint, out: Path, ranks: Ranks) -> Sequence[Path]:
-        """Writes this process's share of the files that several can write side by side, before the first writes all.
+    def write_together(
+        self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any], ranks: Ranks
+    ) -> Sequence[Path]:
+        """`write` in every process of several: the first one returns all files, and writes alone what no layout shares.
 
-        Nothing, unless a layout has such files; `write` leaves those that are there. For the rest, see `write`.
+        Raises:
+            ProcessError: another process ended. For the rest, see `write`.
         """
-        return ()
+        return self.write(model, out, card) if ranks.first else ()
 
     @abstractmethod
     def open(self, path: Path) -> QuantizedCheckpoint:

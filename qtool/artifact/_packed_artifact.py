@@ -10,6 +10,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -102,16 +103,24 @@ class PackedArtifact(Artifact):
         """See `Artifact.try_matrix`."""
         self._layout(model, {module: layer}).encode(module, quantized)
 
-    def write_share(self, model: QuantizedCheckpoint, out: Path, ranks: Ranks) -> Sequence[Path]:
-        """See `Artifact.write_share`: shards."""
-        self.check(model)
-        return write_shards(out, *_pieces(model, self._layout(model, model.layers)), ranks=ranks)
-
     def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
         """See `Artifact.write`; one matrix is in memory at a time."""
         self.check(model)
+        return self._write(model, out, ())
+
+    def write_together(
+        self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any], ranks: Ranks
+    ) -> Sequence[Path]:
+        """See `Artifact.write_together`: shards are shared."""
+        self.check(model)
+        share = write_shards(out, *_pieces(model, self._layout(model, model.layers)), ranks=ranks)
+        written = [*chain(*ranks.gather(share))]
+        return self._write(model, out, written) if ranks.first else ()
+
+    def _write(self, model: QuantizedCheckpoint, out: Path, written: Collection[Path]) -> list[Path]:
+        """Writes all but shards that are written."""
         layout, config, more = self._layout(model, model.layers), self._config(model), self._more_files(model)
-        files = write_shards(out, *_pieces(model, layout))
+        files = write_shards(out, *_pieces(model, layout), written=written)
         files += write_side_files(model, out, config)
         for name, content in more.items():
             with storage_errors(out):

@@ -6,7 +6,7 @@ https://huggingface.co/docs/transformers/main/big_models#sharded-checkpoints
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -30,31 +30,34 @@ def write_shards(
     read: Callable[[str], Mapping[str, Tensor]],
     limit: int = LIMIT,
     ranks: Ranks = ALONE,
+    written: Collection[Path] = (),
 ) -> list[Path]:
-    """Writes a model, one piece in memory at a time; files that are there already are left, another process wrote them.
+    """Writes a model, one piece in memory at a time.
 
     Args:
         out: existing folder.
         pieces: what there is, in order.
         read: gives the tensors of a piece by key.
         limit: bytes of a shard.
-        ranks: who writes the others.
+        ranks: of several processes, each writes a share of the files.
+        written: files that are not written again.
 
     Returns:
-        The files.
+        The files, or the share of them.
 
     Raises:
         StorageError: the disk is full or not writable.
     """
     shards = _named(_cut(pieces, limit))
-    for name, keys in list(shards.items())[ranks.share(len(shards))]:
-        if (out / name).exists():
+    mine = list(shards.items())[ranks.share(len(shards))]
+    for name, keys in mine:
+        if out / name in written:
             continue
         with SafetensorsWriter(out / name, _infos(pieces, keys)) as writer:
             for key in keys:
                 for tensor, content in read(key).items():
                     writer.add(tensor, content)
-    files = [out / name for name in shards]
+    files = [out / name for name, _ in mine]
     if len(shards) == 1 or ranks.size > 1:
         return files
     with storage_errors(out):

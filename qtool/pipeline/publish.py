@@ -54,12 +54,9 @@ def publish(
         with watch.stage(f"write {name}"):
             if ranks.first:
                 place.mkdir(exist_ok=True)
-            if ranks.size > 1:
-                ranks.barrier()
-                artifact.write_share(model, place, ranks)
-                ranks.barrier()
+            ranks.barrier()
+            files = [*artifact.write_together(model, place, card, ranks)]
             if ranks.first:
-                files = artifact.write(model, place, card)
                 files.append(write_card(artifact, artifact.open(place), place, about))
             ranks.barrier()
         listener(Event(f"write {name}", 1, 1))

@@ -214,7 +214,7 @@ def test_same_bytes_again(tiny_checkpoint, tmp_path, tree):
 
 def test_shards(tiny_checkpoint, tmp_path, monkeypatch):
     model = quantize(tiny_checkpoint("llama"), Int(bits=4, group=32))
-    monkeypatch.setattr(_shards.write_shards, "__defaults__", (80_000, ALONE))
+    monkeypatch.setattr(_shards.write_shards, "__defaults__", (80_000, ALONE, ()))
     write(model, tmp_path)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     shards = sorted(p.name for p in tmp_path.glob("*.safetensors"))
@@ -228,12 +228,14 @@ def test_shards(tiny_checkpoint, tmp_path, monkeypatch):
     assert_same_model(CompressedTensors().open(tmp_path), model)
     together = tmp_path / "together"
     together.mkdir()
-    for rank in range(2):
-        CompressedTensors().write_share(model, together, Ranks(rank, 2))
-        assert sorted(p.name for p in together.iterdir()) == (shards[::2], shards)[rank]
-    first = (together / shards[0]).stat().st_mtime_ns
-    write(model, together)
-    assert (together / shards[0]).stat().st_mtime_ns == first
+    theirs = [together / s for s in shards[1::2]]
+    monkeypatch.setattr(Ranks, "gather", lambda ranks, item: [item, theirs] if ranks.first else [[], item])
+    assert list(CompressedTensors().write_together(model, together, {}, Ranks(1, 2))) == []
+    assert sorted(together.iterdir()) == theirs
+    times = [p.stat().st_mtime_ns for p in theirs]
+    files = CompressedTensors().write_together(model, together, {}, Ranks(0, 2))
+    assert {p.name for p in files} >= {*shards, "model.safetensors.index.json", "config.json"}
+    assert [p.stat().st_mtime_ns for p in theirs] == times
     assert all((together / s).read_bytes() == (tmp_path / s).read_bytes() for s in (*shards, "config.json"))
 
 

@@ -117,7 +117,9 @@ def test_integers_in_gguf_take_no_more_than_was_said(wide, tmp_path):
 
 
 def test_shards(wide, tmp_path, monkeypatch):
-    monkeypatch.setattr(_packed_artifact, "write_shards", lambda *a: _shards.write_shards(*a, limit=300_000))
+    monkeypatch.setattr(
+        _packed_artifact, "write_shards", lambda *a, **named: _shards.write_shards(*a, limit=300_000, **named)
+    )
     monkeypatch.setattr(_packed_artifact, "overhead", lambda pieces: _shards.overhead(pieces, 300_000))
     artifact, model = registry.load("artifact", "compressed-tensors")(), model_of(wide, "int8-channel", None)
     artifact.write(model, tmp_path, CARD)

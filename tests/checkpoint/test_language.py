@@ -103,8 +103,10 @@ def saved(tmp_path_factory):
             folder = tmp_path_factory.mktemp(kind)
             model.save_pretrained(folder)
             make_tokenizer().save_pretrained(folder)
+            # around text that has no images, transformers 5.24's Llama 4 asks for what it makes of images, and fails
+            whole = model.language_model if kind == "llama4" else model
             with torch.no_grad():
-                made[kind] = folder, model(input_ids=torch.tensor([TOKENS]), use_cache=False).logits[0]
+                made[kind] = folder, whole(input_ids=torch.tensor([TOKENS]), use_cache=False).logits[0]
         return made[kind]
 
     return make

@@ -203,7 +203,8 @@ def test_plain_errors_are_relative_to_all_tokens_together():
     part, weights = torch.tensor([3, 5]), {n: s.quantized.decode() for n, s in task.found.items()}
     output, target = forward(task.inputs[part], weights), task.targets[part]
     wanted = (output - target).square().sum() / target.square().sum()
-    assert float(Errors(task, Learned(loss="plain"))(weights, part)) == pytest.approx(float(wanted), rel=1e-5)
+    errors = Errors(task, Learned(loss="plain"))
+    assert float(errors(weights, errors.given(part))) == pytest.approx(float(wanted), rel=1e-5)
 
 
 def test_nothing_won_for_long_ends_the_training(monkeypatch):

@@ -227,5 +227,5 @@ def test_what_a_layout_cannot_say_is_refused(tiny_checkpoint, tmp_path):
     source = str(tiny_checkpoint("qwen3"))
     with pytest.raises(PlanError, match="awq cannot hold this model: it cannot say how a KV cache is quantized"):
         run(QuantizeOptions(source, recipe(tmp_path, "int4-token", "awq"), tmp_path / "out"))
-    with pytest.raises(RecipeError, match="wanted one scale per tensor, head, channel or token, such as fp8-head"):
-        run(QuantizeOptions(source, recipe(tmp_path, "int4-g32"), tmp_path / "out"))
+    with pytest.raises(RecipeError, match="wanted scales per tensor, head, channel or token, or of groups in a head"):
+        run(QuantizeOptions(source, recipe(tmp_path, "nvfp4"), tmp_path / "out"))
