@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from benchmarks.architectures import logits_of
@@ -103,10 +104,8 @@ def saved(tmp_path_factory):
             folder = tmp_path_factory.mktemp(kind)
             model.save_pretrained(folder)
             make_tokenizer().save_pretrained(folder)
-            # around text that has no images, transformers 5.24's Llama 4 asks for what it makes of images, and fails
-            whole = model.language_model if kind == "llama4" else model
             with torch.no_grad():
-                made[kind] = folder, whole(input_ids=torch.tensor([TOKENS]), use_cache=False).logits[0]
+                made[kind] = folder, model(input_ids=torch.tensor([TOKENS]), use_cache=False).logits[0]
         return made[kind]
 
     return make
@@ -116,7 +115,11 @@ def distance(found, wanted):
     return float((found - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+IMAGES = "transformers 5.24's Llama 4 asks what it made of images where there are none, and fails"
+WITHOUT_IMAGES = pytest.mark.xfail(transformers.__version__.startswith("5.24."), reason=IMAGES, strict=True)
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=WITHOUT_IMAGES) if k == "llama4" else k for k in sorted(KINDS)])
 def test_llama_cpp_computes_what_the_whole_computes_of_text(kind, saved, tmp_path):
     folder, wanted = saved(kind)
     model = InMemory(open_apart(str(folder)) if KINDS[kind].apart else HFCheckpoint(folder), lambda module: None)
