@@ -20,6 +20,7 @@ from qtool.checkpoint.families._rope import rope_parameters
 from qtool.errors import CheckpointError, VerifyError, one_line
 from qtool.evaluate.readers import READERS, free_memory
 from qtool.evaluate.result import Proof
+from qtool.formats._ggml import BlockFormat
 from qtool.formats.int import Int
 from qtool.numerics.checks import finite
 
@@ -30,8 +31,8 @@ FLOORS = {torch.float32: 2e-3, torch.float16: 0.01, torch.bfloat16: 0.05}
 """Of the difference, as a share of the logits: tables of 16 bits for activation functions, and products in bfloat16."""
 FACTOR = 3.0
 """How much farther than our own rounding another one may lead: its groups are other ones, and it rounds differently."""
-INPUTS = Int(bits=8, group=32)
-"""What ggml rounds inputs to."""
+GROUP = 32
+"""Columns of an input that ggml rounds to 8 bits together, where blocks of the weight are no larger."""
 
 
 def prove(
@@ -105,7 +106,8 @@ def expected(model: QuantizedCheckpoint, tokens: list[int], reading: Reading) ->
     walker = Walker(model, torch.device("cpu"), torch.float32)
     exact = walker.embed(torch.tensor([tokens]))
     other = walker.embed(torch.tensor([tokens]))
-    inputs = {m.name: Layer(INPUTS, INPUTS) for found in walker.modules.values() for m in found if m.kind == "linear"}
+    linear = [m.name for found in walker.modules.values() for m in found if m.kind == "linear"]
+    inputs = {name: eight_bits(model.layers.get(name)) for name in linear}
     for i in range(len(walker.blocks)):
         block = walker.load_block(i)
         walker.advance(block, i, exact)
@@ -113,6 +115,13 @@ def expected(model: QuantizedCheckpoint, tokens: list[int], reading: Reading) ->
             walker.advance(block, i, other, inputs if rounds(model) else {})
     logits = finite(walker.logits(exact, 0), f"logits of {model.source}")
     return logits, walker.logits(other, 0) if reading.rounds else logits
+
+
+def eight_bits(layer: Layer | None) -> Layer:
+    """What ggml rounds the inputs of a layer to, as a layer in its place."""
+    block = layer.format.columns if layer and isinstance(layer.format, BlockFormat) else GROUP
+    inputs = Int(bits=8, group=max(GROUP, block))
+    return Layer(inputs, inputs)
 
 
 def rounds(model: QuantizedCheckpoint) -> bool:

@@ -15,6 +15,7 @@ from qtool.api import export, quantize
 from qtool.artifact.compressed_tensors import CompressedTensors
 from qtool.artifact.gguf import GGUF
 from qtool.artifact.gguf._writer import ModelWriter
+from qtool.checkpoint._base import Layer
 from qtool.checkpoint.families._base import Family
 from qtool.checkpoint.families.gemma2 import Gemma2
 from qtool.checkpoint.hf import HFCheckpoint
@@ -22,10 +23,11 @@ from qtool.cli.app import app
 from qtool.errors import CheckpointError, VerifyError
 from qtool.evaluate import proof, readers
 from qtool.evaluate.llamacpp import try_file
-from qtool.evaluate.proof import apart, prove
+from qtool.evaluate.proof import apart, eight_bits, prove
 from qtool.evaluate.readers import ForeignReader
 from qtool.evaluate.twin import _proven, prove_twin
 from qtool.formats.int import Int
+from qtool.formats.q3_k import Q3_K
 from qtool.formats.q8_0 import Q8_0
 from qtool.pipeline.check import check
 from qtool.pipeline.prepare import prepare
@@ -183,6 +185,12 @@ def test_what_is_not_run_says_why(change, why, tiny_checkpoint, tmp_path, monkey
     found = prove(GGUF(), *written(tiny_checkpoint("llama"), tmp_path / "out"))
     assert (found.tokens, found.why_not) == (0, why)
     assert found.words == f"not run in llama.cpp: {why}"
+
+
+def test_inputs_are_rounded_in_groups_as_large_as_the_blocks_of_a_weight():
+    """ggml has 256 columns share a scale where a super-block does (Q8_K), else 32 (Q8_0)."""
+    layers = (None, Layer(Q8_0()), Layer(Q3_K()), Layer(Int(bits=4, group=128)))
+    assert [eight_bits(layer).activations.group for layer in layers] == [32, 32, 256, 32]
 
 
 def test_differences_are_relative_and_of_the_median_token_where_experts_are_chosen():
