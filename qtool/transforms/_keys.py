@@ -1,4 +1,4 @@
-"""How large channels of keys are, which transforms of keys go by.
+"""What transforms of keys share: how large channels are, which they go by.
 
 Shape letters: C channels of keys, K inputs.
 """
@@ -10,10 +10,21 @@ from torch import Tensor
 from qtool.stats._base import Statistic
 from qtool.stats.gram import Gram
 from qtool.stats.means import Means
-from qtool.transforms._base import Site
+from qtool.transforms._base import Kind, Site, Transform
 
-MEASURED: frozenset[type[Statistic]] = frozenset({Gram, Means})
-"""What `energies` needs of the inputs of k."""
+
+class OfKeys(Transform):
+    """Changes keys, which queries make up for."""
+
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        """See `Transform.kinds`."""
+        return frozenset({"scores"})
+
+    @property
+    def needs(self) -> frozenset[type[Statistic]]:
+        """What `energies` takes of the inputs of k."""
+        return frozenset({Gram, Means})
 
 
 def energies(site: Site) -> Tensor | None:

@@ -17,12 +17,11 @@ from pydantic import Field
 from torch import Tensor
 
 from qtool.ops.scale import Scale
-from qtool.stats._base import Statistic
-from qtool.transforms._base import Kind, Site, Transform, floored
-from qtool.transforms._keys import MEASURED, energies
+from qtool.transforms._base import Site, floored
+from qtool.transforms._keys import OfKeys, energies
 
 
-class Keys(Transform):
+class Keys(OfKeys):
     """Smoothing of keys.
 
     Attributes:
@@ -30,16 +29,6 @@ class Keys(Transform):
     """
 
     alpha: float = Field(default=0.5, ge=0, le=1)
-
-    @property
-    def kinds(self) -> frozenset[Kind]:
-        """See `Transform.kinds`."""
-        return frozenset({"scores"})
-
-    @property
-    def needs(self) -> frozenset[type[Statistic]]:
-        """What sizes of keys follow from."""
-        return MEASURED
 
     def op(self, site: Site) -> Scale | None:
         """See `Transform.op`."""

@@ -15,23 +15,12 @@ import torch
 from torch import Tensor
 
 from qtool.ops.orthogonal import Orthogonal
-from qtool.stats._base import Statistic
-from qtool.transforms._base import Kind, Site, Transform
-from qtool.transforms._keys import MEASURED, energies
+from qtool.transforms._base import Site
+from qtool.transforms._keys import OfKeys, energies
 
 
-class KSort(Transform):
+class KSort(OfKeys):
     """Order of the channels of keys."""
-
-    @property
-    def kinds(self) -> frozenset[Kind]:
-        """See `Transform.kinds`."""
-        return frozenset({"scores"})
-
-    @property
-    def needs(self) -> frozenset[type[Statistic]]:
-        """What sizes of keys follow from."""
-        return MEASURED
 
     def op(self, site: Site) -> Orthogonal | None:
         """See `Transform.op`."""

@@ -7,12 +7,11 @@ from typing import Any, ClassVar
 
 from qtool.checkpoint.conversions._states import Recurrent, check_steps
 from qtool.checkpoint.conversions.granite import Granite
-from qtool.checkpoint.conversions.granitemoe import GraniteMoe
+from qtool.checkpoint.conversions.granitemoe import EXPERTS, GraniteMoe
 from qtool.checkpoint.families._base import Value
 from qtool.checkpoint.families._gguf import Form, positive
 
 STATE, ATTENTION = "linear_attention", "full_attention"
-EXPERTS = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
 WIDTH, SHARED = "feed_forward_length", "expert_shared_feed_forward_length"
 
 
