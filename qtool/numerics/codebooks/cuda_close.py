@@ -20,6 +20,15 @@ SPANS, WARPS = 32, 4
 
 
 @triton.jit
+def key_of(x, power, middles, steps: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The nearest magnitudes of vectors [P, V] as numbers in base M, whose digits count as `power` [V] says."""
+    digit = tl.zeros(x.shape, tl.int32)
+    for m in tl.static_range(steps):
+        digit += (x > tl.load(middles + m)).to(tl.int32)
+    return tl.sum(digit * power[None, :], 1)
+
+
+@triton.jit
 def products_kernel(  # type: ignore[no-untyped-def]
     x, weight, scale, shift, middles, places, close, exact, values, xl, ll, count, row, group, segment, near,
     shifted: tl.constexpr, signed: tl.constexpr, even: tl.constexpr, steps: tl.constexpr, width: tl.constexpr,
@@ -44,10 +53,7 @@ def products_kernel(  # type: ignore[no-untyped-def]
         if signed:
             size = tl.abs(d)
             minus += tl.sum((d * s[:, None] < 0).to(tl.int32), 1)
-        pull, digit = w * size, tl.zeros([spans, width], tl.int32)
-        for m in tl.static_range(steps):
-            digit += (size * inverse[:, None] > tl.load(middles + m)).to(tl.int32)
-        key = tl.sum(digit * power[None, :], 1)
+        pull, key = w * size, key_of(size * inverse[:, None], power, middles, steps)
         entries = tl.load(close + key[:, None] * neighbors + e[None, :])
         level = tl.load(values + entries[:, None, :] * width + v[None, :, None])
         cost = tl.sum(level * (level * (s[:, None] * w)[:, :, None] - 2 * pull[:, :, None]), 1)

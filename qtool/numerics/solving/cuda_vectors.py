@@ -26,6 +26,23 @@ GAIN = tl.constexpr(0.9999)
 
 
 @triton.jit
+def take_off(  # type: ignore[no-untyped-def]
+    x, inside, left, right, matrix, stride, begin, end, j, paired: tl.constexpr, width: tl.constexpr, feed: tl.constexpr
+):  # fmt: skip
+    """x [R, begin to end] -= left times rows of a matrix, and where `paired` right times those behind; [R, V] both."""
+    for start in range(begin // feed * feed, end, feed):
+        to = start + tl.arange(0, feed)
+        some = (to >= begin) & (to < end)
+        both = inside[:, None] & some[None, :]
+        total = tl.load(x + to[None, :], both, 0.0)
+        for v in tl.static_range(width):
+            total -= column(left, j, v)[:, None] * tl.load(matrix + v * stride + to, some, 0.0)[None, :]
+            if paired:
+                total -= column(right, j, v)[:, None] * tl.load(matrix + (width + v) * stride + to, some, 0.0)[None, :]
+        tl.store(x + to[None, :], total, both)
+
+
+@triton.jit
 def walk_kernel(  # type: ignore[no-untyped-def]
     rest, factor, factor_stride, inverse, first, second, back, curved, levels, table, scale, offset, natural, codes,
     error, count, columns, spans, total, paired: tl.constexpr, width: tl.constexpr, rows: tl.constexpr,
@@ -35,7 +52,7 @@ def walk_kernel(  # type: ignore[no-untyped-def]
 
     scale, offset [N, S]; inverse [S, B / S, B / S], rows in natural order, whose places natural int32 [B] are.
     """
-    n, j, f = tl.program_id(0) * rows + tl.arange(0, rows), tl.arange(0, width), tl.arange(0, feed)
+    n, j = tl.program_id(0) * rows + tl.arange(0, rows), tl.arange(0, width)
     inside, span = n < count, width * (1 + paired)
     row = n.to(tl.int64)[:, None] * columns
     for i in range(spans):
@@ -60,17 +77,8 @@ def walk_kernel(  # type: ignore[no-untyped-def]
             e, g = e + times(miss, below, span, j), g + times(miss, below + width, span, j)
             tl.store(error + row + a + width + j[None, :], g, inside[:, None])
         tl.store(error + row + a + j[None, :], e, inside[:, None])
-        for start in range((a + span) // feed * feed, columns, feed):
-            to = start + f
-            some = (to >= a + span) & (to < columns)
-            both, weights = inside[:, None] & some[None, :], factor + a * factor_stride + to
-            later = tl.load(rest + row + to[None, :], both, 0.0)
-            for v in tl.static_range(width):
-                later -= column(e, j, v)[:, None] * tl.load(weights + v * factor_stride, some, 0.0)[None, :]
-                if paired:
-                    row_weights = tl.load(weights + (width + v) * factor_stride, some, 0.0)
-                    later -= column(g, j, v)[:, None] * row_weights[None, :]
-            tl.store(rest + row + to[None, :], later, both)
+        weights = factor + a * factor_stride
+        take_off(rest + row, inside, e, g, weights, factor_stride, a + span, columns, j, paired, width, feed)
         tl.debug_barrier()  # other threads read these columns next
 
 
@@ -84,7 +92,7 @@ def descent_kernel(  # type: ignore[no-untyped-def]
 
     gram [B, B]; metric, inverse [S, B / S, B / S]; scale [N, S]; present: levels by code.
     """
-    n, j, f = tl.program_id(0) * rows + tl.arange(0, rows), tl.arange(0, width), tl.arange(0, feed)
+    n, j = tl.program_id(0) * rows + tl.arange(0, rows), tl.arange(0, width)
     inside, span = n < count, width * (1 + paired)
     row, all_of = n.to(tl.int64)[:, None] * columns, inside[:, None]
     for i in range(spans):
@@ -121,16 +129,8 @@ def descent_kernel(  # type: ignore[no-untyped-def]
             tl.store(steps + x + width, other, all_of)
             tl.store(codes + x + width, tl.load(table + right), all_of & better)
         tl.debug_barrier()  # all have read what now changes
-        for start in range(0, columns, feed):
-            to = start + f
-            both, weights = all_of & (to < columns)[None, :], gram + a * gram_stride + to
-            there = tl.load(pull + row + to[None, :], both, 0.0)
-            for v in tl.static_range(width):
-                there -= column(step, j, v)[:, None] * tl.load(weights + v * gram_stride, to < columns, 0.0)[None, :]
-                if paired:
-                    row_weights = tl.load(weights + (width + v) * gram_stride, to < columns, 0.0)
-                    there -= column(other, j, v)[:, None] * row_weights[None, :]
-            tl.store(pull + row + to[None, :], there, both)
+        weights = gram + a * gram_stride
+        take_off(pull + row, inside, step, other, weights, gram_stride, 0, columns, j, paired, width, feed)
         tl.debug_barrier()
 
 
