@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qtool.formats._spelling import parse_format
 from qtool.methods.gptq import GPTQ, activation_order, by_column
+from qtool.numerics.codebooks.batched_search import BlockBatch
 from qtool.numerics.grids import minifloat
 from qtool.numerics.scales import search
 from qtool.numerics.solving import gram as sums
@@ -21,6 +22,7 @@ from qtool.numerics.solving.walk import searches, walk, walk_searching
 from qtool.stats._base import InputStats
 from qtool.stats.gram import Gram
 from tests.methods.test_refine import descend_slowly, gram_of
+from tests.reference import close
 
 pytestmark = [
     pytest.mark.gpu,
@@ -255,6 +257,25 @@ def test_weights_of_searches_are_those_of_the_cpu() -> None:
         strict=True,
     ):
         torch.testing.assert_close(a.cpu(), b)
+
+
+@pytest.mark.parametrize("label", ["iq1_m", "iq2_xxs", "iq2_s", "iq3_xxs", "iq3_s"])
+def test_products_of_close_codes(label: str) -> None:
+    fmt, generator = parse_format(label), torch.Generator().manual_seed(5)
+    book = fmt.codebook()
+    assert book is not None
+    groups, segments = 256 // fmt.rule.group, fmt.rule.group // fmt.rule.segment
+    shape = (9, groups, segments, fmt.rule.segment // book.span, book.span // book.width, book.width)
+    x, weight = torch.randn(shape, generator=generator), torch.rand(1, *shape[1:], generator=generator)
+    scale = torch.randn(9, groups, generator=generator).div(8)
+    scale[0, 0] = 0
+    shift = fmt.rule.delta * torch.ones(9, groups, segments) if fmt.rule.delta else 0.0
+    for near in (3, 16):
+        want = close.products(BlockBatch(x, weight, fmt.rule, book, near), scale, shift)
+        there = BlockBatch(x.cuda(), weight.cuda(), fmt.rule, book, near)
+        found = there.products(scale.cuda(), shift.cuda() if isinstance(shift, Tensor) else shift)
+        for a, b in zip(found, want, strict=True):
+            torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-4)
 
 
 VECTORS = ["iq1_m", "iq2_xxs", "iq2_s", "iq3_xxs", "iq3_s"]

@@ -1,4 +1,4 @@
-"""The search of `vector_search` for all super-blocks at once, as tensor operations: for devices.
+"""The search of `vector_search` for all super-blocks at once, for CUDA devices: tensor operations around a kernel.
 
 The same steps in the same order; sums are rounded otherwise, so that ties may end otherwise.
 
@@ -70,58 +70,11 @@ class BlockBatch(NamedTuple):
     book: Codebook
     close: int
 
-    def nearest(self, size: Tensor, pull: Tensor, scale: Tensor, flip: Tensor | None) -> Tensor:
-        """Values of the best of close entries, [R, G, S, T, U, V]; see `nearest.close_entry`.
-
-        Args:
-            size: what magnitudes are to meet, [R, G, S, T, U, V].
-            pull: weight times that.
-            scale: [R, G, 1, 1, 1, 1].
-            flip: whether one sign has to flip, bool [R, G, S, T, 1]; None: never.
-        """
-        tables = lookup(self.book, size.device)
-        inverse = torch.where(scale != 0, 1 / scale, 0.0)
-        digits = torch.searchsorted(tables.middles, (size * inverse).contiguous())
-        key = (digits * tables.places).sum(-1)
-        exact = tables.exact[key].bool()
-        among = tables.close[key][..., : self.close]
-        values = tables.values[among.long()]
-        costs = (values * (scale * self.weight)[..., None, :] - 2 * pull[..., None, :]).mul_(values).sum(-1)
-        if flip is not None:
-            least = (pull[..., None, :] * values).amin(-1)
-            costs += torch.where(flip[..., None], 4 * least, 0.0)
-            exact = exact & ~flip
-        place = torch.where(exact, 0, (costs * scale[..., 0, None]).argmin(-1))
-        return tables.values[among.gather(-1, place[..., None])[..., 0].long()]
-
     def products(self, scale: Tensor, shift: Tensor | float) -> tuple[Tensor, Tensor]:
         """(sum of weight x level, sum of weight level^2) of segments, [R, G, S], for close codes at scales [R, G].
 
         Levels are shifted ones; shift: [R, G, S], or one for all.
         """
-        book = self.book
-        if self.x.is_cuda:
-            return self._products_there(scale, shift)
-        scale = scale[..., None, None, None, None]
-        if isinstance(shift, Tensor):
-            shift = shift[..., None, None, None]
-        d = self.x - scale * shift if self.rule.delta else self.x
-        size = d if book.signs == "none" else d.abs()
-        pull = self.weight * size
-        odd = ((d * scale < 0).sum((-2, -1)) % 2 == 1)[..., None] if book.signs == "even" else None
-        values = self.nearest(size, pull, scale, odd if book.span == book.width else None)
-        if self.rule.delta:
-            values = values + shift
-            xl, ll = self.weight * values * self.x, self.weight * values.square()
-        else:
-            xl, ll = pull * values, self.weight * values.square()
-        whole = xl.sum((-2, -1))
-        if odd is not None:
-            whole = whole - torch.where(odd[..., 0], 2 * (pull * values).amin((-2, -1)), 0.0)
-        return whole.sum(-1), ll.sum((-3, -2, -1))
-
-    def _products_there(self, scale: Tensor, shift: Tensor | float) -> tuple[Tensor, Tensor]:
-        """`products` by a kernel."""
         from qtool.numerics.codebooks import cuda_close
 
         shape, moved = self.x.shape, None
