@@ -13,6 +13,7 @@ recipes every recipe that ships on the demo model: KL divergence and size, as in
 study   integers against floats on the demo model, with and without outliers: the tables and plots of docs/study.md
 systems the systems of the field as recipes, each against a plain way to the same formats: the table of docs/systems.md
 tables  rewrites by format, strength and calibration, methods by bits, ranks: the tables of docs/rewrites.md
+cells   systems and tables at once, so that no process waits for the last of either; only by name
 learned learned rounding and scales against GPTQ and AutoRound at the same bytes, several trials side by side
 cast    formats without a search, on a random matrix, against copying it
 stages  whole runs on the CPU by format against 4-bit integers and llm-compressor: the table of docs/methods.md
@@ -209,20 +210,22 @@ def studied(options: argparse.Namespace) -> dict[str, float]:
 
 def compared(options: argparse.Namespace) -> dict[str, float]:
     """Divergences of systems, and of what they are compared with; goes on where an earlier run was cut."""
-    wanted = [one for name, one in system.systems().items() if not options.system or name in options.system]
-    return measured([cell for one in wanted for cell in one.cells], options)
+    return measured(system.cells(options.system), options)
 
 
-def tabled(options: argparse.Namespace) -> dict[str, float]:
+def tabled(options: argparse.Namespace, *others: cells.Cell) -> dict[str, float]:
     """Divergences of recipes in the tables of docs/rewrites.md; goes on where one was cut. Draws its plots."""
     try:
-        return measured(tables.cells(options.table), options)
+        return measured([*others, *tables.cells(options.table)], options)
     finally:
         curves.write()
 
 
 def measured(wanted: list[cells.Cell], options: argparse.Namespace) -> dict[str, float]:
     """Divergences of cells; prints them, and at the end raises SystemExit if one failed."""
+    wanted = sorted(cells.missing(wanted), key=cells.trains)  # what trains takes longest, and a device best
+    if options.last_first:
+        wanted.reverse()
     cells.prepare(options.work, wanted)
     run = partial(cells.outcome, work=options.work, device=options.device)
     found, failed, begun = dict[str, float](), list[str](), time.perf_counter()
@@ -302,6 +305,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
     "study": studied,
     "systems": compared,
     "tables": tabled,
+    "cells": lambda options: tabled(options, *system.cells(options.system)),
     "learned": trained,
     "cast": lambda _: uncalibrated(),
     "solve": lambda _: solvers(),
@@ -314,6 +318,8 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
     "stream": lambda options: stream(options.work),
     "schemes": lambda options: {"written": schemes.ask(options.peer)},
 }
+BY_NAME = ("schemes", "cells")
+"""What runs only if it is asked for."""
 
 
 def main() -> None:
@@ -338,6 +344,7 @@ def main() -> None:
     )
     parser.add_argument("--generations", type=int, default=24, help="scores: plans that evolution and policies measure")
     parser.add_argument("--system", action="append", default=[], help="systems: this one, and others given so")
+    parser.add_argument("--last-first", action="store_true", help="systems, tables, cells: beside a run of the same")
     parser.add_argument("--table", action="append", default=[], choices=list(tables.TABLES), help="tables: this one")
     parser.add_argument("--format", action="append", default=[], help="stages: this one, and others given so")
     parser.add_argument("--trial", action="append", default=[], help="learned: those whose names begin so")
@@ -352,7 +359,7 @@ def main() -> None:
         options.prose.write_text(prose(), encoding="utf-8")
     options.evaluation = options.evaluation or options.prose
     results = {}
-    for name in [options.only] if options.only else [name for name in BENCHMARKS if name != "schemes"]:
+    for name in [options.only] if options.only else [name for name in BENCHMARKS if name not in BY_NAME]:
         found = BENCHMARKS[name](options)
         results[name] = {key: round(value, 4) for key, value in found.items()}
         print(name, *(f"{key:>24} {value:.3f}" for key, value in found.items()), sep="\n")

@@ -2,15 +2,18 @@
 
 A cell is a recipe that ships, with something set in it, on a variant of the model. What came out is kept in
 `benchmarks/measured.json` by what was run, so a run that was cut off goes on, and cells that tables share are run once.
-Several cells may run side by side, as processes; one that fails is told, and the others go on.
+Several cells may run side by side, as processes; one that fails is told, and the others go on. So may several programs,
+one on a device and one beside it: they keep what comes out in one file.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from functools import cache, cached_property
 from multiprocessing import get_context
 from pathlib import Path
@@ -110,12 +113,25 @@ def known() -> dict[str, Measured]:
     return {k: Measured(**v) for k, v in found["cells"].items()} if found.get("conditions") == CONDITIONS else {}
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Waits until no other program writes into a folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def keep(key: str, measured: Measured) -> None:
     """Adds an outcome, with four digits; what was measured under other conditions goes."""
-    cells = known() | {key: measured}
-    values = {k: {n: rounded(v) for n, v in cells[k].model_dump(exclude_none=True).items()} for k in sorted(cells)}
-    with new_file(KEPT) as partial:
-        partial.write_text(json.dumps({"conditions": CONDITIONS, "cells": values}, indent=1) + "\n", encoding="utf-8")
+    with alone(KEPT.parent):
+        cells = known() | {key: measured}
+        values = {k: {n: rounded(v) for n, v in cells[k].model_dump(exclude_none=True).items()} for k in sorted(cells)}
+        text = json.dumps({"conditions": CONDITIONS, "cells": values}, indent=1)
+        with new_file(KEPT) as partial:
+            partial.write_text(text + "\n", encoding="utf-8")
 
 
 def rounded(value: Any) -> Any:
@@ -186,11 +202,12 @@ class Corpus:
 
 def prepare(work: Path, cells: Iterable[Cell]) -> None:
     """Makes the models of cells, and all texts."""
-    for variant in sorted({one.variant for one in cells}):
-        models.variant(work, variant)
-    for name, text in (EVALUATED | CALIBRATED).items():
-        if not (work / name).exists():
-            (work / name).write_text(text(), encoding="utf-8")
+    with alone(work):
+        for variant in sorted({one.variant for one in cells}):
+            models.variant(work, variant)
+        for name, text in (EVALUATED | CALIBRATED).items():
+            if not (work / name).exists():
+                (work / name).write_text(text(), encoding="utf-8")
 
 
 def measure(
@@ -199,16 +216,14 @@ def measure(
     """Measures cells that are not known, and keeps each.
 
     Args:
-        wanted: those that train come first, they take longest.
+        wanted: in this order.
         run: measures one.
         pool: where they run.
 
     Yields:
         What was run, and what came out, or why nothing did.
     """
-    found = known()
-    missing = {one.key: one for one in wanted if not one.among(found)}
-    futures = {pool.submit(run, one): one for one in sorted(missing.values(), key=trains, reverse=True)}
+    futures = {pool.submit(run, one): one for one in missing(wanted)}
     for future in as_completed(futures):
         one, error = futures[future], future.exception()
         if error is None:
@@ -216,9 +231,15 @@ def measure(
         yield one, f"{type(error).__name__}: {error}" if error else future.result()
 
 
+def missing(wanted: Iterable[Cell]) -> list[Cell]:
+    """Those that are not known, each once."""
+    found = known()
+    return list({one.key: one for one in wanted if not one.among(found)}.values())
+
+
 def processes(jobs: int) -> Executor:
-    """So many processes, which share the processor's cores."""
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    """So many processes, which share the processor's cores, or have as many as the environment says."""
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // jobs))
     os.environ |= {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}  # for the processes that are started
     return ProcessPoolExecutor(jobs, get_context("spawn"))
 
@@ -236,5 +257,6 @@ def demo(work: Path, device: str) -> Demo:
 
 
 def outcome(one: Cell, work: Path, device: str) -> Measured:
-    """Measures a cell in a process that is one of several."""
-    return demo(work, device)(one)
+    """Measures a cell in a process that is one of several, unless another program did meanwhile."""
+    found = known()
+    return found[one.key] if one.among(found) else demo(work, device)(one)

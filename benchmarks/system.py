@@ -6,7 +6,7 @@ what its paper promises, and what it is compared with. What came out is kept by 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -54,6 +54,11 @@ def systems() -> dict[str, System]:
     """All of them by name, in the order of their titles."""
     found = {path.stem: read(path) for path in FOLDER.glob("*.yaml")}
     return dict(sorted(found.items(), key=lambda item: item[1].title.lower()))
+
+
+def cells(names: Sequence[str] = ()) -> list[Cell]:
+    """All cells of systems; of all systems if none is named."""
+    return [cell for name, one in systems().items() if not names or name in names for cell in one.cells]
 
 
 def read(path: Path) -> System:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import yaml
 
 from benchmarks import cells, system
+from benchmarks.__main__ import measured
 from benchmarks.cells import Cell, Measured, Way
 from benchmarks.system import System
 from qtool.models import open_artifact
 from qtool.recipe.load import find_recipe
 from scripts import prose
 
+KLD = {"kld": 0.5, "megabytes": 1, "carrier": "gguf"}
 NAMES = sorted(path.stem for path in system.FOLDER.glob("*.yaml"))
 
 
@@ -54,7 +57,7 @@ def test_cells_are_measured_once_kept_and_go_on_behind_one_that_fails(tmp_path, 
     with ThreadPoolExecutor(1) as pool:
         first = dict(cells.measure(wanted, run, pool))
         second = dict(cells.measure(wanted, run, pool))
-    assert asked == ["w4a16-best", "w4a16-rtn", "w8a16", "w4a16-awq", "w8a16"]
+    assert asked == ["w4a16-rtn", "w8a16", "w4a16-awq", "w4a16-best", "w8a16"]
     assert first[one("w8a16")] == "ValueError: too wide"
     assert list(second) == [one("w8a16")]
     stored = json.loads((tmp_path / "kept.json").read_text())
@@ -64,6 +67,36 @@ def test_cells_are_measured_once_kept_and_go_on_behind_one_that_fails(tmp_path, 
     assert again[1].code == 0.2
     monkeypatch.setattr(cells, "CONDITIONS", cells.CONDITIONS | {"samples": 1})
     assert cells.known() == {}
+
+
+def test_a_cell_that_another_program_measured_meanwhile_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "KEPT", tmp_path / "kept.json")
+    found = Measured(**KLD)
+    cells.keep(one("w8a16").key, found)
+    assert cells.outcome(one("w8a16"), tmp_path, "cpu") == found
+    monkeypatch.setattr(cells, "demo", lambda *_: str)
+    assert cells.outcome(one("w4a16-rtn"), tmp_path, "cpu") == str(one("w4a16-rtn"))
+
+
+def test_programs_that_keep_at_the_same_time_lose_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "KEPT", tmp_path / "kept.json")
+    found = Measured(**KLD)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: cells.keep(f"cell {i}", found), range(64)))
+    assert len(cells.known()) == 64
+
+
+@pytest.mark.parametrize("last_first", [False, True])
+def test_what_trains_is_run_last_or_begun_with(tmp_path, monkeypatch, last_first):
+    asked = []
+    monkeypatch.setattr(cells, "KEPT", tmp_path / "kept.json")
+    monkeypatch.setattr(cells, "prepare", lambda *_: None)
+    monkeypatch.setattr(cells, "outcome", lambda cell, **_: asked.append(cell.way.recipe) or Measured(**KLD))
+    monkeypatch.setattr(cells, "processes", ThreadPoolExecutor)
+    options = Namespace(work=tmp_path, device="cpu", processes=1, last_first=last_first)
+    assert len(measured([one("w4a16-best"), one("w8a16"), one("w4a16-rtn"), one("w8a16")], options)) == 3
+    order = ["w8a16", "w4a16-rtn", "w4a16-best"]
+    assert asked == (order[::-1] if last_first else order)
 
 
 @pytest.mark.parametrize(("ratio", "seen"), [(1.0, "yes (0.80)"), (0.8, "no (0.80)"), (0.9, "yes (0.80)")])
