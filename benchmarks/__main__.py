@@ -347,7 +347,7 @@ def main() -> None:
     parser.add_argument("--last-first", action="store_true", help="systems, tables, cells: beside a run of the same")
     parser.add_argument("--table", action="append", default=[], choices=list(tables.TABLES), help="tables: this one")
     parser.add_argument("--format", action="append", default=[], help="stages: this one, and others given so")
-    parser.add_argument("--trial", action="append", default=[], help="learned: those whose names begin so")
+    parser.add_argument("--trial", action="append", default=[], help="learned: names that begin so, in this order")
     parser.add_argument("--samples", type=int, default=128, help="learned: of the calibration, of 512 tokens")
     parser.add_argument("--seconds", type=float, default=86400, help="learned: when to stop")
     parser.add_argument("--with-peer", action="store_true", help="learned: AutoRound as well, of the Python --peer")

@@ -91,10 +91,13 @@ def learned(**settings: Any) -> dict[str, Any]:
 
 def trials() -> dict[str, Trial]:
     """All of them by name, what decides most first."""
-    last = ({"epochs": 4}, {"epochs": 4, "rounding": "gumbel", "rounding_rate": 0.02})
-    names = (*(f"w{bits}a16" for bits in (2, 3, 4)), *(f"gguf-{mix}" for mix in WIDE), "nvfp4", "mxfp4")
-    found = {f"{n}-best": Trial(recipe=f"{n}-best", distilled=last, wide="gguf" in n) for n in names}
+    last, moving = {"epochs": 8, "rate": 0.002}, {"rate": 0.001, "rounding": "steps", "rounding_rate": 0.003}
+    integers, others = [f"w{bits}a16" for bits in (2, 3, 4)], [*(f"gguf-{mix}" for mix in WIDE), "nvfp4", "mxfp4"]
+    names = [*integers, *others]
+    best = {n: (last, {"epochs": 6, **moving}) if n in integers else (last,) for n in names}
+    found = {f"{n}-best": Trial(recipe=f"{n}-best", distilled=best[n], wide="gguf" in n) for n in names}
     found |= {f"{n}-base": Trial(recipe=n, wide="gguf" in n) for n in names[3:]}
+    longer = ({"epochs": 3, "rate": 0.002}, {"epochs": 2, **moving})
     plain = {"epochs": 4, "rate": 0.001}
     codes = {"epochs": 8, "rate": 0.001, "rounding": "gumbel"}
     for bits in (2, 3, 4):
@@ -108,7 +111,7 @@ def trials() -> dict[str, Trial]:
             "gptq": Trial(weights, distilled=tuple(ways)),
             "gumbel": Trial(weights, learned(**soft, rate=0.05), distilled=behind),
             "scales": Trial(weights, learned(**scales), distilled=behind[:3]),
-            "continued": Trial(weights, learned(**scales), {"continued": 3}, distilled=({"epochs": 2},)),
+            "continued": Trial(weights, learned(**scales), {"continued": 3}, distilled=longer),
             "gumbel-slow": Trial(weights, learned(**soft, rate=0.02)),
             "gumbel-weighed": Trial(weights, learned(**soft, rate=0.05), {"token_weights": ROOT}),
             "gumbel-long": Trial(weights, learned(**soft, rate=0.03, steps=600), distilled=behind[:1]),
@@ -118,9 +121,9 @@ def trials() -> dict[str, Trial]:
             "rounding": Trial(weights, learned()),
             "quick": Trial(weights, learned(**scales, steps=100, batch=4), distilled=({"epochs": 1},)),
             "adam": Trial(weights, adam),
-            "weighed": Trial(weights, learned(**scales), {"token_weights": ROOT}),
+            "weighed": Trial(weights, learned(**scales), {"token_weights": ROOT}, distilled=(last,)),
             "fast": Trial(weights, learned(**scales, rate=0.01)),
-            "long": Trial(weights, learned(**scales | {"scale_rate": rate / 2}, steps=600), distilled=behind[2:]),
+            "long": Trial(weights, learned(**scales | {"scale_rate": rate / 2}, steps=600), distilled=(last,)),
             "signround": Trial(weights, learned(start={"rtn": {"importance": True}}, scales=True, scale_rate=0.005)),
         }
         found |= {f"w{bits}-{name}": trial for name, trial in some.items()}
@@ -171,22 +174,23 @@ def attempt(name: str, options: argparse.Namespace) -> Iterator[tuple[str, Any]]
     if report.blocks:
         yield "losses", losses(report)
     yield "kld", distances(str(out), options, source)
-    model = open_artifact(str(out))
+    if not trial.distilled:
+        return
+    job = prepare(str(source), str(recipe), device=options.device)
+    tokens, model = load_tokens(job.plan.recipe.calibration, job.original, device=job.device), open_artifact(str(out))
+    task = StageTask(job.original, job.checkpoint, model, job.plan, tokens, job.device, job.dtype, lambda *_: None)
     for settings in trial.distilled:
         begun = time.monotonic()
-        finished, about = distilled(model, Distill(**settings), recipe, source, options.device)
+        finished, about = distilled(model, Distill(**settings), task)
         took = time.monotonic() - begun
         found = {"seconds": took, **about, "kld": distances(finished, options, source)}
         yield " ".join(f"{key}={value}" for key, value in settings.items()), found
 
 
 def distilled(
-    model: QuantizedCheckpoint, stage: Distill, recipe: Path, source: Path, device: str
+    model: QuantizedCheckpoint, stage: Distill, task: StageTask
 ) -> tuple[QuantizedCheckpoint, dict[str, float | str]]:
     """A model behind a stage, and what that measured."""
-    job = prepare(str(source), str(recipe), device=device)
-    tokens = load_tokens(job.plan.recipe.calibration, job.original, device=job.device)
-    task = StageTask(job.original, job.checkpoint, model, job.plan, tokens, job.device, job.dtype, lambda *_: None)
     found = stage.run(task)
     params = {module: {name: t.cpu() for name, t in own.items()} for module, own in found.params.items()}
     tensors = {name: t.cpu() for name, t in found.tensors.items()}
@@ -210,7 +214,8 @@ PEERS = ("autoround-w2-200", "autoround-w3-200", "autoround-w4-200")
 
 def all_together(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Runs trials side by side until the deadline; what each found, by name."""
-    names = [n for n in (*PEERS[: len(PEERS) * bool(options.with_peer)], *trials()) if chosen(n, options.trial)]
+    known = (*PEERS[: len(PEERS) * bool(options.with_peer)], *trials())
+    names = [*dict.fromkeys(name for prefix in options.trial or [""] for name in known if name.startswith(prefix))]
     begun, running, files = time.monotonic(), dict[str, subprocess.Popen[bytes]](), options.work / "trials"
     files.mkdir(parents=True, exist_ok=True)
     waiting = iter(names)
@@ -231,11 +236,6 @@ def all_together(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
         process.kill()
     found = {name: files / f"{name}.json" for name in names}
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in found.items() if path.exists()}
-
-
-def chosen(name: str, wanted: list[str]) -> bool:
-    """Whether a trial is asked for: by its whole name or by its beginning."""
-    return not wanted or any(name.startswith(prefix) for prefix in wanted)
 
 
 def command(name: str, options: argparse.Namespace) -> list[str]:
