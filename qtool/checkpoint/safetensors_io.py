@@ -128,13 +128,14 @@ class SafetensorsFile:
 
     def _mapped(self, name: str, start: int = 0, stop: int | None = None, index: int | None = None) -> Tensor:
         """A tensor or rows of it, as they lie in the file; see `read`."""
-        if self._map is None:
-            self._map = self._opened()
+        opened = self._map
+        if opened is None:  # another thread that reads may give up its own
+            opened = self._map = self._opened()
         if within := self.entries[name].within:
             name, index = within
         part = slice(start, stop) if index is None else (index, slice(start, stop))
         try:
-            found: Tensor = self._map.get_tensor(name) if stop is None else self._map.get_slice(name)[part]
+            found: Tensor = opened.get_tensor(name) if stop is None else opened.get_slice(name)[part]
         except (SafetensorError, ValueError) as error:  # as it has them where memory is short
             raise CheckpointError(f"cannot read {name} of {self.path}: {one_line(error)}") from error
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from pathlib import Path
 
 from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint
@@ -12,6 +13,7 @@ from qtool.errors import CheckpointError, reading
 from qtool.numerics.checks import finite
 from qtool.numerics.checksum import Checksum
 from qtool.numerics.metrics import all_finite
+from qtool.numerics.threads.parallel import side_by_side
 from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.requantize import is_finite, stored_matrix
@@ -23,7 +25,7 @@ SIDE = {".md", ".html", "report.json"}
 
 
 def read_content(checkpoint: Checkpoint, ranks: Ranks = ALONE) -> str:
-    """Reads every tensor once, part by part.
+    """Reads every tensor once, part by part, and several side by side.
 
     Args:
         checkpoint: whose.
@@ -37,9 +39,9 @@ def read_content(checkpoint: Checkpoint, ranks: Ranks = ALONE) -> str:
         NumericsError: a tensor holds NaN or infinity.
         CheckpointError: one cannot be read.
     """
-    names = checkpoint.names()
-    found: dict[str, str] = {}
-    for part in ranks.gather({name: read_tensor(checkpoint, name) for name in names[ranks.share(len(names))]}):
+    names, found = checkpoint.names(), dict[str, str]()
+    mine = names[ranks.share(len(names))]
+    for part in ranks.gather(dict(zip(mine, side_by_side(partial(read_tensor, checkpoint), mine), strict=True))):
         found |= part
     return hashlib.blake2b("".join(found[name] for name in names).encode(), digest_size=16).hexdigest()
 

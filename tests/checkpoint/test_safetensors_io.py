@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -238,3 +239,19 @@ print(sum(file.read(name).shape[1] for name in file.entries), peak() - before)
     read, grown = map(int, subprocess.check_output([sys.executable, "-c", program]).split())
     assert read == count * size
     assert grown * 1024 < 8 * size  # of 32; what the allocator keeps differs from run to run
+
+
+def test_threads_read_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A map that one of them gives up does not go from under another."""
+    content = {str(i): torch.full((64, 4), float(i)) for i in range(4)}
+    write(tmp_path / "t.safetensors", content)
+    file = SafetensorsFile(tmp_path / "t.safetensors")
+    monkeypatch.setattr("qtool.checkpoint.safetensors_io.MAPPED", 16)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(lambda i: torch.equal(file.read(str(i % 4)), content[str(i % 4)]), range(16)))
+    finally:
+        sys.setswitchinterval(before)
+    assert all(found)
