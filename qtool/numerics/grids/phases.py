@@ -14,6 +14,7 @@ or 1 of each term and axis, the first term counting least.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -135,16 +136,20 @@ def rounded(w: Tensor, terms: int) -> tuple[Tensor, Tensor]:
 
 
 def may_be(w: Tensor, terms: int, spacing: float) -> bool:
-    """Whether real and imaginary parts of U and V are so few values that a matrix may be on such a grid.
+    """Whether a matrix has so few values that it may be on such a grid.
 
-    Each is a sum of signs times scales, so 3^T values, off by what rounding made of the sums that are stored. Counting
-    takes a hundredth of the time of `recognized`, and nearly nothing else has so few.
+    Entries of A and D at one place follow from the real parts of U and V there, those of B and C from the imaginary
+    ones: 9^T pairs each, however they were rounded. And each of these parts is a sum of signs times scales, so 3^T
+    values, off by what rounding made of the sums that are stored. Counting takes a hundredth of the time of
+    `recognized`, and nearly nothing else has so few.
 
     Args:
         w: float32 [N, K], both even.
         terms: T.
         spacing: of numbers of the type that it is stored in, around 1.
     """
+    if any(len(np.unique(pairs)) > 9**terms for pairs in corners(w)):
+        return False
     width = ROUNDED * spacing * float(w.abs().max())
     for part in torch.cat(split(w.double())).flatten(1).sort().values.numpy():
         start = 0
@@ -153,6 +158,13 @@ def may_be(w: Tensor, terms: int, spacing: float) -> bool:
         if start < len(part):
             return False
     return True
+
+
+def corners(w: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Entries of A with those of D, and of B with those of C, as one number a pair: complex64 [n k]."""
+    n, k = w.shape[0] // 2, w.shape[1] // 2
+    a, b, c, d = (part.numpy() for part in (w[:n, :k], w[:n, k:], w[n:, :k], w[n:, k:]))
+    return (a + np.complex64(1j) * d).ravel(), (b + np.complex64(1j) * c).ravel()
 
 
 def recognized(w: Tensor, terms: int) -> tuple[Tensor, Tensor] | None:
