@@ -77,6 +77,7 @@ ROWS = {
     "q2_k-rtn": Row("q2_k", "rtn", 0.0),
     "w4-awq": Row("int4-g128", "rtn", 3.0, transforms="[awq]"),
     "w4-learned": Row("int4-g128", "{learned: {start: {gptq: {rounds: 0}}}}", 8.0, samples=128),
+    "w4-learned-4": Row("int4-g128", "{learned: {batch: 4, start: {gptq: {rounds: 0}}}}", 8.0, samples=128),
     "w4-drawn": Row(
         "int4-g128",
         "{learned: {rounding: gumbel, optimizer: lion, start: {gptq: {rounds: 0}}}}",

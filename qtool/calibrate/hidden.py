@@ -17,8 +17,9 @@ MEMORY_LIMIT = 4 << 30
 DEVICE_PART = 16
 """Hidden states stay on a CUDA device if they take no larger part of its memory than one in so many."""
 
-WAITING_PART = 4
-"""Batches wait on a CUDA device, instead of starting anew, if that takes no larger part of its memory."""
+WAITING_PART, BESIDE_PART = 4, 16
+"""Batches wait on a CUDA device, instead of starting anew, if that takes no larger part of its memory: of one for
+whatever there is, and of one where a block is to be trained, so that finding its start takes no more than training."""
 
 
 class Hidden:
@@ -82,11 +83,16 @@ def has_room(device: torch.device, nbytes: int) -> bool:
     return device.type == "cuda" and nbytes * DEVICE_PART <= torch.cuda.get_device_properties(device).total_memory
 
 
-def waiting_limit(device: torch.device) -> int:
-    """Bytes that the intermediates of all batches may take on a device while they wait for layers to be solved."""
+def waiting_limit(device: torch.device, trains: bool = False) -> int:
+    """Bytes that the intermediates of all batches may take on a device while they wait for layers to be solved.
+
+    Args:
+        device: where they wait.
+        trains: whether the block is trained when its layers are solved.
+    """
     if device.type != "cuda":
         return MEMORY_LIMIT
-    return int(torch.cuda.get_device_properties(device).total_memory) // WAITING_PART
+    return int(torch.cuda.get_device_properties(device).total_memory) // (BESIDE_PART if trains else WAITING_PART)
 
 
 def mapped(count: int, dtype: torch.dtype) -> Tensor:

@@ -95,7 +95,8 @@ class Reference:
         return seen, output
 
     def advance(self, part: slice, output: Tensor) -> None:
-        """Takes the block's output for some samples."""
+        """Takes the block's output for some samples; what was kept of them is gone."""
+        self.found.pop(part.start, None)
         self.outputs[slice(part.start, part.start + len(output))] = output
 
     def proceed(self) -> None:

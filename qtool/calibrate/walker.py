@@ -117,7 +117,7 @@ class Walker(Blocks):
 
         if reference:
             reference.begin(i, [m for reads, m in readers.items() if any(s.compares for s in needs[reads])], keep)
-        abreast, suspend = self.abreast(experts := experts_in(block), list(readers.values()), hidden)
+        abreast, suspend = self.abreast(experts := experts_in(block), list(readers.values()), hidden, keep)
         self.record(hidden)
         parts, places = self.parts(hidden), places_of(readers, abreast)
         threads = (1, 1) if cache else self.shares(parts)  # a cache is no place for two batches
@@ -132,13 +132,16 @@ class Walker(Blocks):
             yield from map(complete, flow)
         yield from map(complete, (place for place in places if place not in flow.passed))
 
-    def abreast(self, experts: Experts | None, readers: Sequence[Module], hidden: Hidden) -> tuple[int | None, bool]:
+    def abreast(
+        self, experts: Experts | None, readers: Sequence[Module], hidden: Hidden, trains: bool = False
+    ) -> tuple[int | None, bool]:
         """How many experts are measured together, and whether there is room for batches to wait.
 
         Args:
             experts: of the block.
             readers: a linear layer of it for each input that is measured.
             hidden: inputs of the block.
+            trains: see `waiting_limit`.
         """
         inside, several = max((m.shape[1] for m in readers), default=0), None
         theirs = [m for m in readers if m.expert is not None]
@@ -149,7 +152,7 @@ class Walker(Blocks):
             inner = max((m.shape[1] for m in theirs if m.role == "down"), default=0)
             inside = max(inside, inner * min(several, visits))
         waiting = hidden.samples * hidden.length * (3 * hidden.width + inside) * self.dtype.itemsize
-        return several, waiting <= waiting_limit(self.device)
+        return several, waiting <= waiting_limit(self.device, trains)
 
     def complete(self, stats: InputStats, block: nn.Module, module: Module, hidden: Hidden) -> InputStats:
         """The statistics of all processes.

@@ -48,6 +48,9 @@ WAYS: dict[Way, type[Relaxed]] = {
 CHECKS = 8
 """How often the state is compared with the best one so far."""
 
+PIECE = 4096
+"""Tokens of which a block's intermediates are in memory at a time, where errors of tokens do not depend on others."""
+
 
 class Learned(BlockMethod):
     """Trains rounding, block by block.
@@ -158,12 +161,26 @@ class Errors:
         x, target, *counts = given
         return relative_error(self.task.output(x, weights), target, trim, counts[0] if counts else None)
 
+    @property
+    def apart(self) -> bool:
+        """Whether the error of a sample is the same, whatever others it is asked for with."""
+        return self.task.token_weights is None and self.method.loss == "relative" and not self.method.trim
+
+    def pieces(self, given: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+        """Samples, as `given` has them, in as many pieces as memory for intermediates wants."""
+        step = max(1, PIECE // given[0].shape[1]) if self.apart else len(given[0])
+        return list(zip(*(torch.split(t, step) for t in given), strict=True))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What weights of a module are rounded to before anything is done with them."""
+        return torch.float32 if self.task.found[name].residuals else self.task.dtype
+
     @torch.no_grad()
     def held_out(self, weights: Mapping[str, Tensor], part: Tensor) -> float:
         """The same with nothing left out, of as many samples at a time as do not weigh each other's tokens."""
         weights = {name: w.to(self.task.device) for name, w in weights.items()}
         several = self.task.device.type != "cpu" and self.task.token_weights is None and self.method.loss == "relative"
-        parts = torch.split(part, self.method.batch if several else 1)
+        parts = torch.split(part, max(1, PIECE // self.task.inputs[part[:1]].shape[1]) if several else 1)
         errors = torch.stack([self(weights, self.given(s)) for s in parts]).double().cpu()
         return float((errors * torch.tensor([len(s) for s in parts])).sum() / len(part))
 
@@ -197,6 +214,8 @@ def relative_error(output: Tensor, target: Tensor, trim: float = 0.0, weights: T
 class Gradients:
     """Adds gradients of a block's error to variables; what leads to them is gone afterwards.
 
+    Weights are computed once a step, however many pieces its samples come in; gradients by them add up.
+
     Args:
         errors: of the block.
         variables: what is trained.
@@ -216,9 +235,16 @@ class Gradients:
 
     def leave(self, *given: Tensor) -> None:
         """See the class; of samples as `Errors.given` has them."""
-        weights = {name: w for several in self.variables for name, w in several.weights(self.progress).items()}
-        loss = self.errors(weights, given, self.errors.method.trim)
+        errors, pieces = self.errors, self.errors.pieces(given)
+        found = {name: w for several in self.variables for name, w in several.weights(self.progress).items()}
+        weights = {name: w.to(errors.dtype(name)) for name, w in found.items()}
+        del found  # wider, and nothing asks for them on the way back
+        leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
+        for piece in pieces:
+            loss = errors(leaves, piece, errors.method.trim)
+            torch.autograd.backward(loss if len(pieces) == 1 else loss * (len(piece[0]) / len(given[0])))
+        ends = [(w, leaves[name].grad) for name, w in weights.items() if leaves[name].grad is not None]
         extra = [p for several in self.variables if (p := several.relaxed.penalty(self.progress)) is not None]
         if extra:
-            loss = loss + self.penalty * torch.stack(extra).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+            ends.append((self.penalty * torch.stack(extra).mean(), None))
+        torch.autograd.backward([w for w, _ in ends], [gradient for _, gradient in ends])

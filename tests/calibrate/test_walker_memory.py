@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import gc
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from qtool.calibrate import blocks as blocks_module
+from qtool.calibrate import walker as walker_module
+from qtool.calibrate.hidden import waiting_limit
+from qtool.calibrate.reference import Reference
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError
@@ -85,3 +89,33 @@ def tensors_in(arguments):
     """Tensors among the arguments of a block."""
     flat = [x for value in arguments.values() for x in (value if isinstance(value, tuple) else (value,))]
     return [x for x in flat if isinstance(x, torch.Tensor)]
+
+
+def test_batches_wait_on_a_device_in_less_room_where_a_block_is_trained(monkeypatch):
+    properties = SimpleNamespace(total_memory=160 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    device = torch.device("cuda")
+    assert (waiting_limit(device), waiting_limit(device, trains=True)) == (40 << 30, 10 << 30)
+
+
+@pytest.mark.parametrize(("keep", "begun"), [(False, 3), (True, 12)])
+def test_batches_start_anew_where_what_waits_leaves_no_room_for_training(keep, begun, llama, monkeypatch):
+    monkeypatch.setattr(walker_module, "waiting_limit", lambda device, trains=False: 0 if trains else 1 << 40)
+    monkeypatch.setattr(blocks_module, "BATCH_TOKENS", 1)
+    hidden, block, seen = llama.embed(TOKENS), llama.load_block(0), []
+    block.register_forward_pre_hook(lambda *_: seen.append(1))
+    wanted = {m.reads: frozenset({Channels}) for m in llama.modules[0] if m.role != "o"}
+    assert len(list(llama.steps(block, 0, hidden, wanted, keep=keep))) == 3
+    assert len(seen) == begun  # three samples, and from the beginning behind each of three places
+
+
+def test_what_batches_that_start_anew_were_spared_is_gone_once_they_are_through(llama):
+    reference, hidden, block = Reference(llama, TOKENS, every=True), llama.embed(TOKENS), llama.load_block(0)
+    reference.begin(0, [])
+    reference.found = {part.start: reference.compute(part) for part in llama.parts(hidden)}
+    for part in llama.parts(hidden):
+        _, ahead = reference.run(part)
+        reference.advance(part, ahead)
+    assert not reference.found
+    llama.advance(block, 0, hidden)
+    assert torch.equal(reference.outputs.values, hidden.values)

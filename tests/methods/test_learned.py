@@ -7,8 +7,11 @@ import torch
 
 from qtool.formats._base import Quantized, expand
 from qtool.formats._spelling import parse_format
+from qtool.methods import learned
 from qtool.methods._base import BlockTask, Solution
-from qtool.methods.learned import Errors, Learned, relative_error
+from qtool.methods._joined import joined
+from qtool.methods._relaxed import ShiftedPlaces
+from qtool.methods.learned import Errors, Gradients, Learned, relative_error
 
 HIDDEN, WIDE, SAMPLES, TOKENS = 64, 128, 64, 32
 
@@ -229,3 +232,32 @@ def test_lion_is_the_sign_of_a_mean_over_steps():
             mean[j] = 0.99 * mean[j] + 0.01 * g
         assert x.tolist() == pytest.approx(by_hand)
         assert x.grad is None
+
+
+def gradients(task, part, scales, **settings):
+    """(what a step leaves in its variables; how many samples went through the block at a time)."""
+    seen = []
+
+    def counted(x, weights, beside):
+        seen.append(len(x))
+        return forward(x, weights)
+
+    watched = replace(task, forward=counted)
+    variables = joined(ShiftedPlaces, task.weights, task.found, scales, torch.Generator())
+    Gradients(Errors(watched, Learned(**settings)), variables, 0.0)(part, 0.5)
+    return [leaf.grad for several in variables for leaf, _ in several.relaxed.leaves()], seen
+
+
+@pytest.mark.parametrize("scales", [False, True])
+def test_a_step_whose_samples_come_in_pieces_is_that_of_all_of_them(scales, monkeypatch):
+    task, part = make_task("int3-g32"), torch.tensor([3, 1, 4, 9, 5, 2, 6])
+    whole, seen = gradients(task, part, scales)
+    assert seen == [7]
+    monkeypatch.setattr(learned, "PIECE", 2 * TOKENS)
+    pieces, seen = gradients(task, part, scales)
+    assert seen == [2, 2, 2, 1]
+    for a, b in zip(whole, pieces, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6 * float(a.abs().max()))
+    assert gradients(task, part, scales, loss="plain")[1] == [7]  # tokens of one are weighed against those of others
+    assert gradients(task, part, scales, trim=0.01)[1] == [7]
+    assert gradients(replace(task, token_weights=torch.ones(SAMPLES, TOKENS)), part, scales)[1] == [7]
