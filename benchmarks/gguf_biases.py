@@ -17,16 +17,15 @@ from torch import Tensor
 from benchmarks import tiny
 from qtool import registry
 from qtool.artifact.gguf import GGUF
-from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint
+from qtool.checkpoint._base import QuantizedCheckpoint
 from qtool.checkpoint.config import FAMILIES
 from qtool.checkpoint.conversions._base import ROOM
 from qtool.checkpoint.families._gguf import kind_of
 from qtool.checkpoint.gguf_io import GGUFFile
 from qtool.checkpoint.hf import HFCheckpoint
-from qtool.checkpoint.language import comes_apart
 from qtool.errors import CheckpointError
 from qtool.evaluate.llamacpp import try_file
-from qtool.models import open_apart
+from qtool.models import fit
 from qtool.store.gguf_writer import Container, Value
 from tests.artifact.conftest import InMemory
 from tests.conftest import make_tokenizer
@@ -120,8 +119,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             tiny.save_tiny(kind, folder := Path(name))
             make_tokenizer().save_pretrained(folder)
-            model: Checkpoint = HFCheckpoint(folder)
-            model = open_apart(name) if comes_apart(model) else model
+            model = fit(HFCheckpoint(folder), ["gguf"])
             arch, read = asked(InMemory(model, lambda module: None), folder)
         found.setdefault(arch, set()).update(read)
         print(arch, *sorted(read), flush=True)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from qtool import registry
 from qtool.artifact._base import Artifact
 from qtool.artifact._mxfp4_experts import MXFP4Experts
 from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint
+from qtool.checkpoint.equal import equal_model
 from qtool.checkpoint.hf import BY_NAMES, TOLD_APART, HFCheckpoint
+from qtool.checkpoint.language import comes_apart
 from qtool.checkpoint.open import find_model, local, open_checkpoint
 from qtool.errors import CheckpointError, reading
 
@@ -88,3 +90,14 @@ def open_apart(source: str) -> Checkpoint:
         return open_model(source)
     finally:
         TOLD_APART.reset(token)
+
+
+def fit(model: Checkpoint, exports: Collection[str]) -> Checkpoint:
+    """The model, so opened and changed that what it is exported to can hold it.
+
+    GGUF has tensors for layers that other layouts keep in one, and some that are other ones. A model that is like that
+    already is changed back for other layouts.
+    """
+    if set(exports) == {"gguf"}:
+        return equal_model(open_apart(model.source) if comes_apart(model) else model)
+    return model if "gguf" in exports else equal_model(model, forth=False)

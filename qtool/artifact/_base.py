@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qtool.artifact._footprint import Footprint
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, modules
+from qtool.checkpoint.derived.skeleton import IN_TURN
 from qtool.errors import PlanError
 from qtool.formats._base import Quantized
 from qtool.numerics.threads.ranks import Ranks
@@ -114,9 +115,11 @@ class Artifact(ABC):
 
         Unless an artifact says more, its runtimes find tensors under transformers' names, one matrix each.
         """
+        kind = model.config["model_type"]
+        if model.config.get(IN_TURN):
+            return Carry(False, f"its runtimes know another order of heads in {kind} models than GGUF's")
         if model.family.separate_experts:
             return Carry(True)
-        kind = model.config["model_type"]
         return Carry(False, f"its runtimes know the experts of {kind} models as one tensor only; gguf holds them")
 
     def caches(self, fmt: KVCache | None) -> Carry:

@@ -128,7 +128,7 @@ class GGUFCheckpoint(Checkpoint):
     def rounds(self, name: str) -> bool:
         """See `Checkpoint.rounds`."""
         form = self.family.gguf_form(self.config, name)
-        return form is not None and form.rounds
+        return form.rounds if form else self.family.gguf_offset(name) != 0
 
     def fingerprint(self) -> str:
         """See `Checkpoint.fingerprint`."""

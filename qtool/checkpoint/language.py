@@ -15,7 +15,7 @@ from torch import Tensor
 from qtool.checkpoint._base import Checkpoint, Layer, QuantizedCheckpoint, TensorInfo
 from qtool.checkpoint.config import complete
 from qtool.checkpoint.conversions._base import conversion_of, filled
-from qtool.checkpoint.derived.skeleton import APART
+from qtool.checkpoint.derived.skeleton import APART, OWN
 from qtool.checkpoint.families._base import Value
 from qtool.residuals._base import Matrix
 
@@ -120,7 +120,7 @@ def language_config(model: Checkpoint, full: Mapping[str, Any], kind: Kind) -> d
     if kind.gguf_arch and isinstance(rope, dict):
         rope = {field: value for field, value in rope.items() if field not in SECTIONS}
         text |= {"rope_parameters": rope, "rope_scaling": None}
-    outer |= {APART: True} if model.config.get(APART) else {}
+    outer |= {field: model.config[field] for field in OWN if field in model.config}
     own = {"model_type": kind.text, "architectures": None, "tie_word_embeddings": model.tied}
     return {**outer, **text, **kind.fields, **own}
 

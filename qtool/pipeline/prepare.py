@@ -13,10 +13,9 @@ from qtool.artifact._base import Artifact
 from qtool.artifact.gguf.tensor_types import with_tensor_types
 from qtool.checkpoint._base import Checkpoint
 from qtool.checkpoint.edits import STREAM, Edit
-from qtool.checkpoint.language import comes_apart
 from qtool.checkpoint.rewritten import Rewritten
 from qtool.errors import UsageError
-from qtool.models import open_apart, open_model
+from qtool.models import fit, open_model
 from qtool.numerics.threads.processor import compute_dtype
 from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline.model_free import refuse_class, refuse_derived
@@ -95,8 +94,7 @@ def prepare(
     parsed = with_limit(parsed, {key: value for key, value in (budget or {}).items() if value is not None})
     parsed = with_options(parsed, {key: value for key, value in (options or {}).items() if value is not None})
     checkpoint = model if isinstance(model, Checkpoint) else open_model(model)
-    if {export.to for export in parsed.export} == {"gguf"} and comes_apart(checkpoint):
-        checkpoint = open_apart(checkpoint.source)
+    checkpoint = fit(checkpoint, [export.to for export in parsed.export])
     parsed = with_tensor_types(parsed, checkpoint, tensor_types)
     artifacts = {export.to: registry.load("artifact", export.to)(**export.options) for export in parsed.export}
     original, checkpoint = checkpoint, preview(checkpoint, parsed)

@@ -15,7 +15,7 @@ from qtool.artifact.gguf import GGUF
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.checkpoint.language import KINDS, LanguageModel, language_model
 from qtool.evaluate.llamacpp import try_file
-from qtool.models import open_apart
+from qtool.models import fit
 from tests.artifact.conftest import InMemory
 from tests.conftest import make_tokenizer
 
@@ -35,7 +35,7 @@ TEXT = {
 DELTA = {
     "head_dim": 64,
     "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2,
+    "linear_num_value_heads": 4,
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
 }
@@ -122,10 +122,10 @@ WITHOUT_IMAGES = pytest.mark.xfail(transformers.__version__.startswith("5.24."),
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=WITHOUT_IMAGES) if k == "llama4" else k for k in sorted(KINDS)])
 def test_llama_cpp_computes_what_the_whole_computes_of_text(kind, saved, tmp_path):
     folder, wanted = saved(kind)
-    model = InMemory(open_apart(str(folder)) if KINDS[kind].apart else HFCheckpoint(folder), lambda module: None)
+    model = InMemory(fit(HFCheckpoint(folder), ["gguf"]), lambda module: None)
     part = GGUF().part(model)
     assert isinstance(part, LanguageModel) and part.names() and not any("vis" in name for name in part.names())
-    assert distance(logits_of(part, torch.tensor([TOKENS]))[0], wanted) < 1e-6
+    assert distance(logits_of(part, torch.tensor([TOKENS]))[0], wanted) < 5e-6  # values by turns add up otherwise
     GGUF().write(model, tmp_path, {})
     found = try_file(next(tmp_path.glob("*.gguf")), TOKENS)
     # of qwen2vl llama.cpp does not read the epsilon of norms; gemma4's activation is a table; in qwen3vl 7e-4 remain

@@ -1,4 +1,4 @@
-"""Layers that a class and its files keep in one are quantized apart where GGUF is all that is exported."""
+"""Models that GGUF holds otherwise than their class and its files do, where it is all that is exported."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pytest
 from benchmarks import tiny
 from benchmarks.tiny import save_tiny
 from qtool.api import export, quantize
+from qtool.artifact.compressed_tensors import CompressedTensors
 from qtool.artifact.gguf import GGUF
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import QtoolError
@@ -50,3 +51,40 @@ def test_they_are_measured_rounded_and_run_in_llama_cpp(tmp_path, monkeypatch):
 def apart(model, name, wanted):
     """How far a matrix is from another, relative to that."""
     return float((model.tensor(f"{name}.weight") - wanted).norm() / wanted.norm())
+
+
+RULES = [{"match": "re:.*(linear_attn|mamba|feed_forward).*_(proj|qkv|z)", "weights": "q4_0", "method": "gptq"}]
+CHANGED = {
+    "qwen3_5_text": ({"linear_num_value_heads": 6, "head_dim": 64}, "heads of values by turns"),
+    "falcon_h1": ({"ssm_out_multiplier": 0.3, "mlp_multipliers": [0.7, 1.3]}, "multipliers as part of weights"),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGED)
+def test_tensors_are_changed_before_they_are_rounded(kind, tmp_path, monkeypatch):
+    fields, what = CHANGED[kind]
+    monkeypatch.setitem(tiny.PARTICULAR, kind, {**fields, "num_hidden_layers": 1 if kind == "falcon_h1" else 4})
+    save_tiny(kind, folder := tmp_path / "model")
+    make_tokenizer().save_pretrained(folder)
+    asked = {**recipe({"to": "gguf"}), "layers": [*RULES, {"match": "*", "keep": True}]}
+    report = quantize(str(folder), asked, tmp_path / "out", device="cpu", dtype="fp32")
+    assert report.artifacts[0].verified and report.artifacts[0].proof.words.startswith("runs in llama.cpp")
+    found, source = GGUF().open(tmp_path / "out"), HFCheckpoint(folder)
+    part, wanted = {
+        "qwen3_5_text": ("linear_attn", lambda w: w.view(len(w), 2, 3, -1).transpose(1, 2).flatten(1)),
+        "falcon_h1": ("mamba", lambda w: 0.3 * w),
+    }[kind]
+    name = f"model.layers.0.{part}.out_proj"
+    assert isinstance(found.layers[name].format, Q4_0)
+    assert 0.02 < apart(found, name, wanted(source.tensor(f"{name}.weight"))) < 0.2
+    with pytest.raises(QtoolError, match=rf"{kind} models are only changed as llama.cpp wants them \({what}\) if GGUF"):
+        quantize(str(folder), {**asked, "export": [{"to": "gguf"}, {"to": "qtool"}]}, tmp_path / "both")
+    if kind == "falcon_h1":
+        return
+    with pytest.raises(QtoolError, match="its runtimes know another order of heads in qwen3_5_text models than GGUF"):
+        export(tmp_path / "out", "compressed-tensors", tmp_path / "again")
+    asked["layers"] = [{"match": "re:.*linear_attn.out_proj", "weights": "int8-channel"}, {"match": "*", "keep": True}]
+    again = {**asked, "export": [{"to": "compressed-tensors"}]}
+    quantize(str(tmp_path / "out"), again, tmp_path / "again", device="cpu", dtype="fp32")
+    back = CompressedTensors().open(tmp_path / "again")
+    assert 0.02 < apart(back, name, source.tensor(f"{name}.weight")) < 0.2

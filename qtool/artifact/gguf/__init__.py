@@ -24,6 +24,7 @@ from qtool.artifact.gguf._tokenizer import tokenizer_metadata
 from qtool.artifact.gguf._vision import VisionFile
 from qtool.artifact.gguf._writer import ModelWriter, block_bytes, candidates
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, modules
+from qtool.checkpoint.equal import equal_of
 from qtool.checkpoint.gguf_parts import VISION, first_parts
 from qtool.checkpoint.language import LanguageModel, comes_apart, language_model
 from qtool.checkpoint.open import find_model
@@ -62,9 +63,13 @@ class GGUF(Artifact):
         """See `Artifact.supports`. Raises CheckpointError: the model has no tokenizer."""
         if not model.files.keys() & {"tokenizer.json", "tokenizer.model"}:
             raise CheckpointError(f"{model.source} has no tokenizer", wanted="tokenizer.json or tokenizer.model")
+        kind = model.config["model_type"]
         if comes_apart(model):
             reason = "layers that {} models keep in one are only told apart if GGUF is all that is exported"
-            return Carry(False, reason.format(model.config["model_type"]))
+            return Carry(False, reason.format(kind))
+        if equal := equal_of(model):
+            reason = "{} models are only changed as llama.cpp wants them ({}) if GGUF is all that is exported"
+            return Carry(False, reason.format(kind, equal.what))
         model = language_model(model)
         family, config = model.family, model.config
         try:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qtool import registry
+from qtool.checkpoint.conversions._equal import Equal
 from qtool.checkpoint.families._base import GGUF_FIELDS, Value
 from qtool.checkpoint.families._gguf import Form, check_biases, check_fixed, name_map, positive
 from qtool.checkpoint.families._parts import stacked
@@ -171,6 +172,19 @@ class Conversion:
 
     def form(self, config: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Form | None:
         """See `Family.gguf_form`; `config` is complete."""
+        return None
+
+    def equal(self, config: Mapping[str, Any], tied: bool) -> Equal | None:
+        """What has to become of a model before GGUF can hold it, so that it computes the same; None: nothing.
+
+        Args:
+            config: config.json of the language model, complete.
+            tied: whether its output layer uses the token embedding's matrix.
+        """
+        return None
+
+    def straight(self, config: Mapping[str, Any]) -> Equal | None:
+        """What has to become of a model from a GGUF file before transformers' class computes it; None: nothing."""
         return None
 
     def offset(self, name: str) -> float:

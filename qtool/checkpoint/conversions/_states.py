@@ -49,6 +49,17 @@ class Recurrent(Conversion):
         return Form(there) if self.columns and name.endswith(".D") else None
 
 
+class Mamba(Recurrent):
+    """States in a part of their block that is called `mamba`, maybe with a norm behind them."""
+
+    columns = True
+
+    def form(self, config: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Form | None:
+        """See `Conversion.form`: the norm is over each group."""
+        groups = int(config["mamba_n_groups"])
+        return Form((groups, shape[0] // groups)) if "mamba.norm" in name else super().form(config, name, shape)
+
+
 def check_steps(arch: str, limits: object) -> None:
     """Raises CheckpointError: lengths of steps are limited, which llama.cpp does not do."""
     low, high = limits if isinstance(limits, list | tuple) and len(limits) == 2 else (0.0, math.inf)

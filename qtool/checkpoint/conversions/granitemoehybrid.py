@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
-from qtool.checkpoint.conversions._states import Recurrent, check_steps
+from qtool.checkpoint.conversions._states import Mamba, check_steps
 from qtool.checkpoint.conversions.granite import Granite
 from qtool.checkpoint.conversions.granitemoe import EXPERTS, GraniteMoe
 from qtool.checkpoint.families._base import Value
-from qtool.checkpoint.families._gguf import Form, positive
+from qtool.checkpoint.families._gguf import positive
 
 STATE, ATTENTION = "linear_attention", "full_attention"
 WIDTH, SHARED = "feed_forward_length", "expert_shared_feed_forward_length"
 
 
-class GraniteMoeHybrid(Recurrent):
+class GraniteMoeHybrid(Mamba):
     """`GraniteMoeHybridForCausalLM`. Where there are no experts, the MLP for all tokens is the only one."""
 
     architecture = "GraniteMoeHybridForCausalLM"
@@ -30,7 +30,6 @@ class GraniteMoeHybrid(Recurrent):
     gguf_permute = Granite.gguf_permute
     mixture = None
     apart = True
-    columns = True
 
     def renames(self, config: dict[str, Any]) -> Mapping[str, str]:
         """See `Conversion.renames`."""
@@ -66,8 +65,3 @@ class GraniteMoeHybrid(Recurrent):
             "mamba_d_head": inner // heads,
             "mamba_expand": inner // hidden,
         }
-
-    def form(self, config: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Form | None:
-        """See `Conversion.form`."""
-        groups = int(config["mamba_n_groups"])
-        return Form((groups, shape[0] // groups)) if "mamba.norm" in name else super().form(config, name, shape)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,11 @@ from qtool.errors import CheckpointError, one_line
 
 APART = "qtool_apart"
 """What config.json says where linear layers are told apart that transformers' class keeps in one parameter."""
-LEFT_OUT = ("quantization_config", "auto_map", APART)
+IN_TURN = "qtool_in_turn"
+"""What config.json says where a gated delta rule's output layer reads heads of values in another order: the first ones
+of all heads of keys, then the second ones, and so on, instead of each key's heads together."""
+OWN = (APART, IN_TURN)
+LEFT_OUT = ("quantization_config", "auto_map", *OWN)
 """Fields of config.json that are not transformers' business here."""
 TAG = "__float__"
 CLASSES = ("ForConditionalGeneration", "ForCausalLM", "LMHeadModel")
@@ -41,11 +46,34 @@ def skeleton(config: dict[str, Any], dtype: torch.dtype, attention: str | None =
             parsed = AutoConfig.for_model(**finite_again(known))
             options = {"dtype": dtype, "attn_implementation": attention}
             if (named := named_class(config)) and isinstance(parsed, named.config_class):
-                return named._from_config(parsed, **options)
-            return AutoModelForCausalLM.from_config(parsed, **options)
+                model = named._from_config(parsed, **options)
+            else:
+                model = AutoModelForCausalLM.from_config(parsed, **options)
     except Exception as error:  # its own checks raise many kinds
         what = "config.json does not describe a model that transformers builds"
         raise CheckpointError(what, found=one_line(error)) from error
+    if config.get(IN_TURN):
+        take_turns(model)
+    return model
+
+
+def value_order(config: Mapping[str, Any]) -> torch.Tensor | None:
+    """Heads of values of a gated delta rule by turns, see `IN_TURN`: int64 [heads]; None: each key has only one."""
+    keys, values = (int(config.get(f"linear_num_{kind}_heads") or 0) for kind in ("key", "value"))
+    return torch.arange(values).view(keys, -1).t().reshape(-1) if values > keys > 0 else None
+
+
+def take_turns(model: Any) -> None:
+    """Has output layers of gated delta rules read heads in turn: the norm in front of them gives these out so."""
+    if (order := value_order(model.config.get_text_config().to_dict())) is not None:
+        for module in model.modules():
+            if hasattr(module, "in_proj_qkv"):
+                module.norm.register_forward_hook(partial(reorder, order))
+
+
+def reorder(order: torch.Tensor, module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+    """A hook: output [tokens * heads, dim], its heads in that order."""
+    return output.view(-1, len(order), output.shape[-1])[:, order.to(output.device)].reshape(output.shape)
 
 
 def finite_again(value: Any) -> Any:
