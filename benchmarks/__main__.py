@@ -64,7 +64,7 @@ from benchmarks import (
 )
 from benchmarks import divided as keep
 from benchmarks.measure import Cost, measure
-from qtool.checkpoint._base import modules
+from qtool.checkpoint.modules import modules
 from qtool.checkpoint.open import open_checkpoint
 from qtool.recipe.load import find_recipe
 from scripts.prose import prose

@@ -25,8 +25,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from benchmarks.tiny import save_tiny
 from qtool.api import quantize
 from qtool.calibrate.walker import Walker
-from qtool.checkpoint._base import Checkpoint, modules
+from qtool.checkpoint._base import Checkpoint
 from qtool.checkpoint.derived.skeleton import named_class
+from qtool.checkpoint.modules import modules
 from qtool.errors import QtoolError, one_line
 from qtool.evaluate.readers import load_in_transformers
 from qtool.models import open_model

@@ -25,7 +25,8 @@ from benchmarks import models, tensors
 from benchmarks.comparisons import FORMATS, METHODS, PAIRS, VARIANTS, Run, runs, tensor_formats
 from qtool.calibrate.tokens import load_tokens
 from qtool.calibrate.walker import Walker
-from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, TensorInfo, modules
+from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, TensorInfo
+from qtool.checkpoint.modules import modules
 from qtool.checkpoint.open import open_checkpoint
 from qtool.evaluate.divergence import Scores
 from qtool.evaluate.run import Logits, Steps, chunked, encode, walk

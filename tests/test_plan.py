@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from qtool import registry
-from qtool.checkpoint._base import Layer, Module, modules
+from qtool.checkpoint._base import Layer, Module
+from qtool.checkpoint.modules import modules
 from qtool.errors import PlanError, UsageError
 from qtool.formats._spelling import parse_format
 from qtool.methods._base import Method

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from qtool.artifact._footprint import Footprint
-from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, modules
+from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
 from qtool.checkpoint.derived.skeleton import IN_TURN
+from qtool.checkpoint.modules import BESIDE, modules
 from qtool.errors import PlanError
 from qtool.formats._base import Quantized
 from qtool.numerics.threads.ranks import Ranks
@@ -64,6 +65,7 @@ class Artifact(ABC):
     """One layout. The registry name is the file's: `compressed-tensors`, `gguf`, `qtool`.
 
     Attributes:
+        besides: True if matrices beside the model may be quantized in it.
         fuses: True if runtimes merge q/k/v and gate/up, so that each such set needs one format.
         runtimes: who reads it, for the support table.
         library: `library_name` of the hub's metadata; None: the hub has no name for it.
@@ -74,6 +76,7 @@ class Artifact(ABC):
     Options: ClassVar[type[Strict]] = NoOptions
     """What can be said about it in a recipe, beside its name; with a docstring for each."""
 
+    besides: ClassVar[bool] = False
     fuses: ClassVar[bool]
     runtimes: ClassVar[tuple[str, ...]]
     library: ClassVar[str | None] = None
@@ -90,6 +93,8 @@ class Artifact(ABC):
             layer: how it is quantized; None: kept.
             keep: type that it is cast to then; "source": none.
         """
+        if layer and module.kind == BESIDE and not self.besides:
+            return Carry(False, "what is beside the language model stays unquantized in this layout: remove the rule")
         for residual in layer.residuals if layer else ():
             if not self.corrects(module, residual):
                 return Carry(False, f"it has no place for {residual.label} beside the codes; qtool has")

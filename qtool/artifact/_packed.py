@@ -23,6 +23,7 @@ from qtool.checkpoint._base import Layer, QuantizedCheckpoint, TensorInfo
 from qtool.checkpoint.hf import HFCheckpoint, digest, locate
 from qtool.checkpoint.parts import Parts
 from qtool.checkpoint.safetensors_io import SafetensorsFile
+from qtool.checkpoint.shapes import stored_shapes
 from qtool.errors import CheckpointError
 from qtool.formats._base import Quantized
 from qtool.formats.int import DTYPES
@@ -108,7 +109,7 @@ class PackedCheckpoint(HFCheckpoint, QuantizedCheckpoint):
             found[module][part] = file.info(name)
         plain = dict(self._located)
         self._packings: dict[str, Packing] = {}
-        for name, shape in self.family.shapes(self.config).items():
+        for name, shape in self._packed_shapes().items():
             module = name.removesuffix(".weight")
             if len(shape) == 2 and self.mark in found[module]:
                 packing = self._packings[module] = self._packing(module, *shape, found[module])
@@ -119,6 +120,13 @@ class PackedCheckpoint(HFCheckpoint, QuantizedCheckpoint):
         if strange := [name for name in plain if name.endswith(f".{self.mark}")]:
             raise CheckpointError(f"{self.source}: {strange[0]} is packed, but the model has no such module")
         return plain
+
+    def _packed_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of what may be packed, by name: of the model's matrices, and of those beside it."""
+        shapes = self.family.shapes(self.config)
+        if not self.family.derived or self.family.model_free:
+            return shapes
+        return shapes | {name: shape for name, shape in stored_shapes(self._located).items() if name not in shapes}
 
     def _take(self, module: str, packing: Packing, plain: dict[str, SafetensorsFile]) -> SafetensorsFile:
         """Checks a matrix's tensors, and takes them out of the plain ones."""

@@ -6,7 +6,13 @@ import re
 from collections import defaultdict
 from collections.abc import Collection
 
-from qtool.checkpoint._base import Checkpoint, Module, QuantizedCheckpoint, modules
+from qtool.checkpoint._base import Checkpoint, Module, QuantizedCheckpoint
+from qtool.checkpoint.modules import BESIDE, modules
+
+LANGUAGE = "model.language_model."
+"""What transformers' names of a language model begin with that is one of several parts."""
+NUMBER = r"\d+"
+"""Of a block beside the model."""
 
 
 def kept_linears(model: QuantizedCheckpoint) -> list[str]:
@@ -30,14 +36,15 @@ def kept_linears(model: QuantizedCheckpoint) -> list[str]:
 def patterns(members: Collection[str], model: Checkpoint, merged: bool = False) -> list[str]:
     """Anchored expressions; one for all blocks that have the same modules, and one for all experts of them.
 
+    Where runtimes call modules otherwise than checkpoints do, there are expressions for these names as well.
+
     Args:
         members: names of modules.
         model: that they belong to.
         merged: sets that runtimes merge get one expression, which matches the merged matrix as well; `members` holds
             such sets as a whole.
     """
-    before = model.family.block_prefix.split("{i}")[0]
-    blocks: dict[str, list[str]] = defaultdict(list)
+    blocks: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
     sets: dict[str, list[Module]] = defaultdict(list)
     split = {module.stack for module in modules(model) if module.name not in members}
     chosen = [module for module in modules(model) if module.name in members]
@@ -45,27 +52,52 @@ def patterns(members: Collection[str], model: Checkpoint, merged: bool = False) 
         sets[module.fused or module.name].append(module)
     found = []
     for module in chosen:
-        path = _path(module, sets[module.fused or module.name] if merged else [module])
-        if module.stack not in split:
-            path = re.sub(r"(\\\.experts\\\.)\d+", r"\1\\d+", path)
-        if module.block is None:
-            found.append(f"^{path}$")
-        else:
-            blocks[path.removeprefix(re.escape(f"{before}{module.block}"))].append(str(module.block))
-    for path, numbers in blocks.items():
-        found.append(f"^{re.escape(before)}(?:{'|'.join(dict.fromkeys(numbers))}){path}$")
-    return sorted(found)
+        last = _last_part(module, sets[module.fused or module.name] if merged else [module])
+        numbered = NUMBER if module.kind == BESIDE else module.block
+        places: dict[str, list[str]] = defaultdict(list)
+        number = ""
+        for name in _names(module, model):
+            path = re.escape(name.removesuffix(_last(name))) + (last or re.escape(_last(name)))
+            if module.stack not in split:
+                path = re.sub(r"(\\\.experts\\\.)\d+", r"\1\\d+", path)
+            place = re.match(rf"(.*?\.)({numbered})(?=\.)", name)
+            if place and numbered is not None:
+                number = place[2]
+                places[path.removeprefix(re.escape(place[0]))].append(re.escape(place[1]))
+            else:
+                found.append(f"^{path}$")
+        for path, starts in places.items():
+            blocks[path, tuple(starts)].append(number)
+    for (path, before), numbers in blocks.items():
+        start = before[0] if len(before) == 1 else f"(?:{'|'.join(before)})"
+        found.append(f"^{start}(?:{'|'.join(dict.fromkeys(numbers))}){path}$")
+    return sorted(dict.fromkeys(found))
 
 
-def _path(module: Module, parts: list[Module]) -> str:
-    """An expression for the parts of a merged matrix and for itself ("qkv" is called `qkv_proj`), or for one module."""
+def _names(module: Module, model: Checkpoint) -> list[str]:
+    """What checkpoints, transformers and vLLM call a module, where it is part of a model of several parts."""
+    own, family = module.name, model.family
+    if not family.derived or family.model_free:
+        return [own]
+    known = family.class_path(own)
+    if not family.blocks_path.startswith(LANGUAGE):
+        return list(dict.fromkeys((own, known)))
+    if known.startswith(LANGUAGE):
+        served = f"language_model.model.{known.removeprefix(LANGUAGE)}"
+    else:
+        served = f"language_model.{own}" if module.role == "head" else known.removeprefix("model.")
+    return list(dict.fromkeys((own, known, served)))
+
+
+def _last_part(module: Module, parts: list[Module]) -> str:
+    """An expression for the parts of a merged matrix and for itself ("qkv" is called `qkv_proj`); empty: not merged."""
     if len(parts) == 1:
-        return re.escape(module.name)
+        return ""
     assert module.fused is not None
     names = [_last(part.name) for part in parts]
     if module.expert is None:
         names.append(f"{_last(module.fused)}_proj")
-    return re.escape(module.name.removesuffix(_last(module.name))) + f"(?:{'|'.join(map(re.escape, names))})"
+    return f"(?:{'|'.join(map(re.escape, names))})"
 
 
 def _last(name: str) -> str:

@@ -42,6 +42,7 @@ INPUTS = FP.model_validate({"element": "e4m3", "group": BLOCK})
 class FP8(PackedArtifact):
     """See the module."""
 
+    besides: ClassVar[bool] = True
     fuses: ClassVar[bool] = True
     runtimes: ClassVar[tuple[str, ...]] = ("transformers", "vLLM", "SGLang")
     library: ClassVar[str | None] = "transformers"

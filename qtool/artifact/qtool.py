@@ -30,6 +30,7 @@ OUTSIDE = "outside"
 class Qtool(Artifact):
     """See the module."""
 
+    besides: ClassVar[bool] = True
     fuses: ClassVar[bool] = False
     runtimes: ClassVar[tuple[str, ...]] = ("qtool",)
     usage: ClassVar[str] = "`qtool export FOLDER --to NAME -o OUT` turns it into what other runtimes read."

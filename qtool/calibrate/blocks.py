@@ -27,7 +27,8 @@ from qtool.calibrate.hidden import Hidden
 from qtool.calibrate.infinite import origin
 from qtool.calibrate.meta import Recorder, build
 from qtool.calibrate.operated import Following, innermost, put_behind
-from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, modules
+from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
+from qtool.checkpoint.modules import modules
 from qtool.errors import CheckpointError
 from qtool.numerics.checks import finite
 from qtool.numerics.metrics import all_finite

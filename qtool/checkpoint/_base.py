@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -18,9 +18,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from qtool.checkpoint.families._base import OUTPUT, Family
+from qtool.checkpoint.families._base import Family
 from qtool.checkpoint.families._parts import stacked
-from qtool.errors import CheckpointError
 from qtool.formats._base import Format
 from qtool.ops._base import InputOp
 from qtool.recipe.cache import KVCache
@@ -240,61 +239,3 @@ class Module:
     def stack(self) -> str | None:
         """Name of the set of all experts' matrices that some layouts store as one tensor; None outside of experts."""
         return None if self.expert is None else stacked(self.name)[0]
-
-
-def modules(checkpoint: Checkpoint) -> Iterator[Module]:
-    """All matrices of the model that a recipe can give a format to, in the order of `checkpoint.names()`.
-
-    Raises:
-        CheckpointError: a tensor is missing, has another shape than config.json says, or belongs to no such model.
-    """
-    verify(checkpoint)
-    family, config = checkpoint.family, checkpoint.config
-    others = () if family.head == OUTPUT else (OUTPUT,)
-    aliases = (family.head, *others) if checkpoint.tied else ()
-    shape = _matrix(checkpoint, family.embedding)
-    yield Module(family.embedding, aliases, "embedding", "embedding", None, "tokens", None, shape)
-    for i in range(family.blocks(config)):
-        prefix = family.block_prefix.format(i=i)
-        for linear in family.block_linears(config, i):
-            name = prefix + linear.path
-            fused = prefix + linear.fused if linear.fused else None
-            shape = _matrix(checkpoint, name)
-            yield Module(name, (), linear.kind, linear.role, i, prefix + linear.reads, fused, shape, linear.expert)
-    if not checkpoint.tied:
-        yield Module(family.head, others, "linear", "head", None, "head_in", None, _matrix(checkpoint, family.head))
-
-
-def _matrix(checkpoint: Checkpoint, module: str) -> tuple[int, int]:
-    n, k = checkpoint.info(f"{module}.weight").shape
-    return n, k
-
-
-def verify(checkpoint: Checkpoint) -> None:
-    """Compares names and shapes with what config.json implies.
-
-    Raises:
-        CheckpointError: a tensor is missing, superfluous or of another shape.
-    """
-    expected, found = checkpoint.family.shapes(checkpoint.config), checkpoint.names()
-    kind = checkpoint.config["model_type"]
-    if missing := expected.keys() - set(found):
-        first = next(name for name in expected if name in missing)
-        raise CheckpointError(
-            f"{checkpoint.source} lacks {len(missing)} of the {len(expected)} tensors of a {kind} model",
-            found=f"no {first}",
-            hint="is config.json the one that belongs to these weights?",
-        )
-    if unknown := [name for name in found if name not in expected and not checkpoint.family.derived]:
-        raise CheckpointError(
-            f"{checkpoint.source} holds a tensor that {kind} models do not have",
-            found=unknown[0],
-            hint="only the plain architectures are supported, not variants that reuse their model_type",
-        )
-    for name, shape in expected.items():
-        if checkpoint.info(name).shape != shape:
-            raise CheckpointError(
-                f"{checkpoint.source}: tensor {name} does not fit config.json",
-                wanted=list(shape),
-                found=list(checkpoint.info(name).shape),
-            )

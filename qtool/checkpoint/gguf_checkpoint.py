@@ -19,7 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from qtool import registry
-from qtool.checkpoint._base import Checkpoint, TensorInfo, modules, verify
+from qtool.checkpoint._base import Checkpoint, TensorInfo
 from qtool.checkpoint.config import FAMILIES, complete
 from qtool.checkpoint.conversions._base import ROOM, Conversion
 from qtool.checkpoint.derived.skeleton import APART
@@ -30,6 +30,7 @@ from qtool.checkpoint.gguf_io import GGUFFile
 from qtool.checkpoint.gguf_parts import open_gguf
 from qtool.checkpoint.gguf_tokenizer import save_tokenizer
 from qtool.checkpoint.hf import samples
+from qtool.checkpoint.modules import modules, verify
 from qtool.checkpoint.raw_bytes import read_bytes
 from qtool.errors import CheckpointError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtool.checkpoint._base import Checkpoint, TensorInfo, verify
+from qtool.checkpoint._base import Checkpoint, TensorInfo
 from qtool.checkpoint.config import complete, read_json, read_own
-from qtool.checkpoint.derived.free import FREE, PARTS, free_family
+from qtool.checkpoint.derived.free import FREE, free_family
 from qtool.checkpoint.derived.skeleton import APART
 from qtool.checkpoint.families._base import Family
 from qtool.checkpoint.families._parts import Slice
 from qtool.checkpoint.links import own_file
+from qtool.checkpoint.modules import verify
 from qtool.checkpoint.raw_bytes import read_bytes
 from qtool.checkpoint.safetensors_io import SafetensorsFile
+from qtool.checkpoint.shapes import stored_shapes
 from qtool.checkpoint.side_files import code_of, lost, side_files
 from qtool.errors import CheckpointError, reading
 
@@ -71,7 +73,7 @@ class HFCheckpoint(Checkpoint):
         if self.family.derived and (strange := sorted(stored.keys() - ignored - self._own())):
             kinds = ", ".join(dict.fromkeys(".".join(name.split(".")[:2]) for name in strange))
             count = "1 tensor" if len(strange) == 1 else f"{len(strange)} tensors"
-            text = f"{count} that {self.family.architecture} does not know, copied as they are: {kinds:.100}"
+            text = f"{count} beside {self.family.architecture}, copied as stored unless rules name them: {kinds:.100}"
             self.notes = (text, *self.notes)
         order = {name: place for place, name in enumerate(self._shapes)}
 
@@ -233,21 +235,6 @@ def described(folder: Path, model_free: bool) -> tuple[dict[str, Any], Family]:
         return complete(config | ({APART: True} if TOLD_APART.get() else {}), path)
     config[FREE] = True
     return config, free_family(config, stored_shapes(locate(folder)))
-
-
-def stored_shapes(stored: Mapping[str, SafetensorsFile]) -> dict[str, tuple[int, ...]]:
-    """Shapes of tensors, those of packed matrices among them under the names of their weights."""
-    shapes = {}
-    for name, file in stored.items():
-        module, _, part = name.rpartition(".")
-        if part in PARTS and (f"{module}.weight" in stored or f"{module}.weight_packed" in stored):
-            continue
-        shape = file.info(name).shape
-        if part == "weight_packed":
-            name, unpacked = f"{module}.weight", stored.get(f"{module}.weight_shape")
-            shape = tuple(unpacked.read(f"{module}.weight_shape").tolist()) if unpacked else (shape[0], shape[1] * 2)
-        shapes[name] = shape
-    return shapes
 
 
 def locate(folder: Path) -> dict[str, SafetensorsFile]:

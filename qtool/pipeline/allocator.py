@@ -17,7 +17,8 @@ from qtool.allocate.decisions import Decision, applied, decisions, file_sizes, p
 from qtool.allocate.fit import Chosen
 from qtool.allocate.knapsack import Group, total
 from qtool.allocate.within import fit_within
-from qtool.checkpoint._base import Checkpoint, modules
+from qtool.checkpoint._base import Checkpoint
+from qtool.checkpoint.modules import modules
 from qtool.errors import PlanError
 from qtool.formats._base import Format
 from qtool.formats._spelling import dump_format

@@ -13,7 +13,8 @@ from qtool.calibrate.hidden import Hidden
 from qtool.calibrate.shards import StatsWriter, nbytes
 from qtool.calibrate.store import write_stats
 from qtool.calibrate.walker import Walker
-from qtool.checkpoint._base import Checkpoint, Module, modules
+from qtool.checkpoint._base import Checkpoint, Module
+from qtool.checkpoint.modules import modules
 from qtool.errors import StorageError
 from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline.card import model_name

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from qtool.checkpoint._base import Checkpoint, Module, modules
+from qtool.checkpoint._base import Checkpoint, Module
+from qtool.checkpoint.modules import modules
 from qtool.errors import CheckpointError
 from qtool.recipe.schema import Calibration
 from qtool.stats._base import InputStats

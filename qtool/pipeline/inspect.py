@@ -7,7 +7,8 @@ from itertools import groupby
 
 from pydantic import BaseModel, ConfigDict
 
-from qtool.checkpoint._base import Checkpoint, Module, QuantizedCheckpoint, modules
+from qtool.checkpoint._base import Checkpoint, Module, QuantizedCheckpoint
+from qtool.checkpoint.modules import modules
 from qtool.models import identify
 
 NAMES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}

@@ -1,4 +1,4 @@
-"""The steps of a run: a decoder block each, or one module outside of them."""
+"""The steps of a run: a decoder block each, one module outside of them, or what is in one place beside the model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
+from qtool.checkpoint.modules import BESIDE, place_of
 from qtool.plan import LayerPlan, Plan
 from qtool.recipe.cache import KVCache
 from qtool.stats._base import Statistic
@@ -14,10 +15,10 @@ from qtool.stats.values import Values
 
 @dataclass(frozen=True)
 class Unit:
-    """What is finished and written in one step: a decoder block, or one module outside of them.
+    """What is finished and written in one step: a decoder block, or something outside of them.
 
     Attributes:
-        name: "block-3", "model.embed_tokens".
+        name: "block-3", "model.embed_tokens", "mtp.layers.0".
         block: index of the decoder block; None outside.
         layers: its modules, in order.
         cache: format of its keys and values; None: left alone.
@@ -72,6 +73,8 @@ def units(plan: Plan) -> Iterator[Unit]:
 
     def key(p: LayerPlan) -> tuple[str, int | None]:
         block = p.module.block
+        if p.module.kind == BESIDE:
+            return place_of(p.module.name), None
         return (p.module.name, None) if block is None else (f"block-{block}", block)
 
     for (name, block), layers in groupby(plan.layers, key):

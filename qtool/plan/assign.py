@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from qtool.checkpoint.modules import BESIDE
 from qtool.errors import suggestion
 from qtool.plan.findings import Findings
 from qtool.recipe.match import EVERY_LINEAR, Named, matches
@@ -23,7 +24,7 @@ def assign(found: Sequence[Named], facts: ModelFacts, findings: Findings) -> tup
     for i, rule in enumerate(findings.rules):
         if rule.when and not rule.when.holds(facts):
             continue
-        named = [m for m in found if matches(rule.match, m)]
+        named = meant(rule.match, found)
         if not named:
             findings.add(i, f"matches nothing in this model; {suggestion(rule.match, _patterns(found))}")
         hits = [m.name for m in _in_blocks(named, i, facts, findings)]
@@ -39,6 +40,12 @@ def assign(found: Sequence[Named], facts: ModelFacts, findings: Findings) -> tup
             advice = 'end layers: with a rule for the rest, such as {match: "*", keep: true}'
             findings.add(-1, f"no rule matches; {advice}", m.name)
     return decisions, warnings
+
+
+def meant(pattern: str, found: Sequence[Named]) -> Sequence[Named]:
+    """The modules that a pattern names: what is beside the model, only if it matches nothing of the model itself."""
+    named = [m for m in found if matches(pattern, m)]
+    return [m for m in named if m.kind != BESIDE] or named
 
 
 def _in_blocks(named: Sequence[Named], index: int, facts: ModelFacts, findings: Findings) -> Sequence[Named]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from qtool.checkpoint._base import Checkpoint, modules
+from qtool.checkpoint._base import Checkpoint
+from qtool.checkpoint.modules import beside, own_modules
 from qtool.errors import PlanError, UsageError
+from qtool.plan.beside import with_stored
 from qtool.plan.check import Carrier, check, check_stages
 from qtool.plan.decide import decide
 from qtool.plan.findings import Findings
@@ -29,10 +31,10 @@ def make_plan(
         PlanError: every mismatch of recipe, model and artifacts, all at once.
         UsageError: the model does not have so many blocks.
     """
-    found, findings = tuple(modules(checkpoint)), Findings(recipe.layers)
+    found, findings = (*own_modules(checkpoint), *beside(checkpoint)), Findings(recipe.layers)
     layers, warnings = decide(found, recipe, checkpoint, findings)
-    layers = operate(layers, recipe, checkpoint, findings)
     artifacts = tuple(export.to for export in recipe.export)
+    layers = with_stored(operate(layers, recipe, checkpoint, findings), found, checkpoint, artifacts)
     check_stages(Plan(recipe, layers, artifacts, 0, ()), findings)
     check(layers, recipe.kv_cache, checkpoint, {name: carriers[name] for name in artifacts}, findings)
     if lines := findings.lines():
@@ -43,7 +45,7 @@ def make_plan(
         warnings.append(warning + left)
     if not any(p.format for p in layers):
         warnings.append(f"none of {len(layers)} matrices is quantized: the rules of {recipe.name} keep all of them")
-    matrices = {f"{m.name}.weight" for m in found}
+    matrices = {f"{p.module.name}.weight" for p in layers}
     other = sum(checkpoint.info(name).nbytes for name in checkpoint.names() if name not in matrices)
     return Plan(recipe, layers, artifacts, other, tuple(warnings), checkpoint.fingerprint(), limit_layers)
 

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtool.checkpoint._base import CacheScales, Checkpoint, Layer, QuantizedCheckpoint, TensorInfo, verify
+from qtool.checkpoint._base import CacheScales, Checkpoint, Layer, QuantizedCheckpoint, TensorInfo
 from qtool.checkpoint.config import read_config
+from qtool.checkpoint.modules import verify
 from qtool.checkpoint.parts import Parts, parts_of
 from qtool.checkpoint.safetensors_io import SafetensorsFile, SafetensorsWriter
 from qtool.checkpoint.side_files import side_files

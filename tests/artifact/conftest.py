@@ -12,8 +12,9 @@ from packaging.version import Version
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from qtool.calibrate.walker import Walker
-from qtool.checkpoint._base import Checkpoint, Layer, QuantizedCheckpoint, modules
+from qtool.checkpoint._base import Checkpoint, Layer, QuantizedCheckpoint
 from qtool.checkpoint.hf import HFCheckpoint
+from qtool.checkpoint.modules import modules
 from qtool.formats._base import Quantized
 from qtool.methods.rtn import RTN
 from qtool.models import open_artifact

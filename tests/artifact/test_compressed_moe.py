@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from qtool.artifact.compressed_tensors import CompressedTensors
 from qtool.artifact.qtool import Qtool
-from qtool.checkpoint._base import Layer, modules
+from qtool.checkpoint._base import Layer
 from qtool.checkpoint.hf import HFCheckpoint
+from qtool.checkpoint.modules import modules
 from qtool.errors import PlanError
 from qtool.formats.int import Int
 from tests.artifact.conftest import InMemory, assert_same_model, quantize

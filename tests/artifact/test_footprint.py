@@ -7,8 +7,9 @@ import torch
 
 from qtool import registry
 from qtool.artifact import _packed_artifact, _shards
-from qtool.checkpoint._base import Cache, Layer, Static, modules
+from qtool.checkpoint._base import Cache, Layer, Static
 from qtool.checkpoint.hf import HFCheckpoint
+from qtool.checkpoint.modules import modules
 from qtool.formats._spelling import parse_format
 from qtool.formats.int import Int
 from qtool.pipeline.quantize import QuantizeOptions, run

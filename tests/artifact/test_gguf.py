@@ -14,9 +14,10 @@ from qtool import registry
 from qtool.artifact._base import Carry
 from qtool.artifact.gguf import GGUF
 from qtool.artifact.gguf._writer import size_label, usual
-from qtool.checkpoint._base import Layer, Module, modules
+from qtool.checkpoint._base import Layer, Module
 from qtool.checkpoint.gguf_io import GGUFFile
 from qtool.checkpoint.hf import HFCheckpoint
+from qtool.checkpoint.modules import modules
 from qtool.checkpoint.raw_bytes import read_bytes
 from qtool.errors import CheckpointError, PlanError, StorageError
 from qtool.evaluate.llamacpp import LlamaCpp

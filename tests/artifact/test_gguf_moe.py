@@ -13,10 +13,10 @@ from gguf import GGMLQuantizationType as Kind
 
 from qtool import registry
 from qtool.artifact.gguf import GGUF
-from qtool.checkpoint._base import modules
 from qtool.checkpoint.families._parts import stacked
 from qtool.checkpoint.gguf_checkpoint import GGUFCheckpoint
 from qtool.checkpoint.hf import HFCheckpoint
+from qtool.checkpoint.modules import modules
 from qtool.errors import CheckpointError, PlanError
 from qtool.evaluate.llamacpp import LlamaCpp
 from qtool.formats.int import Int

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.tiny import save_tiny
 from qtool.calibrate.walker import Walker
-from qtool.checkpoint._base import modules
 from qtool.checkpoint.hf import HFCheckpoint
+from qtool.checkpoint.modules import modules
 from qtool.errors import CheckpointError
 
 CPU = torch.device("cpu")

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qtool.checkpoint._base import Module, modules
+from qtool.checkpoint._base import Module
 from qtool.checkpoint.hf import INDEX, HFCheckpoint
+from qtool.checkpoint.modules import modules
 from qtool.errors import CheckpointError, NumericsError
 from qtool.numerics.checks import finite
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 
+import compressed_tensors
 import pytest
 import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from benchmarks.architectures import logits_of
-from qtool.api import quantize
+from qtool.api import open_model, quantize
 from qtool.artifact.gguf import GGUF
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.checkpoint.language import KINDS, LanguageModel, language_model
@@ -151,3 +152,24 @@ def test_a_run_writes_the_language_model_and_says_so(saved, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "only the language model is in this file" in " ".join(card.split())
     assert json.loads((saved("qwen2_5_vl")[0] / "config.json").read_text())["vision_config"]
+
+
+@pytest.mark.parametrize("rules", ["text alone", "both"])
+def test_transformers_decodes_both_parts_as_they_are_meant(rules, saved, tmp_path):
+    """The class calls all modules otherwise than the checkpoint does, so that config.json has to say both names."""
+    vision = [{"match": "visual.*", "weights": "int8-channel", "method": "rtn"}] if rules == "both" else []
+    layers = [*vision, {"match": "*_proj", "weights": "int4-g32", "method": "rtn"}, {"match": "*", "keep": True}]
+    recipe = {"recipe": 1, "name": "test", "layers": layers, "export": [{"to": "compressed-tensors"}]}
+    source = saved("qwen2_5_vl")[0]
+    quantize(str(source), recipe, tmp_path / "out", verify=False)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    for module in loaded.modules():
+        if hasattr(module, "quantization_scheme"):
+            compressed_tensors.compressors.decompress_module(module)
+    model, family = open_model(tmp_path / "out"), HFCheckpoint(source).family
+    names = {family.class_path(name.removesuffix(".weight")): name for name in model.names() if name.endswith("weight")}
+    linears = {path: m for path, m in loaded.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert len(linears) == 36 and sum("visual" in path for path in linears) == 7
+    assert len(model.layers) == (35 if rules == "both" else 28)
+    for path, module in linears.items():
+        assert torch.allclose(module.weight, model.tensor(names[path]).float(), rtol=0, atol=1e-6), path

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from qtool import registry
 from qtool.checkpoint import hf
-from qtool.checkpoint._base import TensorInfo, modules
+from qtool.checkpoint._base import TensorInfo
 from qtool.checkpoint.families._base import Family
 from qtool.checkpoint.families._parts import stacked
 from qtool.checkpoint.hf import HFCheckpoint
+from qtool.checkpoint.modules import modules
 from qtool.checkpoint.safetensors_io import SafetensorsFile, SafetensorsWriter
 from qtool.errors import CheckpointError
 from tests.conftest import MIXTURES

@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qtool import registry
-from qtool.checkpoint._base import Checkpoint, TensorInfo, verify
+from qtool.checkpoint._base import Checkpoint, TensorInfo
 from qtool.checkpoint.edits import STREAM, Edit, model_edges, read_edits, write_edits
 from qtool.checkpoint.families._edges import Edge
 from qtool.checkpoint.hf import HFCheckpoint
+from qtool.checkpoint.modules import verify
 from qtool.checkpoint.rewritten import Rewritten
 from qtool.checkpoint.safetensors_io import SafetensorsWriter
 from qtool.errors import CheckpointError

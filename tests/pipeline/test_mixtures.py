@@ -15,7 +15,7 @@ from qtool.artifact.qtool import Qtool
 from qtool.calibrate.shards import StatsFolder
 from qtool.calibrate.tokens import load_tokens
 from qtool.calibrate.walker import Walker
-from qtool.checkpoint._base import modules
+from qtool.checkpoint.modules import modules
 from qtool.checkpoint.open import open_checkpoint
 from qtool.formats.int import Int
 from qtool.methods.rtn import RTN

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from qtool.api import open_model, quantize
-from qtool.checkpoint._base import modules
+from qtool.checkpoint.modules import modules
 from qtool.cli.app import app
 from qtool.errors import CheckpointError, NumericsError, PlanError, VerifyError
 from qtool.models import open_model_free

@@ -7,8 +7,8 @@ import torch
 
 from qtool.calibrate.tokens import load_tokens
 from qtool.calibrate.walker import Walker
-from qtool.checkpoint._base import modules
 from qtool.checkpoint.hf import HFCheckpoint
+from qtool.checkpoint.modules import modules
 from qtool.formats.int import Int
 from qtool.methods.rtn import RTN
 from qtool.numerics.metrics import energy

@@ -57,6 +57,7 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 class CompressedTensors(PackedArtifact):
     """See the module."""
 
+    besides: ClassVar[bool] = True
     fuses: ClassVar[bool] = True
     runtimes: ClassVar[tuple[str, ...]] = ("transformers", "vLLM")
     library: ClassVar[str | None] = "transformers"

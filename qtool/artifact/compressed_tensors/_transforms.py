@@ -17,7 +17,8 @@ from pydantic import Field, ValidationError
 
 from qtool.artifact._settings import Settings
 from qtool.artifact._targets import patterns, target_pattern
-from qtool.checkpoint._base import Module, QuantizedCheckpoint, modules
+from qtool.checkpoint._base import Module, QuantizedCheckpoint
+from qtool.checkpoint.modules import modules
 from qtool.errors import CheckpointError, one_line
 from qtool.ops._base import InputOp
 from qtool.ops.hadamard import Hadamard

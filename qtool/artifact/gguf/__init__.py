@@ -23,10 +23,11 @@ from qtool.artifact.gguf._sizes import footprint
 from qtool.artifact.gguf._tokenizer import tokenizer_metadata
 from qtool.artifact.gguf._vision import VisionFile
 from qtool.artifact.gguf._writer import ModelWriter, block_bytes, candidates
-from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, modules
+from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
 from qtool.checkpoint.equal import equal_of
 from qtool.checkpoint.gguf_parts import VISION, first_parts
 from qtool.checkpoint.language import LanguageModel, comes_apart, language_model
+from qtool.checkpoint.modules import modules
 from qtool.checkpoint.open import find_model
 from qtool.errors import CheckpointError
 from qtool.store.files import storage_errors

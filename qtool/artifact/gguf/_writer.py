@@ -15,10 +15,11 @@ from torch import Tensor
 from qtool import registry
 from qtool.artifact.gguf._options import FILE_TYPES, GGUFOptions
 from qtool.artifact.gguf._tokenizer import model_name, tokenizer_metadata
-from qtool.checkpoint._base import QuantizedCheckpoint, modules
+from qtool.checkpoint._base import QuantizedCheckpoint
 from qtool.checkpoint.families._parts import stacked
 from qtool.checkpoint.gguf_checkpoint import scale_name
 from qtool.checkpoint.gguf_parts import COUNT, NUMBER, TENSORS, part_path
+from qtool.checkpoint.modules import modules
 from qtool.errors import PlanError
 from qtool.formats._base import Format, Quantized
 from qtool.formats._ggml import BlockFormat

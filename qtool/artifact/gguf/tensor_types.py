@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from qtool.checkpoint._base import Checkpoint, modules
+from qtool.checkpoint._base import Checkpoint
+from qtool.checkpoint.modules import modules
 from qtool.errors import UsageError
 from qtool.formats._spelling import parse_format
 from qtool.recipe.schema import Recipe, Rule

@@ -13,7 +13,8 @@ from qtool import __version__
 from qtool.artifact._integers import integers
 from qtool.artifact._settings import Settings, read_settings
 from qtool.artifact._targets import patterns
-from qtool.checkpoint._base import Layer, QuantizedCheckpoint, modules
+from qtool.checkpoint._base import Layer, QuantizedCheckpoint
+from qtool.checkpoint.modules import modules
 from qtool.errors import CheckpointError
 
 Scheme = tuple[int, int, bool]

@@ -14,7 +14,8 @@ from qtool.artifact._targets import kept_linears
 from qtool.artifact.modelopt._algos import ALGOS, Algo, algo_of
 from qtool.artifact.modelopt._groups import CACHE, config_groups
 from qtool.artifact.modelopt._reader import cache_names
-from qtool.checkpoint._base import Checkpoint, Layer, QuantizedCheckpoint, TensorInfo, modules
+from qtool.checkpoint._base import Checkpoint, Layer, QuantizedCheckpoint, TensorInfo
+from qtool.checkpoint.modules import modules
 from qtool.errors import PlanError
 from qtool.formats._base import Quantized
 

@@ -122,6 +122,7 @@ def collect(
         linears=tuple(linears),
         paths={below: path for below, path in paths.items() if below != path},
         around={name: found[name].key for name in outside if needed(found[name].key, calls, ends)},
+        outside={name: found[name].key for name in outside if is_weight(model, found[name])},
         slices={name: part for name, part in slices.items() if name != part.tensor},
         parts=parts,
         experts=max((stack.shape[0] for stack in stacks.values()), default=0),
@@ -159,6 +160,12 @@ def module_name(names: Mapping[str, str], module: str) -> str:
     if f"{module}.weight" not in names:
         raise Unfit(f"its checkpoints do not store the weight of {module} by itself")
     return names[f"{module}.weight"].removesuffix(".weight")
+
+
+def is_weight(model: Any, origin: Origin) -> bool:
+    """Whether a tensor is all of the weight of a linear layer."""
+    owner, _, last = origin.key.rpartition(".")
+    return last == "weight" and origin.part is None and isinstance(model.get_submodule(owner), nn.Linear)
 
 
 def needed(key: str, calls: Mapping[str, Call], ends: tuple[str, str]) -> bool:

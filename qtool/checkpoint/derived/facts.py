@@ -34,6 +34,7 @@ class Facts:
         carried: arguments in which blocks leave something for later ones.
         handed: argument -> which of the things that the block before returns it is.
         norms: of every block, those whose output is what some layers read: (norm, these layers), below the block.
+        outside: weight of a linear layer outside of blocks -> its name in the class.
         last_norm: the one whose output the output layer reads; None: there is none.
     """
 
@@ -57,3 +58,4 @@ class Facts:
     handed: Mapping[str, int] = field(default_factory=dict)
     norms: tuple[tuple[tuple[str, tuple[str, ...]], ...], ...] = ()
     last_norm: str | None = None
+    outside: Mapping[str, str] = field(default_factory=dict)

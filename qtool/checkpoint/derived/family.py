@@ -72,7 +72,14 @@ class Derived(Family):
         number, _, path = module.removeprefix(before).partition(".")
         if module.startswith(before) and number.isdigit():
             return f"{self.blocks_path}.{number}.{self.submodule(path)}"
-        return self.facts.around.get(f"{module}.weight", f"{module}.weight").removesuffix(".weight")
+        name = f"{module}.weight"
+        return self.facts.around.get(name, self.facts.outside.get(name, name)).removesuffix(".weight")
+
+    def linear_outside(self, name: str) -> bool | None:
+        """See `Family.linear_outside`."""
+        if self.model_free or name not in self.facts.shapes:
+            return None
+        return name in self.facts.outside
 
     def conversion(self, config: Mapping[str, Any]) -> Conversion:
         """What GGUF calls such models. Raises CheckpointError: nothing says so."""

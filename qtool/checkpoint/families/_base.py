@@ -217,6 +217,10 @@ class Family:
         """What transformers' class calls a module of a checkpoint."""
         return module
 
+    def linear_outside(self, name: str) -> bool | None:
+        """Whether a tensor outside of blocks is a linear layer's weight; None: nobody but its name knows."""
+        return None
+
     def gguf_metadata(self, config: dict[str, Any]) -> dict[str, Value]:
         """The architecture's key-values of a GGUF file, full keys; `general.*` and `tokenizer.*` are the writer's.
 
