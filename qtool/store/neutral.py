@@ -178,12 +178,8 @@ class NeutralCheckpoint(QuantizedCheckpoint):
             self.config, self.family = read_config(folder / "config.json")
             self.files = side_files(folder)
         else:
-            self.source, self.config, self.family, self.files = (
-                source.source,
-                source.config,
-                source.family,
-                source.files,
-            )
+            self.source, self.config = source.source, source.config
+            self.family, self.files = source.family, source.files
         self.layers: dict[str, Layer] = {}
         self._shapes: dict[str, tuple[int, int]] = {}
         self._stored: dict[str, SafetensorsFile] = {}
