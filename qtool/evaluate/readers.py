@@ -24,6 +24,7 @@ from qtool.checkpoint.gguf_checkpoint import GGUFCheckpoint
 from qtool.errors import CheckpointError, one_line
 from qtool.evaluate import mlx, vllm
 from qtool.evaluate.apart import folder_logits
+from qtool.numerics.heap import give_back
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,18 @@ def by_transformers(model: QuantizedCheckpoint, tokens: list[int], reading: Read
         with quiet(), redirect_stderr(StringIO()), torch.inference_mode():
             loaded, remark = load_in_transformers(made, Path(model.source), reading.dtype)
             logits: Tensor = loaded(input_ids=torch.tensor([tokens]), use_cache=False).logits[0].float()
+            empty(loaded)
     except Exception as error:  # code of others
         what = f"transformers cannot run {model.source}"
         raise CheckpointError(what, found=f"{type(error).__name__}: {one_line(error)}") from error
     return Run(logits, remark)
+
+
+def empty(model: torch.nn.Module) -> None:
+    """Lets go of a model's numbers: it refers to itself, so that they would stay until somebody looks for such."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.new_empty(0)
+    give_back()
 
 
 def by_mlx(model: QuantizedCheckpoint, tokens: list[int], _: Reading) -> Run:

@@ -1,9 +1,14 @@
 """What a process reports about its own memory."""
 
+import ctypes
 import subprocess
 import sys
 
 import pytest
+import torch
+
+from qtool.evaluate.readers import empty
+from qtool.pipeline.memory import resident_bytes
 
 PROGRAM = """
 from qtool.pipeline.memory import peak_bytes, resident_bytes
@@ -22,3 +27,33 @@ def test_memory_is_the_process_own_and_its_peak_stays():
     assert before < len(ballast)  # the size of the process that started it does not count
     assert after - before == pytest.approx(100e6, rel=0.008)
     assert full - empty == pytest.approx(100e6, rel=0.008)
+
+
+HEAP = """
+from qtool.pipeline.memory import resident_bytes
+from qtool.pipeline.stopwatch import Stopwatch
+before = resident_bytes()
+with Stopwatch().stage("one"):
+    pieces = [bytes(range(250)) * 200 for _ in range(2000)]
+    last = bytes(50_000)  # behind them, or they would go by themselves
+    full = resident_bytes()
+    del pieces
+    kept = resident_bytes()
+print(full - before, kept - before, resident_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="a C library without malloc_trim")
+def test_a_stage_begins_without_what_the_one_before_left_on_the_heap():
+    found = subprocess.run([sys.executable, "-c", HEAP], check=True, capture_output=True, text=True)
+    full, kept, after = map(int, found.stdout.split())
+    assert full > 95e6 and kept > 90e6
+    assert after < 10e6
+
+
+def test_a_model_that_refers_to_itself_lets_go_of_its_numbers():
+    before, model = resident_bytes(), torch.nn.Linear(5000, 5000)
+    model.itself = [model]
+    assert resident_bytes() - before > 90e6
+    empty(model)
+    assert resident_bytes() - before < 20e6
