@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from qtool import __version__
 from qtool.allocate.decisions import Decision, applied, decisions, file_sizes, picked, uniform
 from qtool.allocate.fit import Chosen
 from qtool.allocate.knapsack import Group, total
@@ -30,6 +29,7 @@ from qtool.pipeline.scores import ScoreFile, scores_at
 from qtool.pipeline.sensitivity import Pricing
 from qtool.pipeline.summarize import parameters
 from qtool.pipeline.trial import Divergence, Trials
+from qtool.pipeline.work import code_digest
 from qtool.plan import LayerPlan, Plan, Planned
 from qtool.plan.check import check
 from qtool.plan.decide import decide
@@ -166,10 +166,10 @@ class Allocator:
         self.groups = [Group(s, c) for s, c in zip(self.bytes, costs, strict=True)]
 
     def identity(self, edits: str) -> str:
-        """Hash of everything that scores depend on."""
+        """Hash of everything that scores depend on, the program included."""
         job, digest = self.job, hashlib.sha256()
         options = [[p.module.name, p.label, dumped(p.format)] for d in self.open for o in d.options for p in o]
-        place = [__version__, job.plan.source_fingerprint, edits, job.device.type, str(job.dtype), self.budget.scores]
+        place = [code_digest(), job.plan.source_fingerprint, edits, job.device.type, str(job.dtype), self.budget.scores]
         digest.update(json.dumps([place, options], sort_keys=True).encode())
         for tokens in (self.samples, self.held_out):
             digest.update(tokens.numpy().tobytes())

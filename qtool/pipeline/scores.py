@@ -58,7 +58,7 @@ class ScoreFile:
             raise CheckpointError(f"{path} holds no scores of layers", hint="name another file")
         if file.metadata.get("identity") != identity:
             if strict:
-                hint = "name another file, or the model, recipe and calibration that it was made with"
+                hint = "name another file, or the model, recipe, calibration and version of qtool that it was made with"
                 raise CheckpointError(f"the scores in {path} were measured on something else", hint=hint)
             return
         self.found, self.measured = read(file)

@@ -280,6 +280,23 @@ def test_scores_are_measured_once(written, tiny_checkpoint, tmp_path, monkeypatc
         divided(opened(folder, written["fit"], bits=12), file / "below", silent)
 
 
+def test_scores_of_another_program_are_not_taken_over(written, tiny_checkpoint, tmp_path, monkeypatch):
+    """A refit that was mended makes other costs, whatever the program's version says."""
+    folder, kept, edited = tiny_checkpoint("llama"), tmp_path / "kept", tmp_path / "refit.py"
+    kept.mkdir()
+    edited.write_text("damp = 0.01")
+    sources = [*registry.sources(), edited]
+    monkeypatch.setattr(registry, "sources", lambda: sources)
+    divided(opened(folder, written["fit"], bits=12), kept, silent)
+    (file,) = kept.iterdir()
+    edited.write_text("damp = 0.02")
+    with pytest.raises(CheckpointError, match="measured on something else; name another file, or .* version of qtool"):
+        divided(opened(folder, written["fit"], bits=12), file, silent)
+    monkeypatch.setattr(Pricing, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        divided(opened(folder, written["fit"], bits=12), kept, silent)
+
+
 def test_a_folder_of_scores(written, tiny_checkpoint, tmp_path, monkeypatch):
     """Each model has a file of its own, and a damaged one is measured anew."""
     for family in ("llama", "llama-tied"):
