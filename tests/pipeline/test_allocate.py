@@ -290,7 +290,7 @@ def test_scores_of_another_program_are_not_taken_over(written, tiny_checkpoint, 
     divided(opened(folder, written["fit"], bits=12), kept, silent)
     (file,) = kept.iterdir()
     edited.write_text("damp = 0.02")
-    with pytest.raises(CheckpointError, match="measured on something else; name another file, or .* version of qtool"):
+    with pytest.raises(CheckpointError, match=r"measured on something else; name another file, or .* version of qtool"):
         divided(opened(folder, written["fit"], bits=12), file, silent)
     monkeypatch.setattr(Pricing, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
