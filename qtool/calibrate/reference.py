@@ -46,7 +46,7 @@ class Reference:
         self.block: nn.Module | None = None
         self.readers: tuple[Module, ...] = ()
         self.found: dict[int, tuple[dict[str, Tensor], Tensor | None]] = {}
-        """What batches that start anew need not compute again, on devices with room for it."""
+        """What batches that start anew need not compute again, on devices, where no block is trained."""
 
     def begin(self, i: int, readers: Iterable[Module], keep: bool = False) -> None:
         """Loads block i.
@@ -57,6 +57,7 @@ class Reference:
             keep: leave `hidden` as it is until `proceed`, if outputs are apart.
         """
         self.block, self.index, self.readers = self.blocks.load_block(i), i, tuple(readers)
+        self.keeps = self.hidden.values.device.type != "cpu" and not keep
         self.found.clear()
         if keep and self.apart:
             self.outputs = self.hidden.like()
@@ -67,7 +68,7 @@ class Reference:
             return self.found[part.start]
         with marked("unquantized forward passes"):
             found = self.compute(part)
-        if self.hidden.values.device.type != "cpu":
+        if self.keeps:
             self.found[part.start] = found
         return found
 

@@ -1,7 +1,7 @@
-"""Soft rounding with scales that stay: what does not depend on rounding variables is computed once, not every step.
+"""Soft rounding with scales that stay: what is trained are the places themselves, and scales are asked for once.
 
-Values and gradients are those of `_soft.soft_decode`, bit by bit. On devices nothing here waits for a result, so steps
-are queued one behind the other.
+Values and gradients are those of `_soft.soft_decode`, bit by bit. Nothing but places is kept of each weight. On devices
+nothing here waits for a result, so steps are queued one behind the other.
 
 Shape letters: N rows, K columns, G groups, L levels.
 """
@@ -14,60 +14,57 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qtool.formats._base import Format, Params
-from qtool.methods._soft import is_uniform, level_at, place, relative
+from qtool.formats._base import Format, Params, levels_on
+from qtool.methods._soft import level_at, steps_of
 
 
 class FixedRounding:
-    """Weights of one matrix as functions of its rounding variables.
+    """Weights of one matrix as functions of their places among the levels.
 
     Args:
-        w: weights, float32 [N, K].
         fmt: a scalar format.
-        params: its parameters.
+        params: its parameters, on the device.
     """
 
-    def __init__(self, w: Tensor, fmt: Format, params: Params) -> None:
-        self.levels = fmt.levels().to(w.device)
+    def __init__(self, fmt: Format, params: Params) -> None:
         scale, offset = fmt.affine(params)
         self.groups = scale.shape[1]
         self.scale, self.offset = scale[..., None], offset[..., None] if bool(offset.any()) else None
-        x = relative(self.grouped(w), self.scale, offset[..., None])
-        self.at, self.top = place(x, self.levels)[0], len(self.levels) - 1
-        self.uniform = is_uniform(self.levels)
-        self.lowest, self.step = float(self.levels[0]), float(self.levels[1] - self.levels[0])
+        self.levels = levels_on(fmt, scale.device)
+        _, self.uniform, self.lowest, self.step = steps_of(fmt, scale.device)
+        self.top = len(self.levels) - 1
 
-    def grouped(self, x: Tensor) -> Tensor:
-        """[N, K] -> [N, G, K / G], the same memory."""
-        return x.view(len(x), self.groups, -1)
-
-    def __call__(self, v: Tensor) -> Tensor:
-        """What the format decodes, with gradients by v: float32 [N, K] -> [N, K]."""
-        result: Tensor = _Rounded.apply(v, self)  # type: ignore[no-untyped-call]
+    def __call__(self, y: Tensor) -> Tensor:
+        """What the format decodes, with gradients by places y: float32 [N, K] -> [N, K]."""
+        result: Tensor = _Rounded.apply(y, self)  # type: ignore[no-untyped-call]
         return result
+
+    @torch.no_grad()
+    def codes(self, y: Tensor) -> Tensor:
+        """The codes of these values, uint8 [N, K]."""
+        return y.round().clamp_(0, self.top).to(torch.uint8)
 
 
 class _Rounded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, v: Tensor, fixed: FixedRounding) -> Tensor:
-        y = fixed.at + fixed.grouped(v)
-        free = (y > -0.5) & (y < fixed.top + 0.5)
+    def forward(ctx: Any, y: Tensor, fixed: FixedRounding) -> Tensor:
+        ctx.save_for_backward(y)
         ctx.fixed = fixed
+        code = y.round().clamp_(0, fixed.top)
         if fixed.uniform:
-            ctx.save_for_backward(free)
-            value = y.round_().clamp_(0, fixed.top).mul_(fixed.step).add_(fixed.lowest).mul_(fixed.scale)
+            level = (code if fixed.step == 1 else code.mul_(fixed.step)).add_(fixed.lowest)
         else:
-            codes = y.round().clamp_(0, fixed.top).long()
-            ctx.save_for_backward(torch.where(free, level_at(y, fixed.levels, even=False)[1], 0.0))
-            value = fixed.levels[codes].mul_(fixed.scale)
+            level = fixed.levels[code.long()]
+        value = level.view(len(y), fixed.groups, -1).mul_(fixed.scale)
         if fixed.offset is not None:
             value.add_(fixed.offset)
-        return value.view(v.shape)
+        return value.view(y.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (slope,), fixed = ctx.saved_tensors, ctx.fixed
-        if fixed.uniform and fixed.step != 1:
-            slope = slope * fixed.step
-        return (fixed.grouped(gradient) * (slope * fixed.scale)).view(gradient.shape), None
+        (y,), fixed = ctx.saved_tensors, ctx.fixed
+        free = (y > -0.5) & (y < fixed.top + 0.5)
+        slope = free * fixed.step if fixed.uniform else torch.where(free, level_at(y, fixed.levels, even=False)[1], 0.0)
+        slope = slope.view(len(y), fixed.groups, -1) * fixed.scale
+        return slope.mul_(gradient.view(slope.shape)).view(y.shape), None

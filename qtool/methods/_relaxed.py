@@ -87,12 +87,15 @@ class Relaxed(ABC):
 
 
 class ShiftedPlaces(Relaxed):
-    """A variable is added to each place before it is rounded (AutoRound, https://arxiv.org/abs/2309.05516)."""
+    """A variable is added to each place before it is rounded (AutoRound, https://arxiv.org/abs/2309.05516).
+
+    Where scales stay, so do places, and the sum of both is the variable.
+    """
 
     def __init__(self, w: Tensor, start: Quantized, scales: bool, generator: torch.Generator) -> None:
         super().__init__(w, start, scales, generator)
-        self.v = soft_start(w, start).requires_grad_()
-        self.fixed = None if scales else FixedRounding(w, self.fmt, start.params)
+        self.fixed = None if scales else FixedRounding(self.fmt, start.params)
+        self.v = (places(w, start)[1] if self.fixed else soft_start(w, start)).requires_grad_()
 
     def rounding(self) -> Iterator[Tensor]:
         """See `Relaxed.rounding`."""
@@ -106,6 +109,8 @@ class ShiftedPlaces(Relaxed):
 
     def solution(self) -> Quantized:
         """See `Relaxed.solution`."""
+        if self.fixed:
+            return Quantized(self.fixed.codes(self.v), self.start.params, self.fmt)
         return harden(self.w, self.v, self.fmt, self.start.params, *self.affine())
 
 

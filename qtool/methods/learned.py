@@ -18,7 +18,8 @@ Shape letters: S samples, s of them, T tokens of a sample, H hidden size.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -97,15 +98,16 @@ class Learned(BlockMethod):
         seen, unseen = task.split(self.holdout)
         errors, generator = Errors(task, self), torch.Generator().manual_seed(task.seed + task.block)
         own = self.rate or 1 / self.steps
-        leaves = [leaf for several in variables for leaf in several.relaxed.leaves()]
-        step = optimizer(self.optimizer, [(leaf, own if decides else self.scale_rate) for leaf, decides in leaves])
+        steps = [
+            optimizer(self.optimizer, [(leaf, own if decides else self.scale_rate) for leaf, decides in leaves])
+            for leaves in (several.relaxed.leaves() for several in variables)
+        ]
         start = best = errors.held_out(decoded(trained), unseen)
         gradients = Gradients(errors, variables, self.penalty * start)
         kept, idle = dict[str, Solution](), 0
         for i in range(self.steps):
             part = seen[torch.randperm(len(seen), generator=generator)[: self.batch]]
-            gradients(part, i / self.steps)
-            step(self.share(i / self.steps))
+            gradients(part, i / self.steps, [partial(step, self.share(i / self.steps)) for step in steps])
             if (i + 1) % max(1, self.steps // CHECKS) == 0 or i + 1 == self.steps:
                 ends = {name: quantized for several in variables for name, quantized in several.solutions().items()}
                 solutions = {name: Solution(ends[name], start.fallback) for name, start in trained.items()}
@@ -214,7 +216,9 @@ def relative_error(output: Tensor, target: Tensor, trim: float = 0.0, weights: T
 class Gradients:
     """Adds gradients of a block's error to variables; what leads to them is gone afterwards.
 
-    Weights are computed once a step, however many pieces its samples come in; gradients by them add up.
+    Weights are computed once a step, however many pieces its samples come in; gradients by them add up. Steps are taken
+    one by one, so that no more gradients by variables are in memory than one of them wants; where a device repeats
+    what it recorded, behind all of them.
 
     Args:
         errors: of the block.
@@ -225,26 +229,35 @@ class Gradients:
     def __init__(self, errors: Errors, variables: Sequence[TrainedRows], penalty: float) -> None:
         self.errors, self.variables, self.penalty, self.progress = errors, variables, penalty, 0.0
         leaves = [leaf for several in variables for leaf, _ in several.relaxed.leaves()]
-        alike = all(several.relaxed.repeats and several.small for several in variables)
-        self.repeated = Repeated(self.leave, leaves, alike and not errors.method.trim)
+        self.alike = all(several.relaxed.repeats and several.small for several in variables) and not errors.method.trim
+        self.repeated = Repeated(self.leave, leaves, self.alike)
+        self.steps: Sequence[Callable[[], None]] = ()
 
-    def __call__(self, part: Tensor, progress: float) -> None:
-        """Of some samples, when so much of the training is done."""
-        self.progress = progress
+    def __call__(self, part: Tensor, progress: float, steps: Sequence[Callable[[], None]]) -> None:
+        """Of some samples, when so much of the training is done; then takes the steps, one for each of `variables`."""
+        self.progress, self.steps = progress, () if self.alike else steps
         self.repeated(*self.errors.given(part))
+        for step in steps if self.alike else ():
+            step()
 
     def leave(self, *given: Tensor) -> None:
         """See the class; of samples as `Errors.given` has them."""
         errors, pieces = self.errors, self.errors.pieces(given)
-        found = {name: w for several in self.variables for name, w in several.weights(self.progress).items()}
-        weights = {name: w.to(errors.dtype(name)) for name, w in found.items()}
-        del found  # wider, and nothing asks for them on the way back
-        leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
+        soft = [self.computed(several) for several in self.variables]
+        leaves = {name: w.detach().requires_grad_() for own in soft for name, w in own.items()}
         for piece in pieces:
             loss = errors(leaves, piece, errors.method.trim)
             torch.autograd.backward(loss if len(pieces) == 1 else loss * (len(piece[0]) / len(given[0])))
-        ends = [(w, leaves[name].grad) for name, w in weights.items() if leaves[name].grad is not None]
-        extra = [p for several in self.variables if (p := several.relaxed.penalty(self.progress)) is not None]
-        if extra:
-            ends.append((self.penalty * torch.stack(extra).mean(), None))
-        torch.autograd.backward([w for w, _ in ends], [gradient for _, gradient in ends])
+        for number, several in enumerate(self.variables):
+            own = soft[number]
+            ends = [(w, leaves.pop(name).grad) for name, w in own.items()]
+            ends = [(w, gradient) for w, gradient in ends if gradient is not None]
+            if (penalty := several.relaxed.penalty(self.progress)) is not None:
+                ends.append((self.penalty * (penalty / len(self.variables)), None))
+            torch.autograd.backward([w for w, _ in ends], [gradient for _, gradient in ends])
+            if self.steps:
+                self.steps[number]()
+
+    def computed(self, several: TrainedRows) -> dict[str, Tensor]:
+        """Weights as this step has them, by module, in the type that blocks compute in."""
+        return {name: w.to(self.errors.dtype(name)) for name, w in several.weights(self.progress).items()}

@@ -108,6 +108,9 @@ class UnitSolver:
             together = exchanged(found, self.ranks, self.job.device)
         for p, stats in readers:
             self.keep(p, usable[p.module.name], stats, together[p.module.name])
+        for _, stats in inputs:
+            if stats:  # which are kept while a block is trained
+                stats.forget()
         return self.found(p.module.name for p, _ in readers)
 
     def leave(self, plan: LayerPlan) -> bool:

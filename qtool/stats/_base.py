@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import ClassVar, Literal, TypeVar, cast
 from weakref import proxy
 
@@ -202,6 +203,11 @@ class InputStats:
             for statistic in self._found.values():
                 statistic.add(part)
             self.tokens += len(part.x)
+
+    def forget(self) -> None:
+        """Lets go of what methods derived, when every layer that reads this input is solved."""
+        for stats in (self, *chain.from_iterable(self.weighted.values())):
+            stats.cache.clear()
 
     def merge(self, other: InputStats) -> None:
         """Adds what another part of the calibration tokens measured, which is not used any longer."""

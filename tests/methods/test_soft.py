@@ -72,21 +72,20 @@ def test_values_are_what_the_format_decodes_and_start_where_a_method_ended(label
 def test_scales_that_stay_give_the_same_values_and_gradients(label):
     w, fmt, params, codes = fitted(label)
     generator = torch.Generator().manual_seed(1)
-    fixed, v = FixedRounding(w, fmt, params), soft_start(w, Quantized(codes, params, fmt))
+    fixed, v = FixedRounding(fmt, params), soft_start(w, Quantized(codes, params, fmt))
+    scale, offset = (expand(p, w.shape[1]) for p in fmt.affine(params))
+    at = place(torch.where(scale == 0, 0.0, (w - offset) / torch.where(scale == 0, 1.0, scale)), fmt.levels())[0]
     for noise in (0, 1, 30):  # at the start, on other codes, and beyond the ends
-        own, theirs = ((v + noise * torch.randn(v.shape, generator=g)).requires_grad_() for g in twice(generator))
+        theirs = (v + noise * torch.randn(v.shape, generator=generator)).requires_grad_()
+        own = (at + theirs.detach()).requires_grad_()
         gradient = torch.randn(w.shape, generator=generator)
         found, wanted = fixed(own), soft_decode(w, theirs, fmt, params)
         assert torch.equal(found, wanted)
+        assert torch.equal(fixed.codes(own), harden(w, theirs, fmt, params).codes)
         found.backward(gradient)
         wanted.backward(gradient)
         assert torch.equal(own.grad, theirs.grad)
         assert float((own.grad != 0).float().mean()) > (0.5 if noise < 30 else 0.01)
-
-
-def twice(generator):
-    """Two generators in the same state."""
-    return [torch.Generator().manual_seed(generator.initial_seed() + 1) for _ in range(2)]
 
 
 def test_a_start_is_zero_where_places_round_to_the_code():
