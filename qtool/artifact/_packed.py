@@ -133,9 +133,9 @@ class PackedCheckpoint(HFCheckpoint, QuantizedCheckpoint):
         for part, wanted in packing.parts.items():
             name = f"{module}.{part}"
             if name not in plain:
-                raise CheckpointError(f"{self.source} lacks {name}", wanted=_spell(wanted))
+                raise CheckpointError(f"{self.source} lacks {name}", wanted=wanted)
             if (found := plain[name].info(name)) != wanted:
-                raise CheckpointError(f"{plain[name].path}: {name}", wanted=_spell(wanted), found=_spell(found))
+                raise CheckpointError(f"{plain[name].path}: {name}", wanted=wanted, found=found)
         files = [plain.pop(f"{module}.{part}") for part in packing.parts]
         return files[0]
 
@@ -210,7 +210,3 @@ class PackedCheckpoint(HFCheckpoint, QuantizedCheckpoint):
             wanted = ", ".join(SCALE_DTYPES.values())
             raise CheckpointError(f"{self.source}: {module}.{part}", wanted=wanted, found=dtype)
         return SCALE_DTYPES[dtype]
-
-
-def _spell(info: TensorInfo) -> str:
-    return f"{str(info.dtype).removeprefix('torch.')} {list(info.shape)}"

@@ -92,7 +92,8 @@ class PackedArtifact(Artifact):
         if layer is None:
             return super().nbytes(model, module, layer, keep)
         infos = self._layout(model, {module.name: layer}).infos(module.name, layer, *module.shape)
-        return sum(info.nbytes for info in infos.values())
+        beside = sum(residual.storage_bits(*module.shape) for residual in layer.residuals)
+        return sum(info.nbytes for info in infos.values()) + beside // 8
 
     def footprint(self, model: QuantizedCheckpoint, card: Mapping[str, Any] | None = None) -> Footprint:
         """See `Artifact.footprint`."""
@@ -151,7 +152,9 @@ def _pieces(model: QuantizedCheckpoint, layout: Layout) -> tuple[Pieces, Read]:
         infos = {tensor.removeprefix(f"{module}."): info for tensor, info in pieces[name].items()}
         if stored and stored.layout == layout.name and stored.infos == infos:
             return {f"{module}.{part}": tensor for part, tensor in stored.read().items()}
-        parts = layout.encode(module, model.matrix(module).alone)
+        matrix = model.matrix(module)
+        codes = matrix.quantized if model.layers[module].residuals else matrix.alone  # what is declared has a place
+        parts = layout.encode(module, codes)
         return {f"{module}.{part}": tensor for part, tensor in parts.items()}
 
     return join(pieces, read, layout.stacks)

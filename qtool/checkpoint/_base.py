@@ -38,6 +38,9 @@ class TensorInfo:
         """Bytes of the tensor in memory."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
+
 
 class Checkpoint(ABC):
     """A model on disk.

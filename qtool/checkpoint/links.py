@@ -26,7 +26,8 @@ def own_file(path: Path) -> bool:
     if path.is_symlink():
         with reading(path):
             real, folder = path.resolve(), path.parent.resolve()
-        blobs = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else folder
+        places = (place.parents[1] / "blobs" for place in (folder, folder.parent) if place.parent.name == "snapshots")
+        blobs = next(places, folder)
         if not (real.is_relative_to(folder) or real.is_relative_to(blobs)):
             hint = "copy the file there, or name the folder that holds it"
             raise CheckpointError(f"{path} is a link out of its folder", found=str(real), hint=hint)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qtool.artifact._base import Reading
+from qtool.checkpoint import adapter
 from qtool.checkpoint._base import QuantizedCheckpoint
 from qtool.checkpoint.derived.skeleton import named_class, quiet
 from qtool.checkpoint.gguf_checkpoint import GGUFCheckpoint
@@ -89,13 +90,19 @@ def by_llama_cpp(model: QuantizedCheckpoint, tokens: list[int], _: Reading) -> R
 
 
 def by_transformers(model: QuantizedCheckpoint, tokens: list[int], reading: Reading) -> Run:
-    """Loads a folder in transformers, which decodes it with compressed-tensors."""
+    """Loads a folder in transformers, which decodes it with compressed-tensors, and its adapter with PEFT."""
     from transformers import AutoModelForCausalLM
 
+    branches = any(layer.residuals for layer in model.layers.values())
+    if branches and find_spec("peft") is None:
+        raise CheckpointError(f"transformers loads the adapter of {model.source} with PEFT, which is not installed")
     made: Any = named_class(dict(model.config)) or AutoModelForCausalLM
     try:
         with quiet(), redirect_stderr(StringIO()), torch.inference_mode():
             loaded, remark = load_in_transformers(made, Path(model.source), reading.dtype)
+            if branches:
+                loaded(input_ids=torch.tensor([tokens[:1]]))  # unpacks weights, which PEFT looks for
+                loaded.load_adapter(str(Path(model.source) / adapter.FOLDER))
             logits: Tensor = loaded(input_ids=torch.tensor([tokens]), use_cache=False).logits[0].float()
             empty(loaded)
     except Exception as error:  # code of others

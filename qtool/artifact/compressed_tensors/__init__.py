@@ -5,7 +5,8 @@ int8 (`int-quantized`); FP8 weights per tensor, row or 128 x 128 block with inpu
 (`naive-quantized`); MXFP4, MXFP6 (E2M3), MXFP8 and NVFP4 in layouts of their own. Weights of 4 bits may have inputs in
 INT8 or FP8. Formats whose levels are integers, with whatever scales (MXINT8, NVINT4, block floats), are stored as
 integers. Codes and scales are stored as they are, so nothing is lost. Inputs in INT8, FP8 and NVFP4, and KV caches in
-FP8, may have calibrated scales. Hadamard matrices that inputs are multiplied with are in `transform_config`.
+FP8, may have calibrated scales. Hadamard matrices that inputs are multiplied with are in `transform_config`. Branches of
+low rank beside layers that are no experts are a LoRA adapter in the folder `adapter`, which runtimes have to be told of.
 
 transformers decodes with compressed-tensors: packed widths of 3, 5, 6 and 7 bits need version 0.18 of it, blocks of FP8
 0.19, MXFP4 0.16, MXFP6 0.20, everything else 0.15. What a runtime cannot read, or computes otherwise, is said by the
@@ -19,7 +20,8 @@ Layout: https://github.com/vllm-project/compressed-tensors
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,11 +29,12 @@ import torch
 from torch import Tensor
 
 from qtool.artifact._base import Carry, Reading
+from qtool.artifact._footprint import Footprint
 from qtool.artifact._integers import model_dtype
 from qtool.artifact._packed import Infos
 from qtool.artifact._packed_artifact import Layout, PackedArtifact
 from qtool.artifact._settings import quantization_config as quantization_config_of
-from qtool.artifact.compressed_tensors import _cache, _inputs, _transforms
+from qtool.artifact.compressed_tensors import _adapter, _cache, _inputs, _transforms
 from qtool.artifact.compressed_tensors._caveats import caveats
 from qtool.artifact.compressed_tensors._config import METHOD, kind_of, quantization_config, refusal
 from qtool.artifact.compressed_tensors._floats import MXQuantized, NVFP4Packed
@@ -41,6 +44,7 @@ from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoin
 from qtool.formats._base import Quantized
 from qtool.ops._base import InputOp
 from qtool.recipe.cache import KVCache
+from qtool.residuals._base import Residual
 
 USAGE = """
 ```python
@@ -69,7 +73,11 @@ class CompressedTensors(PackedArtifact):
             return "routers stay unquantized in compressed-tensors: keep it"
         if len(layer.input_ops) > 1:
             return "inputs behind more than one operation; the qtool artifact has them"
-        return None if kind_of(layer) else refusal(layer)
+        return _adapter.refusal(layer) if kind_of(layer) else refusal(layer)
+
+    def corrects(self, module: Module, residual: Residual) -> bool:
+        """See `Artifact.corrects`: branches of low rank."""
+        return _adapter.carries(module, residual)
 
     def operates(self, module: Module, op: InputOp) -> bool:
         """See `Artifact.operates`: Hadamard matrices without signs, of a power of two."""
@@ -81,7 +89,7 @@ class CompressedTensors(PackedArtifact):
 
     def caveats(self, model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
         """See `Artifact.caveats`."""
-        return caveats(model, layers)
+        return [*caveats(model, layers), *_adapter.caveats(layers)]
 
     def reading(self, model: QuantizedCheckpoint) -> Reading:
         """See `Artifact.reading`."""
@@ -119,6 +127,15 @@ class CompressedTensors(PackedArtifact):
     def _config(self, model: QuantizedCheckpoint) -> dict[str, Any]:
         """See `PackedArtifact._config`."""
         return model.config | {"quantization_config": quantization_config(model)}
+
+    def footprint(self, model: QuantizedCheckpoint, card: Mapping[str, Any] | None = None) -> Footprint:
+        """See `Artifact.footprint`."""
+        found = super().footprint(model, card)
+        return replace(found, overhead=found.overhead + _adapter.overhead(model))
+
+    def _write(self, model: QuantizedCheckpoint, out: Path, written: Collection[Path]) -> list[Path]:
+        """See `PackedArtifact._write`."""
+        return [*super()._write(model, out, written), *_adapter.write(model, out)]
 
     def open(self, path: Path) -> CompressedCheckpoint:
         """See `Artifact.open`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,13 @@ from qtool.artifact.compressed_tensors._kinds import SCALE
 from qtool.artifact.compressed_tensors._schemes import Scheme, Schemes
 from qtool.artifact.compressed_tensors._transforms import Transforms
 from qtool.checkpoint._base import TensorInfo
+from qtool.checkpoint.adapter import Adapter
+from qtool.checkpoint.hf import digest
 from qtool.checkpoint.safetensors_io import SafetensorsFile
 from qtool.errors import CheckpointError, NumericsError
 from qtool.formats._base import Format, Quantized
+from qtool.residuals._base import Correction, Matrix
+from qtool.residuals.low_rank import LowRank
 
 INDEX, ZERO = "weight_g_idx", "weight_zero_point"
 INPUT_SCALES = (_inputs.INPUT_SCALE, _inputs.INPUT_ZERO, _inputs.INPUT_GLOBAL)
@@ -51,7 +55,9 @@ class CompressedCheckpoint(PackedCheckpoint):
 
     def _weights(self, folder: Path) -> dict[str, SafetensorsFile]:
         """See `HFCheckpoint._weights`; scales of the KV cache are none."""
+        self._adapter, self._branches = Adapter(folder), dict[str, LowRank]()
         plain = super()._weights(folder)
+        self._adapter.check(self._branches)
 
         def take(name: str) -> Tensor | None:
             file = plain.pop(name, None)
@@ -65,7 +71,10 @@ class CompressedCheckpoint(PackedCheckpoint):
         scheme = self._schemes.find(module, SCALE_DTYPES.get(found[SCALE].dtype, "bf16"))
         kind = scheme.kind
         layer = _inputs.decode(scheme.layer, found, partial(self._read, module), f"{self.source}: {module}")
-        layer = replace(layer, input_ops=self._transforms.ops(module, k))
+        residuals = self._adapter.residuals(module, n, k)
+        if residuals:
+            self._branches[module] = residuals[0]
+        layer = replace(layer, input_ops=self._transforms.ops(module, k), residuals=residuals)
         self._found[module] = scheme._replace(layer=layer)
         if reason := layer.format.misfit(k):
             raise CheckpointError(f"{self.source}: {module}: {reason}")
@@ -86,6 +95,27 @@ class CompressedCheckpoint(PackedCheckpoint):
             if not self._in_order(module, k, layer.format):
                 return Packing((n, k), None, parts | extra, "its groups are in activation order (weight_g_idx)")
         return Packing((n, k), layer, parts | extra, scheme.reason)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """See `Checkpoint.rows`."""
+        found = super().rows(name, start, stop)
+        for correction in self.corrections(name.removesuffix(".weight"), start, stop):
+            found = correction.apply(found)
+        return found
+
+    def matrix(self, module: str) -> Matrix:
+        """See `QuantizedCheckpoint.matrix`."""
+        return Matrix(super().matrix(module).quantized, tuple(self.corrections(module)))
+
+    def corrections(self, module: str, start: int = 0, stop: int | None = None) -> Sequence[Correction]:
+        """See `QuantizedCheckpoint.corrections`; of rows `start` to `stop`."""
+        residual = self._branches.get(module)
+        return () if residual is None else (self._adapter.correction(module, residual, start, stop),)
+
+    def fingerprint(self) -> str:
+        """See `Checkpoint.fingerprint`."""
+        stored = dict(sorted((self._located | self._adapter.located).items()))
+        return digest(self.config | {"quantization_config": self._how}, self.files, stored)
 
     def _in_order(self, module: str, k: int, fmt: Format) -> bool:
         """Whether groups consist of neighbours; -1 stands for a group that nobody chose."""
