@@ -5,8 +5,8 @@ int8 (`int-quantized`); FP8 weights per tensor, row or 128 x 128 block with inpu
 (`naive-quantized`); MXFP4, MXFP6 (E2M3), MXFP8 and NVFP4 in layouts of their own. Weights of 4 bits may have inputs in
 INT8 or FP8. Formats whose levels are integers, with whatever scales (MXINT8, NVINT4, block floats), are stored as
 integers. Codes and scales are stored as they are, so nothing is lost. Inputs in INT8, FP8 and NVFP4, and KV caches in
-FP8, may have calibrated scales. Hadamard matrices that inputs are multiplied with are in `transform_config`. Branches of
-low rank beside layers that are no experts are a LoRA adapter in the folder `adapter`, which runtimes have to be told of.
+FP8, may have calibrated scales. Hadamard matrices that inputs are multiplied with are in `transform_config`. Branches
+of low rank beside layers that are no experts are a LoRA adapter in the folder `adapter`, which runtimes are told of.
 
 transformers decodes with compressed-tensors: packed widths of 3, 5, 6 and 7 bits need version 0.18 of it, blocks of FP8
 0.19, MXFP4 0.16, MXFP6 0.20, everything else 0.15. What a runtime cannot read, or computes otherwise, is said by the
