@@ -36,7 +36,7 @@ PREFIX = "base_model.model."
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class Settings(BaseModel):
+class AdapterSettings(BaseModel):
     """What of adapter_config.json says how much a branch adds."""
 
     peft_type: str
@@ -119,7 +119,7 @@ class Adapter:
             return
         config = folder / FOLDER / CONFIG
         try:
-            self._settings = Settings.model_validate(read_json(config))
+            self._settings = AdapterSettings.model_validate(read_json(config))
         except ValidationError as error:
             raise CheckpointError(f"{config}: no adapter's configuration", found=one_line(error)) from error
         self.located = dict.fromkeys(file.entries, file)
