@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,18 +77,28 @@ def run(processes: int, *arguments: str) -> tuple[float, dict[str, int], str]:
 
 def quantized(name: str, source: Path, recipe: Path, work: Path, processes: int) -> dict[str, Any]:
     """Quantizes with one process and with several, and compares times and results."""
-    folders, walls, stages = {}, {}, {}
+    folders, walls, stages, blocks = {}, {}, {}, {}
     for count in sorted({1, processes}):
         out = folders[count] = work / f"{name}-{count}"
-        walls[count], *_ = run(count, "quantize", str(source), "-r", str(recipe), "-o", str(out), "--overwrite", "-q")
+        arguments = ("quantize", str(source), "-r", str(recipe), "-o", str(out), "--overwrite", "--keep", "-q")
+        walls[count], *_ = run(count, *arguments)
+        blocks[count] = steady(work / f"{name}-{count}.work")
         report = json.loads((out / "report.json").read_text(encoding="utf-8"))
         stages[count] = {s["name"]: round(s["seconds"], 2) for s in report["stages"]}
         print(f"  stages: {stages[count]}", flush=True)
     found = compared(folders[1], folders[processes])
     gains = {n: round(stages[1][n] / s, 2) for n, s in stages[processes].items() if stages[1].get(n, 0) > 1}
-    found |= {"wall": walls, "gain": round(walls[1] / walls[processes], 2), "gain by stage": gains}
+    found |= {"wall": walls, "gain": round(walls[1] / walls[processes], 2), "gain by stage": gains, "block": blocks}
+    found["gain of a block"] = round(blocks[1] / blocks[processes], 2)
     print(f"{name}: {json.dumps(found)}", flush=True)
     return found
+
+
+def steady(folder: Path) -> float:
+    """Seconds of a block behind the first, which compiles kernels: by when files of a kept work folder were written."""
+    times = sorted(path.stat().st_mtime for path in folder.glob("block-*.safetensors"))
+    shutil.rmtree(folder)
+    return round((times[-1] - times[0]) / (len(times) - 1), 3) if len(times) > 1 else math.nan
 
 
 def compared(one: Path, two: Path) -> dict[str, Any]:
@@ -182,7 +194,7 @@ def main() -> None:
     if "eval" in rows:
         found["eval"] = evaluated(dense, work / f"dense-{count}", words, count)
     if "mixture" in rows:
-        found["mixture"] = quantized("mixture", gpu.mixture(work / "mixture", 2), recipes["gptq"], work, count)
+        found["mixture"] = quantized("mixture", gpu.mixture(work / "mixture-5", 5), recipes["gptq"], work, count)
     if "rtn" in rows:
         found["rtn"] = quantized("rtn", dense, recipes["rtn"], work, count)
     if "killed" in rows:

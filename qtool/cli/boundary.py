@@ -6,12 +6,14 @@ import errno
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -22,10 +24,15 @@ from qtool.cli import ranks
 from qtool.cli.options import filled
 from qtool.errors import QtoolError, UsageError, cannot_write, is_utf8
 
+if TYPE_CHECKING:
+    from qtool.numerics.threads.ranks import Ranks
+
 INTERRUPTED = 128 + signal.SIGINT
 ENDING = (signal.SIGHUP, signal.SIGTERM)
 """Signals that end a run as an interruption by the user does."""
 AGAIN = "run the same command again to continue"
+HEARD = threading.Event()
+"""Set when a signal that ends the run has reached the interpreter."""
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """What only writing can fail with."""
 
@@ -64,12 +71,20 @@ def prepare_process() -> None:
     for number in ENDING:
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores hangups, and is to be obeyed
             signal.signal(number, _end)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     if sys.stderr is not None:
         sys.stderr = Steady(sys.stderr)
 
 
 def _end(number: int, _: FrameType | None) -> None:
+    HEARD.set()
     raise Ended(number)
+
+
+def _interrupt(_: int, __: FrameType | None) -> None:
+    HEARD.set()
+    raise KeyboardInterrupt
 
 
 class Command(TyperCommand):
@@ -113,7 +128,7 @@ class Command(TyperCommand):
     def invoke_together(self, ctx: Any) -> Any:
         """Runs the command in one of several processes; the first to fail says why, and all end."""
         try:
-            with ranks.joined() as ctx.obj:
+            with ranks.joined() as ctx.obj, ranks.watched(HEARD, partial(end_unheard, ctx.obj)):
                 if not self.together:
                     raise UsageError(f"qtool {ctx.info_name}", wanted="one process", found="torchrun; run it without")
                 refuse_other_encodings(ctx.params)
@@ -125,7 +140,7 @@ class Command(TyperCommand):
         except (KeyboardInterrupt, Exception) as error:
             code, line = verdict(error)
             if isinstance(error, Ended):
-                line = f"ended by {error.signal.name}, as by torchrun when another process has ended; {AGAIN}"
+                line = of_another(error.signal)
             if ctx.obj is None or ctx.obj.ended():
                 if ctx.params.get("debug"):
                     traceback.print_exc()
@@ -138,6 +153,18 @@ class ParallelCommand(Command):
     """A command that several processes may run together."""
 
     together = True
+
+
+def of_another(number: signal.Signals) -> str:
+    """What one of several processes says of a signal."""
+    return f"ended by {number.name}, as by torchrun when another process has ended; {AGAIN}"
+
+
+def end_unheard(of: Ranks, number: signal.Signals) -> None:
+    """Ends a process of several at once whose interpreter does not hear of a signal."""
+    if of.ended():
+        _complain(of_another(number))
+    ranks.end(128 + number)
 
 
 def verdict(error: BaseException) -> tuple[int, str]:

@@ -6,10 +6,12 @@ Nothing else reads what torchrun puts into the environment.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,9 @@ DEVICES = "CUDA_VISIBLE_DEVICES"
 OTHERS: list[subprocess.Popen[bytes]] = []
 """Processes that this one started."""
 LAST = 60
-"""Seconds that others get to end, when all is done."""
+"""Seconds that others get to end, when all is done, and this one to tidy up, when it has to end."""
+GRACE = 2
+"""Seconds in which a process hears a signal, or notices that another one is gone, unless it waits for that one."""
 
 
 def launched() -> int:
@@ -82,6 +86,47 @@ def joined() -> Iterator[Ranks]:
         else:
             with redirect_stdout(nowhere), redirect_stderr(nowhere):
                 yield join(rank, launched())
+
+
+@contextmanager
+def watched(heard: threading.Event, ended: Callable[[signal.Signals], None]) -> Iterator[None]:
+    """Notices for a process that it has to end where it waits on a device for one that is gone, and hears nothing.
+
+    Args:
+        heard: set when the interpreter has got a signal, and tidies up.
+        ended: told of the signal if it has not, or does not come to an end.
+    """
+    near, far = socket.socketpair()
+    far.setblocking(False)
+    before, over = signal.set_wakeup_fd(far.fileno(), warn_on_full_buffer=False), threading.Event()
+    threading.Thread(target=_watch, args=(near, heard, over, ended), daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+        signal.set_wakeup_fd(before)
+        far.close()
+
+
+def _watch(
+    near: socket.socket, heard: threading.Event, over: threading.Event, ended: Callable[[signal.Signals], None]
+) -> None:
+    """What `watched` does beside all else."""
+    near.settimeout(1)
+    alone = 0
+    while not over.is_set():
+        try:
+            numbers = near.recv(64)
+        except TimeoutError:
+            numbers = b""
+            alone += any(process.poll() for process in [*OTHERS])
+        if alone > GRACE:  # torchrun would send it
+            alone = -LAST
+            os.kill(os.getpid(), signal.SIGTERM)
+        for number in numbers:
+            if not (heard.wait(GRACE) and over.wait(LAST)) and not over.is_set():
+                ended(signal.Signals(number))
+    near.close()
 
 
 def of(context: Any) -> Ranks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pydoc_data.topics
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,39 @@ def weights(folder):
 
 def quantized(ranks, source, recipe, out):
     quantize(QuantizeOptions(str(source), str(recipe), out, dtype="fp32", ranks=ranks))
+
+
+STUCK = """
+import hashlib, subprocess, sys
+from functools import partial
+from types import SimpleNamespace
+from qtool.cli import boundary, ranks
+
+ranks.GRACE = 0.2
+boundary.prepare_process()
+if sys.argv[1] == "lost":
+    ranks.OTHERS.append(subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"]))
+with ranks.watched(boundary.HEARD, partial(boundary.end_unheard, SimpleNamespace(ended=lambda: True))):
+    print("waits", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+"""
+"""Waits for minutes where no signal reaches the interpreter, as for a device."""
+
+
+@pytest.mark.parametrize("cause", ["ended", "lost"])
+def test_a_process_that_waits_for_a_device_ends_as_well(cause):
+    command = [sys.executable, "-c", STUCK, cause]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout.readline() == "waits\n"
+        if cause == "ended":
+            child.terminate()
+        _, said = child.communicate(timeout=30)
+    finally:
+        child.kill()
+    assert child.returncode == 128 + signal.SIGTERM
+    assert said.startswith("error: ended by SIGTERM, as by torchrun when another process has ended; run the same")
+    assert said.count("\n") == 1
 
 
 @pytest.mark.slow
