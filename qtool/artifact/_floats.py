@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from qtool.formats._scaled import Scaled
+from qtool.numerics.metrics import all_finite
+from qtool.numerics.nans import has_nan
 
 
 def to_bits(codes: Tensor, fmt: Scaled) -> Tensor:
@@ -21,6 +23,13 @@ def from_bits(bits: Tensor, fmt: Scaled) -> Tensor:
     magnitude = bits.to(torch.uint8) & ((1 << shift) - 1)
     codes = _negated(magnitude, bits.to(torch.uint8) >> shift) + middle
     return codes.masked_fill_(magnitude > middle, 255)
+
+
+def finite_e4m3(data: Tensor, dtype: torch.dtype) -> bool:
+    """Whether bytes of a tensor of FP8 weights, or of their scales, make finite weights, uint8 [n]."""
+    if dtype == torch.float8_e4m3fn:
+        return not has_nan(data)
+    return all_finite(data.view(dtype).float() * torch.finfo(torch.float8_e4m3fn).max)
 
 
 def _negated(values: Tensor, negative: Tensor) -> Tensor:

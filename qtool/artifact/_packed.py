@@ -180,14 +180,12 @@ class PackedCheckpoint(HFCheckpoint, QuantizedCheckpoint):
         packing = self._packings.get(module)
         if not self.layout or packing is None or packing.layer is None or packing.reason or packing.layer.static:
             return None
-        read = partial(self._read_parts, module, packing.parts)
-        return Parts(self.layout, packing.parts, read, partial(self._check_parts, module))
+        names = {part: f"{module}.{part}" for part in packing.parts}
+        places = {part: self._located[name].stretch(name) for part, name in names.items()}
+        return Parts(self.layout, packing.parts, places, partial(self._check_part, module, packing))
 
-    def _read_parts(self, module: str, parts: Infos) -> dict[str, Tensor]:
-        return {part: self._read(module, part) for part in parts}
-
-    def _check_parts(self, module: str, tensors: Mapping[str, Tensor]) -> None:
-        """Raises NumericsError: the tensors of a matrix do not make finite weights. Only where there is a `layout`."""
+    def _check_part(self, module: str, packing: Packing, part: str, data: Tensor) -> None:
+        """Raises NumericsError: bytes of a matrix's tensor make no finite weights. Only where there is a `layout`."""
         raise NotImplementedError
 
     def fingerprint(self) -> str:

@@ -19,10 +19,11 @@ from torch import Tensor
 from qtool.artifact._base import Artifact, Carry
 from qtool.artifact._footprint import Footprint
 from qtool.artifact._packed import Infos
-from qtool.artifact._shards import Pieces, overhead, write_shards
-from qtool.artifact._stacks import Read, Stacks, join
+from qtool.artifact._shards import Pieces, Read, overhead, write_shards
+from qtool.artifact._stacks import Stacks, join
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint, TensorInfo
 from qtool.checkpoint.parts import parts_of
+from qtool.checkpoint.raw_bytes import Stretch
 from qtool.formats._base import Quantized
 from qtool.numerics.threads.ranks import Ranks
 from qtool.store.files import storage_errors
@@ -142,7 +143,7 @@ def _pieces(model: QuantizedCheckpoint, layout: Layout) -> tuple[Pieces, Read]:
             pieces[name] = {name: model.info(name)}
     pieces |= {name: {name: TensorInfo(tuple(t.shape), t.dtype)} for name, t in layout.more.items()}
 
-    def read(name: str) -> dict[str, Tensor]:
+    def read(name: str) -> Mapping[str, Tensor | Stretch]:
         if name in layout.more:
             return {name: layout.more[name]}
         module = name.removesuffix(".weight")
@@ -151,7 +152,7 @@ def _pieces(model: QuantizedCheckpoint, layout: Layout) -> tuple[Pieces, Read]:
         stored = parts_of(model, module)
         infos = {tensor.removeprefix(f"{module}."): info for tensor, info in pieces[name].items()}
         if stored and stored.layout == layout.name and stored.infos == infos:
-            return {f"{module}.{part}": tensor for part, tensor in stored.read().items()}
+            return {f"{module}.{part}": place for part, place in stored.places.items()}
         matrix = model.matrix(module)
         codes = matrix.quantized if model.layers[module].residuals else matrix.alone  # what is declared has a place
         parts = layout.encode(module, codes)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qtool.checkpoint._base import TensorInfo
 from qtool.checkpoint.hf import INDEX, WEIGHTS
+from qtool.checkpoint.raw_bytes import Stretch
 from qtool.checkpoint.safetensors_io import SafetensorsWriter, header
 from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.store.files import storage_errors
@@ -23,21 +24,24 @@ LIMIT = 5_000_000_000
 Pieces = Mapping[str, Mapping[str, TensorInfo]]
 """Sets of tensors that are written together: key -> name -> shape and type."""
 
+Read = Callable[[str], Mapping[str, Tensor | Stretch]]
+"""The tensors of a set, or where they can be copied from."""
+
 
 def write_shards(
     out: Path,
     pieces: Pieces,
-    read: Callable[[str], Mapping[str, Tensor]],
+    read: Read,
     limit: int = LIMIT,
     ranks: Ranks = ALONE,
     written: Collection[Path] = (),
 ) -> list[Path]:
-    """Writes a model, one piece in memory at a time.
+    """Writes a model, one piece in memory at a time. Whoever names the folder brings it to the disk.
 
     Args:
         out: existing folder.
         pieces: what there is, in order.
-        read: gives the tensors of a piece by key.
+        read: gives a piece by key.
         limit: bytes of a shard.
         ranks: of several processes, each writes a share of the files.
         written: files that are not written again.
@@ -53,10 +57,13 @@ def write_shards(
     for name, keys in mine:
         if out / name in written:
             continue
-        with SafetensorsWriter(out / name, _infos(pieces, keys)) as writer:
+        with SafetensorsWriter(out / name, _infos(pieces, keys), sync=False) as writer:
             for key in keys:
                 for tensor, content in read(key).items():
-                    writer.add(tensor, content)
+                    if isinstance(content, Stretch):
+                        writer.copy(tensor, content)
+                    else:
+                        writer.add(tensor, content)
     files = [out / name for name, _ in mine]
     if len(shards) == 1 or ranks.size > 1:
         return files

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from qtool.artifact._shards import Pieces
+from qtool.artifact._shards import Pieces, Read
 from qtool.checkpoint._base import TensorInfo
-from qtool.checkpoint.safetensors_io import SafetensorsFile, TensorPlace
+from qtool.checkpoint.raw_bytes import Stretch
+from qtool.checkpoint.safetensors_header import TensorPlace
+from qtool.checkpoint.safetensors_io import SafetensorsFile
 from qtool.errors import CheckpointError
 
 Stacks = Mapping[str, Sequence[str]]
 """Name of a stack -> the modules whose tensors it holds, one behind the other."""
-Read = Callable[[str], Mapping[str, Tensor]]
 
 
 def join(pieces: Pieces, read: Read, stacks: Stacks) -> tuple[Pieces, Read]:
@@ -35,11 +37,11 @@ def join(pieces: Pieces, read: Read, stacks: Stacks) -> tuple[Pieces, Read]:
         else:
             together[key] = piece
 
-    def read_together(key: str) -> Mapping[str, Tensor]:
+    def read_together(key: str) -> Mapping[str, Tensor | Stretch]:
         stack = key.removesuffix(".weight")
         if stack not in stacks:
             return read(key)
-        parts = [list(read(f"{member}.weight").values()) for member in stacks[stack]]
+        parts = [[cast(Tensor, t) for t in read(f"{member}.weight").values()] for member in stacks[stack]]
         return {name: torch.stack(tensors) for name, *tensors in zip(together[key], *parts, strict=True)}
 
     return together, read_together

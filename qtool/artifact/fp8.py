@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from qtool.artifact._floats import from_bits, to_bits
+from qtool.artifact._floats import finite_e4m3, from_bits, to_bits
 from qtool.artifact._packed import Infos, PackedCheckpoint, Packing
 from qtool.artifact._packed_artifact import Layout, PackedArtifact
 from qtool.artifact._settings import Settings, quantization_config, read_settings
@@ -28,8 +28,6 @@ from qtool.errors import NumericsError
 from qtool.formats._base import Quantized
 from qtool.formats.fp import FP
 from qtool.formats.int import DTYPES
-from qtool.numerics.metrics import all_finite
-from qtool.numerics.nans import has_nan
 
 LAYOUT = "fp8"
 """See `PackedCheckpoint.layout`."""
@@ -119,9 +117,9 @@ class FP8Checkpoint(PackedCheckpoint):
         listed = {"weight_block_size": tuple(sizes)} if isinstance(sizes, list) else {}
         read_settings(_FP8Settings, {**how, **listed}, self.source)
 
-    def _check_parts(self, module: str, tensors: Mapping[str, Tensor]) -> None:
-        """See `PackedCheckpoint._check_parts`."""
-        if has_nan(tensors["weight"]) or not all_finite(tensors[SCALE].float() * torch.finfo(E4M3).max):
+    def _check_part(self, module: str, packing: Packing, part: str, data: Tensor) -> None:
+        """See `PackedCheckpoint._check_part`."""
+        if not finite_e4m3(data, packing.parts[part].dtype):
             raise NumericsError(f"tensor {module}.weight is not finite", found=f"NaN or infinity in {self.source}")
 
     def _packing(self, module: str, n: int, k: int, found: Infos) -> Packing:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from qtool.checkpoint._base import Checkpoint, TensorInfo
+from qtool.checkpoint.raw_bytes import Stretch
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class Parts:
         layout: whose they are; what packs the same matrix into tensors of the same names, shapes and types there packs
             it into the same numbers.
         infos: by their names below the module.
-        read: reads them.
-        check: raises NumericsError: what was read is not finite.
+        places: where their bytes are.
+        check: takes the bytes of one, piece by piece; raises NumericsError: what they hold is not finite.
     """
 
     layout: str
     infos: Mapping[str, TensorInfo]
-    read: Callable[[], Mapping[str, Tensor]]
-    check: Callable[[Mapping[str, Tensor]], None]
+    places: Mapping[str, Stretch]
+    check: Callable[[str, Tensor], None]
 
     def are(self, other: Parts) -> bool:
         """Whether other ones are laid out alike."""
@@ -45,14 +45,3 @@ class HasParts(Protocol):
 def parts_of(checkpoint: Checkpoint, module: str) -> Parts | None:
     """The tensors of a matrix as its file has them; None: there are none, or nobody can take them over as they are."""
     return checkpoint.as_stored(module) if isinstance(checkpoint, HasParts) else None
-
-
-def same_bytes(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one type hold the same bits, which zeros of two signs do not."""
-    return one.shape == other.shape and bool(torch.equal(*(words(tensor) for tensor in (one, other))))
-
-
-def words(tensor: Tensor) -> Tensor:
-    """The bits of a tensor in the largest pieces that divide it, which are compared the quickest."""
-    flat = tensor.contiguous().view(-1).view(torch.uint8)
-    return flat if flat.numel() % 8 or flat.storage_offset() % 8 else flat.view(torch.int64)

@@ -10,57 +10,29 @@ Format: https://github.com/huggingface/safetensors#format (u64 header length, JS
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qtool.checkpoint._base import TensorInfo
-from qtool.checkpoint.raw_bytes import checked_stop, memory
+from qtool.checkpoint.raw_bytes import Stretch, checked_stop, memory
+from qtool.checkpoint.safetensors_header import (
+    HEADER_LIMIT,
+    NAMES,
+    checked_entries,
+    header_bytes,
+    parsed_header,
+)
 from qtool.errors import CheckpointError, cannot_write, one_line, reading
 
-HEADER_LIMIT = 100_000_000
-"""Bytes; the limit of the reference implementation."""
 MAPPED = 1 << 23
 """Bytes that are read before a map is given up. What was read through it counts as the process's memory until then."""
-
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "F32": torch.float32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F64": torch.float64,
-}
-if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7 and later
-    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class TensorPlace:
-    """A tensor of a file: what it is, and where its bytes begin, counted from the start of the file."""
-
-    info: TensorInfo
-    offset: int
-    within: tuple[str, int] | None = None
-    """Name of the stack of tensors [X, ...] that the file has it in, and its place there; None: it has its own name."""
 
 
 class SafetensorsFile:
@@ -79,13 +51,13 @@ class SafetensorsFile:
         self.path = path
         with reading(path), path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            length, limit = int.from_bytes(_header_bytes(file, 8, path), "little"), min(HEADER_LIMIT, size - 8)
+            length, limit = int.from_bytes(header_bytes(file, 8, path), "little"), min(HEADER_LIMIT, size - 8)
             if length > limit:
                 raise CheckpointError(f"{path}: impossible header length", wanted=f"at most {limit}", found=length)
-            raw = _header_bytes(file, length, path)
-        header = _parse_header(raw, path)
+            raw = header_bytes(file, length, path)
+        header = parsed_header(raw, path)
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
-        self.entries = _checked_entries(header, 8 + length, size, path)
+        self.entries = checked_entries(header, 8 + length, size, path)
         self._map, self._read = self._opened(), 0
 
     def info(self, name: str) -> TensorInfo:
@@ -126,6 +98,10 @@ class SafetensorsFile:
                 self._map, self._read = None, 0
         return found
 
+    def stretch(self, name: str) -> Stretch:
+        """Where the bytes of a tensor lie. Raises CheckpointError: no such tensor."""
+        return Stretch(self.path, self.entries[name].offset, self.info(name).nbytes, name)
+
     def _mapped(self, name: str, start: int = 0, stop: int | None = None, index: int | None = None) -> Tensor:
         """A tensor or rows of it, as they lie in the file; see `read`."""
         opened = self._map
@@ -157,67 +133,6 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path} ends inside {name!r}", wanted=f"{stop - start} bytes", found=found)
 
 
-def _header_bytes(file: BinaryIO, count: int, path: Path) -> bytes:
-    raw = file.read(count)
-    if len(raw) < count:
-        raise CheckpointError(f"{path} is no safetensors file: it ends inside its header")
-    return raw
-
-
-def _parse_header(raw: bytes, path: Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError("a name occurs twice")
-        return found
-
-    try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no safetensors file: its header is not valid JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: wrong header", wanted="a JSON object", found=type(header).__name__)
-    metadata = header.get("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{path}: wrong __metadata__", wanted="an object of strings", found=repr(metadata)[:60])
-    return header
-
-
-def _checked_entries(header: dict[str, Any], start: int, size: int, path: Path) -> dict[str, TensorPlace]:
-    """Every tensor begins where the one before it ends, and the last one ends with the file."""
-    spans = sorted((_checked_entry(name, claim, path) for name, claim in header.items()), key=lambda span: span[1:3])
-    entries, position = {}, 0
-    for name, begin, end, info in spans:
-        if begin != position:
-            raise CheckpointError(f"{path}: tensor {name!r} leaves a gap or overlaps", wanted=position, found=begin)
-        entries[name] = TensorPlace(info, start + begin)
-        position = end
-    if start + position != size:
-        raise CheckpointError(f"{path} is truncated or too long", wanted=f"{start + position} bytes", found=size)
-    return entries
-
-
-def _checked_entry(name: str, claim: Any, path: Path) -> tuple[str, int, int, TensorInfo]:
-    where = f"{path}: tensor {name[:100]!r}"
-    if not name or len(name) > 512 or not name.isprintable():
-        raise CheckpointError(f"{where} has an impossible name", wanted="1 to 512 printable characters")
-    if not isinstance(claim, dict) or set(claim) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{where} is described wrongly", wanted="dtype, shape, data_offsets")
-    dtype, shape, offsets = claim["dtype"], claim["shape"], claim["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"{where} has an unknown dtype", wanted=", ".join(DTYPES), found=repr(dtype)[:40])
-    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        raise CheckpointError(f"{where} has an impossible shape or offsets", found=f"{shape!r:.60}, {offsets!r:.60}")
-    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
-    if offsets[1] - offsets[0] != nbytes:
-        raise CheckpointError(f"{where} has the wrong size", wanted=f"{nbytes} bytes", found=offsets[1] - offsets[0])
-    return name, offsets[0], offsets[1], TensorInfo(tuple(shape), DTYPES[dtype])
-
-
-def _naturals(values: Any) -> bool:
-    return isinstance(values, list) and len(values) <= 8 and all(type(v) is int and 0 <= v < 2**63 for v in values)
-
-
 def header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None) -> tuple[bytes, dict[str, int]]:
     """What a file begins with, and where each tensor begins behind that; see `SafetensorsWriter`."""
     content: dict[str, Any] = {"__metadata__": dict({"format": "pt"} if metadata is None else metadata)}
@@ -242,13 +157,20 @@ class SafetensorsWriter:
         path: the file; it is created or replaced.
         infos: what will be written.
         metadata: strings for the header; transformers wants {"format": "pt"}.
+        sync: whether closing brings all to the disk; else whoever gives the file or its folder a name does.
 
     Raises:
         StorageError: the file cannot be written, here and in every method.
     """
 
-    def __init__(self, path: Path, infos: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None) -> None:
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        infos: Mapping[str, TensorInfo],
+        metadata: Mapping[str, str] | None = None,
+        sync: bool = True,
+    ) -> None:
+        self.path, self._sync = path, sync
         self.infos = dict(infos)
         head, self._offsets = header(infos, metadata)
         self._start = len(head)
@@ -269,10 +191,22 @@ class SafetensorsWriter:
         self._write(self._start + self._offsets[name] + skip, memory(data))
         self._missing[name] -= data.numel()
 
-    def close(self) -> None:
-        """Brings everything to the disk. Raises ValueError: some tensor was not written, or some row twice."""
+    def copy(self, name: str, stretch: Stretch) -> None:
+        """Writes a tensor whose bytes lie in another file. Raises CheckpointError: they no longer do."""
+        wanted = self.infos[name].nbytes
+        if stretch.count != wanted:
+            raise ValueError(f"{name} was announced with {wanted} bytes, found {stretch.count}")
         try:
-            os.fsync(self._file.fileno())
+            self._missing[name] -= stretch.copy(self._file.fileno(), self._start + self._offsets[name])
+        except OSError as error:
+            self._file.close()
+            raise cannot_write(self.path, error) from error
+
+    def close(self) -> None:
+        """Ends the file; see `sync`. Raises ValueError: some tensor was not written, or some row twice."""
+        try:
+            if self._sync:
+                os.fsync(self._file.fileno())
         except OSError as error:
             raise cannot_write(self.path, error) from error
         finally:

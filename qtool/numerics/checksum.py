@@ -8,6 +8,7 @@ Source of the round and its constants: https://github.com/Cyan4973/xxHash/blob/d
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -45,12 +46,19 @@ class Checksum:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Takes in a tensor, or some rows of one."""
-        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        whole = len(data) // WIDTH * WIDTH
-        sums = np.zeros(4, np.uint64)
-        mix_words(np.frombuffer(data[:whole], np.uint64), sums)
-        self._digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        self._digest.update(sums.tobytes() + data[whole:].tobytes())
+        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        self.grow(f"{name} {tensor.dtype} {tuple(tensor.shape)}", [data])
+
+    def grow(self, name: str, pieces: Iterable[Tensor]) -> None:
+        """Takes in bytes under a name, uint8 [n] each; all pieces but the last are multiples of WIDTH long."""
+        self._digest.update(f"{name}\n".encode())
+        sums, rest = np.zeros(4, np.uint64), b""
+        for piece in pieces:
+            data = piece.numpy()
+            whole = len(data) // WIDTH * WIDTH
+            mix_words(np.frombuffer(data[:whole], np.uint64), sums)
+            rest = data[whole:].tobytes()
+        self._digest.update(sums.tobytes() + rest)
 
     def hexdigest(self) -> str:
         """What came of it, 32 characters."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+
+from torch import Tensor
 
 from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint
 from qtool.checkpoint.open import local
 from qtool.checkpoint.parts import parts_of
+from qtool.checkpoint.raw_bytes import Stretch
 from qtool.errors import CheckpointError, reading
 from qtool.numerics.checks import finite
 from qtool.numerics.checksum import Checksum
@@ -50,10 +54,9 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> str:
     """Checksum of one tensor. For errors, see `read_content`."""
     checksum, module = Checksum(), name.removesuffix(".weight")
     if isinstance(checkpoint, QuantizedCheckpoint) and (parts := parts_of(checkpoint, module)):
-        tensors = parts.read()
-        for part, tensor in tensors.items():
-            checksum.add(f"{name} {checkpoint.layers[module].format.label} {part}", tensor)
-        parts.check(tensors)
+        for part, place in parts.places.items():
+            pieces = checked(partial(parts.check, part), place)
+            checksum.grow(f"{name} {checkpoint.layers[module].format.label} {part} {parts.infos[part]}", pieces)
         return checksum.hexdigest()
     stored = stored_matrix(checkpoint, module)
     if stored:
@@ -69,6 +72,13 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> str:
         if not all_finite(rows):
             finite(checkpoint.tensor(name), name)  # says where in the whole
     return checksum.hexdigest()
+
+
+def checked(check: Callable[[Tensor], None], place: Stretch) -> Iterator[Tensor]:
+    """Bytes of a file in pieces, each of which is checked."""
+    for piece in place.pieces():
+        check(piece)
+        yield piece
 
 
 def refuse_changed(source: str, listener: Listener) -> None:

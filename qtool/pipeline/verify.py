@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from qtool.checkpoint._base import QuantizedCheckpoint
-from qtool.checkpoint.parts import parts_of, same_bytes
+from qtool.checkpoint.parts import parts_of
+from qtool.checkpoint.raw_bytes import same_stretches
 from qtool.errors import VerifyError
 from qtool.formats._base import alike
+from qtool.numerics.threads.parallel import side_by_side
 from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.requantize import stored_matrix
@@ -38,15 +41,17 @@ def verify(
     if cached(written) != cached(model):
         raise VerifyError(f"{written.source}: KV cache", wanted=cached(model), found=cached(written))
     listener(Event(stage, 0, len(names)))
+    modules = [name.removesuffix(".weight") for name in names]
+    copied = dict(zip(names, side_by_side(partial(same_parts, model, written), modules), strict=True))
     for done, name in enumerate(names, 1):
         if name not in present:
             raise VerifyError(f"{written.source}: {name}", wanted="a tensor", found="missing")
-        compare(name, written, model)
+        compare(name, written, model, copied[name])
         listener(Event(stage, done, len(names), name))
 
 
-def compare(name: str, written: QuantizedCheckpoint, model: QuantizedCheckpoint) -> None:
-    """Compares one tensor; see `verify`."""
+def compare(name: str, written: QuantizedCheckpoint, model: QuantizedCheckpoint, copied: bool | None = None) -> None:
+    """Compares one tensor; see `verify`. `copied`: whether it was seen to be taken over as it was stored."""
     module = name.removesuffix(".weight")
     if (module in model.layers) != (module in written.layers):
         quantized = module in model.layers
@@ -61,7 +66,7 @@ def compare(name: str, written: QuantizedCheckpoint, model: QuantizedCheckpoint)
             wanted=inputs(model, module),
             found=inputs(written, module),
         )
-    if module in model.layers and same_parts(model, written, module):
+    if module in model.layers and (same_parts(model, written, module) if copied is None else copied):
         return
     stored = stored_matrix(written, module)  # first, since unpacking codes takes twice their memory for a moment
     source = stored_matrix(model, module)
@@ -77,13 +82,14 @@ def compare(name: str, written: QuantizedCheckpoint, model: QuantizedCheckpoint)
 
 def same_parts(model: QuantizedCheckpoint, written: QuantizedCheckpoint, module: str) -> bool:
     """Whether a matrix was taken over as it was stored, which is seen without decoding it."""
+    if module not in model.layers or module not in written.layers:
+        return False
     wanted, found = parts_of(model, module), parts_of(written, module)
     if not wanted or not found or not wanted.are(found):
         return False
     if not alike(model.layers[module].format, written.layers[module].format):
         return False
-    there = found.read()
-    return all(same_bytes(tensor, there[part]) for part, tensor in wanted.read().items())
+    return all(same_stretches(place, found.places[part]) for part, place in wanted.places.items())
 
 
 def same(a: Matrix, b: Matrix) -> bool:

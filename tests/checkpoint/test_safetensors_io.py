@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from qtool.checkpoint._base import TensorInfo
-from qtool.checkpoint.safetensors_io import DTYPES, SafetensorsFile, SafetensorsWriter
+from qtool.checkpoint.safetensors_header import DTYPES
+from qtool.checkpoint.safetensors_io import SafetensorsFile, SafetensorsWriter
 from qtool.errors import CheckpointError, StorageError
 
 

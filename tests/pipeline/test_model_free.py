@@ -190,3 +190,24 @@ def test_a_config_is_no_link_out_of_its_folder(unknown, tmp_path):
     (folder / "config.json").symlink_to(tmp_path / "elsewhere.json")
     with pytest.raises(CheckpointError, match="is a link out of its folder"):
         open_model_free(str(folder))
+
+
+@pytest.mark.parametrize(("weights", "inputs"), [("fp8-channel", "fp8-token"), ("fp8-tensor", None)])
+def test_fp8_of_compressed_tensors_is_taken_over_bit_for_bit(weights, inputs, tiny_checkpoint, tmp_path):
+    asked = recipe(weights, inputs)
+    quantize(str(tiny_checkpoint("llama")), asked, tmp_path / "first", verify=False)
+    (tmp_path / "same.yaml").write_text(json.dumps(asked))
+    source = open_model_free(str(tmp_path / "first"))
+    report = run(QuantizeOptions(source, str(tmp_path / "same.yaml"), tmp_path / "again", keep=True))
+    assert {entry.method for entry in report.layers if entry.format} == {"taken over"}
+    assert not load_file(tmp_path / "again.work" / "block-1.safetensors")  # nothing is copied on the way
+    tensors, found = (load_file(tmp_path / run / "model.safetensors") for run in ("first", "again"))
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name].view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8))
+
+    tensors["model.layers.1.mlp.up_proj.weight_scale"].view(-1)[-1] = torch.inf
+    save_file(tensors, tmp_path / "first" / "model.safetensors")
+    (tmp_path / "first" / "SHA256SUMS").unlink()
+    with pytest.raises(NumericsError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is not finite"):
+        quantize(open_model_free(str(tmp_path / "first")), asked, tmp_path / "damaged")

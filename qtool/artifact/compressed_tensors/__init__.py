@@ -122,7 +122,7 @@ class CompressedTensors(PackedArtifact):
             layer = layers[module]
             return kind(layer).encode(quantized, module, dtype) | _inputs.encode(layer, module, dtype)
 
-        return Layout(parts, encoded, _cache.tensors(model, dtype))
+        return Layout(parts, encoded, _cache.tensors(model, dtype), name=METHOD)
 
     def _config(self, model: QuantizedCheckpoint) -> dict[str, Any]:
         """See `PackedArtifact._config`."""

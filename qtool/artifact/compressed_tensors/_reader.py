@@ -11,9 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from qtool.artifact._floats import finite_e4m3
 from qtool.artifact._packed import SCALE_DTYPES, Infos, PackedCheckpoint, Packing
 from qtool.artifact.compressed_tensors import _cache, _inputs
 from qtool.artifact.compressed_tensors._config import METHOD
+from qtool.artifact.compressed_tensors._floats import FloatQuantized
 from qtool.artifact.compressed_tensors._integers import with_gaps
 from qtool.artifact.compressed_tensors._kinds import SCALE
 from qtool.artifact.compressed_tensors._schemes import Scheme, Schemes
@@ -21,6 +23,7 @@ from qtool.artifact.compressed_tensors._transforms import Transforms
 from qtool.checkpoint._base import TensorInfo
 from qtool.checkpoint.adapter import Adapter
 from qtool.checkpoint.hf import digest
+from qtool.checkpoint.parts import Parts
 from qtool.checkpoint.safetensors_io import SafetensorsFile
 from qtool.errors import CheckpointError, NumericsError
 from qtool.formats._base import Format, Quantized
@@ -35,6 +38,7 @@ class CompressedCheckpoint(PackedCheckpoint):
     """A model in compressed-tensors' layouts; see `PackedCheckpoint`."""
 
     mark: ClassVar[str] = SCALE
+    layout: ClassVar[str] = METHOD
 
     def __init__(self, folder: Path, source: str | None = None) -> None:
         super().__init__(folder, source)
@@ -116,6 +120,17 @@ class CompressedCheckpoint(PackedCheckpoint):
         """See `Checkpoint.fingerprint`."""
         stored = dict(sorted((self._located | self._adapter.located).items()))
         return digest(self.config | {"quantization_config": self._how}, self.files, stored)
+
+    def as_stored(self, module: str) -> Parts | None:
+        """See `HasParts.as_stored`: FP8, whose tensors are those of every writer."""
+        scheme = self._found.get(module)
+        alone = scheme is not None and isinstance(scheme.kind, FloatQuantized) and module not in self._branches
+        return super().as_stored(module) if alone else None
+
+    def _check_part(self, module: str, packing: Packing, part: str, data: Tensor) -> None:
+        """See `PackedCheckpoint._check_part`."""
+        if not finite_e4m3(data, packing.parts[part].dtype):
+            raise NumericsError(f"tensor {module}.weight is not finite", found=f"NaN or infinity in {self.source}")
 
     def _in_order(self, module: str, k: int, fmt: Format) -> bool:
         """Whether groups consist of neighbours; -1 stands for a group that nobody chose."""
