@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from qtool.evaluate.proof import apart, eight_bits, prove
 from qtool.evaluate.readers import ForeignReader
 from qtool.evaluate.twin import _proven, prove_twin
 from qtool.formats.int import Int
+from qtool.formats.mxfp4 import MXFP4
 from qtool.formats.q3_k import Q3_K
 from qtool.formats.q8_0 import Q8_0
 from qtool.pipeline.check import check
@@ -209,6 +211,26 @@ RECIPE = {
     "layers": [{"match": "re:.*_proj", "weights": "q8_0", "method": "rtn"}, {"match": "*", "keep": True}],
     "export": [{"to": "gguf"}],
 }
+
+
+def test_rounding_to_16_bits_is_told_from_a_mistake(tiny_checkpoint, tmp_path, monkeypatch):
+    """Where computing in bfloat16 leads farther than the limit, logits have to be those of our bfloat16."""
+    model = in_memory(tiny_checkpoint("llama"), MXFP4())
+    CompressedTensors().write(model, tmp_path, {})
+    found = CompressedTensors().open(tmp_path)
+    tokens = list(range(3, 27))
+    exact, rounded = (proof.in_type(model, tokens, dtype) for dtype in (torch.float32, torch.bfloat16))
+    distance = apart(rounded, exact, several=False)
+    monkeypatch.setitem(proof.FLOORS, torch.bfloat16, distance / 2)
+    reading = CompressedTensors().reading(found)
+    assert reading.dtype == torch.bfloat16
+    assert proof.judged(rounded, model, tokens, reading, "reader").distance == 0
+    assert proof.judged(exact, model, tokens, reading, "reader").distance < 1e-6
+    scaled_up = exact + 2 * (exact - rounded)
+    with pytest.raises(VerifyError, match="computes something else"):
+        proof.judged(scaled_up, model, tokens, reading, "reader")
+    with pytest.raises(VerifyError, match="computes something else"):
+        proof.judged(rounded, model, tokens, replace(reading, dtype=torch.float32), "reader")
 
 
 def test_report_and_model_card_say_it(tiny_checkpoint, tmp_path):
