@@ -19,6 +19,10 @@ from typing import Any
 import pytest
 
 os.environ["QTOOL_CACHE"] = tempfile.mkdtemp(prefix="qtool-cache-")  # commands in tests leave the user's alone
+if "PYTEST_XDIST_WORKER" in os.environ:
+    from tests.kernels import compile_once
+
+    compile_once()
 TINY: dict[str, dict[str, Any]] = {
     "llama": {"dtype": "bfloat16"},
     "llama-tied": {"dtype": "bfloat16", "tie_word_embeddings": True, "num_hidden_layers": 3},

@@ -41,7 +41,7 @@ def recipe(tmp_path, extra, installed):  # noqa: F811
     """Writes a recipe; the page's package is installed."""
     installed(extra)
 
-    def write(method="nudge", propagate="quantized"):
+    def write(method="{nudge: {steps: 16}}", propagate="quantized"):
         path = tmp_path / "blocks.yaml"
         path.write_text(RECIPE.replace("METHOD", method).replace("PROPAGATE", propagate))
         return str(path)
@@ -86,7 +86,7 @@ def test_a_block_is_solved_in_place_and_hidden_states_go_on_behind_it(
     name, propagate, recipe, tasks, tiny_checkpoint, tmp_path
 ):
     start = "rtn" if propagate == "float" else "{rtn: {importance: true}}"
-    source, path = tiny_checkpoint(name), recipe(f"{{nudge: {{start: {start}}}}}", propagate)
+    source, path = tiny_checkpoint(name), recipe(f"{{nudge: {{steps: 16, start: {start}}}}}", propagate)
     overrides = ("calibration.min_tokens=1",)
     report = run(QuantizeOptions(str(source), path, tmp_path / "out", overrides, device="cpu", dtype="fp32"))
     result = open_artifact(str(tmp_path / "out"))
@@ -175,8 +175,8 @@ def test_corrections_run_beside_codes_and_stay_unless_the_method_finds_its_own(
     own, recipe, tasks, tiny_checkpoint, tmp_path, monkeypatch
 ):
     asked = "{low_rank: {rank: 4, dtype: fp32, whiten: false}}, {sparse: {share: 0.02}}"
-    method = "method: {nudge: {start: {rtn: {importance: true}}}}"
-    text = Path(recipe()).read_text().replace("method: nudge", f"{method}, residuals: [{asked}]")
+    method = "{nudge: {steps: 16, start: {rtn: {importance: true}}}}"
+    text = Path(recipe(f"{method}, residuals: [{asked}]")).read_text()
     (tmp_path / "corrected.yaml").write_text(text)
     kind = registry.load("methods", "nudge")
     spied = kind.solve_block
