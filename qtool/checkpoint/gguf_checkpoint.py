@@ -56,7 +56,7 @@ class GGUFCheckpoint(Checkpoint):
         self._check_rotary()
         stored = self._file.tensors
         names = self.family.gguf_names(self.config)
-        known = {*names.values(), *ROPE_TENSORS}
+        known = {*names.values(), *ROPE_TENSORS, *self.family.gguf_extra_tensors(self.config)}
         known |= {scale_name(name, kind) for name in names.values() for kind in ("scale", "input_scale")}
         if unknown := [name for name in stored if name not in known]:
             raise CheckpointError(
@@ -156,8 +156,8 @@ class GGUFCheckpoint(Checkpoint):
 
     def _check_stacks(self) -> None:
         """Raises CheckpointError: a tensor does not hold one matrix, or vector, for every expert."""
-        count = self.family.experts(self.config)
-        for there in {there: None for there, index in self._names.values() if index is not None}:
+        counts = Counter(there for there, index in self._names.values() if index is not None)
+        for there, count in counts.items():
             if (shape := self._file.tensors[there].shape)[0] != count or len(shape) < 2:
                 wanted, found = f"one for each of {count} experts", list(shape)
                 raise CheckpointError(f"{self.source}: tensor {there}", wanted=wanted, found=found)

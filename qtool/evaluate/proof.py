@@ -132,8 +132,8 @@ def expected(model: QuantizedCheckpoint, tokens: list[int], reading: Reading) ->
     walker = Walker(model, torch.device("cpu"), torch.float32)
     exact = walker.embed(torch.tensor([tokens]))
     other = walker.embed(torch.tensor([tokens]))
-    linear = [m.name for found in walker.modules.values() for m in found if m.kind == "linear"]
-    inputs = {name: eight_bits(model.layers.get(name)) for name in linear}
+    linear = [m for found in walker.modules.values() for m in found if m.kind == "linear"]
+    inputs = {m.name: eight_bits(model.layers.get(m.name)) for m in linear if m.shape[1] % GROUP == 0}
     for i in range(len(walker.blocks)):
         block = walker.load_block(i)
         walker.advance(block, i, exact)

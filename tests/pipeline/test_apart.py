@@ -60,6 +60,7 @@ CHANGED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CHANGED)
 def test_tensors_are_changed_before_they_are_rounded(kind, tmp_path, monkeypatch):
     fields, what = CHANGED[kind]

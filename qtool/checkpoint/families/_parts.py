@@ -70,11 +70,13 @@ class Slice:
 
 EXPERT = re.compile(r"\.experts\.(\d+)(?=\.)")
 
+STACKED = re.compile(r"\.(experts|altup_projections|altup_unembed_projections)\.(\d+)(?=\.)")
+
 
 def stacked(name: str) -> tuple[str, int | None]:
     """("mlp.experts.gate_proj.weight", 3) of "mlp.experts.3.gate_proj.weight"; of other names (name, None)."""
-    found = EXPERT.search(name)
-    return (name, None) if found is None else (EXPERT.sub(".experts", name, count=1), int(found[1]))
+    found = STACKED.search(name)
+    return (name, None) if found is None else (STACKED.sub(r".\1", name, count=1), int(found[2]))
 
 
 ATTENTION = (
