@@ -193,7 +193,8 @@ class GPTQ(Method):
         fitting = fmt.on_the_way()
         rule = fitting.search_in_walk()
         if rule and searches(rule, w.is_cuda):
-            codes[:, order], found = walk_searching(w[:, order], factor, fmt.levels(), rule, weight[order])
+            there = w.T.contiguous()[order].T
+            codes[:, order], found = walk_searching(there, factor, fmt.levels(), rule, weight[order], order)
             return codes, fmt.of_search(*(p[:, (order[::block] // block).argsort()] for p in found))
         fitted: dict[int, Params] = {}
         places = order.view(-1, block) % block

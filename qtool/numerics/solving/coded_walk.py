@@ -171,29 +171,31 @@ def feed(error, factor, later):  # type: ignore[no-untyped-def]
 def walk_coded_rows(w, columns, weight, reach, rule, codes, error, found, most, start, stop):  # type: ignore[no-untyped-def]
     """Walks the B columns of a block for rows start to stop.
 
-    w [B, N] is overwritten; columns [B, B]: the block of the inverse factor, transposed; weight, reach [B]. Fills codes
-    uint8 and error [B, N], found uint8 [groups, N], and most int32 [N] with the bits of the largest size around a row.
+    w [B, N]; columns [B, B]: the block of the inverse factor, transposed; weight, reach [B]. Fills codes uint8 and
+    error [B, N], found uint8 [groups, N], and most int32 [N] with the bits of the largest size around a row.
     """
     width = len(w) // len(found)
-    side, floats = np.empty((width, LANES), F32), np.empty((9, LANES), F32)
+    tile, e, code = np.zeros((len(w), LANES), F32), np.empty((len(w), LANES), F32), np.empty((len(w), LANES), np.uint8)
+    side, floats, s = np.empty((width, LANES), F32), np.empty((8, LANES), F32), np.empty(LANES, F32)
     integers = np.empty((4, LANES), I32)
     for first in range(start, stop, LANES):
-        rows, count = slice(first, min(first + LANES, stop)), min(LANES, stop - first)
-        s, largest = floats[8, :count], I32(0)
+        count = min(LANES, stop - first)
+        rows, largest = slice(first, first + count), I32(0)
+        tile[:, :count] = w[:, rows]  # side by side, which only whole rows of an array are known to be
         for g in range(len(found)):
             a, b = g * width, (g + 1) * width
-            chosen, size = search_group(
-                w[a:b, rows], weight[a:b], reach[a:b], rule, side[:, :count], floats[:8, :count], integers[:, :count]
-            )
+            chosen, size = search_group(tile[a:b], weight[a:b], reach[a:b], rule, side, floats, integers)
             largest = max(largest, size)
+            for n in range(LANES):
+                s[n] = rule.values[chosen[n]]
             for n in range(count):
-                found[g, first + n], s[n] = chosen[n], rule.values[chosen[n]]
+                found[g, first + n] = chosen[n]
             for j in range(a, b):
-                feed(error[a:j, rows], columns[j, a:j], w[j, rows])
-                round_column(w[j, rows], s, F32(1) / columns[j, j], rule, codes[j, rows], error[j, rows])
+                feed(e[a:j], columns[j, a:j], tile[j])
+                round_column(tile[j], s, F32(1) / columns[j, j], rule, code[j], e[j])
             for j in range(b, len(w)):
-                feed(error[a:b, rows], columns[j, a:b], w[j, rows])
-        most[rows] = largest
+                feed(e[a:b], columns[j, a:b], tile[j])
+        codes[:, rows], error[:, rows], most[rows] = code[:, :count], e[:, :count], largest
 
 
 def walk_coded(w: Tensor, factor: Tensor, rule: CodedScales, weight: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:

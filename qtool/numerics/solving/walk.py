@@ -20,6 +20,7 @@ from qtool.numerics.grids.affine import middles
 from qtool.numerics.grids.scale_codes import EXACT, CodedScales
 from qtool.numerics.scales.search import FAST, IntegerScales, reach, relative
 from qtool.numerics.solving.coded_walk import walk_coded
+from qtool.numerics.solving.integer_walk import walk_integers, walks
 from qtool.numerics.solving.vector_walk import walk_vector_block
 from qtool.numerics.threads.parallel import over_rows
 
@@ -128,12 +129,19 @@ def walk(
 
 
 def searches(rule: CodedScales | IntegerScales, cuda: bool = True) -> bool:
-    """Whether `walk_searching` takes groups of that width; integers on CUDA devices only."""
-    return isinstance(rule, CodedScales) or (cuda and rule.columns % 16 == 0 and BLOCK % rule.columns == 0)
+    """Whether `walk_searching` takes such scales there."""
+    if isinstance(rule, CodedScales):
+        return True
+    return rule.columns % 16 == 0 and BLOCK % rule.columns == 0 if cuda else walks(rule)
 
 
 def walk_searching(
-    w: Tensor, factor: Tensor, levels: Tensor, rule: CodedScales | IntegerScales, weight: Tensor
+    w: Tensor,
+    factor: Tensor,
+    levels: Tensor,
+    rule: CodedScales | IntegerScales,
+    weight: Tensor,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The walk where each group's scale is searched when the walk gets there; see `searches`.
 
@@ -145,11 +153,18 @@ def walk_searching(
         levels: float32 [L].
         rule: how scales are searched.
         weight: float32 [K], importance of the columns' squared errors, in the same order.
+        order: the columns' natural numbers, int64 [K]; None: they are in their order. On the CPU searches of integers
+            sum up in that one, and so find what the format's own does to the last bit.
 
     Returns:
         Codes, uint8 [N, K], in walking order, and what was found for each group, [N, G]: codes of scales, uint8; or of
         integers the scales and, if they have any, zero points, float32.
     """
+    if isinstance(rule, IntegerScales) and not w.is_cuda:
+        places = (torch.arange(len(weight)) if order is None else order) % rule.columns
+        natural = places.view(-1, rule.columns).argsort(1)
+        counts = relative(weight.view(natural.shape).gather(1, natural).flatten(), len(weight), len(natural))
+        return walk_integers(w, factor, rule, places, counts, reach(counts))
     counts = relative(weight, len(weight), len(weight) // rule.columns)
     if isinstance(rule, IntegerScales):
         from qtool.numerics.solving import cuda_integers
