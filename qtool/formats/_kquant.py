@@ -24,7 +24,7 @@ from qtool.numerics.ggml import search as ggml_search
 from qtool.numerics.ggml.groups import Sweep
 from qtool.numerics.ggml.search import ScaleSearch
 from qtool.numerics.scales.kquant import EFFORT, SuperBlock, search_super_blocks
-from qtool.numerics.scales.sweep import STRETCH
+from qtool.numerics.scales.multiples import nearest_multiples
 from qtool.numerics.solving.kquant_refit import refit_multiples
 from qtool.numerics.solving.settle_multiples import Multiples
 
@@ -203,35 +203,6 @@ class KQuant(BlockFormat):
             shift = torch.where(scale == 0, self.lowest, (lowest_value / scale).round())
             codes = (codes.reshape(*scale.shape, -1) + (shift - self.lowest).to(torch.uint8)[..., None]).flatten(1)
         return Quantized(codes, self.stored(steps[0], minima[0], steps[1], minima[1]), self)
-
-
-def nearest_multiples(wanted: Tensor, d: Tensor, limits: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The steps, in fp16, and their multiples that lie nearest to wanted values.
-
-    Args:
-        wanted: float32 [N, G].
-        d: float32 [N, S], the present steps, which are tried too.
-        limits: of the multiples.
-
-    Returns:
-        (float32 [N, S], float32 [N, G] with integer values).
-    """
-    x = wanted.view(*d.shape, -1)
-    low, top = limits
-    extreme = x.gather(-1, x.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    best, best_d, best_codes = torch.full_like(d, torch.inf), d, torch.zeros_like(x)
-    for start in (d, *(extreme / (low or top) / stretch for stretch in STRETCH.tolist())):
-        step = start
-        for _ in range(2):
-            step = step.half().float()
-            codes = (x / torch.where(step == 0, torch.inf, step)[..., None]).round().clamp(low, top)
-            error = (x - step[..., None] * codes).square().sum(-1)
-            better = error < best
-            best, best_d = torch.where(better, error, best), torch.where(better, step, best_d)
-            best_codes = torch.where(better[..., None], codes, best_codes)
-            square = codes.square().sum(-1)
-            step = torch.where(square > 0, (x * codes).sum(-1) / square.clamp_min(1), step)
-    return best_d, best_codes.flatten(1)
 
 
 def common_step(values: Tensor, supers: int, limits: tuple[int, int]) -> tuple[Tensor, Tensor] | None:

@@ -25,7 +25,7 @@ from qtool.formats import _groups
 from qtool.formats._base import Format, Params, Quantized, alike, expand, too_wide
 from qtool.formats._compare import better_of
 from qtool.formats._groups import Group, Grouped, Scales
-from qtool.numerics.checks import recording
+from qtool.numerics.checks import unwatched
 from qtool.numerics.grids.affine import ranges
 from qtool.numerics.grids.minifloat import largest
 from qtool.numerics.scales import search
@@ -217,7 +217,7 @@ def round_scales(values: Tensor, dtype: str, label: str) -> Tensor:
         NumericsError: too large for it, or NaN.
     """
     rounded = values.to(DTYPES[dtype])
-    if not recording(rounded) and not bool(rounded.isfinite().all()):
+    if not unwatched(rounded) and not bool(rounded.isfinite().all()):
         wanted, largest = f"at most {torch.finfo(rounded.dtype).max:g}", float(values.abs().max())
         hint = "use scale_dtype: fp32" if math.isfinite(largest) else None
         what = f"{label} cannot store its scales in {dtype}"

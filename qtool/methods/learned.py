@@ -33,6 +33,7 @@ from qtool.methods._mixtures import Gumbel, Sigmoid
 from qtool.methods._optimizers import Optimizer, optimizer
 from qtool.methods._relaxed import Divided, DividedLowRank, Relaxed, ShiftedPlaces, ShiftedWeights, Unmoved
 from qtool.methods._repeated import Repeated
+from qtool.numerics.checks import checked_later
 
 Way = Literal["steps", "weights", "divide", "low-rank", "sigmoid", "gumbel", "none"]
 WAYS: dict[Way, type[Relaxed]] = {
@@ -260,4 +261,5 @@ class Gradients:
 
     def computed(self, several: TrainedRows) -> dict[str, Tensor]:
         """Weights as this step has them, by module, in the type that blocks compute in."""
-        return {name: w.to(self.errors.dtype(name)) for name, w in several.weights(self.progress).items()}
+        with checked_later():  # solutions are
+            return {name: w.to(self.errors.dtype(name)) for name, w in several.weights(self.progress).items()}

@@ -6,6 +6,9 @@ Shape letters: N rows, C columns.
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -35,9 +38,23 @@ def largest_bits(bits, found, start, stop):  # type: ignore[no-untyped-def]
         found[n] = most
 
 
-def recording(x: Tensor) -> bool:
-    """Whether operations on a tensor are being recorded, to be replayed on other numbers: nobody may wait for one."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+WATCH = threading.local()
+
+
+@contextmanager
+def checked_later() -> Iterator[None]:
+    """Within it, this thread waits for no number only to refuse it; what is kept is computed anew outside."""
+    before = getattr(WATCH, "later", False)
+    WATCH.later = True
+    try:
+        yield
+    finally:
+        WATCH.later = before
+
+
+def unwatched(x: Tensor) -> bool:
+    """Whether numbers are not to be waited for: they are checked later, or operations are recorded to be replayed."""
+    return getattr(WATCH, "later", False) or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def searchable(w: Tensor) -> np.ndarray:

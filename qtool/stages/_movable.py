@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qtool.formats._base import Params, expand
+from qtool.formats._base import Params, expand, levels_on
 from qtool.methods._relaxed import Relaxed
 from qtool.residuals._base import Matrix
 from qtool.store.overlay import CODES
@@ -96,7 +96,7 @@ class Scales(Movable):
         self.moved = True  # whoever asks for gradients moves what they are of
         quantized = self.matrix.quantized
         k, groups = quantized.codes.shape[1], self.scale.shape[1]
-        unit = quantized.format.levels().to(gradient.device)[quantized.codes.long()]
+        unit = levels_on(quantized.format, gradient.device)[quantized.codes.long()]
         if self.shift is None:
             unit = unit + expand(self.offset / torch.where(self.scale == 0, torch.inf, self.scale), k)
         add(self.factor, (gradient * unit).view(len(gradient), groups, -1).sum(2) * self.scale)

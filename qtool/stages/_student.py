@@ -18,6 +18,7 @@ from qtool.calibrate.gradients import head_gradient
 from qtool.calibrate.hidden import MEMORY_LIMIT, waiting_limit
 from qtool.calibrate.walker import Walker
 from qtool.methods.learned import WAYS, Way
+from qtool.numerics.checks import checked_later
 from qtool.numerics.product import float32_product
 from qtool.numerics.threads.parallel import side_by_side
 from qtool.stages._base import StageTask
@@ -117,7 +118,8 @@ class Student:
         """What moves in a block, as it is now; where models fit, a way back finds what the way forth computed."""
         found = self.values.pop(i, None) if back else None
         if found is None:
-            found = {name: m.value().to(self.task.dtype) for name, m in self.moving[i].items()}
+            with checked_later():  # see `distill.result`
+                found = {name: m.value().to(self.task.dtype) for name, m in self.moving[i].items()}
             if self.keeps and self.learning and not back:
                 self.values[i] = found
         return found
