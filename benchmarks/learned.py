@@ -91,13 +91,13 @@ def learned(**settings: Any) -> dict[str, Any]:
 
 def trials() -> dict[str, Trial]:
     """All of them by name, what decides most first."""
-    last, moving = {"epochs": 8, "rate": 0.002}, {"rate": 0.001, "rounding": "steps", "rounding_rate": 0.003}
-    integers, others = [f"w{bits}a16" for bits in (2, 3, 4)], [*(f"gguf-{mix}" for mix in WIDE), "nvfp4", "mxfp4"]
-    names = [*integers, *others]
-    best = {n: (last, {"epochs": 6, **moving}) if n in integers else (last,) for n in names}
+    last, short = {"epochs": 8, "rate": 0.002}, {"epochs": 4, "rate": 0.002}
+    integers, others = [f"w{bits}a16" for bits in (2, 3)], [*(f"gguf-{mix}" for mix in WIDE), "nvfp4", "mxfp4"]
+    names = [*integers, "w4a16", *others]
+    best = dict.fromkeys(integers, (last,)) | dict.fromkeys(others, (short,))
+    best["w4a16"] = ({"epochs": 12, "rate": 0.002}, {"epochs": 12, "rate": 0.003})
     found = {f"{n}-best": Trial(recipe=f"{n}-best", distilled=best[n], wide="gguf" in n) for n in names}
-    found |= {f"{n}-base": Trial(recipe=n, wide="gguf" in n) for n in names[3:]}
-    longer = ({"epochs": 3, "rate": 0.002}, {"epochs": 2, **moving})
+    found |= {f"{n}-base": Trial(recipe=n, wide="gguf" in n) for n in others}
     plain = {"epochs": 4, "rate": 0.001}
     codes = {"epochs": 8, "rate": 0.001, "rounding": "gumbel"}
     for bits in (2, 3, 4):
@@ -111,7 +111,7 @@ def trials() -> dict[str, Trial]:
             "gptq": Trial(weights, distilled=tuple(ways)),
             "gumbel": Trial(weights, learned(**soft, rate=0.05), distilled=behind),
             "scales": Trial(weights, learned(**scales), distilled=behind[:3]),
-            "continued": Trial(weights, learned(**scales), {"continued": 3}, distilled=longer),
+            "continued": Trial(weights, learned(**scales), {"continued": 3}, distilled=({"epochs": 3, "rate": 0.002},)),
             "gumbel-slow": Trial(weights, learned(**soft, rate=0.02)),
             "gumbel-weighed": Trial(weights, learned(**soft, rate=0.05), {"token_weights": ROOT}),
             "gumbel-long": Trial(weights, learned(**soft, rate=0.03, steps=600), distilled=behind[:1]),
