@@ -30,7 +30,7 @@ from qtool.checkpoint.gguf_io import GGUFFile
 from qtool.checkpoint.gguf_parts import open_gguf
 from qtool.checkpoint.gguf_tokenizer import save_tokenizer
 from qtool.checkpoint.hf import samples
-from qtool.checkpoint.modules import modules, verify
+from qtool.checkpoint.modules import own_modules, verify
 from qtool.checkpoint.raw_bytes import read_bytes
 from qtool.errors import CheckpointError
 
@@ -66,7 +66,7 @@ class GGUFCheckpoint(Checkpoint):
         self._restore_extents()
         self._check_stacks()
         verify(self)
-        self._roles = {module.name: module.role for module in modules(self)}
+        self._roles = {module.name: module.role for module in own_modules(self)}
 
     @property
     def metadata(self) -> dict[str, Any]:

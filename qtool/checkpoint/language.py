@@ -42,6 +42,7 @@ KINDS: Mapping[str, Kind] = {
     "qwen3_vl": Kind("qwen3", "qwen3vl"),
     "qwen3_vl_moe": Kind("qwen3_moe", "qwen3vlmoe", True, {"norm_topk_prob": True}),
     "llama4": Kind("llama4_text"),
+    "gemma3n": Kind("gemma3n_text"),
     "gemma4": Kind("gemma4_text"),
     "qwen3_5": Kind("qwen3_5_text"),
     "qwen3_5_moe": Kind("qwen3_5_moe_text"),

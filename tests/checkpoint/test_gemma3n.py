@@ -7,8 +7,12 @@ where there are few; transformers is made to do so as well.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers import Gemma3nConfig
+from transformers.models.gemma3n import modeling_gemma3n
 
 from benchmarks import tiny
 from benchmarks.architectures import logits_of
@@ -17,6 +21,7 @@ from qtool.api import quantize
 from qtool.artifact.gguf import GGUF
 from qtool.checkpoint.conversions._base import conversion_of
 from qtool.checkpoint.hf import HFCheckpoint
+from qtool.checkpoint.language import LanguageModel
 from qtool.errors import CheckpointError
 from qtool.evaluate.llamacpp import try_file
 from qtool.evaluate.twin import prove_twin
@@ -43,13 +48,18 @@ def of(count, width=96):
     return {**FIELDS, **told, "intermediate_size": [width] * count}
 
 
+def calm(name):
+    """What a parameter is multiplied with, so that rounding stays small: see above, and attention is not sharp."""
+    return 1e4 if "gate" in name else 0.25 if "q_norm" in name else 1.0
+
+
 def save(folder, fields):
     """Saves a tiny model. Returns it."""
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setitem(tiny.PARTICULAR, KIND, fields)
         model = save_tiny(KIND, folder)
         for name, parameter in model.named_parameters():
-            parameter.mul_(1e4 if "gate" in name else 0.25 if "q_norm" in name else 1.0)
+            parameter.mul_(calm(name))
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return model
@@ -85,6 +95,41 @@ def test_llama_cpp_computes_what_transformers_computes(one_less, tmp_path):
     assert back.names() == changed.names()
     for name in changed.names():
         assert torch.equal(back.tensor(name), changed.tensor(name))
+
+
+class Tower(torch.nn.Module):
+    """In place of what sees and hears, which packages compute that are not installed."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(4, 4))
+
+
+@pytest.mark.slow
+def test_the_language_model_of_the_whole(one_less, monkeypatch, tmp_path):
+    build = modeling_gemma3n.AutoModel.from_config
+    parts = SimpleNamespace(
+        from_config=lambda config, **more: build(config, **more) if KIND in str(config) else Tower()
+    )
+    monkeypatch.setattr(modeling_gemma3n, "AutoModel", parts)
+    monkeypatch.setitem(tiny.PARTICULAR, KIND, of(COUNT))
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        config = Gemma3nConfig(text_config=tiny.tiny_config(KIND).to_dict())
+        model = modeling_gemma3n.Gemma3nForConditionalGeneration(config).float().eval()
+        for name, parameter in model.model.language_model.named_parameters():
+            parameter.normal_(float(parameter.ndim == 1), parameter.shape[-1] ** -0.5)
+            parameter.mul_(calm(name))
+        wanted = model(input_ids=torch.tensor([TOKENS]), use_cache=False).logits[0]
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    changed = InMemory(fit(HFCheckpoint(tmp_path), ["gguf"]), lambda module: None)
+    part = GGUF().part(changed)
+    assert isinstance(part, LanguageModel) and not any("tower" in name for name in part.names())
+    (out := tmp_path / "out").mkdir()
+    (path,) = GGUF().write(changed, out, {})
+    assert distance(try_file(path, TOKENS), wanted) < 1e-4
+    assert GGUF().open(path).names() == part.names()
 
 
 @pytest.mark.proven

@@ -120,7 +120,7 @@ IMAGES = "transformers 5.24's Llama 4 asks what it made of images where there ar
 WITHOUT_IMAGES = pytest.mark.xfail(transformers.__version__.startswith("5.24."), reason=IMAGES, strict=True)
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=WITHOUT_IMAGES) if k == "llama4" else k for k in sorted(KINDS)])
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=WITHOUT_IMAGES) if k == "llama4" else k for k in sorted(PARTS)])
 def test_llama_cpp_computes_what_the_whole_computes_of_text(kind, saved, tmp_path):
     folder, wanted = saved(kind)
     model = InMemory(fit(HFCheckpoint(folder), ["gguf"]), lambda module: None)
