@@ -210,10 +210,16 @@ def choose(method: Method, w: Tensor, c: Tensor, h: Tensor, before: Quantized) -
 
 def multiplied(writer: Quantized, edge: Edge, c: Tensor) -> Params | None:
     """Parameters of the layer that writes channels, its rows times c; None: its scales are too coarse for that."""
-    fmt, rows = writer.format, torch.ones(len(writer.codes), 1, device=c.device)
-    rows[edge.first : edge.first + edge.width, 0] = c
-    scale, offset = fmt.affine(writer.params)
-    params = fmt.refit(writer.params, scale * rows, offset * rows)
+    rows = torch.ones(len(writer.codes), device=c.device)
+    rows[edge.first : edge.first + edge.width] = c
+    return scaled(writer, rows)
+
+
+def scaled(matrix: Quantized, rows: Tensor) -> Params | None:
+    """Parameters of a matrix whose rows are multiplied by factors [N]; None: its scales are too coarse for that."""
+    fmt, factor = matrix.format, rows[:, None]
+    scale, offset = fmt.affine(matrix.params)
+    params = fmt.refit(matrix.params, scale * factor, offset * factor)
     found = fmt.affine(params)[0]
-    off = (found - scale * rows).abs().sum() / (scale * rows).abs().sum().clamp_min(torch.finfo().tiny)
+    off = (found - scale * factor).abs().sum() / (scale * factor).abs().sum().clamp_min(torch.finfo().tiny)
     return params if float(off) < FINE else None
