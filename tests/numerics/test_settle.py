@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from qtool.numerics.solving.settle import BLOCK, settle, settles
+from qtool.numerics.solving.settle import BLOCK, add_rows, settle, settles
 from tests.methods.test_refine import gram_of
 
 LEVELS = torch.tensor([-6.0, -3.0, -1.0, 0.0, 1.0, 3.0, 6.0])
@@ -62,3 +63,13 @@ def test_a_pass_is_that_of_the_slow_loop(k: int, groups: int, table: str) -> Non
 def test_only_groups_that_blocks_consist_of() -> None:
     assert settles(16) and settles(32) and settles(BLOCK)
     assert not settles(24) and not settles(2 * BLOCK)
+
+
+@pytest.mark.parametrize("width", [1, 4, 7])
+def test_rows_are_added_in_their_order(width: int) -> None:
+    generator = np.random.default_rng(width)
+    rows, factors = generator.standard_normal((width, 33)), generator.standard_normal(width)
+    total = generator.standard_normal(33).astype(np.float32)
+    want = total + factors @ rows
+    add_rows(rows.astype(np.float32), factors.astype(np.float32), total)
+    np.testing.assert_allclose(total, want, rtol=1e-5, atol=1e-5)

@@ -18,7 +18,7 @@ from numba import njit
 from torch import Tensor
 
 from qtool.numerics.scales.search import FAST
-from qtool.numerics.solving.descent import fill_inverse, halfway, move_codes, nearest_move, subtract
+from qtool.numerics.solving.descent import ORDERED, fill_inverse, halfway, move_codes, nearest_move, subtract
 from qtool.numerics.threads.parallel import over_rows
 
 BLOCK = 128
@@ -30,14 +30,26 @@ def settles(width: int) -> bool:
     return BLOCK % width == 0
 
 
+@njit(nogil=True, cache=True, fastmath=ORDERED, error_model="numpy")
+def add_rows(rows, factors, total):  # type: ignore[no-untyped-def]
+    """total [B] += factors [W] times rows [W, B], in order, four at a time: the total is loaded and stored once."""
+    whole = len(factors) // 4 * 4
+    for i in range(0, whole, 4):
+        p, q, r, s = rows[i], rows[i + 1], rows[i + 2], rows[i + 3]
+        a, b, c, d = factors[i], factors[i + 1], factors[i + 2], factors[i + 3]
+        for j in range(len(total)):
+            total[j] = (((total[j] + a * p[j]) + b * q[j]) + c * r[j]) + d * s[j]
+    for i in range(whole, len(factors)):
+        p, a = rows[i], factors[i]
+        for j in range(len(total)):
+            total[j] += a * p[j]
+
+
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def products(gram, level, a, seen):  # type: ignore[no-untyped-def]
     """Fills seen [B] with level [W] times gram [W from `a` on, B]; returns what the group's own part of it gives."""
     seen[:] = np.float32(0)
-    for i in range(len(level)):
-        row, factor = gram[a + i], level[i]
-        for j in range(len(seen)):
-            seen[j] += factor * row[j]
+    add_rows(gram[a : a + len(level)], level, seen)
     bend = np.float32(0)
     for i in range(len(level)):
         bend += level[i] * seen[a + i]

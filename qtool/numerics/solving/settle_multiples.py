@@ -95,16 +95,17 @@ def total_of(x):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def move_pairs(gram, sums, level, kind, d, dmin, a, b, pull, moved, seen):  # type: ignore[no-untyped-def]
+def move_pairs(gram, squares, sums, level, kind, d, dmin, a, b, pull, moved, seen):  # type: ignore[no-untyped-def]
     """Moves the pairs of a row's groups in a super-block.
 
-    gram [B, B]; sums [groups, B], those of its rows in each group; level, pull and moved [B]; seen [B] is memory.
+    gram [B, B]; squares [groups, W, W], its diagonal blocks; sums [groups, B], those of its rows in each group; level,
+    pull and moved [B]; seen [B] is memory.
     """
     width = len(level) // len(a)
     for g in range(len(a)):
         here = slice(g * width, (g + 1) * width)
         own = seen[:width]
-        bend = products(gram[here, here], level[here], 0, own)
+        bend = products(squares[g], level[here], 0, own)
         cross, bend_o = total_of(own), total_of(sums[g, here])
         wish, wish_o = dot(level[here], pull[here]), total_of(pull[here])
         s, o = best_pair(wish, wish_o, bend, cross, bend_o, d, dmin, a[g], b[g], kind)
@@ -155,8 +156,11 @@ def move_steps(gram, sums, level, kind, d, dmin, a, b, pull, moved, memory):  # 
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def settle_rows(gram, sums, levels, kind, d, dmin, a, b, codes, pull, moved, start, stop):  # type: ignore[no-untyped-def]
-    """Moves everything of rows start to stop in a super-block: d, dmin [N], a, b [N, groups]; the rest [N, B]."""
+def settle_rows(gram, squares, sums, levels, kind, d, dmin, a, b, codes, pull, moved, start, stop):  # type: ignore[no-untyped-def]
+    """Moves everything of rows start to stop in a super-block: d, dmin [N], a, b [N, groups]; the rest [N, B].
+
+    gram, squares, sums: see `move_pairs`.
+    """
     ends, memory, groups = halfway(levels), np.empty((4, codes.shape[1]), F32), a.shape[1]
     level, scale, curvature = memory[3], np.empty(groups, F32), np.diag(gram).copy()
     for n in range(start, stop):
@@ -164,7 +168,7 @@ def settle_rows(gram, sums, levels, kind, d, dmin, a, b, codes, pull, moved, sta
         for turn in range(TURNS):
             for j in range(len(level)):
                 level[j] = levels[codes[n, j]]
-            move_pairs(gram, sums, level, kind, d[n], dmin[n], a[n], b[n], pull[n], moved[n], memory[0])
+            move_pairs(gram, squares, sums, level, kind, d[n], dmin[n], a[n], b[n], pull[n], moved[n], memory[0])
             if turn == 0:
                 d[n], dmin[n] = move_steps(
                     gram, sums, level, kind, d[n], dmin[n], a[n], b[n], pull[n], moved[n], memory
@@ -193,24 +197,20 @@ def settle_multiples(
     """
     codes, pull = (t.clone(memory_format=torch.contiguous_format) for t in (codes, pull))
     found = [t.clone(memory_format=torch.contiguous_format) for t in params[:4]]
-    d, dmin, a, b = (t.numpy() for t in found)
+    d, dmin, a, b = found
     kind = Limits(F32(params.limits[0]), F32(params.limits[1]), params.minima)
     block, groups = codes.shape[1] // d.shape[1], a.shape[1] // d.shape[1]
     for s in range(d.shape[1]):
         here, those = slice(s * block, (s + 1) * block), slice(s * groups, (s + 1) * groups)
         square, moved = gram[here, here].contiguous(), torch.empty(len(codes), block)
         sums = square.view(groups, -1, block).sum(1)
-        fixed = square.numpy(), sums.numpy(), levels.numpy(), kind
-        own = (
-            d[:, s],
-            dmin[:, s],
-            a[:, those],
-            b[:, those],
-            codes[:, here].numpy(),
-            pull[:, here].numpy(),
-            moved.numpy(),
-        )
-        over_rows(partial(settle_rows, *fixed, *own), len(codes))
+        squares = square.view(groups, block // groups, groups, -1).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        fixed = square.numpy(), squares.contiguous().numpy(), sums.numpy(), levels.numpy(), kind
+        parts = [d[:, s], dmin[:, s], a[:, those], b[:, those], codes[:, here], pull[:, here]]
+        own = [part.contiguous() for part in parts]  # rows side by side, as kernels have to know when they are compiled
+        over_rows(partial(settle_rows, *fixed, *(t.numpy() for t in own), moved.numpy()), len(codes))
+        for part, new in zip(parts, own, strict=True):
+            part.copy_(new)
         for elsewhere in (slice(0, here.start), slice(here.stop, None)):
             pull[:, elsewhere].addmm_(moved, gram[here, elsewhere], alpha=-1)
     return Multiples(found[0], found[1], found[2], found[3], params.minima, params.limits), codes, pull
