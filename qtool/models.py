@@ -11,7 +11,7 @@ from qtool.artifact._base import Artifact
 from qtool.artifact._mxfp4_experts import MXFP4Experts
 from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint
 from qtool.checkpoint.equal import equal_model
-from qtool.checkpoint.hf import BY_NAMES, TOLD_APART, HFCheckpoint
+from qtool.checkpoint.hf import BY_NAMES, TOLD_APART, WHOLE, HFCheckpoint
 from qtool.checkpoint.language import comes_apart
 from qtool.checkpoint.open import find_model, local, open_checkpoint
 from qtool.errors import CheckpointError, reading
@@ -90,6 +90,20 @@ def open_apart(source: str) -> Checkpoint:
         return open_model(source)
     finally:
         TOLD_APART.reset(token)
+
+
+def open_whole(model: Checkpoint, exports: Collection[str]) -> Checkpoint:
+    """The model with all of its parts, where all layouts that it is exported to copy what is beside a text model."""
+    layouts: list[type[Artifact]] = [registry.load("artifact", name) for name in exports]
+    if not isinstance(model, HFCheckpoint) or not model.left_out or not all(layout.besides for layout in layouts):
+        return model
+    token = WHOLE.set(True)
+    try:
+        return open_model(model.source)
+    except CheckpointError:  # its class does not go through block by block: what is left out is told
+        return model
+    finally:
+        WHOLE.reset(token)
 
 
 def fit(model: Checkpoint, exports: Collection[str]) -> Checkpoint:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qtool.artifact._settings import SETTINGS, quantization_config
 from qtool.checkpoint._base import Layer, QuantizedCheckpoint, TensorInfo
-from qtool.checkpoint.hf import HFCheckpoint, digest, locate
+from qtool.checkpoint.hf import WHOLE, HFCheckpoint, digest, locate
 from qtool.checkpoint.parts import Parts
 from qtool.checkpoint.safetensors_io import SafetensorsFile
 from qtool.checkpoint.shapes import stored_shapes
@@ -75,7 +75,11 @@ class PackedCheckpoint(HFCheckpoint, QuantizedCheckpoint):
 
     def __init__(self, folder: Path, source: str | None = None) -> None:
         self.layers: dict[str, Layer] = {}
-        super().__init__(folder, source)
+        told = WHOLE.set(True)  # its tensors are those of all parts
+        try:
+            super().__init__(folder, source)
+        finally:
+            WHOLE.reset(told)
 
     def _locate(self, folder: Path) -> dict[str, SafetensorsFile]:
         """Tensor name -> file."""

@@ -80,7 +80,7 @@ def read_own(path: Path) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], Family]:
-    """Reads config.json and completes it.
+    """Reads config.json of a model, all parts of it, and completes it.
 
     Returns:
         The configuration, its counts checked, with the family's defaults where it says nothing; and the family.
@@ -88,7 +88,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], Family]:
     Raises:
         CheckpointError: missing, damaged, or of a family that qtool does not know.
     """
-    return complete(read_own(path), path)
+    return complete(read_own(path), path, whole=True)
 
 
 OUTER = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "quantization_config")
@@ -108,9 +108,18 @@ def text_part(config: dict[str, Any]) -> dict[str, Any]:
     return shared | stated | {"architectures": [family.architecture]}
 
 
-def complete(config: dict[str, Any], where: Path) -> tuple[dict[str, Any], Family]:
-    """See `read_config`; `where` is named in errors."""
-    config, known = text_part(config), registry.names(FAMILIES)
+def complete(config: dict[str, Any], where: Path, whole: bool = False) -> tuple[dict[str, Any], Family]:
+    """See `read_config`.
+
+    Args:
+        config: of a model.
+        where: it is, for errors.
+        whole: take a model of several parts for one, if transformers knows it, and not only its text model.
+    """
+    kind = config.get("model_type")
+    if not (whole and isinstance(kind, str) and known_to_transformers(kind)):
+        config = text_part(config)
+    known = registry.names(FAMILIES)
     kind = config.get("model_type")
     if kind not in known and isinstance(kind, str) and known_to_transformers(kind):
         _check_counts(config, where)

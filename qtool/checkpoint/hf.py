@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qtool.checkpoint._base import Checkpoint, TensorInfo
 from qtool.checkpoint.config import complete, read_json, read_own
+from qtool.checkpoint.derived.family import Derived
 from qtool.checkpoint.derived.free import FREE, free_family
 from qtool.checkpoint.derived.skeleton import APART
 from qtool.checkpoint.families._base import Family
@@ -43,6 +44,9 @@ class HFCheckpoint(Checkpoint):
         source: what the user called it, if not that.
         model_free: know the model by names and shapes of its tensors only.
 
+    Attributes:
+        left_out: whether it is only the text model of several parts.
+
     Raises:
         CheckpointError: something is missing, damaged, or not a model that qtool knows.
     """
@@ -63,7 +67,9 @@ class HFCheckpoint(Checkpoint):
         self._shapes = self.family.shapes(self.config)
         self._drop_tied_copy(stored, ignored)
         self._slices = self.family.slices(self.config, stored)
+        self.left_out = False
         if parts := self._text_slices(stored):
+            self.left_out = True
             self._slices = parts
             others = stored.keys() - {part.tensor for part in parts.values()}
             ignored |= others
@@ -133,8 +139,9 @@ class HFCheckpoint(Checkpoint):
         return digest(self.config, self.files, self._stored)
 
     def _own(self) -> set[str]:
-        """Stored tensors that the model's class knows."""
-        return self._shapes.keys() | {part.tensor for part in self._slices.values()}
+        """Stored tensors that belong to the model, and not to what is beside it."""
+        unread = self.family.unread(self._shapes) if isinstance(self.family, Derived) else set[str]()
+        return (self._shapes.keys() - unread) | {part.tensor for part in self._slices.values()}
 
     def _text_slices(self, stored: dict[str, SafetensorsFile]) -> dict[str, Slice]:
         """Where the tensors of a text model are that is one of several parts; empty if it is the only one."""
@@ -226,13 +233,16 @@ BY_NAMES: ContextVar[bool] = ContextVar("by_names", default=False)
 TOLD_APART: ContextVar[bool] = ContextVar("told_apart", default=False)
 """Whether linear layers are told apart that classes keep in one; see `open_apart`."""
 
+WHOLE: ContextVar[bool] = ContextVar("whole", default=False)
+"""Whether models of several parts are taken for one, where their text models have a family file; see `open_whole`."""
+
 
 def described(folder: Path, model_free: bool) -> tuple[dict[str, Any], Family]:
     """Configuration and family of a folder; see `read_config`."""
     path = folder / "config.json"
     config = read_own(path)
     if not (model_free or BY_NAMES.get()) and FREE not in config:
-        return complete(config | ({APART: True} if TOLD_APART.get() else {}), path)
+        return complete(config | ({APART: True} if TOLD_APART.get() else {}), path, WHOLE.get())
     config[FREE] = True
     return config, free_family(config, stored_shapes(locate(folder)))
 

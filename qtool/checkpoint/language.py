@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from qtool import registry
 from qtool.checkpoint._base import Checkpoint, Layer, QuantizedCheckpoint, TensorInfo
-from qtool.checkpoint.config import complete
+from qtool.checkpoint.config import FAMILIES, complete
 from qtool.checkpoint.conversions._base import conversion_of, filled
 from qtool.checkpoint.derived.skeleton import APART, OWN
 from qtool.checkpoint.families._base import Value
@@ -136,9 +137,16 @@ def positions(full: Mapping[str, Any], kind: Kind) -> dict[str, Value]:
     return about | ({f"{kind.gguf_arch}.n_deepstack_layers": len(deep)} if deep else {})
 
 
+def kind_of(config: Mapping[str, Any]) -> Kind | None:
+    """What the language model is, if it is known; None: it is the model."""
+    text = config.get("text_config")
+    own = text.get("model_type") if isinstance(text, dict) else None
+    return KINDS.get(str(config.get("model_type"))) or (Kind(own) if own in registry.names(FAMILIES) else None)
+
+
 def language_model(model: Checkpoint) -> Checkpoint:
     """The language model, if a model is known to have other parts; else the model."""
-    kind = KINDS.get(str(model.config.get("model_type")))
+    kind = kind_of(model.config)
     return LanguageModel(model, kind) if kind and model.family.derived and not model.family.model_free else model
 
 
@@ -146,6 +154,6 @@ def comes_apart(model: Checkpoint) -> bool:
     """Whether GGUF has a tensor for each of several linear layers that a model's class keeps in one, and we too."""
     if not model.family.derived or model.family.model_free or APART in model.config:
         return False
-    kind = KINDS.get(str(model.config.get("model_type")))
+    kind = kind_of(model.config)
     naming = conversion_of(str(model.config.get("model_type")))
     return kind.apart if kind else naming is not None and naming.apart

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qtool.checkpoint._base import Checkpoint
+from qtool.checkpoint.derived.family import Derived
+from qtool.checkpoint.edits import STREAM
+from qtool.checkpoint.modules import beside
 from qtool.errors import PlanError
 from qtool.plan import Plan
+from qtool.recipe.schema import Recipe
 from qtool.stages.distill import Distill
 
 LAYOUTS = ("compressed-tensors", "fp8")
@@ -26,6 +30,12 @@ def refuse_derived(plan: Plan, checkpoint: Checkpoint) -> None:
         raise PlanError(lines, f"recipe {plan.recipe.name} does not fit {checkpoint.config['model_type']} models")
 
 
+def wants_text_alone(recipe: Recipe) -> bool:
+    """Whether a recipe wants something of a text model that it cannot have of one with other parts."""
+    distills = any(isinstance(stage, Distill) for stage in recipe.finish)
+    return bool(recipe.calibration.token_weights or recipe.budget or distills or recipe.transforms)
+
+
 def wants_file(plan: Plan, checkpoint: Checkpoint) -> Iterator[str]:
     """What needs a family file, and what to do instead."""
     recipe, why = plan.recipe, "the loss's gradients begin at the output layer, which only family files tell apart"
@@ -35,8 +45,21 @@ def wants_file(plan: Plan, checkpoint: Checkpoint) -> Iterator[str]:
         yield f"budget: {why}; choose formats by rules"
     if any(isinstance(stage, Distill) for stage in recipe.finish):
         yield f"finish: distill: {why}; remove it"
+    turning = [transform.name() for transform in recipe.transforms if STREAM in transform.kinds]
+    if turning and (stranger := first_stranger(checkpoint)):
+        yield f"{turning[0]} turns hidden states, but not for {stranger}, which is beside the text model; remove it"
     if recipe.kv_cache and (other := uncached(checkpoint)) is not None:
         yield f"kv_cache: block {other} keeps something else than keys and values of whole heads; remove it"
+
+
+def first_stranger(checkpoint: Checkpoint) -> str | None:
+    """The first linear layer that no text goes through, such as a projector's or a draft layer's; None: there is none.
+
+    It may write hidden states, or read them, which nothing of the text model tells.
+    """
+    family = checkpoint.family
+    around = family.facts.around if isinstance(family, Derived) else {}
+    return next((module.name for module in beside(checkpoint) if f"{module.name}.weight" not in around), None)
 
 
 def uncached(checkpoint: Checkpoint) -> int | None:

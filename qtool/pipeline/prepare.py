@@ -15,10 +15,10 @@ from qtool.checkpoint._base import Checkpoint
 from qtool.checkpoint.edits import STREAM, Edit
 from qtool.checkpoint.rewritten import Rewritten
 from qtool.errors import UsageError
-from qtool.models import fit, open_model
+from qtool.models import fit, open_model, open_whole
 from qtool.numerics.threads.processor import compute_dtype
 from qtool.numerics.threads.ranks import ALONE, Ranks
-from qtool.pipeline.model_free import refuse_class, refuse_derived
+from qtool.pipeline.model_free import refuse_class, refuse_derived, wants_text_alone
 from qtool.pipeline.requantize import second_generation, try_taken_over
 from qtool.pipeline.shared import Shared
 from qtool.pipeline.trained import trained_lines
@@ -94,7 +94,10 @@ def prepare(
     parsed = with_limit(parsed, {key: value for key, value in (budget or {}).items() if value is not None})
     parsed = with_options(parsed, {key: value for key, value in (options or {}).items() if value is not None})
     checkpoint = model if isinstance(model, Checkpoint) else open_model(model)
-    checkpoint = fit(checkpoint, [export.to for export in parsed.export])
+    exports = [export.to for export in parsed.export]
+    checkpoint = fit(checkpoint, exports)
+    if exports and not wants_text_alone(parsed):
+        checkpoint = open_whole(checkpoint, exports)
     parsed = with_tensor_types(parsed, checkpoint, tensor_types)
     artifacts = {export.to: registry.load("artifact", export.to)(**export.options) for export in parsed.export}
     original, checkpoint = checkpoint, preview(checkpoint, parsed)

@@ -15,8 +15,11 @@ from qtool.api import open_model, quantize
 from qtool.artifact.gguf import GGUF
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.checkpoint.language import KINDS, LanguageModel, language_model
+from qtool.errors import PlanError
 from qtool.evaluate.llamacpp import try_file
 from qtool.models import fit
+from qtool.pipeline.prepare import prepare
+from qtool.recipe.load import load_recipe
 from tests.artifact.conftest import InMemory
 from tests.conftest import make_tokenizer
 
@@ -173,3 +176,11 @@ def test_transformers_decodes_both_parts_as_they_are_meant(rules, saved, tmp_pat
     assert len(model.layers) == (35 if rules == "both" else 28)
     for path, module in linears.items():
         assert torch.allclose(module.weight, model.tensor(names[path]).float(), rtol=0, atol=1e-6), path
+
+
+def test_turning_hidden_states_is_refused_where_a_projector_writes_them(saved):
+    layers = [{"match": "*_proj", "weights": "int4-g32", "method": "rtn"}, {"match": "*", "keep": True}]
+    content = {"recipe": 1, "name": "test", "layers": layers, "transforms": [{"rotate": {}}]}
+    content |= {"export": [{"to": "compressed-tensors"}]}
+    with pytest.raises(PlanError, match=r"rotate turns hidden states, but not for visual\.blocks\.0\.attn\.proj"):
+        prepare(str(saved("qwen2_5_vl")[0]), load_recipe(content))

@@ -10,9 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qtool.api import open_model, quantize
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint.hf import HFCheckpoint
+from qtool.checkpoint.language import language_model
 from qtool.errors import CheckpointError
+from qtool.pipeline.prepare import prepare
+from qtool.recipe.load import load_recipe
 
 TOKENS = torch.randint(512, (1, 24), generator=torch.Generator().manual_seed(4))
 
@@ -97,3 +101,30 @@ def test_an_output_layer_may_be_tied_by_the_whole(several: tuple[Path, Any], tmp
     (tmp_path / "config.json").write_text(json.dumps(told | {"tie_word_embeddings": False}))
     with pytest.raises(CheckpointError, match=r"found no lm_head\.weight"):
         HFCheckpoint(tmp_path)
+
+
+def asked(to: str, **more: Any) -> dict[str, Any]:
+    layers = [{"match": "*_proj", "weights": "int4-g32", "method": "rtn"}, {"match": "*", "keep": True}]
+    return {"recipe": 1, "name": "parts", "layers": layers, "export": [{"to": to}], **more}
+
+
+@pytest.mark.parametrize("to", ["compressed-tensors", "qtool"])
+def test_layouts_that_can_hold_all_parts_get_all(to: str, several: tuple[Path, Any], tmp_path: Path) -> None:
+    source = load_file(several[0] / "model.safetensors")
+    report = quantize(str(several[0]), asked(to), tmp_path / "out", verify=False)
+    assert any("tensors beside Gemma3ForConditionalGeneration, copied" in text for text in report.warnings)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "gemma3"
+    model = open_model(tmp_path / "out")
+    assert set(model.names()) == set(source) and len(model.layers) == 7 * 7
+    for name, tensor in source.items():
+        if name.removesuffix(".weight") not in model.layers:
+            assert torch.equal(model.tensor(name), tensor)
+    text = language_model(model)
+    assert text.config["model_type"] == "gemma3_text" and len(text.layers) == 7 * 7
+    assert set(text.names()) == set(HFCheckpoint(several[0]).names())
+
+
+def test_what_is_for_text_models_only_gets_the_text_model(several: tuple[Path, Any], tmp_path: Path) -> None:
+    smoothed = load_recipe(asked("compressed-tensors", transforms=[{"smooth": {}}]))
+    assert prepare(str(several[0]), smoothed).checkpoint.config["model_type"] == "gemma3_text"
+    assert prepare(str(several[0]), load_recipe(asked("gptq"))).checkpoint.config["model_type"] == "gemma3_text"

@@ -75,6 +75,13 @@ class Derived(Family):
         name = f"{module}.weight"
         return self.facts.around.get(name, self.facts.outside.get(name, name)).removesuffix(".weight")
 
+    def unread(self, names: Collection[str]) -> set[str]:
+        """Those of the class's tensors that no text needs."""
+        if self.model_free:
+            return set()
+        blocks = tuple(self.block_prefix.format(i=i) for i in range(len(self.facts.linears)))
+        return {name for name in names if name not in self.facts.around and not name.startswith(blocks)}
+
     def linear_outside(self, name: str) -> bool | None:
         """See `Family.linear_outside`."""
         if self.model_free or name not in self.facts.shapes:
