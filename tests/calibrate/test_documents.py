@@ -201,11 +201,11 @@ ASKED = [
 ]
 
 
-@pytest.mark.parametrize(("row", "joined", "laid_out"), ASKED, ids=lambda value: str(value)[:40])
-def test_chats_as_people_keep_them(row, joined, laid_out, tmp_path, tokenizer):
-    path = write_lines(tmp_path / "a.jsonl", row)
-    assert texts(path) == [joined]
-    assert texts(path, tokenizer, chat_template=True) == [laid_out]
+def test_chats_as_people_keep_them(tmp_path, tokenizer):
+    rows, joined, laid_out = zip(*ASKED, strict=True)
+    path = write_lines(tmp_path / "a.jsonl", *rows)
+    assert texts(path) == list(joined)
+    assert texts(path, tokenizer, chat_template=True) == list(laid_out)
 
 
 def test_templates_see_calls_of_tools(tmp_path, tokenizer):
