@@ -14,11 +14,17 @@ SHAPES = {
 }
 
 
+def weighted_errors(x, scale, zero, offset, lowest, highest, w) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    """Of each of M choices: scale, zero and offset are numbers or [M]; x, w [C]."""
+    scale, zero, offset = (torch.as_tensor(v, dtype=torch.float32).view(-1, 1) for v in (scale, zero, offset))
+    q = torch.where(scale != 0, ((x - offset) / scale + zero).round().clamp(lowest, highest), zero)
+    return (w * (x - scale * (q - zero) - offset) ** 2).sum(-1)
+
+
 def weighted_error(
     x: torch.Tensor, scale: float, zero: float, offset: float, lowest: int, highest: int, w: torch.Tensor
 ) -> float:
-    q = ((x - offset) / scale + zero).round().clamp(lowest, highest) if scale else torch.zeros_like(x) + zero
-    return float((w * (x - scale * (q - zero) - offset) ** 2).sum())
+    return float(weighted_errors(x, scale, zero, offset, lowest, highest, w))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -31,7 +37,7 @@ def test_symmetric_is_near_the_optimum(bits: int, shape: str) -> None:
     found = best = 0.0
     for row, scale in zip(x, scales[:, 0].tolist(), strict=True):
         grid = np.linspace(0.3, 1.3, 400) * float(row.abs().max()) / -lowest
-        best += min(weighted_error(row, s, 0, 0, lowest, highest, w) for s in [*grid, *-grid])
+        best += float(weighted_errors(row, [*grid, *-grid], 0, 0, lowest, highest, w).min())
         found += weighted_error(row, scale, 0, 0, lowest, highest, w)
     assert found <= 1.05 * best
     scaled = sum(
@@ -63,7 +69,8 @@ def test_zero_points_are_near_the_optimum(bits: int) -> None:
     for row, s, z in zip(x, scale[:, 0].tolist(), zero[:, 0].tolist(), strict=True):
         span = float(row.max().clamp_min(0) - row.min().clamp_max(0)) / (highest - lowest)
         grid = np.linspace(0.4, 1.2, 120) * span
-        best += min(weighted_error(row, g, i, 0, lowest, highest, w) for g in grid for i in range(lowest, highest + 1))
+        pairs = np.array([(g, i) for g in grid for i in range(lowest, highest + 1)])
+        best += float(weighted_errors(row, pairs[:, 0], pairs[:, 1], 0, lowest, highest, w).min())
         found += weighted_error(row, s, z, 0, lowest, highest, w)
     assert found <= 1.08 * best
 
@@ -78,11 +85,8 @@ def test_free_offsets_are_near_the_optimum(bits: int) -> None:
     for row, s, o in zip(x, scale[:, 0].tolist(), offset[:, 0].tolist(), strict=True):
         span = float(row.max() - row.min())
         lows = float(row.min()) + np.linspace(-0.05, 0.25, 40) * span
-        best += min(
-            weighted_error(row, span * r / highest, 0, a, 0, highest, w)
-            for r in np.linspace(0.7, 1.1, 60)
-            for a in lows
-        )
+        pairs = np.array([(span * r / highest, a) for r in np.linspace(0.7, 1.1, 60) for a in lows])
+        best += float(weighted_errors(row, pairs[:, 0], 0, pairs[:, 1], 0, highest, w).min())
         found += weighted_error(row, s, 0, o, 0, highest, w)
     assert found <= 1.08 * best
 
