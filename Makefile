@@ -25,7 +25,7 @@ PROCESSOR_TESTS := -k "not thorough and not fast and not iq1 and not iq2 and not
 # Programs that tests start import what was compiled once, even where the environment says otherwise.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-processors test-bounds test-newest test-oldest test-tasks test-mlx test-vllm newest check format docs bench bench-gpu fuzz kills clean
+.PHONY: setup demo test test-processors test-bounds test-newest test-oldest test-tasks test-mlx test-gptqmodel test-vllm newest check format docs bench bench-gpu fuzz kills clean
 
 setup: $(READY)
 
@@ -77,6 +77,10 @@ test-tasks: .venv-tasks/ready
 # MLX folders in mlx-lm, whose CPU build runs on Linux; without it those tests say that they are skipped.
 test-mlx: .venv-mlx/ready
 	OMP_WAIT_POLICY=PASSIVE .venv-mlx/bin/python -m pytest tests/evaluate/test_mlx_lm.py $(PYTEST_ARGS)
+
+# GPTQ and AWQ folders in GPTQModel; without it those tests say that they are skipped.
+test-gptqmodel: .venv-gptqmodel/ready
+	OMP_WAIT_POLICY=PASSIVE .venv-gptqmodel/bin/python -m pytest tests/evaluate/test_gptqmodel.py $(PYTEST_ARGS)
 
 # GPTQ and AWQ folders in vLLM's build for processors, and what vLLM selects for every recipe. It brings releases of its own
 # of what qtool builds on, so it has a virtual environment for itself; its parts for pictures and sound want a GPU's torch.
@@ -149,4 +153,4 @@ bench-gpu: $(READY)
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-newest .venv-oldest .venv-tasks .venv-mlx .venv-vllm .venv-peer build dist demo .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-newest .venv-oldest .venv-tasks .venv-mlx .venv-gptqmodel .venv-vllm .venv-peer build dist demo .mypy_cache .pytest_cache .ruff_cache

@@ -47,6 +47,7 @@ class Reading:
         dtype: that it is to compute in.
         rounds: whether it rounds inputs of quantized matrices to 8 bits on the way.
         most: tokens up to which it computes the same; None: it does so of any text.
+        other: another one that computes so, where that one is not installed; empty: none.
         differs: why it is known to compute something else, or does not read it; empty: it should not.
     """
 
@@ -55,6 +56,7 @@ class Reading:
     rounds: bool = False
     most: int | None = None
     differs: str = ""
+    other: str = ""
 
 
 class NoOptions(Strict):

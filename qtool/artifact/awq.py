@@ -67,7 +67,7 @@ class AWQ(PackedArtifact):
 
     def reading(self, model: QuantizedCheckpoint) -> Reading:
         """See `Artifact.reading`."""
-        return Reading("vLLM", torch.float16)
+        return Reading("vLLM", torch.float16, other="GPTQModel")
 
     def caveats(self, model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
         """See `Artifact.caveats`; from csrc/quantization/awq/gemm_kernels.cu of vLLM."""

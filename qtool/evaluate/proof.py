@@ -9,6 +9,7 @@ Shape letters: T tokens, V vocabulary.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -56,6 +57,7 @@ def prove(
     reading = artifact.reading(written)
     if reading is None:
         return None
+    reading = by_whom(reading)
     reader = READERS[reading.reader]
     if model.family.model_free:
         return Proof(reader=reading.reader, why_not="what the model computes is not known without its class")
@@ -109,6 +111,12 @@ def in_type(model: QuantizedCheckpoint, tokens: list[int], dtype: torch.dtype) -
     for i in range(len(walker.blocks)):
         walker.advance(walker.load_block(i), i, hidden)
     return finite(walker.logits(hidden, 0).float(), f"logits of {model.source}")
+
+
+def by_whom(reading: Reading) -> Reading:
+    """The same by the other program, if that one is installed and the first is not."""
+    other = reading.other and READERS[reading.other].installed and not READERS[reading.reader].installed
+    return replace(reading, reader=reading.other) if other else reading
 
 
 def count(model: QuantizedCheckpoint, length: int | None) -> int:

@@ -23,7 +23,7 @@ from qtool.checkpoint._base import QuantizedCheckpoint
 from qtool.checkpoint.derived.skeleton import named_class, quiet
 from qtool.checkpoint.gguf_checkpoint import GGUFCheckpoint
 from qtool.errors import CheckpointError, one_line
-from qtool.evaluate import mlx, vllm
+from qtool.evaluate import gptqmodel, mlx, vllm
 from qtool.evaluate.apart import folder_logits
 from qtool.numerics.heap import give_back
 
@@ -123,6 +123,11 @@ def by_mlx(model: QuantizedCheckpoint, tokens: list[int], _: Reading) -> Run:
     return Run(folder_logits("mlx-lm", mlx.TRIAL, Path(model.source), tokens, mlx.SECONDS))
 
 
+def by_gptqmodel(model: QuantizedCheckpoint, tokens: list[int], _: Reading) -> Run:
+    """Runs a folder in a process of its own."""
+    return Run(folder_logits("GPTQModel", gptqmodel.TRIAL, Path(model.source), tokens, gptqmodel.SECONDS))
+
+
 def by_vllm(model: QuantizedCheckpoint, tokens: list[int], _: Reading) -> Run:
     """Runs a folder in a process of its own."""
     return Run(folder_logits("vLLM", vllm.TRIAL, Path(model.source), tokens, vllm.SECONDS))
@@ -215,6 +220,7 @@ def load_with_weights(made: Any, folder: Path, options: Mapping[str, Any]) -> tu
 
 
 READERS: Mapping[str, ForeignReader] = {
+    "GPTQModel": ForeignReader("gptqmodel", "gptqmodel", by_gptqmodel, 2 * 10**9, 6),
     "llama.cpp": ForeignReader("xllamacpp", "xllamacpp", by_llama_cpp, 8 * 10**9, 2),
     "mlx-lm": ForeignReader("mlx-lm", "mlx_lm", by_mlx, 2 * 10**9, 6),
     "transformers": ForeignReader("transformers", "compressed_tensors", by_transformers, 2 * 10**9, 6),

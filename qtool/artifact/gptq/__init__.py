@@ -47,7 +47,7 @@ class GPTQ(PackedArtifact):
 
     def reading(self, model: QuantizedCheckpoint) -> Reading:
         """See `Artifact.reading`."""
-        return Reading("vLLM", torch.float16)
+        return Reading("vLLM", torch.float16, other="GPTQModel")
 
     def caveats(self, model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
         """See `Artifact.caveats`; from vllm/model_executor/layers/quantization/auto_gptq.py."""
