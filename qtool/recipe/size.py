@@ -11,10 +11,11 @@ from pydantic import BeforeValidator, WithJsonSchema
 from qtool.problems import mistake, show
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+UNITS["k"] = UNITS["K"]
 UNITS |= {f"{letter}i": 1024**power for power, letter in enumerate("KMGT", 1)}
 """Decimal, as llama.cpp counts them, unless an i says otherwise."""
 
-PATTERN = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)(?:((?:[KMGT]i?)?)B?)")
+PATTERN = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)(?:((?:k|[KMGT]i?)?)B?)")
 
 
 def parse_size(value: Any) -> int:

@@ -573,7 +573,8 @@ class TestFinding:
         ("'7'", 7),
         ("4.2GB", 4_200_000_000),
         ("1.5GiB", 3 * 2**29),
-        ("0.3kB".upper(), 300),
+        ("0.3KB", 300),
+        ("110.4kB", 110_400),
     ],
 )
 def test_sizes_of_parts(write, written, wanted):
@@ -581,7 +582,7 @@ def test_sizes_of_parts(write, written, wanted):
     assert export.options == {"split_max_size": wanted}
 
 
-@pytest.mark.parametrize("written", ["2P", "0", "-1", "1.5.5G", "G", "true", "[1]", "2 G", "0.0001K"])
+@pytest.mark.parametrize("written", ["2P", "0", "-1", "1.5.5G", "G", "true", "[1]", "2 G", "2kiB", "2m", "0.0001K"])
 def test_what_is_no_size(write, written):
     (line,) = problems(write(HEAD + LAYERS + f"export: [{{to: gguf, split_max_size: {written}}}]"))
     wanted = "wanted a number of bytes, or one such as 2G, 500M or 4.2GB, found "
