@@ -44,7 +44,7 @@ def test_codes_and_scales_are_those_of_the_search(label: str, k: int) -> None:
 
 @pytest.mark.parametrize("k", [64, 320])
 @pytest.mark.parametrize("label", ["int4-g64", "int3-g32-asym", "int8-g16"])
-def test_integers_are_those_of_the_search_to_the_last_bit(label: str, k: int) -> None:
+def test_integers_are_those_of_the_search(label: str, k: int) -> None:
     generator, n = torch.Generator().manual_seed(k), 67
     w = torch.randn(n, k, generator=generator) * torch.rand(k, generator=generator)
     w[3], w[5, :32], w[7, 1] = 0, 0, 50.0

@@ -154,7 +154,7 @@ def walk_searching(
         rule: how scales are searched.
         weight: float32 [K], importance of the columns' squared errors, in the same order.
         order: the columns' natural numbers, int64 [K]; None: they are in their order. On the CPU searches of integers
-            sum up in that one, and so find what the format's own does to the last bit.
+            sum up in that one, and so find what the format's own does.
 
     Returns:
         Codes, uint8 [N, K], in walking order, and what was found for each group, [N, G]: codes of scales, uint8; or of
