@@ -69,8 +69,8 @@ def infos(module: str, residual: LowRank, n: int, k: int) -> dict[str, TensorInf
 def settings(residuals: Mapping[str, LowRank]) -> dict[str, Any]:
     """Content of adapter_config.json, of branches by module.
 
-    Runtimes divide lora_alpha by r: one of them (vLLM) by those that all branches have by default, whatever patterns
-    say, so that the largest rank is the default, which it makes room for.
+    Runtimes divide lora_alpha by r. Those that do not know patterns do so by the defaults, so that these are alike, and
+    the default is the largest rank, which they make room for.
     """
     ranks = {module: residual.rank for module, residual in residuals.items()}
     largest = max(ranks.values())
