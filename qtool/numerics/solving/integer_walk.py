@@ -1,8 +1,8 @@
 """The column walk where scales of integers are searched when it gets there, as a compiled kernel over rows.
 
-`walk` with `search.symmetric` or `search.zero_point` as its parameters gives the same, but for a last bit in one group
-of a hundred thousand, and takes half as long again: here a group is searched and walked in one go, some rows at a time,
-which stay in the cache meanwhile.
+`walk` with `search.symmetric` or `search.zero_point` as its parameters gives the same, but where the last bit of a sum
+decides, and takes half as long again: here a group is searched and walked in one go, some rows at a time, which stay in
+the cache meanwhile.
 
 Shape letters: N rows, K columns, G groups, W columns of a group, P rows walked together.
 """
