@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -41,16 +42,24 @@ def test_recipes_of_several_processes(method, tmp_path):
 
 
 def test_stages_are_compared(tmp_path, monkeypatch):
-    """Gains are of one process over several; a stage below a second says nothing."""
+    """Gains are of one process over several; a stage below a second says nothing, nor does the first block."""
 
     def ran(processes, *arguments):
         out = tmp_path / arguments[5]
         out.mkdir()
         stages = [{"name": "quantize", "seconds": 30.0 / processes}, {"name": "write", "seconds": 0.5}]
         (out / "report.json").write_text(json.dumps({"stages": stages}))
+        assert "--keep" in arguments
+        kept = out.with_name(f"{out.name}.work")
+        kept.mkdir()
+        for i, second in enumerate((0, 3, 6.6)):
+            (kept / f"block-{i}.safetensors").touch()
+            os.utime(kept / f"block-{i}.safetensors", (0, 100 + second / processes))
         return 40.0 / processes, {}, ""
 
     monkeypatch.setattr(scale, "run", ran)
     monkeypatch.setattr(scale, "compared", lambda one, two: {"same bytes": one != two})
     found = scale.quantized("dense", tmp_path, tmp_path / "r.yaml", tmp_path, 2)
-    assert found == {"same bytes": True, "wall": {1: 40.0, 2: 20.0}, "gain": 2.0, "gain by stage": {"quantize": 2.0}}
+    gains = {"gain": 2.0, "gain by stage": {"quantize": 2.0}, "gain of a block": 2.0}
+    assert found == {"same bytes": True, "wall": {1: 40.0, 2: 20.0}, "block": {1: 3.3, 2: 1.65}} | gains
+    assert not [*tmp_path.glob("*.work")]

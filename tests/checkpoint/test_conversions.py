@@ -15,6 +15,7 @@ from qtool import registry
 from qtool.artifact.gguf import GGUF
 from qtool.checkpoint.conversions._base import ROOM, conversion_of
 from qtool.checkpoint.conversions._refused import REFUSED
+from qtool.checkpoint.conversions.falcon_h1 import NONE
 from qtool.checkpoint.families._biases import READ
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError
@@ -154,7 +155,11 @@ def test_twins_run_in_llama_cpp(kind, saved):
         ("qwen3_next", {"layer_types": ["full_attention"] * 4}, "qwen3next models with one layer_types only"),
         ("gemma4_text", {"vocab_size_per_layer_input": 256}, "gemma4 models with one vocab_size_per_layer_input only"),
         ("gemma4_text", {"enable_moe_block": True, "top_k_experts": 2, "num_experts": 4}, "one enable_moe_block only"),
-        ("falcon_h1", {"mamba_norm_before_gate": True}, "falcon-h1 models with one mamba_norm_before_gate only"),
+        (
+            "falcon_h1",
+            {**NONE, "mamba_norm_before_gate": True},
+            "falcon-h1 models with one mamba_norm_before_gate only",
+        ),
         ("mamba2", {"time_step_limit": [0.0, 5.0]}, "mamba2 models with one time_step_limit only"),
         ("mamba2", {"n_groups": 2}, "mamba2 models with one n_groups only: wanted 1, found 2"),
         ("llama4_text", {"attention_chunk_size": 16}, "llama4 models with one attention_chunk_size only: wanted 8192"),

@@ -61,6 +61,7 @@ def quantized(ranks, source, recipe, out):
 STUCK = """
 import hashlib, subprocess, sys
 from functools import partial
+from threading import Timer
 from types import SimpleNamespace
 from qtool.cli import boundary, ranks
 
@@ -69,7 +70,7 @@ boundary.prepare_process()
 if sys.argv[1] == "lost":
     ranks.OTHERS.append(subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"]))
 with ranks.watched(boundary.HEARD, partial(boundary.end_unheard, SimpleNamespace(ended=lambda: True))):
-    print("waits", flush=True)
+    Timer(1, print, ["waits"], {"flush": True}).start()
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
 """
 """Waits for minutes where no signal reaches the interpreter, as for a device."""

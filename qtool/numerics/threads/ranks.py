@@ -161,7 +161,9 @@ def join(rank: int, size: int) -> Ranks:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise ProcessError("processes do not find each other", wanted="torchrun to start them", found=error) from error
-    return Ranks(rank, size, PrefixStore("qtool", store))
+    ranks = Ranks(rank, size, PrefixStore("qtool", store))
+    ranks.barrier()  # one that goes on and ends would have others ended here, where nobody knows of it
+    return ranks
 
 
 def layout(likes: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> tuple[list[int], int]:
