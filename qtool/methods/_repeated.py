@@ -17,29 +17,33 @@ WARM = 3
 
 
 class Repeated:
-    """A function that leaves gradients in leaves.
+    """Calls of a function that leaves gradients in leaves. It is not kept: who owns it may own this as well.
 
     Args:
-        run: is given tensors of the same shapes each time, and does the same with them. The leaves have no gradients
-            when it begins.
         leaves: what it leaves gradients in.
         record: whether it is worth to be recorded.
     """
 
-    def __init__(self, run: Callable[..., None], leaves: Sequence[Tensor], record: bool) -> None:
-        self.run, self.leaves, self.wanted = run, leaves, record
+    def __init__(self, leaves: Sequence[Tensor], record: bool) -> None:
+        self.leaves, self.wanted = leaves, record
         self.replay: Callable[[], None] | None = None
         self.held, self.gradients = list[Tensor](), list[Tensor | None]()
 
-    def __call__(self, *given: Tensor) -> None:
-        """Leaves gradients, on these inputs."""
+    def __call__(self, run: Callable[..., None], *given: Tensor) -> None:
+        """Leaves gradients, on these inputs.
+
+        Args:
+            run: the same each time, given tensors of the same shapes, and does the same with them. The leaves have no
+                gradients when it begins.
+            given: what it gets.
+        """
         if self.wanted and self.replay is None:
             self.held, self.wanted = [t.clone() for t in given], False
-            self.replay = recorded(lambda: self.run(*self.held), self.leaves, given[0].device)
+            self.replay = recorded(lambda: run(*self.held), self.leaves, given[0].device)
             self.gradients = [leaf.grad for leaf in self.leaves]
             forget(self.leaves)
         if self.replay is None or [t.shape for t in given] != [t.shape for t in self.held]:
-            self.run(*given)
+            run(*given)
             return
         for held, new in zip(self.held, given, strict=True):
             held.copy_(new)

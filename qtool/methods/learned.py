@@ -231,13 +231,13 @@ class Gradients:
         self.errors, self.variables, self.penalty, self.progress = errors, variables, penalty, 0.0
         leaves = [leaf for several in variables for leaf, _ in several.relaxed.leaves()]
         self.alike = all(several.relaxed.repeats and several.small for several in variables) and not errors.method.trim
-        self.repeated = Repeated(self.leave, leaves, self.alike)
+        self.repeated = Repeated(leaves, self.alike)
         self.steps: Sequence[Callable[[], None]] = ()
 
     def __call__(self, part: Tensor, progress: float, steps: Sequence[Callable[[], None]]) -> None:
         """Of some samples, when so much of the training is done; then takes the steps, one for each of `variables`."""
         self.progress, self.steps = progress, () if self.alike else steps
-        self.repeated(*self.errors.given(part))
+        self.repeated(self.leave, *self.errors.given(part))
         for step in steps if self.alike else ():
             step()
 

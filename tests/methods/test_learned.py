@@ -1,5 +1,7 @@
 """Learned rounding: what a step does, what is kept, and what it wins, on a block of two layers."""
 
+import gc
+import weakref
 from dataclasses import replace
 from functools import partial
 
@@ -136,6 +138,25 @@ def test_same_task_same_codes():
     found = [Learned(steps=10, batch=4).solve_block(make_task("int3-g32")) for _ in range(2)]
     for name, solution in found[0].items():
         assert torch.equal(solution.quantized.codes, found[1][name].quantized.codes)
+
+
+@pytest.mark.parametrize("scales", [False, True])
+def test_nothing_of_a_trained_block_is_left(scales, monkeypatch):
+    """What refers to itself would stay until somebody looks for such things, block after block."""
+    made = []
+
+    class Watched(Gradients):
+        def __init__(self, *given):
+            super().__init__(*given)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(learned, "Gradients", Watched)
+    gc.disable()
+    try:
+        Learned(steps=2, batch=2, scales=scales).solve_block(make_task("int3-g32"))
+        assert [ref() for ref in made] == [None]
+    finally:
+        gc.enable()
 
 
 def test_errors_count_relative_to_a_tokens_energy():

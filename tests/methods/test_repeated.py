@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from qtool.methods import _repeated
@@ -52,7 +54,7 @@ def test_gradients_are_those_of_each_steps_inputs(monkeypatch):
         def run(x, y, leaves=leaves):
             (x @ leaves[0].T + leaves[1] - y).square().sum().backward()
 
-        found.append(descend(Repeated(run, leaves, record), leaves, batches))
+        found.append(descend(partial(Repeated(leaves, record), run), leaves, batches))
     assert device.replayed == 6
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     changed = [not torch.equal(a, b) for pair in zip(batches, kept, strict=True) for a, b in zip(*pair, strict=True)]
