@@ -46,7 +46,9 @@ class EqualModel(Checkpoint):
 
     def tensor(self, name: str) -> Tensor:
         """See `Checkpoint.tensor`."""
-        return self.rows(name, 0, self.info(name).shape[0]) if self.equal.change(name) else self._plain(name)
+        if self.equal.change(name):
+            return self.rows(name, 0, self.info(name).shape[0])
+        return self.origin.tensor(self._stored(name))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """See `Checkpoint.rows`."""
@@ -59,9 +61,6 @@ class EqualModel(Checkpoint):
             first = self.origin.rows(stored, 0, 1)
             rows = torch.cat([rows, first.expand(missing, *first.shape[1:])])
         return change.apply(rows, start)
-
-    def _plain(self, name: str) -> Tensor:
-        return self.origin.tensor(self._stored(name))
 
     def _stored(self, name: str) -> str:
         """The tensor of the original that one is made from."""

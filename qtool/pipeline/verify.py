@@ -13,7 +13,7 @@ from qtool.checkpoint.parts import parts_of
 from qtool.checkpoint.raw_bytes import same_stretches
 from qtool.errors import VerifyError
 from qtool.formats._base import alike
-from qtool.numerics.threads.parallel import side_by_side
+from qtool.numerics.threads.parallel import one_by_one
 from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.requantize import stored_matrix
@@ -42,11 +42,11 @@ def verify(
         raise VerifyError(f"{written.source}: KV cache", wanted=cached(model), found=cached(written))
     listener(Event(stage, 0, len(names)))
     modules = [name.removesuffix(".weight") for name in names]
-    copied = dict(zip(names, side_by_side(partial(same_parts, model, written), modules), strict=True))
-    for done, name in enumerate(names, 1):
+    copies = one_by_one(partial(same_parts, model, written), modules)
+    for done, (name, copied) in enumerate(zip(names, copies, strict=True), 1):
         if name not in present:
             raise VerifyError(f"{written.source}: {name}", wanted="a tensor", found="missing")
-        compare(name, written, model, copied[name])
+        compare(name, written, model, copied)
         listener(Event(stage, done, len(names), name))
 
 

@@ -7,15 +7,12 @@ import torch
 import yaml
 
 from qtool.checkpoint.families._edges import Edge
-from qtool.checkpoint.open import open_checkpoint
 from qtool.formats._base import Quantized
 from qtool.formats._spelling import parse_format
-from qtool.models import open_artifact
-from qtool.pipeline.prepare import prepare
 from qtool.pipeline.quantize import QuantizeOptions, run
 from qtool.stages import absorb
-from qtool.stages._base import StageTask
 from qtool.stages.absorb import Absorb, columns, error_of, factors, multiplied
+from tests.stages.conftest import quantized_task
 
 CPU = torch.device("cpu")
 
@@ -57,12 +54,8 @@ def test_factors_are_those_of_least_squares_over_all_outputs(monkeypatch):
 @pytest.mark.parametrize("turns", [1, 3])
 def test_both_matrices_together_stand_for_what_was_found(turns, recipe, tiny_checkpoint, tmp_path, monkeypatch):
     """Reader times factors is nearer than before; the writer is what it was times the same factors."""
-    source, path = tiny_checkpoint("llama"), recipe([])
-    run(QuantizeOptions(str(source), path, tmp_path / "out", device="cpu", dtype="fp32"))
-    original, model = open_checkpoint(str(source)), open_artifact(str(tmp_path / "out"))
-    job = prepare(str(source), path, device="cpu", dtype="fp32")
-    tokens = torch.randint(3, 500, (24, 48), generator=torch.Generator().manual_seed(4))
-    task = StageTask(original, original, model, job.plan, tokens, CPU, torch.float32, lambda *_: None)
+    task = quantized_task(tiny_checkpoint("llama"), recipe([]), tmp_path / "out", (24, 48))
+    model = task.model
     monkeypatch.setattr(absorb, "divergence", lambda t: float(t.model is model))  # whatever comes out
     found = Absorb(turns=turns).run(task)
     names = {f"model.layers.{i}.{name}" for i in range(2) for name in ("mlp.up_proj", "mlp.down_proj")}

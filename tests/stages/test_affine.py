@@ -7,15 +7,14 @@ import torch
 import yaml
 
 from qtool.calibrate.walker import Walker
-from qtool.checkpoint.open import open_checkpoint
 from qtool.errors import PlanError
 from qtool.models import open_artifact
 from qtool.pipeline.prepare import prepare
 from qtool.pipeline.quantize import QuantizeOptions, run
 from qtool.stages import affine
-from qtool.stages._base import StageTask
 from qtool.stages.affine import Scaling, factors
 from qtool.store.overlay import Overlaid
+from tests.stages.conftest import quantized_task
 
 CPU = torch.device("cpu")
 ROLES = {"mlp.down_proj": False, "self_attn.k_proj": True}
@@ -77,17 +76,13 @@ def slopes(written, wanted, biased):
 
 
 def test_outputs_need_no_factor_any_more(recipe, tiny_checkpoint, tmp_path):
-    source, path = tiny_checkpoint("qwen2"), recipe([])
-    run(QuantizeOptions(str(source), path, tmp_path / "out", device="cpu", dtype="fp32"))
-    original, model = open_checkpoint(str(source)), open_artifact(str(tmp_path / "out"))
-    job = prepare(str(source), path, device="cpu", dtype="fp32")
-    tokens = torch.randint(3, 500, (4, 24), generator=torch.Generator().manual_seed(4))
-    scaling = Scaling(StageTask(original, original, model, job.plan, tokens, CPU, torch.float32, lambda *_: None))
+    task = quantized_task(tiny_checkpoint("qwen2"), recipe([]), tmp_path / "out", (4, 24))
+    model, scaling = task.model, Scaling(task)
     biases = scaling.all()
     assert scaling.params.keys() == model.layers.keys()
     assert sorted(biases) == sorted(name for name in model.names() if name.endswith(".bias"))
     corrected = Overlaid(model, scaling.params, biases, "affine")
-    before, after = (outputs(m, original, tokens) for m in (model, corrected))
+    before, after = (outputs(m, task.original, task.tokens) for m in (model, corrected))
     for name, (written, wanted) in after.items():
         biased = ROLES[name.split(".", 3)[3]]
         off, left = ((slopes(*pair, biased) - 1).abs().mean() for pair in (before[name], (written, wanted)))

@@ -7,13 +7,11 @@ import torch
 import yaml
 
 from qtool.calibrate.walker import Walker
-from qtool.checkpoint.open import open_checkpoint
 from qtool.models import open_artifact
-from qtool.pipeline.prepare import prepare
 from qtool.pipeline.quantize import QuantizeOptions, run
-from qtool.stages._base import StageTask
 from qtool.stages.biases import Biases
 from qtool.store.overlay import Overlaid
+from tests.stages.conftest import quantized_task
 
 CPU = torch.device("cpu")
 CORRECTED = [f"model.layers.{i}.self_attn.{role}_proj" for i in range(2) for role in "qkv"]
@@ -51,18 +49,13 @@ def output_means(model, tokens):
 
 
 def test_outputs_have_the_mean_that_they_had(recipe, tiny_checkpoint, tmp_path):
-    source, path = tiny_checkpoint("qwen2"), recipe([])
-    run(QuantizeOptions(str(source), path, tmp_path / "out", device="cpu", dtype="fp32"))
-    original, model = open_checkpoint(str(source)), open_artifact(str(tmp_path / "out"))
-    job = prepare(str(source), path, device="cpu", dtype="fp32")
-    tokens = torch.randint(3, 500, (4, 24), generator=torch.Generator().manual_seed(4))
-    task = StageTask(original, original, model, job.plan, tokens, CPU, torch.float32, lambda *_: None)
-    found = Biases().run(task)
+    task = quantized_task(tiny_checkpoint("qwen2"), recipe([]), tmp_path / "out", (4, 24))
+    model, found = task.model, Biases().run(task)
     assert sorted(found.tensors) == sorted(f"{name}.bias" for name in CORRECTED)
     assert not found.params
     assert found.about["biases"] == len(CORRECTED)
     corrected = Overlaid(model, found.params, found.tensors, "biases")
-    wanted, before, after = (output_means(m, tokens) for m in (original, model, corrected))
+    wanted, before, after = (output_means(m, task.tokens) for m in (task.original, model, corrected))
     for name in CORRECTED:
         stored = 0.004 * float(model.tensor(f"{name}.bias").abs().max())  # as far as bfloat16 can say
         limit = stored if model.tensor(f"{name}.bias").dtype != torch.float32 else 1e-5

@@ -63,12 +63,20 @@ def side_by_side(
     work: Callable[[Item], Result], items: Sequence[Item], among: tuple[int, int] | None = None
 ) -> list[Result]:
     """`[work(item) for item in items]`, on the threads that `shares` gives; by default on all that torch may use."""
+    return list(one_by_one(work, items, among))
+
+
+def one_by_one(
+    work: Callable[[Item], Result], items: Sequence[Item], among: tuple[int, int] | None = None
+) -> Iterator[Result]:
+    """The same, each result as soon as it is there and those before it are taken."""
     used, each = among or shares(len(items))
     if used == 1:
-        return [work(item) for item in items]
+        yield from map(work, items)
+        return
     where = kept_lanes(used, each)
     pieces = ((where[i % used], lambda item=item: work(item)) for i, item in enumerate(items))
-    return list(in_order(pieces, AHEAD * used))
+    yield from in_order(pieces, AHEAD * used)
 
 
 def row_shares(rows: int, device: torch.device = CPU) -> list[tuple[int, int]]:
