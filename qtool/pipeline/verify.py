@@ -50,8 +50,8 @@ def verify(
         listener(Event(stage, done, len(names), name))
 
 
-def compare(name: str, written: QuantizedCheckpoint, model: QuantizedCheckpoint, copied: bool | None = None) -> None:
-    """Compares one tensor; see `verify`. `copied`: whether it was seen to be taken over as it was stored."""
+def compare(name: str, written: QuantizedCheckpoint, model: QuantizedCheckpoint, copied: bool) -> None:
+    """Compares one tensor; see `verify`. `copied`: whether it was taken over as it was stored, see `same_parts`."""
     module = name.removesuffix(".weight")
     if (module in model.layers) != (module in written.layers):
         quantized = module in model.layers
@@ -66,7 +66,7 @@ def compare(name: str, written: QuantizedCheckpoint, model: QuantizedCheckpoint,
             wanted=inputs(model, module),
             found=inputs(written, module),
         )
-    if module in model.layers and (same_parts(model, written, module) if copied is None else copied):
+    if copied:
         return
     stored = stored_matrix(written, module)  # first, since unpacking codes takes twice their memory for a moment
     source = stored_matrix(model, module)

@@ -16,9 +16,10 @@ from qtool.checkpoint.modules import modules
 from qtool.cli.app import app
 from qtool.errors import CheckpointError, NumericsError, PlanError, VerifyError
 from qtool.models import open_model_free
+from qtool.pipeline.events import silent
 from qtool.pipeline.prepare import prepare
 from qtool.pipeline.quantize import QuantizeOptions, run
-from qtool.pipeline.verify import compare
+from qtool.pipeline.verify import verify
 from qtool.recipe.load import load_recipe
 
 
@@ -126,12 +127,12 @@ def test_a_byte_that_was_not_taken_over_is_noticed(published, tmp_path):
     folder, tensors = published
     quantize(open_model_free(str(folder)), as_it_is(), tmp_path / "free")
     model, name = open_model_free(str(folder)), "model.layers.1.mlp.up_proj.weight"
-    compare(name, open_model(tmp_path / "free"), model)
+    verify("verify", open_model(tmp_path / "free"), model, silent)
     bits = tensors[name].view(torch.uint8)
     bits[7, 5] ^= 1
     save_file(tensors, tmp_path / "free" / "model.safetensors")
     with pytest.raises(VerifyError, match=r"up_proj\.weight read back differs: found 1 of 32768 numbers"):
-        compare(name, open_model(tmp_path / "free"), model)
+        verify("verify", open_model(tmp_path / "free"), model, silent)
 
 
 @pytest.mark.parametrize("bits", [0x7F, 0xFF])
