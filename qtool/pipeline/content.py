@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from functools import partial
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
+from threading import Event as Flag
 
+import torch
 from torch import Tensor
 
 from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint
@@ -17,15 +20,31 @@ from qtool.errors import CheckpointError, reading
 from qtool.numerics.checks import finite
 from qtool.numerics.checksum import Checksum
 from qtool.numerics.metrics import all_finite
-from qtool.numerics.threads.parallel import side_by_side
+from qtool.numerics.threads.parallel import lanes, shares, side_by_side
 from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline.events import Event, Listener
+from qtool.pipeline.prepare import Job
 from qtool.pipeline.requantize import is_finite, stored_matrix
 from qtool.pipeline.rows import row_parts
 from qtool.store.files import SUMS, read_sums, sha256
 
 SIDE = {".md", ".html", "report.json"}
 """Suffixes and names of what says something about a model and is none of it: people add to it, or leave it out."""
+
+
+@contextmanager
+def content_beside(job: Job) -> Iterator[Callable[[], str]]:
+    """Gives what waits for the checksum of the source, which is read meanwhile; see `reading_beside`."""
+    if "content" in job.shared.known:
+        yield partial(content_of, job)
+    else:
+        with reading_beside(job.original, job.ranks) as checksum:
+            yield partial(job.shared.once, "content", checksum)
+
+
+def content_of(job: Job) -> str:
+    """Checksum of the source, see `read_content`."""
+    return job.shared.once("content", partial(read_content, job.original, job.ranks))
 
 
 def read_content(checkpoint: Checkpoint, ranks: Ranks = ALONE) -> str:
@@ -43,11 +62,36 @@ def read_content(checkpoint: Checkpoint, ranks: Ranks = ALONE) -> str:
         NumericsError: a tensor holds NaN or infinity.
         CheckpointError: one cannot be read.
     """
-    names, found = checkpoint.names(), dict[str, str]()
-    mine = names[ranks.share(len(names))]
-    for part in ranks.gather(dict(zip(mine, side_by_side(partial(read_tensor, checkpoint), mine), strict=True))):
-        found |= part
-    return hashlib.blake2b("".join(found[name] for name in names).encode(), digest_size=16).hexdigest()
+    with reading_beside(checkpoint, ranks) as checksum:
+        return checksum()
+
+
+@contextmanager
+def reading_beside(checkpoint: Checkpoint, ranks: Ranks = ALONE) -> Iterator[Callable[[], str]]:
+    """`read_content` on other threads than this one, which does something else meanwhile, such as importing modules.
+
+    Gives what waits for the checksum, and raises what reading raised; leaving without it ends the reading.
+    """
+    names, over = checkpoint.names(), Flag()
+    mine, among = names[ranks.share(len(names))], shares(len(names))
+
+    def read(name: str) -> str:
+        return "" if over.is_set() else read_tensor(checkpoint, name)
+
+    @cache
+    def checksum() -> str:
+        found = dict[str, str]()
+        for part in ranks.gather(dict(zip(mine, begun.result(), strict=True))):
+            found |= part
+        return hashlib.blake2b("".join(found[name] for name in names).encode(), digest_size=16).hexdigest()
+
+    (lane,) = lanes(1, torch.get_num_threads())
+    with lane:
+        begun = lane.submit(side_by_side, read, mine, among)
+        try:
+            yield checksum
+        finally:
+            over.set()
 
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> str:

@@ -18,6 +18,7 @@ from qtool.calibrate.once import OnceWalker
 from qtool.calibrate.reference import Reference, SharedReference
 from qtool.calibrate.walker import Walker
 from qtool.pipeline import quantize
+from qtool.pipeline.content import content_of
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.loop import together
 from qtool.pipeline.memory import peak_bytes
@@ -96,7 +97,7 @@ def begun(
 ) -> Joined | None:
     """One of the runs with its work folder open; None: its result is there."""
     source = statistics_for(job, None, listener, beside)
-    run = identity(job, source.digest, quantize.content_of(job))
+    run = identity(job, source.digest, content_of(job))
     if not options.overwrite and quantize.finished(options.out, job, run):
         return None
     check_free(options.out, options.overwrite)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline import evaluate
 from qtool.pipeline.budget import refuse_too_large
 from qtool.pipeline.card import card_of, origin
-from qtool.pipeline.content import read_content, refuse_changed
+from qtool.pipeline.content import content_beside, refuse_changed
 from qtool.pipeline.contest import Dividing, decided
 from qtool.pipeline.events import Event, Listener, silent
 from qtool.pipeline.finish import finish
@@ -132,18 +132,18 @@ def into_folder(options: QuantizeOptions, file: Path | None, listener: Listener)
         listener(Event("plan", 1, 1, warning, warning=True))
     if ranks.first:
         job.shared.once("unchanged", partial(refuse_changed, job.original.source, listener))
-    made = Made()
+    made, scores = Made(), options.scores or scores_of(out)
     if job.plan.recipe.transforms:
         with watch.stage("transform"):
             job, made = transformed(job, place, options.stats or options.imatrix, listener)
-    scores, content = options.scores or scores_of(out), cache(partial(content_of, job))
-    dividing = Dividing(
-        options.base_model, options.license, options.imatrix, options.stats, scores, bool(options.scores), content
-    )
-    job, allocation = decided(job, dividing, made, place, watch, listener)
-    with watch.stage("calibrate"):
-        source = statistics_for(job, options.stats or options.imatrix, listener)
-    run_identity = ranks.broadcast(identity(job, source.digest, content(), made.edits))
+    with content_beside(job) as content:
+        dividing = Dividing(
+            options.base_model, options.license, options.imatrix, options.stats, scores, bool(options.scores), content
+        )
+        job, allocation = decided(job, dividing, made, place, watch, listener)
+        with watch.stage("calibrate"):
+            source = statistics_for(job, options.stats or options.imatrix, listener)
+        run_identity = ranks.broadcast(identity(job, source.digest, content(), made.edits))
     earlier = ranks.first and not options.overwrite and (taken or begun(place, run_identity))
     report = ranks.broadcast(finished(out, job, run_identity) if earlier else None)
     if report is not None:  # an earlier run was ended before it could tidy up
@@ -177,11 +177,6 @@ def prepared(o: QuantizeOptions, file: Path | None) -> Job:
     if file and o.ranks.first:
         check_one_file(file, job.artifacts, any(map(o.options.get, ("split_max_size", "mmproj"))), o.overwrite)
     return job
-
-
-def content_of(job: Job) -> str:
-    """Checksum of the source, see `read_content`."""
-    return job.shared.once("content", partial(read_content, job.original, job.ranks))
 
 
 def say_what_is_missing(trace: Path | None, listener: Listener) -> None:
