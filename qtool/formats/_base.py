@@ -162,7 +162,7 @@ class Format(Scheduled, RunTime):
         levels = self.levels().to(w.device)
         lowest, highest = float(levels[0]), float(levels[-1])
         uniform = highest - lowest == len(levels) - 1
-        if uniform and w.device.type == "cpu":
+        if uniform and w.device.type in ("cpu", "cuda"):
             return round_to_levels(w, scale, offset, lowest, highest)
         scale, offset = (expand(p, w.shape[1]) for p in (scale, offset))
         x = torch.where(scale == 0, 0.0, (w - offset) / torch.where(scale == 0, 1.0, scale))
@@ -173,8 +173,8 @@ class Format(Scheduled, RunTime):
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         """uint8 [N, C] -> float32 [N, C]."""
         scale, offset = self.affine(params)
-        if codes.device.type == "cpu":
-            return decode_levels(codes, self.levels(), scale, offset)
+        if codes.device.type in ("cpu", "cuda"):
+            return decode_levels(codes, levels_on(self, codes.device), scale, offset)
         level = levels_on(self, codes.device)[codes.long()]
         return level * expand(scale, codes.shape[1]) + expand(offset, codes.shape[1])
 

@@ -67,6 +67,12 @@ def searchable(w: Tensor) -> np.ndarray:
     return values
 
 
+def refuse_unsearchable(w: Tensor) -> None:
+    """Raises NumericsError where a matrix is, [N, C]: NaN, or larger than `LARGEST`."""
+    if w.numel() and not (most := float(torch.stack(w.aminmax()).abs().max())) <= LARGEST:
+        refuse_large(most, LARGEST)
+
+
 def refuse_large(largest: float, limit: float) -> None:
     """Raises NumericsError: no scale is searched for weights beyond a limit."""
     what = "weights are out of the range in which scales are searched"

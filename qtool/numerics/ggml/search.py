@@ -219,6 +219,10 @@ def ggml_scales(
         (d, dmin, a, b), float32: steps [N, S], not yet in fp16, and integers [N, G]; without super-blocks d and dmin
         are scales and minima [N, G], and a and b empty. What a type does not have is undefined.
     """
+    if x.is_cuda and importance is None:
+        from qtool.numerics.ggml import cuda_search
+
+        return cuda_search.ggml_scales(x, kind, block)
     values, groups = searchable(x), x.shape[1] // kind.width
     steps = x.shape[1] // block if kind.top else groups
     found = [np.zeros((len(x), count), np.float32) for count in (steps, steps, groups, groups)]

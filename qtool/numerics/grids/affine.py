@@ -1,4 +1,4 @@
-"""Rounding to `scale * level + offset` and back, in one pass over the weights each, compiled; tensors on the CPU.
+"""Rounding to `scale * level + offset` and back, in one pass over the weights each, compiled.
 
 The arithmetic is that of separate float32 operations, so results are those of torch, bit by bit.
 
@@ -86,6 +86,10 @@ def round_to_levels(w: Tensor, scale: Tensor, offset: Tensor, lowest: float, hig
         uint8 [N, C].
     """
     assert len(scale) == len(w) and w.shape[1] % scale.shape[1] == 0
+    if w.is_cuda:
+        from qtool.numerics.grids import cuda_affine
+
+        return cuda_affine.round_to_levels(w, scale, offset, lowest, highest)
     codes = np.empty(w.shape, np.uint8)
     arrays = [t.contiguous().numpy() for t in (w, scale, offset)]
     ends = np.float32(lowest), np.float32(highest)
@@ -99,9 +103,12 @@ def decode_levels(codes: Tensor, levels: Tensor, scale: Tensor, offset: Tensor) 
     Codes that stand for no level decode to NaN.
     """
     assert len(scale) == len(codes) and codes.shape[1] % scale.shape[1] == 0
+    table = pad(levels, (0, 256 - len(levels)), value=torch.nan)  # whatever codes are, nothing outside of it is read
+    if codes.is_cuda:
+        from qtool.numerics.grids import cuda_affine
+
+        return cuda_affine.decode_levels(codes, table, scale, offset)
     w = np.empty(codes.shape, np.float32)
-    table = torch.full((256,), torch.nan)  # whatever the codes are, nothing outside of it is read
-    table[: len(levels)] = levels
     arrays = [t.contiguous().numpy() for t in (codes, table, scale, offset)]
     over_rows(lambda a, b: decode_rows(*arrays, w, a, b), len(w))
     return torch.from_numpy(w)

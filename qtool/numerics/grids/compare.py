@@ -204,6 +204,11 @@ def better_blocks(
     Returns:
         bool [N, S].
     """
+    if w.is_cuda:
+        from qtool.numerics.grids import cuda_affine
+
+        rule = 1 - TIE, float(ROUNDER * F32(2.0**-levels.mantissa))
+        return cuda_affine.better_blocks(w, first, second, levels, weight, blocks, rule)
     found = np.empty((len(w), blocks), np.bool_)
     x, m = (t.contiguous().cpu().numpy() for t in (w, weight))
     pairs = [tuple(p.contiguous().cpu().numpy() for p in pair) for pair in (first, second)]
