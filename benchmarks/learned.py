@@ -91,13 +91,18 @@ def learned(**settings: Any) -> dict[str, Any]:
 
 def trials() -> dict[str, Trial]:
     """All of them by name, what decides most first."""
-    last, short = {"epochs": 8, "rate": 0.002}, {"epochs": 4, "rate": 0.002}
+    last, slow = {"epochs": 8, "rate": 0.002}, ({"epochs": 8, "rate": 0.001}, {"epochs": 8, "rate": 0.0003})
     integers, others = [f"w{bits}a16" for bits in (2, 3)], [*(f"gguf-{mix}" for mix in WIDE), "nvfp4", "mxfp4"]
     names = [*integers, "w4a16", *others]
-    best = dict.fromkeys(integers, (last,)) | dict.fromkeys(others, (short,))
+    best = dict.fromkeys(integers, (last,)) | dict.fromkeys(others, slow)
     best["w4a16"] = ({"epochs": 12, "rate": 0.002}, {"epochs": 12, "rate": 0.003})
     found = {f"{n}-best": Trial(recipe=f"{n}-best", distilled=best[n], wide="gguf" in n) for n in names}
     found |= {f"{n}-base": Trial(recipe=n, wide="gguf" in n) for n in others}
+    few, more = {"epochs": 3, "rate": 0.001}, {"continued": 3}
+    found |= {
+        f"{n}-continued": Trial(recipe=f"{n}-best", calibration=more, distilled=(few,), wide="gguf" in n)
+        for n in others
+    }
     plain = {"epochs": 4, "rate": 0.001}
     codes = {"epochs": 8, "rate": 0.001, "rounding": "gumbel"}
     for bits in (2, 3, 4):

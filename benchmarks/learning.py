@@ -63,7 +63,7 @@ def short(found: Mapping[str, Any]) -> dict[str, Any]:
 def rows() -> Iterator[tuple[str, ...]]:
     """Lines of the table, what is distilled behind a trial below it."""
     known: dict[str, Any] = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else {}
-    for name, one in known.items():
+    for name, one in sorted(known.items()):
         yield (name, f"`{one['what']}`", *numbers(one))
         for way, found in one["behind"].items():
             yield (f"{name}, distilled", f"`{way}`", *numbers(found))
