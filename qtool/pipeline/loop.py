@@ -67,7 +67,7 @@ def together(
                 record, solver = solve_unit(unit, job, work, source, propagate)
             if solver and job.ranks.first:
                 cached = source.cached[0] if unit.cache and source.cached else None
-                saving(partial(work.save, unit, solver, record, cached))
+                saving(partial(work.store, unit, solver, record, cached), partial(work.enter, unit))
             yield unit, record
 
 
@@ -107,6 +107,7 @@ def solve_unit(
         return finished, None
     solver = UnitSolver(unit, job, source.ranks, alone=source.independent)
     source.visit(unit, solver, propagate)
+    solver.stats.clear()  # or they would be in memory until the unit is saved
     cached = source.cached if unit.cache else None
     cache = cache_entry(unit, cached[1]) if cached else None
     return Record(layers=tuple(solver.entries.values()), cache=cache, blocks=tuple(solver.blocks)), solver

@@ -8,13 +8,18 @@ from typing import TypeVar
 
 PART = 1 << 22
 """Numbers of a large matrix that are worked on at a time: 16 MiB in float32, and a few such temporaries."""
+ON_DEVICE = 4
+"""How many times as many a device works on at a time, which waits for the processor between parts."""
 
 View = TypeVar("View")
 
 
-def row_parts(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the parts in which a large matrix is worked on; a single number is one row."""
-    rows, step = shape[0] if shape else 1, max(1, PART // max(math.prod(shape[1:]), 1))
+def row_parts(shape: Sequence[int], times: int = 1) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the parts in which a large matrix is worked on; a single number is one row.
+
+    times: how many times as much as usual a part is.
+    """
+    rows, step = shape[0] if shape else 1, max(1, times * PART // max(math.prod(shape[1:]), 1))
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 

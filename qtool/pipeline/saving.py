@@ -1,53 +1,70 @@
-"""Saves what is solved while the next unit is being solved."""
+"""Saves what is solved while the next units are being solved."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from typing_extensions import Self
 
 from qtool.numerics.threads.marks import marked
 
+Stored = TypeVar("Stored")
+
+LANES = 3
+"""Units that are stored at a time where another device computes: hashing and writing takes longer than solving."""
+
 
 class Saving:
-    """Saves one unit at a time: on a thread where another device computes, else at once.
+    """Stores units, several at a time on threads where another device computes, else at once, and enters them in order.
 
-    Leaving the context waits for what was begun. What a save raises is raised by the next one, or on leaving.
+    Leaving the context waits for what was begun. What a save raises is raised by a later one, or on leaving.
 
     Args:
         device: where units are solved.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.lane = ThreadPoolExecutor(1, "qtool") if device.type != "cpu" else None
-        self.begun: Future[None] | None = None
+        beside = device.type != "cpu"
+        self.lanes = ThreadPoolExecutor(LANES, "qtool") if beside else None
+        self.order = ThreadPoolExecutor(1, "qtool") if beside else None
+        self.begun = deque[Future[None]]()
 
-    def __call__(self, save: Callable[[], None]) -> None:
-        """Saves a unit, after the one before."""
+    def __call__(self, store: Callable[[], Stored], enter: Callable[[Stored], None]) -> None:
+        """Saves a unit: stores it, and enters what that returns behind the unit before."""
 
-        def work() -> None:
+        def work() -> Stored:
             with marked("saving"):
-                save()
+                return store()
 
-        if self.lane is None:
-            work()
+        if self.lanes is None or self.order is None:
+            enter(work())
             return
-        self.wait()
-        self.begun = self.lane.submit(work)
+        while len(self.begun) >= LANES:
+            self.begun.popleft().result()
+        stored, before = self.lanes.submit(work), self.begun[-1] if self.begun else None
+
+        def finish() -> None:
+            if before:
+                before.result()  # or nothing behind a unit that was not saved counts
+            enter(stored.result())
+
+        self.begun.append(self.order.submit(finish))
 
     def wait(self) -> None:
         """Returns when everything is saved."""
-        begun, self.begun = self.begun, None
-        if begun:
-            begun.result()
+        while self.begun:
+            self.begun.popleft().result()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self.lane:
-            self.lane.shutdown()
+        for threads in (self.lanes, self.order):
+            if threads:
+                threads.shutdown()
         if kind is None:
             self.wait()

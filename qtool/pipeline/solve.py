@@ -20,7 +20,7 @@ from qtool.pipeline.correct import correct, joined
 from qtool.pipeline.entries import Sums
 from qtool.pipeline.found import Found
 from qtool.pipeline.requantize import StoredMatrix, origin
-from qtool.pipeline.rows import row_groups, row_parts
+from qtool.pipeline.rows import ON_DEVICE, row_groups, row_parts
 from qtool.plan import LayerPlan
 from qtool.residuals._base import Correction
 from qtool.stats._base import InputStats
@@ -70,8 +70,8 @@ def solve(
     remarks, start = [plan.fallback, blind, lost, source.remark], 0
     corrections: tuple[Correction, ...] = ()
     at_once = source.same is None and (gram_of(stats) is not None or not fmt.by_rows)
-    whole = at_once or bool(plan.residuals)
-    for a, b in [(0, len(codes))] if whole else row_parts(codes.shape):
+    whole, times = at_once or bool(plan.residuals), 1 if device.type == "cpu" else ON_DEVICE
+    for a, b in [(0, len(codes))] if whole else row_parts(codes.shape, times):
         part = first + a, first + b
         with marked("weights read"):  # the bus carries the narrower type
             w = weight[slice(*part)] if weight is not None else read(checkpoint, source, name, *part).to(device)

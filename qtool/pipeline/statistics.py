@@ -20,6 +20,7 @@ from qtool.methods._base import BlockTask
 from qtool.numerics.threads.marks import marked
 from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline.events import Event, Listener, remarks
+from qtool.pipeline.module_weights import ModulesAhead, modules_ahead
 from qtool.pipeline.prepare import Job
 from qtool.pipeline.solver import Solved, Solver
 from qtool.pipeline.stored import Files, of_original, stored_for
@@ -68,17 +69,23 @@ class FromFiles(Statistics):
 
     Args:
         files: holds them; None: nothing.
+        weights: of modules, read ahead; None: whoever solves them reads them.
     """
 
-    def __init__(self, files: Files | None = None) -> None:
+    def __init__(self, files: Files | None = None, weights: ModulesAhead | None = None) -> None:
         super().__init__(files.digest if files else None, dict(files.about) if files else {})
-        self.files = files
+        self.files, self.weights = files, weights
 
     def visit(self, unit: Unit, solver: Solver, propagate: bool) -> None:
         """See `Statistics.visit`."""
         for reads, plans in unit.inputs().items():
             needs = of_original(needs_of(plans))
-            solver.solve([(plans, self.files.read(reads, needs) if self.files and needs else None)])
+            stats = self.files.read(reads, needs) if self.files and needs else None
+            if stats is not None or self.weights is None or solver.resumed:
+                solver.solve([(plans, stats)])
+                continue
+            for p in plans:
+                solver.solve([((p,), None)], self.weights.of(p.module.name))
 
 
 class Walked(Statistics):
@@ -272,7 +279,7 @@ def statistics_for(job: Job, stored: Path | None, listener: Listener, beside: Al
         if stored:
             text = f"{stored} is not used, because the recipe's methods measure no inputs"
             listener(Event("calibrate", 1, 1, text, warning=True))
-        return FromFiles()
+        return FromFiles(weights=modules_ahead(job))
     if stored:
         return FromFiles(stored_for(job, stored, remarks(listener, "calibrate")))
     calibration = job.plan.recipe.calibration

@@ -81,10 +81,6 @@ class Work:
         """See `Solver.solve_block`: what the earlier run found is final."""
         return iter(())
 
-    def save(self, unit: Unit, solver: UnitSolver, record: Record, cache: CacheScales | None) -> None:
-        """Writes a unit, whole or not at all."""
-        self.enter(unit, self.store(unit, solver, record, cache))
-
     def store(self, unit: Unit, solver: UnitSolver, record: Record, cache: CacheScales | None = None) -> StoredBlock:
         """Writes a unit that is finished when the first process has entered it."""
         content = record.model_dump(mode="json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
@@ -16,14 +17,19 @@ def test_everything_is_saved_in_order_when_the_context_is_left(device: str, here
     saved: list[int] = []
     threads: set[bool] = set()
 
+    def store(i: int) -> int:
+        threads.add(threading.current_thread() is threading.main_thread())
+        time.sleep(0.01 * (9 - i))  # so that later ones are stored first, where threads do it
+        return i
+
     def save(i: int) -> None:
         saved.append(i)
         threads.add(threading.current_thread() is threading.main_thread())
 
     with Saving(torch.device(device)) as saving:
-        for i in range(5):
-            saving(lambda i=i: save(i))
-    assert saved == list(range(5))
+        for i in range(9):
+            saving(lambda i=i: store(i), save)
+    assert saved == list(range(9))
     assert threads == {here}
 
 
@@ -35,9 +41,9 @@ def test_what_a_save_raises_ends_the_run(device: str, more: bool) -> None:
 
     saved: list[int] = []
     with pytest.raises(StorageError, match="the disk is full"), Saving(torch.device(device)) as saving:
-        saving(fail)
+        saving(fail, saved.append)
         if more:
-            saving(lambda: saved.append(1))
+            saving(lambda: 1, saved.append)
     assert not saved
 
 
@@ -46,5 +52,5 @@ def test_an_error_of_the_run_itself_is_not_hidden_by_one_of_a_save() -> None:
         raise StorageError("the disk is full")
 
     with pytest.raises(ValueError, match="solving"), Saving(torch.device("cuda")) as saving:
-        saving(fail)
+        saving(fail, print)
         raise ValueError("solving")

@@ -73,12 +73,13 @@ def pack(fields: Tensor, bits: int) -> Tensor:
         return fields[..., :0].contiguous()
     if bits == 8:
         return fields.contiguous()
-    padded = pad(fields, (0, -count % 8)).reshape(-1, count + -count % 8)
+    whole = pad(fields, (0, -count % 8)) if count % 8 else fields
+    padded = whole.reshape(-1, count + -count % 8)
     words = padded.cpu().contiguous().numpy().view(np.uint64)
     packed, places = np.empty((len(words), words.shape[1] * bits), np.uint8), tuple(range(bits))
     over_rows(lambda a, b: pack_rows(words, places, packed, a, b), len(words))
-    whole = torch.from_numpy(packed).to(fields.device).view(*fields.shape[:-1], -1)
-    return whole[..., : (count * bits + 7) // 8].contiguous()
+    found = torch.from_numpy(packed).to(fields.device).view(*fields.shape[:-1], -1)
+    return found[..., : (count * bits + 7) // 8].contiguous()
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
