@@ -48,7 +48,11 @@ def optimizer(name: Optimizer, rates: Sequence[tuple[Tensor, float]]) -> Callabl
         if adam:
             adam.take(share)
         for i, (leaf, rate) in enumerate(rates):
-            if not adam and leaf.grad is not None:
+            if name == "sign" and leaf.is_cuda and leaf.is_contiguous() and leaf.grad is not None:
+                from qtool.numerics.grids import cuda_soft
+
+                cuda_soft.descend_sign(leaf, leaf.grad, rate * share)
+            elif not adam and leaf.grad is not None:
                 way = leaf.grad
                 if means:
                     way = torch.lerp(leaf.grad, means[i], LION[0])

@@ -35,8 +35,10 @@ class Relaxed(ABC):
         by_row: whether rows know nothing of each other.
         repeats: whether every step does the same, whatever is done of the training, and draws nothing at random.
         first: scales and offsets to begin with, float32 [N, G].
+        dtype: in which the weights of a step are wanted; a way that has them in float32 anyway gives these.
     """
 
+    dtype: torch.dtype = torch.float32
     by_row: ClassVar[bool] = True
     repeats: ClassVar[bool] = True
 
@@ -71,7 +73,7 @@ class Relaxed(ABC):
 
     @abstractmethod
     def weights(self, progress: float) -> Tensor:
-        """As a step of the training sees them, float32 [N, K], with gradients.
+        """As a step of the training sees them, [N, K], with gradients; see `dtype`.
 
         Args:
             progress: share of the training that is done.
@@ -104,7 +106,7 @@ class ShiftedPlaces(Relaxed):
     def weights(self, progress: float) -> Tensor:
         """See `Relaxed.weights`."""
         if self.fixed:
-            return self.fixed(self.v)
+            return self.fixed(self.v, self.dtype)
         return soft_decode(self.w, self.v, self.fmt, self.start.params, *self.affine())
 
     def solution(self) -> Quantized:

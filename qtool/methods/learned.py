@@ -229,6 +229,9 @@ class Gradients:
 
     def __init__(self, errors: Errors, variables: Sequence[TrainedRows], penalty: float) -> None:
         self.errors, self.variables, self.penalty, self.progress = errors, variables, penalty, 0.0
+        for several in variables:
+            wanted = {errors.dtype(name) for name in several.starts}
+            several.relaxed.dtype = wanted.pop() if len(wanted) == 1 else torch.float32
         leaves = [leaf for several in variables for leaf, _ in several.relaxed.leaves()]
         self.alike = all(several.relaxed.repeats and several.small for several in variables) and not errors.method.trim
         self.repeated = Repeated(leaves, self.alike)
