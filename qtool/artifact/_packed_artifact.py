@@ -10,7 +10,6 @@ import json
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +24,7 @@ from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoin
 from qtool.checkpoint.parts import parts_of
 from qtool.checkpoint.raw_bytes import Stretch
 from qtool.formats._base import Quantized
-from qtool.numerics.threads.ranks import Ranks
+from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.store.files import storage_errors
 from qtool.store.side_files import write_side_files
 
@@ -107,23 +106,18 @@ class PackedArtifact(Artifact):
 
     def write(self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any]) -> list[Path]:
         """See `Artifact.write`; one matrix is in memory at a time."""
-        self.check(model)
-        return self._write(model, out, ())
+        return [*self.write_together(model, out, card, ALONE)]
 
     def write_together(
         self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any], ranks: Ranks
     ) -> Sequence[Path]:
-        """See `Artifact.write_together`: shards are shared."""
+        """See `Artifact.write_together`: matrices are shared."""
         self.check(model)
-        share = write_shards(out, *_pieces(model, self._layout(model, model.layers)), ranks=ranks)
-        written = [*chain(*ranks.gather(share))]
-        return self._write(model, out, written) if ranks.first else ()
-
-    def _write(self, model: QuantizedCheckpoint, out: Path, written: Collection[Path]) -> list[Path]:
-        """Writes all but shards that are written."""
-        layout, config, more = self._layout(model, model.layers), self._config(model), self._more_files(model)
-        files = write_shards(out, *_pieces(model, layout), written=written)
-        files += write_side_files(model, out, config)
+        files = write_shards(out, *_pieces(model, self._layout(model, model.layers)), ranks=ranks)
+        if not ranks.first:
+            return ()
+        files += write_side_files(model, out, self._config(model))
+        more = self._more_files(model)
         for name, content in more.items():
             with storage_errors(out):
                 (out / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -6,7 +6,7 @@ https://huggingface.co/docs/transformers/main/big_models#sharded-checkpoints
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from qtool.checkpoint._base import TensorInfo
 from qtool.checkpoint.hf import INDEX, WEIGHTS
 from qtool.checkpoint.raw_bytes import Stretch
-from qtool.checkpoint.safetensors_io import SafetensorsWriter, header
+from qtool.checkpoint.safetensors_io import SafetensorsWriter, begin, header
 from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.store.files import storage_errors
 
@@ -34,7 +34,6 @@ def write_shards(
     read: Read,
     limit: int = LIMIT,
     ranks: Ranks = ALONE,
-    written: Collection[Path] = (),
 ) -> list[Path]:
     """Writes a model, one piece in memory at a time. Whoever names the folder brings it to the disk.
 
@@ -43,33 +42,53 @@ def write_shards(
         pieces: what there is, in order.
         read: gives a piece by key.
         limit: bytes of a shard.
-        ranks: of several processes, each writes a share of the files.
-        written: files that are not written again.
+        ranks: of several processes, each writes a share of the pieces, into files that the first one begins.
 
     Returns:
-        The files, or the share of them.
+        The files.
 
     Raises:
         StorageError: the disk is full or not writable.
+        ProcessError: another process ended.
     """
-    shards = _named(_cut(pieces, limit))
-    mine = list(shards.items())[ranks.share(len(shards))]
-    for name, keys in mine:
-        if out / name in written:
-            continue
-        with SafetensorsWriter(out / name, _infos(pieces, keys), sync=False) as writer:
-            for key in keys:
-                for tensor, content in read(key).items():
-                    if isinstance(content, Stretch):
-                        writer.copy(tensor, content)
-                    else:
-                        writer.add(tensor, content)
-    files = [out / name for name, _ in mine]
-    if len(shards) == 1 or ranks.size > 1:
+    shards, mine = _named(_cut(pieces, limit)), share(pieces, ranks)
+    if ranks.first and ranks.size > 1:
+        for name, keys in shards.items():
+            begin(out / name, _infos(pieces, keys))
+    ranks.barrier()
+    for name, keys in shards.items():
+        if here := [key for key in keys if key in mine]:
+            part = None if ranks.size == 1 else _infos(pieces, here)
+            with SafetensorsWriter(out / name, _infos(pieces, keys), sync=False, mine=part) as writer:
+                _fill(writer, map(read, here))
+    ranks.barrier()
+    files = [out / name for name in shards]
+    if len(shards) == 1 or not ranks.first:
         return files
     with storage_errors(out):
         (out / INDEX).write_bytes(_index(pieces, shards))
     return [*files, out / INDEX]
+
+
+def share(pieces: Pieces, ranks: Ranks) -> frozenset[str]:
+    """Keys of what this process writes: pieces that follow each other, with about as many bytes as those of others."""
+    sizes = {key: _nbytes(piece) for key, piece in pieces.items()}
+    total, before, found = max(1, sum(sizes.values())), 0, set[str]()
+    for key, size in sizes.items():
+        if (2 * before + size) * ranks.size // (2 * total) == ranks.rank:  # who has its middle
+            found.add(key)
+        before += size
+    return frozenset(found)
+
+
+def _fill(writer: SafetensorsWriter, pieces: Iterable[Mapping[str, Tensor | Stretch]]) -> None:
+    """Writes some pieces, one after the other."""
+    for piece in pieces:
+        for tensor, content in piece.items():
+            if isinstance(content, Stretch):
+                writer.copy(tensor, content)
+            else:
+                writer.add(tensor, content)
 
 
 def overhead(pieces: Pieces, limit: int = LIMIT) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -147,6 +147,20 @@ def header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None =
     return len(raw).to_bytes(8, "little") + raw, offsets
 
 
+def begin(path: Path, infos: Mapping[str, TensorInfo]) -> None:
+    """Makes a file into which several processes write a share of its tensors each; see `SafetensorsWriter`.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    head, _ = header(infos)
+    try:
+        path.write_bytes(head)
+        os.truncate(path, len(head) + sum(info.nbytes for info in infos.values()))
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
 class SafetensorsWriter:
     """Writes a file whose tensors arrive one at a time, in any order, whole or by rows.
 
@@ -158,6 +172,8 @@ class SafetensorsWriter:
         infos: what will be written.
         metadata: strings for the header; transformers wants {"format": "pt"}.
         sync: whether closing brings all to the disk; else whoever gives the file or its folder a name does.
+        mine: those of the tensors that are written here, into a file that another process began; None: all, into a new
+            one.
 
     Raises:
         StorageError: the file cannot be written, here and in every method.
@@ -169,17 +185,19 @@ class SafetensorsWriter:
         infos: Mapping[str, TensorInfo],
         metadata: Mapping[str, str] | None = None,
         sync: bool = True,
+        mine: Collection[str] | None = None,
     ) -> None:
         self.path, self._sync = path, sync
         self.infos = dict(infos)
         head, self._offsets = header(infos, metadata)
         self._start = len(head)
-        self._missing = {name: info.nbytes for name, info in infos.items()}
+        self._missing = {name: info.nbytes for name, info in infos.items() if mine is None or name in mine}
         try:
-            self._file = path.open("wb", buffering=0)
+            self._file = path.open("wb" if mine is None else "r+b", buffering=0)
         except OSError as error:
             raise cannot_write(path, error) from error
-        self._write(0, memoryview(head))
+        if mine is None:
+            self._write(0, memoryview(head))
 
     def add(self, name: str, tensor: Tensor, start: int = 0) -> None:
         """Writes a tensor, or the rows of it that begin at row `start`; each row once."""

@@ -17,7 +17,7 @@ from qtool.pipeline.stopwatch import Stopwatch
 from qtool.pipeline.verify import verify
 from qtool.report.model import ArtifactEntry, FileEntry
 from qtool.report.model_card import write_card
-from qtool.store.files import hashes, write_sums
+from qtool.store.files import hashes, settling, write_sums
 
 
 def publish(
@@ -56,23 +56,23 @@ def publish(
                 place.mkdir(exist_ok=True)
             ranks.barrier()
             files = [*artifact.write_together(model, place, card, ranks)]
-            if ranks.first:
-                files.append(write_card(artifact, artifact.open(place), place, about))
+            beside = [write_card(artifact, artifact.open(place), place, about)] if ranks.first else []
             ranks.barrier()
         listener(Event(f"write {name}", 1, 1))
         proof = None
-        if check:
-            with watch.stage(f"verify {name}"):
-                verify(f"verify {name}", artifact.open(place), artifact.part(model), listener, ranks)
-                ranks.barrier()
-            if ranks.first and artifact.reading(artifact.open(place)):
-                with watch.stage(f"run {name}"):
-                    proof = run_apart(name, artifact, place, model, about, listener)
+        with settling(files):
+            if check:
+                with watch.stage(f"verify {name}"):
+                    verify(f"verify {name}", artifact.open(place), artifact.part(model), listener, ranks)
+                    ranks.barrier()
+                if ranks.first and artifact.reading(artifact.open(place)):
+                    with watch.stage(f"run {name}"):
+                        proof = run_apart(name, artifact, place, model, about, listener)
         if not ranks.first:
             continue
         if place != folder:
             write_sums(place)
-        entries.append(describe(name, artifact, place, sorted(files), folder, check, proof))
+        entries.append(describe(name, artifact, place, sorted(files + beside), folder, check, proof))
     return tuple(entries)
 
 

@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 
 from qtool.errors import StorageError, cannot_write
 from qtool.store.exchange import recover, replace_folder
@@ -158,22 +159,51 @@ def refuse_read_only(path: Path) -> None:
         raise cannot_write(path, OSError(error.errno, error.strerror)) from error
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
+def sha256(path: Path, over: Event | None = None) -> str:
+    """Hex digest of a file's content; of its beginning, if it is `over` before the end."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
+        while not (over and over.is_set()) and (chunk := file.read(1 << 20)):
             digest.update(chunk)
     return digest.hexdigest()
 
 
-def hashes(paths: Sequence[Path]) -> list[str]:
-    """SHA-256 of files that nobody writes any more, several at a time; what this process has hashed is known."""
+def hashes(paths: Sequence[Path], over: Event | None = None) -> list[str]:
+    """SHA-256 of files that nobody writes any more, several at a time; what this process has hashed is known.
+
+    Args:
+        paths: of the files.
+        over: set when nobody wants to know any longer.
+    """
     missing = {path: key for path in paths if (key := _state(path)) not in HASHED}
     with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1) or 1) as threads:
-        for (_, key), digest in zip(missing.items(), threads.map(sha256, missing), strict=True):
-            HASHED[key] = digest
-    return [HASHED[_state(path)] for path in paths]
+        found = [*threads.map(lambda path: sha256(path, over), missing)]
+    if not (over and over.is_set()):
+        HASHED.update(zip(missing.values(), found, strict=True))
+    return [HASHED.get(_state(path), "") for path in paths]
+
+
+@contextmanager
+def settling(paths: Sequence[Path]) -> Iterator[None]:
+    """Meanwhile files that nobody writes any more go to the disk and are hashed, for which their folder would wait.
+
+    Raises:
+        StorageError: the disk does not take one.
+    """
+
+    def bring() -> None:
+        for path in paths:
+            with storage_errors(path):
+                _sync(path)
+
+    over = Event()
+    with ThreadPoolExecutor(2) as lanes:
+        begun = lanes.submit(hashes, paths, over), lanes.submit(bring)
+        try:
+            yield
+            _ = [each.result() for each in begun]
+        finally:
+            over.set()
 
 
 def _state(path: Path) -> tuple[int, ...]:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import compressed_tensors
 import pytest
@@ -12,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qtool.artifact import _shards
 from qtool.artifact.compressed_tensors import CompressedTensors
+from qtool.checkpoint._base import TensorInfo
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError, PlanError
 from qtool.formats.int import Int
@@ -214,7 +217,7 @@ def test_same_bytes_again(tiny_checkpoint, tmp_path, tree):
 
 def test_shards(tiny_checkpoint, tmp_path, monkeypatch):
     model = quantize(tiny_checkpoint("llama"), Int(bits=4, group=32))
-    monkeypatch.setattr(_shards.write_shards, "__defaults__", (80_000, ALONE, ()))
+    monkeypatch.setattr(_shards.write_shards, "__defaults__", (80_000, ALONE))
     write(model, tmp_path)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     shards = sorted(p.name for p in tmp_path.glob("*.safetensors"))
@@ -228,15 +231,27 @@ def test_shards(tiny_checkpoint, tmp_path, monkeypatch):
     assert_same_model(CompressedTensors().open(tmp_path), model)
     together = tmp_path / "together"
     together.mkdir()
-    theirs = [together / s for s in shards[1::2]]
-    monkeypatch.setattr(Ranks, "gather", lambda ranks, item: [item, theirs] if ranks.first else [[], item])
-    assert list(CompressedTensors().write_together(model, together, {}, Ranks(1, 2))) == []
-    assert sorted(together.iterdir()) == theirs
-    times = [p.stat().st_mtime_ns for p in theirs]
-    files = CompressedTensors().write_together(model, together, {}, Ranks(0, 2))
-    assert {p.name for p in files} >= {*shards, "model.safetensors.index.json", "config.json"}
-    assert [p.stat().st_mtime_ns for p in theirs] == times
+    met = threading.Barrier(2)
+    monkeypatch.setattr(Ranks, "barrier", lambda _: met.wait(60))
+    with ThreadPoolExecutor(2) as lanes:
+        found = lanes.map(
+            lambda rank: CompressedTensors().write_together(model, together, {}, Ranks(rank, 2)), range(2)
+        )
+        files, none = found
+    assert list(none) == []
+    assert {p.name for p in files} == {p.name for p in together.iterdir()} >= {*shards, "config.json"}
     assert all((together / s).read_bytes() == (tmp_path / s).read_bytes() for s in (*shards, "config.json"))
+
+
+def test_pieces_are_shared_by_their_bytes():
+    """In each process those that follow each other; none is left out, none written twice."""
+    sizes = [7, 1, 1, 90, 3, 0, 40, 40, 18]
+    pieces = {str(i): {str(i): TensorInfo((n,), torch.uint8)} for i, n in enumerate(sizes)}
+    for count in (1, 2, 3, 5):
+        found = [sorted(_shards.share(pieces, Ranks(rank, count)), key=int) for rank in range(count)]
+        assert [key for part in found for key in part] == list(pieces)
+        assert max(sum(sizes[int(key)] for key in part) for part in found) <= 200 / count + 90
+    assert [_shards.share(pieces, Ranks(rank, 2)) for rank in range(2)] == [{*"0123"}, {*"45678"}]
 
 
 @pytest.mark.parametrize(
