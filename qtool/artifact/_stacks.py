@@ -67,7 +67,5 @@ def split(located: dict[str, SafetensorsFile], stacks: Stacks, parts: Sequence[s
                     raise CheckpointError(what, wanted=f"{len(members)} matrices", found=list(whole.info.shape))
                 one = TensorInfo(whole.info.shape[1:], whole.info.dtype)
                 names = [f"{member}.{part}" for member in members]
-                file.entries |= {
-                    n: TensorPlace(one, whole.offset + i * one.nbytes, (name, i)) for i, n in enumerate(names)
-                }
+                file.entries |= {n: TensorPlace(one, whole.offset + i * one.nbytes) for i, n in enumerate(names)}
                 located |= dict.fromkeys(names, file)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qtool.errors import NumericsError
@@ -45,21 +46,30 @@ def fine(value: object) -> bool:
     return not isinstance(value, Tensor) or not value.is_floating_point() or all_finite(value)
 
 
-def finite_statistics(stats: InputStats, name: str) -> InputStats:
-    """Returns the statistics unchanged.
+def finite_statistics(several: Mapping[str, InputStats]) -> None:
+    """Makes sure that statistics can be used, with one look at a device for all of them that are there.
 
     Args:
-        stats: complete ones.
-        name: of a layer that reads the input.
+        several: complete ones, by the name of a layer that reads the input.
 
     Raises:
         NumericsError: some are infinite or NaN, since the input is, or is so large that its squares are.
     """
-    for statistic in stats if stats.tokens else ():
-        for tensor in statistic.state().values():
-            if not fine(tensor):
-                raise NumericsError(
-                    f"inputs of {name} are not finite, or too large to be summed up",
-                    found=(f"a {statistic.name()} of {float(tensor[~tensor.isfinite()][0])}"),
-                )
-    return stats
+    sums = defaultdict[torch.device, list[Tensor]](list)
+    found = [
+        (name, statistic, tensor)
+        for name, stats in several.items()
+        for statistic in (stats if stats.tokens else ())
+        for tensor in statistic.state().values()
+        if tensor.is_floating_point()
+    ]
+    for _, _, tensor in found:
+        sums[tensor.device].append(tensor.sum(dtype=torch.float32))
+    if all(bool(torch.stack(here).isfinite().all()) for here in sums.values()):
+        return
+    for name, statistic, tensor in found:
+        if not fine(tensor):  # whose sum may be infinite where no number is
+            raise NumericsError(
+                f"inputs of {name} are not finite, or too large to be summed up",
+                found=(f"a {statistic.name()} of {float(tensor[~tensor.isfinite()][0])}"),
+            )

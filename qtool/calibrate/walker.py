@@ -25,7 +25,7 @@ from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint
 from qtool.numerics.product import float32_product
 from qtool.numerics.threads.marks import marked
 from qtool.numerics.threads.parallel import side_by_side
-from qtool.stats._base import InputStats, Statistic
+from qtool.stats._base import InputStats, Statistic, combine
 
 TokenWeights = Mapping[str, Mapping[str, Tensor]]
 """How much each token counts, float32 [S, T, B], by `Module.reads` and the module that reads it."""
@@ -124,7 +124,9 @@ class Walker(Blocks):
         flow = InStep(run, parts, list(places), meter.count, threads, suspend, self.ranks)
 
         def complete(place: str) -> dict[str, InputStats]:
-            return {r: self.complete(meter.take(r), block, readers[r], hidden) for r in places[place].values()}
+            found = {r: meter.take(r) for r in places[place].values()}
+            self.complete({readers[r]: stats for r, stats in found.items()}, block, hidden)
+            return found
 
         layers = {r: self.linear(block, m) for r, m in readers.items()}
         unrounded = {r for r in readers if any(s.unrounded for s in needs[r])}
@@ -154,18 +156,19 @@ class Walker(Blocks):
         waiting = hidden.samples * hidden.length * (3 * hidden.width + inside) * self.dtype.itemsize
         return several, waiting <= waiting_limit(self.device, trains)
 
-    def complete(self, stats: InputStats, block: nn.Module, module: Module, hidden: Hidden) -> InputStats:
-        """The statistics of all processes.
+    def complete(self, several: Mapping[Module, InputStats], block: nn.Module, hidden: Hidden) -> None:
+        """Makes of statistics those of all processes; `several`: by a linear layer that reads the input.
 
         Raises:
             QtoolError: the block left tokens out, though only experts may be passed by.
             NumericsError: what was measured is not finite.
         """
-        if module.expert is None:
-            check_tokens(block, module.name, stats.tokens, hidden.samples * hidden.length)
+        for module, stats in several.items():
+            if module.expert is None:
+                check_tokens(block, module.name, stats.tokens, hidden.samples * hidden.length)
         with marked("exchange"):
-            stats.combine(self.ranks)
-        return finite_statistics(stats, f"{module.name} of {self.checkpoint.source}")
+            combine([*several.values()], self.ranks)
+        finite_statistics({f"{module.name} of {self.checkpoint.source}": s for module, s in several.items()})
 
     @torch.inference_mode()
     def advance(self, block: nn.Module, i: int, hidden: Hidden, layers: Mapping[str, Layer] | None = None) -> None:
@@ -198,7 +201,8 @@ class Walker(Blocks):
         for s in range(hidden.samples):
             stats.add(norm(hidden[s : s + 1].to(self.device)).flatten(0, -2))
         stats.combine(self.ranks)
-        return finite_statistics(stats, f"{self.family.head} of {self.checkpoint.source}")
+        finite_statistics({f"{self.family.head} of {self.checkpoint.source}": stats})
+        return stats
 
     @torch.inference_mode()
     def logits(self, hidden: Hidden, sample: int, start: int = 0) -> Tensor:

@@ -47,8 +47,6 @@ class TensorPlace:
 
     info: TensorInfo
     offset: int
-    within: tuple[str, int] | None = None
-    """Name of the stack of tensors [X, ...] that the file has it in, and its place there; None: it has its own name."""
 
 
 def header_bytes(file: BinaryIO, count: int, path: Path) -> bytes:

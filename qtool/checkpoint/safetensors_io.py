@@ -1,9 +1,9 @@
 """Safetensors files: read one tensor, or some of its rows, at a time; write one tensor at a time.
 
-The safetensors package reads. It maps files into memory, so its maps are given up as soon as a few megabytes were read
-through them: a process does not grow with the model. It writes from memory, all tensors at once; here they come one
-after the other, so the writer is ours. A header is believed only after every claim in it was checked, by the package,
-which says nothing of where bytes lie, and before it here.
+A header is believed only after every claim in it was checked, by the safetensors package, which says nothing of where
+bytes lie, and before it here. What is read is read, and not mapped as the package does it: a process does not grow with
+the model, and no other thread waits for a map that is made. The package writes from memory, all tensors at once; here
+they come one after the other, so the writer is ours.
 Format: https://github.com/huggingface/safetensors#format (u64 header length, JSON header, tensors without gaps).
 """
 
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qtool.checkpoint._base import TensorInfo
-from qtool.checkpoint.raw_bytes import Stretch, checked_stop, memory
+from qtool.checkpoint.raw_bytes import Stretch, checked_stop, memory, read_bytes
 from qtool.checkpoint.safetensors_header import (
     HEADER_LIMIT,
     NAMES,
@@ -30,9 +30,6 @@ from qtool.checkpoint.safetensors_header import (
     parsed_header,
 )
 from qtool.errors import CheckpointError, cannot_write, one_line, reading
-
-MAPPED = 1 << 23
-"""Bytes that are read before a map is given up. What was read through it counts as the process's memory until then."""
 
 
 class SafetensorsFile:
@@ -58,7 +55,7 @@ class SafetensorsFile:
         header = parsed_header(raw, path)
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         self.entries = checked_entries(header, 8 + length, size, path)
-        self._map, self._read = self._opened(), 0
+        self._check()
 
     def info(self, name: str) -> TensorInfo:
         """Shape and type. Raises CheckpointError: no such tensor."""
@@ -85,52 +82,20 @@ class SafetensorsFile:
         row_bytes = info.nbytes // max(info.shape[0], 1) if info.shape else info.nbytes
         rows = info.shape[0] if info.shape else 1
         stop = checked_stop(start, stop, rows, f"{self.path}: tensor {name!r}")
-        self._refuse_short(name, offset + start * row_bytes, offset + stop * row_bytes)
-        found = torch.empty((stop - start, *info.shape[1:]) if info.shape else (), dtype=info.dtype)
-        step = max(1, MAPPED // max(row_bytes, 1))
-        for first in range(start, stop if row_bytes else start, step):
-            last = min(first + step, stop)
-            mapped = self._mapped(name, first, last, index) if info.shape else self._mapped(name)
-            (found[first - start : last - start] if info.shape else found).copy_(mapped)
-            del mapped  # or the map could not go
-            self._read += (last - first) * row_bytes
-            if self._read >= MAPPED:
-                self._map, self._read = None, 0
-        return found
+        found = read_bytes(self.path, offset + start * row_bytes, (stop - start) * row_bytes, name)
+        return found.view(info.dtype).view((stop - start, *info.shape[1:]) if info.shape else ())
 
     def stretch(self, name: str) -> Stretch:
         """Where the bytes of a tensor lie. Raises CheckpointError: no such tensor."""
         return Stretch(self.path, self.entries[name].offset, self.info(name).nbytes, name)
 
-    def _mapped(self, name: str, start: int = 0, stop: int | None = None, index: int | None = None) -> Tensor:
-        """A tensor or rows of it, as they lie in the file; see `read`."""
-        opened = self._map
-        if opened is None:  # another thread that reads may give up its own
-            opened = self._map = self._opened()
-        if within := self.entries[name].within:
-            name, index = within
-        part = slice(start, stop) if index is None else (index, slice(start, stop))
-        try:
-            found: Tensor = opened.get_tensor(name) if stop is None else opened.get_slice(name)[part]
-        except (SafetensorError, ValueError) as error:  # as it has them where memory is short
-            raise CheckpointError(f"cannot read {name} of {self.path}: {one_line(error)}") from error
-        return found
-
-    def _opened(self) -> Any:
-        """The file as the package has it. Raises CheckpointError: it sees something wrong with it."""
+    def _check(self) -> None:
+        """Has the package look at the file. Raises CheckpointError: it sees something wrong with it."""
         try:
             with reading(self.path):
-                return safe_open(self.path, framework="pt")
+                safe_open(self.path, framework="pt")
         except SafetensorError as error:
             raise CheckpointError(f"{self.path} is no safetensors file: {one_line(error)}") from error
-
-    def _refuse_short(self, name: str, start: int, stop: int) -> None:
-        """Raises CheckpointError: bytes from start to stop are no longer there, and a map of them would be fatal."""
-        with reading(self.path):
-            size = self.path.stat().st_size
-        if size < stop:
-            found = max(0, size - start)
-            raise CheckpointError(f"{self.path} ends inside {name!r}", wanted=f"{stop - start} bytes", found=found)
 
 
 def header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None) -> tuple[bytes, dict[str, int]]:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, repeat
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from qtool.formats._base import Quantized
 from qtool.numerics.threads.marks import marked
-from qtool.numerics.threads.ranks import Ranks
+from qtool.numerics.threads.ranks import Ranks, packed, unpacked
 from qtool.pipeline.entries import Sums, solved_entry
 from qtool.plan import LayerPlan
 from qtool.report.model import LayerEntry
 from qtool.residuals._base import Correction, Matrix
 from qtool.stats._base import InputStats
 
-FEW_CODES = 1 << 22
-"""Codes up to which asking for pages that cannot move takes longer than they save."""
+FEW_BYTES = 1 << 22
+"""Bytes up to which asking for pages that cannot move takes longer than they save."""
+
+
+AT_ONCE = 1 << 24
+"""Numbers that are decoded at a time, of several small matrices."""
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,8 @@ def exchanged(found: Mapping[str, Found], ranks: Ranks, device: torch.device) ->
     """
     if ranks.size == 1:
         return {name: [rows] for name, rows in found.items()}
-    bare = {name: rows.filled(iter([torch.empty(0)] * len(rows.tensors()))) for name, rows in found.items()}
+    nothing = repeat(cast(Tensor, None))  # which is handed over in less time than a tensor without numbers
+    bare = {name: rows.filled(nothing) for name, rows in found.items()}
     everything: dict[str, list[Found]] = {}
     for there, tensors in ranks.gather_tensors(bare, [t for rows in found.values() for t in rows.tensors()], device):
         arrived = iter(tensors)
@@ -115,8 +123,7 @@ def assembled(plan: LayerPlan, stats: InputStats | None, parts: Sequence[Found])
         stats: of its input; None without data.
         parts: all of its rows, in order.
     """
-    with marked("codes copied"):
-        quantized = together([part.quantized for part in parts])
+    quantized = together([part.quantized for part in parts])
     corrections = tuple(
         Correction(c.residual, {name: t.cpu() for name, t in c.tensors.items()}) for c in parts[0].corrections
     )
@@ -127,15 +134,49 @@ def assembled(plan: LayerPlan, stats: InputStats | None, parts: Sequence[Found])
 
 
 def together(parts: Sequence[Quantized]) -> Quantized:
-    """Rows that follow each other, in memory; where a device copies to and from, in pages that cannot move."""
+    """Rows that follow each other, on the device where they are."""
     first = parts[0]
-    if len(parts) == 1 and first.codes.device.type == "cpu":
+    if len(parts) == 1:
         return first
-    shape = (sum(len(part.codes) for part in parts), first.codes.shape[1])
-    pinned = first.codes.is_cuda and math.prod(shape) > FEW_CODES
-    codes, start = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned), 0
-    for part in parts:
-        codes[start : start + len(part.codes)] = part.codes
-        start += len(part.codes)
-    params = {name: torch.cat([part.params[name] for part in parts]).cpu() for name in first.params}
-    return Quantized(codes, params, first.format)
+    params = {name: torch.cat([part.params[name] for part in parts]) for name in first.params}
+    return Quantized(torch.cat([part.codes for part in parts]), params, first.format)
+
+
+def decoded(matrices: Mapping[Key, Matrix]) -> Iterator[tuple[Key, Tensor]]:
+    """What matrices say, float32 [N, K], by the same keys; small ones that go by rows are decoded several at a time."""
+    alike = defaultdict[object, list[Key]](list)
+    for key, matrix in matrices.items():
+        q = matrix.quantized
+        rows = q.format.by_rows and all(p.shape[:1] == q.codes.shape[:1] for p in q.params.values())
+        alone = matrix.residuals or not rows
+        alike[key if alone else (q.format, q.codes.shape[1], *q.params)].append(key)
+    for keys in alike.values():
+        step = max(1, AT_ONCE // max(matrices[key].quantized.codes.numel() for key in keys))
+        for some in (keys[a : a + step] for a in range(0, len(keys), step)):
+            if len(some) == 1:
+                yield some[0], matrices[some[0]].decode()
+            else:
+                parts = [matrices[key].quantized for key in some]
+                w = torch.split(together(parts).decode(), [len(q.codes) for q in parts])
+                yield from zip(some, w, strict=True)
+
+
+def in_memory(matrices: Mapping[str, Matrix]) -> dict[str, Matrix]:
+    """The same matrices, by name; what is on a device goes over in one piece, into pages that cannot move if large."""
+    found = {m: matrix.quantized for m, matrix in matrices.items()}
+    far = [t for q in found.values() for t in (q.codes, *q.params.values()) if t.device.type != "cpu"]
+    if not far:
+        return dict(matrices)
+    with marked("codes copied"):
+        data = packed(far, far[0].device)
+        there = torch.empty(data.shape, dtype=data.dtype, pin_memory=data.is_cuda and len(data) > FEW_BYTES)
+        there.copy_(data)
+    arrived = iter(unpacked(there, [(t.dtype, tuple(t.shape)) for t in far]))
+
+    def near(tensor: Tensor) -> Tensor:
+        return tensor if tensor.device.type == "cpu" else next(arrived)
+
+    return {
+        m: replace(matrices[m], quantized=Quantized(near(q.codes), {n: near(p) for n, p in q.params.items()}, q.format))
+        for m, q in found.items()
+    }

@@ -85,6 +85,7 @@ class UnitSolver:
         self.blocks: list[BlockEntry] = []
         self.stats: dict[str, InputStats | None] = {}
         """Of modules that are solved once more."""
+        self.blockwise = frozenset(p.module.name for p in unit.blockwise)
 
     def solve(self, inputs: Sequence[Input], weights: Mapping[str, Tensor] | None = None) -> Solved:
         """See `Solver.solve`."""
@@ -155,7 +156,7 @@ class UnitSolver:
         self.matrices[name], entry = assembled(usable, view, parts)
         measured = enough or stats is None
         self.entries[name] = entry if measured else entry.model_copy(update={"tokens": stats and stats.tokens})
-        if plan in self.unit.blockwise and enough and entry.method != TAKEN_OVER:
+        if name in self.blockwise and enough and entry.method != TAKEN_OVER:
             self.stats[name] = stats
 
     def found(self, names: Iterator[str]) -> Solved:

@@ -20,6 +20,7 @@ from qtool.methods._base import BlockTask
 from qtool.numerics.threads.marks import marked
 from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline.events import Event, Listener, remarks
+from qtool.pipeline.found import decoded
 from qtool.pipeline.module_weights import ModulesAhead, modules_ahead
 from qtool.pipeline.prepare import Job
 from qtool.pipeline.solver import Solved, Solver
@@ -174,12 +175,12 @@ class Walked(Statistics):
 
     def put(self, block: nn.Module, layers: dict[str, Layer], unit: Unit, solved: Solved) -> None:
         """Puts what was solved into the block, if its successors are to see that."""
-        for p in (p for p in unit.quantized if p.module.name in solved):
-            matrix, layers[p.module.name] = solved[p.module.name]
-            if self.quantized:
-                with marked("codes put into the block"):
-                    here = matrix.to(self.walker.device)
-                    self.walker.set_weight(block, p.module, here.decode(), here.residuals)
+        layers |= {name: layer for name, (_, layer) in solved.items()}
+        mine = [p.module for p in unit.quantized if self.quantized and p.module.name in solved]
+        with marked("codes put into the block"):
+            here = {module: solved[module.name][0].to(self.walker.device) for module in mine}
+            for module, w in decoded(here):
+                self.walker.set_weight(block, module, w, here[module].residuals)
 
     def solve_block(self, block: nn.Module, layers: dict[str, Layer], unit: Unit, solver: Solver) -> None:
         """Has the block solved as a whole, and lets hidden states go on behind what was found."""

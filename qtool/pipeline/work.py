@@ -21,6 +21,7 @@ from qtool.methods._base import BlockTask
 from qtool.numerics.threads.processor import processor
 from qtool.numerics.threads.ranks import Ranks
 from qtool.pipeline.events import Event, Listener
+from qtool.pipeline.found import in_memory
 from qtool.pipeline.prepare import Job
 from qtool.pipeline.solver import Input, Solved, UnitSolver
 from qtool.pipeline.units import Unit, cache_format
@@ -84,6 +85,7 @@ class Work:
     def store(self, unit: Unit, solver: UnitSolver, record: Record, cache: CacheScales | None = None) -> StoredBlock:
         """Writes a unit that is finished when the first process has entered it."""
         content = record.model_dump(mode="json")
+        solver.matrices = in_memory(solver.matrices)  # which frees the device's memory before they are packed
         layers, taken = solver.layers, solver.taken
         return self.writer.write_block(unit.name, solver.matrices, content, layers=layers, cache=cache, taken=taken)
 

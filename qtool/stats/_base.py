@@ -11,7 +11,7 @@ Shape letters, here and in every statistic: T tokens, K input features, N output
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -220,15 +220,20 @@ class InputStats:
 
     def combine(self, ranks: Ranks) -> None:
         """Adds what other processes measured on their tokens; afterwards all of them have the same."""
-        if ranks.size == 1:
-            return
-        tokens = sum(ranks.gather(self.tokens))
-        for statistic in self._found.values():
+        combine((self,), ranks)
+
+
+def combine(several: Sequence[InputStats], ranks: Ranks) -> None:
+    """`InputStats.combine` of several inputs, about whose tokens processes tell each other at once."""
+    if ranks.size == 1 or not several:
+        return
+    counts = [sum(each) for each in zip(*ranks.gather([stats.tokens for stats in several]), strict=True)]
+    for stats in several:
+        for statistic in stats:
             statistic.combine(ranks)
-        for groups in self.weighted.values():
-            for stats in groups:
-                stats.combine(ranks)
-        self.tokens = tokens
+    combine([each for stats in several for groups in stats.weighted.values() for each in groups], ranks)
+    for stats, count in zip(several, counts, strict=True):
+        stats.tokens = count
 
 
 def in_order(needs: frozenset[type[Statistic]]) -> list[type[Statistic]]:

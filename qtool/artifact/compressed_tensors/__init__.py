@@ -20,7 +20,7 @@ Layout: https://github.com/vllm-project/compressed-tensors
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -42,6 +42,7 @@ from qtool.artifact.compressed_tensors._kinds import Compressor
 from qtool.artifact.compressed_tensors._reader import CompressedCheckpoint
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
 from qtool.formats._base import Quantized
+from qtool.numerics.threads.ranks import Ranks
 from qtool.ops._base import InputOp
 from qtool.recipe.cache import KVCache
 from qtool.residuals._base import Residual
@@ -133,9 +134,12 @@ class CompressedTensors(PackedArtifact):
         found = super().footprint(model, card)
         return replace(found, overhead=found.overhead + _adapter.overhead(model))
 
-    def _write(self, model: QuantizedCheckpoint, out: Path, written: Collection[Path]) -> list[Path]:
-        """See `PackedArtifact._write`."""
-        return [*super()._write(model, out, written), *_adapter.write(model, out)]
+    def write_together(
+        self, model: QuantizedCheckpoint, out: Path, card: dict[str, Any], ranks: Ranks
+    ) -> Sequence[Path]:
+        """See `Artifact.write_together`."""
+        files = super().write_together(model, out, card, ranks)
+        return [*files, *_adapter.write(model, out)] if ranks.first else ()
 
     def open(self, path: Path) -> CompressedCheckpoint:
         """See `Artifact.open`."""

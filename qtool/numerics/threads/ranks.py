@@ -104,18 +104,11 @@ class Ranks:
         if self.size == 1:
             return [(item, list(tensors))]
         headers = self.gather((item, [(t.dtype, tuple(t.shape)) for t in tensors]))
-        places = [layout(likes) for _, likes in headers]
-        mine = torch.zeros(max(end for _, end in places), dtype=torch.uint8, device=device)
-        for start, t in zip(places[self.rank][0], tensors, strict=True):
-            flat = t.detach().contiguous().view(-1).view(torch.uint8)
-            mine[start : start + len(flat)] = flat
+        mine = packed(tensors, device, max(layout(likes)[1] for _, likes in headers))
         found = [torch.empty_like(mine) for _ in range(self.size)]
         with self._reached():
             dist.all_gather(found, mine)
-        return [
-            (item, [view_at(data, start, *like) for start, like in zip(starts, likes, strict=True)])
-            for data, (item, likes), (starts, _) in zip(found, headers, places, strict=True)
-        ]
+        return [(item, unpacked(data, likes)) for data, (item, likes) in zip(found, headers, strict=True)]
 
     def ended(self) -> bool:
         """Tells the others that this process ends with an error; True if it is the one to say why."""
@@ -166,7 +159,25 @@ def join(rank: int, size: int) -> Ranks:
     return ranks
 
 
-def layout(likes: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> tuple[list[int], int]:
+Like = tuple[torch.dtype, tuple[int, ...]]
+"""Type and shape of a tensor."""
+
+
+def packed(tensors: Sequence[Tensor], device: torch.device, length: int = 0) -> Tensor:
+    """Tensors of any types and shapes as one row of bytes, uint8 [at least `length`], on a device."""
+    flat = [t.detach().contiguous().view(-1).view(torch.uint8).to(device) for t in tensors]
+    room = torch.zeros(ALIGNED, dtype=torch.uint8, device=device)
+    parts = [part for t in flat for part in (t, room[: -len(t) % ALIGNED]) if len(part)]
+    rest = max(0, length - sum(map(len, parts)))
+    return torch.cat([*parts, torch.zeros(rest, dtype=torch.uint8, device=device)])
+
+
+def unpacked(data: Tensor, likes: Sequence[Like]) -> list[Tensor]:
+    """The tensors of a row of bytes, which they share: those that were `packed`, of these types and shapes."""
+    return [view_at(data, start, *like) for start, like in zip(layout(likes)[0], likes, strict=True)]
+
+
+def layout(likes: Sequence[Like]) -> tuple[list[int], int]:
     """(where tensors of these types and shapes begin in a row of bytes, where the row ends)."""
     starts, end = [], 0
     for dtype, shape in likes:
