@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -257,6 +258,9 @@ def demo(work: Path, device: str) -> Demo:
 
 
 def outcome(one: Cell, work: Path, device: str) -> Measured:
-    """Measures a cell in a process that is one of several, unless another program did meanwhile."""
+    """Measures a cell in a process that is one of several, unless another program did; tells when it begins."""
     found = known()
-    return found[one.key] if one.among(found) else demo(work, device)(one)
+    if one.among(found):
+        return found[one.key]
+    print(f"begins   {one.key}", file=sys.stderr, flush=True)
+    return demo(work, device)(one)

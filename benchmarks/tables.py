@@ -112,6 +112,7 @@ def calibrations() -> Table:
 
 def low_bits() -> Table:
     """Methods at 2, 3 and 4 bits, groups of 64: https://arxiv.org/abs/2404.14047."""
+    few = "scales: true, steps: 70, batch: 4"
     methods = {
         "RTN": ("int{}-g64", "method=rtn"),
         "RTN behind smoothing": ("int{}-g64", "method=rtn", "transforms=[smooth]"),
@@ -119,8 +120,8 @@ def low_bits() -> Table:
         "GPTQ": ("int{}-g64", "method=gptq"),
         "GPTQ behind AWQ": ("int{}-g64", "method=gptq", "transforms=[awq]"),
         "GPTQ behind a rotation": ("int{}-g64", "method=gptq", "transforms=[rotate]"),
-        "SignRound": ("int{}-g64", "method={learned: {start: {rtn: {importance: true}}, scales: true}}"),
-        "learned from GPTQ": ("int{}-g64", "method={learned: {scales: true}}"),
+        "SignRound, 70 steps": ("int{}-g64", f"method={{learned: {{start: {{rtn: {{importance: true}}}}, {few}}}}}"),
+        "learned from GPTQ, 70 steps": ("int{}-g64", f"method={{learned: {{{few}}}}}"),
         "RTN, offsets": ("biased{}-g64", "method=rtn"),
         "HQQ, offsets": ("biased{}-g64", "method=hqq"),
         "GPTQ, offsets": ("biased{}-g64", "method={gptq: {rounds: 0}}"),

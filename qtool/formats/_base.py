@@ -159,8 +159,8 @@ class Format(Scheduled, RunTime):
         only for vectors.
         """
         scale, offset = self.affine(params)
-        levels = self.levels().to(w.device)
-        lowest, highest = float(levels[0]), float(levels[-1])
+        levels = self.levels()
+        lowest, highest = float(levels[0]), float(levels[-1])  # of numbers that are here: a device would be waited for
         uniform = highest - lowest == len(levels) - 1
         if uniform and w.device.type in ("cpu", "cuda"):
             return round_to_levels(w, scale, offset, lowest, highest)
@@ -168,6 +168,7 @@ class Format(Scheduled, RunTime):
         x = torch.where(scale == 0, 0.0, (w - offset) / torch.where(scale == 0, 1.0, scale))
         if uniform:
             return (x.round().clamp(lowest, highest) - lowest).to(torch.uint8)
+        levels = levels_on(self, w.device)
         return torch.bucketize(x, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:

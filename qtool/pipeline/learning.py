@@ -26,6 +26,7 @@ from qtool.methods._base import split
 from qtool.methods._following import round_following
 from qtool.methods._optimizers import optimizer
 from qtool.methods.learned import relative_error
+from qtool.numerics.checks import checked_later
 from qtool.ops._base import InputOp
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.prepare import Job
@@ -116,7 +117,9 @@ class Learning:
                 if last:
                     break
                 part = seen[torch.randperm(len(seen), generator=generator)[: transform.batch]]
-                loss = block.error([place.edit(progress) for place in places], part)
+                edits = [place.edit(progress) for place in places]
+                with checked_later():  # states that may be kept are
+                    loss = block.error(edits, part)
             except ValueError:  # steps were so long that an operation has no inverse any more
                 break
             loss.backward()  # type: ignore[no-untyped-call]
@@ -182,15 +185,21 @@ class BlockRun:
         names = [prefix + name for name in model.family.block_shapes(model.config, i)]
         self.held = Held(model, {name: model.tensor(name).to(walker.device) for name in names})
 
-    def changed(self, edits: Sequence[Edit]) -> tuple[dict[str, Tensor], dict[str, Callable[[Tensor], Tensor]]]:
-        """(tensors that edits and rounding make others, by name; what linear layers read, by module)."""
+    def changed(
+        self, edits: Sequence[Edit], compared: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Callable[[Tensor], Tensor]]]:
+        """(tensors that edits and rounding make others, by name; what linear layers read, by module).
+
+        With `compared`, scales are those of an artifact; else what a search alone finds, as on the way of a walk.
+        """
         model = Rewritten(self.held, edits, dtype=torch.float32)
         tensors, inputs = dict[str, Tensor](), dict[str, Callable[[Tensor], Tensor]]()
         for name, stored in self.held.tensors.items():
             plan = self.plans.get(name.removesuffix(".weight"))
             tensor = model.tensor(name)
             if plan and plan.format and name.endswith(".weight"):
-                tensor = round_following(tensor.float().contiguous(), plan.format)
+                fmt = plan.format if compared else plan.format.on_the_way()
+                tensor = round_following(tensor.float().contiguous(), fmt)
             if tensor is not stored:
                 tensors[name] = tensor
         for name, plan in self.plans.items():
@@ -202,12 +211,12 @@ class BlockRun:
 
     def error(self, edits: Sequence[Edit], part: Tensor) -> Tensor:
         """Error of the output for some samples, relative to tokens' energies, with gradients by what edits hold."""
-        return self.apart(*self.changed(edits), part)
+        return self.apart(*self.changed(edits, compared=False), part)
 
     @torch.no_grad()
     def held_out(self, edits: Sequence[Edit], part: Tensor) -> float:
         """The same of samples one after the other."""
-        changed = self.changed(edits)
+        changed = self.changed(edits, compared=True)
         return float(torch.stack([self.apart(*changed, s[None]) for s in part]).double().mean())
 
     def apart(

@@ -16,6 +16,7 @@ from qtool.calibrate.walker import Walker
 from qtool.checkpoint.edits import Edit, digest
 from qtool.checkpoint.rewritten import Rewritten
 from qtool.errors import CheckpointError, RecipeError
+from qtool.formats import int as int_format
 from qtool.methods._base import split
 from qtool.models import open_artifact
 from qtool.ops.kronecker import Kronecker
@@ -170,6 +171,20 @@ def test_every_family_computes_the_same_behind_it(
     other = Rewritten(job.original, edits, dtype=torch.float64)
     x = states(exact, tokens, 1)[0]
     torch.testing.assert_close(through(other, 0, x), through(exact, 0, x), rtol=1e-4, atol=1e-4)
+
+
+def test_searches_are_compared_with_other_choices_where_a_state_is_judged_and_not_step_by_step(
+    uneven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared, right = list[Tensor](), int_format.better_of
+
+    def counted(fmt: Any, w: Tensor, *rest: Any) -> Any:
+        compared.append(w)
+        return right(fmt, w, *rest)
+
+    monkeypatch.setattr(int_format, "better_of", counted)
+    made(uneven, recipe(tmp_path, [{"learned": {"steps": 24}}]))
+    assert len(compared) == 2 * 7 * 10  # matrices of two blocks, before training, at its eight checks and behind it
 
 
 def test_nothing_is_done_where_training_makes_it_worse(uneven: Path, tmp_path: Path) -> None:
