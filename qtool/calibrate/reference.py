@@ -62,6 +62,10 @@ class Reference:
         if keep and self.apart:
             self.outputs = self.hidden.like()
 
+    def compares(self, part: slice) -> bool:
+        """Whether anything is looked at in some samples; else no more than the block's output is wanted of them."""
+        return bool(self.readers) and part.start < self.compared
+
     def run(self, part: slice) -> tuple[dict[str, Tensor], Tensor | None]:
         """What `compute` finds, once per block where hidden states stay on a device."""
         if part.start in self.found:

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from qtool.formats._base import Params, Quantized
 from qtool.methods._relaxed import Relaxed
-from qtool.methods._soft import MARGIN, places, relative, stored
+from qtool.methods._soft import MARGIN, places, relative, steps_of, stored
 
 STRETCH = 1.2
 """Width of the sigmoid, which is cut off at 0 and 1, so that both are reached."""
@@ -36,8 +36,9 @@ class TwoLevels(Relaxed):
     """Weights are mixtures of two neighbouring levels: the first code's, and the one on the other side of the weight.
 
     Attributes:
-        below: the lower one's code, int64 [N, K].
+        below: the lower one's code, uint8 [N, K].
         inside: where the first mixture is between them, float32 [N, K]; more than 1/2: the upper one is the code.
+            What is trained may take its memory.
     """
 
     repeats = False
@@ -46,13 +47,19 @@ class TwoLevels(Relaxed):
         super().__init__(w, start, scales, generator)
         self.levels, code = self.fmt.levels().to(w.device), start.codes.long()
         y, _ = places(w, start)
-        self.below = torch.where(y >= code, code, code - 1).clamp_(0, len(self.levels) - 2)
-        inside = (y - self.below).clamp(MARGIN, 1 - MARGIN)
-        up = code > self.below
+        below = torch.where(y >= code, code, code - 1).clamp_(0, len(self.levels) - 2)
+        inside, up = (y - below).clamp(MARGIN, 1 - MARGIN), code > below
         self.inside = torch.where(up, inside.clamp_min(0.5 + MARGIN), inside.clamp_max(0.5 - MARGIN))
-        self.low, self.step = self.levels[self.below], self.levels.diff()[self.below]
+        self.below, (_, uniform, _, step) = below.to(torch.uint8), steps_of(self.fmt, w.device)
+        self.step: Tensor | float = 1.0 if uniform and step == 1 else self.levels.diff()[below]
+        self.kept = None if w.is_cuda else self.levels[below]
         self.zero = relative(self.first[1], self.first[0], 0.0)
         self.centered = self.shift is None and not bool(self.zero.any())
+
+    @property
+    def low(self) -> Tensor:
+        """The lower level, float32 [N, K]; a device looks it up each time, which takes less than its room is worth."""
+        return self.levels[self.below.int()] if self.kept is None else self.kept
 
     @abstractmethod
     def share(self, progress: float) -> Tensor:
@@ -72,8 +79,9 @@ class TwoLevels(Relaxed):
             offset = straight(offset, self.first[1] + self.first[0] * self.shift)
         elif self.factor is not None:  # a fixed multiple of the scale
             offset = scale * self.zero
-        mixed = torch.addcmul(self.low, self.share(progress), self.step).view(len(self.w), scale.shape[1], -1)
-        value = mixed * scale[..., None]
+        low, share = self.low, self.share(progress)
+        mixed = low + share if isinstance(self.step, float) else torch.addcmul(low, share, self.step)
+        value = mixed.view(len(self.w), scale.shape[1], -1) * scale[..., None]
         if self.centered:
             return value.view(self.w.shape)
         return (value + offset[..., None]).view(self.w.shape)
@@ -124,7 +132,7 @@ class Gumbel(TwoLevels):
 
     def __init__(self, w: Tensor, start: Quantized, scales: bool, generator: torch.Generator) -> None:
         super().__init__(w, start, scales, generator)
-        self.v = self.inside.clone().requires_grad_()
+        self.v = self.inside.requires_grad_()
 
     def rounding(self) -> Iterator[Tensor]:
         """See `Relaxed.rounding`."""
