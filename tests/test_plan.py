@@ -397,6 +397,11 @@ class TestRules:
             "without activations:",
         ]
 
+    def test_an_embedding_that_is_the_output_layer_reads_what_that_reads(self):
+        rule = {"match": "role:embedding", "weights": "int8-channel", "method": "gptq"}
+        (embedding, *_) = plan(rule, REST, model=TIED).layers
+        assert (embedding.method.name(), embedding.module.reads) == ("gptq", "head_in")
+
     def test_mistakes_come_all_at_once_with_their_lines(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         text = 'recipe: 1\nname: x\nlayers:\n  - {match: "*.q_prj", keep: true}\n'

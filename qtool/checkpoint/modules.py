@@ -41,7 +41,8 @@ def own_modules(checkpoint: Checkpoint) -> Iterator[Module]:
     others = () if family.head == OUTPUT else (OUTPUT,)
     aliases = (family.head, *others) if checkpoint.tied else ()
     shape = _matrix(checkpoint, family.embedding)
-    yield Module(family.embedding, aliases, "embedding", "embedding", None, "tokens", None, shape)
+    reads = "head_in" if checkpoint.tied else "tokens"
+    yield Module(family.embedding, aliases, "embedding", "embedding", None, reads, None, shape)
     for i in range(family.blocks(config)):
         prefix = family.block_prefix.format(i=i)
         for linear in family.block_linears(config, i):

@@ -153,7 +153,9 @@ class Attempt:
         for i in range(self.count):
             stats = walker.collect(walker.load_block(i), i, hidden, needs)
             self.note(importance, statics, [plans[m.name] for m in walker.modules[i] if m.name in plans], stats)
-        if head := plans.get(job.original.family.head):
+        original = job.original
+        head = plans.get(original.family.embedding if original.tied else original.family.head)
+        if head and head.needs:
             self.note(importance, statics, [head], {head.module.reads: walker.collect_head(hidden, needs)})
         return importance, statics
 

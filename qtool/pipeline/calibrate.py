@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -95,7 +95,7 @@ def run(options: CalibrateOptions, listener: Listener = silent) -> Measured:
     walker = Walker(job.original, job.device, job.dtype, calibration.experts == "all", ranks)
     mine = tokens[ranks.share(len(tokens))]
     weights = token_weights(walker, mine, calibration, groups_in(job, out), listener)
-    found = measure(walker, walker.embed(mine), needs, weights, listener)
+    found = measure(walker, walker.embed(mine), needs, weights, listener, outside(job))
     if not ranks.first:
         deque(found, maxlen=0)
         return ranks.broadcast(Measured(0, 0, 0))
@@ -163,7 +163,8 @@ def kept(job: Job, out: Path, listener: Listener) -> frozenset[type[Statistic]]:
         wanted = frozenset({k for k in wanted if not k.sequential})
     if out.suffix == ".gguf" or not (wanted or job.plan.recipe.calibration.token_weights):
         return CHANNELS
-    widths = {m.reads: m.shape[1] for m in modules(job.original) if m.kind != "embedding"}
+    asked = outside(job)
+    widths = {m.reads: m.shape[1] for m in modules(job.original) if m.block is not None or m.reads in asked}
     groups: dict[str, dict[str, int]] = {reads: {} for reads in widths}
     for module, count in groups_in(job, out).items():
         groups[module.reads][module.name] = count
@@ -199,22 +200,28 @@ def groups_in(job: Job, out: Path) -> dict[Module, int]:
     return {m: 1 if single or m.name not in plans else groups_of(plans[m.name], asked.groups) for m in found}
 
 
+def outside(job: Job) -> frozenset[str]:
+    """What is read behind the blocks: by an output layer, and by an embedding that is one if the recipe asks for it."""
+    asked = {p.module.name for p in job.plan.layers if p.needs}
+    return frozenset(
+        {m.reads for m in modules(job.original) if m.role == "head" or (m.block is None and m.name in asked)}
+    )
+
+
 def measure(
     walker: Walker,
     hidden: Hidden,
     needs: frozenset[type[Statistic]],
     weights: Weights | None,
     listener: Listener,
+    heads: Collection[str],
 ) -> Iterator[tuple[str, dict[str, InputStats]]]:
-    """Statistics of every input, block by block ("block-0", ...), and last of the output layer ("head").
-
-    The output layer has some of its own if it is a matrix of its own.
-    """
+    """Statistics of every input, block by block ("block-0", ...), and last of `heads`, see `outside` ("head")."""
     blocks = len(walker.blocks)
     listener(Event("calibrate", 0, blocks))
     for i in range(blocks):
         by_input = weights.modules if weights else None
         yield f"block-{i}", walker.collect(walker.load_block(i), i, hidden, needs, by_input)
         listener(Event("calibrate", i + 1, blocks, f"block {i}"))
-    if heads := [m.reads for m in modules(walker.checkpoint) if m.role == "head"]:
+    if heads:
         yield "head", {reads: walker.collect_head(hidden, needs) for reads in heads}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,12 +11,25 @@ import torch
 from qtool.checkpoint._base import Checkpoint, Module
 from qtool.checkpoint.modules import modules
 from qtool.errors import CheckpointError
-from qtool.recipe.schema import Calibration
+from qtool.recipe.load import load_recipe
+from qtool.recipe.schema import Calibration, Recipe
 from qtool.stats._base import InputStats
 from qtool.stats.channels import Channels
 from qtool.store.imatrix import ImportanceEntry, ImportanceMatrix, read_imatrix, write_imatrix
 
 CHANNELS = frozenset({Channels})
+BY_IMPORTANCE = "method={rtn: {importance: true}}"
+"""What `--imatrix` sets; a `--set method=...` of the user's own comes later and wins."""
+
+
+def by_importance(recipe: str | Recipe, overrides: Sequence[str]) -> Recipe:
+    """A recipe for a run with an importance matrix. Rules' methods that measure more go back to the recipe's own."""
+    source = recipe.model_dump(mode="json", exclude_none=True) if isinstance(recipe, Recipe) else recipe
+    parsed = load_recipe(source, (BY_IMPORTANCE, *overrides))
+    rules = [
+        r.model_copy(update={"method": None}) if r.method and r.method.needs - CHANNELS else r for r in parsed.layers
+    ]
+    return parsed.model_copy(update={"layers": tuple(rules)})
 
 
 def write_importance(

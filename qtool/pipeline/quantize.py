@@ -22,6 +22,7 @@ from qtool.pipeline.content import content_beside, refuse_changed
 from qtool.pipeline.contest import Dividing, decided
 from qtool.pipeline.events import Event, Listener, silent
 from qtool.pipeline.finish import finish
+from qtool.pipeline.importance import by_importance
 from qtool.pipeline.loop import solve_all
 from qtool.pipeline.one_file import SUFFIX, check_one_file, folder_of, name_file
 from qtool.pipeline.prepare import Job, prepare
@@ -42,8 +43,6 @@ from qtool.store.files import check_file, check_free, damaged_file, new_folder
 from qtool.store.names import output_path
 
 NOT_PROFILED = "--profile: an earlier run solved everything, so no trace was written"
-BY_IMPORTANCE = "method={rtn: {importance: true}}"
-"""What `--imatrix` sets; a `--set method=...` of the user's own comes later and wins."""
 
 
 @dataclass(frozen=True)
@@ -169,9 +168,9 @@ def prepared(o: QuantizeOptions, file: Path | None) -> Job:
         o: what was asked.
         file: name that the result's file will get.
     """
-    overrides = (BY_IMPORTANCE, *o.overrides) if o.imatrix else o.overrides
+    recipe, overrides = (by_importance(o.recipe, o.overrides), ()) if o.imatrix else (o.recipe, o.overrides)
     place = o.device, o.dtype, o.options, o.ranks, o.limit_of, o.tensor_types
-    job = replace(prepare(o.model, o.recipe, overrides, o.seed, o.limit, *place), shared=o.shared)
+    job = replace(prepare(o.model, recipe, overrides, o.seed, o.limit, *place), shared=o.shared)
     evaluate.check(job.plan.recipe.eval)
     refuse_together(job)
     if file and o.ranks.first:

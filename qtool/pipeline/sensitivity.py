@@ -114,7 +114,8 @@ class Pricing:
         """Prices the token embedding or the output layer."""
         embeds = module.kind == "embedding"
         heads = not embeds or self.job.checkpoint.tied
-        read = None if embeds else self.measure(module.name, module.reads, slopes.head.inputs())
+        asked = not embeds or any(p.weight_needs for p in self.options[module.name].values())
+        read = self.measure(module.name, module.reads, slopes.head.inputs()) if asked else None
         sample, w = self.sampled(module, self.matter(slopes, embeds, heads))
         head = slopes.head.seen(sample.rows) if heads else None
         self.price(module.name, partial(self.outer, head=head, slopes=slopes, stats=read, sample=sample, w=w))

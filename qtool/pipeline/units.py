@@ -87,7 +87,11 @@ def cache_format(plan: Plan) -> KVCache | None:
 
 
 def steps(plan: Plan) -> list[Unit]:
-    """The units that a run goes through: those with something to quantize, and blocks that inputs flow through."""
+    """The units that a run goes through: those with something to quantize, and blocks that inputs flow through.
+
+    A token embedding whose method measures what it reads as the output layer comes behind all blocks.
+    """
     found = [unit for unit in units(plan) if unit.quantized or unit.block is not None]
+    found.sort(key=lambda unit: any(p.module.kind == "embedding" and p.needs for p in unit.layers))
     last = max((i for i, unit in enumerate(found) if unit.quantized or unit.cache), default=-1)
     return found[: last + 1]

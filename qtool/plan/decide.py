@@ -85,7 +85,8 @@ def blind(module: Module, method: Method, rule: Rule) -> Iterator[str]:
     why = {"embedding": "an embedding only looks rows up", BESIDE: "which nobody does beside the model"}
     if module.kind not in why:
         return
-    if method.needs or method.first != method:
+    as_head = module.kind == "embedding" and module.aliases  # whose inputs are those of the output layer
+    if (method.needs and not as_head) or method.first != method:
         yield f"{method.name()} measures inputs, {why[module.kind]}; give it a rule with method: rtn"
     if any(residual.needs for residual in rule.residuals):
         yield f"these residuals measure inputs, {why[module.kind]}; give it a rule without them"
