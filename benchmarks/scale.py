@@ -4,7 +4,8 @@
     python -m benchmarks.scale --work /tmp/scale --processes 2 --only dense,eval
 
 Models are synthetic, as in `benchmarks.gpu`. Each row names its command; times are those of the whole command, imports
-and kernels compiled by the first of them included, and of its stages. docs/scale.md says what may differ between runs.
+included, and of its stages. Kernels and Python's modules are compiled before, by a command that quantizes one block;
+evaluation compiles its own. docs/scale.md says what may differ between runs.
 """
 
 from __future__ import annotations
@@ -51,23 +52,27 @@ class Memory:
 
 
 def launched(processes: int, *arguments: str) -> list[str]:
-    """The command for so many processes."""
+    """The command for so many processes, started by torchrun."""
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return [sys.executable, *(several if processes > 1 else []), "-m", "qtool", *arguments]
 
 
-def environment(processes: int) -> dict[str, str]:
-    """Cores are shared out as well, those that this process may use."""
-    return os.environ | {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes))}
+def environment(work: Path, processes: int) -> dict[str, str]:
+    """Cores are shared out as well, those that this process may use; compiled modules stay."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    threads = str(max(1, len(os.sched_getaffinity(0)) // processes))
+    return kept | {"OMP_NUM_THREADS": threads, "PYTHONPYCACHEPREFIX": str(work / "compiled")}
 
 
-def run(processes: int, *arguments: str) -> tuple[float, dict[str, int], str]:
-    """Runs a command: (seconds, MiB by device, what it printed)."""
+def run(work: Path, processes: int, *arguments: str) -> tuple[float, dict[str, int], str]:
+    """Runs a command, in several processes that it starts itself if it can: (seconds, MiB by device, its output)."""
     command = launched(processes, *arguments)
+    if processes > 1 and arguments[0] == "quantize":
+        command = [*launched(1, *arguments), "--jobs", str(processes)]
     print("$", " ".join(command[1:]), flush=True)
-    begin = time.perf_counter()
+    begin, place = time.perf_counter(), environment(work, processes)
     with Memory() as memory:
-        found = subprocess.run(command, env=environment(processes), capture_output=True, text=True, check=False)
+        found = subprocess.run(command, env=place, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - begin
     if found.returncode:
         raise SystemExit(f"exit code {found.returncode}\n{found.stdout}\n{found.stderr[-6000:]}")
@@ -81,7 +86,7 @@ def quantized(name: str, source: Path, recipe: Path, work: Path, processes: int)
     for count in sorted({1, processes}):
         out = folders[count] = work / f"{name}-{count}"
         arguments = ("quantize", str(source), "-r", str(recipe), "-o", str(out), "--overwrite", "--keep", "-q")
-        walls[count], *_ = run(count, *arguments)
+        walls[count], *_ = run(work, count, *arguments)
         blocks[count] = steady(work / f"{name}-{count}.work")
         report = json.loads((out / "report.json").read_text(encoding="utf-8"))
         stages[count] = {s["name"]: round(s["seconds"], 2) for s in report["stages"]}
@@ -92,6 +97,12 @@ def quantized(name: str, source: Path, recipe: Path, work: Path, processes: int)
     found["gain of a block"] = round(blocks[1] / blocks[processes], 2)
     print(f"{name}: {json.dumps(found)}", flush=True)
     return found
+
+
+def warm(source: Path, recipe: Path, work: Path) -> None:
+    """Has kernels and modules compiled, with a model of one block."""
+    out = str(work / "warm")
+    run(work, 1, "quantize", str(source), "-r", str(recipe), "-o", out, "--overwrite", "-q", "--no-verify")
 
 
 def steady(folder: Path) -> float:
@@ -125,7 +136,7 @@ def killed(source: Path, recipe: Path, work: Path, processes: int) -> dict[str, 
     arguments = ("quantize", str(source), "-r", str(recipe), "-o", str(out), "--overwrite")
     with (work / "killed.log").open("w", encoding="utf-8") as log:
         command = launched(processes, *arguments)
-        child = subprocess.Popen(command, env=environment(processes), stdout=log, stderr=log)
+        child = subprocess.Popen(command, env=environment(work, processes), stdout=log, stderr=log)
         while not (work / "killed.work" / "block-1.safetensors").exists():
             if child.poll() is not None:
                 raise SystemExit((work / "killed.log").read_text(encoding="utf-8"))
@@ -136,7 +147,7 @@ def killed(source: Path, recipe: Path, work: Path, processes: int) -> dict[str, 
         code = child.wait()
         seconds = time.perf_counter() - begin
     lines = [line for line in (work / "killed.log").read_text(encoding="utf-8").splitlines() if "error:" in line]
-    wall, _, _ = run(processes, *arguments, "-v")
+    wall, _, _ = run(work, processes, *arguments, "-v")
     found = {"exit code": code, "seconds until all had ended": round(seconds, 2), "lines": lines, "continued": wall}
     print(f"killed: {json.dumps(found)}", flush=True)
     return found
@@ -154,12 +165,12 @@ def environ(pid: int) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
 
 
-def evaluated(source: Path, artifact: Path, text: Path, processes: int) -> dict[str, Any]:
+def evaluated(source: Path, artifact: Path, text: Path, work: Path, processes: int) -> dict[str, Any]:
     """Evaluates with one process and with several."""
     shared = ("eval", str(artifact), "--baseline", str(source), "--text", str(text), "--context", "2048")
     walls, results = {}, []
     for count in sorted({1, processes}):
-        walls[count], _, told = run(count, *shared, "--chunks", "64", "--dtype", "bf16", "--json", "-q")
+        walls[count], _, told = run(work, count, *shared, "--chunks", "64", "--dtype", "bf16", "--json", "-q")
         results.append(json.loads(told[told.index("{") :]))
     differ = {key: (results[0][key], results[-1][key]) for key in results[0] if results[0][key] != results[-1][key]}
     found = {"wall": walls, "gain": round(walls[1] / walls[processes], 2), "differs": differ}
@@ -189,11 +200,14 @@ def main() -> None:
     recipes = {name: recipe(name, words, work) for name in ("gptq", "rtn")}
     found = {}
     dense = gpu.model(work / f"dense-{options.blocks}", options.blocks) if {"dense", "eval", "rtn"} & {*rows} else work
+    if {"dense", "rtn"} & {*rows}:
+        warm(gpu.model(work / "dense-1", 1), recipes["gptq"], work)
     if "dense" in rows:
         found["dense"] = quantized("dense", dense, recipes["gptq"], work, count)
     if "eval" in rows:
-        found["eval"] = evaluated(dense, work / f"dense-{count}", words, count)
+        found["eval"] = evaluated(dense, work / f"dense-{count}", words, work, count)
     if "mixture" in rows:
+        warm(gpu.mixture(work / "mixture-1", 1), recipes["gptq"], work)
         found["mixture"] = quantized("mixture", gpu.mixture(work / "mixture-5", 5), recipes["gptq"], work, count)
     if "rtn" in rows:
         found["rtn"] = quantized("rtn", dense, recipes["rtn"], work, count)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qtool.formats._base import Format, Quantized
+from qtool.numerics.threads.ranks import Ranks
 from qtool.residuals._base import Correction, Residual
 from qtool.spec import Spec
 from qtool.stats._base import InputStats, Statistic
@@ -174,6 +175,15 @@ class Method(Spec):
         """Called before `solve`, which may then be called for some rows at a time, side by side.
 
         What all rows share can be computed here and left in `InputStats.cache`.
+        """
+
+    def prepare_together(self, stats: InputStats, fmt: Format, ranks: Ranks) -> None:
+        """Called in every process of several before `prepare`, which then finds in `InputStats.cache` what is there.
+
+        Args:
+            stats: the same in all of them.
+            fmt: the representation.
+            ranks: the processes.
         """
 
     @abstractmethod

@@ -39,12 +39,17 @@ from qtool.numerics.solving.split import Split
 from qtool.numerics.solving.walk import BLOCK, searches, walk, walk_searching
 from qtool.numerics.threads.marks import marked
 from qtool.numerics.threads.parallel import shares, side_by_side
+from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.stats._base import InputStats, Statistic
 from qtool.stats.drift import Drift
 from qtool.stats.gram import Gram
 
 SWEEPS = 4
 """Most passes of coordinate descent over a row in one round; rows that settle earlier stop earlier."""
+
+
+TOGETHER = 2048
+"""Columns from which on several processes share what they all need of an input."""
 
 
 class GPTQ(Method):
@@ -84,6 +89,34 @@ class GPTQ(Method):
 
         pieces = [factor, lambda: self._back(stats)] if self._drift(stats) else [factor]
         side_by_side(lambda piece: piece(), pieces, shares(len(pieces), stats[Gram].matrix.device))
+
+    def prepare_together(self, stats: InputStats, fmt: Format, ranks: Ranks) -> None:
+        """See `Method.prepare_together`.
+
+        The first process finds the factor and the last one what inputs tell about their drift, of narrow matrices each
+        process both; where nothing is made up for, as with the widest, the factor is found together.
+        """
+        gram, widths, last = stats[Gram].matrix, self._widths(fmt), ranks.size - 1
+        if len(gram) < TOGETHER or (key := (self.damp, self.order, widths)) in stats.cache:
+            return
+        if self._drift(stats) is None:
+            with suppress(NumericsError):
+                self._factor(stats, *widths, ranks=ranks)
+            return
+        found: object = None
+        if ranks.first:
+            with suppress(NumericsError):
+                found = self._factor(stats, *widths)
+        back = self._back(stats) if ranks.rank == last else torch.empty_like(gram)
+        assert back is not None
+        used = ranks.broadcast(found[2] if isinstance(found, tuple) else None)
+        stats.cache["drift", self.drift_damp] = ranks.hand(back, last)
+        if used is None:
+            with suppress(NumericsError):  # each process finds out why, so that all have been here
+                self._factor(stats, *widths)
+        else:
+            factor = found[1] if isinstance(found, tuple) else torch.empty_like(gram)
+            stats.cache[key] = self._columns(gram, widths), ranks.hand(factor, 0), used
 
     def solve(self, w: Tensor, stats: InputStats | None, fmt: Format) -> Solution:
         """See `Method.solve`."""
@@ -152,17 +185,20 @@ class GPTQ(Method):
         vectors = (book.width, book.span) if book else ()
         return (*vectors, fmt.block_columns) if self.fit == "walk" and fmt.block_columns else vectors
 
-    def _factor(self, stats: InputStats, *widths: int) -> tuple[Tensor, Tensor, float]:
+    def _columns(self, gram: Tensor, widths: tuple[int, ...]) -> Tensor:
+        """In which order columns are walked, int64 [K]."""
+        if self.order == "activation":
+            return activation_order(gram.diagonal(), widths)
+        return torch.arange(len(gram), device=gram.device)
+
+    def _factor(self, stats: InputStats, *widths: int, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor, float]:
         """(column order [K], inverse factor U of the Gram matrix in that order, damping used), once per input."""
         gram = stats[Gram].matrix
         key = (self.damp, self.order, widths)
         if key not in stats.cache:
-            diagonal = gram.diagonal()
-            order = torch.arange(len(diagonal), device=diagonal.device)
-            if self.order == "activation":
-                order = activation_order(diagonal, widths)
+            order = self._columns(gram, widths)
             try:
-                stats.cache[key] = order, *inverse_factor(gram[order][:, order], self.damp)
+                stats.cache[key] = order, *inverse_factor(gram[order][:, order], self.damp, ranks)
             except NumericsError as error:  # kept, so that no other layer or share of rows tries again
                 stats.cache[key] = error
         found = stats.cache[key]

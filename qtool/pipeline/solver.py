@@ -95,6 +95,7 @@ class UnitSolver:
         least = self.job.plan.recipe.calibration.min_tokens
         usable = {p.module.name: with_enough_data(p, stats, least) for p, stats in readers}
         rows = rows_to_solve([p for p, _ in readers], [tied(p) for p, _ in readers], self.ranks)
+        self.prepare_together([(usable[p.module.name], stats) for p, stats in readers])
         found = self.solve_alike(inputs, usable, rows, weights or {})
         for p, stats in readers:
             name, (start, stop) = p.module.name, rows[p.module.name]
@@ -113,6 +114,13 @@ class UnitSolver:
             if stats:  # which are kept while a block is trained
                 stats.forget()
         return self.found(p.module.name for p, _ in readers)
+
+    def prepare_together(self, readers: Sequence[tuple[LayerPlan, InputStats | None]]) -> None:
+        """Has methods find out together what the rows of all processes need, but of experts, which one solves whole."""
+        for p, stats in readers if self.ranks.size > 1 else ():
+            if stats and p.method and p.format and p.module.expert is None and stats.of(p.module.name) == (stats,):
+                with marked("factors"):
+                    p.method.first.prepare_together(stats, p.format, self.ranks)
 
     def leave(self, plan: LayerPlan) -> bool:
         """Leaves a module as the source has it, if that is what is wanted; True if so."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from qtool.errors import NumericsError
 from qtool.numerics.metrics import all_finite
 from qtool.numerics.threads.parallel import shares, side_by_side
+from qtool.numerics.threads.ranks import ALONE, Ranks
 
 DAMPING_STEPS = (1.0, 10.0, 100.0)
 """Factors on the wanted damping, tried in turn until the matrix factorizes."""
@@ -20,7 +21,7 @@ LEAF, DEVICE_LEAF, SPLIT = 128, 512, 512
 inverted side by side."""
 
 
-def inverse_factor(gram: Tensor, damp: float) -> tuple[Tensor, float]:
+def inverse_factor(gram: Tensor, damp: float, ranks: Ranks = ALONE) -> tuple[Tensor, float]:
     """Upper Cholesky factor of the inverse of a damped Gram matrix: U with U^T U = (H + damp * mean(diag H) * I)^-1.
 
     It comes from one factorization of H read backwards and one triangular inverse, without forming the inverse: with J
@@ -30,6 +31,7 @@ def inverse_factor(gram: Tensor, damp: float) -> tuple[Tensor, float]:
     Args:
         gram: float32 [K, K], symmetric, positive semidefinite.
         damp: relative to the mean of the diagonal.
+        ranks: who is to know it, and inverts together; all have the same matrix.
 
     Returns:
         (U, float32 [K, K]; the relative damping that was used, larger than `damp` if the matrix did not factorize).
@@ -43,8 +45,8 @@ def inverse_factor(gram: Tensor, damp: float) -> tuple[Tensor, float]:
     for step in DAMPING_STEPS:
         damped.diagonal().copy_(diagonal + damp * step * mean)
         lower, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0:
-            inverse = invert_lower(lower)
+        if ranks.broadcast(int(info)) == 0:
+            inverse = invert_together(lower, ranks)
             del lower
             if all_finite(inverse):
                 del damped
@@ -85,6 +87,26 @@ def ridge(cross: Tensor, gram: Tensor, damp: float) -> Tensor:
         return torch.zeros_like(cross)
     solved: Tensor = torch.cholesky_solve(cross.T, lower).T
     return solved
+
+
+def invert_together(lower: Tensor, ranks: Ranks) -> Tensor:
+    """`invert_lower` of one matrix that all processes have, in all of them the same.
+
+    The first and the last process invert a half each, and every one finds some columns of what lies below them.
+    """
+    if ranks.size == 1:
+        return invert_lower(lower)
+    half, inverse = len(lower) // 2, torch.zeros_like(lower)
+    halves = {0: slice(half), ranks.size - 1: slice(half, None)}
+    mine = {rank: invert_lower(lower[rows, rows]) for rank, rows in halves.items() if rank == ranks.rank}
+    for rank, rows in halves.items():
+        inverse[rows, rows] = ranks.hand(mine.get(rank, torch.empty_like(lower[rows, rows])), rank)
+    columns = [slice(*Ranks(rank, ranks.size).part(half)) for rank in range(ranks.size)]
+    corner = inverse[half:, half:] @ (lower[half:, :half] @ inverse[:half, columns[ranks.rank]])
+    for rank, some in enumerate(columns):
+        found = corner if rank == ranks.rank else corner.new_empty(len(corner), some.stop - some.start)
+        inverse[half:, some] = -ranks.hand(found, rank)
+    return inverse
 
 
 def invert_lower(lower: Tensor) -> Tensor:

@@ -91,6 +91,20 @@ class Ranks:
                 dist.all_reduce(tensor)
         return tensor
 
+    def hand(self, tensor: Tensor, source: int) -> Tensor:
+        """The tensor of one process in all of them, row by row in memory.
+
+        Args:
+            tensor: there what is handed over; elsewhere one of the same shape and type, which is written over.
+            source: rank of the process that has it.
+        """
+        if self.size == 1:
+            return tensor
+        tensor = tensor.contiguous()
+        with self._reached():
+            dist.broadcast(tensor, src=source)
+        return tensor
+
     def gather_tensors(
         self, item: Item, tensors: Sequence[Tensor], device: torch.device
     ) -> list[tuple[Item, list[Tensor]]]:
