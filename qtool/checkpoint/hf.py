@@ -20,7 +20,7 @@ from qtool.checkpoint.derived.skeleton import APART
 from qtool.checkpoint.families._base import Family
 from qtool.checkpoint.families._parts import Slice
 from qtool.checkpoint.links import own_file
-from qtool.checkpoint.modules import verify
+from qtool.checkpoint.modules import own_modules, verify
 from qtool.checkpoint.raw_bytes import read_bytes
 from qtool.checkpoint.safetensors_io import SafetensorsFile
 from qtool.checkpoint.shapes import stored_shapes
@@ -90,9 +90,13 @@ class HFCheckpoint(Checkpoint):
         whole = self._check_slices()
         self._names = sorted(self._stored.keys() - whole | self._slices.keys(), key=place)
         verify(self)
-        for name in self._names:
-            if (dtype := self.info(name).dtype) not in FLOATS and not self.family.derived:
-                raise CheckpointError(f"{self.source}: {name} holds numbers without a scale", found=dtype)
+        if packed := [name for name in self._names if name.endswith((".qweight", ".weight_packed"))]:
+            raise CheckpointError(f"{self.source}: {packed[0]} is packed, and config.json does not say how")
+        own = {f"{module.name}.weight" for module in own_modules(self)}
+        for name in self._names:  # what is beside a derived model may be of any type
+            if (dtype := self.info(name).dtype) not in FLOATS and (name in own or not self.family.derived):
+                hint = "are scales missing, or does config.json not say how it is quantized?"
+                raise CheckpointError(f"{self.source}: {name} holds numbers without a scale", found=dtype, hint=hint)
 
     def _weights(self, folder: Path) -> dict[str, SafetensorsFile]:
         """Tensor name -> file. Readers of quantized layouts list a packed matrix under the name of its weight."""
@@ -243,6 +247,8 @@ def described(folder: Path, model_free: bool) -> tuple[dict[str, Any], Family]:
     config = read_own(path)
     if not (model_free or BY_NAMES.get()) and FREE not in config:
         return complete(config | ({APART: True} if TOLD_APART.get() else {}), path, WHOLE.get())
+    if not isinstance(kind := config.get("model_type"), str):
+        raise CheckpointError(f"{path}: wrong model_type", wanted="a name", found=repr(kind)[:60])
     config[FREE] = True
     return config, free_family(config, stored_shapes(locate(folder)))
 

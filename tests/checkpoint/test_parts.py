@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,36 @@ def test_layouts_that_can_hold_all_parts_get_all(to: str, several: tuple[Path, A
     text = language_model(model)
     assert text.config["model_type"] == "gemma3_text" and len(text.layers) == 7 * 7
     assert set(text.names()) == set(HFCheckpoint(several[0]).names())
+
+
+def of_towers(weights: str, match: str) -> dict[str, Any]:
+    layers = [{"match": match, "weights": weights, "method": "rtn"}, {"match": "*", "keep": True}]
+    return {"recipe": 1, "name": "towers", "layers": layers, "export": [{"to": "compressed-tensors"}]}
+
+
+@pytest.mark.parametrize(
+    ("weights", "match", "place"),
+    [
+        ("int4-g32", "vision_tower.*", "vision_tower.*"),
+        ("mxfp4", "*.out_proj", "vision_tower.*"),
+        ("int4-g32", "*.layers.0.self_attn.out_proj", "vision_tower.encoder.layers.0.self_attn.out_proj"),
+        ("int4-g32", "*.mlp.down_proj", ""),
+        ("fp8-channel", "vision_tower.*", ""),
+    ],
+)
+def test_packed_layers_whose_weight_a_class_looks_for_are_told_before(
+    weights: str, match: str, place: str, several: tuple[Path, Any], tmp_path: Path
+) -> None:
+    job = prepare(str(several[0]), load_recipe(of_towers(weights, match)))
+    told = [text for text in job.plan.warnings if "from_pretrained of transformers fails" in text]
+    assert [text.partition(" fails at ")[2].partition(": ")[0] for text in told] == ([place] if place else [])
+    quantize(str(several[0]), of_towers(weights, match), tmp_path / "out", verify=False)
+    load = partial(type(several[1]).from_pretrained, tmp_path / "out")
+    if place:
+        with pytest.raises(AttributeError, match="no attribute 'weight'"):
+            load()
+    else:
+        assert load()
 
 
 def test_what_is_for_text_models_only_gets_the_text_model(several: tuple[Path, Any], tmp_path: Path) -> None:

@@ -135,6 +135,47 @@ def test_a_byte_that_was_not_taken_over_is_noticed(published, tmp_path):
         verify("verify", open_model(tmp_path / "free"), model, silent)
 
 
+MIXED = {
+    "no scale": (
+        {"weight_scale_inv": None},
+        r"q_proj\.weight holds numbers without a scale: found torch\.float8_e4m3fn; are",
+    ),
+    "gptq": (
+        {"weight": None, "weight_scale_inv": None, "qweight": torch.int32},
+        r"q_proj\.qweight is packed, and config",
+    ),
+    "packed": (
+        {"weight": None, "weight_scale_inv": None, "weight_packed": torch.int32},
+        r"lacks model\.layers\.1\.self_attn\.q_proj\.weight_scale",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_matrices_that_are_not_packed_as_the_others_are_refused(name, published):
+    folder, tensors = published
+    changes, message = MIXED[name]
+    for part, dtype in changes.items():
+        if dtype is None:
+            del tensors[f"model.layers.1.self_attn.q_proj.{part}"]
+        else:
+            tensors[f"model.layers.1.self_attn.q_proj.{part}"] = torch.zeros(16, 16, dtype=dtype)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        open_model_free(str(folder))
+
+
+@pytest.mark.parametrize("wanted", ["quantization_config", "model_type"])
+def test_what_config_json_does_not_say(wanted, published):
+    folder, _ = published
+    told = json.loads((folder / "config.json").read_text())
+    del told[wanted]
+    (folder / "config.json").write_text(json.dumps(told))
+    found = {"quantization_config": r"_proj\.weight holds numbers without a scale", "model_type": "wrong model_type"}
+    with pytest.raises(CheckpointError, match=found[wanted]):
+        open_model_free(str(folder))
+
+
 @pytest.mark.parametrize("bits", [0x7F, 0xFF])
 def test_published_fp8_that_is_no_number_is_refused(bits, published, tmp_path):
     folder, tensors = published
@@ -180,7 +221,7 @@ def test_what_needs_the_class_is_refused_at_once(unknown):
 
 def test_tensors_without_blocks_are_refused(tmp_path):
     save_file({"a.weight": torch.zeros(4, 4)}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nobody"}))
     with pytest.raises(CheckpointError, match=r"do not look like a language model: .* found a\.weight"):
         open_model_free(str(tmp_path))
 

@@ -7,7 +7,8 @@ https://github.com/vllm-project/vllm
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from os.path import commonpath
 
 import torch
 
@@ -23,6 +24,7 @@ from qtool.artifact.compressed_tensors._floats import (
     NaiveQuantized,
     NVFP4Packed,
 )
+from qtool.artifact.compressed_tensors._initialized import looked_for
 from qtool.artifact.compressed_tensors._integers import IntQuantized, PackQuantized, as_int
 from qtool.artifact.compressed_tensors._kinds import FP8_INPUTS, INT8_INPUTS
 from qtool.checkpoint._base import Checkpoint, Layer
@@ -45,8 +47,12 @@ def caveats(model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
     loaded = {layer for layer in experts if isinstance(kind_of(layer), supported) and not _asymmetric(layer)}
     scaled_twice = {layer for layer in experts if isinstance(kind_of(layer), NVFP4Packed)}
     decoded = {layer for layer in found if isinstance(kind_of(layer), MXQuantized | NVFP4Packed)}
+    packed = PackQuantized | MXFP4Packed | MXFP6Packed | NVFP4Packed
+    unread = looked_for(model, [name for name, layer in layers.items() if isinstance(kind_of(layer), packed)])
     return naming(
         {
+            f"from_pretrained of transformers fails at {_place(unread)}: its class looks for weights that {{}} packs; "
+            "keep these layers, or give them FP8": {layers[name] for name in unread},
             "transformers loses the scales of whole matrices of experts in {}; vLLM reads them": scaled_twice,
             "transformers does not load experts in {}": experts - loaded - scaled_twice,
             "transformers leaves the inputs of experts in {} unrounded": {
@@ -86,6 +92,12 @@ def caveats(model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
             },
         }
     )
+
+
+def _place(names: Sequence[str]) -> str:
+    """What matches modules, and as little else as their common beginning allows."""
+    common = commonpath([name.replace(".", "/") for name in names]) if names else ""
+    return f"{common.replace('/', '.')}.*" if len(names) > 1 else "".join(names)
 
 
 def _asymmetric(layer: Layer) -> bool:
