@@ -52,6 +52,7 @@ def solve_all(
         blocks += record.blocks
         error = mean_db(record.layers)
         listener(Event("quantize", done, len(todo), unit.name, {} if error is None else {"error_db": error}))
+    work.settle()
     job.ranks.barrier()  # until all is saved, which every process may read from here on
     return tuple(entries[p.module.name] for p in job.plan.layers), tuple(caches), tuple(blocks)
 

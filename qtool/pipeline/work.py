@@ -60,6 +60,7 @@ class Work:
         for key, damage in self.writer.damaged.items():
             listener(Event("quantize", 0, 0, f"{key} in {folder} is done again: {damage}", warning=True))
         self.earlier: NeutralCheckpoint | None = None
+        self.unsettled = False
 
     def begin(self, ranks: Ranks) -> None:
         """Has every process know what is finished, as the first one found it."""
@@ -90,11 +91,23 @@ class Work:
         return self.writer.write_block(unit.name, solver.matrices, content, layers=layers, cache=cache, taken=taken)
 
     def enter(self, unit: Unit, entry: StoredBlock) -> None:
-        """Counts a stored unit as finished."""
-        self.writer.enter(unit.name, entry)
+        """Counts a stored unit as finished.
+
+        One whose matrices all stay in the source is as quickly done again: it counts with the next, or when settled.
+        """
+        taken = [layer.taken for layer in entry.layers.values()]
+        self.unsettled = bool(taken) and all(taken) and entry.cache is None
+        self.writer.enter(unit.name, entry, save=not self.unsettled)
+
+    def settle(self) -> None:
+        """Has all units count that were entered."""
+        if self.unsettled:
+            self.writer.manifest.save(self.folder)
+            self.unsettled = False
 
     def model(self) -> NeutralCheckpoint:
         """What is finished, together with the source's other tensors."""
+        self.settle()
         return NeutralCheckpoint(self.folder, self.source)
 
 

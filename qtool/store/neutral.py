@@ -100,10 +100,11 @@ class NeutralWriter:
             self.manifest.save(self.folder)
         return {key: entry.record for key, entry in whole.items()}
 
-    def enter(self, key: str, block: StoredBlock) -> None:
-        """Enters a block that is stored in the manifest, which makes it count. Raises StorageError."""
+    def enter(self, key: str, block: StoredBlock, save: bool = True) -> None:
+        """Enters a block that is stored in the manifest, which makes it count once saved. Raises StorageError."""
         self.manifest = self.manifest.model_copy(update={"blocks": self.manifest.blocks | {key: block}})
-        self.manifest.save(self.folder)
+        if save:
+            self.manifest.save(self.folder)
 
     def write_block(
         self,
@@ -138,7 +139,7 @@ class NeutralWriter:
         if source is not None:
             infos |= {name: source.info(name) for name in kept}
         with new_file(self._path(key)) as partial:
-            with SafetensorsWriter(partial, infos, METADATA) as writer:
+            with SafetensorsWriter(partial, infos, METADATA, sync=False) as writer:
                 for name, tensor in tensors.items():
                     writer.add(name, tensor)
                 if source is not None:

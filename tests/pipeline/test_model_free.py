@@ -21,6 +21,7 @@ from qtool.pipeline.prepare import prepare
 from qtool.pipeline.quantize import QuantizeOptions, run
 from qtool.pipeline.verify import verify
 from qtool.recipe.load import load_recipe
+from qtool.store.manifest import Manifest
 
 
 def recipe(weights, activations=None, method="rtn"):
@@ -121,6 +122,16 @@ def test_published_fp8_is_taken_over_bit_for_bit(published, tmp_path):
         assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8))
     shapes = {module.name: module.shape for module in modules(open_model(tmp_path / "free"))}
     assert shapes["model.layers.1.mlp.up_proj"] == (256, 128)
+
+
+def test_units_that_only_take_over_are_saved_once(published, tmp_path, monkeypatch):
+    folder, _ = published
+    saved, save = [], Manifest.save
+    monkeypatch.setattr(Manifest, "save", lambda self, path: (saved.append(len(self.blocks)), save(self, path))[1])
+    (tmp_path / "same.yaml").write_text(json.dumps(as_it_is()))
+    run(QuantizeOptions(open_model_free(str(folder)), str(tmp_path / "same.yaml"), tmp_path / "free", keep=True))
+    assert saved == [0, 2]
+    assert Manifest.load(tmp_path / "free.work").blocks.keys() == {"block-0", "block-1"}
 
 
 def test_a_byte_that_was_not_taken_over_is_noticed(published, tmp_path):
