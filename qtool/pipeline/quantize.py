@@ -14,6 +14,7 @@ from qtool.calibrate.shards import is_stats_folder
 from qtool.checkpoint._base import Checkpoint
 from qtool.errors import PlanError, StorageError, UsageError
 from qtool.evaluate.gates import refuse_missed
+from qtool.numerics.threads.parallel import wake
 from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline import evaluate
 from qtool.pipeline.budget import refuse_too_large
@@ -135,6 +136,7 @@ def into_folder(options: QuantizeOptions, file: Path | None, listener: Listener)
     if job.plan.recipe.transforms:
         with watch.stage("transform"):
             job, made = transformed(job, place, options.stats or options.imatrix, listener)
+    wake(job.device)
     with content_beside(job) as content:
         dividing = Dividing(
             options.base_model, options.license, options.imatrix, options.stats, scores, bool(options.scores), content

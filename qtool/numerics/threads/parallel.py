@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
+from threading import Thread
 from typing import TypeVar
 
 import torch
@@ -77,6 +79,19 @@ def one_by_one(
     where = kept_lanes(used, each)
     pieces = ((where[i % used], lambda item=item: work(item)) for i, item in enumerate(items))
     yield from in_order(pieces, AHEAD * used)
+
+
+def wake(device: torch.device) -> None:
+    """Has a CUDA device begin on a thread: its context, and what libraries load before their first results."""
+
+    def begin() -> None:
+        with suppress(RuntimeError):  # whoever computes there meets it as well
+            one = torch.eye(64, device=device)
+            torch.linalg.cholesky_ex(one @ one)
+            torch.mm(one.bfloat16(), one.bfloat16())
+
+    if device.type == "cuda":
+        Thread(target=begin, name="qtool").start()
 
 
 def row_shares(rows: int, device: torch.device = CPU) -> list[tuple[int, int]]:
