@@ -17,7 +17,7 @@ from qtool.artifact._base import Artifact
 from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint
 from qtool.checkpoint.parts import parts_of
 from qtool.formats._base import Format, Quantized, alike
-from qtool.pipeline.trained import described, held, trained_grid, trained_phases, units, units_off
+from qtool.pipeline.trained import PLAIN, described, held, trained_grid, trained_phases, units, units_off
 from qtool.plan import LayerPlan, Plan
 from qtool.residuals._base import Matrix, Residual
 
@@ -63,6 +63,8 @@ def origin(checkpoint: Checkpoint, module: str, wanted: Format, residuals: Seque
     if stored is None:
         if why := checkpoint.decoded.get(module) if isinstance(checkpoint, QuantizedCheckpoint) else None:
             return StoredMatrix(None, None, f"rounded a second time: {why}")
+        if module in PLAIN.get(checkpoint, ()):
+            return StoredMatrix(None, None, None)
         if not (trained := trained_grid(checkpoint, module)):
             terms = trained_phases(checkpoint, module)
             lost = units_off(terms, residuals) if terms else None

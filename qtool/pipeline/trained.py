@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ PROBED = 4
 """Rows that are looked at first, and that plans look at."""
 VALUES = 1024
 """Of each half that are looked at where rows are short: enough to tell plain numbers from sums of units."""
+
+PLAIN = WeakKeyDictionary[Checkpoint, set[str]]()
+"""Modules that are on no grid, by the look of a plan: a run, which would begin with the same rows, asks no more."""
 
 
 def trained_grid(checkpoint: Checkpoint, module: str, probe: bool = False) -> tuple[Quantized, ...]:
@@ -129,6 +133,8 @@ def trained_lines(plan: Plan, checkpoint: Checkpoint) -> list[str]:
         elif terms := trained_phases(checkpoint, p.module.name, probe=True):
             moved = "transforms move them off it" if plan.recipe.transforms else units_off(terms, p.residuals)
             lines[line(f"on a grid that training left ({units(terms)})", p.format.label, moved)] += 1
+        else:
+            PLAIN.setdefault(checkpoint, set()).add(p.module.name)
     return [f"{count} {'matrix is' if count == 1 else 'matrices are'} {text}" for text, count in lines.items()]
 
 

@@ -15,7 +15,7 @@ from qtool.models import open_artifact
 from qtool.numerics.grids.trained import multiples
 from qtool.pipeline.prepare import prepare
 from qtool.pipeline.quantize import QuantizeOptions, run
-from qtool.pipeline.trained import forms, held
+from qtool.pipeline.trained import forms, held, trained_grid
 from tests.artifact.conftest import save_llama
 
 LEVELS = {
@@ -177,3 +177,18 @@ def test_transforms_move_weights_off_their_grid_and_plans_say_so(trained, tmp_pa
     asked = ("transforms=[equalize]",)
     warnings = prepare(str(folder), recipe(tmp_path, "int2-g64", "qtool"), asked).plan.warnings
     assert any("transforms move them off it" in text for text in warnings)
+
+
+def test_a_run_does_not_look_again_where_the_plan_found_no_grid(tiny_checkpoint, recipes, tmp_path, monkeypatch):
+    probes = []
+
+    def counted(checkpoint, module, probe=False):
+        probes.append((module, probe))
+        return trained_grid(checkpoint, module, probe)
+
+    monkeypatch.setattr("qtool.pipeline.requantize.trained_grid", counted)
+    run(QuantizeOptions(str(tiny_checkpoint("qwen3")), recipes["gguf"], tmp_path / "out"))
+    assert probes == []
+    monkeypatch.setattr("qtool.pipeline.requantize.PLAIN", {})
+    run(QuantizeOptions(str(tiny_checkpoint("qwen3")), recipes["gguf"], tmp_path / "again"))
+    assert len(probes) > 10
