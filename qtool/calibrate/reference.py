@@ -99,6 +99,17 @@ class Reference:
             raise misfit(block, f"did not run what reads {', '.join(sorted(missing))}")
         return seen, output
 
+    def complete(self, part: slice, output: Tensor | None) -> None:
+        """Takes the block's output for samples that are through, once: where nobody compares, only then is it computed.
+
+        Args:
+            part: the samples.
+            output: what `run` gave; None: it was not asked.
+        """
+        _, output = self.run(part) if output is None else ({}, output)
+        if output is not None:
+            self.advance(part, output)
+
     def advance(self, part: slice, output: Tensor) -> None:
         """Takes the block's output for some samples; what was kept of them is gone."""
         self.found.pop(part.start, None)

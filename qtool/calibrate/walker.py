@@ -107,16 +107,13 @@ class Walker(Blocks):
         meter = Meter({reads: m.shape[1] for reads, m in readers.items()}, needs, self.device, token_weights)
 
         def run(part: slice) -> None:
-            first = reference is not None and reference.compares(part)
-            expected, ahead = reference.run(part) if reference and first else ({}, None)
+            expected, ahead = reference.run(part) if reference and reference.compares(part) else ({}, None)
             meter.expect(part, expected)
             output = self.output(block, i, hidden, part, cache)
             if not keep:
                 hidden[part] = output
-            if reference and not first:  # a batch that starts anew does not come here each time
-                _, ahead = reference.run(part)
-            if reference and ahead is not None:
-                reference.advance(part, ahead)
+            if reference:
+                reference.complete(part, ahead)
 
         if reference:
             reference.begin(i, [m for reads, m in readers.items() if any(s.compares for s in needs[reads])], keep)
