@@ -100,7 +100,9 @@ def by_transformers(model: QuantizedCheckpoint, tokens: list[int], reading: Read
     try:
         with quiet(), redirect_stderr(StringIO()), torch.inference_mode():
             loaded, remark = load_in_transformers(made, Path(model.source), reading.dtype)
-            if branches:
+            if not branches:
+                unpack_one_by_one(loaded)
+            else:
                 loaded(input_ids=torch.tensor([tokens[:1]]))  # unpacks weights, which PEFT looks for
                 loaded.load_adapter(str(Path(model.source) / adapter.FOLDER))
             logits: Tensor = loaded(input_ids=torch.tensor([tokens]), use_cache=False).logits[0].float()
@@ -109,6 +111,31 @@ def by_transformers(model: QuantizedCheckpoint, tokens: list[int], reading: Read
         what = f"transformers cannot run {model.source}"
         raise CheckpointError(what, found=f"{type(error).__name__}: {one_line(error)}") from error
     return Run(logits, remark)
+
+
+def unpack_one_by_one(model: torch.nn.Module) -> None:
+    """Has each packed layer decoded while it is run, where compressed-tensors decodes all of them first.
+
+    That takes the memory of one matrix instead of that of a model in float32.
+    """
+    at_first: Any = getattr(model, "ct_decompress_hook", None)
+    if at_first is None:
+        return  # nothing is packed, or this release decodes while it loads
+    from compressed_tensors.compressors import decompress_module
+    from compressed_tensors.quantization.utils import is_module_quantized
+    from compressed_tensors.utils import get_direct_state_dict, replace_direct_state_dict
+
+    def decode(layer: Any, _: object) -> None:
+        layer.packed = get_direct_state_dict(layer)
+        decompress_module(layer)
+
+    def restore(layer: Any, _: object, __: object) -> None:
+        replace_direct_state_dict(layer, layer.__dict__.pop("packed"))
+
+    at_first.remove()
+    for module in filter(is_module_quantized, model.modules()):
+        module.register_forward_pre_hook(decode)
+        module.register_forward_hook(restore)
 
 
 def empty(model: torch.nn.Module) -> None:

@@ -143,6 +143,34 @@ def folder(tiny_checkpoint, tmp_path_factory):
     return out, model
 
 
+def test_packed_layers_are_decoded_one_by_one(folder, monkeypatch):
+    out, model = folder
+    held = []
+
+    def load(made, place, dtype):
+        loaded, remark = found(made, place, dtype)
+        packed = [m for m in loaded.modules() if hasattr(m, "quantization_scheme")]
+
+        def count(*_):
+            held.append(sum(m.weight.numel() > 0 for m in packed if hasattr(m, "weight")))
+
+        for layer in loaded.model.layers:
+            layer.register_forward_hook(count)
+            layer.mlp.act_fn.register_forward_hook(count)  # behind one of the layer's matrices, in front of another
+        assert len(packed) == len(model.layers)
+        return loaded, remark
+
+    found = readers.load_in_transformers
+    monkeypatch.setattr(readers, "load_in_transformers", load)
+    opened = CompressedTensors().open(out)
+    assert prove(CompressedTensors(), opened, model).distance < 1e-5
+    assert held and set(held) == {0}
+    held.clear()
+    monkeypatch.setattr(readers, "unpack_one_by_one", lambda loaded: None)
+    prove(CompressedTensors(), opened, model)
+    assert set(held) == {len(model.layers)}  # so that the count above says something
+
+
 @pytest.mark.parametrize("mistake", sorted(FOLDER_MISTAKES))
 def test_mistakes_of_a_folder_are_caught(mistake, folder, tmp_path):
     source, model = folder
