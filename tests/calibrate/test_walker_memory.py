@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import math
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from qtool.calibrate.reference import Reference
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError
+from qtool.pipeline.memory import resident_bytes
 from qtool.stats.channels import Channels
 from tests.calibrate.conftest import load_reference
 from tests.calibrate.test_walker import CPU, TOKENS
@@ -119,3 +121,25 @@ def test_what_batches_that_start_anew_were_spared_is_gone_once_they_are_through(
     assert not reference.found
     llama.advance(block, 0, hidden)
     assert torch.equal(reference.outputs.values, hidden.values)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="a C library without malloc_trim")
+def test_between_solving_and_forward_passes_the_heap_is_given_back(llama):
+    hidden, block, kept = llama.embed(TOKENS), llama.load_block(0), []
+    wanted = {m.reads: frozenset({Channels}) for m in llama.modules[0] if m.role != "o"}
+
+    def litter(*_):
+        pieces = [bytes(range(250)) * 200 for _ in range(2000)]
+        kept.append(bytes(50_000))  # behind them, or they would go by themselves
+        del pieces
+
+    steps = llama.steps(block, 0, hidden, wanted)
+    next(steps)
+    before = resident_bytes()
+    with block.post_attention_layernorm.register_forward_hook(litter):
+        next(steps)
+        assert resident_bytes() - before < 20e6
+    litter()
+    assert resident_bytes() - before > 90e6
+    next(steps)
+    assert resident_bytes() - before < 20e6
