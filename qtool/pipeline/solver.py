@@ -24,6 +24,7 @@ from qtool.pipeline.prepare import Job
 from qtool.pipeline.requantize import kept_as_stored
 from qtool.pipeline.rows import row_groups
 from qtool.pipeline.solve import TAKEN_OVER, informed, refuse_infinite, solve, tied
+from qtool.pipeline.stacked import solve_stacked
 from qtool.pipeline.units import Unit
 from qtool.plan import LayerPlan
 from qtool.report.model import BlockEntry, LayerEntry
@@ -148,6 +149,8 @@ class UnitSolver:
             for plans, stats in inputs
             if stats and all(usable[p.module.name] is p and p.module.name in mine for p in plans)
         ]
+        if self.job.device == CPU:
+            return solve_stacked(whole, self.job.checkpoint)
         return solve_alike(whole, self.job.checkpoint, weights, self.job.device) if len(whole) > 1 else {}
 
     def keep(self, plan: LayerPlan, usable: LayerPlan, stats: InputStats | None, parts: Sequence[Found]) -> None:
