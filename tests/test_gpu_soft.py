@@ -28,7 +28,7 @@ def test_rounding_with_scales_that_stay(label: str, dtype: torch.dtype) -> None:
     gradient = torch.randn(w.shape, generator=generator).to(dtype)
     for device in ("cpu", "cuda"):
         fixed = FixedRounding(fmt, {name: p.to(device) for name, p in params.items()})
-        y = begin.to(device).requires_grad_()
+        y = begin.to(device, copy=True).requires_grad_()
         values = fixed(y, dtype)
         values.backward(gradient.to(device))
         assert values.dtype == dtype and y.grad is not None
