@@ -15,7 +15,7 @@ app = typer.Typer(no_args_is_help=True, help="List, show and check recipes.", ri
 
 
 @app.command("list", cls=Command)
-def list_(json: options.Json = False, debug: options.Debug = False) -> None:
+def list_(json: options.Json = False, quiet: options.Quiet = False, debug: options.Debug = False) -> None:
     """List the recipes that ship with qtool.
 
     Example: `qtool recipes list`
@@ -33,6 +33,7 @@ def list_(json: options.Json = False, debug: options.Debug = False) -> None:
 def show(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe, or a path.", show_default=False)],
     json: options.Json = False,
+    quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
     """Print a recipe's text, for reading or as the start of your own.
@@ -60,6 +61,7 @@ def validate(
     files: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Paths or names.", show_default=False)],
     overrides: options.Overrides = None,
     json: options.Json = False,
+    quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
     """Check recipes and print all their mistakes at once.
@@ -84,7 +86,7 @@ def validate(
 
 
 @app.command(cls=Command)
-def schema(debug: options.Debug = False) -> None:
+def schema(quiet: options.Quiet = False, debug: options.Debug = False) -> None:
     """Print the recipe's JSON Schema, with which editors complete and check YAML.
 
     Example: `qtool recipes schema > recipe.schema.json`

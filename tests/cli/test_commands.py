@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import typer.main
 from typer.testing import CliRunner
 
 from qtool import errors, registry
@@ -138,6 +139,21 @@ def test_bad_flags_exit_with_2_and_say_so():
 def test_quiet_and_verbose_exclude_each_other():
     result = qtool("export", "a", "--to", "gguf", "-o", "b", "-q", "-v")
     assert (result.exit_code, result.stderr) == (2, "error: --quiet and --verbose exclude each other\n")
+
+
+def test_every_command_can_be_quiet_and_print_json():
+    """Only `recipes schema` has no --json, because JSON is all that it prints."""
+
+    def leaves(command, path):
+        inner = getattr(command, "commands", None)
+        return [x for name, c in inner.items() for x in leaves(c, (*path, name))] if inner else [(path, command)]
+
+    found = leaves(typer.main.get_command(app), ())
+    flags = {" ".join(path): {flag for p in command.params for flag in p.opts} for path, command in found}
+    assert {"quantize", "recipes list", "recipes schema"} <= flags.keys()
+    assert [name for name, own in flags.items() if not {"-q", "--quiet"} <= own] == []
+    assert [name for name, own in flags.items() if "--json" not in own] == ["recipes schema"]
+    assert qtool("recipes", "list", "-q").stdout == qtool("recipes", "list").stdout
 
 
 # Help
