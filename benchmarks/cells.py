@@ -11,13 +11,16 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import cache, cached_property
+from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -108,10 +111,15 @@ class Measured(Part):
     code: float | None = None
 
 
+def kept() -> dict[str, Any]:
+    """The file as it is, if it is of the present conditions."""
+    found: dict[str, Any] = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else {}
+    return found if found.get("conditions") == CONDITIONS else {}
+
+
 def known() -> dict[str, Measured]:
     """What was measured under the present conditions, by key."""
-    found: dict[str, Any] = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else {}
-    return {k: Measured(**v) for k, v in found["cells"].items()} if found.get("conditions") == CONDITIONS else {}
+    return {k: Measured(**v) for k, v in kept().get("cells", {}).items()}
 
 
 @contextmanager
@@ -128,11 +136,15 @@ def alone(folder: Path) -> Iterator[None]:
 def keep(key: str, measured: Measured) -> None:
     """Adds an outcome, with four digits; what was measured under other conditions goes."""
     with alone(KEPT.parent):
-        cells = known() | {key: measured}
-        values = {k: {n: rounded(v) for n, v in cells[k].model_dump(exclude_none=True).items()} for k in sorted(cells)}
-        text = json.dumps({"conditions": CONDITIONS, "cells": values}, indent=1)
-        with new_file(KEPT) as partial:
-            partial.write_text(text + "\n", encoding="utf-8")
+        write(kept().get("texts", {}), known() | {key: measured})
+
+
+def write(texts: Mapping[str, str], cells: Mapping[str, Measured]) -> None:
+    """The file, of all cells."""
+    values = {k: {n: rounded(v) for n, v in cells[k].model_dump(exclude_none=True).items()} for k in sorted(cells)}
+    with new_file(KEPT) as partial:
+        text = json.dumps({"conditions": CONDITIONS, "texts": texts, "cells": values}, indent=1)
+        partial.write_text(text + "\n", encoding="utf-8")
 
 
 def rounded(value: Any) -> Any:
@@ -201,14 +213,33 @@ class Corpus:
         return scores.summary()["kld_mean"]
 
 
+def digests(work: Path) -> dict[str, str]:
+    """First digits of SHA-256 of texts to evaluate on and to calibrate with; each version of Python has others."""
+    texts = {name: (work / name).read_text(encoding="utf-8") for name in EVALUATED}
+    texts["builtin"] = "".join(topics[name] for name in sorted(topics))
+    return {name: sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
+
+
+def refuse_other_texts(work: Path) -> None:
+    """Raises SystemExit: cells were measured with texts of another Python. The first run says which these are."""
+    with alone(KEPT.parent):
+        found = kept().get("texts")
+        if found and found != digests(work):
+            wrong = f"{KEPT.name} was measured with texts of another Python than {platform.python_version()}"
+            raise SystemExit(f"{wrong}: run it with that one, or remove the file to measure everything anew")
+        if not found:
+            write(digests(work), known())
+
+
 def prepare(work: Path, cells: Iterable[Cell]) -> None:
-    """Makes the models of cells, and all texts."""
+    """Makes the models of cells, and all texts. Raises SystemExit: see `refuse_other_texts`."""
     with alone(work):
         for variant in sorted({one.variant for one in cells}):
             models.variant(work, variant)
         for name, text in (EVALUATED | CALIBRATED).items():
             if not (work / name).exists():
                 (work / name).write_text(text(), encoding="utf-8")
+    refuse_other_texts(work)
 
 
 def measure(

@@ -71,7 +71,7 @@ PLOTS = {
     ),
     "low-bits": Plot(
         "low-bits",
-        {"RTN": "RTN", "GPTQ": "GPTQ", "learned from GPTQ": "learned", "decoupleQ, offsets": "decoupleQ"},
+        {"RTN": "RTN", "GPTQ": "GPTQ", "learned from GPTQ, 70 steps": "learned", "decoupleQ, offsets": "decoupleQ"},
         "bits",
         number,
         lines=True,

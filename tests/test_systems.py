@@ -78,6 +78,19 @@ def test_a_cell_that_another_program_measured_meanwhile_is_not_run(tmp_path, mon
     assert cells.outcome(one("w4a16-rtn"), tmp_path, "cpu") == str(one("w4a16-rtn"))
 
 
+def test_texts_of_another_python_are_refused_beside_what_was_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "KEPT", tmp_path / "kept.json")
+    cells.keep(one("w8a16").key, Measured(**KLD))
+    cells.prepare(tmp_path, [])
+    assert set(cells.kept()["texts"]) == {"prose.txt", "code.txt", "builtin"}
+    cells.keep(one("w4a16-rtn").key, Measured(**KLD))
+    cells.prepare(tmp_path, [])
+    assert len(cells.known()) == 2
+    (tmp_path / "prose.txt").write_text("Other docstrings.", encoding="utf-8")
+    with pytest.raises(SystemExit, match="another Python than"):
+        cells.prepare(tmp_path, [])
+
+
 def test_programs_that_keep_at_the_same_time_lose_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(cells, "KEPT", tmp_path / "kept.json")
     found = Measured(**KLD)
@@ -107,6 +120,23 @@ def test_seen_means_below_the_share_that_the_claim_stands_for(ratio, seen):
     row = system.row(found, {cell.key: value for cell, value in zip(found.cells, values, strict=True)})
     assert row[2:5] == ("gguf", "2.0", "0.4")
     assert row[-1] == seen
+
+
+@pytest.mark.parametrize(
+    ("recipe", "plain", "share"),
+    [
+        ("off-grid mxfp4-hadamard", "off-grid mxfp4-hadamard transforms=[]", 0.7),
+        ("off-grid w2a16-decoupleq", "off-grid w2a16-decoupleq method.gptq.rounds=0", 1),
+        ("off-grid spqr", "off-grid w3a16-gptq", 1),
+        ("outliers w8a8-int8-smooth", "outliers w8a16", 1.2),
+        ("off-grid w4a16-awq", "off-grid w4a16-rtn-g64", 0.6),
+        ("off-grid w4a16-awq transforms=[{smooth: {alpha: 0.5}}]", "off-grid w4a16-awq transforms=[]", 0.6),
+    ],
+    ids=["Hadamard matrices before MXFP4", "decoupleQ", "SpQR", "8-bit inputs that are smoothed", "AWQ", "smoothing"],
+)
+def test_what_is_kept_of_the_demo_model_is_as_good_as_it_has_to_be(recipe, plain, share):
+    found = cells.known()
+    assert 0 < found[recipe].kld < share * found[plain].kld
 
 
 def test_a_file_with_an_unknown_key_is_refused(tmp_path):
