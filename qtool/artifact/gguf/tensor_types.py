@@ -60,6 +60,6 @@ def rule_of(text: str, modules_of: dict[str, list[str]]) -> Rule:
         fields = {"keep": kind} if kind in PLAIN else {"weights": parse_format(kind)}
         rule = Rule.model_validate({"match": match, **fields})
     except ValueError as error:
-        raise UsageError(f"{FLAG} {text}", found=error) from None
+        raise UsageError(f"{FLAG} {text}: {error}") from None
     rule.place(f"{FLAG} {text}")
     return rule
