@@ -139,8 +139,8 @@ def keep(key: str, measured: Measured) -> None:
         write(kept().get("texts", {}), known() | {key: measured})
 
 
-def write(texts: Mapping[str, str], cells: Mapping[str, Measured]) -> None:
-    """The file, of all cells."""
+def write(texts: Mapping[str, Mapping[str, str]], cells: Mapping[str, Measured]) -> None:
+    """The file, of all cells; texts: what `digests` says, by the version of Python that they come with."""
     values = {k: {n: rounded(v) for n, v in cells[k].model_dump(exclude_none=True).items()} for k in sorted(cells)}
     with new_file(KEPT) as partial:
         text = json.dumps({"conditions": CONDITIONS, "texts": texts, "cells": values}, indent=1)
@@ -223,12 +223,12 @@ def digests(work: Path) -> dict[str, str]:
 def refuse_other_texts(work: Path) -> None:
     """Raises SystemExit: cells were measured with texts of another Python. The first run says which these are."""
     with alone(KEPT.parent):
-        found = kept().get("texts")
-        if found and found != digests(work):
-            wrong = f"{KEPT.name} was measured with texts of another Python than {platform.python_version()}"
+        found, own = kept().get("texts", {}), digests(work)
+        if found and own not in found.values():
+            wrong = f"{KEPT.name} was measured with texts of Python {' and '.join(found)}, and these are others"
             raise SystemExit(f"{wrong}: run it with that one, or remove the file to measure everything anew")
         if not found:
-            write(digests(work), known())
+            write({platform.python_version(): own}, known())
 
 
 def prepare(work: Path, cells: Iterable[Cell]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 
@@ -82,12 +83,14 @@ def test_texts_of_another_python_are_refused_beside_what_was_measured(tmp_path, 
     monkeypatch.setattr(cells, "KEPT", tmp_path / "kept.json")
     cells.keep(one("w8a16").key, Measured(**KLD))
     cells.prepare(tmp_path, [])
-    assert set(cells.kept()["texts"]) == {"prose.txt", "code.txt", "builtin"}
+    ((version, texts),) = cells.kept()["texts"].items()
+    assert version == platform.python_version()
+    assert set(texts) == {"prose.txt", "code.txt", "builtin"}
     cells.keep(one("w4a16-rtn").key, Measured(**KLD))
     cells.prepare(tmp_path, [])
     assert len(cells.known()) == 2
     (tmp_path / "prose.txt").write_text("Other docstrings.", encoding="utf-8")
-    with pytest.raises(SystemExit, match="another Python than"):
+    with pytest.raises(SystemExit, match=f"texts of Python {version}, and these are others"):
         cells.prepare(tmp_path, [])
 
 
