@@ -1,9 +1,11 @@
 """Outputs are whole or absent, and nothing that qtool did not write is ever replaced."""
 
+import errno
 import hashlib
 import pathlib
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 
 import pytest
@@ -230,3 +232,32 @@ def test_an_older_output_is_there_or_found_again_whenever_its_successor_is_kille
     assert code == 0
     assert ((None, True) in seen) == (swaps == "steps")
     assert (old, False) in seen and (new, False) in seen
+
+
+def test_files_are_hashed_and_brought_to_the_disk_meanwhile(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"x" * 3_000_000)
+    synced, done = [], threading.Event()
+    monkeypatch.setattr(files, "_sync", lambda path: synced.append(path.name))
+    real = files.sha256
+    monkeypatch.setattr(files, "sha256", lambda *args: (real(*args), done.set())[0])
+    with files.settling([tmp_path / "a"]):
+        assert done.wait(60)
+    assert synced == ["a"]
+    monkeypatch.setattr(files, "sha256", None)  # it is known
+    assert files.hashes([tmp_path / "a"]) == [hashlib.sha256(b"x" * 3_000_000).hexdigest()]
+
+
+def test_a_disk_that_refuses_is_told_and_whoever_fails_waits_for_no_hash(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"x" * (5 << 20))
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "_sync", full)
+    with pytest.raises(StorageError, match="No space left"), files.settling([tmp_path / "a"]):
+        pass
+    (tmp_path / "a").write_bytes(b"y" * (5 << 20))
+    over = threading.Event()
+    over.set()
+    assert files.hashes([tmp_path / "a"], over) == [""]
+    assert files.hashes([tmp_path / "a"]) == [hashlib.sha256(b"y" * (5 << 20)).hexdigest()]
