@@ -90,22 +90,20 @@ class WaitingExperts:
 
 
 @contextmanager
-def stopping(
-    flow: InStep, places: Places, layers: Mapping[str, nn.Module], unrounded: Collection[str]
-) -> Iterator[None]:
+def stopping(flow: InStep, places: Places, layers: Mapping[str, tuple[nn.Module, bool]]) -> Iterator[None]:
     """Within the context, batches stop in front of layers.
 
     Args:
         flow: of the batches.
         places: where they stop.
-        layers: that read each input, by `Module.reads`.
-        unrounded: inputs that are measured as they are before a runtime rounds them.
+        layers: that read each input, by `Module.reads`, and whether it is measured before a runtime rounds it.
     """
     with ExitStack() as hooks:
         for place, members in places.items():
             for expert, reads in members.items():
                 hook = hook_at(place, reads, expert, flow)
-                hooks.enter_context(layers[reads].register_forward_pre_hook(hook, prepend=reads in unrounded))
+                layer, unrounded = layers[reads]
+                hooks.enter_context(layer.register_forward_pre_hook(hook, prepend=unrounded))
         yield
 
 

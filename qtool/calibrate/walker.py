@@ -97,7 +97,7 @@ class Walker(Blocks):
             hidden: inputs of the block, replaced by its outputs.
             needs: what to measure, by `Module.reads`, for inputs to stop at.
             reference: the unquantized model in front of block i, to compare with where drift is needed; is advanced.
-            cache: measures keys and values.
+            cache: measures keys and values, which is no place for two batches side by side.
             keep: leave `hidden` as it is, and that of a reference whose outputs are apart.
             token_weights: how much each token counts, see `Meter`.
 
@@ -121,17 +121,14 @@ class Walker(Blocks):
         abreast, suspend = self.abreast(experts := experts_in(block), list(readers.values()), hidden, keep)
         self.record(hidden)
         parts, places = self.parts(hidden), places_of(readers, abreast)
-        threads = (1, 1) if cache else self.shares(parts)  # a cache is no place for two batches
+        threads = (1, 1) if cache else self.shares(parts)
         flow = InStep(run, parts, list(places), meter.count, threads, suspend, self.ranks)
 
         def complete(place: str) -> dict[str, InputStats]:
-            found = {r: meter.take(r) for r in places[place].values()}
-            self.complete({readers[r]: stats for r, stats in found.items()}, block, hidden)
-            return found
+            return self.complete({readers[r]: meter.take(r) for r in places[place].values()}, block, hidden)
 
-        layers = {r: self.linear(block, m) for r, m in readers.items()}
-        unrounded = {r for r in readers if any(s.unrounded for s in needs[r])}
-        with stopping(flow, places, layers, unrounded), meeting(experts, abreast, WaitingExperts(flow, places)):
+        layers = {r: (self.linear(block, m), any(s.unrounded for s in needs[r])) for r, m in readers.items()}
+        with stopping(flow, places, layers), meeting(experts, abreast, WaitingExperts(flow, places)):
             yield from self.tidied(map(complete, flow))
         yield from map(complete, (place for place in places if place not in flow.passed))
 
@@ -166,8 +163,13 @@ class Walker(Blocks):
         waiting = hidden.samples * hidden.length * (3 * hidden.width + inside) * self.dtype.itemsize
         return several, waiting <= waiting_limit(self.device, trains)
 
-    def complete(self, several: Mapping[Module, InputStats], block: nn.Module, hidden: Hidden) -> None:
-        """Makes of statistics those of all processes; `several`: by a linear layer that reads the input.
+    def complete(self, several: Mapping[Module, InputStats], block: nn.Module, hidden: Hidden) -> dict[str, InputStats]:
+        """Statistics of all processes, by `Module.reads`.
+
+        Args:
+            several: those of this one, by a linear layer that reads the input.
+            block: that was run.
+            hidden: on what.
 
         Raises:
             QtoolError: the block left tokens out, though only experts may be passed by.
@@ -179,6 +181,7 @@ class Walker(Blocks):
         with marked("exchange"):
             combine([*several.values()], self.ranks)
         finite_statistics({f"{module.name} of {self.checkpoint.source}": s for module, s in several.items()})
+        return {module.reads: stats for module, stats in several.items()}
 
     @torch.inference_mode()
     def advance(self, block: nn.Module, i: int, hidden: Hidden, layers: Mapping[str, Layer] | None = None) -> None:
