@@ -133,6 +133,8 @@ LONGROPE_CONFIG = CONFIG | {"rope_scaling": LONGROPE, "original_max_position_emb
         ("gemma3_text", {"use_bidirectional_attention": True}, "one use_bidirectional_attention only"),
         ("gemma3_text", {"rope_parameters": {"sliding_attention": LLAMA3}}, "scaling of sliding attention.*'llama3'"),
         ("phi3", {"head_dim": 32}, r"phi3 models with one head_dim only: wanted 16\.0, found 32"),
+        ("llama", {"rope_scaling": "linear"}, "impossible rope_scaling: wanted an object, found 'linear'"),
+        ("llama", {"rope_parameters": [2.0]}, r"impossible rope_parameters: wanted an object, found \[2\.0\]"),
         ("phi3", {"partial_rotary_factor": 1.5}, "impossible partial_rotary_factor: wanted 0 to 1, found 1.5"),
         ("phi3", LONGROPE_CONFIG | {"rope_scaling": LONGROPE | {"long_factor": 2}}, "impossible long_factor"),
         ("smollm3", {"no_rope_layers": [1, 0]}, r"one no_rope_layers only: wanted \[1, 1\], found \[1, 0\]"),

@@ -18,6 +18,7 @@ from qtool.pipeline.calibrate import CalibrateOptions
 from qtool.pipeline.calibrate import run as calibrate
 from qtool.pipeline.quantize import QuantizeOptions, run
 from tests.artifact.conftest import quantize, save_llama
+from tests.conftest import make_checkpoint, make_tokenizer
 
 LABELS = ("int4-g32", "int4-g32-asym", "int8-channel", "nvfp4", "mxfp4", "mxfp8", "fp8-channel", "fp8-block")
 BLOCKS = ("q8_0", "q4_k", "q6_k", "iq4_xs", "iq2_xs", "tq1_0")
@@ -29,7 +30,7 @@ def write_samples(folder: Path) -> dict[str, Path]:
     """Writes them all: paths by name. Names begin with how they are read: "model", "stats", "work"."""
     plain = save_llama(folder / "model-plain", 256, torch.float16, blocks=1)
     samples = {"model-plain": plain, "model-shards": in_shards(plain, folder / "model-shards")}
-    samples |= measurements(plain, folder)
+    samples |= measurements(plain, folder) | {"model-experts": experts_in_blocks(folder / "model-experts")}
     for name, artifact, model in artifacts(plain):
         place = folder / f"model-{name}"
         place.mkdir()
@@ -87,6 +88,21 @@ def artifacts(plain: Path) -> Iterator[tuple[str, Artifact, object]]:
             except PlanError:
                 continue
             yield f"{name}-{label}", artifact, model
+
+
+def experts_in_blocks(out: Path) -> Path:
+    """A tiny gpt-oss as OpenAI publishes it: blocks of MXFP4, here of any codes."""
+    make_checkpoint("gpt_oss", out, make_tokenizer())
+    tensors, draw = load_file(out / "model.safetensors"), torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        shape = experts, rows, columns // 32
+        tensors[f"{name}_blocks"] = torch.randint(256, (*shape, 16), dtype=torch.uint8, generator=draw)
+        tensors[f"{name}_scales"] = torch.randint(115, 128, shape, dtype=torch.uint8, generator=draw)
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    return out
 
 
 def in_shards(plain: Path, out: Path) -> Path:

@@ -43,7 +43,11 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: a number is missing or none.
     """
-    fields = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    told = {name: config.get(name) or {} for name in ("rope_scaling", "rope_parameters")}
+    for name, found in told.items():
+        if not isinstance(found, dict):
+            raise CheckpointError(f"config.json: impossible {name}", wanted="an object", found=f"{found!r:.40}")
+    fields = {**told["rope_scaling"], **told["rope_parameters"]}
     kind = fields.pop("type", "default")
     rope = {"rope_type": kind, "rope_theta": config.get("rope_theta") or 10000.0} | fields
     if not isinstance(rope["rope_type"], str):
