@@ -116,7 +116,7 @@ def model(folder: Path, blocks: int) -> Path:
 
     if (folder / "config.json").exists():
         return folder
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)  # config.json, which comes last, tells whether it is whole
     tokenizer(folder)
     h, inner, kv = SHAPE["hidden_size"], SHAPE["intermediate_size"], 128 * SHAPE["num_key_value_heads"]
     shapes = {
@@ -158,7 +158,7 @@ def mixture(folder: Path, blocks: int) -> Path:
     """A checkpoint of some blocks of a mixture of experts, in bfloat16."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if not (folder / "config.json").exists():
+    if not (folder / "tokenizer.json").exists():  # which comes last
         torch.manual_seed(0)
         fields = {"vocab_size": VOCABULARY, "num_hidden_layers": blocks, "norm_topk_prob": True}
         config = AutoConfig.for_model("qwen3_moe", **fields, **MIXTURE)

@@ -201,13 +201,13 @@ def main() -> None:
     found = {}
     dense = gpu.model(work / f"dense-{options.blocks}", options.blocks) if {"dense", "eval", "rtn"} & {*rows} else work
     if {"dense", "rtn"} & {*rows}:
-        warm(gpu.model(work / "dense-1", 1), recipes["gptq"], work)
+        warm(gpu.model(work / "one-block-dense", 1), recipes["gptq"], work)
     if "dense" in rows:
         found["dense"] = quantized("dense", dense, recipes["gptq"], work, count)
     if "eval" in rows:
         found["eval"] = evaluated(dense, work / f"dense-{count}", words, work, count)
     if "mixture" in rows:
-        warm(gpu.mixture(work / "mixture-1", 1), recipes["gptq"], work)
+        warm(gpu.mixture(work / "one-block-mixture", 1), recipes["gptq"], work)
         found["mixture"] = quantized("mixture", gpu.mixture(work / "mixture-5", 5), recipes["gptq"], work, count)
     if "rtn" in rows:
         found["rtn"] = quantized("rtn", dense, recipes["rtn"], work, count)
