@@ -47,12 +47,12 @@ def solve_alike(
     """
     if device.type != "cuda":
         return {}
-    alike = defaultdict[object, list[Readers]](list)
+    groups = defaultdict[object, list[Readers]](list)
     for plans, stats in inputs:
         if may(plans, stats, checkpoint, weights):
-            alike[tuple((p.method, p.format, p.module.shape) for p in plans)].append((plans, stats))
+            groups[tuple((p.method, p.format, p.module.shape) for p in plans)].append((plans, stats))
     found: dict[str, Found] = {}
-    for several in alike.values():
+    for several in groups.values():
         for some in batches(several):
             found |= solve_batch(some, weights)
     return found
@@ -69,16 +69,24 @@ def batches(several: Sequence[Readers]) -> Iterator[Sequence[Readers]]:
 
 def may(plans: Sequence[LayerPlan], stats: InputStats, checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> bool:
     """Whether the readers of an input can be solved beside those of others."""
-    first, rows = plans[0], sum(p.module.shape[0] for p in plans)
-    if first.method is None or first.format is None or first.format.needs_largest or rows % MULTIPLE:
+    if sum(p.module.shape[0] for p in plans) % MULTIPLE or any(p.module.name not in weights for p in plans):
+        return False
+    method, fmt = plans[0].method, plans[0].format
+    if method is None or fmt is None or not alike(plans, stats, checkpoint):
+        return False
+    return method.abreast(fmt, plans[0].module.shape[1])
+
+
+def alike(plans: Sequence[LayerPlan], stats: InputStats, checkpoint: Checkpoint) -> bool:
+    """Whether the readers of an input are solved alike, row by row, and are on no grid yet."""
+    first = plans[0]
+    if first.method is None or first.format is None or first.format.needs_largest:
         return False
     if first.method.first != first.method or any((p.method, p.format) != (first.method, first.format) for p in plans):
         return False
     if gram_of(stats) is None or any(tied(p) or stats.of(p.module.name) != (stats,) for p in plans):
         return False
-    if not all(p.module.name in weights and origin(checkpoint, p.module.name, first.format).plain for p in plans):
-        return False
-    return first.method.abreast(first.format, first.module.shape[1])
+    return all(origin(checkpoint, p.module.name, first.format).plain for p in plans)
 
 
 def solve_batch(some: Sequence[Readers], weights: Mapping[str, Tensor]) -> dict[str, Found]:

@@ -8,6 +8,7 @@ Shape letters: N rows of all modules, K columns.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -20,10 +21,10 @@ from qtool.formats._base import Quantized
 from qtool.methods._base import Solution
 from qtool.numerics.threads.marks import marked
 from qtool.numerics.threads.parallel import row_shares, side_by_side
+from qtool.pipeline.abreast import Readers, alike
 from qtool.pipeline.entries import Sums
 from qtool.pipeline.found import Found
-from qtool.pipeline.requantize import origin
-from qtool.pipeline.solve import naming, refuse_infinite, tied
+from qtool.pipeline.solve import naming, refuse_infinite
 from qtool.plan import LayerPlan
 from qtool.stats._base import InputStats
 from qtool.stats.gram import gram_of
@@ -31,29 +32,15 @@ from qtool.stats.gram import gram_of
 MOST = 1 << 22
 """Numbers of a matrix; larger ones keep threads busy for long, and stacked take memory."""
 
-Readers = tuple[Sequence[LayerPlan], InputStats]
-"""Modules that read an input, all of whose rows are solved here, and what was measured there."""
-
 
 def solve_stacked(inputs: Sequence[Readers], checkpoint: Checkpoint) -> dict[str, Found]:
-    """Solves the readers of inputs that have several, as far as they may; the rest is not named."""
+    """Solves the readers of inputs that have several, if they are small and alike; the rest is not named."""
     found: dict[str, Found] = {}
     for plans, stats in inputs:
-        if may(plans, stats, checkpoint):
+        size = sum(math.prod(p.module.shape) for p in plans)
+        if len(plans) > 1 and size <= MOST and alike(plans, stats, checkpoint):
             found |= solve_readers(plans, stats, checkpoint)
     return found
-
-
-def may(plans: Sequence[LayerPlan], stats: InputStats, checkpoint: Checkpoint) -> bool:
-    """Whether the readers of an input are small, alike, and on no grid yet."""
-    first, size = plans[0], sum(p.module.shape[0] * p.module.shape[1] for p in plans)
-    if len(plans) == 1 or size > MOST or first.method is None or first.format is None or first.format.needs_largest:
-        return False
-    if first.method.first != first.method or any((p.method, p.format) != (first.method, first.format) for p in plans):
-        return False
-    if gram_of(stats) is None or any(tied(p) or stats.of(p.module.name) != (stats,) for p in plans):
-        return False
-    return all(origin(checkpoint, p.module.name, first.format).plain for p in plans)
 
 
 def solve_readers(plans: Sequence[LayerPlan], stats: InputStats, checkpoint: Checkpoint) -> dict[str, Found]:

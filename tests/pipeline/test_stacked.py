@@ -11,7 +11,7 @@ from qtool.errors import NumericsError
 from qtool.formats._spelling import parse_format
 from qtool.methods.gptq import GPTQ
 from qtool.numerics.metrics import energy
-from qtool.pipeline import stacked
+from qtool.pipeline import abreast, stacked
 from qtool.pipeline.requantize import StoredMatrix
 from qtool.stats.drift import Drift
 from qtool.stats.gram import Gram
@@ -32,7 +32,7 @@ class Source:
 
 @pytest.fixture(autouse=True)
 def plain(monkeypatch):
-    monkeypatch.setattr(stacked, "origin", lambda *_: PLAIN)
+    monkeypatch.setattr(abreast, "origin", lambda *_: PLAIN)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -85,7 +85,7 @@ def test_who_is_solved_alone(monkeypatch):
     monkeypatch.setattr(stacked, "MOST", 2 * 8 * 64 - 1)
     assert stacked.solve_stacked(some, Source(weights)) == {}
     monkeypatch.undo()
-    monkeypatch.setattr(stacked, "origin", lambda _, name, __: StoredMatrix(None, None, "again" * (name == "pair1")))
+    monkeypatch.setattr(abreast, "origin", lambda _, name, __: StoredMatrix(None, None, "again" * (name == "pair1")))
     assert stacked.solve_stacked(some[:1], Source(weights)) == {}
 
 
