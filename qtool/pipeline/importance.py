@@ -12,7 +12,7 @@ from qtool.checkpoint._base import Checkpoint, Module
 from qtool.checkpoint.modules import modules
 from qtool.errors import CheckpointError
 from qtool.recipe.load import load_recipe
-from qtool.recipe.schema import Calibration, Recipe
+from qtool.recipe.schema import Calibration, Recipe, Rule
 from qtool.stats._base import InputStats
 from qtool.stats.channels import Channels
 from qtool.store.imatrix import ImportanceEntry, ImportanceMatrix, read_imatrix, write_imatrix
@@ -23,12 +23,16 @@ BY_IMPORTANCE = "method={rtn: {importance: true}}"
 
 
 def by_importance(recipe: str | Recipe, overrides: Sequence[str]) -> Recipe:
-    """A recipe for a run with an importance matrix. Rules' methods that measure more go back to the recipe's own."""
+    """A recipe for a run with an importance matrix.
+
+    Rules' methods that measure more go back to the recipe's own, unless the user sets them.
+    """
     source = recipe.model_dump(mode="json", exclude_none=True) if isinstance(recipe, Recipe) else recipe
-    parsed = load_recipe(source, (BY_IMPORTANCE, *overrides))
-    rules = [
-        r.model_copy(update={"method": None}) if r.method and r.method.needs - CHANNELS else r for r in parsed.layers
-    ]
+    parsed, rules = load_recipe(source, (BY_IMPORTANCE, *overrides)), list[Rule]()
+    for i, rule in enumerate(parsed.layers):
+        more = rule.method and rule.method.needs - CHANNELS
+        asked = any(o.startswith(("layers=", f"layers.{i}.method", f"layers.{i}=")) for o in overrides)
+        rules.append(rule.model_copy(update={"method": None}) if more and not asked else rule)
     return parsed.model_copy(update={"layers": tuple(rules)})
 
 
