@@ -17,7 +17,7 @@ ALL = SHIPPED
 LIMITED = {"gguf-fit", "w4-mixed", "nvfp4-fp8-mixed"}
 """Those that leave formats open and want a limit; tests/pipeline/test_allocate.py is about them."""
 MIXES = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m")
-SIBLINGS = {"fast-2bit-fit": "fast-2bit"} | {f"gguf-{mix}-fit": f"gguf-{mix}" for mix in MIXES}
+SIBLINGS = {"fast-2bit-fit": "fast-2bit", "mixllm-fit": "mixllm"} | {f"gguf-{mix}-fit": f"gguf-{mix}" for mix in MIXES}
 """Those that may be as large as another."""
 ENTRIES = [entry for entry in ALL if not entry.name.startswith("gguf-") and entry.name not in LIMITED]
 """Those that give one format to all blocks; tests/test_mixes.py is about the others."""
@@ -54,6 +54,7 @@ WANTED = W4A16 | {
     "abq-2": ("balanced2-g64", "gptq"),
     "zeroquant-fp": ("fp4-g64", "gptq", "fp8-token"),
     "mixllm": ("int4-g64-asym", "gptq", "int8-token"),
+    "mixllm-fit": ("int4-g64-asym", "gptq", "int8-token"),
     "fast-2bit": ("bilevel2-g32", "gptq"),
     "double-rounding": ("int4-g64", "gptq"),
     "gwq": ("int3-g64", "rtn"),
@@ -130,6 +131,7 @@ LAYOUTS = {
     "abq-2": "qtool",
     "zeroquant-fp": "qtool",
     "mixllm": "qtool",
+    "mixllm-fit": "qtool",
     "fast-2bit": "qtool",
     "fast-2bit-fit": "qtool",
     "fairy2i": "qtool",

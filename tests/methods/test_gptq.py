@@ -186,7 +186,8 @@ def test_drift_is_made_up_for_in_what_is_approximated() -> None:
     plain = InputStats(64, frozenset({Gram}))
     plain.add(x)
     want = GPTQ(drift=0).solve(target, plain, fmt)
-    assert (found.quantized.codes != want.quantized.codes).float().mean() < 0.002  # ties of rounding
+    others = (found.quantized.codes != want.quantized.codes).any(1)
+    assert others.sum() <= 1  # of 24 rows: behind a scale that the last bit of a sum decides, codes are others
     assert found.target is not None
     torch.testing.assert_close(found.target, target, rtol=1e-4, atol=1e-5)
     assert float((target - w).std()) > 0.05 * float(w.std())
