@@ -35,6 +35,7 @@ class Orthogonal(InputOp):
         apart = q.double() @ q.double().mT - torch.eye(q.shape[1], dtype=torch.float64)
         if not bool((apart.abs() < TOLERANCE).all()):
             raise ValueError("matrices are orthogonal")
+        object.__setattr__(self, "matrices", q.contiguous())  # products depend on the order in memory, files have one
 
     @property
     def width(self) -> int:
