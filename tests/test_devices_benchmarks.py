@@ -44,7 +44,8 @@ def test_recipes_of_several_processes(method, tmp_path):
 def test_stages_are_compared(tmp_path, monkeypatch):
     """Gains are of one process over several; a stage below a second says nothing, nor does the first block."""
 
-    def ran(processes, *arguments):
+    def ran(work, processes, *arguments):
+        assert work == tmp_path
         out = tmp_path / arguments[5]
         out.mkdir()
         stages = [{"name": "quantize", "seconds": 30.0 / processes}, {"name": "write", "seconds": 0.5}]

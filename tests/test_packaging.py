@@ -86,7 +86,7 @@ def test_requirements_are_what_is_imported(installed):
     always = {name for name, rest in needs if "extra ==" not in rest}
     optional = {name for name, rest in needs if re.search("extra == '(data|llamacpp|tasks)'", rest)}
     assert imported() >= {module(name) for name in always}, "a requirement that nothing imports"
-    brought = {"qtool", "triton"}  # torch's builds for CUDA require triton
+    brought = {"qtool", "triton", "compressed_tensors"}  # torch's builds for CUDA require triton; a reader may be there
     assert imported() <= {module(name) for name in always | optional} | brought, "an import that nothing requires"
 
 

@@ -29,9 +29,10 @@ def test_the_type_to_compute_in(monkeypatch):
 def test_processors_that_give_other_bits_have_other_names(monkeypatch):
     here = processor()
     assert processor() == here
-    monkeypatch.setattr(config, "CPU_NAME", "znver3")
+    name = "znver3" if not here.startswith("znver3") else "znver2"
+    monkeypatch.setattr(config, "CPU_NAME", name)
     other = processor()
-    assert other.startswith("znver3, torch ") and other != here
+    assert other.startswith(f"{name}, torch ") and other != here
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "num_sockets": 1}, raising=False)
     hidden = processor()
     assert hidden.split(", ")[:2] == other.split(", ")[:2] and hidden != other
