@@ -92,9 +92,10 @@ class HFCheckpoint(Checkpoint):
         verify(self)
         if packed := [name for name in self._names if name.endswith((".qweight", ".weight_packed"))]:
             raise CheckpointError(f"{self.source}: {packed[0]} is packed, and config.json does not say how")
-        own = {f"{module.name}.weight" for module in own_modules(self)}
-        for name in self._names:  # what is beside a derived model may be of any type
-            if (dtype := self.info(name).dtype) not in FLOATS and (name in own or not self.family.derived):
+        numbers = {name: dtype for name in self._names if (dtype := self.info(name).dtype) not in FLOATS}
+        own = {f"{module.name}.weight" for module in own_modules(self)} if numbers else set()
+        for name, dtype in numbers.items():  # what is beside a derived model may be of any type
+            if name in own or not self.family.derived:
                 hint = "are scales missing, or does config.json not say how it is quantized?"
                 raise CheckpointError(f"{self.source}: {name} holds numbers without a scale", found=dtype, hint=hint)
 
