@@ -11,10 +11,8 @@ from qtool.calibrate.ahead import Ahead, Weights
 from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint
 from qtool.numerics.threads.marks import marked
 from qtool.pipeline.prepare import Job
+from qtool.pipeline.rows import row_parts
 from qtool.pipeline.units import steps
-
-PIECE = 1 << 24
-"""Bytes that are read at a time: memory of that size is used again, and not asked of the system each time."""
 
 
 class ModulesAhead:
@@ -40,11 +38,10 @@ class ModulesAhead:
         """Reads one, piece by piece."""
         name = self.modules[i]
         info, weight = self.checkpoint.info(f"{name}.weight"), None
-        step = max(1, PIECE * info.shape[0] // max(info.nbytes, 1))
-        for start in range(0, info.shape[0], step):
-            part = self.checkpoint.rows(f"{name}.weight", start, min(start + step, info.shape[0]))
+        for start, stop in row_parts(info.shape):  # whose memory is used again, and not asked of the system each time
+            part = self.checkpoint.rows(f"{name}.weight", start, stop)
             weight = torch.empty(info.shape, dtype=part.dtype, device=self.device) if weight is None else weight
-            weight[start : start + step] = part
+            weight[start:stop] = part
         return {} if weight is None else {name: weight}
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qtool.models import open_model
-from qtool.pipeline import module_weights
+from qtool.pipeline import rows
 from qtool.pipeline.module_weights import ModulesAhead, modules_ahead
 from qtool.pipeline.prepare import Job
 from qtool.pipeline.quantize import QuantizeOptions, run
@@ -17,7 +17,7 @@ from qtool.pipeline.units import steps
 
 @pytest.mark.parametrize("piece", [1, 1000, 1 << 24])
 def test_weights_in_pieces(piece: int, tiny_checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module_weights, "PIECE", piece)
+    monkeypatch.setattr(rows, "PART", piece)
     model = open_model(str(tiny_checkpoint("qwen3")))
     names = ["model.layers.1.mlp.down_proj", "model.layers.0.self_attn.q_proj"]
     ahead = ModulesAhead(model, names, torch.device("cpu"))

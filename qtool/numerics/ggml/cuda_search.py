@@ -13,6 +13,7 @@ from triton import cdiv
 from qtool.numerics.checks import refuse_unsearchable
 from qtool.numerics.ggml.cuda_groups import polished_kernel, shifted_kernel, signed_kernel
 from qtool.numerics.ggml.groups import EPSILON, NEAREST_FIRST, Sweep
+from qtool.numerics.grids.cuda_affine import EXACT
 from qtool.numerics.scales.cuda_search import on_device
 
 ScaleSearch = tuple[int, np.float32, np.float32, bool, np.float32, Sweep, np.float32]
@@ -20,8 +21,6 @@ ScaleSearch = tuple[int, np.float32, np.float32, bool, np.float32, Sweep, np.flo
 
 LANES = 128
 """Groups of a program."""
-EXACT = {"enable_fp_fusion": False}
-"""Sums of products that are rounded twice, as on processors."""
 
 
 def scales(x: Tensor, kind: ScaleSearch) -> tuple[Tensor, Tensor]:
