@@ -47,12 +47,9 @@ def caveats(model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
     loaded = {layer for layer in experts if isinstance(kind_of(layer), supported) and not _asymmetric(layer)}
     scaled_twice = {layer for layer in experts if isinstance(kind_of(layer), NVFP4Packed)}
     decoded = {layer for layer in found if isinstance(kind_of(layer), MXQuantized | NVFP4Packed)}
-    packed = PackQuantized | MXFP4Packed | MXFP6Packed | NVFP4Packed
-    unread = looked_for(model, [name for name, layer in layers.items() if isinstance(kind_of(layer), packed)])
     return naming(
         {
-            f"from_pretrained of transformers fails at {_place(unread)}: its class looks for weights that {{}} packs; "
-            "keep these layers, or give them FP8": {layers[name] for name in unread},
+            **_looked_for(model, layers),
             "transformers loses the scales of whole matrices of experts in {}; vLLM reads them": scaled_twice,
             "transformers does not load experts in {}": experts - loaded - scaled_twice,
             "transformers leaves the inputs of experts in {} unrounded": {
@@ -92,6 +89,14 @@ def caveats(model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
             },
         }
     )
+
+
+def _looked_for(model: Checkpoint, layers: Mapping[str, Layer]) -> dict[str, set[Layer]]:
+    """Of layers whose weight transformers looks for where it is packed, see `looked_for`."""
+    packed = PackQuantized | MXFP4Packed | MXFP6Packed | NVFP4Packed
+    unread = looked_for(model, [name for name, layer in layers.items() if isinstance(kind_of(layer), packed)])
+    text = f"from_pretrained of transformers fails at {_place(unread)}: its class looks for weights that {{}} packs; "
+    return {f"{text}keep these layers, or give them FP8": {layers[name] for name in unread}}
 
 
 def _place(names: Sequence[str]) -> str:
