@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qtool.errors import NumericsError
+from qtool.formats._base import Quantized
 from qtool.formats._spelling import parse_format
 from qtool.methods.gptq import GPTQ
 from qtool.numerics.metrics import energy
@@ -89,8 +90,13 @@ def test_who_is_solved_alone(monkeypatch):
     assert stacked.solve_stacked(some[:1], Source(weights)) == {}
 
 
-def test_what_is_not_finite_is_named():
+def test_what_is_not_finite_is_named(monkeypatch):
     some, weights = inputs([reader(f"m{i}", 4, "q4_0") for i in range(2)])
-    weights["m1"][2, 5] = torch.inf
-    with pytest.raises(NumericsError, match="m1"):
+    weights["m1"][2, 5] = 1e6
+    with pytest.raises(NumericsError, match="m0, m1: q4_0 stores scales in fp16"):
+        stacked.solve_stacked(some, Source(weights))
+    weights["m1"][2, 5], decode = 1.0, Quantized.decode
+    monkeypatch.setattr(stacked, "row_shares", lambda n: [(0, n)])
+    monkeypatch.setattr(Quantized, "decode", lambda self: decode(self).index_fill(0, torch.tensor(6), torch.inf))
+    with pytest.raises(NumericsError, match="made m1 infinite or NaN in q4_0"):
         stacked.solve_stacked(some, Source(weights))
