@@ -6,6 +6,7 @@ dimension that is not hidden / heads, tied and untied output, one file and many,
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import json
 import os
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 
 os.environ["QTOOL_CACHE"] = tempfile.mkdtemp(prefix="qtool-cache-")  # commands in tests leave the user's alone
+atexit.register(shutil.rmtree, os.environ["QTOOL_CACHE"], ignore_errors=True)
 if "PYTEST_XDIST_WORKER" in os.environ:
     from tests.kernels import compile_once
 
