@@ -17,6 +17,7 @@ from torch import Tensor
 from qtool.calibrate.inputs import fit_static, quantize_rows, quantize_tokens
 from qtool.checkpoint._base import CacheScales, Checkpoint, QuantizedCheckpoint, Static
 from qtool.formats._base import Format
+from qtool.numerics.hadamard import transform
 from qtool.numerics.histogram import BINS, Histogram
 from qtool.numerics.threads.ranks import Ranks
 from qtool.recipe.cache import KVCache
@@ -47,6 +48,11 @@ def quantize_cached(x: Tensor, fmt: Format, statics: tuple[Static, ...]) -> Tens
     return from_rows(quantize_rows(in_rows(x, fmt.granularity), fmt, statics), fmt.granularity, x)
 
 
+def turned(keys: Tensor, fmt: KVCache) -> Tensor:
+    """Keys, [S, A, T, D], through Hadamard matrices, float32 if there are some; turned twice they are as they were."""
+    return keys if fmt.hadamard is None else transform(keys.float(), fmt.hadamard)
+
+
 class MeteredCache:
     """Gives back what it is handed, and counts what calibration has to know of it.
 
@@ -55,12 +61,12 @@ class MeteredCache:
     """
 
     def __init__(self, fmt: KVCache) -> None:
-        self.formats = (fmt.keys, fmt.values)
+        self.format, self.formats = fmt, (fmt.keys, fmt.values)
         self.found: list[Histogram | None] = [None, None]
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Called by attention with [S, A, T, D] each."""
-        for i, (x, fmt) in enumerate(zip((keys, values), self.formats, strict=True)):
+        for i, (x, fmt) in enumerate(zip((turned(keys, self.format), values), self.formats, strict=True)):
             if fmt.granularity in ORDERS:
                 rows = in_rows(x, fmt.granularity)
                 bins = CHANNEL_BINS if fmt.granularity == "channel" else BINS
@@ -89,7 +95,7 @@ class MeteredCache:
 
 
 class RoundedCache:
-    """Gives back what a runtime reads from its cache.
+    """Gives back what a runtime reads from its cache; keys that it turns, turned back instead of the queries.
 
     Args:
         fmt: how numbers are rounded.
@@ -102,7 +108,8 @@ class RoundedCache:
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Called by attention with [S, A, T, D] each."""
         of_keys, of_values = self.scales
-        return quantize_cached(keys, self.format.keys, of_keys), quantize_cached(values, self.format.values, of_values)
+        read = turned(quantize_cached(turned(keys, self.format), self.format.keys, of_keys), self.format).to(keys.dtype)
+        return read, quantize_cached(values, self.format.values, of_values)
 
 
 def rounded_cache(checkpoint: Checkpoint, block: int) -> RoundedCache | None:

@@ -120,7 +120,7 @@ def cache_entry(unit: Unit, errors: AttentionErrors) -> CacheEntry:
     assert unit.cache is not None
     return CacheEntry(
         block=unit.block,
-        keys=unit.cache.keys.label,
+        keys=unit.cache.of_keys,
         values=unit.cache.values.label,
         scores_error_db=errors.scores_db,
         outputs_error_db=errors.outputs_db,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, PlainSerializer
+from pydantic import BeforeValidator, PlainSerializer, field_validator
 
 from qtool.formats._base import Format
 from qtool.formats._spelling import parse_format, spelled_out
@@ -46,19 +46,42 @@ class KVCache(Strict):
     tokens that all others attend to, and ranges with the least squared error clip them (with 4-bit keys per channel,
     attention scores of SmolLM2-135M are 5 dB worse so).
 
+    What few channels of keys hold may be spread over runs of them by Hadamard matrices at run time, which queries go
+    through as well, so that products stay (QuaRot, https://arxiv.org/abs/2404.00456). Values are turned without a trace
+    by the transform `rotate` at heads.
+
     Attributes:
         keys: the format of keys, behind the rotary embedding.
         values: the format of values.
+        hadamard: channels of a run of keys that is multiplied with a Hadamard matrix before it is rounded, a power of
+            two that divides a head; null: keys are rounded as they are.
     """
 
     keys: Side
     values: Side
+    hadamard: int | None = None
+
+    @field_validator("hadamard")
+    @classmethod
+    def _power(cls, run: int | None) -> int | None:
+        if run is not None and (run < 2 or run & (run - 1)):
+            raise mistake("no run of keys", wanted="a power of two, such as 16, 32, 64 or 128", found=run)
+        return run
 
     @property
     def label(self) -> str:
         """What to call it: a format, or two."""
-        same = self.keys == self.values
-        return self.keys.label if same else f"{self.keys.label} keys and {self.values.label} values"
+        same = self.keys == self.values and self.hadamard is None
+        return self.keys.label if same else f"{self.of_keys} keys and {self.values.label} values"
+
+    @property
+    def of_keys(self) -> str:
+        """What becomes of keys: a format, and what is in front of it."""
+        return (
+            self.keys.label
+            if self.hadamard is None
+            else f"Hadamard matrices of {self.hadamard}, then {self.keys.label}"
+        )
 
     @property
     def static(self) -> bool:
@@ -77,6 +100,8 @@ class KVCache(Strict):
 
     def misfit(self, width: int) -> str | None:
         """Why heads of that many numbers cannot be held; None if they can."""
+        if self.hadamard and width % self.hadamard:
+            return f"keys of {width} channels cannot be cut into runs of {self.hadamard}"
         grouped = (fmt for fmt in (self.keys, self.values) if fmt.granularity is None)
         reasons = ((fmt.label, fmt.misfit(width)) for fmt in grouped)
         return next((f"{label}: {why}".replace("rows of", "heads of") for label, why in reasons if why), None)
@@ -99,4 +124,6 @@ def parse_cache(value: Any) -> KVCache:
 def dump_cache(cache: KVCache) -> Any:
     """What `parse_cache` reads back as an equal one."""
     keys, values = _dump_side(cache.keys), _dump_side(cache.values)
+    if cache.hadamard is not None:
+        return {"keys": keys, "values": values, "hadamard": cache.hadamard}
     return keys if keys == values else {"keys": keys, "values": values}

@@ -131,6 +131,52 @@ def test_groups_of_a_tokens_heads_share_exponents(tiny_checkpoint, tmp_path):
         run(QuantizeOptions(str(source), recipe(tmp_path, "bfp4-g24"), tmp_path / "other", dtype="fp32"))
 
 
+def sylvester(order):
+    """Sylvester's Hadamard matrix over sqrt(order), entry by entry: 1, or -1 for an odd number of bits in common."""
+    signs = [[(-1) ** (i & j).bit_count() for j in range(order)] for i in range(order)]
+    return torch.tensor(signs, dtype=torch.float32) / order**0.5
+
+
+@pytest.mark.parametrize("run_of", [16, 32])
+def test_runs_of_keys_are_turned_before_they_are_rounded_and_queries_with_them(run_of, tiny_checkpoint, tmp_path):
+    source = tiny_checkpoint("qwen3")
+    path = recipe(tmp_path, f"{{keys: {spelled('token', 4, False)}, values: fp8-head, hadamard: {run_of}}}")
+    report = run(QuantizeOptions(str(source), path, tmp_path / "out", dtype="fp32"))
+    found = Qtool().open(tmp_path / "out")
+    label = f"Hadamard matrices of {run_of}, then int4-token-asym"
+    assert found.cache.format.label == f"{label} keys and fp8-head values"
+    assert [entry.keys for entry in report.kv_cache] == [label] * 3
+    h = torch.block_diag(*[sylvester(run_of)] * (32 // run_of))
+    tokens = load_tokens(load_recipe(path).calibration, open_checkpoint(str(source)))
+
+    def keys_of(keys):
+        x = keys @ h
+        scale, zero = covering(x, "token", 4, False)
+        return ((x / scale + zero).round().clamp(-8, 7) - zero) * scale @ h.T
+
+    def rounded(block, keys, values):
+        scale = torch.tensor([s.scale for s in found.cache.statics[block][1]]).view(1, -1, 1, 1)
+        yield keys_of(keys)
+        yield (values / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+
+    for block, (query, key, value, scaling) in collected(quantized(source, found), tokens).items():
+        weights, _ = by_formula(query @ h, keys_of(key) @ h, value, scaling)  # as a runtime computes it
+        exact = by_formula(query, key, value, scaling)[0]
+        assert report.kv_cache[block].scores_error_db == pytest.approx(decibels(exact, weights), abs=0.08)
+    assert_simulates(found, source, rounded)
+
+
+def test_scales_of_turned_keys_cover_them_where_they_are_turned(tiny_checkpoint, tmp_path):
+    source = tiny_checkpoint("qwen3")
+    path = recipe(tmp_path, "{keys: fp8-head, values: fp8-head, hadamard: 32}")
+    run(QuantizeOptions(str(source), path, tmp_path / "out", dtype="fp32"))
+    found = Qtool().open(tmp_path / "out")
+    tokens = load_tokens(load_recipe(path).calibration, open_checkpoint(str(source)))
+    for block, (_, key, _, _) in collected(quantized(source, found), tokens).items():
+        largest = (key @ sylvester(32)).abs().amax((0, 2, 3))
+        assert [s.scale * 448 for s in found.cache.statics[block][0]] == pytest.approx(largest.tolist(), rel=2**-8)
+
+
 def covering(x, granularity, bits, symmetric):
     """(scale, zero point) of keys or values, [S, A, T, D], as [1, A or 1, T or 1, D or 1]."""
     shared = {"head": (0, 2, 3), "channel": (0, 2), "token": (3,)}[granularity]
@@ -229,3 +275,11 @@ def test_what_a_layout_cannot_say_is_refused(tiny_checkpoint, tmp_path):
         run(QuantizeOptions(source, recipe(tmp_path, "int4-token", "awq"), tmp_path / "out"))
     with pytest.raises(RecipeError, match="wanted scales per tensor, head, channel or token, or of groups in a head"):
         run(QuantizeOptions(source, recipe(tmp_path, "nvfp4"), tmp_path / "out"))
+    turned = "{keys: fp8-tensor, values: fp8-tensor, hadamard: RUN}"
+    for layout in ("compressed-tensors", "modelopt"):
+        with pytest.raises(PlanError, match="not Hadamard matrices of 32, then fp8-tensor keys and fp8-tensor values"):
+            run(QuantizeOptions(source, recipe(tmp_path, turned.replace("RUN", "32"), layout), tmp_path / "out"))
+    with pytest.raises(PlanError, match="keys of 32 channels cannot be cut into runs of 64"):
+        run(QuantizeOptions(source, recipe(tmp_path, turned.replace("RUN", "64")), tmp_path / "out"))
+    with pytest.raises(RecipeError, match="hadamard: no run of keys: wanted a power of two, such as 16, 32, 64 or 128"):
+        run(QuantizeOptions(source, recipe(tmp_path, turned.replace("RUN", "12")), tmp_path / "out"))

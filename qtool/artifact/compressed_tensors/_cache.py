@@ -30,6 +30,8 @@ STRATEGIES: dict[str, Format] = {"tensor": STATIC_FP8, "attn_head": FP(element="
 
 def strategy(fmt: KVCache) -> str | None:
     """What the layout calls it; None if it has no such thing."""
+    if fmt.hadamard is not None:
+        return None
     sides = (fmt.keys, fmt.values)
     return next((name for name, mine in STRATEGIES.items() if all(alike(side, mine) for side in sides)), None)
 

@@ -41,7 +41,8 @@ class ModelOpt(PackedArtifact):
 
     def caches(self, fmt: KVCache | None) -> Carry:
         """See `Artifact.caches`: FP8 with one scale per block for keys and one for values."""
-        possible = fmt is None or all(alike(side, fp8("tensor")) for side in (fmt.keys, fmt.values))
+        own = fp8("tensor")
+        possible = fmt is None or (fmt.hadamard is None and alike(fmt.keys, own) and alike(fmt.values, own))
         return Carry(possible, "" if fmt is None or possible else f"its KV caches are fp8-tensor, not {fmt.label}")
 
     def caveats(self, model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
