@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperArgument, TyperCommand, TyperOption
 
+from qtool import limits
 from qtool.cli import ranks
 from qtool.cli.options import filled
 from qtool.errors import QtoolError, UsageError, cannot_write, is_utf8
@@ -107,6 +109,8 @@ class Command(TyperCommand):
         if (jobs := ctx.params.get("jobs") or 1) > 1:
             with ranks.started(jobs):
                 return self.invoke_together(ctx)
+        if limits.quota() < math.inf:  # torch takes the machine's cores, and they would wait for each other
+            os.environ.setdefault("OMP_NUM_THREADS", str(limits.cores()))
         try:
             refuse_other_encodings(ctx.params)
             result = super().invoke(ctx)

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import TYPE_CHECKING, Any
 
+from qtool import limits
+
 if TYPE_CHECKING:
     from qtool.numerics.threads.ranks import Ranks
 
@@ -37,13 +39,13 @@ def started(jobs: int) -> Iterator[None]:
     """Runs the very command of this process in others too, as torchrun would; this one is the first of them.
 
     Args:
-        jobs: how many there are then. They share the machine's cores.
+        jobs: how many there are then. They share the cores.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(jobs)}
     os.environ.update(place, RANK="0", LOCAL_RANK="0")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, limits.cores() // jobs)))
     command, nothing = [sys.executable, *sys.orig_argv[1:]], subprocess.DEVNULL
     for rank in map(str, range(1, jobs)):
         mine = os.environ | {"RANK": rank, "LOCAL_RANK": rank}

@@ -19,10 +19,11 @@ from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import Layer, QuantizedCheckpoint
 from qtool.checkpoint.families._rope import rope_parameters
 from qtool.errors import CheckpointError, VerifyError, one_line
-from qtool.evaluate.readers import READERS, free_memory
+from qtool.evaluate.readers import READERS
 from qtool.evaluate.result import Proof
 from qtool.formats._ggml import BlockFormat
 from qtool.formats.int import Int
+from qtool.limits import free_memory
 from qtool.numerics.checks import finite
 
 TOKENS = 24

@@ -73,14 +73,6 @@ class ForeignReader:
             return version(packages_distributions()[self.needs][0])
 
 
-def free_memory(told: Path = Path("/proc/meminfo")) -> float:
-    """Bytes that can be had without swapping, as Linux says; elsewhere without bound."""
-    if not told.exists():
-        return float("inf")
-    fields = dict(line.split(":", 1) for line in told.read_text(encoding="ascii").splitlines() if ":" in line)
-    return 1024.0 * int(fields["MemAvailable"].split()[0]) if "MemAvailable" in fields else float("inf")
-
-
 def by_llama_cpp(model: QuantizedCheckpoint, tokens: list[int], _: Reading) -> Run:
     """Runs a GGUF file in a process of its own."""
     from qtool.evaluate.llamacpp import try_file

@@ -20,6 +20,7 @@ from pathlib import Path
 from threading import Event
 
 from qtool.errors import StorageError, cannot_write
+from qtool.limits import cores
 from qtool.store.exchange import recover, replace_folder
 
 SUMS = "SHA256SUMS"
@@ -176,7 +177,7 @@ def hashes(paths: Sequence[Path], over: Event | None = None) -> list[str]:
         over: set when nobody wants to know any longer.
     """
     missing = {path: key for path in paths if (key := _state(path)) not in HASHED}
-    with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1) or 1) as threads:
+    with ThreadPoolExecutor(min(len(missing), cores()) or 1) as threads:
         found = [*threads.map(lambda path: sha256(path, over), missing)]
     if not (over and over.is_set()):
         HASHED.update(zip(missing.values(), found, strict=True))

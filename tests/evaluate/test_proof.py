@@ -189,10 +189,6 @@ def test_mistakes_of_a_folder_are_caught(mistake, folder, tmp_path):
 
 
 def test_a_model_that_does_not_fit_into_memory_is_not_run(tiny_checkpoint, tmp_path, monkeypatch):
-    (told := tmp_path / "meminfo").write_text("MemTotal:       99 kB\nMemAvailable:    123 kB\nHugePages_Total:   0\n")
-    assert readers.free_memory(told) == 123 * 1024
-    assert readers.free_memory(tmp_path / "none") == float("inf")
-    assert 1e6 < readers.free_memory() < 1e15
     found, model = written(tiny_checkpoint("llama"), tmp_path / "out")
     exactly = 2 * sum(math.prod(model.info(name).shape) for name in model.names())
     monkeypatch.setattr(proof, "free_memory", lambda: exactly - 1)
