@@ -38,11 +38,11 @@ def nearest_move(t, code, levels):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, fastmath=ORDERED, error_model="numpy")
-def first_move(wish, code, up, down, start, stop):  # type: ignore[no-untyped-def]
+def first_move(wish, code, ends, start, stop):  # type: ignore[no-untyped-def]
     """The first column from `start` on whose wish lies beyond half of the way to a neighbouring level, or `stop`."""
-    some = False
-    for j in range(start, stop):
-        some |= (wish[j] > up[code[j]]) | (wish[j] < down[code[j]])
+    (up, down, least), some = ends, False
+    for j in range(start, stop):  # most wishes are less than any of these ways, which no table has to tell
+        some |= abs(wish[j]) > least
     if some:
         for j in range(start, stop):
             if wish[j] > up[code[j]] or wish[j] < down[code[j]]:
@@ -59,12 +59,12 @@ def fill_wishes(pull, inverse, wish, start, stop):  # type: ignore[no-untyped-de
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def halfway(levels):  # type: ignore[no-untyped-def]
-    """How far it is from each level to half of the way to the next one, and to the one before, float32 [L]."""
+    """How far it is from each level to half of the way to the next one, and to the one before, [L], and the least."""
     up, down = np.full(len(levels), np.float32(np.inf)), np.full(len(levels), np.float32(-np.inf))
     for c in range(len(levels) - 1):
         up[c] = (levels[c + 1] - levels[c]) * np.float32(0.5)
         down[c + 1] = -up[c]
-    return up, down
+    return up, down, up.min()
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
@@ -92,12 +92,12 @@ def move_codes(gram, inverse, wide, levels, ends, codes, pull, moved, wish):  # 
     gram [K, K]; inverse, wide [K]: see `fill_inverse`; ends: see `halfway`; moved [K] is added the changes of w_hat;
     wish [K] is memory.
     """
-    (up, down), k, changes = ends, len(codes), 0
+    k, changes = len(codes), 0
     for a in range(0, k, LANES):
         b, j = min(a + LANES, k), a
         while j < b:
             fill_wishes(pull, inverse, wish, j, b)
-            j = first_move(wish, codes, up, down, j, b)
+            j = first_move(wish, codes, ends, j, b)
             if j < b:
                 code = nearest_move(wish[j], codes[j], levels)
                 step = wide[j] * (levels[code] - levels[codes[j]])

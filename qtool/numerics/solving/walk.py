@@ -46,6 +46,19 @@ def nearest(x, middles, code):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
+def take_four(w, factor, error, j, rows):  # type: ignore[no-untyped-def]
+    """Takes the errors of four columns from `j` on off some rows of all columns behind them, one after the other.
+
+    What is taken off is loaded and stored once for all four; the arguments are those of `walk_rows`.
+    """
+    e0, e1, e2, e3 = error[j, rows], error[j + 1, rows], error[j + 2, rows], error[j + 3, rows]
+    for i in range(j + 4, len(w)):
+        u0, u1, u2, u3, later = factor[j, i], factor[j + 1, i], factor[j + 2, i], factor[j + 3, i], w[i, rows]
+        for n in range(len(later)):
+            later[n] = (((later[n] - e0[n] * u0) - e1[n] * u1) - e2[n] * u2) - e3[n] * u3
+
+
+@njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")
 def walk_rows(w, factor, scale, offset, levels, middles, codes, error, start, stop):  # type: ignore[no-untyped-def]
     """Walks the B columns of a block for rows start to stop.
 
@@ -72,7 +85,10 @@ def walk_rows(w, factor, scale, offset, levels, middles, codes, error, start, st
                 for n in range(len(x)):
                     code[n] = np.uint8(found[n])
                     e[n] = (x[n] - (s[n] * levels[found[n]] + o[n])) * inverse
-            for i in range(j + 1, len(w)):
+            if j % 4 == 3:
+                take_four(w, factor, error, j - 3, rows)
+                continue
+            for i in range(j + 1, min(j // 4 * 4 + 4, len(w))):
                 u, later = factor[j, i], w[i, rows]
                 for n in range(len(x)):
                     later[n] -= e[n] * u
