@@ -22,10 +22,22 @@ if TYPE_CHECKING:
     from qtool.pipeline.quantize import QuantizeOptions
     from qtool.report.model import Report
 
+
+def families(incomplete: str) -> list[str]:
+    """Names of families of recipes, for completion by shells."""
+    from qtool.pipeline.family import FAMILIES
+
+    return [name for name in FAMILIES if name.startswith(incomplete)]
+
+
 Family = Annotated[
     str | None,
     typer.Option(
-        "--family", metavar="NAME", help="Instead of recipes, those of a family: gguf or gguf-fit.", show_default=False
+        "--family",
+        metavar="NAME",
+        help="Instead of recipes, those of a family: gguf or gguf-fit.",
+        autocompletion=families,
+        show_default=False,
     ),
 ]
 Keep = Annotated[bool, typer.Option("--keep", help="Keep the work folder OUT.work after success.")]

@@ -21,6 +21,8 @@ from qtool.report.render import environment_for
 
 NORMAL = 1.96
 """Standard errors on each side of a mean that 95 % of a normal distribution lie within."""
+LEAST = 1e-6
+"""Nats per token below which float32 does not tell models apart."""
 
 
 class Compared(Entry):
@@ -96,6 +98,8 @@ def html(comparison: Comparison) -> str:
         c=comparison,
         s=summary,
         m=meaning,
+        least=LEAST,
+        divergence=divergence,
         chart=chart,
         roles=roles,
         styles=styles(comparison),
@@ -150,10 +154,16 @@ def scatter(comparison: Comparison) -> str:
 
 
 def interval(found: Evaluation) -> tuple[float, float, float]:
-    """(low, mean, high) of a divergence; positive, so that it has a logarithm."""
-    mean, error = max(found.kld_mean or 0.0, 1e-9), found.kld_error or 0.0
+    """(low, mean, high) of a divergence as the plot has it: none below what can be told apart."""
+    mean, error = max(found.kld_mean or 0.0, LEAST), found.kld_error or 0.0
     error = error if math.isfinite(error) else 0.0
     return max(mean - NORMAL * error, mean / 10), mean, mean + NORMAL * error
+
+
+def divergence(found: Evaluation) -> str:
+    """A mean divergence, nats per token."""
+    mean = found.kld_mean or 0.0
+    return summary.number(mean) if mean >= LEAST else f"< {LEAST:g}"
 
 
 def middle_text(entry: Compared) -> str:

@@ -132,12 +132,12 @@ def span(values: Iterable[float], pad: float = 0.06) -> tuple[float, float]:
 
 
 def decades(axes: Axes) -> str:
-    """Grid lines and numbers of a vertical axis of logarithms to base ten: 1, 2 and 5 of each power, or closer ones."""
+    """Grid lines and numbers of a vertical axis of logarithms to base ten: four powers or more, or closer ones."""
     powers = [10.0**power for power in range(math.floor(axes.y0), math.ceil(axes.y1) + 1)]
-    for digits in ((1, 2, 5), range(1, 10), [fifth / 5 for fifth in range(5, 50)]):
+    for digits, enough in (((1,), 4), ((1, 2, 5), 3), (range(1, 10), 3), ([fifth / 5 for fifth in range(5, 50)], 0)):
         values = [digit * power for power in powers for digit in digits]
         shown = [value for value in values if axes.y0 <= math.log10(value) <= axes.y1]
-        if len(shown) > 2:
+        if len(shown) >= enough:
             break
     found = []
     for value in shown:

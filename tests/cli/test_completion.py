@@ -1,4 +1,4 @@
-"""What shells complete: recipes that ship, layouts, types of tensors."""
+"""What shells complete: recipes that ship and families of them, layouts, types of tensors."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ def test_recipes(command):
     wanted = sorted(entry.name for entry in list_recipes() if entry.name.startswith("gguf-q4"))
     assert "gguf-q4_k_m" in wanted
     assert completed(f"qtool {command} MODEL --recipe gguf-q4") == wanted
+
+
+def test_families():
+    assert completed("qtool quantize MODEL --family gg") == ["gguf", "gguf-fit"]
 
 
 def test_layouts_and_types():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import pytest
 
@@ -87,3 +88,17 @@ def test_layers_that_differ_most_come_first(entries):
     assert layer_rows(compare([told[0], entries[2]])) == []
     assert "tokens/s" in page
     assert "tokens/s" not in html(compare(entries))
+
+
+def test_an_exact_copy_leaves_room_for_the_others(entries):
+    """A divergence of 1e-13 nats stands at the bottom of a plot whose labels do not overlap."""
+    copied = entries[3].evaluation.model_copy(update={"kld_mean": 3e-13, "kld_error": 9e-15})
+    entries[3] = entries[3].model_copy(update={"evaluation": copied})
+    page = html(compare(entries))
+    heights = {name: float(y) for y, name in re.findall(r'cy="([\d.]+)" r="[\d.]+"><title>(\w): ', page)}
+    assert (heights["d"] - heights["b"]) / (heights["b"] - heights["a"]) == pytest.approx(5 / 0.4771, rel=0.01)
+    labels = re.findall(r'<text x="[\d.]+" y="([\d.]+)" dy="0.35em" text-anchor="end">([^<]+)</text>', page)
+    assert [text for _, text in labels] == ["1e-06", "1e-05", "0.0001", "0.001", "0.01", "0.1"]
+    places = [float(y) for y, _ in labels]
+    assert all(low - high > 22 for low, high in pairwise(places))
+    assert '<td class="n">&lt; 1e-06</td>' in page
