@@ -237,5 +237,16 @@ class Walker(Blocks):
         """The final norm, and the matrix of the output layer, [V, H]; loaded once."""
         if self.head is None:
             name = self.family.embedding if self.checkpoint.tied else self.family.head
-            self.head = self.load_norm(), self.tensor(f"{name}.weight")
+            self.head = self.load_norm(), self.table(f"{name}.weight")
         return self.head
+
+    def table(self, name: str) -> Tensor:
+        """See `tensor`; on the CPU a matrix as large as this is not there in two types at a time."""
+        if self.device.type != "cpu":
+            return self.tensor(name)
+        rows, width = self.checkpoint.info(name).shape
+        found, step = torch.empty(rows, width, dtype=self.dtype), max(1, TABLE_VALUES // (8 * width))
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            found[start:stop] = self.checkpoint.rows(name, start, stop)
+        return found

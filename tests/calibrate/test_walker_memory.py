@@ -50,6 +50,16 @@ def test_embeddings_are_read_in_parts_and_only_where_needed(tiny_checkpoint, mon
     assert torch.equal(found.values, table(tokens).detach())
 
 
+def test_the_output_layer_is_read_in_parts(tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr(walker_module, "TABLE_VALUES", 8 * 64 * 200)
+    folder = tiny_checkpoint("llama-tied")
+    checkpoint = Parts(folder)
+    walker = Walker(checkpoint, CPU, torch.float32)
+    _, table = walker.output_layer()
+    assert checkpoint.read == [(0, 200), (200, 400), (400, 512)]
+    assert torch.equal(table, load_reference(folder).lm_head.weight.detach())
+
+
 def test_a_token_that_the_model_does_not_have(llama):
     with pytest.raises(CheckpointError) as caught:
         llama.embed(torch.tensor([[3, 512]]))
