@@ -56,6 +56,8 @@ test: $(READY)
 # whose packages it sees behind its own; kernels that another numba compiles are kept apart.
 CORE := tests/test_dependencies.py tests/calibrate tests/evaluate tests/artifact tests/checkpoint \
 	tests/pipeline/test_kv_cache.py tests/pipeline/test_static_inputs.py
+# Sizes of files and bounds of scales have nothing of others in them.
+CORE += --ignore tests/artifact/test_footprint.py --ignore tests/artifact/test_scales.py
 OLD_CORE := tests/test_dependencies.py tests/calibrate/test_walker.py tests/calibrate/test_foreign.py \
 	tests/calibrate/test_tokenizer.py tests/evaluate/test_run.py \
 	tests/artifact/test_foreign_readers.py tests/checkpoint/test_open.py tests/pipeline/test_kv_cache.py
