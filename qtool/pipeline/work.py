@@ -26,7 +26,8 @@ from qtool.pipeline.prepare import Job
 from qtool.pipeline.solver import Input, Solved, UnitSolver
 from qtool.pipeline.units import Unit, cache_format
 from qtool.report.model import BlockEntry, CacheEntry, Entry, LayerEntry
-from qtool.store.files import lock, storage_errors
+from qtool.store.files import storage_errors
+from qtool.store.lock import lock
 from qtool.store.manifest import MANIFEST, Manifest, StoredBlock
 from qtool.store.neutral import NeutralCheckpoint, NeutralWriter
 

@@ -7,7 +7,6 @@ when the process ends in whatever way; a partial folder without a lock is left o
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import hashlib
 import os
@@ -16,12 +15,14 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from errno import EINVAL
 from pathlib import Path
 from threading import Event
 
 from qtool.errors import StorageError, cannot_write
 from qtool.limits import cores
 from qtool.store.exchange import recover, replace_folder
+from qtool.store.lock import lock
 
 SUMS = "SHA256SUMS"
 SIGNATURE = "# written by qtool; check with: sha256sum --check SHA256SUMS\n"
@@ -38,24 +39,6 @@ def storage_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise cannot_write(path, error) from error
-
-
-@contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Holds an existing folder or file for this process.
-
-    Raises:
-        StorageError: another process holds it.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StorageError(f"another run is writing {path}", hint="wait for it, or choose another output") from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -273,8 +256,9 @@ def _files(folder: Path) -> list[str]:
 def _remove_leftovers(out: Path) -> None:
     for folder in out.parent.glob(f".{glob.escape(out.name)}.????????.partial"):
         try:
-            with lock(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+            with lock(folder) as held:
+                if held:  # else it may be of a run that is still alive
+                    shutil.rmtree(folder, ignore_errors=True)
         except StorageError:
             continue  # a run that is still alive
 
@@ -289,6 +273,9 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != EINVAL or not path.is_dir():  # a folder that a machine shares with a virtual one has none
+            raise
     finally:
         os.close(descriptor)
 

@@ -1,8 +1,11 @@
 """Outputs are whole or absent, and nothing that qtool did not write is ever replaced."""
 
 import errno
+import fcntl
 import hashlib
+import os
 import pathlib
+import stat
 import subprocess
 import sys
 import threading
@@ -12,6 +15,7 @@ import pytest
 
 from qtool.errors import StorageError
 from qtool.store import files
+from qtool.store.lock import lock
 
 KILLED = """
 import pathlib, sys, time
@@ -146,14 +150,52 @@ def test_leftovers_of_killed_runs_are_removed_and_live_runs_are_not(tmp_path):
 
 
 def test_lock_excludes_a_second_run(tmp_path):
-    with (
-        files.lock(tmp_path),
-        pytest.raises(StorageError, match=f"another run is writing {tmp_path}"),
-        files.lock(tmp_path),
-    ):
+    with lock(tmp_path), pytest.raises(StorageError, match=f"another run is writing {tmp_path}"), lock(tmp_path):
         pass
-    with files.lock(tmp_path):
-        pass
+    with lock(tmp_path) as held:
+        assert held
+
+
+def test_files_are_locked_where_they_must_be_open_for_writing(tmp_path, monkeypatch):
+    """As on NFS, which keeps its locks of bytes; folders have none there."""
+
+    def nfs(descriptor, _):
+        writable = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+        if stat.S_ISREG(os.fstat(descriptor).st_mode) and not writable:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    monkeypatch.setattr(fcntl, "flock", nfs)
+    with files.new_file(tmp_path / "page.html") as partial:
+        partial.write_text("1")
+    write(tmp_path / "out")
+    assert (tmp_path / "page.html").read_text() == "1"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_without_locks_nothing_is_taken_for_dead(code, tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    (other := tmp_path / ".out.12345678.partial").mkdir()
+    write(tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == [other, tmp_path / "out"]
+
+
+def test_folders_that_cannot_be_brought_to_the_disk(tmp_path, monkeypatch):
+    """By themselves: what is in them can."""
+    fsync, code = os.fsync, errno.EINVAL
+
+    def refuse(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    write(tmp_path / "out")
+    code = errno.EIO
+    with pytest.raises(StorageError, match="Input/output error"):
+        write(tmp_path / "other")
 
 
 def test_new_file_is_whole_or_as_before(tmp_path):
