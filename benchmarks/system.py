@@ -81,8 +81,10 @@ def row(system: System, cells: Mapping[str, Measured]) -> tuple[str, ...]:
     found, rival = (cells.get(one.key) for one in system.cells)
     name, way = f"[{system.title}]({system.paper})", str(system.cells[0].way)
     what = f"{system.what} {system.claim}" + (f" {system.note}" if system.note else "")
-    if found is None or rival is None:
+    if found is None:
         return name, way, "", "", "", "", what, "not measured"
     sizes = (found.carrier, f"{found.megabytes:.1f}", f"{found.kld:.4g}")
+    if rival is None:
+        return name, way, *sizes, f"not measured, {system.against}", what, "not compared"
     against = f"{rival.kld:.4g} ({rival.megabytes:.1f} MB), {system.against}"
     return name, way, *sizes, against, what, system.seen(found, rival)

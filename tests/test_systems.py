@@ -119,6 +119,9 @@ def test_what_trains_is_run_last_or_begun_with(tmp_path, monkeypatch, last_first
 def test_seen_means_below_the_share_that_the_claim_stands_for(ratio, seen):
     found = System.model_validate(yaml.safe_load(made()) | {"ratio": ratio})
     assert system.row(found, {})[-1] == "not measured"
+    alone = system.row(found, {found.cells[0].key: Measured(**KLD)})
+    assert alone[2:5] == ("gguf", "1.0", "0.5")
+    assert alone[-1] == "not compared"
     values = [Measured(kld=kld, code=1, megabytes=2, carrier="gguf") for kld in (0.4, 0.5)]
     row = system.row(found, {cell.key: value for cell, value in zip(found.cells, values, strict=True)})
     assert row[2:5] == ("gguf", "2.0", "0.4")

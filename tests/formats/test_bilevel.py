@@ -17,6 +17,7 @@ from qtool.numerics.scales.search import free_offset
 from tests.methods.test_gptq import loss, problem
 
 W = torch.randn(37, 128, generator=torch.Generator().manual_seed(3)) * 0.05 * torch.linspace(0.5, 2, 37)[:, None]
+IMPORTANCE = torch.exp(2 * torch.randn(128, generator=torch.Generator().manual_seed(4)))
 
 
 def matrix(fmt, w=W, importance=None):
@@ -69,20 +70,42 @@ def test_what_the_second_level_costs_and_small_groups_gain():
     assert error(Bilevel(bits=3, group=16, second=6)) < 1.06 * fine
 
 
-def test_pairs_of_steps_are_chosen_by_brute_force():
+@pytest.mark.parametrize("importance", [None, IMPORTANCE], ids=["alike", "weighed"])
+def test_second_levels_of_zero_points_span_the_best_ones_for_the_stored_scales(importance):
+    fmt = Bilevel(bits=3, group=32, rows=37)
+    params = fmt.fit(W, importance)
+    weight = torch.ones(128) if importance is None else importance
+    scale, offset = (p.double() for p in free_offset(W, importance, 32, 7))
+    low, step = (params[f"scale_{name}"].double() for name in ("low", "step"))
+    stored = ((scale - low) / step).round().clamp(0, 7) * step + low
+    for g in range(4):
+        here, zeros = slice(32 * g, 32 * g + 32), []
+        for n in range(37):
+            x = W[n, here].double() / stored[n, g]
+            q = (x - offset[n, g] / stored[n, g]).round().clamp(0, 7)
+            zeros.append(float(((q - x) * weight[here]).sum() / weight[here].sum()))
+        assert float(params["zero_low"][0, g]) == pytest.approx(min(zeros), rel=2e-3)
+        assert float(params["zero_step"][0, g]) * 7 == pytest.approx(max(zeros) - min(zeros), rel=5e-3)
+
+
+@pytest.mark.parametrize("importance", [None, IMPORTANCE], ids=["alike", "weighed"])
+def test_pairs_of_steps_are_chosen_by_brute_force(importance):
     fmt = Bilevel(bits=3, group=16)
-    found, x = matrix(fmt), W.view(37, 8, 16)
+    found, x = matrix(fmt, W, importance), W.view(37, 8, 16)
+    weight = (torch.ones(128) if importance is None else importance).view(8, 16)
     least = torch.full((37, 8), torch.inf)
     for c, f in itertools.product(range(8), repeat=2):
         tried = found.params | {
             "scale": torch.full((37, 8), c, dtype=torch.uint8),
             "zero": torch.full((37, 8), f, dtype=torch.uint8),
         }
-        least = torch.minimum(least, (fmt.decode(fmt.snap(W, tried), tried).view(x.shape) - x).square().sum(2))
-    errors = (found.decode().view(x.shape) - x).square().sum(2)
+        apart = fmt.decode(fmt.snap(W, tried), tried).view(x.shape) - x
+        least = torch.minimum(least, (apart.square() * weight).sum(2))
+    errors = ((found.decode().view(x.shape) - x).square() * weight).sum(2)
     assert bool((errors >= least * (1 - 1e-5)).all())
-    assert float((errors <= least * (1 + 1e-5)).float().mean()) > 0.8
-    assert float(errors.sum() / least.sum()) < 1.02
+    assert float((errors <= least * (1 + 1e-5)).float().mean()) > (0.8 if importance is None else 0.65)
+    relative = float((errors / weight.mean(1)).sum() / (least / weight.mean(1)).sum())
+    assert relative < (1.02 if importance is None else 1.12)
 
 
 def test_a_weighted_refit_finds_no_worse_pairs_than_a_slow_search():
@@ -101,7 +124,18 @@ def test_a_weighted_refit_finds_no_worse_pairs_than_a_slow_search():
     for codes in itertools.product(range(8), repeat=4):
         tried = torch.tensor(codes, dtype=torch.uint8).expand(8, 4)
         least = torch.minimum(least, cost(params | {"scale": tried[:, :2], "zero": tried[:, 2:]}))
-    found = cost(fmt.refit_weighted(params, scale, offset, bend))
+    refitted = fmt.refit_weighted(params, scale, offset, bend)
+    turns = params
+    for g in (0, 1, 0, 1):  # group by group, the best of all pairs given the other group
+        tries = []
+        for c, f in itertools.product(range(8), repeat=2):
+            tries.append(turns | {name: turns[name].clone() for name in ("scale", "zero")})
+            tries[-1]["scale"][:, g], tries[-1]["zero"][:, g] = c, f
+        best = torch.stack([cost(tried) for tried in tries]).argmin(0).tolist()
+        picked = {name: torch.stack([tries[i][name][n] for n, i in enumerate(best)]) for name in ("scale", "zero")}
+        turns = turns | picked
+    torch.testing.assert_close(cost(refitted), cost(turns), rtol=1e-3, atol=1e-6)
+    found = cost(refitted)
     assert bool((found <= cost(params) * (1 + 1e-5)).all())
     assert float((found / least).median()) < 1.1
     assert int((found <= least * 1.001).sum()) >= 4
