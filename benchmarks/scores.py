@@ -88,7 +88,7 @@ class Remembered(Roughly):
 
 
 class Bench:
-    """One model, and the unseen half of its held-out samples.
+    """One model, all of it rounded to nearest, and the unseen half of its held-out samples.
 
     Args:
         model: folder.
@@ -104,6 +104,8 @@ class Bench:
             f"budget.against=[{MIX}]",
             f"budget.held_out={HELD_OUT}",
             f"budget.samples={SCORED}",
+            "method=rtn",
+            "layers=[{match: '*', weights: q4_k}]",
         )
         self.job = prepare(str(model), "gguf-fit", fixed, device=device)
         self.samples, tokens = tokens_for(self.job)

@@ -203,7 +203,7 @@ Kld = Annotated[
         "--kld",
         metavar="NATS",
         min=0,
-        help="The smallest file whose KL divergence on held-out samples, rounded to nearest, is at most this.",
+        help="The smallest file whose KL divergence, tried on held-out samples, is at most this.",
         show_default=False,
     ),
 ]

@@ -35,7 +35,7 @@ Curve = Annotated[
     typer.Option(
         "--curve",
         help="Show ten sizes that the recipe's budget could have, from the smallest file to the best formats, and the "
-        "KL divergence that is expected of each, rounded to nearest.",
+        "KL divergence that is expected of each.",
     ),
 ]
 

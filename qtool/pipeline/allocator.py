@@ -168,7 +168,12 @@ class Allocator:
     def identity(self, edits: str) -> str:
         """Hash of everything that scores depend on, the program included."""
         job, digest = self.job, hashlib.sha256()
-        options = [[p.module.name, p.label, dumped(p.format)] for d in self.open for o in d.options for p in o]
+        options = [
+            [p.module.name, p.label, dumped(p.format), p.method and p.method.spelled()]
+            for d in self.open
+            for o in d.options
+            for p in o
+        ]
         place = [code_digest(), job.plan.source_fingerprint, edits, job.device.type, str(job.dtype), self.budget.scores]
         digest.update(json.dumps([place, options], sort_keys=True).encode())
         for tokens in (self.samples, self.held_out):
@@ -176,12 +181,12 @@ class Allocator:
         return digest.hexdigest()
 
     def measure(self, chosen: Chosen) -> Divergence:
-        """The divergence of a plan, rounded to nearest, on held-out samples; known ones are not measured again."""
+        """The divergence of a plan, tried rounded, on held-out samples; known ones are not measured again."""
         self.tried.add(chosen)
         return self.known(chosen, "", partial(self.rounded, chosen))
 
     def rounded(self, chosen: Chosen) -> Checkpoint:
-        """The model as a plan would leave it, rounded to nearest."""
+        """The model as a plan would leave it, rounded, with errors as large as its methods leave them."""
         assert self.scores.found is not None
         return Roughly(replace(self.job, plan=self.plan(chosen)), *self.scores.found.known)
 

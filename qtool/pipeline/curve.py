@@ -1,7 +1,7 @@
 """What sizes of a model are worth: for some budgets at once, how far each best plan is expected to take it.
 
 Costs are found out once, and are the same for all budgets; a budget more only has to be solved. What is expected is the
-sum of costs, the KL divergence to second order of matrices that are rounded to nearest; nothing is run for it.
+sum of costs, the KL divergence to second order; nothing is run for it.
 """
 
 from __future__ import annotations

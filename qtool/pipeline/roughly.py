@@ -25,6 +25,9 @@ Statics = dict[str, dict[str, Static]]
 Corrections = Mapping[str, Mapping[str, Sequence[Tensors]]]
 """What was found to be kept beside codes: by module and by the label of its plan, in order."""
 
+Shares = Mapping[str, Mapping[str, float]]
+"""Factor of rounding errors as a method would leave them: by module and by the label of its plan; 1 if missing."""
+
 
 class Roughly(QuantizedCheckpoint):
     """A planned model.
@@ -34,6 +37,7 @@ class Roughly(QuantizedCheckpoint):
         importance: mean square of each input channel, float32 [K], by `Module.reads`.
         statics: of the inputs that need some.
         corrections: of the layers that have some; where nothing is known, codes are alone.
+        shares: of rounding errors that remain, so that a model is as far from the original as a method would take it.
     """
 
     has_codes: ClassVar[bool] = False
@@ -44,9 +48,10 @@ class Roughly(QuantizedCheckpoint):
         importance: Mapping[str, Tensor],
         statics: Statics,
         corrections: Corrections | None = None,
+        shares: Shares | None = None,
     ) -> None:
         self.job, self.origin, self.importance = job, job.checkpoint, importance
-        self.found = corrections or {}
+        self.found, self.shares = corrections or {}, shares or {}
         self.plans = {p.module.name: p for p in job.plan.layers if p.format}
         self.source, self.config = self.origin.source, self.origin.config
         self.family, self.files = self.origin.family, self.origin.files
@@ -79,7 +84,7 @@ class Roughly(QuantizedCheckpoint):
                 w_hat = correction.apply(w_hat)
             return w_hat
         parts = row_parts(plan.module.shape) if nearest.format.by_rows else [(0, plan.module.shape[0])]
-        return torch.cat([nearest(self.origin.rows(name, *part), known) for part in parts])
+        return torch.cat([self.nearest(nearest, self.origin.rows(name, *part)) for part in parts])
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """See `Checkpoint.rows`; where embedding and output layer share a matrix, all of it is rounded once."""
@@ -89,8 +94,14 @@ class Roughly(QuantizedCheckpoint):
         if plan.module.kind == "embedding" and self.origin.tied:
             self.shared.setdefault(name, self.tensor(name))
         elif plan.format and plan.format.by_rows and not plan.residuals:
-            return Nearest(self.job, plan)(self.origin.rows(name, start, stop), self.importance.get(plan.module.reads))
+            return self.nearest(Nearest(self.job, plan), self.origin.rows(name, start, stop))
         return super().rows(name, start, stop)
+
+    def nearest(self, nearest: Nearest, w: Tensor) -> Tensor:
+        """Rows of a layer, [N, K], with what its method would leave of their rounding errors: float32 [N, K]."""
+        plan, w = nearest.plan, w.to(self.job.device).float()
+        w_hat, share = nearest(w, self.importance.get(plan.module.reads)), self.shares.get(plan.module.name, {})
+        return w.lerp(w_hat, share[plan.label]) if plan.label in share else w_hat
 
     def corrections(self, module: str) -> Sequence[Correction]:
         """See `QuantizedCheckpoint.corrections`."""

@@ -6,6 +6,7 @@ kept beside codes (module, label, index and name), and the metadata holds JSON:
     __metadata__["qtool.scores"]    the version, 1
     __metadata__["identity"]        hash of model, tokens, candidates and program
     __metadata__["costs"]           {module: {label: nats per token}}
+    __metadata__["shares"]          {module: {label: factor of rounding errors}}
     __metadata__["statics"]         {module: {label: [scale, zero point]}}
     __metadata__["measured"]        {hash of a plan: [nats per token, one for each held-out sample]}
 """
@@ -71,6 +72,7 @@ class ScoreFile:
             "qtool.scores": VERSION,
             "identity": self.identity,
             "costs": json.dumps(self.found.costs),
+            "shares": json.dumps(self.found.shares),
             "statics": json.dumps(statics),
             "measured": json.dumps(self.measured),
         }
@@ -95,13 +97,14 @@ def scores_at(place: Path, identity: str, strict: bool) -> ScoreFile:
 
 def read(file: SafetensorsFile) -> tuple[Priced, dict[str, list[float]]]:
     """What a file holds. Raises CheckpointError: damaged."""
-    costs, statics, measured = (parsed(file, key) for key in ("costs", "statics", "measured"))
+    costs, shares, statics, measured = (parsed(file, key) for key in ("costs", "shares", "statics", "measured"))
     try:
         found = Priced(
-            {module: {label: number(c) for label, c in own.items()} for module, own in costs.items()},
+            numbers(costs),
             {name: file.read(name) for name in file.entries if BETWEEN not in name},
             {m: {label: Static(number(s), int(z)) for label, (s, z) in own.items()} for m, own in statics.items()},
             gathered({name: file.read(name) for name in file.entries if BETWEEN in name}),
+            numbers(shares),
         )
         return found, {plan: [number(x) for x in samples] for plan, samples in measured.items()}
     except (AttributeError, TypeError, ValueError) as error:
@@ -137,6 +140,11 @@ def parsed(file: SafetensorsFile, key: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{file.path} holds damaged scores", wanted=f"a mapping of {key}", hint="remove it")
     return value
+
+
+def numbers(found: Mapping[str, Mapping[str, object]]) -> dict[str, dict[str, float]]:
+    """Finite numbers by module and label. Raises AttributeError, ValueError: something else."""
+    return {module: {label: number(value) for label, value in own.items()} for module, own in found.items()}
 
 
 def number(value: object) -> float:

@@ -4,13 +4,17 @@ Rows of a candidate's matrix are rounded for real, with importances of its input
 matters: mean over tokens of half the squared gradient of each output times its squared error, nats per token. Some rows
 of a large matrix stand for all, the more likely the more their outputs matter; they are the same for all candidates.
 
+Codes that GPTQ is to choose are chosen by it, for the inputs at hand, and cost as much as they are expected to on other
+tokens (`by_method`). What that leaves of the errors of rounding is kept, so that plans can be tried rounded.
+
 Shape letters: S samples, T tokens of one, R tokens that a module reads, K inputs, N outputs, M rows that stand for all.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -23,16 +27,18 @@ from qtool.allocate.slopes import LayerRecord, Slopes
 from qtool.calibrate.inputs import rounded
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import Layer, Module
+from qtool.methods.rtn import RTN
+from qtool.pipeline.by_method import optimism, solved, solver
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.prepare import Job
-from qtool.pipeline.roughly import Corrections, Nearest, Statics, with_found
+from qtool.pipeline.roughly import Corrections, Nearest, Shares, Statics, with_found
 from qtool.pipeline.rows import row_parts
 from qtool.pipeline.solver import with_static
 from qtool.plan import LayerPlan
 from qtool.residuals._base import Tensors
 from qtool.stats._base import InputStats
 from qtool.stats.channels import Channels
-from qtool.stats.gram import gram_of
+from qtool.stats.gram import Gram, gram_of
 from qtool.stats.values import Values
 
 ROWS = 256
@@ -48,17 +54,20 @@ class Priced:
         importance: mean square of each input channel, float32 [K], by `Module.reads`.
         statics: what inputs are rounded with.
         corrections: what is kept beside codes.
+        shares: by what factor errors of rounding to nearest change in a method's hands, by module and label; 1 where
+            nothing is said.
     """
 
     costs: dict[str, dict[str, float]] = field(default_factory=dict)
     importance: dict[str, Tensor] = field(default_factory=dict)
     statics: Statics = field(default_factory=dict)
     corrections: dict[str, dict[str, list[Tensors]]] = field(default_factory=dict)
+    shares: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
-    def known(self) -> tuple[Mapping[str, Tensor], Statics, Corrections]:
+    def known(self) -> tuple[Mapping[str, Tensor], Statics, Corrections, Shares]:
         """What `Roughly` takes."""
-        return self.importance, self.statics, self.corrections
+        return self.importance, self.statics, self.corrections, self.shares
 
 
 class Pricing:
@@ -77,8 +86,9 @@ class Pricing:
             self.options.setdefault(p.module.name, {})[p.label] = p
         everything = job.plan.recipe.calibration.experts == "all"
         assert job.plan.recipe.budget is not None
-        self.loss = LOSSES[job.plan.recipe.budget.scores]
+        self.loss, self.own = LOSSES[job.plan.recipe.budget.scores], job.plan.recipe.budget.scores == "second-order"
         self.walker = Walker(job.checkpoint, job.device, job.dtype, everything)
+        self.latest: tuple[object, InputStats] = None, InputStats(0, frozenset())
 
     def run(self, listener: Listener) -> Priced:
         """Everything, from one way forth and back.
@@ -104,38 +114,53 @@ class Pricing:
 
     def inside(self, module: Module, seen: LayerRecord) -> None:
         """Prices a linear layer of a block."""
-        stats = self.measure(module.name, module.reads, seen.x)
+        stats = self.measure(module, seen.x)
         matters = seen.x.float().square().sum(1) @ seen.squares.float()
         sample, w = self.sampled(module, matters)
         here = LayerRecord(seen.x, seen.squares[:, sample.rows.to(seen.squares.device)])
-        self.price(module.name, partial(self.inner, seen=here, stats=stats, sample=sample, w=w))
+        self.price(module.name, len(seen.x), partial(self.inner, seen=here, stats=stats, sample=sample, w=w))
 
     def outside(self, module: Module, slopes: Slopes) -> None:
         """Prices the token embedding or the output layer."""
         embeds = module.kind == "embedding"
         heads = not embeds or self.job.checkpoint.tied
         asked = not embeds or any(p.weight_needs for p in self.options[module.name].values())
-        read = self.measure(module.name, module.reads, slopes.head.inputs()) if asked else None
+        read = self.measure(module, slopes.head.inputs()) if asked else None
         sample, w = self.sampled(module, self.matter(slopes, embeds, heads))
         head = slopes.head.seen(sample.rows) if heads else None
-        self.price(module.name, partial(self.outer, head=head, slopes=slopes, stats=read, sample=sample, w=w))
+        self.price(
+            module.name,
+            self.tokens.numel(),
+            partial(self.outer, head=head, slopes=slopes, stats=read, sample=sample, w=w),
+        )
 
-    def measure(self, name: str, reads: str, x: Tensor) -> InputStats:
-        """Statistics of what a module reads, [R, K]."""
-        rounding = {p.activations.label: p for p in self.options[name].values() if p.activations}
+    def measure(self, module: Module, x: Tensor) -> InputStats:
+        """Statistics of what a module reads, [R, K]; one after the other that read the same share them."""
+        plans = self.options[module.name].values()
+        rounding = {p.activations.label: p for p in plans if p.activations}
         static = {label: p for label, p in rounding.items() if p.activations and p.activations.static}
-        needs = {need for p in self.options[name].values() for r in p.residuals for need in r.needs} | {Channels}
-        stats = InputStats(x.shape[1], frozenset(needs | {Values} if static else needs), self.job.device)
-        stats.add(x)
-        self.found.importance[reads] = stats[Channels].importance.cpu()
+        needs = {need for p in plans for r in p.residuals for need in r.needs} | {Channels}
+        needs |= ({Values} if static else set()) | ({Gram} if self.own and any(map(solver, plans)) else set())
+        key = module.reads, module.expert, needs
+        if key != self.latest[0]:
+            self.latest = key, InputStats(x.shape[1], frozenset(needs), self.job.device)
+            self.latest[1].add(x)
+        stats = self.latest[1]
+        self.found.importance[module.reads] = stats[Channels].importance.cpu()
         for label, p in static.items():
             if (found := with_static(p, stats).static) is not None:
-                self.found.statics.setdefault(name, {})[label] = found
+                self.found.statics.setdefault(module.name, {})[label] = found
         return stats
 
-    def price(self, name: str, cost: Callable[[LayerPlan], float]) -> None:
-        """Notes what the options of a module cost."""
-        own = {label: cost(p) / self.tokens.numel() if p.format else 0.0 for label, p in self.options[name].items()}
+    def price(self, name: str, reads: int, cost: Callable[[LayerPlan], float]) -> None:
+        """Notes what the options of a module, which reads so many tokens, cost."""
+        own: dict[str, float] = {}
+        for label, p in self.options[name].items():
+            rounded = replace(p, method=RTN()) if solver(p) else p
+            by_method = self.own and rounded is not p and reads >= self.job.plan.recipe.calibration.min_tokens
+            own[label] = cost(p if by_method else rounded) / self.tokens.numel() if p.format else 0.0
+            if by_method and (nearest := cost(rounded) / self.tokens.numel()):
+                self.found.shares.setdefault(name, {})[label] = math.sqrt(own[label] / nearest)
         self.found.costs[name] = own
 
     def unseen(self, name: str) -> None:
@@ -167,7 +192,7 @@ class Pricing:
         """
         w, w_hat = self.candidate(plan, sample, w, stats)
         behind = self.behind(seen.x, with_found(plan, self.found.statics))
-        return self.loss(Rounding(seen.x, behind, w, w_hat, seen.squares, sample.weights))
+        return self.loss(Rounding(seen.x, behind, w, w_hat, seen.squares, sample.weights)) * optimism(plan, stats)
 
     def outer(
         self,
@@ -192,7 +217,8 @@ class Pricing:
         total = 0.0
         if head is not None:
             behind = self.behind(head.x, with_found(plan, self.found.statics))
-            total += self.loss(Rounding(head.x, behind, w, w_hat, head.squares, sample.weights))
+            loss = self.loss(Rounding(head.x, behind, w, w_hat, head.squares, sample.weights))
+            total += loss if stats is None else loss * optimism(plan, stats)
         if plan.module.kind == "embedding":
             total += float(self.looked_up(w - w_hat, sample, slopes) @ sample.weights)
         return total
@@ -204,6 +230,8 @@ class Pricing:
         as from what would have to be rounded.
         """
         nearest, importance = Nearest(self.job, plan), None if stats is None else stats[Channels].importance
+        if solver(plan) and stats is not None and not nearest.same:
+            return w, solved(plan, nearest.format, w, stats)
         if nearest.format.by_rows and not plan.residuals:
             return w, nearest(w, importance)
         whole, rows = self.job.checkpoint.tensor(f"{plan.module.name}.weight"), sample.rows.to(w.device)

@@ -111,7 +111,7 @@ class Budget(Strict):
         latency: time that a token may take by a table of latencies; a limit beside the others.
         formats: what layers may become: a format, keep, or a mapping with weights, activations and residuals.
         against: recipes whose rules are tried as well; of those that fit, the most promising is measured, and taken
-            if it is better than the plan, both rounded to nearest.
+            if it is better than the plan, both tried rounded.
         samples: calibration sequences from which it is learned how much each layer matters.
         held_out: sequences that plans are compared on, which are in no other use.
         scores: what is held to be the cost of rounding a matrix: half its outputs' squared errors times squared
@@ -120,7 +120,7 @@ class Budget(Strict):
         swaps: other plans of the same size that are measured, each what would be best if layers of one role cost twice
             or half as much as they seem to.
         confirm: whether a plan and the best that nobody allocated are both carried out where they are nearly as good
-            when rounded to nearest; that takes the time of another run.
+            when tried rounded; that takes the time of another run.
     """
 
     size: Size | None = None

@@ -18,7 +18,7 @@ def budget_lines(entry: AllocationEntry) -> list[str]:
     """
     room = "" if entry.limit is None else f" of {entry.limit:,} allowed"
     first = f"budget {entry.wanted}: {entry.nbytes:,} bytes{room}, held-out KL divergence {spelled(entry)}"
-    last = f"{entry.tried} plans measured, rounded to nearest, on {entry.held_out} samples"
+    last = f"{entry.tried} plans measured, tried rounded, on {entry.held_out} samples"
     limits = [f"{name}: {found:.4g}, at most {most:g}" for name, (found, most) in entry.beside.items()]
     last += "; two of them carried out, and compared" if entry.carried_out else ""
     return [first, *limits, compared(entry), last]

@@ -412,6 +412,7 @@ def test_what_cannot_be_divided(written, tiny_checkpoint, tmp_path):
         ("costs", "{", "wanted a mapping of costs"),
         ("costs", '{"a": {"b": NaN}}', "damaged scores"),
         ("costs", '{"a": {"b": "1"}}', "damaged scores"),
+        ("shares", '{"a": {"b": -1}}', "damaged scores"),
         ("measured", '{"a": 3}', "damaged scores"),
         ("statics", '{"a": {"b": [1]}}', "damaged scores"),
     ],
@@ -419,7 +420,8 @@ def test_what_cannot_be_divided(written, tiny_checkpoint, tmp_path):
 def test_damaged_scores(key, value, told, tmp_path):
     from safetensors.torch import save_file
 
-    metadata = {"qtool.scores": "1", "identity": "i", "costs": "{}", "statics": "{}", "measured": "{}"}
+    empty = dict.fromkeys(("costs", "shares", "statics", "measured"), "{}")
+    metadata = {"qtool.scores": "1", "identity": "i", **empty}
     save_file({"x": torch.ones(3)}, tmp_path / "scores", metadata)
     assert ScoreFile(tmp_path / "scores", "i", True).found.importance["x"].tolist() == [1, 1, 1]
     assert ScoreFile(tmp_path / "scores", "j", False).found is None

@@ -58,6 +58,21 @@ def inverse_factor(gram: Tensor, damp: float, ranks: Ranks = ALONE) -> tuple[Ten
     )
 
 
+def degrees_of_freedom(gram: Tensor, damp: float) -> float:
+    """Of a ridge regression on inputs: the trace of H (H + damp * mean(diag H) * I)^-1, less than their number.
+
+    Args:
+        gram: H, float32 [K, K], symmetric, positive semidefinite.
+        damp: relative to the mean of the diagonal.
+
+    Raises:
+        NumericsError: see `inverse_factor`.
+    """
+    factor, used = inverse_factor(gram, damp)
+    ridge = used * float(gram.diagonal().mean())
+    return len(gram) - ridge * float(factor.double().square().sum())
+
+
 def inverse_factors(grams: Tensor, damp: float) -> Tensor | None:
     """`inverse_factor` of several matrices, float32 [M, K, K]; None if one cannot be factorized with that damping."""
     damped = grams.flip(1, 2).contiguous()
