@@ -1,7 +1,8 @@
 """Asks llama.cpp which biases it reads of each architecture, and writes qtool/checkpoint/families/_biases.py.
 
 To a tiny model of each kind one bias of every block is added that the file did not have. Either llama.cpp says that
-there are too many tensors, or it reads the bias; and if it also adds it, logits are others.
+there are too many tensors, or it reads the bias; and if it also adds it, logits are others. And each bias that the file
+has is left out once: llama.cpp then does not load it, or computes nothing, or it can do without.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from qtool import registry
 from qtool.artifact.gguf import GGUF
 from qtool.checkpoint._base import QuantizedCheckpoint
 from qtool.checkpoint.config import FAMILIES
-from qtool.checkpoint.conversions._base import ROOM
 from qtool.checkpoint.families._gguf import kind_of
 from qtool.checkpoint.gguf_io import GGUFFile
 from qtool.checkpoint.hf import HFCheckpoint
@@ -32,7 +32,7 @@ from tests.conftest import make_tokenizer
 
 TARGET = Path(__file__).parents[1] / "qtool/checkpoint/families/_biases.py"
 TOKENS = [(7 * i * i + 3 * i) % 500 for i in range(8)]
-HEADER = '''"""Biases that llama.cpp adds, by architecture; asked of llama.cpp itself by `benchmarks/gguf_biases.py`."""
+HEADER = '''"""Biases that llama.cpp adds, and those that it wants, as it told `benchmarks/gguf_biases.py`."""
 
 from __future__ import annotations
 
@@ -40,8 +40,13 @@ from collections.abc import Mapping
 
 READ: Mapping[str, str] = {
 '''
-FOOTER = '''}
+BETWEEN = '''}
 """Architecture -> what GGUF calls the tensors that may have a bias there, below their block."""
+
+WANTED: Mapping[str, str] = {
+'''
+FOOTER = '''}
+"""The same of tensors that must have one: of others llama.cpp does without, or their models always have it."""
 '''
 
 
@@ -84,46 +89,57 @@ def content(model: QuantizedCheckpoint, folder: Path) -> tuple[str, dict[str, Va
     return writer.family.gguf_arch, writer.metadata, {there: file.read(there).float() for there in file.tensors}
 
 
-def asked(model: QuantizedCheckpoint, folder: Path) -> tuple[str, set[str]]:
-    """Architecture, and kinds of tensors that may have a bias: those which have one, and others."""
+def wanted(metadata: dict[str, Value], tensors: dict[str, Tensor], kind: str, folder: Path) -> bool:
+    """Whether llama.cpp computes nothing without the biases of one kind of tensor."""
+    path = folder / "probe.gguf"
+    save(
+        path, metadata, {name: x for name, x in tensors.items() if not name.endswith(".bias") or kind_of(name) != kind}
+    )
+    found = logits(path)
+    return found is None or not bool(torch.isfinite(found).all())
+
+
+def asked(model: QuantizedCheckpoint, folder: Path) -> tuple[str, set[str], set[str]]:
+    """Architecture; kinds of tensors that may have a bias: those which have one, and others; those that must."""
     arch, metadata, tensors = content(model, folder)
     there = {kind_of(name) for name in tensors if name.endswith(".bias")}
     others = {kind_of(name) for name in tensors if name.endswith(".weight")} - there
-    return arch, there | {kind for kind in sorted(others) if added(metadata, tensors, kind, folder)}
+    may = there | {kind for kind in sorted(others) if added(metadata, tensors, kind, folder)}
+    return arch, may, {kind for kind in sorted(there) if wanted(metadata, tensors, kind, folder)}
 
 
-def write(found: dict[str, set[str]]) -> None:
-    """The table."""
-    lines = []
-    for arch, kinds in sorted(found.items()):
-        lines.append(f'    "{arch}": "{" ".join(sorted(kinds))}",\n')
-    TARGET.write_text(HEADER + "".join(lines) + FOOTER, encoding="utf-8")
+def table(found: dict[str, set[str]]) -> str:
+    """Lines of a mapping."""
+    return "".join(f'    "{arch}": "{" ".join(sorted(kinds))}",\n' for arch, kinds in sorted(found.items()))
 
 
 def kinds() -> Iterator[tuple[str, dict[str, Any]]]:
     """(model_type, what a tiny model of it needs) of everything that is written as GGUF."""
-    from tests.checkpoint.test_conversions import PARTICULAR
+    from tests.checkpoint.test_conversions import KINDS, PARTICULAR
 
     whole = {kind: {"sliding_window": None} for kind in ("phi3", "mistral", "mixtral")}
     gemma = {kind: {"query_pre_attn_scalar": 16} for kind in ("gemma2", "gemma3_text")}
     whole |= {"qwen3_moe": {"norm_topk_prob": True}}
-    for kind in (*registry.names(ROOM), *registry.names(FAMILIES)):
+    for kind in (*KINDS, *registry.names(FAMILIES)):
         yield kind, PARTICULAR.get(kind, {}) | whole.get(kind, {}) | gemma.get(kind, {})
 
 
 def main() -> None:
     """Asks about every kind, which takes some minutes."""
-    found: dict[str, set[str]] = {}
+    may: dict[str, set[str]] = {}
+    must: dict[str, set[str]] = {}
     for kind, fields in kinds():
         tiny.PARTICULAR[kind] = tiny.PARTICULAR.get(kind, {}) | fields
         with tempfile.TemporaryDirectory() as name:
             tiny.save_tiny(kind, folder := Path(name))
             make_tokenizer().save_pretrained(folder)
             model = fit(HFCheckpoint(folder), ["gguf"])
-            arch, read = asked(InMemory(model, lambda module: None), folder)
-        found.setdefault(arch, set()).update(read)
-        print(arch, *sorted(read), flush=True)
-    write(found)
+            arch, read, needed = asked(InMemory(model, lambda module: None), folder)
+        may.setdefault(arch, set()).update(read)
+        must[arch] = must.get(arch, needed) & needed
+        print(arch, *sorted(read), "wants", *sorted(needed), flush=True)
+    found = table(may), table({arch: kinds for arch, kinds in must.items() if kinds})
+    TARGET.write_text(HEADER + found[0] + BETWEEN + found[1] + FOOTER, encoding="utf-8")
 
 
 if __name__ == "__main__":

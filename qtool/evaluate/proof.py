@@ -38,7 +38,11 @@ GROUP = 32
 
 
 def prove(
-    artifact: Artifact, written: QuantizedCheckpoint, model: QuantizedCheckpoint, length: int | None = None
+    artifact: Artifact,
+    written: QuantizedCheckpoint,
+    model: QuantizedCheckpoint,
+    length: int | None = None,
+    floor: float | None = None,
 ) -> Proof | None:
     """Has an artifact run by another program, if there is one for it.
 
@@ -47,6 +51,7 @@ def prove(
         written: the artifact, opened.
         model: what it was written from, with which it is compared; what was lost on the way is not in the artifact.
         length: how many tokens to run; None: a few.
+        floor: instead of `FLOORS`.
 
     Returns:
         What was found, or why nothing was; None: nobody else reads this layout.
@@ -80,13 +85,20 @@ def prove(
             raise
         return Proof(reader=reading.reader, why_not=one_line(error))  # others may load what this one does not
     try:
-        found = judged(ran.logits, model, tokens, reading, f"{reading.reader} {reader.version}")
+        found = judged(ran.logits, model, tokens, reading, f"{reading.reader} {reader.version}", floor)
         return found.model_copy(update={"remark": ran.remark})
     except VerifyError as error:
         raise VerifyError(f"{written.source}: {error}") from error
 
 
-def judged(found: Tensor, model: QuantizedCheckpoint, tokens: list[int], reading: Reading, reader: str) -> Proof:
+def judged(
+    found: Tensor,
+    model: QuantizedCheckpoint,
+    tokens: list[int],
+    reading: Reading,
+    reader: str,
+    floor: float | None = None,
+) -> Proof:
     """Compares a reader's logits with ours, and if they differ with ours in bfloat16, where it computes so.
 
     Rounding so from layer to layer leads some models, of many blocks and coarse weights, as far as a mistake
@@ -95,7 +107,7 @@ def judged(found: Tensor, model: QuantizedCheckpoint, tokens: list[int], reading
     Raises:
         VerifyError: they differ from both.
     """
-    limits = FLOORS[reading.dtype], model.family.mixture
+    limits = floor or FLOORS[reading.dtype], model.family.mixture
     try:
         return compared(found, *expected(model, tokens, reading), reader, *limits)
     except VerifyError:

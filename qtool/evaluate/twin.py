@@ -35,30 +35,39 @@ VOCABULARY = 288
 TOKENS = 240
 """As many as llama.cpp's shortest context holds; rotary embeddings that are scaled differ more the longer it is."""
 BLOCKS = 6
-"""At most; every kind of block comes among the first ones."""
+"""At most; every kind of block comes among the first ones. llama.cpp tells some models by how many they have."""
+UNTABLED = 5e-4
+"""Of the difference, as a share of the logits, where llama.cpp looks no activation up in a table of 16-bit floats."""
 SIZES = {
     **dict.fromkeys(("intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"), 192),
     **dict.fromkeys(("moe_intermediate_size", "moe_shared_expert_intermediate_size"), 96),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_k"), 2),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "n_group"), 2),
+    "topk_group": 1,
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
 }
 """Fields of config.json, and the largest that they are."""
 
 
-def smaller(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """config.json of the twin."""
+def smaller(config: Mapping[str, Any], family: Family, most: int = BLOCKS) -> dict[str, Any]:
+    """config.json of the twin, which has so many blocks at most.
+
+    llama.cpp knows no other way to blend the dimensions of YaRN than with `truncate`, and users are told; the rest of
+    the conversion is proven with it.
+    """
     heads, kv_heads, dim = family.heads(dict(config))
     groups = 2 if kv_heads > 1 else 1
     few = groups * min(heads // kv_heads, 3)
     wide = few * dim if heads * dim == config["hidden_size"] else 96
-    blocks = min(int(config["num_hidden_layers"]), BLOCKS)
+    blocks = min(int(config["num_hidden_layers"]), most)
     fields: dict[str, Any] = {}
     for name, value in config.items():
         if name in SIZES and isinstance(value, int):
             fields[name] = min(value, SIZES[name])
         elif isinstance(value, list) and len(value) == config["num_hidden_layers"]:
             fields[name] = value[:blocks]
+        elif name in ("rope_scaling", "rope_parameters") and isinstance(value, dict):
+            fields[name] = {part: said for part, said in value.items() if part != "truncate"}
         elif not name.endswith("_token_id"):
             fields[name] = value
     fields |= {"num_hidden_layers": blocks, "num_attention_heads": few, "num_key_value_heads": groups}
@@ -147,10 +156,12 @@ def _proven(text: str) -> Proof | None:
         folder = Path(name)
         (folder / "out").mkdir()
         try:
-            twin = Twin(smaller(config, complete(config, folder / "config.json")[1]), folder)
-            if not GGUF().supports(twin).possible:
-                return None
+            family = complete(config, folder / "config.json")[1]
+            twins = (Twin(smaller(config, family, most), folder) for most in (BLOCKS, config["num_hidden_layers"]))
+            twin = next((twin for twin in twins if GGUF().supports(twin).possible), None)
         except (QtoolError, KeyError, TypeError, ValueError):  # sizes that do not go together in this class
             return None
+        if twin is None:
+            return None
         GGUF().write(twin, folder / "out", {})
-        return prove(GGUF(), GGUF().open(folder / "out"), twin, TOKENS)
+        return prove(GGUF(), GGUF().open(folder / "out"), twin, TOKENS, None if "gelu" in text else UNTABLED)

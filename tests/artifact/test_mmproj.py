@@ -98,6 +98,7 @@ def test_mtmd_makes_of_a_picture_what_transformers_makes(kind, size, tmp_path):
     [
         ("qwen2_5_vl", {"window_size": 56}, "one window_size only: wanted 112, found 56"),
         ("qwen2_5_vl", {"fullatt_block_indexes": [1, 2]}, "one fullatt_block_indexes only"),
+        ("qwen2_5_vl", {"spatial_merge_size": 1}, "one spatial_merge_size only: wanted 2, found 1"),
         ("gemma3", {"hidden_act": "gelu"}, "one hidden_act only"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -18,12 +19,13 @@ from qtool.checkpoint.conversions._refused import REFUSED
 from qtool.checkpoint.conversions.falcon_h1 import NONE
 from qtool.checkpoint.families._biases import READ
 from qtool.checkpoint.hf import HFCheckpoint
-from qtool.errors import CheckpointError
+from qtool.errors import CheckpointError, VerifyError
 from qtool.evaluate.llamacpp import try_file
 from qtool.evaluate.twin import _proven, prove_twin
 from qtool.models import fit
 from tests.artifact.conftest import InMemory
 from tests.conftest import make_tokenizer
+from tests.evaluate.test_proof import scaled
 
 TOKENS = [(7 * i * i + 3 * i) % 500 for i in range(40)]
 KINDS = [kind for kind in registry.names(ROOM) if kind != "gemma3n_text"]
@@ -64,6 +66,9 @@ PARTICULAR = {
 """What a tiny model of a type needs that llama.cpp shall compute."""
 TABLES = ("gemma", "phi", "starcoder2", "gpt_neox", "gemma4_text")
 """Types whose activation llama.cpp looks up in a table of 16-bit floats."""
+HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 
 
 @pytest.fixture(scope="module")
@@ -143,12 +148,24 @@ def test_twins_run_in_llama_cpp(kind, saved):
     assert found and found.tokens == 240 and found.distance < (1.5e-3 if kind in TABLES else 1e-4)
 
 
+@pytest.mark.parametrize("ending", ["q_proj.bias", "k_proj.bias", "v_proj.bias"])
+def test_a_bias_that_is_lost_is_seen(ending, saved, monkeypatch):
+    """Even one of keys, which counts as far as it is rotated."""
+    model = opened(saved("glm4")[0])
+    _proven.cache_clear()
+    monkeypatch.setattr(*scaled(ending, 0))
+    with pytest.raises(VerifyError, match="computes something else"):
+        prove_twin(GGUF(), model)
+    _proven.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("kind", "fields", "why"),
     [
         ("stablelm", {"qk_layernorm": True}, "stablelm models with one qk_layernorm only: wanted False, found True"),
         ("cohere2", {"layer_types": ["full_attention"] * 4}, "cohere2 models with one layer_types only"),
         ("olmoe", {"norm_topk_prob": True}, "olmoe models with one norm_topk_prob only: wanted False, found True"),
+        ("olmoe", {"clip_qkv": 8.0}, "olmoe models with one clip_qkv only: wanted None, found 8.0"),
         ("dots1", {"num_key_value_heads": 2}, "dots1 models with one num_key_value_heads only: wanted 4, found 2"),
         ("deepseek_v2", {"topk_method": "group_limited_greedy"}, "deepseek2 models with one topk_method only"),
         ("nemotron", {"hidden_act": "silu"}, "activation function: wanted relu2, found silu"),
@@ -166,6 +183,17 @@ def test_twins_run_in_llama_cpp(kind, saved):
         ("llama4_text", {"use_qk_norm": False}, "llama4 models with one use_qk_norm only: wanted True, found False"),
         ("granitemoehybrid", {"mamba_proj_bias": True}, "granitehybrid models with one mamba_proj_bias only"),
         ("exaone4", {"sliding_window": 16}, "exaone4 models with one window only: wanted 0, found 16"),
+        ("cohere", {"rope_parameters": HALF}, "command-r models with one partial_rotary_factor only: wanted 1.0"),
+        ("olmo2", {"rope_parameters": HALF}, "olmo2 models with one partial_rotary_factor only: wanted 1.0"),
+        ("cohere", {"use_qk_norm": True}, "command-r models with one use_qk_norm only: wanted False, found True"),
+        ("deepseek_v3", {"rms_norm_eps": 1e-3}, "rms_norm_eps in norms of latent keys as well, transformers 1e-06"),
+        ("deepseek_v2", {"rope_parameters": LINEAR}, "this rotary scaling: wanted default, yarn, found linear"),
+        ("deepseek_v3", {"rope_parameters": YARN}, "this rotary scaling: wanted mscale and mscale_all_dim alike"),
+        (
+            "deepseek_v2",
+            {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.5}},
+            "wanted mscale and mscale_all_dim alike, found {'mscale': 0.7, 'mscale_all_dim': 0.5}",
+        ),
     ],
 )
 def test_what_llama_cpp_does_not_know_is_refused(kind, fields, why, tmp_path):
@@ -190,6 +218,45 @@ def test_biases_that_llama_cpp_does_not_add_are_refused(kind, fields, tensor, sa
     reason = GGUF().supports(HFCheckpoint(saved(kind, **fields)[0])).reason
     arch = conversion_of(kind).gguf_arch
     assert reason.startswith(f"llama.cpp adds no bias of {tensor} in {arch} models: wanted biases of ")
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "tensor"),
+    [
+        ("starcoder2", {"use_bias": False, "sliding_window": None}, "attn_"),
+        ("gpt_oss", {"attention_bias": False}, "attn_"),
+        ("qwen2_moe", {"qkv_bias": False}, "attn_"),
+    ],
+)
+def test_biases_that_llama_cpp_wants_are_asked_for(kind, fields, tensor, saved):
+    """Without them it does not load a file, or computes nothing."""
+    assert re.match(
+        rf"llama\.cpp wants a bias of {tensor}", GGUF().supports(HFCheckpoint(saved(kind, **fields)[0])).reason
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("cohere", {"use_qk_norm": True, "num_hidden_layers": 64}),
+        ("deepseek_v2", {"rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}}),
+        ("deepseek_v3", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}, "rms_norm_eps": 1e-5}),
+        ("minimax_m2", {"rope_parameters": HALF}),
+        ("glm4_moe", {"attention_bias": True, "use_qk_norm": True}),
+        ("glm4", {"attention_bias": False}),
+        ("granite", {"attention_bias": True, "mlp_bias": True}),
+        ("nemotron", {"attention_bias": True, "mlp_bias": True}),
+        ("stablelm", {"use_qkv_bias": True}),
+        ("seed_oss", {"attention_bias": False}),
+    ],
+)
+def test_what_models_of_some_types_have(kind, fields, saved, tmp_path):
+    folder, wanted = saved(kind, **fields)
+    path, _ = converted(folder, tmp_path / "out")
+    found = try_file(path, TOKENS)
+    assert distance(found, wanted) < 5e-5 < 5e-3 < distance(1.01 * found, wanted)
+    back = GGUF().open(tmp_path / "out")
+    assert distance(logits_of(back, torch.tensor([TOKENS]))[0], wanted) < 1e-5
 
 
 @pytest.mark.parametrize(("tensor", "loads"), [("attn_q", True), ("attn_output", False)])

@@ -219,11 +219,36 @@ def family_config(name: str) -> dict[str, Any]:
         ("qwen2_moe", {"norm_topk_prob": True}, "qwen2moe weighs experts: wanted norm_topk_prob: False, found True"),
         ("gpt_oss", {"layer_types": ["full_attention"] * 2}, "cannot hold these layer_types"),
         ("gpt_oss", {"layer_types": 7}, "cannot hold these layer_types: .* found 7"),
+        ("gpt_oss", {"swiglu_alpha": 2.0}, "gpt-oss models with one swiglu_alpha only: wanted 1.702, found 2.0"),
+        ("gpt_oss", {"swiglu_limit": 9.0}, "gpt-oss models with one swiglu_limit only: wanted 7.0, found 9.0"),
     ],
 )
 def test_gguf_has_no_word_for(name, change, message):
     with pytest.raises(CheckpointError, match=message):
         family(name).gguf_metadata(CONFIG | family_config(name) | change)
+
+
+WINDOW = {"use_sliding_window": True, "sliding_window": 16}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "tokens"),
+    [
+        ("qwen2_moe", {}, 16),
+        ("qwen2_moe", {"max_window_layers": 99}, 16),  # blocks before it slide, every second one
+        ("qwen2_moe", {"layer_types": ["full_attention"] * 2}, None),
+        ("qwen2_moe", {"use_sliding_window": False}, None),
+        ("qwen3_moe", {"max_window_layers": 99}, 16),
+        ("gpt_oss", {}, None),  # llama.cpp knows it
+        ("qwen2", {}, None),  # 28 blocks do not slide
+        ("qwen2", {"max_window_layers": 1}, 16),
+        ("qwen2", {"max_window_layers": 2}, None),
+        ("qwen3", {"max_window_layers": 99, "layer_types": ["full_attention", "sliding_attention"]}, 16),
+    ],
+)
+def test_windows_are_those_of_transformers(name, change, tokens):
+    """Up to how many tokens llama.cpp, which applies no window, computes the same."""
+    assert family(name).gguf_window(CONFIG | WINDOW | change) == tokens
 
 
 @pytest.mark.parametrize(

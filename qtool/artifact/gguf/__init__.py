@@ -25,6 +25,7 @@ from qtool.artifact.gguf._vision import VisionFile
 from qtool.artifact.gguf._writer import ModelWriter, block_bytes, candidates
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
 from qtool.checkpoint.equal import equal_of
+from qtool.checkpoint.families._rope import truncates
 from qtool.checkpoint.gguf_parts import VISION, first_parts
 from qtool.checkpoint.language import LanguageModel, comes_apart, language_model
 from qtool.checkpoint.modules import modules
@@ -32,6 +33,8 @@ from qtool.checkpoint.open import find_model
 from qtool.errors import CheckpointError
 from qtool.store.files import storage_errors
 from qtool.store.imatrix import about_importance
+
+UNTRUNCATED = "llama.cpp rounds the range of dimensions that YaRN blends, which this model does not (truncate: false)"
 
 
 class GGUF(Artifact):
@@ -92,6 +95,8 @@ class GGUF(Artifact):
         found = language_model(model)
         left = ["only the language model is in this file; llama.cpp wants the other parts in one of their own"]
         about = left if found is not model and not self.options.mmproj else []
+        if not truncates(found.config):
+            about.append(UNTRUNCATED)
         window = found.family.gguf_window(found.config)
         if window is None or window >= found.config.get("max_position_embeddings", 0):
             return about

@@ -25,6 +25,12 @@ from qtool.checkpoint.families._rope import LLAMA3_TENSOR, check_llama3, llama3_
 from qtool.errors import CheckpointError
 
 ROOM = "checkpoint/conversions"
+SWITCHES = {
+    **dict.fromkeys(("attention_bias", "use_qkv_bias"), "attn_q.bias"),
+    "mlp_bias": "ffn_up.bias",
+    "use_qk_norm": "attn_q_norm.weight",
+}
+"""Fields of config.json that say whether blocks have some tensors -> what GGUF calls one of them."""
 LAYER_NORM = {key: field for key, field in GGUF_FIELDS.items() if "rms" not in key}
 """`GGUF_FIELDS` without the epsilon of RMS norms."""
 
@@ -43,7 +49,8 @@ class Conversion:
         norm_offset: what norms add to their weight before they multiply.
         gguf_permute: roles whose rows llama.cpp wants in interleaved rotary order.
         rope_kinds: kinds of rotary scaling that llama.cpp knows for it.
-        partial: share of a head that is rotated where config.json does not say.
+        partial: share of a head that is rotated where config.json does not say; None: transformers rotates all of it,
+            and never looks there.
         mixture: whether blocks hold experts; None: of some models.
         gguf_marker: as in `Family`; or a key and its value.
         gguf_untied: as in `Family`.
@@ -64,7 +71,7 @@ class Conversion:
     norm_offset: ClassVar[float] = 0.0
     gguf_permute: ClassVar[frozenset[str]] = frozenset()
     rope_kinds: ClassVar[tuple[str, ...]] = ("default", "linear", "yarn")
-    partial: ClassVar[float] = 1.0
+    partial: ClassVar[float | None] = None
     mixture: ClassVar[bool | None] = False
     gguf_marker: ClassVar[str | tuple[str, int] | None] = None
     window: ClassVar[bool] = False
@@ -86,11 +93,13 @@ class Conversion:
         return heads, kv_heads, int(config.get("head_dim") or config["hidden_size"] // heads)
 
     def rotary_dim(self, config: Mapping[str, Any]) -> int:
-        """R."""
+        """R. Raises CheckpointError: config.json speaks of a share that transformers does not look at."""
         rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
         rope = rope.get("full_attention", rope)
         share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", self.partial))
-        return int(self.heads(config)[2] * (self.partial if share is None else share))
+        if self.partial is None:
+            check_fixed(self.gguf_arch, {"partial_rotary_factor": share}, {"partial_rotary_factor": 1.0})
+        return int(self.heads(config)[2] * (self.partial or 1.0 if share is None else share))
 
     def rope(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """config.json with the rotary embedding in the usual fields; the share that is rotated is not part of it."""
@@ -122,13 +131,15 @@ class Conversion:
     def gguf_fields(self, metadata: dict[str, Any], tensors: Collection[str]) -> dict[str, Any]:
         """Fields of config.json beside those of `numbers`, from a GGUF file's key-values and tensor names."""
         found = {field: metadata.get(f"{self.gguf_arch}.{key}") for key, field in self.optional.items()}
-        fields = {field: value for field, value in found.items() if value is not None} | self.fixed
+        fields = {field: value for field, value in found.items() if value is not None}
+        ends, known = {name.partition(".")[2].partition(".")[2] for name in tensors}, filled({"model_type": self.kind})
+        fields |= {field: end in ends for field, end in SWITCHES.items() if field in known} | self.fixed
         heads, hidden = (
             positive(metadata, f"{self.gguf_arch}.{key}") for key in ("attention.head_count", "embedding_length")
         )
         dim = metadata.get(f"{self.gguf_arch}.attention.key_length") or hidden // heads
         rotated = metadata.get(f"{self.gguf_arch}.rope.dimension_count", dim)
-        return fields | ({"partial_rotary_factor": rotated / dim} if self.partial != 1 or rotated != dim else {})
+        return fields | ({"partial_rotary_factor": rotated / dim} if self.partial or rotated != dim else {})
 
     def tensor_names(self, config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], head: str) -> dict[str, str]:
         """Name in checkpoints -> name in GGUF. Raises CheckpointError: there is none."""

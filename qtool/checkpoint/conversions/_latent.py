@@ -13,9 +13,12 @@ from qtool.checkpoint.conversions._experts import LateExperts
 from qtool.checkpoint.families._base import Value
 from qtool.checkpoint.families._gguf import check_fixed
 from qtool.checkpoint.families._rope import rope_config
+from qtool.errors import CheckpointError
 
 LITE = 27
 """Blocks of the model whose queries are not latent."""
+EPSILON, INNER = 1e-5, 1e-6
+"""The largest epsilon of norms that makes no difference to the other one, which latent norms have in transformers."""
 
 
 class Latent(LateExperts):
@@ -27,6 +30,7 @@ class Latent(LateExperts):
     }
     optional: ClassVar[dict[str, str]] = LateExperts.optional | {"attention.q_lora_rank": "q_lora_rank"}
     gguf_arch = "deepseek2"
+    rope_kinds = ("default", "yarn")
     latent = True
 
     def heads(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -50,10 +54,16 @@ class Latent(LateExperts):
             check_fixed(self.gguf_arch, {"blocks": int(config["num_hidden_layers"])}, {"blocks": LITE})
         values = super().more(config) | {"attention.key_length": self.heads(config)[2]}
         values["attention.value_length"] = int(config["v_head_dim"])
+        if (epsilon := config["rms_norm_eps"]) > EPSILON:
+            what = f"llama.cpp adds rms_norm_eps in norms of latent keys as well, transformers {INNER}"
+            raise CheckpointError(what, wanted=f"at most {EPSILON}", found=epsilon)
         rope = super().rope(config)["rope_parameters"]
-        if scale := rope.get("mscale_all_dim"):
-            check_fixed(self.gguf_arch, rope, {"mscale": scale})
-            values["rope.scaling.yarn_log_multiplier"] = 0.1 * float(scale)
+        if rope["rope_type"] == "yarn":  # llama.cpp scales scores by one, and never rotated elements alone
+            scales = {field: rope.get(field) or 0.0 for field in ("mscale", "mscale_all_dim")}
+            if not scales["mscale"] == scales["mscale_all_dim"] > 0:
+                wanted = "mscale and mscale_all_dim alike"
+                raise CheckpointError("GGUF cannot hold this rotary scaling", wanted=wanted, found=scales)
+            values["rope.scaling.yarn_log_multiplier"] = 0.1 * float(rope["mscale"])
         return values
 
     def gguf_fields(self, metadata: dict[str, Any], tensors: Collection[str]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ class MinimaxM2(BiasedExperts):
     architecture = "MiniMaxM2ForCausalLM"
     gguf_arch = "minimax-m2"
     gguf_untied = True
+    partial = 1.0
     numbers: ClassVar[dict[str, str]] = GGUF_FIELDS | {
         "expert_count": "num_local_experts",
         "expert_used_count": "num_experts_per_tok",

@@ -18,6 +18,5 @@ class Olmoe(Conversion):
         "expert_count": "num_experts",
         "expert_used_count": "num_experts_per_tok",
     }
-    optional: ClassVar[dict[str, str]] = {"attention.clamp_kqv": "clip_qkv"}
-    fixed: ClassVar[dict[str, Any]] = {"norm_topk_prob": False}
+    fixed: ClassVar[dict[str, Any]] = {"norm_topk_prob": False, "clip_qkv": None}
     mixture = True

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qtool.checkpoint.families._edges import Edge, query_and_key
-from qtool.checkpoint.families._gguf import Form, check_biases, name_map
+from qtool.checkpoint.families._gguf import Form, check_biases, name_map, some_slide
 from qtool.checkpoint.families._parts import ATTENTION, GATED_MLP, Linear, Slice, pairs, stacked
 from qtool.checkpoint.families._rope import LLAMA3_TENSOR, check_llama3, llama3_factors, rope_metadata
 from qtool.errors import CheckpointError
@@ -245,8 +245,8 @@ class Family:
 
         None: it knows the window, or there is none.
         """
-        full = int(config.get("max_window_layers") or 0) >= self.blocks(config)
-        return config.get("sliding_window") or None if config.get("use_sliding_window") and not full else None
+        slides = config.get("use_sliding_window") and some_slide(config, self.blocks(config))
+        return config.get("sliding_window") or None if slides else None
 
     def gguf_fields(self, metadata: dict[str, Any], tensors: Collection[str]) -> dict[str, Any]:
         """Fields of config.json that only this family has, from a GGUF file's key-values and tensor names."""

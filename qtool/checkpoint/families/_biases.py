@@ -1,4 +1,4 @@
-"""Biases that llama.cpp adds, by architecture; asked of llama.cpp itself by `benchmarks/gguf_biases.py`."""
+"""Biases that llama.cpp adds, and those that it wants, as it told `benchmarks/gguf_biases.py`."""
 
 from __future__ import annotations
 
@@ -53,3 +53,23 @@ READ: Mapping[str, str] = {
     "starcoder2": "attn_k attn_norm attn_output attn_q attn_v ffn_down ffn_norm ffn_up output_norm",
 }
 """Architecture -> what GGUF calls the tensors that may have a bias there, below their block."""
+
+WANTED: Mapping[str, str] = {
+    "falcon-h1": "ssm_conv1d ssm_dt",
+    "glm4moe": "exp_probs_b",
+    "gpt-oss": "attn_output ffn_down_exps ffn_gate_exps ffn_gate_inp ffn_up_exps",
+    "gptneox": "attn_norm attn_output attn_qkv ffn_down ffn_norm ffn_up output_norm",
+    "granitehybrid": "ssm_conv1d ssm_dt",
+    "lfm2moe": "exp_probs_b",
+    "mamba2": "ssm_conv1d ssm_dt",
+    "minimax-m2": "exp_probs_b",
+    "nemotron": "attn_norm ffn_norm output_norm",
+    "phi2": "attn_norm attn_output ffn_down ffn_up output output_norm",
+    "qwen2moe": "attn_v",
+    "qwen35": "ssm_dt",
+    "qwen35moe": "ssm_dt",
+    "qwen3next": "ssm_dt",
+    "stablelm": "attn_norm output_norm",
+    "starcoder2": "attn_norm attn_output ffn_down ffn_norm ffn_up output_norm",
+}
+"""The same of tensors that must have one: of others llama.cpp does without, or their models always have it."""

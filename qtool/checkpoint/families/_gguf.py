@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qtool.checkpoint.families._biases import READ
+from qtool.checkpoint.families._biases import READ, WANTED
 from qtool.errors import CheckpointError
 
 
@@ -69,7 +69,7 @@ def kind_of(name: str) -> str:
 
 
 def check_biases(arch: str, names: Mapping[str, str]) -> None:
-    """Raises CheckpointError: a model has a bias that llama.cpp does not add, or a file with it does not load.
+    """Raises CheckpointError: a model has a bias that llama.cpp does not add, or lacks one that it wants.
 
     Args:
         arch: what llama.cpp calls it; of others nothing is known.
@@ -80,6 +80,26 @@ def check_biases(arch: str, names: Mapping[str, str]) -> None:
         if read is not None and there.endswith(".bias") and kind_of(there) not in read.split():
             what = f"llama.cpp adds no bias of {kind_of(there)} in {arch} models"
             raise CheckpointError(what, wanted=f"biases of {read or 'nothing'} at most", found=here)
+    held = {there for there in names.values() if there.endswith(".bias")}
+    for here, there in names.items():
+        alone = there.endswith(".weight") and there.removesuffix("weight") + "bias" not in held
+        if alone and kind_of(there) in WANTED.get(arch, "").split():
+            what = f"llama.cpp wants a bias of {kind_of(there)} in {arch} models"
+            raise CheckpointError(what, found=f"{here} alone")
+
+
+def some_slide(config: Mapping[str, Any], blocks: int, first: int = 28) -> bool:
+    """Whether attention slides in some block of a model that has a window.
+
+    Args:
+        config: config.json, of which `layer_types` counts before `max_window_layers`.
+        blocks: how many there are.
+        first: the first one that slides where config.json says neither.
+    """
+    if isinstance(kinds := config.get("layer_types"), list):
+        return "sliding_attention" in kinds
+    stated = config.get("max_window_layers")
+    return blocks > int(first if stated is None else stated)
 
 
 def check_fixed(arch: str, config: dict[str, Any], fixed: dict[str, Any]) -> None:

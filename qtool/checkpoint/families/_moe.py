@@ -11,6 +11,7 @@ from collections.abc import Collection
 from typing import Any, ClassVar
 
 from qtool.checkpoint.families._base import Family, Value
+from qtool.checkpoint.families._gguf import some_slide
 from qtool.checkpoint.families._parts import ATTENTION, Linear, Slice
 from qtool.errors import CheckpointError
 
@@ -120,6 +121,11 @@ class MixtureOfExperts(Family):
         if self.wide_field != "intermediate_size":
             metadata["expert_feed_forward_length"] = int(config[self.wide_field])
         return super().gguf_metadata(config) | {f"{self.gguf_arch}.{key}": value for key, value in metadata.items()}
+
+    def gguf_window(self, config: dict[str, Any]) -> int | None:
+        """See `Family.gguf_window`: whatever `max_window_layers` says, the first block's attention slides."""
+        slides = config.get("use_sliding_window") and some_slide({"layer_types": config.get("layer_types")}, 1, 0)
+        return config.get("sliding_window") or None if slides else None
 
     def gguf_fields(self, metadata: dict[str, Any], tensors: Collection[str]) -> dict[str, Any]:
         """See `Family.gguf_fields`."""

@@ -112,6 +112,12 @@ def rope_metadata(
     return values
 
 
+def truncates(config: dict[str, Any]) -> bool:
+    """Whether the range of dimensions that YaRN blends is rounded to whole ones, as llama.cpp always does."""
+    told = (config.get(name) or {} for name in ("rope_scaling", "rope_parameters"))
+    return not any(isinstance(found, dict) and found.get("truncate") is False for found in told)
+
+
 def _attention_factor(rope: dict[str, Any], context: int) -> float:
     """What longrope multiplies queries and keys with after their rotation (https://arxiv.org/abs/2402.13753)."""
     if rope.get("attention_factor") is not None:

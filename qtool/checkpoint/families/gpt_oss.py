@@ -10,6 +10,7 @@ from collections.abc import Collection
 from typing import Any, ClassVar
 
 from qtool.checkpoint.families._base import Value
+from qtool.checkpoint.families._gguf import check_fixed
 from qtool.checkpoint.families._moe import MixtureOfExperts
 from qtool.errors import CheckpointError
 
@@ -21,6 +22,8 @@ YARN = {
     "original_max_position_embeddings": 4096,
 }
 """What transformers assumes where config.json says nothing about the rotary embedding."""
+ACTIVATION = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}
+"""What llama.cpp takes for granted of the experts' activation."""
 
 
 class GPTOSS(MixtureOfExperts):
@@ -62,6 +65,7 @@ class GPTOSS(MixtureOfExperts):
         if (found := config.get("layer_types") or turns) != turns:
             wanted = "sliding and full attention in turns"
             raise CheckpointError("GGUF cannot hold these layer_types", wanted=wanted, found=f"{found!r:.60}")
+        check_fixed(self.gguf_arch, config, ACTIVATION)
         window = {"gpt-oss.attention.sliding_window": int(config["sliding_window"])}
         wide = {"gpt-oss.expert_feed_forward_length": int(config["intermediate_size"])}
         return super().gguf_metadata(config) | window | wide
@@ -72,6 +76,10 @@ class GPTOSS(MixtureOfExperts):
         parameters = {field: value for field, value in rope.items() if field != "truncate"}
         theta = config.get("rope_theta") or 150000.0
         return config | {"rope_scaling": None, "rope_theta": theta, "rope_parameters": parameters}
+
+    def gguf_window(self, config: dict[str, Any]) -> int | None:
+        """See `Family.gguf_window`: llama.cpp applies it."""
+        return None
 
     def gguf_fields(self, metadata: dict[str, Any], tensors: Collection[str]) -> dict[str, Any]:
         """See `Family.gguf_fields`."""
