@@ -40,9 +40,9 @@ def nearest_move(t, code, levels):  # type: ignore[no-untyped-def]
 @njit(nogil=True, cache=True, fastmath=ORDERED, error_model="numpy")
 def first_move(wish, code, ends, start, stop):  # type: ignore[no-untyped-def]
     """The first column from `start` on whose wish lies beyond half of the way to a neighbouring level, or `stop`."""
-    (up, down, least), some = ends, False
-    for j in range(start, stop):  # most wishes are less than any of these ways, which no table has to tell
-        some |= abs(wish[j]) > least
+    (up, down, least), some, here = ends, False, wish[start:stop]
+    for j in range(len(here)):  # most wishes are less than any of these ways, which no table has to tell
+        some |= abs(here[j]) > least
     if some:
         for j in range(start, stop):
             if wish[j] > up[code[j]] or wish[j] < down[code[j]]:
@@ -51,9 +51,9 @@ def first_move(wish, code, ends, start, stop):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, fastmath=ORDERED, error_model="numpy")
-def fill_wishes(pull, inverse, wish, start, stop):  # type: ignore[no-untyped-def]
+def fill_wishes(pull, inverse, wish):  # type: ignore[no-untyped-def]
     """How far, in levels, each column would move."""
-    for j in range(start, stop):
+    for j in range(len(wish)):
         wish[j] = pull[j] * inverse[j]
 
 
@@ -78,11 +78,15 @@ def subtract(row, step, pull):  # type: ignore[no-untyped-def]
 def fill_inverse(curvature, scale, inverse, wide):  # type: ignore[no-untyped-def]
     """Fills inverse [K], levels per pull, 0 where none is to move, and wide [K], scales; curvature [K], scale [G]."""
     width = len(curvature) // len(scale)
-    for g in range(len(scale)):
-        for j in range(g * width, (g + 1) * width):
-            slope = curvature[j] * scale[g]
-            inverse[j] = np.float32(1) / slope if curvature[j] > 0 and abs(slope) > TINY else np.float32(0)
-            wide[j] = scale[g]
+    for g in range(len(scale)):  # parts of arrays begin at 0, and an index that cannot be negative fills registers
+        here, s = slice(g * width, (g + 1) * width), scale[g]
+        bend, out, same = curvature[here], inverse[here], wide[here]
+        for j in range(len(out)):
+            slope = bend[j] * s
+            moves = (bend[j] > 0) & (abs(slope) > TINY)
+            out[j] = np.float32(1) / (slope if moves else np.float32(np.inf))
+        for j in range(len(same)):
+            same[j] = s
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -96,7 +100,7 @@ def move_codes(gram, inverse, wide, levels, ends, codes, pull, moved, wish):  # 
     for a in range(0, k, LANES):
         b, j = min(a + LANES, k), a
         while j < b:
-            fill_wishes(pull, inverse, wish, j, b)
+            fill_wishes(pull[j:b], inverse[j:b], wish[j:b])
             j = first_move(wish, codes, ends, j, b)
             if j < b:
                 code = nearest_move(wish[j], codes[j], levels)

@@ -25,7 +25,7 @@ from qtool.numerics.solving.settle import dot, products
 from qtool.numerics.threads.parallel import over_rows
 
 TURNS = 2
-"""Of pairs and codes in a super-block, in turns; steps move in the first. The error of a matrix is as small after them
+"""Of pairs, steps and codes in a super-block, in turns. The error of a matrix is as small after them
 as with all parameters by least squares and rounded to multiples, in less than three quarters of the solver's time."""
 
 
@@ -116,8 +116,9 @@ def move_pairs(gram, squares, sums, level, kind, d, dmin, a, b, pull, moved, see
         if o != 0:
             b[g] -= np.rint(o / dmin)
             take_off(sums[g], o, pull)
-        for j in range(g * width, (g + 1) * width):
-            moved[j] += s * level[j] + o
+        if s != 0 or o != 0:
+            take_off(level[here], -s, moved[here])
+            moved[here] += o
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
@@ -139,45 +140,114 @@ def move_step(step, along, seen, pull, moved):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def move_steps(gram, sums, level, kind, d, dmin, a, b, pull, moved, memory):  # type: ignore[no-untyped-def]
-    """The best d, and the best dmin after it; the arguments are those of `move_pairs`, memory [2 and more, B]."""
-    seen, along, width = memory[0], memory[1], len(level) // len(a)
-    for j in range(len(level)):
-        along[j] = a[j // width] * level[j]
-    products(gram, along, 0, seen)
-    d = move_step(d, along, seen, pull, moved)
-    if kind.minima:
-        seen[:] = F32(0)
-        for g in range(len(b)):
-            along[g * width : (g + 1) * width] = -b[g]
-            take_off(sums[g], b[g], seen)
-        dmin = move_step(dmin, along, seen, pull, moved)
-    return d, dmin
+def fill_along(a, level, along):  # type: ignore[no-untyped-def]
+    """Fills along [B] with what w_hat grows by with d: level [B] times a [groups]."""
+    width = len(level) // len(a)
+    for g in range(len(a)):
+        here, factor = slice(g * width, (g + 1) * width), a[g]
+        part, out = level[here], along[here]
+        for j in range(len(out)):
+            out[j] = factor * part[j]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def settle_rows(gram, squares, sums, levels, kind, d, dmin, a, b, codes, pull, moved, start, stop):  # type: ignore[no-untyped-def]
-    """Moves everything of rows start to stop in a super-block: d, dmin [N], a, b [N, groups]; the rest [N, B].
+def move_steps(kind, d, dmin, a, b, level, along, seen, seen_min, pull, moved):  # type: ignore[no-untyped-def]
+    """The best d, and the best dmin after it; seen and seen_min [B] are what grows with them times the Gram matrix.
 
-    gram, squares, sums: see `move_pairs`.
+    a, b [groups]; level [B]; along [B] is memory; pull and moved [B] are kept up to date.
     """
-    ends, memory, groups = halfway(levels), np.empty((4, codes.shape[1]), F32), a.shape[1]
-    level, scale, curvature = memory[3], np.empty(groups, F32), np.diag(gram).copy()
+    width = len(level) // len(a)
+    fill_along(a, level, along)
+    d = move_step(d, along, seen, pull, moved)
+    if kind.minima:
+        for g in range(len(b)):
+            along[g * width : (g + 1) * width] = -b[g]
+        dmin = move_step(dmin, along, seen_min, pull, moved)
+    return d, dmin
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def follow(sums, d, dmin, b, old, before, pull, seen, seen_min):  # type: ignore[no-untyped-def]
+    """Brings seen and seen_min [B] up to date, behind moves of pairs and codes: pull [B] tells what these did.
+
+    b and old [groups]: the multiples and those before the moves; before [B]: the pull before them, written over.
+    """
+    for g in range(len(b)):
+        if b[g] != old[g]:
+            take_off(sums[g], b[g] - old[g], seen_min)
+            take_off(sums[g], dmin * (old[g] - b[g]), before)
+    inverse = F32(1) / d if d != 0 else F32(0)
+    for j in range(len(seen)):
+        seen[j] += (before[j] - pull[j]) * inverse
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def fill_levels(levels, codes, level):  # type: ignore[no-untyped-def]
+    """Fills level [B] with those of codes [B]."""
+    for j in range(len(level)):
+        level[j] = levels[codes[j]]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def pair_rows(gram, squares, sums, levels, kind, d, dmin, a, b, codes, pull, moved, along, start, stop):  # type: ignore[no-untyped-def]
+    """Moves the pairs of rows start to stop in a super-block: d, dmin [N], a, b [N, groups]; the rest [N, B].
+
+    gram, squares, sums: see `move_pairs`. Fills along, by how much w_hat grows with d.
+    """
+    level, memory = np.empty(codes.shape[1], F32), np.empty(codes.shape[1], F32)
     for n in range(start, stop):
-        moved[n] = F32(0)
+        fill_levels(levels, codes[n], level)
+        move_pairs(gram, squares, sums, level, kind, d[n], dmin[n], a[n], b[n], pull[n], moved[n], memory)
+        fill_along(a[n], level, along[n])
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def rest_rows(gram, squares, sums, levels, kind, d, dmin, a, b, codes, pull, moved, seen, seen_min, start, stop):  # type: ignore[no-untyped-def]
+    """Moves steps and codes of rows start to stop, and in further turns pairs as well; see `pair_rows`.
+
+    seen and seen_min [N, B]: see `move_steps`.
+    """
+    ends, memory, groups = halfway(levels), np.empty((5, codes.shape[1]), F32), a.shape[1]
+    level, before, old = memory[3], memory[4], np.empty(groups, F32)
+    scale, curvature = np.empty(groups, F32), np.diag(gram).copy()
+    for n in range(start, stop):
         for turn in range(TURNS):
-            for j in range(len(level)):
-                level[j] = levels[codes[n, j]]
-            move_pairs(gram, squares, sums, level, kind, d[n], dmin[n], a[n], b[n], pull[n], moved[n], memory[0])
-            if turn == 0:
-                d[n], dmin[n] = move_steps(
-                    gram, sums, level, kind, d[n], dmin[n], a[n], b[n], pull[n], moved[n], memory
-                )
+            fill_levels(levels, codes[n], level)
+            if turn > 0:
+                move_pairs(gram, squares, sums, level, kind, d[n], dmin[n], a[n], b[n], pull[n], moved[n], memory[0])
+                follow(sums, d[n], dmin[n], b[n], old, before, pull[n], seen[n], seen_min[n])
+            d[n], dmin[n] = move_steps(
+                kind, d[n], dmin[n], a[n], b[n], level, memory[0], seen[n], seen_min[n], pull[n], moved[n]
+            )
+            before[:], old[:] = pull[n], b[n]
             for g in range(groups):
                 scale[g] = d[n] * a[n, g]
             fill_inverse(curvature, scale, memory[0], memory[1])
             if move_codes(gram, memory[0], memory[1], levels, ends, codes[n], pull[n], moved[n], memory[2]) == 0:
                 break
+
+
+def settle_super_block(square: Tensor, levels: Tensor, kind: Limits, own: list[Tensor]) -> Tensor:
+    """Moves everything in a super-block but the pull of columns elsewhere, in place; returns the changes of w_hat.
+
+    Args:
+        square: float32 [B, B], of the Gram matrix.
+        levels: float32 [L].
+        kind: of the parameters.
+        own: d and dmin [N], a and b [N, groups], codes and pull [N, B]: rows side by side, as kernels have to know when
+            they are compiled.
+    """
+    b, (n, block), groups = own[3], own[4].shape, own[3].shape[1]
+    sums = square.view(groups, -1, block).sum(1)
+    squares = square.view(groups, block // groups, groups, -1).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+    moved, along = torch.zeros(n, block), torch.empty(n, block)
+    fixed = square.numpy(), squares.numpy(), sums.numpy(), levels.numpy(), kind
+    arrays = [t.numpy() for t in (*own, moved)]
+    over_rows(partial(pair_rows, *fixed, *arrays, along.numpy()), n)
+    seen = along @ square  # of all rows at once, which takes a third of the time of one by one
+    seen_min = torch.mm(b, sums).neg_() if kind.minima else seen
+    over_rows(partial(rest_rows, *fixed, *arrays, seen.numpy(), seen_min.numpy()), n)
+    return moved
 
 
 def settle_multiples(
@@ -202,13 +272,9 @@ def settle_multiples(
     block, groups = codes.shape[1] // d.shape[1], a.shape[1] // d.shape[1]
     for s in range(d.shape[1]):
         here, those = slice(s * block, (s + 1) * block), slice(s * groups, (s + 1) * groups)
-        square, moved = gram[here, here].contiguous(), torch.empty(len(codes), block)
-        sums = square.view(groups, -1, block).sum(1)
-        squares = square.view(groups, block // groups, groups, -1).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        fixed = square.numpy(), squares.contiguous().numpy(), sums.numpy(), levels.numpy(), kind
         parts = [d[:, s], dmin[:, s], a[:, those], b[:, those], codes[:, here], pull[:, here]]
-        own = [part.contiguous() for part in parts]  # rows side by side, as kernels have to know when they are compiled
-        over_rows(partial(settle_rows, *fixed, *(t.numpy() for t in own), moved.numpy()), len(codes))
+        own = [part.contiguous() for part in parts]
+        moved = settle_super_block(gram[here, here].contiguous(), levels, kind, own)
         for part, new in zip(parts, own, strict=True):
             part.copy_(new)
         for elsewhere in (slice(0, here.start), slice(here.stop, None)):
