@@ -14,6 +14,7 @@ from benchmarks.gguf_biases import added, content
 from benchmarks.tiny import save_tiny
 from qtool import registry
 from qtool.artifact.gguf import GGUF
+from qtool.checkpoint.config import complete
 from qtool.checkpoint.conversions._base import ROOM, conversion_of
 from qtool.checkpoint.conversions._refused import REFUSED
 from qtool.checkpoint.conversions.falcon_h1 import NONE
@@ -68,6 +69,7 @@ TABLES = ("gemma", "phi", "starcoder2", "gpt_neox", "gemma4_text")
 """Types whose activation llama.cpp looks up in a table of 16-bit floats."""
 HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}
+UNROUNDED = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "truncate": False}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 
 
@@ -146,6 +148,30 @@ def test_twins_run_in_llama_cpp(kind, saved):
         assert found is None
         return
     assert found and found.tokens == 240 and found.distance < (1.5e-3 if kind in TABLES else 1e-4)
+
+
+PUBLISHED = {
+    "deepseek_v3": {"n_group": 8, "topk_group": 4, "n_routed_experts": 32, "num_experts_per_tok": 8},
+    "deepseek_v2": {"num_hidden_layers": 27, "q_lora_rank": None},
+    "gpt_oss": {"rope_parameters": {**YARN, "truncate": False}},
+}
+"""Fields as models of these types have them, which a smaller one cannot have, or llama.cpp does not know."""
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_twins_of_published_models_are_proven(kind, tmp_path):
+    _proven.cache_clear()
+    fields = tiny.PARTICULAR.get(kind, {}) | PARTICULAR.get(kind, {}) | PUBLISHED[kind]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tiny.PARTICULAR, kind, fields)
+        config = json.loads(tiny.tiny_config(kind).to_json_string())
+    found = _proven(json.dumps(complete(config, tmp_path)[0]))
+    assert found and found.tokens == 240 and found.distance < 1e-4
+
+
+def test_a_range_that_llama_cpp_rounds_is_said(saved):
+    told = [GGUF().caveats(HFCheckpoint(saved("gpt_oss", rope_parameters=rope)[0]), {}) for rope in (YARN, UNROUNDED)]
+    assert told[0] == [] and "llama.cpp rounds the range of dimensions that YaRN blends" in told[1][0]
 
 
 @pytest.mark.parametrize("ending", ["q_proj.bias", "k_proj.bias", "v_proj.bias"])
