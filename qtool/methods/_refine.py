@@ -107,10 +107,10 @@ def _settled_multiples(w: Tensor, curvature: Split, q: Quantized, rounds: int, s
     """`refine` of a few rows whose scales are multiples of steps."""
     codes, levels, params = q.codes, q.format.levels(), q.format.multiples(q.params)
     assert params is not None
-    pull = times(w - q.decode(), curvature.matrix)
     for _ in range(rounds):
+        rest = w - q.format.decode(codes, q.format.of_multiples(params))
         with marked("scales refitted"):
-            params, codes, pull = settle_multiples(curvature.matrix, levels, params, codes, pull)
+            params, codes, pull = settle_multiples(curvature.matrix, levels, params, codes, rest)
         scale = expand(params.d, params.a.shape[1]) * params.a
         with marked("descent"):
             codes, pull = descend(curvature, scale, levels, codes, pull, sweeps - 1)

@@ -213,12 +213,13 @@ class GPTQ(Method):
         weight[order] = factor.diagonal().square().reciprocal()
         block = fmt.block_columns or k
         vectors = (fmt.codebook(), order)
+        there = w.T.contiguous()[order].T  # whole columns are picked, which the walk may then write over
         codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
         if self.fit == "before" or block == k:
             params = fmt.on_the_way().fit(w, weight)
             scale, offset = fmt.affine(params)
             codes[:, order] = walk(
-                w[:, order],
+                there,
                 factor,
                 fmt.levels(),
                 BLOCK,
@@ -229,7 +230,6 @@ class GPTQ(Method):
         fitting = fmt.on_the_way()
         rule = fitting.search_in_walk()
         if rule and searches(rule, w.is_cuda):
-            there = w.T.contiguous()[order].T
             codes[:, order], found = walk_searching(there, factor, fmt.levels(), rule, weight[order], order)
             return codes, fmt.of_search(*(p[:, (order[::block] // block).argsort()] for p in found))
         fitted: dict[int, Params] = {}
@@ -243,7 +243,7 @@ class GPTQ(Method):
             scale, offset = fmt.affine(params)
             return by_column(scale, place, block), by_column(offset, place, block)
 
-        codes[:, order] = walk(w[:, order], factor, fmt.levels(), block, fit_block, vectors)
+        codes[:, order] = walk(there, factor, fmt.levels(), block, fit_block, vectors)
         return codes, fmt.join([fitted[i] for i in range(k // block)])
 
 

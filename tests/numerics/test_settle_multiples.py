@@ -47,13 +47,13 @@ def objective(w, gram, params, levels, codes):  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize(("minima", "most"), [(True, 0.39), (False, 0.27)])
 def test_every_move_lowers_the_error_and_the_pull_is_what_is_left(minima, most):
     w, gram, levels, params, codes = problem(40, 3, 4, 8, minima)
-    pull = ((w.double() - decoded(params, levels, codes)) @ gram.double()).float()
-    found, better, left = settle_multiples(gram, levels, params, codes, pull)
+    rest = (w.double() - decoded(params, levels, codes)).float()
+    found, better, left = settle_multiples(gram, levels, params, codes, rest)
     before, after = (objective(w, gram, *each) for each in ((params, levels, codes), (found, levels, better)))
     assert (after <= before * (1 + 1e-6)).all()
     assert after.sum() < most * before.sum()
-    rest = (w.double() - decoded(found, levels, better)) @ gram.double()
-    torch.testing.assert_close(left.double(), rest, rtol=0, atol=1e-5 * float(pull.abs().max()))
+    pull = (w.double() - decoded(found, levels, better)) @ gram.double()
+    torch.testing.assert_close(left.double(), pull, rtol=0, atol=1e-5 * float((rest @ gram).abs().max()))
     steps, multiples = [found.d, *([found.dmin] if minima else [])], [found.a, *([found.b] if minima else [])]
     assert all(torch.equal(step, step.half().float()) for step in steps)
     for each in multiples:
@@ -65,8 +65,8 @@ def test_every_move_lowers_the_error_and_the_pull_is_what_is_left(minima, most):
 @pytest.mark.parametrize("minima", [True, False])
 def test_one_group_gets_what_no_other_pair_beats(minima):
     w, gram, levels, params, codes = problem(12, 1, 1, 8, minima)
-    pull = ((w.double() - decoded(params, levels, codes)) @ gram.double()).float()
-    found, better, _ = settle_multiples(gram, levels, params, codes, pull)
+    rest = (w.double() - decoded(params, levels, codes)).float()
+    found, better, _ = settle_multiples(gram, levels, params, codes, rest)
     after = objective(w, gram, found, levels, better)
     low, top = params.limits
     for a, b in itertools.product(range(low, top + 1), range(low, top + 1) if minima else [0]):
@@ -76,7 +76,7 @@ def test_one_group_gets_what_no_other_pair_beats(minima):
 
 def test_what_is_given_stays_as_it_is():
     w, gram, levels, params, codes = problem(5, 2, 2, 4, True)
-    pull = ((w - decoded(params, levels, codes).float()) @ gram).float()
-    copies = [t.clone() for t in (*params[:4], codes, pull)]
-    settle_multiples(gram, levels, params, codes, pull)
-    assert all(torch.equal(a, b) for a, b in zip(copies, (*params[:4], codes, pull), strict=True))
+    rest = w - decoded(params, levels, codes).float()
+    copies = [t.clone() for t in (*params[:4], codes, rest)]
+    settle_multiples(gram, levels, params, codes, rest)
+    assert all(torch.equal(a, b) for a, b in zip(copies, (*params[:4], codes, rest), strict=True))

@@ -251,32 +251,36 @@ def settle_super_block(square: Tensor, levels: Tensor, kind: Limits, own: list[T
 
 
 def settle_multiples(
-    gram: Tensor, levels: Tensor, params: Multiples, codes: Tensor, pull: Tensor
+    gram: Tensor, levels: Tensor, params: Multiples, codes: Tensor, rest: Tensor
 ) -> tuple[Multiples, Tensor, Tensor]:
     """One pass over all columns.
+
+    The pull of a super-block is found when the pass gets there, and from then on kept up to date.
 
     Args:
         gram: H, float32 [K, K].
         levels: float32 [L], ascending.
         params: of the rows.
         codes: uint8 [N, K].
-        pull: float32 [N, K], (W - W_hat) H.
+        rest: float32 [N, K], W - W_hat.
 
     Returns:
-        New parameters, codes and their pull.
+        New parameters, codes and their pull, (W - W_hat) H.
     """
-    codes, pull = (t.clone(memory_format=torch.contiguous_format) for t in (codes, pull))
+    codes, rest = (t.clone(memory_format=torch.contiguous_format) for t in (codes, rest))
+    pull = torch.empty_like(rest)
     found = [t.clone(memory_format=torch.contiguous_format) for t in params[:4]]
     d, dmin, a, b = found
     kind = Limits(F32(params.limits[0]), F32(params.limits[1]), params.minima)
     block, groups = codes.shape[1] // d.shape[1], a.shape[1] // d.shape[1]
     for s in range(d.shape[1]):
         here, those = slice(s * block, (s + 1) * block), slice(s * groups, (s + 1) * groups)
+        torch.mm(rest, gram[:, here], out=pull[:, here])
         parts = [d[:, s], dmin[:, s], a[:, those], b[:, those], codes[:, here], pull[:, here]]
         own = [part.contiguous() for part in parts]
         moved = settle_super_block(gram[here, here].contiguous(), levels, kind, own)
         for part, new in zip(parts, own, strict=True):
             part.copy_(new)
-        for elsewhere in (slice(0, here.start), slice(here.stop, None)):
-            pull[:, elsewhere].addmm_(moved, gram[here, elsewhere], alpha=-1)
+        rest[:, here] -= moved
+        pull[:, : here.start].addmm_(moved, gram[here, : here.start], alpha=-1)
     return Multiples(found[0], found[1], found[2], found[3], params.minima, params.limits), codes, pull
