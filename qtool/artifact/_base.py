@@ -49,6 +49,7 @@ class Reading:
         most: tokens up to which it computes the same; None: it does so of any text.
         other: another one that computes so, where that one is not installed; empty: none.
         differs: why it is known to compute something else, or does not read it; empty: it should not.
+        decodes: type that some of its releases round decoded matrices to on the way; None: none does.
     """
 
     reader: str
@@ -57,6 +58,7 @@ class Reading:
     most: int | None = None
     differs: str = ""
     other: str = ""
+    decodes: torch.dtype | None = None
 
 
 class NoOptions(Strict):

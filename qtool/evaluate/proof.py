@@ -99,7 +99,7 @@ def judged(
     reader: str,
     floor: float | None = None,
 ) -> Proof:
-    """Compares a reader's logits with ours, and if they differ with ours in bfloat16, where it computes so.
+    """Compares a reader's logits with ours, and if they differ with ours in bfloat16, or of rounded matrices.
 
     Rounding so from layer to layer leads some models, of many blocks and coarse weights, as far as a mistake
     does. Both programs are led to the same place by it.
@@ -111,15 +111,37 @@ def judged(
     try:
         return compared(found, *expected(model, tokens, reading), reader, *limits)
     except VerifyError:
-        if reading.dtype != torch.bfloat16 or reading.rounds:
+        if reading.rounds or (reading.dtype != torch.bfloat16 and reading.decodes is None):
             raise
-        ours = in_type(model, tokens, reading.dtype)
+        ours = in_type(model, tokens, reading.dtype, reading.decodes)
         return compared(found, ours, ours, reader, *limits)
 
 
-def in_type(model: QuantizedCheckpoint, tokens: list[int], dtype: torch.dtype) -> Tensor:
-    """Our logits, float32 [T, V], computed in a type."""
-    walker = Walker(model, torch.device("cpu"), dtype)
+class Decoding(Walker):
+    """Rounds quantized matrices as decoders do that compute in the type of scales.
+
+    Args:
+        model: runs.
+        dtype: that it is computed in.
+        decodes: that matrices are rounded to before that; None: not at all.
+    """
+
+    def __init__(self, model: QuantizedCheckpoint, dtype: torch.dtype, decodes: torch.dtype | None) -> None:
+        super().__init__(model, torch.device("cpu"), dtype)
+        self.quantized, self.decodes = model.layers, decodes
+
+    def tensor(self, name: str) -> Tensor:
+        """See `Walker.tensor`."""
+        found = super().tensor(name)
+        rounds = self.decodes is not None and name.removesuffix(".weight") in self.quantized
+        return found.to(self.decodes).to(found.dtype) if rounds else found
+
+
+def in_type(
+    model: QuantizedCheckpoint, tokens: list[int], dtype: torch.dtype, decodes: torch.dtype | None = None
+) -> Tensor:
+    """Our logits, float32 [T, V], computed in a type, of matrices rounded to another one."""
+    walker = Decoding(model, dtype, decodes)
     hidden = walker.embed(torch.tensor([tokens]))
     for i in range(len(walker.blocks)):
         walker.advance(walker.load_block(i), i, hidden)

@@ -116,6 +116,31 @@ def test_folders_run_in_transformers(tiny_checkpoint, tmp_path, monkeypatch):
         prove(CompressedTensors(), opened, model)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_integers_with_zero_points_may_be_decoded_in_the_type_of_scales(dtype, tiny_checkpoint, tmp_path):
+    """As transformers does where it decodes while it loads: that leads farther than float32, and no farther than so."""
+    source = tmp_path / "source"
+    shutil.copytree(tiny_checkpoint("llama-tied"), source)
+    tensors = load_file(source / "model.safetensors")
+    save_file({k: t.to(getattr(torch, dtype)) for k, t in tensors.items()}, source / "model.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"dtype": dtype}))
+    scales = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[dtype]
+    model = in_memory(source, Int(bits=4, group=32, symmetric=False, scale_dtype=scales))
+    (tmp_path / "out").mkdir()
+    CompressedTensors().write(model, tmp_path / "out", {})
+    opened = CompressedTensors().open(tmp_path / "out")
+    found = prove(CompressedTensors(), opened, model)
+    assert found.distance < 1e-3
+    path = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(path)
+    for name in [name for name in tensors if name.endswith("down_proj.weight_scale")]:
+        tensors[name] *= 1.02
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(VerifyError, match="computes something else"):
+        prove(CompressedTensors(), CompressedTensors().open(tmp_path / "out"), model)
+
+
 def flipped(tensors):
     """Rows of the queries in another order, codes and scales alike."""
     for part in ("weight_packed", "weight_scale"):

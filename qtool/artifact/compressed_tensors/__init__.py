@@ -35,9 +35,10 @@ from qtool.artifact._packed import Infos
 from qtool.artifact._packed_artifact import Layout, PackedArtifact
 from qtool.artifact._settings import quantization_config as quantization_config_of
 from qtool.artifact.compressed_tensors import _adapter, _cache, _inputs, _transforms
-from qtool.artifact.compressed_tensors._caveats import caveats
+from qtool.artifact.compressed_tensors._caveats import asymmetric, caveats
 from qtool.artifact.compressed_tensors._config import METHOD, kind_of, quantization_config, refusal
 from qtool.artifact.compressed_tensors._floats import MXQuantized, NVFP4Packed
+from qtool.artifact.compressed_tensors._integers import PackQuantized
 from qtool.artifact.compressed_tensors._kinds import Compressor
 from qtool.artifact.compressed_tensors._reader import CompressedCheckpoint
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
@@ -101,7 +102,13 @@ class CompressedTensors(PackedArtifact):
             differs.append("transformers computes inputs in bfloat16, which round to others")
         if model.cache:
             differs.append("not every release of transformers rounds the KV cache")
-        return Reading("transformers", torch.bfloat16 if decoded else torch.float32, differs="; ".join(differs))
+        zeros = any(isinstance(kind_of(layer), PackQuantized) and asymmetric(layer) for layer in model.layers.values())
+        return Reading(
+            "transformers",
+            torch.bfloat16 if decoded else torch.float32,
+            differs="; ".join(differs),
+            decodes=model_dtype(model) if zeros else None,  # that of scales, where it decodes while it loads
+        )
 
     def one_format(self, module: Module) -> str | None:
         """See `Artifact.one_format`: vLLM runs all experts of a block as one layer."""

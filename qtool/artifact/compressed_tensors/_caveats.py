@@ -44,7 +44,7 @@ def caveats(model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
     experts = {layer for name, layer in layers.items() if stacked(name)[1] is not None}
     others = {layer for name, layer in layers.items() if stacked(name)[1] is None}
     supported = PackQuantized | FloatQuantized | MXFP4Packed | MXFP6Packed
-    loaded = {layer for layer in experts if isinstance(kind_of(layer), supported) and not _asymmetric(layer)}
+    loaded = {layer for layer in experts if isinstance(kind_of(layer), supported) and not asymmetric(layer)}
     scaled_twice = {layer for layer in experts if isinstance(kind_of(layer), NVFP4Packed)}
     decoded = {layer for layer in found if isinstance(kind_of(layer), MXQuantized | NVFP4Packed)}
     return naming(
@@ -56,7 +56,7 @@ def caveats(model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
                 layer for layer in loaded if layer.activations
             },
             "transformers does not load {} beside other formats; vLLM does": {
-                layer for layer in found if len(found) > 1 and _asymmetric(layer)
+                layer for layer in found if len(found) > 1 and asymmetric(layer)
             },
             "transformers decodes {} to bfloat16: load the model with dtype=torch.bfloat16": {
                 layer for layer in decoded if model_dtype(model) != torch.bfloat16
@@ -71,7 +71,7 @@ def caveats(model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
                 layer for layer in found if isinstance(kind_of(layer), MXFP6Packed)
             },
             "with run_compressed=True transformers does not load {}: leave that out": {
-                layer for layer in found if _asymmetric(layer) and isinstance(kind_of(layer), PackQuantized)
+                layer for layer in found if asymmetric(layer) and isinstance(kind_of(layer), PackQuantized)
             },
             "vLLM loads {} from compute capability 8.0 on": {
                 layer for layer in found if isinstance(kind_of(layer), MXFP4Packed)
@@ -105,7 +105,8 @@ def _place(names: Sequence[str]) -> str:
     return f"{common.replace('/', '.')}.*" if len(names) > 1 else "".join(names)
 
 
-def _asymmetric(layer: Layer) -> bool:
+def asymmetric(layer: Layer) -> bool:
+    """Whether a matrix has integers with zero points."""
     return isinstance(layer.format, Int) and not layer.format.symmetric
 
 
