@@ -20,6 +20,7 @@ PACKAGE = ROOT / "qtool"
 ORDER = (
     "__init__",
     "errors",
+    "limits",
     "tested",
     "registry",
     "problems",

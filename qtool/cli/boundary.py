@@ -25,6 +25,7 @@ from qtool import limits
 from qtool.cli import ranks
 from qtool.cli.options import filled
 from qtool.errors import QtoolError, UsageError, cannot_write, is_utf8
+from qtool.numerics import private_folder
 
 if TYPE_CHECKING:
     from qtool.numerics.threads.ranks import Ranks
@@ -77,6 +78,8 @@ def prepare_process() -> None:
         signal.signal(signal.SIGINT, _interrupt)
     if sys.stderr is not None:
         sys.stderr = Steady(sys.stderr)
+    if not os.access(os.path.expanduser("~"), os.W_OK):  # where triton would keep kernels
+        os.environ.setdefault("TRITON_CACHE_DIR", str(private_folder() / "triton"))
 
 
 def _end(number: int, _: FrameType | None) -> None:

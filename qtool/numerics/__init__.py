@@ -34,17 +34,14 @@ def private_folder() -> Path:
 
 def keep_kernels() -> None:
     """Sees to it that kernels can be kept somewhere."""
-    if "NUMBA_CACHE_DIR" in os.environ or os.access(KEPT if KEPT.exists() else KEPT.parent, os.W_OK | os.X_OK):
+    if os.access(KEPT if KEPT.exists() else KEPT.parent, os.W_OK | os.X_OK):
         return
     import numba  # takes long, and here it is rarely needed
 
     try:
         numba.njit(cache=True)(keep_kernels)
     except RuntimeError:  # no place that numba knows
-        folder = private_folder()
-        os.environ["NUMBA_CACHE_DIR"] = str(folder)
-        os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))  # else below the home folder
-        numba.config.reload_config()
+        numba.config.CACHE_DIR = str(private_folder())
 
 
 keep_kernels()

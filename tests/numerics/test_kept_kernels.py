@@ -28,7 +28,7 @@ def run(tmp_path):
     (package / "__pycache__").touch(mode=0o600)
 
     def found() -> Path:
-        program = "import os; from package.kernel import twice; print(twice(21), os.environ['NUMBA_CACHE_DIR'])"
+        program = "import numba; from package.kernel import twice; print(twice(21), numba.config.CACHE_DIR)"
         usual = {key: value for key, value in os.environ.items() if key not in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME")}
         environ = usual | {"HOME": "/proc/nobody", "TMPDIR": str(temporary), "PYTHONPATH": str(tmp_path)}
         ran = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=True)
@@ -57,3 +57,16 @@ def test_a_folder_that_others_can_write_is_not_used(run):
     assert run() != folder
     assert [*run.temporary.iterdir()] == [folder]  # the other one went with its process
     assert not [*folder.iterdir()]
+
+
+@pytest.mark.parametrize("home", [True, False])
+def test_commands_have_triton_keep_kernels_there_where_there_is_no_home(home, tmp_path):
+    program = (
+        "import os; from qtool.cli.boundary import prepare_process; prepare_process();"
+        "print(os.environ.get('TRITON_CACHE_DIR'))"
+    )
+    usual = {key: value for key, value in os.environ.items() if key != "TRITON_CACHE_DIR"}
+    environ = usual | {"HOME": str(tmp_path) if home else "/proc/nobody", "TMPDIR": str(tmp_path)}
+    found = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=True)
+    wanted = None if home else tmp_path / f"qtool-kernels-{os.getuid()}" / "triton"
+    assert found.stdout == f"{wanted}\n"
