@@ -229,3 +229,13 @@ def test_augmented_channels_have_their_rounding_errors_rounded_as_well():
     assert torch.equal(lost[32:], single[32:])
     with pytest.raises(ValueError, match="only inputs have more channels"):
         parse_weights(fmt)
+
+
+def test_what_rounding_leaves_of_the_first_channels_is_rounded_once_more_and_added():
+    x, static = torch.randn(5, 48, generator=torch.Generator().manual_seed(2)), Static(0.003)
+    plain, augmented = parse_format("nvfp4"), parse_format({"type": "nvfp4", "augment": 16})
+    once = quantize_static(x, plain, static)
+    wanted = once.clone()
+    wanted[:, :16] += quantize_static(x - once, plain, static)[:, :16]
+    assert not torch.equal(wanted, once)
+    assert torch.equal(quantize_static(x, augmented, static), wanted)

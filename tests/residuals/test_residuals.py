@@ -60,9 +60,11 @@ class TestProtocol:
         assert energy(left) < energy(error)
 
 
-def test_plain_low_rank_is_numpys_truncated_svd(error, gram):
+@pytest.mark.parametrize("tall", [False, True], ids=["wide", "tall"])
+def test_plain_low_rank_is_numpys_truncated_svd(tall, error, gram):
+    error = error.T.contiguous() if tall == (error.shape[0] < error.shape[1]) else error
     residual = LowRank(rank=7, whiten=False, dtype="fp32")
-    found = residual.apply(torch.zeros_like(error), residual.fit(error, gram))
+    found = residual.apply(torch.zeros_like(error), residual.fit(error, None))
     u, s, vt = np.linalg.svd(error.double().numpy())
     expected = (u[:, :7] * s[:7]) @ vt[:7]
     np.testing.assert_allclose(found.numpy(), expected, atol=2e-5)

@@ -29,7 +29,7 @@ from qtool.transforms.hadamard import Hadamard
 from qtool.transforms.keys import Keys
 from qtool.transforms.ksort import KSort
 from qtool.transforms.permute import Permute
-from qtool.transforms.reassemble import Reassemble, whole
+from qtool.transforms.reassemble import Reassemble, distances, whole
 from qtool.transforms.rotate import Rotate
 from qtool.transforms.shift import Shift
 from qtool.transforms.smooth import Smooth
@@ -325,6 +325,24 @@ def test_reassemble_splits_outliers_and_merges_what_costs_least() -> None:
         return float(((y / step).round() * step @ op.fold(w).T - x @ w.T).square().sum())
 
     assert through(found) < 0.5 * through(whole(32))
+    costs = distances(x.double().T @ x.double()) * distances(w.double().T @ w.double()) / 4
+    largest, squares, lost = x.abs().amax(0).double(), w.double().square().sum(0), []
+    for theta in (float(largest.max()) * torch.logspace(0, -5, 100, 2.0, dtype=torch.float64)).tolist():
+        split = [max(1, math.ceil(float(top) / theta)) for top in largest]
+        free = [
+            (float(costs[a, b]), a, b) for a in range(0, 32, 2) for b in range(1, 32, 2) if split[a] == split[b] == 1
+        ]
+        pairs = list[tuple[float, int, int]]()
+        for one in sorted(free):
+            if len(pairs) < sum(split) - 32 and not {one[1], one[2]} & {j for pair in pairs for j in pair[1:]}:
+                pairs.append(one)
+        if sum(split) - 32 > 8 or len(pairs) < sum(split) - 32:
+            break
+        read = sum(float(squares[j]) * split[j] for j in range(32))
+        read += sum(2 * float(w[:, a].double() @ w[:, b].double()) for _, a, b in pairs)
+        rounding = (2 * theta / 2**4) ** 2 / 12 * 50 * read
+        lost.append((sum(cost for cost, *_ in pairs) + rounding, split[5]))
+    assert parts[5] == min(lost)[1]
     assert transform.stays(32) == whole(32)
     assert Reassemble(most=0).op(replace(place, stats=stats)) == whole(32)
 
