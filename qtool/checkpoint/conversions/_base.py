@@ -133,7 +133,9 @@ class Conversion:
         found = {field: metadata.get(f"{self.gguf_arch}.{key}") for key, field in self.optional.items()}
         fields = {field: value for field, value in found.items() if value is not None}
         ends, known = {name.partition(".")[2].partition(".")[2] for name in tensors}, filled({"model_type": self.kind})
-        fields |= {field: end in ends for field, end in SWITCHES.items() if field in known} | self.fixed
+        off = {field: False for field in self.optional.values() if known.get(field) is True}
+        switches = {field: end in ends for field, end in SWITCHES.items() if field in known}
+        fields = off | fields | switches | self.fixed
         heads, hidden = (
             positive(metadata, f"{self.gguf_arch}.{key}") for key in ("attention.head_count", "embedding_length")
         )
