@@ -136,6 +136,10 @@ class Decoding(Walker):
         rounds = self.decodes is not None and name.removesuffix(".weight") in self.quantized
         return found.to(self.decodes).to(found.dtype) if rounds else found
 
+    def table(self, name: str) -> Tensor:
+        """See `Walker.table`; rounded, if it is quantized."""
+        return self.tensor(name)
+
 
 def in_type(
     model: QuantizedCheckpoint, tokens: list[int], dtype: torch.dtype, decodes: torch.dtype | None = None

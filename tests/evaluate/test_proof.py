@@ -141,6 +141,15 @@ def test_integers_with_zero_points_may_be_decoded_in_the_type_of_scales(dtype, t
         prove(CompressedTensors(), CompressedTensors().open(tmp_path / "out"), model)
 
 
+def test_a_quantized_output_layer_is_decoded_in_the_type_of_scales_as_well(tiny_checkpoint):
+    fmt = Int(bits=4, group=32, symmetric=False, scale_dtype="fp32")
+    model = in_memory(tiny_checkpoint("llama"), fmt, head=fmt)
+    exact = model.tensor("lm_head.weight").float()
+    _, table = proof.Decoding(model, torch.float32, torch.bfloat16).output_layer()
+    assert torch.equal(table, exact.bfloat16().float())
+    assert not torch.equal(table, exact)
+
+
 def flipped(tensors):
     """Rows of the queries in another order, codes and scales alike."""
     for part in ("weight_packed", "weight_scale"):
