@@ -12,9 +12,10 @@ from qtool.formats._base import Format
 from qtool.numerics.codebooks import batched_search, vector_search
 from qtool.numerics.codebooks.codebook import NEIGHBORS
 from qtool.numerics.codebooks.scale_rule import EFFORT
-from qtool.numerics.codebooks.sphere import search_span, searcher, trees
+from qtool.numerics.codebooks.spans import fill_errors, forest_of, search_span
+from qtool.numerics.codebooks.sphere import COST, NEVER, searcher
 from qtool.numerics.codebooks.vector_snap import snap_vectors
-from qtool.numerics.solving.vector_walk import descend_vectors, largest_first
+from qtool.numerics.solving.vector_walk import descend_vectors, largest_first, write_codes
 from tests.reference import close
 from tests.reference.vectors import best_pair, best_span, cheapest, combinations
 
@@ -82,16 +83,19 @@ def test_sphere_search_equals_brute_force(name: str) -> None:
     assert book is not None
     x, _, scale = vectors(fmt, 8, seed=1)
     levels, width = fmt.levels(), book.width
-    natural = torch.arange(book.span)
-    for i in range(len(x)):
+    natural, n = torch.arange(book.span), len(x)
+    for i in range(n):
         factor, s, o = triangular(book.span, i), float(scale[i]), 0.1
         order = natural.view(-1, width).flip(1).flatten() if i % 2 else natural  # the second in reverse
-        forest = trees(book, order.numpy())
-        memory = (np.zeros((2, width), np.uint8), np.zeros((2, width), np.float32), np.zeros(width, np.float32))
-        codes, errors = np.zeros(book.span, np.uint8), np.zeros(book.span, np.float32)
-        arrays = (x[i].numpy(), factor.numpy(), np.float32(s), np.float32(o), levels.numpy(), forest)
-        even, bound = book.signs == "even", np.float32(np.inf)
-        cost = search_span(*arrays, even, bound, searcher(width), memory, codes, errors)
+        forest, state = forest_of(book, order.numpy()), searcher(width, book.span)
+        state.targets[:, :n] = ((x - o) / scale).T.numpy()  # other rows beside it change nothing
+        state.best[0, COST] = NEVER
+        search_span(0, factor.numpy(), True, forest, state)
+        cost, codes = state.best[0, COST, i] * s**2, np.zeros(book.span, np.uint8)
+        write_codes(i, 0, forest, state.best, codes)
+        state.levels[:, i] = levels.numpy()[codes]
+        fill_errors(book.span, state)
+        errors = state.errors[:, i] * np.float32(s)
         back = order.argsort()
         inverse = (factor.double().T @ factor.double())[back][:, back]
         target = x[i].double()[back]

@@ -3,7 +3,7 @@
 What a vector of levels q costs in a metric A is |t - s q|^2 = t A t - 2 s (t A) q + s^2 q A q: the first term is the
 same for all q, and q A q for all rows. So all vectors that a codebook allows are gone through, a few operations each,
 and none is left out that a search could miss. A span of two vectors, which share a parity of signs, is taken as
-`sphere` takes it: for either parity of the first one its best entry, whatever is right of it being free to make up for
+`spans` takes it: for either parity of the first one its best entry, whatever is right of it being free to make up for
 it, then the best second one beside it.
 
 Shape letters: S spans, B columns of all, V columns of a vector, C allowed vectors, of all parities, R rows of a

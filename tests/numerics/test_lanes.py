@@ -1,0 +1,36 @@
+"""Lanes compute what numpy does, number by number."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from qtool.numerics.codebooks.lanes import LANES, address, any_less, load, number, splat, store, where_less
+
+
+@njit  # type: ignore[misc]
+def compute(rows, out):  # type: ignore[no-untyped-def]
+    """Fills out [6, LANES] from rows [3, LANES]; returns whether a number of the first is below one of the second."""
+    there, to = address(rows), address(out)
+    a, b = load(there, 0), load(there, 1)
+    store(to, 0, a + b)
+    store(to, 1, a - b)
+    store(to, 2, a * b)
+    store(to, 3, where_less(a, b, a, splat(np.float32(-2.5))))
+    store(to, 4, number(there, LANES + 3))
+    store(to, 5, load(there, 2) * splat(rows[0, 1]))
+    return any_less(a, b)
+
+
+def test_operations_are_those_of_each_number() -> None:
+    rows = np.random.default_rng(0).standard_normal((3, LANES)).astype(np.float32)
+    out = np.zeros((7, LANES), np.float32)
+    assert compute(rows, out)
+    a, b, c = rows
+    where = np.where(a < b, a, np.float32(-2.5))
+    want = np.stack([a + b, a - b, a * b, where, np.full(LANES, b[3]), c * a[1], np.zeros(LANES, np.float32)])
+    assert (out == want).all()
+    rows[0] = rows[1]
+    assert not compute(rows, out)
+    rows[0, LANES - 1] -= 1
+    assert compute(rows, out)
