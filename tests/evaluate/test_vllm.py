@@ -22,6 +22,7 @@ from qtool.errors import VerifyError
 from qtool.evaluate.proof import apart, in_type, prove
 from qtool.evaluate.readers import by_vllm
 from qtool.formats._spelling import parse_format
+from qtool.numerics.threads.processor import has
 from qtool.residuals._base import Correction, Matrix
 from qtool.residuals.low_rank import LowRank
 from tests.artifact.conftest import quantize as in_memory
@@ -38,6 +39,8 @@ def vllm():
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
+    if not has("avx512_f"):
+        pytest.skip("vLLM's build for processors multiplies 4-bit weights with AVX-512, which this one lacks")
     return saved(tmp_path_factory.mktemp("qwen2"))
 
 
