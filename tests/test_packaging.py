@@ -12,8 +12,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from hatchling.metadata.core import ProjectMetadata
+from hatchling.plugin.manager import PluginManager
 
 from qtool.errors import DISTRIBUTION
+from scripts.package import LINK
 
 ROOT = Path(__file__).parents[1]
 
@@ -105,3 +108,28 @@ def imported():
             elif isinstance(node, ast.ImportFrom):
                 found.add(node.module.split(".")[0])
     return found - sys.stdlib_module_names
+
+
+def metadata(monkeypatch, repository):
+    """What a build says of the project."""
+    monkeypatch.setenv("QTOOL_REPOSITORY", repository)
+    return ProjectMetadata(str(ROOT), PluginManager()).core
+
+
+def test_the_readme_is_as_it_stands_where_nothing_is_published(monkeypatch):
+    found = metadata(monkeypatch, "")
+    assert found.readme == (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not found.urls
+
+
+def test_links_lead_from_the_package_index_to_the_files_of_the_version(monkeypatch):
+    found, base = metadata(monkeypatch, "https://example.org/owner/name/"), "https://example.org/owner/name"
+    plain = re.findall(r"(!?)\[[^\]]*\]\(([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    links = re.findall(r"!?\[[^\]]*\]\(([^)]+)\)", found.readme)
+    assert links == [f"{base}/{'raw' if mark else 'blob'}/v{found.version}/{path}" for mark, path in plain]
+    assert any(mark for mark, _ in plain)
+    assert found.urls["Homepage"] == base
+    assert {url.removeprefix(base).split("/")[1] for url in list(found.urls.values())[1:]} == {"blob", "issues"}
+    for url in found.urls.values():
+        assert "/blob/" not in url or (ROOT / url.split(f"/v{found.version}/")[1]).exists()
+    assert len(LINK.findall(found.readme)) == 0
