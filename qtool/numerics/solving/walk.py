@@ -110,7 +110,7 @@ def walk(
     """GPTQ's walk over all columns, from left to right.
 
     Args:
-        w: float32 [N, K], columns in walking order.
+        w: float32 [N, K], columns in walking order; written over where the numbers of each lie side by side.
         factor: float32 [K, K], U of `linalg.inverse_factor`, in the same order.
         levels: float32 [L].
         block: columns per block.
