@@ -4,8 +4,10 @@ import math
 import os
 
 import pytest
+from typer.testing import CliRunner
 
 from qtool import limits
+from qtool.cli.app import app
 
 
 @pytest.fixture
@@ -78,3 +80,14 @@ def test_the_first_version(system):
 def test_on_this_machine():
     assert 1 <= limits.cores() <= os.cpu_count()
     assert 1e6 < limits.free_memory() < 1e15
+
+
+@pytest.mark.parametrize(("quota", "told", "wanted"), [(1.5, None, "2"), (1.5, "7", "7"), (math.inf, None, None)])
+def test_commands_use_the_threads_that_they_have_the_time_for(quota, told, wanted, monkeypatch):
+    monkeypatch.setattr(limits, "quota", lambda: quota)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if told:
+        monkeypatch.setenv("OMP_NUM_THREADS", told)
+    assert CliRunner().invoke(app, ["recipes", "list"]).exit_code == 0
+    assert os.environ.get("OMP_NUM_THREADS") == wanted
