@@ -1,7 +1,8 @@
 """Runs tests with kernels compiled for several processors: `python -m scripts.processors NAMES -- PYTEST_ARGUMENTS`.
 
 Each name has a process of its own, and a folder of its own for kernels, which are compiled anew: numba does not notice
-when a kernel that another file calls was edited. Names that this processor cannot execute are left out, and named.
+when a kernel that another file calls was edited. Names that this processor cannot execute are left out, and named; so
+is its own name, for which numba compiles the same instructions without being told.
 """
 
 from __future__ import annotations
@@ -42,11 +43,13 @@ def main() -> None:
     """Runs them, as many side by side as there are cores, and tells of each; exit code 1 if one fails."""
     at = sys.argv.index("--")
     names, arguments = sys.argv[1:at], sys.argv[at + 1 :]
-    features = dict(llvm.get_host_cpu_features())
+    features, own = dict(llvm.get_host_cpu_features()), llvm.get_host_cpu_name()
     for name in names:
         if missing := lacking(name, features):
             sys.stdout.write(f"{name}: skipped, since this processor lacks {', '.join(missing)}\n")
-    able = [name for name in names if not lacking(name, features)]
+        elif name == own:
+            sys.stdout.write(f"{name}: skipped, since this processor is one; `make test` is with kernels for it\n")
+    able = [name for name in names if name != own and not lacking(name, features)]
     failed = not able
     with ThreadPoolExecutor(os.cpu_count()) as lanes:
         for name, result in zip(able, lanes.map(partial(run, arguments=arguments), able), strict=True):

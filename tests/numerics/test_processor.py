@@ -40,8 +40,9 @@ def test_processors_that_give_other_bits_have_other_names(monkeypatch):
     assert processor() == hidden  # numbers are no instructions
 
 
-def test_kernels_for_processors_that_this_one_cannot_execute_are_left_out_aloud(monkeypatch, capsys):
+def test_kernels_for_processors_that_this_one_cannot_execute_or_is_are_left_out_aloud(monkeypatch, capsys):
     monkeypatch.setattr(processors.llvm, "get_host_cpu_features", lambda: {"avx2": True, "avx512f": True})
+    monkeypatch.setattr(processors.llvm, "get_host_cpu_name", lambda: "broadwell")
     ran = []
 
     def run(name, arguments):
@@ -60,6 +61,18 @@ def test_kernels_for_processors_that_this_one_cannot_execute_are_left_out_aloud(
     monkeypatch.setattr(sys, "argv", ["processors", "znver3", "--", "tests/x.py"])
     with pytest.raises(SystemExit, match="True"):  # nothing was tested
         processors.main()
+    monkeypatch.setattr(
+        processors.llvm, "get_host_cpu_features", lambda: dict.fromkeys(processors.NEEDS["znver3"], True)
+    )
+    monkeypatch.setattr(processors.llvm, "get_host_cpu_name", lambda: "znver3")
+    monkeypatch.setattr(sys, "argv", ["processors", "generic", "znver3", "--", "tests/x.py"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="True"):
+        processors.main()
+    assert [name for name, _ in ran] == ["generic", "generic"]
+    assert capsys.readouterr().out.startswith(
+        "znver3: skipped, since this processor is one; `make test` is with kernels"
+    )
 
 
 def test_tests_run_with_the_name_and_nothing_compiled_before(tmp_path):
