@@ -65,10 +65,8 @@ def environment(work: Path, processes: int) -> dict[str, str]:
 
 
 def run(work: Path, processes: int, *arguments: str) -> tuple[float, dict[str, int], str]:
-    """Runs a command, in several processes that it starts itself if it can: (seconds, MiB by device, its output)."""
-    command = launched(processes, *arguments)
-    if processes > 1 and arguments[0] == "quantize":
-        command = [*launched(1, *arguments), "--jobs", str(processes)]
+    """Runs a command, in several processes that it starts itself: (seconds, MiB by device, its output)."""
+    command = [*launched(1, *arguments), *(["--jobs", str(processes)] if processes > 1 else [])]
     print("$", " ".join(command[1:]), flush=True)
     begin, place = time.perf_counter(), environment(work, processes)
     with Memory() as memory:

@@ -74,6 +74,7 @@ def command(
     update: Update = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    jobs: options.Jobs = 1,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,

@@ -84,7 +84,7 @@ Jobs = Annotated[
     typer.Option(
         min=1,
         metavar="N",
-        help="Processes that share the work, as those of torchrun on one host do: tensors, blocks and shards.",
+        help="Processes that share the work, as those of torchrun on one host do: tensors, blocks, shards, chunks.",
     ),
 ]
 ArtifactPath = Annotated[

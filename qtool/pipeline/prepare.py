@@ -110,7 +110,7 @@ def prepare(
     again = second_generation(plan, original)
     if again and parsed.transforms:
         again = ["the model is quantized already: transforms rewrite it, so all of it is decoded and rounded again"]
-    trained = trained_lines(plan, original)
+    trained = trained_lines(plan, original, ranks)
     plan = replace(plan, warnings=(*checkpoint.notes, *plan.warnings, *again, *trained, *caveats))
     return Job(original, checkpoint, plan, artifacts, place, dtype_of(dtype, place), ranks)
 

@@ -63,11 +63,12 @@ def publish(
         with settling(files):
             if check:
                 with watch.stage(f"verify {name}"):
-                    verify(f"verify {name}", artifact.open(place), artifact.part(model), listener, ranks)
+                    written = artifact.open(place)
+                    verify(f"verify {name}", written, artifact.part(model), listener, ranks)
                     ranks.barrier()
-                if ranks.first and artifact.reading(artifact.open(place)):
+                if ranks.first and artifact.reading(written):
                     with watch.stage(f"run {name}"):
-                        proof = run_apart(name, artifact, place, model, about, listener)
+                        proof = run_apart(name, artifact, written, place, model, about, listener)
         if not ranks.first:
             continue
         if place != folder:
@@ -79,6 +80,7 @@ def publish(
 def run_apart(
     name: str,
     artifact: Artifact,
+    written: QuantizedCheckpoint,
     place: Path,
     model: QuantizedCheckpoint,
     card: dict[str, Any],
@@ -89,7 +91,6 @@ def run_apart(
     Raises:
         VerifyError, CheckpointError: see `prove`.
     """
-    written = artifact.open(place)
     listener(Event(f"run {name}", 0, 1))
     part = artifact.part(model)
     prove_twin(artifact, part)

@@ -20,7 +20,8 @@ from qtool.formats.biased import Biased
 from qtool.formats.int import Int
 from qtool.numerics.grids import phases
 from qtool.numerics.grids.trained import multiples
-from qtool.plan import Plan
+from qtool.numerics.threads.ranks import ALONE, Ranks
+from qtool.plan import LayerPlan, Plan
 from qtool.residuals._base import Residual
 from qtool.residuals.phases import Phases
 
@@ -119,23 +120,39 @@ def described(found: Sequence[Quantized]) -> str:
     return f"{levels} levels, a scale per {f'{columns} columns' if columns else 'row'}"
 
 
-def trained_lines(plan: Plan, checkpoint: Checkpoint) -> list[str]:
-    """What is to be said about a plan for a model with such weights; one line for each grid and format."""
+def trained_lines(plan: Plan, checkpoint: Checkpoint, ranks: Ranks = ALONE) -> list[str]:
+    """What is to be said about a plan for a model with such weights; one line for each grid and format.
+
+    Args:
+        plan: of all matrices.
+        checkpoint: the model.
+        ranks: who looks at others.
+    """
     quantized = checkpoint.layers if isinstance(checkpoint, QuantizedCheckpoint) else {}
     names, lines = set(checkpoint.names()), defaultdict[str, int](int)
-    for p in plan.layers:
-        if p.format is None or p.module.name in quantized or f"{p.module.name}.weight" not in names:
-            continue
-        if found := trained_grid(checkpoint, p.module.name, probe=True):
-            same = "transforms move them off it" if plan.recipe.transforms else held(p.format, found)
-            on = f"on a grid that training left ({described(found)})"
-            lines[line(on, p.format.label, f"{same}; {HOLDERS}" if isinstance(same, str) else None)] += 1
-        elif terms := trained_phases(checkpoint, p.module.name, probe=True):
-            moved = "transforms move them off it" if plan.recipe.transforms else units_off(terms, p.residuals)
-            lines[line(f"on a grid that training left ({units(terms)})", p.format.label, moved)] += 1
+    plain = [p for p in plan.layers if p.format and p.module.name not in quantized]
+    asked = [p for p in plain if f"{p.module.name}.weight" in names]
+    shares = ranks.gather([trained_line(plan, checkpoint, p) for p in asked[ranks.share(len(asked))]])
+    for i, p in enumerate(asked):
+        if text := shares[i % ranks.size][i // ranks.size]:
+            lines[text] += 1
         else:
             PLAIN.setdefault(checkpoint, set()).add(p.module.name)
     return [f"{count} {'matrix is' if count == 1 else 'matrices are'} {text}" for text, count in lines.items()]
+
+
+def trained_line(plan: Plan, checkpoint: Checkpoint, p: LayerPlan) -> str | None:
+    """What is to be said about one matrix; None if it is on no grid."""
+    assert p.format is not None
+    moved = "transforms move them off it" if plan.recipe.transforms else None
+    if found := trained_grid(checkpoint, p.module.name, probe=True):
+        same = moved or held(p.format, found)
+        on = f"on a grid that training left ({described(found)})"
+        return line(on, p.format.label, f"{same}; {HOLDERS}" if isinstance(same, str) else None)
+    if terms := trained_phases(checkpoint, p.module.name, probe=True):
+        off = moved or units_off(terms, p.residuals)
+        return line(f"on a grid that training left ({units(terms)})", p.format.label, off)
+    return None
 
 
 def line(on: str, label: str, reason: str | None) -> str:

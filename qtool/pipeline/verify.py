@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from itertools import groupby
+from math import prod
 
 import torch
 from torch import Tensor
@@ -13,12 +15,15 @@ from qtool.checkpoint.parts import parts_of
 from qtool.checkpoint.raw_bytes import same_stretches
 from qtool.errors import VerifyError
 from qtool.formats._base import alike
-from qtool.numerics.threads.parallel import one_by_one
+from qtool.numerics.threads.parallel import few, one_by_one
 from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.requantize import stored_matrix
 from qtool.pipeline.rows import row_parts
 from qtool.residuals._base import Matrix
+
+SMALL = 1 << 22
+"""Numbers of a tensor that one thread compares, beside others; larger ones would take much memory at a time."""
 
 
 def verify(
@@ -43,11 +48,18 @@ def verify(
     listener(Event(stage, 0, len(names)))
     modules = [name.removesuffix(".weight") for name in names]
     copies = one_by_one(partial(same_parts, model, written), modules)
-    for done, (name, copied) in enumerate(zip(names, copies, strict=True), 1):
+
+    def check(what: tuple[str, bool]) -> str:
+        name, copied = what
         if name not in present:
             raise VerifyError(f"{written.source}: {name}", wanted="a tensor", found="missing")
         compare(name, written, model, copied)
-        listener(Event(stage, done, len(names), name))
+        return name
+
+    done = 0
+    for small, some in groupby(zip(names, copies, strict=True), lambda what: prod(model.info(what[0]).shape) <= SMALL):
+        for name in one_by_one(check, [*some], few() if small else (1, 1)):
+            listener(Event(stage, done := done + 1, len(names), name))
 
 
 def compare(name: str, written: QuantizedCheckpoint, model: QuantizedCheckpoint, copied: bool) -> None:

@@ -172,12 +172,10 @@ class NeutralCheckpoint(QuantizedCheckpoint):
     """
 
     def __init__(self, folder: Path, source: Checkpoint | None = None) -> None:
-        self._origin = source
-        self._manifest = Manifest.load(folder)
+        self._origin, self._manifest = source, Manifest.load(folder)
         if source is None:
-            self.source = str(folder)
+            self.source, self.files = str(folder), side_files(folder)
             self.config, self.family = read_config(folder / "config.json")
-            self.files = side_files(folder)
         else:
             self.source, self.config = source.source, source.config
             self.family, self.files = source.family, source.files
@@ -185,12 +183,17 @@ class NeutralCheckpoint(QuantizedCheckpoint):
         self._shapes: dict[str, tuple[int, int]] = {}
         self._stored: dict[str, SafetensorsFile] = {}
         self._taken: dict[str, QuantizedCheckpoint] = {}
+        self._parts, known = dict[str, list[str]](), dict[str, Layer]()  # layers are read once, as experts are alike
         for key, block in self._manifest.blocks.items():
             file = SafetensorsFile(folder / f"{key}.safetensors")
             self._stored.update(dict.fromkeys(file.entries, file))
+            for name in file.entries:
+                self._parts.setdefault(name.rpartition(f".{WEIGHT}")[0], []).append(name)
             for module, entry in block.layers.items():
                 ops = read_ops(entry.input_ops, file, module, entry.shape[1])
-                self.layers[module] = replace(entry.layer(module), input_ops=ops)
+                alike = entry.model_dump_json(include={"format", "activations", "static", "residuals"})
+                known[alike] = known.get(alike) or entry.layer(module)
+                self.layers[module] = replace(known[alike], input_ops=ops)
                 self._shapes[module] = entry.shape
                 if entry.taken:
                     if not isinstance(source, QuantizedCheckpoint):
@@ -272,14 +275,13 @@ class NeutralCheckpoint(QuantizedCheckpoint):
     def _quantized_rows(self, module: str, start: int, stop: int) -> Quantized:
         """Codes and parameters of some rows."""
         layer, (n, k) = self.layers[module], self._shapes[module]
-        prefix = f"{module}.{WEIGHT}"
+        prefix, bits = f"{module}.{WEIGHT}", layer.format.code_bits
         file = self._file(prefix + "codes")
-        bits = layer.format.code_bits
         expected = TensorInfo((n, (k * bits + 7) // 8), torch.uint8)
         if file.info(prefix + "codes") != expected:
             raise CheckpointError(f"{file.path}: codes of {module}", wanted=expected, found=file.info(prefix + "codes"))
         codes = unpack(file.read(prefix + "codes", start, stop), bits, k)
-        names = [name.removeprefix(prefix) for name in file.entries if name.startswith(prefix)]
+        names = [name.removeprefix(prefix) for name in self._parts.get(module, ())]
         params = {p: loosened(file, prefix + p, layer.format, start, stop, k) for p in names if p != "codes"}
         return checked(Quantized(codes, params, layer.format), module, file.path)
 

@@ -32,23 +32,35 @@ def multiples(w: Tensor) -> tuple[Tensor, Tensor] | None:
     if not bool(w.any()):
         return None
     widths = (w.shape[1], *(width for width in GROUPS if w.shape[1] % width == 0 and width < w.shape[1]))
+    if of_steps(w, widths[-1]) is None:  # nor are larger groups, which consist of these: nearly all matrices end here
+        return None
     return next((found for width in widths if (found := of_groups(w, width))), None)
 
 
 def of_groups(w: Tensor, width: int) -> tuple[Tensor, Tensor] | None:
     """The same for groups of `width` columns. Of zeros the scale is 1."""
-    stored = w.reshape(len(w), -1, width)
-    size = stored.float().abs()
-    least = torch.where(size > 0, size, torch.inf).amin(2, keepdim=True)
-    least = torch.where(least.isinf(), 1.0, least)
-    codes = (stored.float() / least).round()
-    if not bool((codes.abs() <= MOST).all()):  # NaN as well
+    if (steps := of_steps(w, width)) is None:
         return None
+    stored, size, least, codes = steps
     scale = torch.zeros_like(least)
     for wanted in (least, *middles(size, codes.abs(), torch.finfo(w.dtype).eps)):
         fits = ((codes * wanted).to(w.dtype) == stored).all(2, keepdim=True)
         scale = torch.where((scale == 0) & fits, wanted, scale)
     return (codes.to(torch.int8).view(w.shape), scale.squeeze(2)) if bool((scale > 0).all()) else None
+
+
+def of_steps(w: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """Groups as about multiples of their least number; None if some are more than `MOST`.
+
+    Returns:
+        (numbers, their sizes, the least of these or 1, rounded multiples of it), [N, G, width], the third [N, G, 1].
+    """
+    stored = w.reshape(len(w), -1, width)
+    size = stored.float().abs()
+    least = torch.where(size > 0, size, torch.inf).amin(2, keepdim=True)
+    least = torch.where(least.isinf(), 1.0, least)
+    codes = (stored.float() / least).round()
+    return (stored, size, least, codes) if bool((codes.abs() <= MOST).all()) else None  # NaN: None as well
 
 
 def middles(size: Tensor, codes: Tensor, eps: float) -> list[Tensor]:

@@ -21,6 +21,9 @@ Result = TypeVar("Result")
 AHEAD = 2
 """Pieces of work for each thread that may be begun before the result of the oldest is taken."""
 
+FEW = 4
+"""Most threads for pieces of work of a millisecond, half of which the interpreter takes, which runs one at a time."""
+
 CPU = torch.device("cpu")
 
 
@@ -29,6 +32,11 @@ def shares(count: int, device: torch.device = CPU) -> tuple[int, int]:
     threads = torch.get_num_threads()
     used = max(1, min(threads, count)) if device.type == "cpu" else 1
     return used, threads // used
+
+
+def few() -> tuple[int, int]:
+    """The same for many short pieces, such as one expert's each; see `FEW`."""
+    return min(FEW, torch.get_num_threads()), 1
 
 
 def lanes(used: int, each: int) -> list[ThreadPoolExecutor]:
