@@ -124,8 +124,16 @@ def compared(one: Path, two: Path) -> dict[str, Any]:
         "same bytes": tensors[0] == tensors[1],
         "same codes behind the first input": round(sum(float(e.float().mean()) for e in same) / max(1, len(same)), 6),
         "mean error, dB": [round(sum(e) / len(e), 4) for e in errors],
-        "same tokens": [e["tokens"] for e in reports[0]["layers"]] == [e["tokens"] for e in reports[1]["layers"]],
+        **counted(*reports),
     }
+
+
+def counted(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
+    """Whether as many tokens came to every layer, and which share of visits to experts was to other ones."""
+    pairs = [(a["tokens"], b["tokens"], a["expert"]) for a, b in zip(one["layers"], two["layers"], strict=True)]
+    of_experts = [(a, b) for a, b, expert in pairs if expert is not None]
+    moved = sum(abs(a - b) for a, b in of_experts) / 2 / max(1, sum(a for a, _ in of_experts))
+    return {"same tokens": all(a == b for a, b, expert in pairs if expert is None), "other experts": round(moved, 6)}
 
 
 def killed(source: Path, recipe: Path, work: Path, processes: int) -> dict[str, Any]:
