@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from qtool.calibrate.copies import twin
 from qtool.checkpoint._base import Module
 
 FIRST = ("gate", "up")
@@ -87,6 +88,14 @@ class Experts(nn.ModuleList):
         super().__init__(experts)
         self.show_all, self.abreast = show_all, 1
         self.meeting: Meeting | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Experts:
+        """Modules of its own whose parameters are shared until it gets some, as those of a block that is loaded.
+
+        Copies of hundreds of linear layers, each with its twenty attributes, were a third of the time to load a block.
+        """
+        memo[id(self)] = found = cast(Experts, twin(self))
+        return found
 
     def forward(self, x: Tensor, chosen: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """Sums up what the chosen experts make of each token.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from operator import add
 
 from torch import Tensor
 
@@ -46,7 +47,7 @@ class Sums:
         return self.target_error != self.output_error
 
     def __add__(self, other: Sums) -> Sums:
-        return Sums(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return Sums(*map(add, vars(self).values(), vars(other).values()))
 
     def errors(self, measured: bool) -> dict[str, float | None]:
         """The report's fields; those of outputs only where their Gram matrix was measured."""
