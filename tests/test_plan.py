@@ -53,6 +53,9 @@ class Carrier:
     def caches(self, fmt):
         return Verdict(True, "")
 
+    def computed(self, model, module, layer):
+        return Verdict(True, "")
+
     def agree(self, layers):
         labels = sorted({layer.format.label for layer in layers})
         return Verdict(not self.uniform or len(labels) == 1, f"it has one format, not {' and '.join(labels)}")

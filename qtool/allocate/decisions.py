@@ -151,7 +151,7 @@ def planned(
             )
     if found is None or not artifact.can_carry(module, found.layer, found.keep).possible:
         return None
-    return found
+    return found if artifact.computed(checkpoint, module, found.layer).possible else None
 
 
 def as_kept(plan: LayerPlan, keep: str, fallback: str | None, checkpoint: Checkpoint) -> LayerPlan | None:

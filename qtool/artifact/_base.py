@@ -50,6 +50,7 @@ class Reading:
         other: another one that computes so, where that one is not installed; empty: none.
         differs: why it is known to compute something else, or does not read it; empty: it should not.
         decodes: type that some of its releases round decoded matrices to on the way; None: none does.
+        tables: whether it looks GELU up in a table of 16-bit floats.
     """
 
     reader: str
@@ -59,6 +60,7 @@ class Reading:
     differs: str = ""
     other: str = ""
     decodes: torch.dtype | None = None
+    tables: bool = False
 
 
 class NoOptions(Strict):
@@ -119,6 +121,10 @@ class Artifact(ABC):
     def holds(self, module: Module, layer: Layer | None, keep: str) -> Carry:
         """See `can_carry`: whether it can hold the formats of weight and input."""
 
+    def computed(self, model: Checkpoint, module: Module, layer: Layer | None) -> Carry:
+        """Whether its runtimes compute what a model of this family has in a format that it can carry."""
+        return Carry(True)
+
     def supports(self, model: Checkpoint) -> Carry:
         """Whether it can hold a model of this family, with this tokenizer, whatever the formats of its layers.
 
@@ -177,6 +183,7 @@ class Artifact(ABC):
             if layer and layer.unmeasured:
                 reasons["inputs with one scale for all tokens need one, and nobody measured it"].append(module.name)
             carry = self.can_carry(module, layer, "source")
+            carry = self.computed(model, module, layer) if carry.possible else carry
             if not carry.possible:
                 reasons[carry.reason].append(module.name)
             if name := self.one_format(module):

@@ -171,7 +171,16 @@ def load_in_transformers(made: Any, folder: Path, dtype: torch.dtype) -> tuple[A
     options = {"dtype": dtype, "device_map": "cpu"}
     with kernels_kept() as lost, by_itself():
         model, remark = load_with_weights(made, folder, options)
+    if lost:
+        in_one_type(model, dtype)
     return model, "; ".join(filter(None, (remark, LOSES if lost else "")))
+
+
+def in_one_type(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Gives what is not quantized the type that was asked for: what `kernels_kept` passes on has its file's."""
+    for module in model.modules():
+        for parameter in () if hasattr(module, "quantization_scheme") else module.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype)
 
 
 @contextmanager

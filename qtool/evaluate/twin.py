@@ -36,8 +36,6 @@ TOKENS = 240
 """As many as llama.cpp's shortest context holds; rotary embeddings that are scaled differ more the longer it is."""
 BLOCKS = 6
 """At most; every kind of block comes among the first ones. llama.cpp tells some models by how many they have."""
-UNTABLED = 5e-4
-"""Of the difference, as a share of the logits, where llama.cpp looks no activation up in a table of 16-bit floats."""
 SIZES = {
     **dict.fromkeys(("intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"), 192),
     **dict.fromkeys(("moe_intermediate_size", "moe_shared_expert_intermediate_size"), 96),
@@ -167,4 +165,4 @@ def _proven(text: str) -> Proof | None:
         if twin is None:
             return None
         GGUF().write(twin, folder / "out", {})
-        return prove(GGUF(), GGUF().open(folder / "out"), twin, TOKENS, None if "gelu" in text else UNTABLED)
+        return prove(GGUF(), GGUF().open(folder / "out"), twin, TOKENS)

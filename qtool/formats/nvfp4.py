@@ -2,6 +2,9 @@
 
     w_hat = t * d * v        v of 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives
 
+MXFP4 is the same elements with powers of two as scales of 32 columns. It is taken over with t = 2^-6, whatever matrix
+it is of, so that matrices that runtimes merge have t in common: E4M3 then has the scales from 2^-15 to 2^2.
+
 `augment` is for inputs: behind their first channels, which `permute` can make the largest, stand as many more, what
 rounding left of them in the same format, and weights have their columns twice (ARCQuant,
 https://arxiv.org/abs/2601.07475).
@@ -19,12 +22,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qtool.formats._base import Params, Quantized
+from qtool.formats._base import Format, Params, Quantized
 from qtool.formats._fp4 import from_bit_patterns, pack_halves
 from qtool.formats._ggml import BlockFormat
-from qtool.formats._two_level import TwoLevel, local, nearest_bits
+from qtool.formats._two_level import EMPTY, TwoLevel, local, nearest_bits
+from qtool.formats.mxfp4 import MXFP4
 from qtool.numerics.grids import minifloat
 from qtool.numerics.grids.bits import from_planes
+
+UNIT = 2.0**-6
+"""t of what is taken over from MXFP4."""
 
 
 class NVFP4(TwoLevel, BlockFormat):
@@ -76,9 +83,25 @@ class NVFP4(TwoLevel, BlockFormat):
         other = found | {"scale": torch.where(same, theirs, found["scale"])}
         return self.no_worse(found, other, w, importance, self.group_columns)
 
+    def may_hold(self, fmt: Format) -> str | None:
+        """See `Format.may_hold`."""
+        return None if isinstance(fmt, MXFP4) and not self.augment else super().may_hold(fmt)
+
+    def _of_powers(self, quantized: Quantized) -> Quantized | str:
+        """MXFP4 in this format, or why its scales are not."""
+        wanted = quantized.format.affine(quantized.params)[0].double()
+        n, groups = wanted.shape
+        empty = (quantized.codes.view(n, groups, -1) == self.grid.levels().tolist().index(0.0)).all(2)
+        bits = nearest_bits(wanted / UNIT)
+        if bool(((local(bits).double() * UNIT != wanted) & ~empty).any()):
+            return "a power of two of mxfp4 is none of nvfp4's scales, which reach from 2^-15 to 2^2"
+        scale = torch.where(empty, EMPTY, bits).repeat_interleave(2, dim=1)
+        return Quantized(quantized.codes, {"scale": scale, "tensor": self._matrix(quantized.codes, UNIT)}, self)
+
     def hold(self, quantized: Quantized) -> Quantized | str:
         """See `Format.hold`. Layouts that store the reciprocal of t may have one that is not exact in 32 bits."""
-        stored = super().hold(quantized)
+        powers = isinstance(quantized.format, MXFP4) and not self.augment
+        stored = self._of_powers(quantized) if powers else super().hold(quantized)
         if isinstance(stored, str):
             return stored
         if (k := stored.codes.shape[1]) % self.columns:

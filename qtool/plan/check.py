@@ -45,6 +45,9 @@ class Carrier(Protocol):
     def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Verdict:
         """Known from the format alone."""
 
+    def computed(self, model: Checkpoint, module: Module, layer: Layer | None) -> Verdict:
+        """Whether its runtimes compute what a model of this family has in that format."""
+
     def caches(self, fmt: KVCache | None) -> Verdict:
         """Whether it can say how the KV cache is rounded."""
 
@@ -74,7 +77,7 @@ def check(
         for verdict in (carrier.supports(checkpoint), carrier.caches(cache)):
             if not verdict.possible:
                 findings.add(-1, f"{name} cannot hold this model: {verdict.reason}")
-        _check_carrier(name, carrier, layers, findings)
+        _check_carrier(name, carrier, layers, checkpoint, findings)
 
 
 def check_stages(plan: Plan, findings: Findings) -> None:
@@ -89,11 +92,14 @@ def check_stages(plan: Plan, findings: Findings) -> None:
             findings.add(-1, f"finish: {stage.name()}: {reason}")
 
 
-def _check_carrier(name: str, carrier: Carrier, layers: Sequence[LayerPlan], findings: Findings) -> None:
+def _check_carrier(
+    name: str, carrier: Carrier, layers: Sequence[LayerPlan], checkpoint: Checkpoint, findings: Findings
+) -> None:
     """Notes every layer that the artifact cannot hold, and every set that its runtimes could not merge."""
     sets: dict[str, list[LayerPlan]] = {}
     for p in layers:
         verdict, noted = carrier.can_carry(p.module, p.layer, p.keep), p.format and p.format.misfit(p.module.shape[1])
+        verdict = carrier.computed(checkpoint, p.module, p.layer) if verdict.possible else verdict
         if not verdict.possible and not noted:
             findings.add(p.rule, f"{name} cannot hold this ({p.label}): {verdict.reason}", p.module.name)
         if one := carrier.one_format(p.module):

@@ -10,20 +10,28 @@ import torch
 
 from benchmarks import tiny
 from benchmarks.architectures import logits_of
-from benchmarks.gguf_biases import added, content
+from benchmarks.gguf_biases import added, content, save
+from benchmarks.gguf_scales import applied
 from benchmarks.tiny import save_tiny
 from qtool import registry
 from qtool.artifact.gguf import GGUF
+from qtool.checkpoint._base import Layer
 from qtool.checkpoint.config import complete
 from qtool.checkpoint.conversions._base import ROOM, conversion_of
 from qtool.checkpoint.conversions._refused import REFUSED
 from qtool.checkpoint.conversions.falcon_h1 import NONE
 from qtool.checkpoint.families._biases import READ
+from qtool.checkpoint.families._scales import SCALED
 from qtool.checkpoint.hf import HFCheckpoint
-from qtool.errors import CheckpointError, VerifyError
+from qtool.checkpoint.modules import modules
+from qtool.errors import CheckpointError, PlanError, VerifyError
 from qtool.evaluate.llamacpp import try_file
+from qtool.evaluate.proof import prove
 from qtool.evaluate.twin import _proven, prove_twin
+from qtool.formats.mxfp4 import MXFP4
+from qtool.formats.nvfp4 import NVFP4
 from qtool.models import fit
+from qtool.pipeline.prepare import prepare
 from tests.artifact.conftest import InMemory
 from tests.conftest import make_tokenizer
 from tests.evaluate.test_proof import scaled
@@ -293,6 +301,42 @@ def test_llama_cpp_itself_says_which_biases_it_adds(tensor, loads, saved, tmp_pa
     model = InMemory(HFCheckpoint(saved("arcee")[0]), lambda module: None)
     arch, metadata, tensors = content(model, tmp_path)
     assert added(metadata, tensors, tensor, tmp_path) is loads is (tensor in READ[arch].split())
+
+
+@pytest.mark.parametrize(("tensor", "multiplies"), [("attn_v", True), ("ffn_up", False), ("output", False)])
+def test_llama_cpp_itself_says_which_matrix_scales_it_applies(tensor, multiplies, saved, tmp_path):
+    """Of some it loads them and does not look at them, of others it has no place for them."""
+    model = InMemory(HFCheckpoint(saved("arcee")[0]), lambda module: None)
+    arch, metadata, tensors = content(model, tmp_path)
+    assert applied(metadata, tensors, tensor, tmp_path) is multiplies is (tensor in SCALED[arch].split())
+
+
+def test_a_matrix_scale_that_llama_cpp_does_not_apply_is_refused(saved):
+    model = HFCheckpoint(saved("arcee", intermediate_size=128)[0])
+    verdicts = {m.role: GGUF().computed(model, m, Layer(NVFP4())) for m in modules(model) if m.block == 1}
+    assert {role for role, verdict in verdicts.items() if verdict.possible} == {"q", "k", "v", "o"}
+    why = "llama.cpp applies no matrix scale to ffn_up in arcee models, as nvfp4 has one; mxfp4 has none"
+    assert verdicts["up"].reason == why
+    assert all(GGUF().computed(model, m, Layer(MXFP4())).possible for m in modules(model))
+    layers = [{"match": "*down_proj", "weights": "nvfp4", "method": "rtn"}, {"match": "*", "keep": True}]
+    recipe = {"recipe": 1, "name": "test", "layers": layers, "export": [{"to": "gguf"}]}
+    with pytest.raises(PlanError, match=r"gguf cannot hold this .*applies no matrix scale to ffn_down in arcee"):
+        prepare(str(model.source), recipe)
+    written = InMemory(model, lambda module: Layer(NVFP4()) if module.role == "down" else None)
+    with pytest.raises(PlanError, match="applies no matrix scale to ffn_down in arcee models"):
+        GGUF().check(written)
+
+
+@pytest.mark.parametrize("block", [2, 3])
+def test_the_bias_of_one_block_is_missed(block, saved, tmp_path):
+    """Of keys, which a softmax hides most of: logits move by two thousandths."""
+    model = InMemory(HFCheckpoint(saved("glm4")[0]), lambda module: None)
+    _, metadata, tensors = content(model, tmp_path)
+    assert prove(GGUF(), GGUF().open(tmp_path), model).distance < 1e-5
+    name = f"blk.{block}.attn_k.bias"
+    save(next(tmp_path.glob("*.gguf")), metadata, tensors | {name: torch.zeros_like(tensors[name])})
+    with pytest.raises(VerifyError, match="computes something else"):
+        prove(GGUF(), GGUF().open(tmp_path), model)
 
 
 def test_a_window_that_llama_cpp_does_not_apply_is_said(saved):

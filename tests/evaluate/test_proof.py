@@ -263,12 +263,33 @@ def test_differences_are_relative_and_of_the_median_token_where_experts_are_chos
     assert proof.compared(b, b, a, "it", 0.01, True).limit == pytest.approx(0.31)
 
 
+def test_activations_are_looked_up_as_ggml_looks_them_up(tiny_checkpoint, tmp_path):
+    """Without its table, a file of Gemma 2 is as far away as one that lost the bias of a block's keys."""
+    found, model = written(tiny_checkpoint("gemma2"), tmp_path / "out")
+    ran = try_file(found.parts[0], TOKENS)
+    exact, looked_up = (proof.in_type(model, TOKENS, torch.float32, tables=tables) for tables in (False, True))
+    assert apart(ran, looked_up, False) < 2e-5 < 5e-5 < apart(ran, exact, False)
+
+
 RECIPE = {
     "recipe": 1,
     "name": "test",
     "layers": [{"match": "re:.*_proj", "weights": "q8_0", "method": "rtn"}, {"match": "*", "keep": True}],
     "export": [{"to": "gguf"}],
 }
+
+
+def test_experts_that_are_kept_in_16_bits_are_computed_in_float32(tiny_checkpoint, tmp_path):
+    """Transformers puts them together in the type of their file, in which a right folder is off by a thousandth."""
+    source = tmp_path / "source"
+    shutil.copytree(tiny_checkpoint("mixtral"), source)
+    tensors = load_file(source / "model.safetensors")
+    save_file({k: t.bfloat16() for k, t in tensors.items()}, source / "model.safetensors")
+    layers = [{"match": "*o_proj", "weights": "int8-channel", "method": "rtn"}, {"match": "*", "keep": True}]
+    report = quantize(
+        str(source), RECIPE | {"layers": layers, "export": [{"to": "compressed-tensors"}]}, tmp_path / "o"
+    )
+    assert report.artifacts[0].proof.tokens and report.artifacts[0].proof.distance < 1e-5
 
 
 def test_rounding_to_16_bits_is_told_from_a_mistake(tiny_checkpoint, tmp_path, monkeypatch):

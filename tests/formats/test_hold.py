@@ -10,7 +10,9 @@ from qtool.formats.bfp import BFP
 from qtool.formats.fp import FP
 from qtool.formats.int import Int
 from qtool.formats.iq1_s import IQ1_S
+from qtool.formats.mxfp4 import MXFP4
 from qtool.formats.mxint8 import MXINT8
+from qtool.formats.nvfp4 import NVFP4
 from qtool.formats.q4_0 import Q4_0
 from qtool.formats.q4_1 import Q4_1
 from qtool.formats.q5_0 import Q5_0
@@ -135,3 +137,31 @@ def test_powers_of_two_are_exact_in_a_block_with_a_minimum():
     scale = torch.exp2(given.params["scale"].float().log2().round()).bfloat16()
     given = replace(given, params={"scale": scale, "zero": given.params["zero"]})
     assert torch.equal(Q4_1().hold(given).decode(), given.decode())
+
+
+def powers(exponents):
+    """MXFP4 whose scales are these powers of two, one row each, of two blocks; the second one of zeros."""
+    codes = torch.arange(len(exponents) * 64).remainder(15).to(torch.uint8).view(-1, 64)
+    codes[:, 32:] = 7
+    exponent = torch.stack([torch.tensor(exponents) + 127, torch.full((len(exponents),), 3)], 1).to(torch.uint8)
+    return Quantized(codes, {"exponent": exponent}, MXFP4())
+
+
+def test_powers_of_two_that_e4m3_has_become_scales_of_nvfp4():
+    given = powers(range(-15, 3))
+    held = NVFP4().hold(given)
+    t = 2.0**-6
+    scale = held.params["scale"].view(torch.float8_e4m3fn).double() * t
+    assert scale[:, :2].tolist() == [[2.0**e] * 2 for e in range(-15, 3)]
+    assert bool((held.params["tensor"] == t).all()) and held.format == NVFP4()
+    magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+    wanted = torch.cat([-magnitudes[1:].flip(0), magnitudes])[given.codes.long()]
+    wanted *= torch.exp2(torch.arange(-15.0, 3.0).double())[:, None]
+    assert torch.equal(held.decode().double(), wanted) and bool(held.decode()[:, :32].any())
+    assert set(held.params) == set(NVFP4().fit(W[:, :64]))
+
+
+@pytest.mark.parametrize("exponent", [-16, 3, -127, 128])
+def test_other_powers_of_two_are_none_of_nvfp4(exponent):
+    assert "none of nvfp4's scales, which reach from 2^-15 to 2^2" in NVFP4().hold(powers([0, exponent]))
+    assert NVFP4(augment=16).may_hold(MXFP4()) == "nvfp4+16 holds no mxfp4"

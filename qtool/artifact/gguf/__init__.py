@@ -5,6 +5,8 @@ the smallest block type that holds exactly the same values: their zero points be
 Of Gemma 3 and Qwen2.5-VL the vision tower and projector are written as a file of their own beside the model,
 unquantized (`mmproj`). Proven is that llama.cpp's mtmd makes the same embeddings of a picture as transformers; how
 pictures of other sizes are made to fit, and where they are put in a prompt, is mtmd's own business.
+NVFP4 has a scale of the whole matrix, which llama.cpp applies to some matrices only, as it was asked for each
+architecture: NVFP4 of others is refused.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -14,6 +16,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 from qtool.artifact._base import Artifact, Carry, Reading
 from qtool.artifact._footprint import Footprint
@@ -25,6 +28,7 @@ from qtool.artifact.gguf._vision import VisionFile
 from qtool.artifact.gguf._writer import ModelWriter, block_bytes, candidates
 from qtool.checkpoint._base import Checkpoint, Layer, Module, QuantizedCheckpoint
 from qtool.checkpoint.equal import equal_of
+from qtool.checkpoint.families._gguf import kind_of, scales_applied
 from qtool.checkpoint.families._rope import truncates
 from qtool.checkpoint.gguf_parts import VISION, first_parts
 from qtool.checkpoint.language import LanguageModel, comes_apart, language_model
@@ -34,6 +38,8 @@ from qtool.errors import CheckpointError
 from qtool.store.files import storage_errors
 from qtool.store.imatrix import about_importance
 
+NAMES: WeakKeyDictionary[Checkpoint, Mapping[str, str]] = WeakKeyDictionary()
+"""What GGUF calls the tensors of models that were asked about."""
 UNTRUNCATED = "llama.cpp rounds the range of dimensions that YaRN blends, which this model does not (truncate: false)"
 
 
@@ -62,6 +68,18 @@ class GGUF(Artifact):
             return Carry(True)
         misfit = block.misfit(k) or f"rows of {k} columns are not divisible by {block.columns}"
         return Carry(False, f"{block.label}: {misfit}")
+
+    def computed(self, model: Checkpoint, module: Module, layer: Layer | None) -> Carry:
+        """See `Artifact.computed`: llama.cpp reads scales of whole matrices of some matrices, by architecture."""
+        blocks = candidates(layer.format) if layer else ()
+        if not blocks or not blocks[0].matrix_scale:
+            return Carry(True)
+        model = language_model(model)
+        there, arch = names_in(model).get(f"{module.name}.weight"), model.family.gguf_arch
+        if there is None or scales_applied(arch, there):
+            return Carry(True)
+        what = f"llama.cpp applies no matrix scale to {kind_of(there)} in {arch} models, as {blocks[0].label} has one"
+        return Carry(False, f"{what}; mxfp4 has none")
 
     def supports(self, model: Checkpoint) -> Carry:
         """See `Artifact.supports`. Raises CheckpointError: the model has no tokenizer."""
@@ -105,7 +123,7 @@ class GGUF(Artifact):
 
     def reading(self, model: QuantizedCheckpoint) -> Reading:
         """See `Artifact.reading`."""
-        return Reading("llama.cpp", rounds=True)
+        return Reading("llama.cpp", rounds=True, tables=True)
 
     def one_format(self, module: Module) -> str | None:
         """See `Artifact.one_format`: matrices of all experts are stacked."""
@@ -164,3 +182,13 @@ class GGUF(Artifact):
 
 def _files(path: Path) -> list[Path]:
     return [path] if path.is_file() else first_parts(path)
+
+
+def names_in(model: Checkpoint) -> Mapping[str, str]:
+    """What GGUF calls a model's tensors; nothing where it has no names for them."""
+    if model not in NAMES:
+        try:
+            NAMES[model] = model.family.gguf_names(model.config)
+        except CheckpointError:  # which `GGUF.supports` says
+            NAMES[model] = {}
+    return NAMES[model]

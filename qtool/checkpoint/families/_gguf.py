@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from qtool.checkpoint.families._biases import READ, WANTED
+from qtool.checkpoint.families._scales import SCALED
 from qtool.errors import CheckpointError
 
 
@@ -86,6 +87,16 @@ def check_biases(arch: str, names: Mapping[str, str]) -> None:
         if alone and kind_of(there) in WANTED.get(arch, "").split():
             what = f"llama.cpp wants a bias of {kind_of(there)} in {arch} models"
             raise CheckpointError(what, found=f"{here} alone")
+
+
+def scales_applied(arch: str, there: str) -> bool:
+    """Whether llama.cpp multiplies a matrix with a scale that is a tensor of its own; what nobody asked, it may.
+
+    Args:
+        arch: what it calls the architecture.
+        there: what GGUF calls the matrix.
+    """
+    return arch not in SCALED or kind_of(there) in SCALED[arch].split()
 
 
 def some_slide(config: Mapping[str, Any], blocks: int, first: int = 28) -> bool:
