@@ -7,6 +7,7 @@ dimension that is not hidden / heads, tied and untied output, one file and many,
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib.util
 import json
 import os
@@ -22,9 +23,12 @@ import pytest
 os.environ["QTOOL_CACHE"] = tempfile.mkdtemp(prefix="qtool-cache-")  # commands in tests leave the user's alone
 atexit.register(shutil.rmtree, os.environ["QTOOL_CACHE"], ignore_errors=True)
 if "PYTEST_XDIST_WORKER" in os.environ:
+    import torch
+
     from tests.kernels import compile_once
 
     compile_once()
+    torch.set_num_threads(1)  # more would wait for each other; tests of threads ask for them, commands use all cores
 TINY: dict[str, dict[str, Any]] = {
     "llama": {"dtype": "bfloat16"},
     "llama-tied": {"dtype": "bfloat16", "tie_word_embeddings": True, "num_hidden_layers": 3},
@@ -129,6 +133,17 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Tests and what they import are there until the end: nothing looks for garbage among a million objects."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(autouse=True)
