@@ -225,28 +225,49 @@ class Walker(Blocks):
         """
         if self.around:
             return self.around.logits(hidden[sample : sample + 1], start)
-        norm, weight = self.output_layer()
+        once = hidden.samples == 1 and self.head is None and self.device.type == "cpu"
+        norm, weight = (self.load_norm(), None) if once else self.output_layer()
         x: Tensor = norm(hidden[sample : sample + 1][0, start:].to(self.device))
         if layer := self.layers.get(self.family.head):
             x = rounded(x, layer)
-        logits = float32_product(x, weight, TABLE_VALUES)
+        logits = self.product_once(x) if weight is None else float32_product(x, weight, TABLE_VALUES)
         cap = self.family.logit_softcap(self.checkpoint.config)
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     def output_layer(self) -> tuple[nn.Module, Tensor]:
         """The final norm, and the matrix of the output layer, [V, H]; loaded once."""
         if self.head is None:
-            name = self.family.embedding if self.checkpoint.tied else self.family.head
-            self.head = self.load_norm(), self.table(f"{name}.weight")
+            self.head = self.load_norm(), self.table(self.output_name)
         return self.head
+
+    @property
+    def output_name(self) -> str:
+        """Of the matrix of the output layer."""
+        return f"{self.family.embedding if self.checkpoint.tied else self.family.head}.weight"
+
+    def product_once(self, x: Tensor) -> Tensor:
+        """[T, H] times the output layer, float32 [T, V]; for one sample the matrix is never in memory as a whole."""
+        name, x = self.output_name, x.float()
+        result = x.new_empty(len(x), self.checkpoint.info(name).shape[0])
+        for start, stop in self.stretches(name):
+            torch.mm(x, self.part(name, start, stop).float().T, out=result[:, start:stop])
+        return result
 
     def table(self, name: str) -> Tensor:
         """See `tensor`; on the CPU a matrix as large as this is not there in two types at a time."""
         if self.device.type != "cpu":
             return self.tensor(name)
-        rows, width = self.checkpoint.info(name).shape
-        found, step = torch.empty(rows, width, dtype=self.dtype), max(1, TABLE_VALUES // (8 * width))
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            found[start:stop] = self.checkpoint.rows(name, start, stop)
+        found = torch.empty(self.checkpoint.info(name).shape, dtype=self.dtype)
+        for start, stop in self.stretches(name):
+            found[start:stop] = self.part(name, start, stop)
         return found
+
+    def stretches(self, name: str) -> list[tuple[int, int]]:
+        """Rows of a large matrix that are read together."""
+        rows, width = self.checkpoint.info(name).shape
+        step = max(1, TABLE_VALUES // (8 * width))
+        return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a tensor, decoded, in the type that is computed in."""
+        return self.checkpoint.rows(name, start, stop).to(self.dtype)

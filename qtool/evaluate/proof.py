@@ -147,13 +147,16 @@ class Decoding(Walker):
 
     def tensor(self, name: str) -> Tensor:
         """See `Walker.tensor`."""
-        found = super().tensor(name)
+        return self.decoded(name, super().tensor(name))
+
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """See `Walker.part`; rounded, if it is of a quantized matrix."""
+        return self.decoded(name, super().part(name, start, stop))
+
+    def decoded(self, name: str, found: Tensor) -> Tensor:
+        """Numbers of a tensor as they are decoded."""
         rounds = self.decodes is not None and name.removesuffix(".weight") in self.quantized
         return found.to(self.decodes).to(found.dtype) if rounds else found
-
-    def table(self, name: str) -> Tensor:
-        """See `Walker.table`; rounded, if it is quantized."""
-        return self.tensor(name)
 
 
 def in_type(
@@ -205,6 +208,8 @@ def expected(model: QuantizedCheckpoint, tokens: list[int], reading: Reading) ->
         walker.advance(block, i, exact)
         if reading.rounds:
             walker.advance(block, i, other, inputs if rounds(model) else {})
+    if reading.rounds and not walker.around:
+        walker.output_layer()  # kept for both
     logits = finite(walker.logits(exact, 0), f"logits of {model.source}")
     return logits, walker.logits(other, 0) if reading.rounds else logits
 

@@ -25,7 +25,7 @@ from qtool.checkpoint.gguf_checkpoint import GGUFCheckpoint
 from qtool.errors import CheckpointError, one_line
 from qtool.evaluate import gptqmodel, mlx, vllm
 from qtool.evaluate.apart import folder_logits
-from qtool.numerics.heap import give_back
+from qtool.numerics.heap import give_back, let_go_of_files
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def by_transformers(model: QuantizedCheckpoint, tokens: list[int], reading: Read
         with quiet(), redirect_stderr(StringIO()), torch.inference_mode():
             loaded, remark = load_in_transformers(made, Path(model.source), reading.dtype)
             if not branches:
-                unpack_one_by_one(loaded)
+                unpack_one_by_one(loaded, Path(model.source))
             else:
                 loaded(input_ids=torch.tensor([tokens[:1]]))  # unpacks weights, which PEFT looks for
                 loaded.load_adapter(str(Path(model.source) / adapter.FOLDER))
@@ -105,10 +105,19 @@ def by_transformers(model: QuantizedCheckpoint, tokens: list[int], reading: Read
     return Run(logits, remark)
 
 
-def unpack_one_by_one(model: torch.nn.Module) -> None:
+MAPPED_BYTES = 1 << 24
+"""Of packed layers that are run before pages of the file which they lie in are let go of."""
+
+
+def unpack_one_by_one(model: torch.nn.Module, folder: Path) -> None:
     """Has each packed layer decoded while it is run, where compressed-tensors decodes all of them first.
 
-    That takes the memory of one matrix instead of that of a model in float32.
+    That takes the memory of one matrix instead of that of a model in float32, and of a part of the file, which is
+    mapped.
+
+    Args:
+        model: as it was loaded.
+        folder: with its files.
     """
     at_first: Any = getattr(model, "ct_decompress_hook", None)
     if at_first is None:
@@ -121,10 +130,19 @@ def unpack_one_by_one(model: torch.nn.Module) -> None:
         layer.packed = get_direct_state_dict(layer)
         decompress_module(layer)
 
+    ran = 0
+
     def restore(layer: Any, _: object, __: object) -> None:
-        replace_direct_state_dict(layer, layer.__dict__.pop("packed"))
+        nonlocal ran
+        packed = layer.__dict__.pop("packed")
+        replace_direct_state_dict(layer, packed)
+        ran += sum(tensor.nbytes for tensor in packed.values() if tensor is not None)
+        if ran >= MAPPED_BYTES:
+            let_go_of_files(folder)
+            ran = 0
 
     at_first.remove()
+    let_go_of_files(folder)  # tensors in another type than the file's are copies
     for module in filter(is_module_quantized, model.modules()):
         module.register_forward_pre_hook(decode)
         module.register_forward_hook(restore)

@@ -60,6 +60,24 @@ def test_the_output_layer_is_read_in_parts(tiny_checkpoint, monkeypatch):
     assert torch.equal(table, load_reference(folder).lm_head.weight.detach())
 
 
+@pytest.mark.parametrize("kind", ["llama", "llama-tied"])
+def test_one_sample_meets_the_output_layer_in_parts_that_are_not_kept(tiny_checkpoint, monkeypatch, kind):
+    monkeypatch.setattr(walker_module, "TABLE_VALUES", 8 * 64 * 200)
+    folder = tiny_checkpoint(kind)
+    checkpoint = Parts(folder)
+    walker = Walker(checkpoint, CPU, torch.float32)
+    tokens = torch.tensor([[3, 511, 100, 7]])
+    hidden = walker.embed(tokens)
+    for i in range(len(walker.blocks)):
+        walker.advance(walker.load_block(i), i, hidden)
+    checkpoint.read.clear()
+    found = walker.logits(hidden, 0, 1)
+    assert walker.head is None and checkpoint.read == [(0, 200), (200, 400), (400, 512)]
+    with torch.no_grad():
+        expected = load_reference(folder)(input_ids=tokens).logits[0, 1:]
+    assert torch.allclose(found, expected, 1e-4, 1e-5)
+
+
 def test_a_token_that_the_model_does_not_have(llama):
     with pytest.raises(CheckpointError) as caught:
         llama.embed(torch.tensor([[3, 512]]))

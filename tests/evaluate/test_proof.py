@@ -200,7 +200,7 @@ def test_packed_layers_are_decoded_one_by_one(folder, monkeypatch):
     assert prove(CompressedTensors(), opened, model).distance < 1e-5
     assert held and set(held) == {0}
     held.clear()
-    monkeypatch.setattr(readers, "unpack_one_by_one", lambda loaded: None)
+    monkeypatch.setattr(readers, "unpack_one_by_one", lambda loaded, _: None)
     prove(CompressedTensors(), opened, model)
     assert set(held) == {len(model.layers)}  # so that the count above says something
 

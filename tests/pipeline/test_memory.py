@@ -66,3 +66,36 @@ def test_a_model_that_refers_to_itself_lets_go_of_its_numbers():
     full, after = map(int, found.stdout.split())
     assert full > 90e6
     assert after < 20e6
+
+
+MAPPED = """
+import sys
+from pathlib import Path
+import torch
+from qtool.numerics.heap import let_go_of_files
+from qtool.pipeline.memory import resident_bytes
+folder = Path(sys.argv[1])
+size = {"size": 50_000_000, "dtype": torch.uint8}
+whole, changed = (torch.from_file(str(folder / name), shared=False, **size) for name in "ab")
+before = resident_bytes()
+sums = int(whole.sum()), int(changed.sum())
+full = resident_bytes()
+changed[7] += 1
+let_go_of_files(folder / "other")
+kept = resident_bytes()
+let_go_of_files(folder)
+after = resident_bytes()
+assert (int(whole.sum()), int(changed.sum())) == (sums[0], sums[1] + 1)
+print(full - before, kept - before, after - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells mappings apart")
+def test_pages_of_mapped_files_are_let_go_of_unless_they_were_changed(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_bytes(bytes(range(250)) * 200_000)
+    command = [sys.executable, "-c", MAPPED, str(tmp_path)]
+    found = subprocess.run(command, check=True, capture_output=True, text=True)
+    full, kept, after = map(int, found.stdout.split())
+    assert full > 95e6 and kept > 95e6
+    assert 45e6 < after < 75e6  # the other one was written into
