@@ -98,11 +98,12 @@ def trials() -> dict[str, Trial]:
     best["w4a16"] = ({"epochs": 12, "rate": 0.002}, {"epochs": 12, "rate": 0.003})
     found = {f"{n}-best": Trial(recipe=f"{n}-best", distilled=best[n], wide="gguf" in n) for n in names}
     found |= {f"{n}-base": Trial(recipe=n, wide="gguf" in n) for n in others}
-    few, more = {"epochs": 3, "rate": 0.001}, {"continued": 3}
-    found |= {
-        f"{n}-continued": Trial(recipe=f"{n}-best", calibration=more, distilled=(few,), wide="gguf" in n)
-        for n in others
-    }
+    rates = dict.fromkeys(others, 0.001) | dict.fromkeys(("gguf-q4_k_m", "nvfp4"), 0.0003)
+    for name in others:
+        few = [{"epochs": epochs, "rate": rates[name]} for epochs in (3, 5)]
+        found[f"{name}-continued"] = Trial(
+            recipe=f"{name}-best", calibration={"continued": 3}, distilled=tuple(few), wide="gguf" in name
+        )
     plain = {"epochs": 4, "rate": 0.001}
     codes = {"epochs": 8, "rate": 0.001, "rounding": "gumbel"}
     for bits in (2, 3, 4):
