@@ -11,6 +11,8 @@ from qtool.methods._soft import MARGIN, harden, level_at, place, soft_decode, so
 LABELS = (
     *("int2-g32", "int3-g32-asym", "int4-g64", "int8-channel", "fp4-g32", "fp8-channel", "mxfp4", "mxfp6", "nvfp4"),
     *("q4_0", "q4_1", "q8_0", "q2_k", "q3_k", "q4_k", "q6_k", "tq2_0", "iq4_nl", "iq4_xs", "mxint8", "bfp4-g32"),
+    *("q5_0", "q5_1", "q5_k", "tq1_0", "mxfp8", "nvint4", "hif4", "biased2-g32", "bilevel3-g32", "qoq-g128", "nf4-g64"),
+    "balanced2-g64",
 )
 
 
@@ -138,6 +140,10 @@ def test_gradients_are_finite_differences_of_the_relaxed_function(label):
     exact = torch.autograd.grad(value(*points), points[: len(found)])
     for mine, theirs in zip((*found, *compiled), (*exact, *exact[1:]), strict=True):
         assert torch.allclose(mine.double(), theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+    for i, theirs in enumerate(exact):
+        way = torch.randn(points[i].shape, generator=generator).double() * points[i].detach().abs().mean()
+        sides = [value(*(p + (e * way if k == i else 0) for k, p in enumerate(points))) for e in (1e-8, -1e-8)]
+        assert float((sides[0] - sides[1]).detach()) / 2e-8 == pytest.approx(float((theirs * way).sum()), rel=1e-4)
     step, row = 1e-6, torch.zeros_like(v)
     row[0] = torch.randn(w.shape[1], generator=generator, dtype=torch.float64)
     difference = float(value(w, v + step * row, s, o) - value(w, v - step * row, s, o)) / (2 * step)
