@@ -125,6 +125,7 @@ def forest_of(book: Codebook, order: np.ndarray) -> Forest:
     ways = order.reshape(-1, book.width) % book.width
     known = {way: entry_tree(book.entries[:, way], len(book.magnitudes)) for way in sorted(set(map(tuple, ways)))}
     nodes = max(len(tree) for tree in known.values())
-    padded = {way: np.pad(tree, ((0, nodes - len(tree)), (0, 0))) for way, tree in known.items()}
-    trees = np.stack([padded[tuple(way)] for way in ways])
+    trees = np.zeros((len(ways), nodes, len(book.magnitudes)), np.int16)
+    for there, way in zip(trees, map(tuple, ways), strict=True):
+        there[: len(known[way])] = known[way]
     return Forest(trees, ways, book.entries, book.magnitudes, book.signs != "none", book.signs == "even")
