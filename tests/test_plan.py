@@ -53,9 +53,6 @@ class Carrier:
     def caches(self, fmt):
         return Verdict(True, "")
 
-    def computed(self, model, module, layer):
-        return Verdict(True, "")
-
     def agree(self, layers):
         labels = sorted({layer.format.label for layer in layers})
         return Verdict(not self.uniform or len(labels) == 1, f"it has one format, not {' and '.join(labels)}")
@@ -63,7 +60,7 @@ class Carrier:
     def one_format(self, module: Module) -> str | None:
         return module.fused if self.fuses else module.stack
 
-    def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Verdict:
+    def carries(self, model, module: Module, layer: Layer | None, keep: str) -> Verdict:
         label = layer.format.label if layer else keep
         return Verdict(label != self.refuses, f"it has no {label}")
 

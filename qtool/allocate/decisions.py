@@ -149,9 +149,9 @@ def planned(
                 bits=Layer(choice.format, residuals=residuals).storage_bits(*module.shape),
                 residuals=residuals,
             )
-    if found is None or not artifact.can_carry(module, found.layer, found.keep).possible:
+    if found is None or not artifact.carries(checkpoint, module, found.layer, found.keep).possible:
         return None
-    return found if artifact.computed(checkpoint, module, found.layer).possible else None
+    return found
 
 
 def as_kept(plan: LayerPlan, keep: str, fallback: str | None, checkpoint: Checkpoint) -> LayerPlan | None:

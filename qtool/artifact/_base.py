@@ -125,6 +125,11 @@ class Artifact(ABC):
         """Whether its runtimes compute what a model of this family has in a format that it can carry."""
         return Carry(True)
 
+    def carries(self, model: Checkpoint, module: Module, layer: Layer | None, keep: str) -> Carry:
+        """See `can_carry`, and `computed`: whether it is the layout for a layer of this very model."""
+        carry = self.can_carry(module, layer, keep)
+        return self.computed(model, module, layer) if carry.possible else carry
+
     def supports(self, model: Checkpoint) -> Carry:
         """Whether it can hold a model of this family, with this tokenizer, whatever the formats of its layers.
 
@@ -182,8 +187,7 @@ class Artifact(ABC):
             layer = model.layers.get(module.name)
             if layer and layer.unmeasured:
                 reasons["inputs with one scale for all tokens need one, and nobody measured it"].append(module.name)
-            carry = self.can_carry(module, layer, "source")
-            carry = self.computed(model, module, layer) if carry.possible else carry
+            carry = self.carries(model, module, layer, "source")
             if not carry.possible:
                 reasons[carry.reason].append(module.name)
             if name := self.one_format(module):

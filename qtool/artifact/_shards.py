@@ -6,9 +6,8 @@ https://huggingface.co/docs/transformers/main/big_models#sharded-checkpoints
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import groupby
 from pathlib import Path
 
 from torch import Tensor
@@ -17,7 +16,7 @@ from qtool.checkpoint._base import TensorInfo
 from qtool.checkpoint.hf import INDEX, WEIGHTS
 from qtool.checkpoint.raw_bytes import Stretch
 from qtool.checkpoint.safetensors_io import SafetensorsWriter, begin, header
-from qtool.numerics.threads.parallel import few, one_by_one, side_by_side
+from qtool.numerics.threads.parallel import side_by_side, small_together
 from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.store.files import storage_errors
 
@@ -62,6 +61,10 @@ def write_shards(
         StorageError: the disk is full or not writable.
         ProcessError: another process ended.
     """
+
+    def small(key: str) -> bool:
+        return _nbytes(pieces[key]) <= SMALL
+
     shards, mine = _named(_cut(pieces, limit)), share(pieces, ranks)
     if ranks.first and ranks.size > 1:
         for name, keys in shards.items():
@@ -73,7 +76,7 @@ def write_shards(
             if here := [key for key in keys if key in mine]:
                 part = None if ranks.size == 1 else _infos(pieces, here)
                 writer = SafetensorsWriter(out / name, _infos(pieces, keys), sync=False, mine=part)
-                copies.append(_fill(writers.enter_context(writer), _read(pieces, read, here)))
+                copies.append(_fill(writers.enter_context(writer), small_together(read, here, small)))
         side_by_side(_copy, copies)  # file by file, since a system takes bytes of one from one thread at a time
     ranks.barrier()
     files = [out / name for name in shards]
@@ -93,12 +96,6 @@ def share(pieces: Pieces, ranks: Ranks) -> frozenset[str]:
             found.add(key)
         before += size
     return frozenset(found)
-
-
-def _read(pieces: Pieces, read: Read, keys: Sequence[str]) -> Iterator[Mapping[str, Tensor | Stretch]]:
-    """Pieces in order; small ones, such as experts, are encoded side by side, since threads gain little within one."""
-    for small, some in groupby(keys, lambda key: _nbytes(pieces[key]) <= SMALL):
-        yield from one_by_one(read, [*some], few() if small else (1, 1))
 
 
 def _fill(writer: SafetensorsWriter, pieces: Iterable[Mapping[str, Tensor | Stretch]]) -> Copies:

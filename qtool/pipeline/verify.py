@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from itertools import groupby
 from math import prod
 
 import torch
@@ -15,7 +14,7 @@ from qtool.checkpoint.parts import parts_of
 from qtool.checkpoint.raw_bytes import same_stretches
 from qtool.errors import VerifyError
 from qtool.formats._base import alike
-from qtool.numerics.threads.parallel import few, one_by_one
+from qtool.numerics.threads.parallel import one_by_one, small_together
 from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline.events import Event, Listener
 from qtool.pipeline.requantize import stored_matrix
@@ -56,10 +55,12 @@ def verify(
         compare(name, written, model, copied)
         return name
 
-    done = 0
-    for small, some in groupby(zip(names, copies, strict=True), lambda what: prod(model.info(what[0]).shape) <= SMALL):
-        for name in one_by_one(check, [*some], few() if small else (1, 1)):
-            listener(Event(stage, done := done + 1, len(names), name))
+    def small(what: tuple[str, bool]) -> bool:
+        return prod(model.info(what[0]).shape) <= SMALL
+
+    checked = small_together(check, zip(names, copies, strict=True), small)
+    for done, name in enumerate(checked, 1):
+        listener(Event(stage, done, len(names), name))
 
 
 def compare(name: str, written: QuantizedCheckpoint, model: QuantizedCheckpoint, copied: bool) -> None:

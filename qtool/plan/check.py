@@ -42,11 +42,8 @@ class Carrier(Protocol):
     def one_format(self, module: Module) -> str | None:
         """Name of the set of modules that need one format, if the module belongs to such a set."""
 
-    def can_carry(self, module: Module, layer: Layer | None, keep: str) -> Verdict:
-        """Known from the format alone."""
-
-    def computed(self, model: Checkpoint, module: Module, layer: Layer | None) -> Verdict:
-        """Whether its runtimes compute what a model of this family has in that format."""
+    def carries(self, model: Checkpoint, module: Module, layer: Layer | None, keep: str) -> Verdict:
+        """Whether it can hold a layer, and its runtimes compute what this model has in it."""
 
     def caches(self, fmt: KVCache | None) -> Verdict:
         """Whether it can say how the KV cache is rounded."""
@@ -98,8 +95,8 @@ def _check_carrier(
     """Notes every layer that the artifact cannot hold, and every set that its runtimes could not merge."""
     sets: dict[str, list[LayerPlan]] = {}
     for p in layers:
-        verdict, noted = carrier.can_carry(p.module, p.layer, p.keep), p.format and p.format.misfit(p.module.shape[1])
-        verdict = carrier.computed(checkpoint, p.module, p.layer) if verdict.possible else verdict
+        verdict = carrier.carries(checkpoint, p.module, p.layer, p.keep)
+        noted = p.format and p.format.misfit(p.module.shape[1])
         if not verdict.possible and not noted:
             findings.add(p.rule, f"{name} cannot hold this ({p.label}): {verdict.reason}", p.module.name)
         if one := carrier.one_format(p.module):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
+from itertools import groupby
 from threading import Thread
 from typing import TypeVar
 
@@ -32,11 +33,6 @@ def shares(count: int, device: torch.device = CPU) -> tuple[int, int]:
     threads = torch.get_num_threads()
     used = max(1, min(threads, count)) if device.type == "cpu" else 1
     return used, threads // used
-
-
-def few() -> tuple[int, int]:
-    """The same for many short pieces, such as one expert's each; see `FEW`."""
-    return min(FEW, torch.get_num_threads()), 1
 
 
 def lanes(used: int, each: int) -> list[ThreadPoolExecutor]:
@@ -87,6 +83,17 @@ def one_by_one(
     where = kept_lanes(used, each)
     pieces = ((where[i % used], lambda item=item: work(item)) for i, item in enumerate(items))
     yield from in_order(pieces, AHEAD * used)
+
+
+def small_together(
+    work: Callable[[Item], Result], items: Iterable[Item], small: Callable[[Item], bool]
+) -> Iterator[Result]:
+    """The same; small items, such as one expert's each, on a few threads, since threads gain little within one.
+
+    Others have all threads, one after the other.
+    """
+    for together, some in groupby(items, small):
+        yield from one_by_one(work, [*some], (min(FEW, torch.get_num_threads()), 1) if together else (1, 1))
 
 
 def wake(device: torch.device) -> None:
