@@ -96,6 +96,19 @@ def test_an_expert_is_measured_on_its_tokens(all_experts, name, folder, monkeypa
     assert count == 2 * 3 * walker.family.experts(walker.checkpoint.config)
 
 
+def test_blocks_that_are_loaded_have_experts_of_their_own(folder):
+    """Those of one are neither the other's nor those that all are copied from, which have no numbers."""
+    walker = Walker(HFCheckpoint(folder), CPU, torch.float32)
+    first = walker.load_block(0)
+    weights = {n: p for n, p in first.named_parameters() if ".experts." in n and n.endswith("weight")}
+    before = {name: weight.clone() for name, weight in weights.items()}
+    second = dict(walker.load_block(1).named_parameters())
+    assert weights
+    for name, weight in weights.items():
+        assert torch.equal(weight, before[name]) and not torch.equal(weight, second[name])
+    assert all(parameter.is_meta for parameter in walker.blocks[0].parameters())
+
+
 def test_steps_hold_few_experts_at_a_time(tiny_checkpoint, monkeypatch):
     """Grams of as many experts as there is room for, so that memory does not grow with the number of experts."""
     walker = Walker(HFCheckpoint(tiny_checkpoint("qwen3_moe")), CPU, torch.float32)

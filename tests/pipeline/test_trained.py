@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,10 @@ from qtool.formats._spelling import parse_format
 from qtool.formats.int import Int
 from qtool.models import open_artifact
 from qtool.numerics.grids.trained import multiples
+from qtool.numerics.threads.ranks import Ranks
 from qtool.pipeline.prepare import prepare
 from qtool.pipeline.quantize import QuantizeOptions, run
-from qtool.pipeline.trained import forms, held, trained_grid
+from qtool.pipeline.trained import PLAIN, forms, held, trained_grid, trained_lines
 from tests.artifact.conftest import save_llama
 
 LEVELS = {
@@ -177,6 +180,34 @@ def test_transforms_move_weights_off_their_grid_and_plans_say_so(trained, tmp_pa
     asked = ("transforms=[equalize]",)
     warnings = prepare(str(folder), recipe(tmp_path, "int2-g64", "qtool"), asked).plan.warnings
     assert any("transforms move them off it" in text for text in warnings)
+
+
+class Pair(Ranks):
+    """One of two processes that are threads."""
+
+    def __init__(self, rank, items, met):
+        super().__init__(rank, 2)
+        self.items, self.met = items, met
+
+    def gather(self, item):
+        self.items[self.rank] = item
+        self.met.wait(60)
+        return self.items
+
+
+def test_several_processes_look_at_weights_and_say_what_one_does(trained, tmp_path):
+    folder, tensors = trained("ternary")
+    name = "model.layers.0.self_attn.k_proj"
+    tensors[f"{name}.weight"] = torch.randn_like(tensors[f"{name}.weight"])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    job = prepare(str(folder), recipe(tmp_path, "tq2_0", "gguf"))
+    alone, plain = trained_lines(job.plan, job.original), PLAIN.pop(job.original)
+    assert len(alone) == 1 and plain == {name}
+    items, met = [None, None], threading.Barrier(2)
+    with ThreadPoolExecutor(2) as both:
+        told = both.map(lambda rank: trained_lines(job.plan, job.original, Pair(rank, items, met)), (0, 1))
+        assert [*told] == [alone, alone]
+    assert PLAIN[job.original] == plain
 
 
 def test_a_run_does_not_look_again_where_the_plan_found_no_grid(tiny_checkpoint, recipes, tmp_path, monkeypatch):
