@@ -8,7 +8,7 @@ has is left out once: llama.cpp then does not load it, or computes nothing, or i
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,17 +124,24 @@ def kinds() -> Iterator[tuple[str, dict[str, Any]]]:
         yield kind, PARTICULAR.get(kind, {}) | whole.get(kind, {}) | gemma.get(kind, {})
 
 
-def main() -> None:
-    """Asks about every kind, which takes some minutes."""
-    may: dict[str, set[str]] = {}
-    must: dict[str, set[str]] = {}
+def tiny_models(chosen: Collection[str] = ()) -> Iterator[tuple[str, QuantizedCheckpoint, Path]]:
+    """(model_type, tiny random model, folder that is there until the next) of these kinds; none: of all."""
     for kind, fields in kinds():
+        if chosen and kind not in chosen:
+            continue
         tiny.PARTICULAR[kind] = tiny.PARTICULAR.get(kind, {}) | fields
         with tempfile.TemporaryDirectory() as name:
             tiny.save_tiny(kind, folder := Path(name))
             make_tokenizer().save_pretrained(folder)
-            model = fit(HFCheckpoint(folder), ["gguf"])
-            arch, read, needed = asked(InMemory(model, lambda module: None), folder)
+            yield kind, InMemory(fit(HFCheckpoint(folder), ["gguf"]), lambda module: None), folder
+
+
+def main() -> None:
+    """Asks about every kind, which takes some minutes."""
+    may: dict[str, set[str]] = {}
+    must: dict[str, set[str]] = {}
+    for _, model, folder in tiny_models():
+        arch, read, needed = asked(model, folder)
         may.setdefault(arch, set()).update(read)
         must[arch] = must.get(arch, needed) & needed
         print(arch, *sorted(read), "wants", *sorted(needed), flush=True)

@@ -7,22 +7,16 @@ if it multiplies with them, logits are no numbers either.
 
 from __future__ import annotations
 
-import tempfile
 import textwrap
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks import tiny
-from benchmarks.gguf_biases import content, kinds, logits, save
+from benchmarks.gguf_biases import content, logits, save, tiny_models
 from qtool.checkpoint.families._gguf import kind_of
 from qtool.checkpoint.gguf_checkpoint import scale_name
-from qtool.checkpoint.hf import HFCheckpoint
-from qtool.models import fit
 from qtool.store.gguf_writer import Value
-from tests.artifact.conftest import InMemory
-from tests.conftest import make_tokenizer
 
 TARGET = Path(__file__).parents[1] / "qtool/checkpoint/families/_scales.py"
 HEADER = '''"""Matrices that llama.cpp multiplies with a scale of their own, as it told `benchmarks/gguf_scales.py`."""
@@ -63,15 +57,10 @@ def table(found: dict[str, set[str]]) -> str:
 def main() -> None:
     """Asks about every kind, which takes some minutes."""
     found: dict[str, set[str]] = {}
-    for kind, fields in kinds():
-        tiny.PARTICULAR[kind] = tiny.PARTICULAR.get(kind, {}) | fields
-        with tempfile.TemporaryDirectory() as name:
-            tiny.save_tiny(kind, folder := Path(name))
-            make_tokenizer().save_pretrained(folder)
-            model = InMemory(fit(HFCheckpoint(folder), ["gguf"]), lambda module: None)
-            arch, metadata, tensors = content(model, folder)
-            matrices = {kind_of(there) for there, x in tensors.items() if there.endswith(".weight") and x.ndim > 1}
-            here = {kind for kind in sorted(matrices) if applied(metadata, tensors, kind, folder)}
+    for _, model, folder in tiny_models():
+        arch, metadata, tensors = content(model, folder)
+        matrices = {kind_of(there) for there, x in tensors.items() if there.endswith(".weight") and x.ndim > 1}
+        here = {kind for kind in sorted(matrices) if applied(metadata, tensors, kind, folder)}
         found.setdefault(arch, set()).update(here)
         print(arch, *sorted(here), "and not", *sorted(matrices - here), flush=True)
     TARGET.write_text(HEADER + table(found) + FOOTER, encoding="utf-8")

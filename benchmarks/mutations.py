@@ -10,7 +10,6 @@ of rotary factors become ones, and every number of the metadata that is no count
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,18 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import tiny
-from benchmarks.gguf_biases import content, kinds, save
+from benchmarks.gguf_biases import content, save, tiny_models
 from qtool.artifact.gguf import GGUF
 from qtool.checkpoint._base import QuantizedCheckpoint
-from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import QtoolError
 from qtool.evaluate.llamacpp import try_file
 from qtool.evaluate.proof import prove
-from qtool.models import fit
 from qtool.store.gguf_writer import Value
-from tests.artifact.conftest import InMemory
-from tests.conftest import make_tokenizer
 
 TOKENS = [(7 * i * i + 3 * i) % 500 for i in range(24)]
 WITHOUT_EFFECT = 1e-6
@@ -130,15 +124,9 @@ def counted(model: QuantizedCheckpoint, folder: Path) -> Count:
 def main() -> None:
     """Prints a line for each kind, and one for each mutant that is not seen."""
     total = [0, 0, 0, 0]
-    for kind, fields in kinds():
-        if sys.argv[1:] and kind not in sys.argv[1:]:
-            continue
-        tiny.PARTICULAR[kind] = tiny.PARTICULAR.get(kind, {}) | fields
-        with tempfile.TemporaryDirectory() as name:
-            tiny.save_tiny(kind, folder := Path(name) / "model")
-            make_tokenizer().save_pretrained(folder)
-            (out := Path(name) / "out").mkdir()
-            found = counted(InMemory(fit(HFCheckpoint(folder), ["gguf"]), lambda module: None), out)
+    for kind, model, folder in tiny_models(sys.argv[1:]):
+        (out := folder / "out").mkdir()
+        found = counted(model, out)
         total = [a + b for a, b in zip(total, (1, found.seen, found.same, len(found.missed)), strict=True)]
         print(f"{kind}: {found.seen} seen, {found.same} without effect, {len(found.missed)} missed", end="")
         print(f"; the file itself {found.distance:.1e}", flush=True)
