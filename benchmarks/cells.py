@@ -64,7 +64,7 @@ class Way(Part):
 
     def loaded(self, texts: Path = Path()) -> Recipe:
         """The recipe as it is run. Raises RecipeError."""
-        defaults = [f"calibration.samples={SAMPLES}", f"calibration.length={LENGTH}"]
+        defaults = ["calibration.data=builtin", f"calibration.samples={SAMPLES}", f"calibration.length={LENGTH}"]
         return load_recipe(self.recipe, [*defaults, *(text.replace("TEXTS/", f"{texts}/") for text in self.set)])
 
     def __str__(self) -> str:
