@@ -236,9 +236,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for models and results")
     parser.add_argument("--only", default=",".join(ROWS), help="rows, divided by commas")
     parser.add_argument("--blocks", type=int, default=5, help="how many, the first of which is not counted")
+    parser.add_argument("--memory", type=float, help="GiB of a smaller device than this one; more is refused")
     parser.add_argument("--profile", action="store_true", help="tell what took how long")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
+    if options.memory:
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(options.memory * 2**30 / whole)
     text(options.work / "text.txt")
     found = {}
     for name in options.only.split(","):

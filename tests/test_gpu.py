@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qtool import registry
 from qtool.artifact.qtool import Qtool
+from qtool.calibrate import blocks, hidden
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.formats._spelling import parse_format
@@ -73,10 +74,10 @@ def test_logits_are_those_of_the_cpu(family: str, tiny_checkpoint) -> None:  # t
     checkpoint, found = HFCheckpoint(tiny_checkpoint(family)), []
     for device in ("cpu", "cuda"):
         walker = Walker(checkpoint, torch.device(device), torch.float32)
-        hidden = walker.embed(TOKENS)
+        states = walker.embed(TOKENS)
         for i in range(len(walker.blocks)):
-            walker.advance(walker.load_block(i), i, hidden)
-        found.append(walker.logits(hidden, 1).cpu())
+            walker.advance(walker.load_block(i), i, states)
+        found.append(walker.logits(states, 1).cpu())
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3 * float(found[0].std()))
 
 
@@ -89,6 +90,37 @@ def test_whole_runs(recipe: str, tiny_checkpoint, tmp_path: Path) -> None:  # ty
         layers = [entry for entry in quantize(options).layers if entry.format]
         errors.append([entry.weight_error_db for entry in layers])
     assert errors[1] == pytest.approx(errors[0], abs=0.3)
+
+
+def test_a_device_without_room_gives_the_same(tiny_checkpoint, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """Hidden states in pinned memory, batches that start anew in front of every input, outputs of the same bytes."""
+    monkeypatch.setattr(blocks, "DEVICE_TOKENS", 64)  # two samples at a time, of five
+    model, small = str(tiny_checkpoint("llama")), ("calibration.samples=5", "calibration.length=32")
+    bytes_of = []
+    for name in ("room", "none"):
+        if name == "none":
+            monkeypatch.setattr(hidden, "device_memory", lambda _: 0)
+        out = tmp_path / name
+        quantize(QuantizeOptions(model, "w4a16-gptq-g32", out, small, device="cuda", dtype="fp32"))
+        bytes_of.append((out / "model.safetensors").read_bytes())
+    assert bytes_of[0] == bytes_of[1]
+
+
+def test_samples_that_were_copied_ahead_are_those_of_now() -> None:
+    held = torch.arange(7 * 3 * 4.0).view(7, 3, 4).pin_memory()
+    copies = hidden.CopiesAhead(held, torch.device("cuda"))
+    assert torch.equal(copies.take(slice(0, 2)).cpu(), held[:2])
+    assert copies.begun is not None
+    assert copies.begun[0] == slice(2, 4)
+    assert torch.equal(copies.take(slice(2, 4)).cpu(), held[2:4])
+    held[4:6] = -1
+    copies.forget(slice(5, 6))
+    assert torch.equal(copies.take(slice(4, 6)).cpu(), held[4:6])
+    copies.forget(slice(0, 6))
+    assert copies.begun is not None  # of other samples
+    assert torch.equal(copies.take(slice(6, 8)).cpu(), held[6:])
+    assert copies.begun is None
+    assert torch.equal(copies.take(slice(0, 7)).cpu(), held)
 
 
 @pytest.mark.parametrize("recipe", TOLERANCES)

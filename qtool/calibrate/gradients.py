@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from qtool.calibrate.blocks import TABLE_VALUES
 from qtool.calibrate.copies import twin
 from qtool.calibrate.foreign import run_block
-from qtool.calibrate.hidden import MEMORY_LIMIT, WAITING_PART, Hidden
+from qtool.calibrate.hidden import Hidden, waiting_limit
 from qtool.calibrate.walker import Walker
 from qtool.numerics.product import float32_product
 from qtool.numerics.threads.parallel import side_by_side
@@ -95,10 +95,7 @@ def squared_gradients(
 def at_a_time(walker: Walker, length: int) -> int:
     """Samples whose hidden states in front of every block, and gradients, are in memory."""
     width = walker.checkpoint.info(f"{walker.family.embedding}.weight").shape[1]
-    room = MEMORY_LIMIT
-    if walker.device.type == "cuda":
-        room = int(torch.cuda.get_device_properties(walker.device).total_memory) // WAITING_PART
-    return max(1, room // ((len(walker.blocks) + 2) * length * width * walker.dtype.itemsize))
+    return max(1, waiting_limit(walker.device) // ((len(walker.blocks) + 2) * length * width * walker.dtype.itemsize))
 
 
 def forward_sweep(walker: Walker, tokens: Tensor, tell: Callable[[int], None]) -> list[Hidden]:

@@ -10,11 +10,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from qtool.calibrate.experts import Experts, Noted
-from qtool.calibrate.hidden import Hidden
+from qtool.calibrate.hidden import Hidden, device_memory
 from qtool.calibrate.steps import InStep
 from qtool.checkpoint._base import Module
 
@@ -45,7 +44,7 @@ def at_a_time(experts: Experts, readers: Collection[Module], hidden: Hidden, vis
     device = hidden.device
     limit = EXPERTS_LIMIT
     if device.type == "cuda":
-        limit = int(torch.cuda.get_device_properties(device).total_memory) // EXPERTS_PART
+        limit = device_memory(device) // EXPERTS_PART
     widths = {(m.role == "down"): m.shape[1] for m in readers}
     tokens = hidden.samples * hidden.length * min(1, visits / len(experts))
     each = sum(4 * k * k for k in widths.values()) + tokens * sum(widths.values()) * hidden.values.dtype.itemsize
@@ -67,6 +66,11 @@ def places_of(readers: Mapping[str, Module], abreast: int | None) -> Places:
             role = "down" if m.role == "down" else "in"
             found.setdefault(f"{role} {m.expert // abreast * abreast}", {})[m.expert] = reads
     return found
+
+
+def upcoming(places: Places, passed: Collection[str]) -> Collection[str]:
+    """Inputs at the first place that is not passed yet, where batches that start anew stop; none at the end."""
+    return next((members.values() for place, members in places.items() if place not in passed), ())
 
 
 class WaitingExperts:

@@ -21,6 +21,10 @@ SHARE = 0.25
 percent lower on SmolLM2-135M (0.084 instead of 0.090), for up to half the time of all forward passes."""
 
 
+class Enough(Exception):
+    """Leaves a block behind the last input that is looked at."""
+
+
 class Reference:
     """Hidden states of samples in the unquantized model; advanced block by block beside the quantized ones.
 
@@ -66,18 +70,22 @@ class Reference:
         """Whether anything is looked at in some samples; else no more than the block's output is wanted of them."""
         return bool(self.readers) and part.start < self.compared
 
-    def run(self, part: slice) -> tuple[dict[str, Tensor], Tensor | None]:
+    def run(self, part: slice, wanted: Collection[str] | None = None) -> tuple[dict[str, Tensor], Tensor | None]:
         """What `compute` finds, once per block where hidden states stay on a device."""
         if part.start in self.found:
             return self.found[part.start]
         with marked("unquantized forward passes"):
-            found = self.compute(part)
+            found = self.compute(part, None if self.keeps else wanted)
         if self.keeps:
             self.found[part.start] = found
         return found
 
-    def compute(self, part: slice) -> tuple[dict[str, Tensor], Tensor | None]:
+    def compute(self, part: slice, wanted: Collection[str] | None = None) -> tuple[dict[str, Tensor], Tensor | None]:
         """Runs the block on those of some samples that it has; several parts may run side by side.
+
+        Args:
+            part: the samples.
+            wanted: inputs, by `Module.reads`, behind which the block is not run on; None: all, and its output.
 
         Returns:
             (the inputs it was begun to look at, by `Module.reads`, [tokens, K], of the samples that are compared; the
@@ -89,12 +97,23 @@ class Reference:
             return seen, None
         assert self.block is not None
         block, first = twin(self.block), self.compared - part.start  # hooks of a twin see this part only
-        readers = self.readers if first > 0 else ()
+        readers = [m for m in self.readers if wanted is None or m.reads in wanted] if first > 0 else []
+        if wanted is not None and not readers:
+            return seen, None
+
+        def look(reads: str, x: Tensor) -> None:
+            seen[reads] = x[:first].flatten(0, -2)
+            if wanted is not None and len(seen) == len(readers):
+                raise Enough
+
         for m in readers:
             self.blocks.linear(block, m).register_forward_pre_hook(
-                lambda _, inputs, reads=m.reads: seen.__setitem__(reads, inputs[0][:first].flatten(0, -2))
+                lambda _, inputs, reads=m.reads: look(reads, inputs[0])
             )
-        output = self.blocks.output(block, self.index, self.hidden, part)
+        try:
+            output = self.blocks.output(block, self.index, self.hidden, part)
+        except Enough:
+            return seen, None
         if missing := {m.reads for m in readers} - seen.keys():
             raise misfit(block, f"did not run what reads {', '.join(sorted(missing))}")
         return seen, output
@@ -140,8 +159,8 @@ class SharedReference(Reference):
             every = {m.reads: m for m in reversed(self.blocks.modules[i]) if m.reads in self.looked_at}
             super().begin(i, reversed(every.values()), keep=True)
 
-    def run(self, part: slice) -> tuple[dict[str, Tensor], Tensor | None]:
-        """See `Reference.run`."""
+    def run(self, part: slice, wanted: Collection[str] | None = None) -> tuple[dict[str, Tensor], Tensor | None]:
+        """See `Reference.run`; everything, which another run may want."""
         key = part.start, part.stop
         if key not in self.seen:
             with marked("unquantized forward passes"):

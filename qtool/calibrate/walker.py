@@ -18,7 +18,7 @@ from qtool.calibrate.hidden import Hidden, waiting_limit
 from qtool.calibrate.infinite import finite_statistics
 from qtool.calibrate.inputs import rounded
 from qtool.calibrate.meter import Meter
-from qtool.calibrate.places import WaitingExperts, at_a_time, experts_in, meeting, places_of, stopping
+from qtool.calibrate.places import WaitingExperts, at_a_time, experts_in, meeting, places_of, stopping, upcoming
 from qtool.calibrate.reference import Reference
 from qtool.calibrate.steps import InStep
 from qtool.checkpoint._base import Layer, Module, QuantizedCheckpoint
@@ -108,7 +108,9 @@ class Walker(Blocks):
         meter = Meter({reads: m.shape[1] for reads, m in readers.items()}, needs, self.device, token_weights)
 
         def run(part: slice) -> None:
-            expected, ahead = reference.run(part) if reference and reference.compares(part) else ({}, None)
+            comparing = reference if reference and reference.compares(part) else None
+            wanted = None if suspend or experts else upcoming(places, passed)
+            expected, ahead = comparing.run(part, wanted) if comparing else ({}, None)
             meter.expect(part, expected)
             output = self.output(block, i, hidden, part, cache)
             if not keep:
@@ -123,6 +125,7 @@ class Walker(Blocks):
         parts, places = self.parts(hidden), places_of(readers, abreast)
         threads = (1, 1) if cache else self.shares(parts)
         flow = InStep(run, parts, list(places), meter.count, threads, suspend, self.ranks)
+        passed = flow.passed  # or batches would keep the flow, and that the block
 
         def complete(place: str) -> dict[str, InputStats]:
             return self.complete({readers[r]: meter.take(r) for r in places[place].values()}, block, hidden)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qtool.calibrate.blocks import TABLE_VALUES
 from qtool.calibrate.gradients import head_gradient
-from qtool.calibrate.hidden import MEMORY_LIMIT, waiting_limit
+from qtool.calibrate.hidden import waiting_limit
 from qtool.calibrate.walker import Walker
 from qtool.methods.learned import WAYS, Way
 from qtool.numerics.checks import checked_later
@@ -81,8 +81,7 @@ class Student:
         self.kept: dict[int, nn.Module] = {}
         self.values, self.learning = dict[int, dict[str, Tensor]](), False
         numbers = sum(m.shape[0] * m.shape[1] for i in self.walker.modules for m in self.walker.modules[i])
-        limit = MEMORY_LIMIT if task.device.type == "cpu" else waiting_limit(task.device)
-        self.keeps = numbers * task.dtype.itemsize <= limit
+        self.keeps = numbers * task.dtype.itemsize <= waiting_limit(task.device)
 
     def stored(self, name: str) -> Tensor:
         """A tensor as the model's file holds it, on the device."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 
 import pytest
 import torch
@@ -27,12 +28,14 @@ def test_samples_that_nobody_compares_go_through_once(
     walker = Walker(open_model(str(tiny_checkpoint("qwen3"))), torch.device("cpu"), torch.float32)
     monkeypatch.setattr(Walker, "parts", lambda self, hidden: [slice(i, i + 1) for i in range(hidden.samples)])
     tokens = torch.randint(0, 100, (8, 16), generator=torch.Generator().manual_seed(1))
-    hidden, reference, asked = walker.embed(tokens), Reference(walker, tokens, every=True), Counter[int]()
+    hidden, reference, asked = walker.embed(tokens), Reference(walker, tokens, every=True), Counter[tuple[int, bool]]()
     compute = reference.compute
 
-    def counted(part: slice) -> tuple[dict[str, Tensor], Tensor | None]:
-        asked[part.start] += 1
-        return compute(part)
+    def counted(part: slice, wanted: Collection[str] | None = None) -> tuple[dict[str, Tensor], Tensor | None]:
+        found = compute(part, wanted)
+        asked[part.start, found[1] is not None] += 1
+        assert wanted is None or found[0].keys() == set(wanted)
+        return found
 
     monkeypatch.setattr(reference, "compute", counted)
     block, plain = walker.load_block(0), Hidden(*hidden.values.shape, hidden.values.dtype)
@@ -43,5 +46,6 @@ def test_samples_that_nobody_compares_go_through_once(
     walker.advance(walker.load_block(0), 0, plain)
     assert torch.equal(reference.outputs.values, plain.values)
     assert reference.compared == 2
-    anew = 5 if limit == 0 and Drift in needs else 1  # at four inputs, and to the end
-    assert asked == {i: anew if i < reference.compared else 1 for i in range(8)}
+    through = {(i, True): 1 for i in range(8)}
+    anew = {(i, False): 5 for i in range(reference.compared)}  # up to each of four inputs, and for none at the end
+    assert asked == (through | anew if limit == 0 and Drift in needs else through)

@@ -125,7 +125,9 @@ def test_batches_wait_on_a_device_in_less_room_where_a_block_is_trained(monkeypa
     properties = SimpleNamespace(total_memory=160 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     device = torch.device("cuda")
-    assert (waiting_limit(device), waiting_limit(device, trains=True)) == (40 << 30, 10 << 30)
+    for part, gib in ((1.0, 160), (0.5, 80)):  # of which others may have some
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device, part=part: part)
+        assert (waiting_limit(device), waiting_limit(device, trains=True)) == (gib << 28, gib << 26)
 
 
 @pytest.mark.parametrize(("keep", "begun"), [(False, 3), (True, 12)])

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from qtool.calibrate import blocks
+from qtool.calibrate import hidden as hidden_module
 from qtool.checkpoint.open import open_checkpoint
 from qtool.errors import PlanError
 from qtool.formats._base import Quantized, expand
@@ -16,7 +17,6 @@ from qtool.models import open_artifact
 from qtool.pipeline.prepare import prepare
 from qtool.pipeline.quantize import QuantizeOptions, run
 from qtool.residuals._base import Matrix
-from qtool.stages import _student
 from qtool.stages._base import StageTask
 from qtool.stages._movable import MovableVector, Scales
 from qtool.stages._student import Student, Teacher
@@ -176,7 +176,7 @@ def test_same_task_same_result_whether_blocks_are_kept_or_not(task, monkeypatch)
     made, _ = task("llama")
     stage = Distill(epochs=2, batch=3, rate=0.002)
     kept = stage.run(made)
-    monkeypatch.setattr(_student, "MEMORY_LIMIT", 0)
+    monkeypatch.setattr(hidden_module, "MEMORY_LIMIT", 0)
     again = stage.run(made)
     assert again.about == kept.about
     assert kept.about["best epoch"] > 0

@@ -94,7 +94,7 @@ def fuses(x: Tensor) -> bool:
 def add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
     """Adds X^T Y to a total, float32 [K, L]; x [T, K] and y [T, L] of one type, float32 or one that `fuses`."""
     if fuses(x):
-        total += torch.mm(x.T, y, out_dtype=torch.float32)
+        torch.addmm(total, x.T, y, torch.float32, out=total)
     else:
         total.addmm_(x.T, y)
 
@@ -192,5 +192,8 @@ class GramSum:
             self._add_codes()
             self._unfold()
         else:
-            self.lower = self.lower.tril() + self.lower.tril(-1).T
+            for a, b in strips(len(self.lower), self.lower.device):
+                corner = self.lower[a:b, a:b]
+                corner.copy_(corner.tril() + corner.tril(-1).T)
+                self.lower[a:b, b:] = self.lower[b:, a:b].T
         return self.lower

@@ -20,7 +20,9 @@ from qtool.numerics.solving.gram import FUSED
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:
     """Two bfloat16 tensors whose sum is nearly x, the larger first."""
     high = x.bfloat16()
-    return high, (x - high).bfloat16()
+    low = torch.empty_like(high)
+    torch.sub(x, high, out=low)
+    return high, low
 
 
 def subtract_product(total: Tensor, matrix: Tensor, x: Tensor) -> None:
