@@ -79,7 +79,11 @@ def split(samples: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     return order[judging:].sort().values, order[:judging].sort().values
 
 
-def ignore(losses: Mapping[str, float]) -> None:
+Course = Sequence[tuple[int, float | None, float]]
+"""Of a training: (steps done, loss on samples that it learns from, if it was measured; loss on those held out)."""
+
+
+def ignore(losses: Mapping[str, float], course: Course) -> None:
     """Takes what nobody asked for."""
 
 
@@ -103,7 +107,7 @@ class BlockTask:
         device, dtype: where blocks run, and in which type.
         seed: for what is drawn at random.
         token_weights: how much each token's error counts, float32 [S, T]; None: all alike.
-        note: takes what the method measured, for the report: losses before and after, by name.
+        note: takes what the method measured, for the report: losses before and after, by name, and between.
     """
 
     block: int
@@ -120,7 +124,7 @@ class BlockTask:
     dtype: torch.dtype
     seed: int
     token_weights: Tensor | None = None
-    note: Callable[[Mapping[str, float]], None] = ignore
+    note: Callable[[Mapping[str, float], Course], None] = ignore
 
     def run(
         self, part: Part, weights: Mapping[str, Tensor], residuals: Mapping[str, tuple[Correction, ...]] | None = None

@@ -103,24 +103,25 @@ class Learned(BlockMethod):
             optimizer(self.optimizer, [(leaf, own if decides else self.scale_rate) for leaf, decides in leaves])
             for leaves in (several.relaxed.leaves() for several in variables)
         ]
-        start = best = errors.held_out(decoded(trained), unseen)
+        some = seen[: len(unseen)]
+        course = [(0, *errors.both(trained, some, unseen))]
+        start = best = course[0][2]
         gradients = Gradients(errors, variables, self.penalty * start)
-        kept, idle = dict[str, Solution](), 0
+        kept, idle, end = dict[str, Solution](), 0, course[0]
         for i in range(self.steps):
             part = seen[torch.randperm(len(seen), generator=generator)[: self.batch]]
             gradients(part, i / self.steps, [partial(step, self.share(i / self.steps)) for step in steps])
             if (i + 1) % max(1, self.steps // CHECKS) == 0 or i + 1 == self.steps:
                 ends = {name: quantized for several in variables for name, quantized in several.solutions().items()}
                 solutions = {name: Solution(ends[name], start.fallback) for name, start in trained.items()}
-                error, idle = errors.held_out(decoded(solutions), unseen), idle + 1
-                if error < best:
-                    best, kept, idle = error, solutions, 0
+                course.append((i + 1, *errors.both(solutions, some, unseen)))
+                idle += 1
+                if course[-1][2] < best:
+                    best, kept, idle, end = course[-1][2], solutions, 0, course[-1]
                 if idle == self.patience:
                     break
-        some = seen[: len(unseen)]
-        losses = {"training before": errors.held_out(decoded(trained), some)}
-        losses["training after"] = errors.held_out(decoded({**trained, **kept}), some)
-        task.note(losses | {"held out before": start, "held out after": best})
+        losses = {"training before": course[0][1], "training after": end[1]}
+        task.note(losses | {"held out before": start, "held out after": best}, course)
         return kept
 
     def share(self, progress: float) -> float:
@@ -186,6 +187,11 @@ class Errors:
         parts = torch.split(part, max(1, PIECE // self.task.inputs[part[:1]].shape[1]) if several else 1)
         errors = torch.stack([self(weights, self.given(s)) for s in parts]).double().cpu()
         return float((errors * torch.tensor([len(s) for s in parts])).sum() / len(part))
+
+    def both(self, solutions: Mapping[str, Solution], seen: Tensor, unseen: Tensor) -> tuple[float, float]:
+        """The same of codes, on samples of the training and on those held out."""
+        weights = decoded(solutions)
+        return self.held_out(weights, seen), self.held_out(weights, unseen)
 
 
 def decoded(solutions: Mapping[str, Solution]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from qtool.pipeline.events import Event, Listener, remarks
 from qtool.pipeline.prepare import Job
 from qtool.pipeline.stopwatch import Stopwatch
 from qtool.plan import Plan
-from qtool.report.model import FinishEntry
+from qtool.report.model import FinishEntry, course_entries
 from qtool.report.summary import measured
 from qtool.stages._base import Stage, StageResult, StageTask
 from qtool.store.overlay import Overlaid, read_overlay, write_overlay
@@ -55,10 +55,11 @@ def finish(
             if found is None:
                 found = solved(stage, task_of(job, model, tokens if stage.needs_tokens else None, listener, name))
                 keep_shared(job.plan, model, Overlaid(model, found.params, found.tensors, name), found, name)
-                write_overlay(path, found.params, found.tensors, found.about, key)
+                write_overlay(path, found.params, found.tensors, found.about, key, found.course)
             model = Overlaid(model, found.params, found.tensors, name)
         changed = len(found.params) + len(found.tensors)
-        entries.append(FinishEntry(name=stage.name(), changed=changed, about=dict(found.about)))
+        course = course_entries(found.course)
+        entries.append(FinishEntry(name=stage.name(), changed=changed, about=dict(found.about), course=course))
         listener(Event(name, 1, 1, measured(entries[-1])))
     return model, tuple(entries)
 
@@ -121,4 +122,4 @@ def solved(stage: Stage, task: StageTask) -> StageResult:
     found = stage.run(task)
     params = {module: {name: t.detach().cpu() for name, t in own.items()} for module, own in found.params.items()}
     tensors = {name: t.detach().cpu() for name, t in found.tensors.items()}
-    return StageResult(params, tensors, found.about)
+    return StageResult(params, tensors, found.about, found.course)

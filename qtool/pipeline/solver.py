@@ -14,7 +14,7 @@ from torch import Tensor
 from qtool.calibrate.inputs import fit_static
 from qtool.checkpoint._base import Layer, QuantizedCheckpoint
 from qtool.errors import NumericsError
-from qtool.methods._base import BlockTask, Method, Solution
+from qtool.methods._base import BlockTask, Course, Method, Solution
 from qtool.numerics.threads.marks import marked
 from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline.abreast import solve_alike
@@ -27,7 +27,7 @@ from qtool.pipeline.solve import TAKEN_OVER, informed, refuse_infinite, solve, t
 from qtool.pipeline.stacked import solve_stacked
 from qtool.pipeline.units import Unit
 from qtool.plan import LayerPlan
-from qtool.report.model import BlockEntry, LayerEntry
+from qtool.report.model import BlockEntry, LayerEntry, course_entries
 from qtool.residuals._base import Matrix
 from qtool.stats._base import InputStats
 from qtool.stats.gram import gram_of
@@ -192,9 +192,10 @@ class UnitSolver:
                     self.accept(p, solutions[name], full)
             yield self.found(iter(solutions))
 
-    def note(self, block: int, method: str, losses: Mapping[str, float]) -> None:
+    def note(self, block: int, method: str, losses: Mapping[str, float], course: Course) -> None:
         """Keeps what a method measured."""
-        self.blocks.append(BlockEntry(block=block, method=method, losses=dict(losses)))
+        entry = BlockEntry(block=block, method=method, losses=dict(losses), course=course_entries(course))
+        self.blocks.append(entry)
 
     def completed(self, task: BlockTask, plans: Mapping[str, LayerPlan]) -> BlockTask:
         """The task with modules to solve."""

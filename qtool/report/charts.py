@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from markupsafe import Markup
 
 from qtool.report import plots
-from qtool.report.model import LayerEntry, Report
+from qtool.report.model import CourseEntry, LayerEntry, Report
 from qtool.report.plots import Point, Series
-from qtool.report.summary import decibels, errors, measures_output, model_bytes, roles, stored_as, weights
+from qtool.report.summary import (
+    best_step,
+    decibels,
+    errors,
+    measures_output,
+    model_bytes,
+    number,
+    roles,
+    stored_as,
+    weights,
+)
 from qtool.report.units import size
 
 COLORS, SHADES = 9, 5
@@ -189,3 +199,23 @@ def percentiles(report: Report) -> Chart | None:
     note = "KL divergence that so many positions of the text stay below, nats, on a logarithmic scale."
     svg = plots.rising(series, list(QUANTILES), "positions", "Percentiles of KL divergence")
     return Chart("Divergence over positions", note, legend(series), Markup(svg))
+
+
+TRAINING = [("c0", "training"), ("c2", "held out")]
+"""Legend of the plots of trainings."""
+
+
+def training(course: Sequence[CourseEntry]) -> Markup:
+    """Both losses over the steps of a training; a ring marks the state that was kept."""
+    kept = best_step(course)
+    (seen, learned), (unseen, held_out) = TRAINING
+    first = [Point(e.step, e.training, says(e)) for e in course if e.training is not None and math.isfinite(e.training)]
+    second = [Point(e.step, e.held_out, says(e), e.step == kept) for e in course if math.isfinite(e.held_out)]
+    shown = [s for s in (Series(learned, seen, first), Series(held_out, unseen, second)) if s.values]
+    return Markup(plots.small(shown, "Losses over the steps of a training")) if shown else Markup()
+
+
+def says(at: CourseEntry) -> str:
+    """What a mark of a training says when pointed at."""
+    learned = "" if at.training is None else f"training {number(at.training)}, "
+    return f"{at.step}: {learned}held out {number(at.held_out)}"

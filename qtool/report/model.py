@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from qtool.evaluate.result import Evaluation, Proof, TaskEvaluation
+from qtool.methods._base import Course
 
 Count = Annotated[int, Field(gt=0, lt=2**63)]
 Size = Annotated[int, Field(ge=0, lt=2**63)]
@@ -57,6 +58,29 @@ class LayerEntry(Entry):
     target_error_db: float | None = None
 
 
+class CourseEntry(Entry):
+    """How far a training had come.
+
+    Attributes:
+        step: steps, or epochs, that had been taken; 0: the start.
+        training: loss on samples that it learned from, of the state at that step or, for epochs, on the way there; None
+            where it was not measured.
+        held_out: loss on the others, of the state at that step.
+    """
+
+    step: Size
+    training: float | None
+    held_out: float
+
+
+def course_entries(course: Course) -> tuple[CourseEntry, ...]:
+    """A training as a report holds it, to six digits."""
+    return tuple(
+        CourseEntry(step=step, training=None if seen is None else float(f"{seen:.6g}"), held_out=float(f"{unseen:.6g}"))
+        for step, seen, unseen in course
+    )
+
+
 class BlockEntry(Entry):
     """What a method that solves decoder blocks as a whole says of one.
 
@@ -64,11 +88,13 @@ class BlockEntry(Entry):
         block: its index.
         method: its name.
         losses: what it measured, by name: before and after, on samples that it learned from and on others.
+        course: both losses between; empty if nothing was trained.
     """
 
     block: Index
     method: str
     losses: dict[str, float]
+    course: tuple[CourseEntry, ...] = ()
 
 
 class CacheEntry(Entry):
@@ -95,11 +121,13 @@ class FinishEntry(Entry):
         name: of the stage; the recipe has its options.
         changed: matrices and other tensors in which it replaced numbers.
         about: what it measured.
+        course: of what it trained, epoch by epoch; empty if it trains nothing.
     """
 
     name: str
     changed: Size
     about: dict[str, float | str]
+    course: tuple[CourseEntry, ...] = ()
 
 
 class AllocationEntry(Entry):

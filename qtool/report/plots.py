@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 LEFT, RIGHT, TOP, BOTTOM = 66.0, 12.0, 12.0, 50.0
 """Margins around the plotting area: tick labels and axis titles stand in them."""
+ROOM = 3.0
+"""Around a small plot."""
 
 
 class Series(NamedTuple):
@@ -123,6 +125,18 @@ class Axes:
         return tag("svg", content, viewBox=box, role="img", aria_label=label, xmlns="http://www.w3.org/2000/svg")
 
 
+class Bare(Axes):
+    """The same with nothing beside the plotting area but room for marks at its edge."""
+
+    def px(self, x: float) -> float:
+        """See `Axes.px`."""
+        return ROOM + (x - self.x0) / (self.x1 - self.x0) * (self.width - 2 * ROOM)
+
+    def py(self, y: float) -> float:
+        """See `Axes.py`."""
+        return self.height - ROOM - (y - self.y0) / (self.y1 - self.y0) * (self.height - 2 * ROOM)
+
+
 def span(values: Iterable[float], pad: float = 0.06) -> tuple[float, float]:
     """The range of values, a little wider."""
     values = list(values)
@@ -192,14 +206,22 @@ def lines(
     x_high = max(p.x for p in points)
     axes = Axes((760.0, 330.0), (-0.5, x_high + 0.5), span(y or [p.y for p in points]))
     drawn = [axes.frame(x_title, y_title, whole(ticks(0, x_high, 8)), ticks(axes.y0, axes.y1))]
-    for each in series:
-        path = " ".join(f"{trim(axes.px(p.x))},{trim(axes.py(p.y))}" for p in each.values)
-        marks = "".join(
-            tag("circle", hover(p.title), cx=axes.px(p.x), cy=axes.py(p.y), r=2.6, **ring(p.marked))
-            for p in each.values
-        )
-        drawn.append(tag("g", tag("polyline", points=path) + marks, class_=f"series {each.style}"))
-    return axes.svg(label, "".join(drawn))
+    return axes.svg(label, "".join([*drawn, *(joined(axes, each) for each in series)]))
+
+
+def small(series: Sequence[Series], label: str) -> str:
+    """The same without axes, to stand in a line of a table."""
+    points = [p for each in series for p in each.values]
+    axes = Bare((160.0, 44.0), span(p.x for p in points), span(p.y for p in points))
+    return axes.svg(label, "".join(joined(axes, each) for each in series))
+
+
+def joined(axes: Axes, series: Series) -> str:
+    """Points at their places, and a line through them."""
+    at = [(axes.px(p.x), axes.py(p.y), p) for p in series.values]
+    path = " ".join(f"{trim(x)},{trim(y)}" for x, y, _ in at)
+    marks = "".join(tag("circle", hover(p.title), cx=x, cy=y, r=2.6, **ring(p.marked)) for x, y, p in at)
+    return tag("g", tag("polyline", points=path) + marks, class_=f"series {series.style}")
 
 
 def ring(marked: bool) -> dict[str, str]:

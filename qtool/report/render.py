@@ -18,8 +18,7 @@ from pydantic import ValidationError
 
 from qtool.checkpoint.config import read_text
 from qtool.errors import CheckpointError
-from qtool.report import budget, meaning, quality, summary, units
-from qtool.report.charts import charts
+from qtool.report import budget, charts, meaning, quality, summary, units
 from qtool.report.model import Report
 from qtool.store.files import new_file
 from qtool.store.markdown import code_span, escape_markdown, fence
@@ -71,7 +70,7 @@ def read_report(path: Path) -> Report:
 def html(report: Report) -> str:
     """The page."""
     environment = environment_for(autoescape=True)
-    return environment.get_template("page.html.j2").render(**context(report), charts=charts(report))
+    return environment.get_template("page.html.j2").render(**context(report), c=charts, charts=charts.charts(report))
 
 
 def markdown(report: Report) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 from qtool.evaluate.result import Evaluation
 from qtool.report.meaning import meaning
-from qtool.report.model import FinishEntry, LayerEntry, Report
+from qtool.report.model import CourseEntry, FinishEntry, LayerEntry, Report
 from qtool.report.units import duration, size
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down", "embedding", "head")
@@ -219,6 +219,11 @@ def cards(report: Report) -> list[tuple[str, str, str]]:
 def loss_names(report: Report) -> list[str]:
     """What methods that solve blocks measured: heads of a table's columns."""
     return list(dict.fromkeys(name for entry in report.blocks for name in entry.losses))
+
+
+def best_step(course: Sequence[CourseEntry]) -> int | None:
+    """After how many steps held-out samples lost least; None if nothing was trained."""
+    return min(course, key=lambda at: at.held_out).step if course else None
 
 
 def measured(stage: FinishEntry) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint._base import Checkpoint, QuantizedCheckpoint
+from qtool.methods._base import Course
 from qtool.plan.layers import LayerPlan, Plan
 from qtool.spec import Spec
 
@@ -69,11 +70,13 @@ class StageResult:
         params: parameters to replace, by module and name, and codes as "codes"; those that are missing stay.
         tensors: tensors that are stored as they are, to replace, by name.
         about: numbers and words for the report.
+        course: of a training, epoch by epoch.
     """
 
     params: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     about: Mapping[str, float | str] = field(default_factory=dict)
+    course: Course = ()
 
 
 class Stage(Spec):

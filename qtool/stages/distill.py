@@ -12,6 +12,7 @@ bytes while it goes on, with the optimizer's and those of the best state.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from pydantic import Field
@@ -68,9 +69,11 @@ class Distill(Stage):
         moving = student.everything()
         start = least = student.divergence(unseen)
         best, epoch, learned = states(moving), 0, list[float]()
+        course: list[tuple[int, float | None, float]] = [(0, None, start)]
         for losses in self.train(task, student, seen):
             learned.append(losses)
             divergence = student.divergence(unseen)
+            course.append((len(learned), losses, divergence))
             task.progress(len(learned), self.epochs, f"divergence {losses:.4f}, held out {divergence:.4f}")
             if divergence < least:
                 least, best, epoch = divergence, states(moving), len(learned)
@@ -79,7 +82,8 @@ class Distill(Stage):
                 variable.copy_(value)
         about = {"held out before": start, "held out": least, "best epoch": float(epoch)}
         about |= {"learned first": learned[0], "learned last": learned[-1]}
-        return result(moving, about) if epoch else StageResult(about=about)
+        found = result(moving, about) if epoch else StageResult(about=about)
+        return replace(found, course=course)
 
     def train(self, task: StageTask, student: Student, seen: Tensor) -> Iterator[float]:
         """Mean divergence of each epoch, while it goes on."""

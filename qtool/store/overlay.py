@@ -17,6 +17,7 @@ from torch import Tensor
 from qtool.checkpoint._base import QuantizedCheckpoint, TensorInfo
 from qtool.checkpoint.safetensors_io import SafetensorsFile, SafetensorsWriter
 from qtool.errors import CheckpointError
+from qtool.methods._base import Course
 from qtool.numerics.checks import finite
 from qtool.numerics.checksum import Checksum
 from qtool.residuals._base import Matrix
@@ -122,7 +123,12 @@ def flat(params: Params, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_overlay(
-    path: Path, params: Params, tensors: Mapping[str, Tensor], about: Mapping[str, float | str], run: str
+    path: Path,
+    params: Params,
+    tensors: Mapping[str, Tensor],
+    about: Mapping[str, float | str],
+    run: str,
+    course: Course = (),
 ) -> None:
     """Writes the file, whole or not at all.
 
@@ -132,11 +138,12 @@ def write_overlay(
         tensors: see `Overlaid`.
         about: what there is to report.
         run: what identifies the run that found them, all before it included.
+        course: of the training that found them.
 
     Raises:
         StorageError: the disk is full or not writable.
     """
-    header, content = json.dumps([run, dict(about)]), flat(params, tensors)
+    header, content = json.dumps([run, dict(about), list(course)]), flat(params, tensors)
     infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in content.items()}
     metadata = {"content": header, "seal": _digest(content, header)}
     with new_file(path) as partial, SafetensorsWriter(partial, infos, metadata) as writer:
@@ -146,8 +153,8 @@ def write_overlay(
 
 def read_overlay(
     path: Path, run: str
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, float | str]] | None:
-    """(params, tensors, about) of a file that this very run wrote; None: there is none, or it is another run's.
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, float | str], Course] | None:
+    """(params, tensors, about, course) of a file that this very run wrote; None: there is none, or it is another run's.
 
     Raises:
         CheckpointError: damaged.
@@ -157,7 +164,7 @@ def read_overlay(
     file = SafetensorsFile(path)
     try:
         header, seal = file.metadata["content"], file.metadata["seal"]
-        found, about = json.loads(header)
+        found, about, course = json.loads(header)
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     content = {name: file.read(name) for name in file.entries}
@@ -169,7 +176,7 @@ def read_overlay(
     for name in [name for name in content if f".{WEIGHT}" in name]:
         module, _, own = name.rpartition(f".{WEIGHT}")
         params.setdefault(module, {})[own] = content.pop(name)
-    return params, content, about
+    return params, content, about, course
 
 
 def _digest(content: Mapping[str, Tensor], header: str) -> str:

@@ -68,10 +68,26 @@ def make_task(label: str, seed: int = 0) -> BlockTask:
     )
 
 
-def textbook(task: BlockTask, steps: int, batch: int, holdout: float) -> dict[str, torch.Tensor]:
-    """AutoRound's loop for symmetric integers of 3 bits, its variables unbounded; the best of eight looks at codes."""
+def mean_error(task, weights, part) -> float:
+    """Of a block's outputs, relative to tokens' energies."""
+    out, target = forward(task.inputs[part], weights), task.targets[part]
+    return float(((out - target).square().sum(-1) / target.square().sum(-1)).mean())
+
+
+def textbook(task: BlockTask, steps: int, batch: int, holdout: float) -> tuple[dict[str, torch.Tensor], list]:
+    """AutoRound's loop for symmetric integers of 3 bits, its variables unbounded; the best of eight looks at codes.
+
+    Returns:
+        (codes; steps done, errors on some samples of the training and on those held out, from the start on).
+    """
     train, unseen = task.split(holdout)
-    best, kept = torch.inf, {}
+    best, kept, looks = torch.inf, {}, []
+
+    def look(step, weights):
+        looks.append((step, mean_error(task, weights, train[: len(unseen)]), mean_error(task, weights, unseen)))
+        return looks[-1][2]
+
+    look(0, {name: solution.quantized.decode() for name, solution in task.found.items()})
     generator = torch.Generator().manual_seed(task.seed + task.block)
     v, scale = {}, {}
     for name, w in task.weights.items():
@@ -99,20 +115,28 @@ def textbook(task: BlockTask, steps: int, batch: int, holdout: float) -> dict[st
             v = {name: value - rate * grad.sign() for (name, value), grad in zip(v.items(), grads, strict=True)}
         if (i + 1) % (steps // 8) == 0:
             levels = {name: (w / scale[name] + v[name]).round().clamp(-4, 3) for name, w in task.weights.items()}
-            out = forward(task.inputs[unseen], {name: scale[name] * level for name, level in levels.items()})
-            target = task.targets[unseen]
-            error = float(((out - target).square().sum(-1) / target.square().sum(-1)).mean())
+            error = look(i + 1, {name: scale[name] * level for name, level in levels.items()})
             if error < best:
                 best, kept = error, {name: level.add(4).to(torch.uint8) for name, level in levels.items()}
-    return kept
+    return kept, looks
 
 
-def test_codes_are_those_of_the_textbook_loop():
+def test_codes_and_what_is_said_of_the_training_are_those_of_the_textbook_loop():
     task = make_task("int3-g32")  # few steps: the sign of a gradient near zero is up to rounding, and decides the rest
+    said = []
+    task = replace(task, note=lambda losses, course: said.append((losses, course)))
     found = Learned(steps=8, batch=6, holdout=0.25).solve_block(task)
-    for name, codes in textbook(task, 8, 6, 0.25).items():
+    kept, looks = textbook(task, 8, 6, 0.25)
+    for name, codes in kept.items():
         assert (task.found[name].quantized.codes != codes).sum() > 500
         assert (found[name].quantized.codes != codes).sum() <= 2
+    ((losses, course),) = said
+    assert [step for step, *_ in course] == list(range(9))
+    assert [pair for _, *pair in course] == [pytest.approx(pair, rel=1e-3) for _, *pair in looks]
+    assert looks[0][1] > 1.01 * looks[-1][1] and looks[0][2] > 1.01 * looks[-1][2]
+    best = min(course, key=lambda look: look[2])
+    ends = [losses[f"{which} {when}"] for which in ("training", "held out") for when in ("before", "after")]
+    assert ends == [course[0][1], best[1], course[0][2], best[2]]
 
 
 @pytest.mark.parametrize("scales", [False, True])
@@ -237,7 +261,7 @@ def test_nothing_won_for_long_ends_the_training(monkeypatch):
     held = Errors.held_out
     monkeypatch.setattr(Errors, "held_out", lambda self, *a: looks.append(1) or held(self, *a))
     Learned(steps=80, batch=2, holdout=0.25, rate=1.0, patience=2).solve_block(make_task("int4-g32"))
-    assert len(looks) == 1 + 2 + 2  # before, twice in vain, and the two numbers of training samples
+    assert len(looks) == 2 * (1 + 2)  # before, and twice in vain; on samples of both kinds
 
 
 def test_lion_is_the_sign_of_a_mean_over_steps():

@@ -239,12 +239,12 @@ def test_mistakes_are_told_before_weights_are_read(tiny_checkpoint, tmp_path, st
 def test_a_file_of_replaced_numbers_is_what_was_written(tiny_checkpoint, tmp_path):
     path = tmp_path / "x.safetensors"
     params, tensors = {"a.b": {"scale": torch.tensor([1.5, 2.0])}}, {"n.weight": torch.tensor([3.0]).bfloat16()}
-    write_overlay(path, params, tensors, {"loss": 0.25, "why": "so"}, "run-1")
+    write_overlay(path, params, tensors, {"loss": 0.25, "why": "so"}, "run-1", [(0, None, 0.5), (1, 0.3, 0.25)])
     assert set(load_file(path)) == {"a.b.weight.scale", "n.weight"}
     found = read_overlay(path, "run-1")
     assert torch.equal(found[0]["a.b"]["scale"], params["a.b"]["scale"])
     assert torch.equal(found[1]["n.weight"], tensors["n.weight"])
-    assert found[2] == {"loss": 0.25, "why": "so"}
+    assert found[2:] == ({"loss": 0.25, "why": "so"}, [[0, None, 0.5], [1, 0.3, 0.25]])
     assert read_overlay(path, "run-2") is None
     assert read_overlay(tmp_path / "none", "run-1") is None
     with safe_open(path, "pt") as file:

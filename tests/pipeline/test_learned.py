@@ -6,6 +6,7 @@ import pytest
 
 from qtool.methods import _repeated
 from qtool.pipeline.quantize import QuantizeOptions, run
+from qtool.report.render import read_report
 from tests.methods.test_repeated import Recorder
 
 RECIPE = """
@@ -49,12 +50,20 @@ def test_divergence_falls_and_bytes_repeat(tiny_checkpoint, texts, tmp_path, wei
     for entry in found.blocks:
         assert 0 < entry.losses["held out after"] <= entry.losses["held out before"] < 1
         assert 0 < entry.losses["training after"] <= entry.losses["training before"] < 1
+        assert [at.step for at in entry.course] == [0, 7, 14, 21, 28, 35, 42, 49, 56, 60]
+        assert entry.course[0].training == pytest.approx(entry.losses["training before"], rel=1e-5)
+        assert entry.course[0].held_out == pytest.approx(entry.losses["held out before"], rel=1e-5)
+        best = min(entry.course, key=lambda at: at.held_out)
+        assert best.training == pytest.approx(entry.losses["training after"], rel=1e-5)
+        assert best.held_out == pytest.approx(entry.losses["held out after"], rel=1e-5)
     assert start.blocks == ()
+    assert read_report(tmp_path / "found" / "report.json").blocks == found.blocks
     for page in ("report.md", "report.html"):
         assert "held out after" in (tmp_path / "found" / page).read_text()
     lines = (tmp_path / "found" / "report.md").read_text().split("## Blocks")[1].splitlines()
     rows = [line for line in lines if line.startswith("| 1 | learned |")]
     assert len(rows) == 1
+    assert rows[0].split("|")[3].strip() == str(best.step)
     assert float(rows[0].split("|")[-2]) == pytest.approx(found.blocks[1].losses["held out after"], rel=0.01)
 
 

@@ -6,8 +6,10 @@ import re
 
 import pytest
 
-from qtool.report.charts import depth, percentiles, shade, shares
+from qtool.report.charts import depth, percentiles, shade, shares, training
+from qtool.report.model import BlockEntry, FinishEntry, course_entries
 from qtool.report.plots import usual
+from qtool.report.render import html, markdown
 
 
 def test_one_spike_does_not_set_the_scale():
@@ -59,3 +61,32 @@ def test_percentiles_are_decades_apart(report):
     assert list(at) == ["median", "90 %", "95 %", "99 %", "99.9 %", "largest"]
     assert at["median"] - at["90 %"] == pytest.approx(at["90 %"] - at["99 %"], abs=0.05)
     assert percentiles(report.model_copy(update={"evaluations": ()})) is None
+
+
+def test_a_training_has_both_losses_and_a_ring_at_what_was_kept(report):
+    course = course_entries([(0, 0.2, 0.30000004), (25, 0.15, 0.25), (50, 0.1, 0.27), (75, 0.05, float("inf"))])
+    assert course[0].held_out == 0.3
+    svg = str(training(course))
+    titles = re.findall(r"<title>(.*?)</title>", svg)
+    assert titles[:4] == [
+        "0: training 0.200, held out 0.300", "25: training 0.150, held out 0.250", "50: training 0.100, held out 0.270",
+        "75: training 0.0500, held out inf",
+    ]  # fmt: skip
+    assert titles[4:] == titles[:3]
+    assert re.findall(r'class="ring"><title>(.*?)</title>', svg) == ["25: training 0.150, held out 0.250"]
+    epochs = course_entries([(0, None, 0.5), (1, 0.6, 0.4)])
+    assert re.findall(r"<title>(.*?)</title>", str(training(epochs))) == [
+        "1: training 0.600, held out 0.400", "0: held out 0.500", "1: training 0.600, held out 0.400",
+    ]  # fmt: skip
+    assert training(course_entries([(0, None, float("nan"))])) == ""
+    losses = {"held out before": 0.3}
+    blocks = (
+        BlockEntry(block=0, method="learned", losses=losses, course=course),
+        BlockEntry(block=1, method="another", losses=losses),
+    )
+    stage = FinishEntry(name="distill", changed=1, about={}, course=epochs)
+    told = report.model_copy(update={"blocks": blocks, "finish": (stage,)})
+    page = html(told)
+    assert page.count(svg) == page.count(str(training(epochs))) == 1
+    lines = [line for line in markdown(told).splitlines() if "| learned |" in line or "| another |" in line]
+    assert lines == ["| 0 | learned | 25 | 0.300 |", "| 1 | another | - | 0.300 |"]

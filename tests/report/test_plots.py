@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from qtool.report.plots import Point, Series, grid, histogram, lines, ticks
+from qtool.report.plots import Point, Series, grid, histogram, lines, small, ticks
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -37,6 +37,23 @@ def test_points_stand_at_their_values():
     assert [i for i, c in enumerate(circles) if c.get("class") == "ring"] == [4]
     path = [tuple(map(float, xy.split(","))) for xy in root.find(f".//{SVG}polyline").get("points").split()]
     assert path == [(float(c.get("cx")), float(c.get("cy"))) for c in circles]
+
+
+def test_a_small_plot_goes_from_edge_to_edge():
+    series = {"c0": [(0, 5.0), (10, 3.0), (40, 1.0)], "c2": [(0, 4.0), (40, 2.0)]}
+    given = [Series(style, style, [Point(x, y, f"{x}", y == 2.0) for x, y in at]) for style, at in series.items()]
+    root = parse(small(given, "losses"))
+    width, height = map(float, root.get("viewBox").split()[2:])
+    for group in root.iter(f"{SVG}g"):
+        circles = list(group.iter(f"{SVG}circle"))
+        found = [(float(c.get("cx")), float(c.get("cy"))) for c in circles]
+        own = series[group.get("class").removeprefix("series ")]
+        shares = [((x / 40 + 0.06) / 1.12, ((y - 1) / 4 + 0.06) / 1.12) for x, y in own]
+        wanted = [(3 + x * (width - 6), height - 3 - y * (height - 6)) for x, y in shares]
+        np.testing.assert_allclose(found, wanted, atol=0.006)
+        assert [c.get("class") for c in circles if c.find(f"{SVG}title").text == "40"] == [
+            "ring" if group.get("class") == "series c2" else None
+        ]
 
 
 def test_bars_are_as_high_as_counts_and_stand_on_each_other():
@@ -87,4 +104,5 @@ def test_ticks_are_round_and_inside(low, high, count, want):
 def test_equal_values_have_a_picture_too(values):
     points = [Point(float(x), y, "") for x, y in enumerate(values)]
     assert len(list(parse(lines([Series("q", "c0", points)], "x", "y", "l")).iter(f"{SVG}circle"))) == len(values)
+    assert len(list(parse(small([Series("q", "c0", points)], "l")).iter(f"{SVG}circle"))) == len(values)
     assert len(list(parse(histogram([Series("q", "c0", values)], "x", "y", "l")).iter(f"{SVG}rect"))) == 1

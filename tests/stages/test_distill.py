@@ -154,6 +154,11 @@ def test_divergence_falls_on_a_text_of_its_own(weights, activations, left, recip
     (entry,) = after.finish
     assert entry.about["held out"] < entry.about["held out before"]
     assert entry.about["learned last"] < entry.about["learned first"]
+    assert [at.step for at in entry.course] == [0, 1, 2, 3, 4]
+    about = entry.about
+    assert entry.course[0].held_out == pytest.approx(about["held out before"], rel=1e-5)
+    assert min(at.held_out for at in entry.course) == pytest.approx(about["held out"], rel=1e-5)
+    assert entry.course[int(about["best epoch"])].held_out == pytest.approx(about["held out"], rel=1e-5)
     for name in found.layers:
         assert torch.equal(found.matrix(name).quantized.codes, start.matrix(name).quantized.codes)
     norm = "model.layers.0.input_layernorm.weight"
@@ -184,6 +189,29 @@ def test_same_task_same_result_whether_blocks_are_kept_or_not(task, monkeypatch)
         assert all(torch.equal(p, again.params[module][name]) for name, p in params.items())
     assert kept.tensors.keys() == again.tensors.keys() >= {"model.norm.weight"}
     assert all(torch.equal(t, again.tensors[name]) for name, t in kept.tensors.items())
+
+
+def test_what_is_said_of_epochs_is_what_they_computed(task, monkeypatch):
+    """Each call is written down by itself, and means are taken of that."""
+    made, _ = task("llama")
+    own, calls = Student.divergence, []
+
+    def heard(self, samples, learn=False, **more):
+        calls.append((learn, len(samples), own(self, samples, learn, **more)))
+        return calls[-1][2]
+
+    monkeypatch.setattr(Student, "divergence", heard)
+    course = Distill(epochs=3, batch=3, rate=0.002).run(made).course
+    wanted, count, total = [], 0, 0.0
+    for learn, samples, loss in calls:
+        if learn:
+            count, total = count + samples, total + samples * loss
+        else:
+            wanted.append((len(wanted), total / count if count else None, loss))
+            count, total = 0, 0.0
+    assert len(course) == len(wanted) == 4
+    assert course[0] == wanted[0] == (0, None, calls[0][2])
+    assert list(course[1:]) == [pytest.approx(look, rel=1e-9) for look in wanted[1:]]
 
 
 def test_nothing_that_moves_is_refused(recipe, tiny_checkpoint):
