@@ -43,6 +43,7 @@ class Carrier:
     """An artifact that holds everything but one format."""
 
     fuses: bool = False
+    language: bool = False
     refuses: str = ""
     uniform: bool = False
     stranger: bool = False

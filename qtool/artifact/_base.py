@@ -72,6 +72,7 @@ class Artifact(ABC):
 
     Attributes:
         besides: True if matrices beside the model may be quantized in it.
+        language: True if it holds the language model alone.
         fuses: True if runtimes merge q/k/v and gate/up, so that each such set needs one format.
         runtimes: who reads it, for the support table.
         library: `library_name` of the hub's metadata; None: the hub has no name for it.
@@ -83,6 +84,7 @@ class Artifact(ABC):
     """What can be said about it in a recipe, beside its name; with a docstring for each."""
 
     besides: ClassVar[bool] = False
+    language: ClassVar[bool] = False
     fuses: ClassVar[bool]
     runtimes: ClassVar[tuple[str, ...]]
     library: ClassVar[str | None] = None
@@ -187,8 +189,7 @@ class Artifact(ABC):
             layer = model.layers.get(module.name)
             if layer and layer.unmeasured:
                 reasons["inputs with one scale for all tokens need one, and nobody measured it"].append(module.name)
-            carry = self.carries(model, module, layer, "source")
-            if not carry.possible:
+            if not (carry := self.carries(model, module, layer, "source")).possible:
                 reasons[carry.reason].append(module.name)
             if name := self.one_format(module):
                 sets[name].add(_labels(layer))

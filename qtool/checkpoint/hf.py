@@ -79,8 +79,8 @@ class HFCheckpoint(Checkpoint):
         if self.family.derived and (strange := sorted(stored.keys() - ignored - self._own())):
             kinds = ", ".join(dict.fromkeys(".".join(name.split(".")[:2]) for name in strange))
             count = "1 tensor" if len(strange) == 1 else f"{len(strange)} tensors"
-            text = f"{count} beside {self.family.architecture}, copied as stored unless rules name them: {kinds:.100}"
-            self.notes = (text, *self.notes)
+            copied = f"beside {self.family.architecture}, copied into safetensors unless rules name them"
+            self.notes = (f"{count} {copied}: {kinds:.100}", *self.notes)
         order = {name: place for place, name in enumerate(self._shapes)}
 
         def place(name: str) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""The language model of a model of several parts, such as a vision tower and a projector, as a model by itself.
+"""The language model of a model of several parts, such as a vision tower and a draft layer, as a model by itself.
 
 Some layouts hold nothing else: GGUF keeps the other parts in a file of their own.
 """
@@ -58,17 +58,19 @@ class LanguageModel(QuantizedCheckpoint):
 
     Args:
         model: of several parts.
-        kind: what its language model is.
+        kind: what its language model is; None: all that the model's class knows.
     """
 
-    def __init__(self, model: Checkpoint, kind: Kind) -> None:
-        self.whole, self.source, self.files = model, model.source, model.files
-        full = filled(model.config)
-        self.config, self.family = complete(language_config(model, full, kind), Path(model.source))
-        if kind.gguf_arch:
-            self.family.gguf_arch = kind.gguf_arch  # type: ignore[misc] # of this one
-        self.about = positions(full, kind)
-        self.inner = self._names()
+    def __init__(self, model: Checkpoint, kind: Kind | None) -> None:
+        self.whole, self.kind, self.source, self.files = model, kind, model.source, model.files
+        self.config, self.family, self.about = model.config, model.family, dict[str, Value]()
+        self.inner = {name: name for name in self.family.shapes(self.config)}
+        if kind:
+            full = filled(model.config)
+            self.config, self.family = complete(language_config(model, full, kind), Path(model.source))
+            if kind.gguf_arch:
+                self.family.gguf_arch = kind.gguf_arch  # type: ignore[misc] # of this one
+            self.about, self.inner = positions(full, kind), self._names()
         layers = model.layers if isinstance(model, QuantizedCheckpoint) else {}
         outside = {there.removesuffix(".weight"): here.removesuffix(".weight") for here, there in self.inner.items()}
         self.layers: Mapping[str, Layer] = {outside[m]: layer for m, layer in layers.items() if m in outside}
@@ -145,9 +147,17 @@ def kind_of(config: Mapping[str, Any]) -> Kind | None:
 
 
 def language_model(model: Checkpoint) -> Checkpoint:
-    """The language model, if a model is known to have other parts; else the model."""
-    kind = kind_of(model.config)
-    return LanguageModel(model, kind) if kind and model.family.derived and not model.family.model_free else model
+    """The language model, if a model is known to have other parts, or has tensors that its class does not know."""
+    if not model.family.derived or model.family.model_free:
+        return model
+    kind, known = kind_of(model.config), model.family.shapes(model.config).keys()
+    return LanguageModel(model, kind) if kind or set(model.names()) - known else model
+
+
+def beside_language(model: Checkpoint) -> set[str]:
+    """Names of the tensors that are no part of the language model."""
+    part = language_model(model)
+    return set(model.names()) - set(part.inner.values()) if isinstance(part, LanguageModel) else set()
 
 
 def comes_apart(model: Checkpoint) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def make_report(
         source=job.original.source,
         source_fingerprint=job.plan.source_fingerprint,
         source_bytes=source_bytes(job.original),
-        parameters=parameters(job.original),
+        parameters=parameters(job.original, job.plan.outside),
         calibration=calibration,
         other_bytes=job.plan.other_bytes,
         limited_blocks=job.plan.limited_blocks,
@@ -71,9 +71,9 @@ def source_bytes(checkpoint: Checkpoint) -> int:
     return total
 
 
-def parameters(checkpoint: Checkpoint) -> int:
-    """Numbers in all tensors of a model."""
-    infos = (checkpoint.info(name) for name in checkpoint.names())
+def parameters(checkpoint: Checkpoint, outside: Collection[str] = ()) -> int:
+    """Numbers in all tensors of a model but some."""
+    infos = (checkpoint.info(name) for name in checkpoint.names() if name not in outside)
     return sum(info.nbytes // info.dtype.itemsize for info in infos)
 
 

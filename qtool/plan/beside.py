@@ -13,7 +13,11 @@ from qtool.plan.layers import LayerPlan
 
 
 def with_stored(
-    layers: Sequence[LayerPlan], found: Sequence[Module], checkpoint: Checkpoint, layouts: Collection[str]
+    layers: Sequence[LayerPlan],
+    found: Sequence[Module],
+    checkpoint: Checkpoint,
+    layouts: Collection[str],
+    outside: Collection[str] = (),
 ) -> tuple[LayerPlan, ...]:
     """The plan with these matrices: as their file has them, if all artifacts store them alike, and decoded if not.
 
@@ -22,10 +26,11 @@ def with_stored(
         found: all matrices, of the model and beside it.
         checkpoint: the model.
         layouts: names of the artifacts.
+        outside: tensors that none of them holds.
     """
     if not isinstance(checkpoint, QuantizedCheckpoint):
         return tuple(layers)
-    decided = {p.module.name for p in layers}
+    decided = {p.module.name for p in layers} | {name.removesuffix(".weight") for name in outside}
     others = [m for m in found if m.kind == BESIDE and m.name in checkpoint.layers and m.name not in decided]
     stored = [_stored(module, checkpoint, layouts) for module in others]
     order = {module.name: i for i, module in enumerate(found)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Protocol, cast
+from typing import ClassVar, Protocol, cast
 
 from qtool.checkpoint._base import Checkpoint, Layer, Module
 from qtool.plan.findings import Findings
@@ -35,6 +35,8 @@ class Verdict(Protocol):
 
 class Carrier(Protocol):
     """What the plan asks an artifact; `qtool.artifact._base.Artifact` is one."""
+
+    language: ClassVar[bool]
 
     def supports(self, model: Checkpoint) -> Verdict:
         """Whether it can hold a model of this family and tokenizer, whatever the formats of its layers."""

@@ -108,6 +108,7 @@ class Plan:
         warnings: what the user should know and nobody has to fix.
         source_fingerprint: of the checkpoint.
         limited_blocks: blocks that a smoke run quantizes; None for a whole run.
+        outside: names of tensors that no artifact holds; they are not counted.
     """
 
     recipe: Recipe
@@ -117,6 +118,7 @@ class Plan:
     warnings: tuple[str, ...]
     source_fingerprint: str = ""
     limited_blocks: int | None = None
+    outside: frozenset[str] = frozenset()
 
     @property
     def predicted_bytes(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from qtool.checkpoint._base import Checkpoint
+from qtool.checkpoint.language import beside_language
 from qtool.checkpoint.modules import beside, own_modules
 from qtool.errors import PlanError, UsageError
 from qtool.plan.beside import with_stored
@@ -34,7 +35,9 @@ def make_plan(
     found, findings = (*own_modules(checkpoint), *beside(checkpoint)), Findings(recipe.layers)
     layers, warnings = decide(found, recipe, checkpoint, findings)
     artifacts = tuple(export.to for export in recipe.export)
-    layers = with_stored(operate(layers, recipe, checkpoint, findings), found, checkpoint, artifacts)
+    alone = bool(artifacts) and all(carriers[name].language for name in artifacts)
+    outside = frozenset(beside_language(checkpoint) if alone else ())
+    layers = with_stored(operate(layers, recipe, checkpoint, findings), found, checkpoint, artifacts, outside)
     check_stages(Plan(recipe, layers, artifacts, 0, ()), findings)
     check(layers, recipe.kv_cache, checkpoint, {name: carriers[name] for name in artifacts}, findings)
     if lines := findings.lines():
@@ -45,9 +48,9 @@ def make_plan(
         warnings.append(warning + left)
     if not any(p.format for p in layers):
         warnings.append(f"none of {len(layers)} matrices is quantized: the rules of {recipe.name} keep all of them")
-    matrices = {f"{p.module.name}.weight" for p in layers}
-    other = sum(checkpoint.info(name).nbytes for name in checkpoint.names() if name not in matrices)
-    return Plan(recipe, layers, artifacts, other, tuple(warnings), checkpoint.fingerprint(), limit_layers)
+    counted = outside | {f"{p.module.name}.weight" for p in layers}
+    other = sum(checkpoint.info(name).nbytes for name in checkpoint.names() if name not in counted)
+    return Plan(recipe, layers, artifacts, other, tuple(warnings), checkpoint.fingerprint(), limit_layers, outside)
 
 
 def _limit(layers: Sequence[LayerPlan], limit: int, checkpoint: Checkpoint) -> tuple[tuple[LayerPlan, ...], str]:

@@ -40,6 +40,8 @@ from qtool.store.imatrix import about_importance
 
 NAMES: WeakKeyDictionary[Checkpoint, Mapping[str, str]] = WeakKeyDictionary()
 """What GGUF calls the tensors of models that were asked about."""
+TOWERS = "only the language model is in this file; llama.cpp wants the other parts in one of their own"
+DRAFTS = "only what the model's class knows is in this file; draft layers and the like are left out"
 UNTRUNCATED = "llama.cpp rounds the range of dimensions that YaRN blends, which this model does not (truncate: false)"
 
 
@@ -48,6 +50,7 @@ class GGUF(Artifact):
 
     Options: ClassVar[type[GGUFOptions]] = GGUFOptions
     options: GGUFOptions
+    language: ClassVar[bool] = True
     fuses: ClassVar[bool] = False
     runtimes: ClassVar[tuple[str, ...]] = ("llama.cpp",)
     usage: ClassVar[str] = "`llama-cli -m FILE.gguf` chats with it."
@@ -111,8 +114,9 @@ class GGUF(Artifact):
     def caveats(self, model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
         """See `Artifact.caveats`."""
         found = language_model(model)
-        left = ["only the language model is in this file; llama.cpp wants the other parts in one of their own"]
-        about = left if found is not model and not self.options.mmproj else []
+        about = []
+        if isinstance(found, LanguageModel) and not (found.kind and self.options.mmproj):
+            about.append(TOWERS if found.kind else DRAFTS)
         if not truncates(found.config):
             about.append(UNTRUNCATED)
         window = found.family.gguf_window(found.config)
