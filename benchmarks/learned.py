@@ -100,10 +100,8 @@ def trials() -> dict[str, Trial]:
     found |= {f"{n}-base": Trial(recipe=n, wide="gguf" in n) for n in others}
     rates = dict.fromkeys(others, 0.001) | dict.fromkeys(("gguf-q4_k_m", "nvfp4"), 0.0003)
     for name in others:
-        few, more = ({"epochs": 3, "rate": rates[name]},), {"continued": 3}
-        if name == "gguf-q2_k":
-            few += ({"epochs": 6, "rate": 0.001}, {"epochs": 4, "rate": 0.002}, {"epochs": 8, "rate": 0.002})
-        kind = Trial(recipe=f"{name}-best", calibration=more, distilled=few, wide="gguf" in name)
+        few, more = {"epochs": 3, "rate": rates[name]}, {"continued": 3}
+        kind = Trial(recipe=f"{name}-best", calibration=more, distilled=(few,), wide="gguf" in name)
         found[f"{name}-continued"] = kind
     plain = {"epochs": 4, "rate": 0.001}
     codes = {"epochs": 8, "rate": 0.001, "rounding": "gumbel"}

@@ -209,7 +209,7 @@ class Blocks:
         Raises:
             NumericsError: it is not finite; says where that begins.
         """
-        x, arguments = hidden.read(part), self.arguments_for(hidden, part, i)
+        x, arguments = hidden.read(part).to(self.device), self.arguments_for(hidden, part, i)
         output = self.run(block, x, arguments, cache, self.around and self.around.handing(hidden, part, i))
         if not all_finite(output):
             finite(x, f"of hidden states before block {i} of {self.checkpoint.source}")

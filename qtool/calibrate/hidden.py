@@ -88,7 +88,7 @@ class Hidden:
         return self.values[part]
 
     def read(self, part: slice) -> Tensor:
-        """Some samples, on the device that runs blocks."""
+        """Some samples, on the device that they were made for."""
         return self.ahead.take(part) if self.ahead else self.values[part].to(self.device)
 
     def __setitem__(self, part: slice, x: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 PART = 1 << 22
 """Numbers of a large matrix that are worked on at a time: 16 MiB in float32, and a few such temporaries."""
-ON_DEVICE = 4
+ON_DEVICE = 16
 """How many times as many a device works on at a time, which waits for the processor between parts."""
 
 View = TypeVar("View")
