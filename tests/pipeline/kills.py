@@ -52,6 +52,18 @@ layers:
 finish: [louder, {louder: {factor: 0.5}}, counting]
 export: [{to: qtool}]
 """,
+    "learned": """
+recipe: 1
+name: learned
+calibration: {samples: 16, length: 16}
+layers:
+  - {match: lm_head, keep: true}
+  - match: "*"
+    weights: int2-g32
+    method: {learned: {steps: 8, batch: 8, rate: 0.03, rounding: gumbel, scales: true, holdout: 0.25, start: rtn}}
+finish: [{distill: {epochs: 1, batch: 6, rate: 0.002, rounding: gumbel, rounding_rate: 0.003, holdout: 0.25}}]
+export: [{to: qtool}]
+""",
 }
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+
 import pytest
 
 from qtool.methods import _repeated
+from qtool.methods.learned import Learned
 from qtool.pipeline.quantize import QuantizeOptions, run
 from qtool.report.render import read_report
 from tests.methods.test_repeated import Recorder
@@ -67,15 +72,35 @@ def test_divergence_falls_and_bytes_repeat(tiny_checkpoint, texts, tmp_path, wei
     assert float(rows[0].split("|")[-2]) == pytest.approx(found.blocks[1].losses["held out after"], rel=0.01)
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from qtool.methods.learned import Gradients
+from qtool.pipeline.quantize import QuantizeOptions, run
+from qtool.stages._student import Student
+
+model, recipe, out, name, fatal = sys.argv[1:]
+owner = Gradients if name == "__call__" else Student
+own, left = getattr(owner, name), [int(fatal)]
+
+def killed(self, *arguments, **more):
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return own(self, *arguments, **more)
+
+setattr(owner, name, killed)
+run(QuantizeOptions(model, recipe, Path(out), device="cpu", dtype="fp32", verify=False))
+"""
+STEPS = 12
+
+
 @pytest.mark.parametrize("where", ["block", "stage"])
 def test_a_run_that_was_killed_goes_on_to_the_same_bytes(where, tiny_checkpoint, texts, tmp_path, monkeypatch):
-    """Killed in the second block's training, or in the second epoch behind all blocks."""
-    from qtool.methods.learned import Learned
-    from qtool.stages._student import Student
-
-    model, calls, learned = tiny_checkpoint("llama"), [], Learned.solve_block
-    recipe = RECIPE.replace("WEIGHTS", "int2-g32").replace("METHOD", LEARNED.replace("60", "12")).split("eval:")[0]
-    recipe = recipe.replace("CALIBRATION", str(texts / "calibration.txt"))
+    """By SIGKILL, amid the second block's training, or in the second epoch behind all blocks."""
+    model, learned = tiny_checkpoint("llama"), Learned.solve_block
+    recipe = RECIPE.replace("WEIGHTS", "int2-g32").replace("METHOD", LEARNED.replace("60", str(STEPS)))
+    recipe = recipe.split("eval:")[0].replace("CALIBRATION", str(texts / "calibration.txt"))
     path = texts / "killed.yaml"
     path.write_text(recipe + "finish: [{distill: {epochs: 2, rounding: gumbel}}]\n")
 
@@ -83,23 +108,13 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(where, tiny_checkpoint,
         run(QuantizeOptions(str(model), str(path), out, device="cpu", dtype="fp32", verify=False))
         return {file.name: file.read_bytes() for file in out.glob("*.safetensors")}
 
-    wanted = quantize(tmp_path / "whole")
-    owner, name = (Learned, "solve_block") if where == "block" else (Student, "divergence")
-    own, fatal = getattr(owner, name), 2 if where == "block" else 9
-
-    def killed(self, *arguments, **more):
-        calls.append(where)
-        if len(calls) == fatal:
-            raise KeyboardInterrupt
-        return own(self, *arguments, **more)
-
-    monkeypatch.setattr(owner, name, killed)
-    with pytest.raises(KeyboardInterrupt):
-        quantize(tmp_path / "killed")
-    assert not (tmp_path / "killed").exists()
+    wanted, out = quantize(tmp_path / "whole"), tmp_path / "killed"
+    at = ("__call__", STEPS + STEPS // 2) if where == "block" else ("divergence", 9)
+    command = [sys.executable, "-c", KILLED, *map(str, (model, path, out, *at))]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert not out.exists()
     solved = []
     monkeypatch.setattr(Learned, "solve_block", lambda self, task: solved.append(task.block) or learned(self, task))
-    if where == "stage":
-        monkeypatch.setattr(Student, "divergence", own)
-    assert quantize(tmp_path / "killed") == wanted
+    assert quantize(out) == wanted
     assert solved == ([1] if where == "block" else [])
