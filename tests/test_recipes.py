@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from pathlib import Path
 
 import pytest
+import yaml
 
 from qtool import registry
 from qtool.errors import PlanError
@@ -269,6 +271,31 @@ def test_size_is_what_the_header_says(entry):
     per_row = 16 if "and 16 per row" in stated[0] else 0
     codes = up.bits - sum(residual.storage_bits(n, k) for residual in up.residuals)
     assert codes == pytest.approx(float(stated[1]) * n * k + per_row * n, rel=2e-4)
+
+
+BEST = {entry.name: entry for entry in ALL if entry.name.endswith("-best")}
+
+
+@pytest.mark.parametrize("name", BEST)
+def test_quality_and_time_are_those_of_the_table_of_what_learns(name):
+    """Read from docs/learning.md, where a test compares the table with what was measured."""
+    lines = (Path(__file__).parents[1] / "docs" / "learning.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
+    text, stem = BEST[name].path.read_text(), name.removesuffix("-best")
+    numbers = re.search(
+        r"(?m)^# Quality: KL divergence ([\d.]+) on .*, ([\d.]+) on .*; GPTQ ([\d.]+), ([\d.]+) \(", text
+    )
+    seconds = re.search(
+        r"(?m)^# Time: (\d+) s for .* and (\d+) s for distillation, on an H200 beside other runs \(", text
+    )
+    distill = yaml.safe_load(text)["finish"][0]["distill"]
+    way = f"`epochs={distill['epochs']} rate={distill['rate']}`"
+    (own,) = (row for row in rows if row[0] == name)
+    (behind,) = (row for row in rows if row[:2] == [f"{name}, distilled", way])
+    (before,) = (row for row in rows if row[0] in (f"{stem}-base", f"{stem.removesuffix('a16')}-gptq"))
+    wanted = [float(cell) for cell in (*behind[2:4], *before[2:4])]
+    assert [float(number) for number in numbers.groups()] == pytest.approx(wanted, abs=0.00051)
+    assert seconds.groups() == (own[-1], behind[-1])
 
 
 def test_groups_of_128_fall_back_where_rows_are_not_divisible():
