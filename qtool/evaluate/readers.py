@@ -170,9 +170,7 @@ def by_vllm(model: QuantizedCheckpoint, tokens: list[int], _: Reading) -> Run:
     return Run(folder_logits("vLLM", vllm.TRIAL, Path(model.source), tokens, vllm.SECONDS))
 
 
-LOSES = (
-    "transformers loads it only if its decoder of packed weights leaves kernels of convolutions alone, which it loses"
-)
+LOSES = "transformers loads it only if its decoder of packed weights leaves {} alone, which it loses"
 LOOKS = "transformers loads it only if its class leaves quantized layers as they are, whose weights it looks for"
 
 
@@ -191,7 +189,8 @@ def load_in_transformers(made: Any, folder: Path, dtype: torch.dtype) -> tuple[A
         model, remark = load_with_weights(made, folder, options)
     if lost:
         in_one_type(model, dtype)
-    return model, "; ".join(filter(None, (remark, LOSES if lost else "")))
+    what = "experts that are kept" if any("experts" in key for key in lost) else "kernels of convolutions"
+    return model, "; ".join(filter(None, (remark, LOSES.format(what) if lost else "")))
 
 
 def in_one_type(model: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -11,7 +11,10 @@ from compressed_tensors.compressors.pack_quantized import PackedQuantizationComp
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import load_file
 
+from benchmarks.architectures import logits_of
+from benchmarks.tiny import save_tiny
 from qtool.artifact.compressed_tensors import CompressedTensors
+from qtool.artifact.compressed_tensors._caveats import caveats
 from qtool.artifact.qtool import Qtool
 from qtool.checkpoint._base import Layer
 from qtool.checkpoint.hf import HFCheckpoint
@@ -47,6 +50,60 @@ def test_transformers_computes_with_decoded_weights(name, attention, tiny_checkp
     assert_same_model(CompressedTensors().open(tmp_path), model)
     routers = [module.name for module in modules(model) if module.kind == "router"]
     assert set(routers) <= set(config["ignore"])
+
+
+def test_shared_experts_may_have_another_format(tmp_path):
+    """transformers decodes experts by the first group whose targets name any, and these are in blocks behind others."""
+    from transformers import AutoModelForCausalLM
+
+    save_tiny("deepseek_v3", tmp_path)
+    source = HFCheckpoint(tmp_path)
+
+    def choose(module):
+        if module.block is None or module.kind == "router":
+            return None
+        return Layer(INT4 if module.expert is not None and module.shape[1] % 32 == 0 else INT8)
+
+    quantized = InMemory(source, choose)
+    (out := tmp_path / "out").mkdir()
+    groups = write(quantized, out)["config_groups"]
+    assert [group["weights"]["num_bits"] for group in groups.values()] == [4, 8]
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    with torch.no_grad():
+        found = loaded(torch.tensor([TOKENS])).logits[0]
+    walked = logits_of(CompressedTensors().open(out), torch.tensor([TOKENS]))[0]
+    assert distance(found, walked) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (Layer(INT8), "transformers decodes experts in one format only, not in int4-g32, int8-channel"),
+        (None, "transformers does not load experts that are kept where others are in int4-g32"),
+    ],
+)
+def test_experts_of_blocks_that_differ_are_told(other, said, tiny_checkpoint, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    source = HFCheckpoint(tiny_checkpoint("qwen3_moe"))
+
+    def choose(module):
+        alike = module.expert is not None and module.block == 0
+        return Layer(INT4) if alike else other if module.expert is not None else None
+
+    mixed = InMemory(source, choose)
+    assert caveats(source, mixed.layers)[0] == said
+    everywhere = InMemory(source, lambda module: Layer(INT4) if module.expert is not None else None)
+    assert not any(line.endswith("in int4-g32") for line in caveats(source, everywhere.layers))
+    write(mixed, tmp_path)
+    if other is None:
+        with pytest.raises(RuntimeError, match="conversion of the weights"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+        return
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        found = loaded(torch.tensor([TOKENS])).logits[0]
+    assert distance(found, reference_logits(tiny_checkpoint("qwen3_moe"), state_dict(mixed))) > 0.02
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -29,6 +29,7 @@ from qtool.artifact.compressed_tensors._integers import IntQuantized, PackQuanti
 from qtool.artifact.compressed_tensors._kinds import FP8_INPUTS, INT8_INPUTS
 from qtool.checkpoint._base import Checkpoint, Layer
 from qtool.checkpoint.families._parts import stacked
+from qtool.checkpoint.modules import own_modules
 from qtool.formats._base import alike
 from qtool.formats.int import Int
 
@@ -47,11 +48,16 @@ def caveats(model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
     loaded = {layer for layer in experts if isinstance(kind_of(layer), supported) and not asymmetric(layer)}
     scaled_twice = {layer for layer in experts if isinstance(kind_of(layer), NVFP4Packed)}
     decoded = {layer for layer in found if isinstance(kind_of(layer), MXQuantized | NVFP4Packed)}
+    kept = any(module.expert is not None and module.name not in layers for module in own_modules(model))
     return naming(
         {
             **_looked_for(model, layers),
             "transformers loses the scales of whole matrices of experts in {}; vLLM reads them": scaled_twice,
             "transformers does not load experts in {}": experts - loaded - scaled_twice,
+            "transformers decodes experts in one format only, not in {}": experts
+            if len({layer.label for layer in experts}) > 1
+            else set(),
+            "transformers does not load experts that are kept where others are in {}": experts if kept else set(),
             "transformers leaves the inputs of experts in {} unrounded": {
                 layer for layer in loaded if layer.activations
             },

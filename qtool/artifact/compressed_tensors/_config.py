@@ -35,6 +35,7 @@ from qtool.artifact.compressed_tensors._kinds import (
     spelled,
 )
 from qtool.checkpoint._base import Layer, QuantizedCheckpoint
+from qtool.checkpoint.families._parts import stacked
 from qtool.formats._base import Format, alike
 from qtool.formats.mxfp4 import MXFP4
 from qtool.formats.mxfp8 import MXFP8
@@ -109,7 +110,9 @@ def quantization_config(model: QuantizedCheckpoint) -> dict[str, Any]:
         schemes[key] = scheme
         members[key].append(module)
     groups = {}
-    for i, (key, scheme) in enumerate(schemes.items()):
+    # transformers (5.23) decodes experts by the first group with a target that says "experts", be it of shared ones.
+    order = sorted(schemes, key=lambda key: not any(stacked(module)[1] is not None for module in members[key]))
+    for i, (key, scheme) in enumerate((key, schemes[key]) for key in order):
         targets = ["Linear"] if len(schemes) == 1 else [f"re:{target}" for target in patterns(members[key], model)]
         groups[f"group_{i}"] = {**scheme, "targets": targets}
     formats = {scheme["format"] for scheme in schemes.values()}
