@@ -113,7 +113,8 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> str:
     for start, stop in row_parts(checkpoint.info(name).shape):
         rows = checkpoint.rows(name, start, stop)
         checksum.add(name, rows)
-        if not all_finite(rows):
+        bound = not rows.shape and bool(rows.isinf())  # towers clip inputs between such numbers, or do not
+        if not all_finite(rows) and not bound:
             finite(checkpoint.tensor(name), name)  # says where in the whole
     return checksum.hexdigest()
 

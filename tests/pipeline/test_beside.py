@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from contextlib import nullcontext
 
 import compressed_tensors
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.tiny import save_tiny
 from qtool.api import open_model, quantize
 from qtool.checkpoint.modules import beside, modules, place_of
-from qtool.errors import PlanError
+from qtool.errors import NumericsError, PlanError
 from qtool.pipeline.prepare import prepare
 from qtool.recipe.load import load_recipe
 
@@ -67,6 +68,20 @@ def test_matrices_are_found_by_their_names(source):
     assert found["mtp.0.mlp.experts.1.up_proj"].expert == 1
     assert {place_of(name) for name in LINEAR} == {"mtp.0", "mtp.fc", "multi_modal_projector.linear_1"}
     assert not found.keys() & {module.name for module in modules(open_model(source[0]))}
+
+
+@pytest.mark.parametrize(("value", "fine"), [(-torch.inf, True), (torch.nan, False)])
+def test_numbers_beside_may_be_bounds(value, fine, source, tmp_path):
+    """Gemma 4's towers clip inputs of layers between numbers, which are infinite where nothing is clipped."""
+    shutil.copytree(source[0], tmp_path / "model")
+    stored = load_file(file := tmp_path / "model" / "model.safetensors")
+    save_file(stored | {"mtp.fc.input_min": torch.tensor(value)}, file)
+    with nullcontext() if fine else pytest.raises(NumericsError, match=r"mtp.fc.input_min is not finite"):
+        quantize(str(tmp_path / "model"), recipe(), tmp_path / "out")
+        assert float(load_file(tmp_path / "out" / "model.safetensors")["mtp.fc.input_min"]) == value
+    save_file(stored | {"mtp.0.self_attn.q_norm.weight": torch.full((64,), value)}, file)
+    with pytest.raises(NumericsError, match=r"q_norm.weight is not finite"):
+        quantize(str(tmp_path / "model"), recipe(), tmp_path / "more")
 
 
 def test_rules_of_the_model_leave_them_as_they_are(source, tmp_path):
