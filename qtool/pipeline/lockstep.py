@@ -24,9 +24,9 @@ from qtool.pipeline.loop import together
 from qtool.pipeline.memory import peak_bytes
 from qtool.pipeline.prepare import Job
 from qtool.pipeline.shared import tokens_key
-from qtool.pipeline.statistics import Alone, comparable, statistics_for
+from qtool.pipeline.statistics import Alone, statistics_for
 from qtool.pipeline.tokens import tokens_of
-from qtool.pipeline.units import steps, units
+from qtool.pipeline.units import comparable, steps, units
 from qtool.pipeline.work import Record, identity, open_work
 from qtool.report.model import StageEntry
 from qtool.stats._base import Statistic

@@ -14,6 +14,7 @@ from qtool.calibrate.shards import is_stats_folder
 from qtool.checkpoint._base import Checkpoint
 from qtool.errors import PlanError, StorageError, UsageError
 from qtool.evaluate.gates import refuse_missed
+from qtool.numerics.heap import give_back
 from qtool.numerics.threads.parallel import wake
 from qtool.numerics.threads.ranks import ALONE, Ranks
 from qtool.pipeline import evaluate
@@ -246,6 +247,8 @@ def produce(
     with watch.stage("quantize"):
         profile = Profile(options.profile, job.device) if options.profile and job.ranks.first else None
         entries, caches, blocks = solve_all(job, work, source, listener, profile)
+        source.end()
+        give_back()
         if profile and not profile.entries:
             say_what_is_missing(options.profile, listener)
     if not job.ranks.first:

@@ -26,12 +26,10 @@ from qtool.pipeline.prepare import Job
 from qtool.pipeline.solver import Solved, Solver
 from qtool.pipeline.stored import Files, of_original, stored_for
 from qtool.pipeline.tokens import tokens_of
-from qtool.pipeline.units import Unit, needs_of, units
+from qtool.pipeline.units import Unit, comparable, needs_of, units
 from qtool.pipeline.weigh import Weights, token_weights, weighing
 from qtool.plan import LayerPlan
 from qtool.recipe.schema import Calibration
-from qtool.stats._base import Statistic
-from qtool.stats.drift import Drift
 
 
 class Statistics(ABC):
@@ -63,6 +61,11 @@ class Statistics(ABC):
             solver: called for the modules of each input, with what was measured there.
             propagate: whether hidden states have to go on behind it, because a later unit is measured there.
         """
+
+    def end(self) -> None:
+        """Lets go of what it measured with, once all units are visited; what it says of itself stays."""
+        for name in vars(self).keys() - {"digest", "about"}:
+            delattr(self, name)
 
 
 class FromFiles(Statistics):
@@ -238,17 +241,6 @@ class Walked(Statistics):
         before = {m.name: layers[m.name] for m in self.walker.modules[i] if m.reads == reads and m.name in layers}
         with self.walker.quantized_inputs(block, i, before):
             return cache.scales, attention_errors(self.walker, block, i, first, cache)
-
-
-def comparable(plans: tuple[LayerPlan, ...]) -> frozenset[type[Statistic]]:
-    """What to measure on an input.
-
-    Drift is left out where tokens go to other experts than in the unquantized model, and in front of down, whose input
-    is so wide that its products would cost as much as all others, while KL divergence is the same without.
-    """
-    needs = needs_of(plans)
-    drifts = all(p.module.role != "down" and p.module.expert is None for p in plans)
-    return needs if drifts else needs - {Drift}
 
 
 class Alone:

@@ -10,6 +10,7 @@ from qtool.checkpoint.modules import BESIDE, place_of
 from qtool.plan import LayerPlan, Plan
 from qtool.recipe.cache import KVCache
 from qtool.stats._base import Statistic
+from qtool.stats.drift import Drift
 from qtool.stats.values import Values
 
 
@@ -66,6 +67,17 @@ class Unit:
 def needs_of(plans: Iterable[LayerPlan]) -> frozenset[type[Statistic]]:
     """Everything that has to be measured for some modules."""
     return frozenset[type[Statistic]]().union(*(p.needs for p in plans))
+
+
+def comparable(plans: tuple[LayerPlan, ...]) -> frozenset[type[Statistic]]:
+    """What to measure on an input.
+
+    Drift is left out where tokens go to other experts than in the unquantized model, and in front of down, whose input
+    is so wide that its products would cost as much as all others, while KL divergence is the same without.
+    """
+    needs = needs_of(plans)
+    drifts = all(p.module.role != "down" and p.module.expert is None for p in plans)
+    return needs if drifts else needs - {Drift}
 
 
 def units(plan: Plan) -> Iterator[Unit]:

@@ -25,7 +25,7 @@ from qtool.pipeline.calibrate import run as calibrate
 from qtool.pipeline.prepare import prepare
 from qtool.pipeline.quantize import QuantizeOptions
 from qtool.pipeline.quantize import run as quantize
-from qtool.pipeline.statistics import comparable
+from qtool.pipeline.units import comparable
 from qtool.recipe.load import load_recipe
 from qtool.stats.drift import Drift
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
@@ -15,9 +16,11 @@ from transformers import AutoModelForCausalLM
 from qtool.artifact.qtool import Qtool
 from qtool.calibrate.store import read_stats, write_stats
 from qtool.calibrate.tokens import load_tokens
+from qtool.calibrate.walker import Walker
 from qtool.checkpoint.open import open_checkpoint
 from qtool.errors import CheckpointError, PlanError, StorageError
 from qtool.models import open_artifact
+from qtool.pipeline import quantize as quantize_module
 from qtool.pipeline.calibrate import CalibrateOptions
 from qtool.pipeline.calibrate import run as calibrate
 from qtool.pipeline.entries import Sums
@@ -187,6 +190,23 @@ def test_stored_statistics_give_the_codes_of_a_float_walk(recipe, tiny_checkpoin
     assert weights("stored") == weights("walked") != weights("plain")
     assert [e.tokens for e in stored.layers] == [e.tokens for e in walked.layers]
     assert stored.calibration == walked.calibration
+
+
+def test_hidden_states_are_gone_once_all_is_solved(recipe, tiny_checkpoint, tmp_path, monkeypatch):
+    """They would lie beside what evaluates and proves the result."""
+    alive, embed, finish = [], Walker.embed, quantize_module.finish
+
+    def embedded(walker, tokens):
+        alive.append(weakref.ref(hidden := embed(walker, tokens)))
+        return hidden
+
+    def finishing(*rest):
+        assert len(alive) == 2 and not any(ref() for ref in alive)  # of the model and of that before quantization
+        return finish(*rest)
+
+    monkeypatch.setattr(Walker, "embed", embedded)
+    monkeypatch.setattr(quantize_module, "finish", finishing)
+    quantize(QuantizeOptions(str(tiny_checkpoint("llama")), recipe(), tmp_path / "out"))
 
 
 def test_statistics_of_another_model_are_refused(recipe, tiny_checkpoint, tmp_path):
