@@ -13,6 +13,7 @@ import dataclasses
 import io
 import json
 import multiprocessing
+import resource
 import signal
 import tempfile
 from collections.abc import Callable
@@ -35,6 +36,8 @@ from qtool.models import open_model
 KINDS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 SECONDS = 300
 """Of a processor, for one type."""
+BYTES = 12 << 30
+"""Of memory, for one type: a process that the system kills would be waited for without an end."""
 ALIKE = 1e-4
 """Nats per token: less says that transformers, which decodes our file, and our evaluation of it run one model."""
 
@@ -121,6 +124,7 @@ def tried(kind: str) -> Row:
     from tests.conftest import make_tokenizer
 
     torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_DATA, (BYTES, BYTES))
     signal.signal(signal.SIGPROF, late)
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     with tempfile.TemporaryDirectory() as folder:

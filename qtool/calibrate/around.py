@@ -129,6 +129,9 @@ class Around:
                 for key, buffer in module._buffers.items():
                     if buffer is not None and not buffer.is_meta:
                         module._buffers[key] = buffer.to(self.device)
+                if getattr(module, "device", self.device) != self.device:  # a class looks at its first parameter
+                    key, first = next(module.named_parameters())
+                    set_tensor(module, key, torch.empty_like(first, device=self.device))
             tied = self.checkpoint.tied
             weight = self.model.get_input_embeddings().weight if tied else self._read(f"{facts.head}.weight")
             bias = self._read(facts.head_bias) if facts.head_bias else None

@@ -27,7 +27,7 @@ from qtool.checkpoint.shapes import stored_shapes
 from qtool.checkpoint.side_files import code_of, lost, side_files
 from qtool.errors import CheckpointError, reading
 
-TEXT_PREFIXES = ("language_model.model.", "model.language_model.")
+TEXT_PREFIXES = ("language_model.model.", "model.language_model.", "model.text_model.")
 """What names of a text model begin with, instead of "model.", where it is one of several parts."""
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -71,7 +71,7 @@ class HFCheckpoint(Checkpoint):
         if parts := self._text_slices(stored):
             self.left_out = True
             self._slices = parts
-            others = stored.keys() - {part.tensor for part in parts.values()}
+            others = stored.keys() - {part.tensor for part in parts.values()} - self._shapes.keys()
             ignored |= others
             kinds = ", ".join(sorted({name.removeprefix("model.").partition(".")[0] for name in others}))
             left = f"only the text model of {self.source} is read, and what else it has left out: {kinds:.100}"
@@ -157,7 +157,7 @@ class HFCheckpoint(Checkpoint):
         found: dict[str, Slice] = {}
         for name, shape in self._shapes.items():
             places = (prefix + name.removeprefix("model."), name, f"language_model.{name}")
-            if there := next((place for place in places if place in stored), None):
+            if (there := next((place for place in places if place in stored), name)) != name:
                 found[name] = Slice(there, shape)
         return found
 

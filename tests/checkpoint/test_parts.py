@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
+from benchmarks.tiny import tiny_config
 from qtool.api import open_model, quantize
 from qtool.calibrate.walker import Walker
 from qtool.checkpoint.hf import HFCheckpoint
@@ -18,6 +20,7 @@ from qtool.checkpoint.language import language_model
 from qtool.errors import CheckpointError
 from qtool.pipeline.prepare import prepare
 from qtool.recipe.load import load_recipe
+from tests.conftest import make_tokenizer
 
 TOKENS = torch.randint(512, (1, 24), generator=torch.Generator().manual_seed(4))
 
@@ -76,6 +79,22 @@ def test_both_ways_to_name_it(prefix: str, several: tuple[Path, Any], tmp_path: 
     found, original = HFCheckpoint(tmp_path), HFCheckpoint(several[0])
     assert found.names() == original.names()
     assert all(torch.equal(found.tensor(name), original.tensor(name)) for name in found.names())
+
+
+@pytest.mark.proven
+@pytest.mark.parametrize("to", ["compressed-tensors", "gguf"])
+@pytest.mark.parametrize("kind", ["idefics3", "smolvlm"])
+def test_an_output_layer_outside_of_the_text_model(kind: str, to: str, tmp_path: Path) -> None:
+    """`model.text_model.` and `lm_head`; Idefics 3 sends hidden states to where its tower's first parameter is."""
+    model = AutoModelForImageTextToText.from_config(tiny_config(kind), dtype=torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    own = {name for name in model.state_dict() if name.startswith(("model.text_model.", "lm_head"))}
+    assert set(HFCheckpoint(tmp_path / "model").names()) == {name.replace(".text_model", "") for name in own}
+    weights = "q8_0" if to == "gguf" else "int8-channel"
+    recipe = asked(to, layers=[{"match": "*_proj", "weights": weights, "method": "rtn"}, {"match": "*", "keep": True}])
+    proof = quantize(str(tmp_path / "model"), recipe, tmp_path / "out").artifacts[0].proof
+    assert proof is not None and proof.words.startswith("runs in ")
 
 
 def test_a_missing_tensor_is_noticed(several: tuple[Path, Any], tmp_path: Path) -> None:
