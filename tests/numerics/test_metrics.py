@@ -39,6 +39,17 @@ def test_energy_is_a_sum_of_squares(matrices):
     assert energy(w, x.T @ x) == pytest.approx(outputs, rel=1e-5)
 
 
+@pytest.mark.parametrize("k", [144, 145, 400, 1200])
+def test_energy_of_wide_matrices_is_summed_in_strips(k):
+    generator = torch.Generator().manual_seed(k)
+    w, x = torch.randn(5, k, generator=generator), torch.randn(k + 50, k, generator=generator)
+    kept = w.clone()
+    wanted = float((x.double() @ w.double().T).square().sum())
+    assert energy(w, x.T @ x) == pytest.approx(wanted, rel=1e-5)
+    assert energy(w) == pytest.approx(float(w.double().square().sum()), rel=1e-6)
+    assert torch.equal(w, kept)
+
+
 def test_a_scale_error_of_one_percent_is_40_db(matrices):
     w, _, _ = matrices
     assert sqnr_db(w, 1.01 * w) == pytest.approx(40, abs=1e-3)
