@@ -35,6 +35,13 @@ FIXED: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"attention_bias": False},
 }
 """Fields that are not read, and what they are taken for."""
+TRIED = {"cohere", "cohere2", "dbrx", "deepseek_v3", "ernie4_5", "falcon_mamba", "glm4_moe_lite", "gpt_bigcode"} | {
+    *("granite", "granitemoe", "helium", "hunyuan_v1_dense", "internlm3", "iquestcoder", "lfm2_moe", "mamba"),
+    *("olmo2", "olmoe", "seed_oss"),
+}
+"""Types without a family file of which mlx-lm computes tiny models as transformers does."""
+TAKEN_APART = {"deepseek_v3", "deepseek_v32", "glm4_moe_lite", "kimi_linear", "longcat_flash", "mistral4"}
+"""Types whose `kv_b_proj` mlx-lm decodes, takes apart and rounds again."""
 PERIOD = 6
 """Attention of Gemma 3 slides in all blocks but every sixth one."""
 
@@ -77,7 +84,8 @@ def caveats(model: Checkpoint) -> list[str]:
     """See `Artifact.caveats`."""
     kind, window = model.config["model_type"], ignored_window(model)
     said = f"mlx-lm lets attention of {kind} models see all tokens, also beyond the sliding window of {window}"
-    return [said] if window else []
+    untried = f"nobody has seen mlx-lm run {kind} models: verify this one where mlx-lm is installed"
+    return [said] * bool(window) + [untried] * (model.family.derived and kind not in TRIED)
 
 
 def ignored_window(model: Checkpoint) -> int | None:

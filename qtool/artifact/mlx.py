@@ -12,7 +12,7 @@ would not be exact in it. MLX computes in float32 where that type is not the mod
 tensor for gate, up and down each: `switch_mlp`, [experts, N, ...].
 
 What mlx-lm would compute otherwise than transformers (a rotary scaling that it does not know, LongRoPE among them) is
-refused. Sliding windows, which it ignores but for Gemma 3, are said.
+refused. Sliding windows, which it ignores but for Gemma 3, are said, and types that nobody has seen it run.
 Layout: https://ml-explore.github.io/mlx/build/html/python/_autosummary/mlx.core.quantize.html
 """
 
@@ -73,6 +73,13 @@ class MLX(PackedArtifact):
         known = super().supports(model)
         reason = _mlx_models.refusal(model) if known.possible else known.reason
         return Carry(not reason, reason or "")
+
+    def computed(self, model: Checkpoint, module: Module, layer: Layer | None) -> Carry:
+        """See `Artifact.computed`."""
+        again = layer is not None and model.config["model_type"] in _mlx_models.TAKEN_APART
+        if again and module.name.endswith(".kv_b_proj"):
+            return Carry(False, "mlx-lm takes this matrix apart and rounds its parts again: keep it")
+        return Carry(True)
 
     def caveats(self, model: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:
         """See `Artifact.caveats`."""

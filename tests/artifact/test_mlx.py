@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.tiny import save_tiny
 from qtool.artifact._mlx_models import rope_fields
 from qtool.artifact.gptq import GPTQ
 from qtool.artifact.mlx import MLX, encode
@@ -19,6 +20,7 @@ from qtool.formats.biased import Biased
 from qtool.formats.int import Int
 from qtool.formats.mxfp4 import MXFP4
 from qtool.formats.mxfp8 import MXFP8
+from qtool.models import open_model
 from tests.artifact.conftest import InMemory, assert_same_model, quantize
 from tests.conftest import TINY
 from tests.reference import packed
@@ -281,6 +283,13 @@ REFUSED = {
         "cannot say how activations are quantized",
     ),
 }
+
+
+@pytest.mark.parametrize(("kind", "said"), [("granite", False), ("minimax_m2", True)])
+def test_types_that_nobody_has_seen_it_run_are_said(kind, said, tmp_path):
+    save_tiny(kind, tmp_path)
+    found = MLX().caveats(open_model(tmp_path), {})
+    assert (f"nobody has seen mlx-lm run {kind} models: verify this one where mlx-lm is installed" in found) == said
 
 
 @pytest.mark.parametrize(("what", "message"), REFUSED.values(), ids=REFUSED)

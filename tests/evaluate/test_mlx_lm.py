@@ -7,13 +7,17 @@ import json
 import pytest
 from safetensors.torch import load_file, save_file
 
+from benchmarks import tiny
+from benchmarks.tiny import save_tiny
 from qtool.api import quantize
+from qtool.artifact import _mlx_models
 from qtool.artifact.mlx import MLX
-from qtool.errors import VerifyError
+from qtool.errors import PlanError, VerifyError
 from qtool.evaluate.proof import prove
 from qtool.evaluate.readers import READERS
 from qtool.formats._spelling import parse_format
 from tests.artifact.conftest import quantize as in_memory
+from tests.conftest import make_tokenizer
 
 pytestmark = pytest.mark.proven
 
@@ -35,6 +39,33 @@ def test_mlx_lm_computes_what_we_compute(kind, fmt, tiny_checkpoint, tmp_path):
     assert found.distance < 1e-4
 
 
+@pytest.mark.parametrize("kind", sorted(_mlx_models.TRIED))
+def test_types_without_a_family_file_run(kind, tmp_path):
+    save_tiny(kind, tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    rule = {"match": r"re:.*(attn|attention)\.(o_proj|out_proj|q_proj)|.*(embed|wte).*", "method": "rtn"}
+    layers = [rule | {"weights": "int8-g32-asym"}, {"match": "*", "keep": True}]
+    recipe = {"recipe": 1, "name": "test", "layers": layers, "export": [{"to": "mlx"}]}
+    report = quantize(str(tmp_path / "model"), recipe, tmp_path / "out")
+    assert report.artifacts[0].proof.words.startswith("runs in mlx-lm ")
+    assert not any("nobody has seen" in text for text in report.warnings)
+
+
+def test_a_matrix_that_it_takes_apart_is_kept(tmp_path, monkeypatch):
+    """mlx-lm rounds its parts anew, so that what it computes is not what was meant."""
+    monkeypatch.setitem(tiny.PARTICULAR, "deepseek_v3", ATTENTION)
+    save_tiny("deepseek_v3", tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    layers = [{"match": "*.kv_b_proj", "weights": "int4-g32-asym", "method": "rtn"}, {"match": "*", "keep": True}]
+    recipe = {"recipe": 1, "name": "test", "layers": layers, "export": [{"to": "mlx"}]}
+    with pytest.raises(PlanError, match="mlx-lm takes this matrix apart and rounds its parts again: keep it"):
+        quantize(str(tmp_path / "model"), recipe, tmp_path / "out")
+    monkeypatch.setattr(_mlx_models, "TAKEN_APART", set())
+    with pytest.raises(VerifyError, match=r"mlx-lm \d.* computes something else"):
+        quantize(str(tmp_path / "model"), recipe, tmp_path / "out")
+
+
+ATTENTION = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "v_head_dim": 32, "num_key_value_heads": 4}
 MISTAKES = {
     "norm": lambda tensors: tensors["model.norm.weight"][::2].mul_(0.5),
     "bias": lambda tensors: tensors["model.layers.0.self_attn.q_proj.bias"].zero_(),
