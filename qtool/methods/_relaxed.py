@@ -194,7 +194,8 @@ class Divided(Moved):
 class DividedLowRank(Moved):
     """The same, logarithms being a matrix of low rank and vectors (LRQ, https://arxiv.org/abs/2407.11534).
 
-    It cannot begin with anything but the nearest codes.
+    It cannot begin with anything but the nearest codes. The rank is a fourth of the shorter side, as the paper's 1024
+    of 4096 are; but not below `RANK`, where there are so many rows and columns.
     """
 
     RANK = 16
@@ -202,7 +203,7 @@ class DividedLowRank(Moved):
 
     def __init__(self, w: Tensor, start: Quantized, scales: bool, generator: torch.Generator) -> None:
         super().__init__(w, start, scales, generator)
-        self.zero, rank = self.wide()[1], min(self.RANK, *w.shape)
+        self.zero, rank = self.wide()[1], min(max(self.RANK, min(w.shape) // 4), *w.shape)
         self.left = torch.zeros_like(w[:, :rank]).requires_grad_()
         drawn = torch.randn(rank, w.shape[1], generator=generator, device=w.device)
         self.right = (drawn / rank**0.5).requires_grad_()

@@ -185,3 +185,14 @@ def test_starts_keep_a_distance_from_the_other_code():
     up, inside = start.codes.long() > x.below, x.inside.detach()
     assert float(inside[up].min()) == pytest.approx(0.5 + MARGIN)
     assert float(inside[~up].max()) == pytest.approx(0.5 - MARGIN)
+
+
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(4, 256, 4), (96, 64, 16), (96, 256, 24), (640, 128, 32)])
+def test_ranks_are_a_fourth_of_the_shorter_side_where_that_is_enough(rows, columns, rank):
+    w, fmt = torch.randn(rows, columns), parse_format("int4-g64")
+    params = fmt.fit(w)
+    start = Quantized(fmt.snap(w, params), params, fmt)
+    left, right, row, column = WAYS["low-rank"](w, start, False, torch.Generator()).rounding()
+    assert (left.shape, right.shape) == ((rows, rank), (rank, columns))
+    assert (row.shape, column.shape) == ((rows, 1), (1, columns))
+    assert float((left @ right).detach().abs().max()) == 0 < float(right.detach().abs().min())
