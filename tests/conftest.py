@@ -146,6 +146,11 @@ def pytest_collection() -> Iterator[None]:
         gc.enable()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The demo model comes first: its tests are long, so none is left alone at the end, and one process makes it."""
+    items.sort(key=lambda item: "demo_checkpoint" not in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(autouse=True)
 def proven(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other programs run what was written where a test is marked so: that takes a second, and hundreds quantize."""
@@ -288,6 +293,14 @@ def demo_checkpoint(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -
         shutil.copy(path, folder / name)
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def off_grid_demo(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An equivalent of the demo model whose weights lie on no quantization grid."""
+    from benchmarks import models
+
+    return models.off_grid(demo_checkpoint, tmp_path_factory.mktemp("off-grid") / "model")
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import models
 from benchmarks.study import Bench
 from qtool.checkpoint._base import Layer
 from qtool.formats._spelling import parse_format
@@ -17,12 +16,11 @@ LABELS = ("nvfp4", "nvfp4-minmax", "mxfp4", "mxfp4-even", "mxfp4-floor")
 
 
 @pytest.fixture(scope="module")
-def divergences(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+def divergences(off_grid_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     """Mean KL divergence by format: all linear layers rounded to nearest, two chunks of 256 tokens."""
     work = tmp_path_factory.mktemp("fp4")
-    text, model = work / "prose.txt", models.off_grid(demo_checkpoint, work / "model")
-    text.write_text(prose()[:20000], encoding="utf-8")
-    bench, found = Bench(model, text, 2, torch.device("cpu"), work, context=256), {}
+    (text := work / "prose.txt").write_text(prose()[:20000], encoding="utf-8")
+    bench, found = Bench(off_grid_demo, text, 2, torch.device("cpu"), work, context=256), {}
     for label in LABELS:
         fmt = parse_format(label)
         matrices = {m.name: bench.rounded(m, fmt) for m in bench.linears}
