@@ -5,7 +5,18 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from qtool.numerics.codebooks.lanes import LANES, address, any_less, load, number, splat, store, where_less
+from qtool.numerics.codebooks.lanes import (
+    LANES,
+    address,
+    any_less,
+    least_lane,
+    load,
+    load_small,
+    number,
+    splat,
+    store,
+    where_less,
+)
 
 
 @njit  # type: ignore[misc]
@@ -35,3 +46,23 @@ def test_operations_are_those_of_each_number() -> None:
     assert not compute(rows, out)
     rows[0, LANES - 1] -= 1
     assert compute(rows, out)
+
+
+@njit  # type: ignore[misc]
+def take(small, rows, out):  # type: ignore[no-untyped-def]
+    """Fills out [LANES] with the second row of small [2, LANES]; returns the least lane of the second of rows."""
+    store(address(out), 0, load_small(address(small), 1))
+    return least_lane(load(address(rows), 1))
+
+
+def test_small_numbers_and_the_first_that_is_least() -> None:
+    rng = np.random.default_rng(1)
+    small = rng.integers(-128, 128, (2, LANES)).astype(np.int8)
+    out = np.zeros(LANES, np.float32)
+    for lane in range(LANES):
+        rows = rng.standard_normal((2, LANES)).astype(np.float32)
+        rows[1, lane:] = np.maximum(rows[1, lane:], 0)
+        rows[1, lane] = rows[1, -1] = -9  # the last one is no less
+        small[1, lane] = -128
+        assert take(small, rows, out) == lane
+        assert (out == small[1]).all()

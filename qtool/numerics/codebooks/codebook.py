@@ -15,8 +15,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-NEIGHBORS = 16
-"""Entries that a vector's nearest magnitudes lead to."""
+from qtool.numerics.codebooks.lanes import LANES
+
+NEIGHBORS = LANES
+"""Entries that a vector's nearest magnitudes lead to, each in a lane of its own."""
 PART = 1024
 """Combinations of magnitudes whose neighbors are found at once."""
 
@@ -33,9 +35,11 @@ class Tables(NamedTuple):
         second: int32 [E], their second halves.
         close: int16 [M^V, NEIGHBORS], by the nearest magnitudes of a vector as a number in base M: the entries at least
             distance from these, in order of it; the first as -1 - entry if it is not the very same magnitudes.
+        levels: int8 [M^V, V, NEIGHBORS], magnitudes of the entries of `close`.
         signed, even: whether there are signs, and whether their number is even.
         span: see `Codebook`.
-        lanes: the columns of a vector, as a tuple: kernels know its length, which is V, when they are compiled.
+        lanes, steps: the columns of a vector, and numbers of the middles, as tuples: kernels know their lengths, which
+            are V and M - 1, when they are compiled.
     """
 
     magnitudes: np.ndarray
@@ -45,10 +49,12 @@ class Tables(NamedTuple):
     first: np.ndarray
     second: np.ndarray
     close: np.ndarray
+    levels: np.ndarray
     signed: bool
     even: bool
     span: int
     lanes: tuple[int, ...]
+    steps: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +66,7 @@ class Codebook:
 
     Attributes:
         entries: uint8 [E, V], magnitudes.
-        magnitudes: float32 [M], ascending.
+        magnitudes: float32 [M], ascending; whole numbers that int8 holds.
         signs: "none", "free", or "even": an even number of minus signs in every `span` columns.
         span: columns whose codes depend on each other; a multiple of V.
     """
@@ -106,10 +112,12 @@ class Codebook:
             begins,
             second.astype(np.int32),
             close,
+            neighbor_levels(entries, self.magnitudes, close),
             self.signs != "none",
             self.signs == "even",
             self.span,
             tuple(range(self.width)),
+            tuple(range(len(middles))),
         )
 
 
@@ -128,3 +136,9 @@ def closest_entries(entries: np.ndarray, magnitudes: np.ndarray) -> np.ndarray:
         nearest[:, 0] = np.where(exact, nearest[:, 0], -1 - nearest[:, 0])
         close[start : start + len(digits)] = nearest
     return close
+
+
+def neighbor_levels(entries: np.ndarray, magnitudes: np.ndarray, close: np.ndarray) -> np.ndarray:
+    """See `Tables.levels`."""
+    numbers = np.maximum(close, -1 - close)
+    return np.ascontiguousarray(magnitudes.astype(np.int8)[entries][numbers].transpose(0, 2, 1))

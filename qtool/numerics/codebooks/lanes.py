@@ -32,7 +32,7 @@ class Lanes(types.Type):  # type: ignore[misc]
         super().__init__(name=f"Lanes({LANES})")
 
 
-LANES_TYPE, POINTER = Lanes(), types.CPointer(types.float32)
+LANES_TYPE, POINTER, SMALL = Lanes(), types.CPointer(types.float32), types.CPointer(types.int8)
 
 
 @register_model(Lanes)
@@ -45,18 +45,18 @@ class LanesModel(models.PrimitiveModel):  # type: ignore[misc]
 
 @intrinsic
 def address(_, array):  # type: ignore[no-untyped-def]
-    """Where an array float32 begins; whoever uses it keeps the array, and no access to it is counted or checked."""
+    """Where an array begins; whoever uses it keeps the array, and no access to it is counted or checked."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return context.make_array(signature.args[0])(context, builder, args[0]).data
 
-    return POINTER(array), generate
+    return types.CPointer(array.dtype)(array), generate
 
 
-def row_of(builder: Any, pointer: Any, row: Any) -> Any:
+def row_of(builder: Any, pointer: Any, row: Any, vector: Any = VECTOR) -> Any:
     """The address of a row of memory."""
     first = builder.mul(row, ir.Constant(row.type, LANES))
-    return builder.bitcast(builder.gep(pointer, [first]), VECTOR.as_pointer())
+    return builder.bitcast(builder.gep(pointer, [first]), vector.as_pointer())
 
 
 @intrinsic
@@ -67,6 +67,17 @@ def load(_, pointer, row):  # type: ignore[no-untyped-def]
         return builder.load(row_of(builder, *args), align=ALIGNMENT)
 
     return LANES_TYPE(POINTER, types.intp), generate
+
+
+@intrinsic
+def load_small(_, pointer, row):  # type: ignore[no-untyped-def]
+    """Lanes of a row of an array int8 [.., LANES]."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = ir.VectorType(ir.IntType(8), LANES)
+        return builder.sitofp(builder.load(row_of(builder, args[0], args[1], vector), align=1), VECTOR)
+
+    return LANES_TYPE(SMALL, types.intp), generate
 
 
 @intrinsic
@@ -125,6 +136,24 @@ def where_less(_, a, b, x, y):  # type: ignore[no-untyped-def]
         return builder.select(builder.fcmp_ordered("<", *args[:2]), *args[2:])
 
     return LANES_TYPE(*[LANES_TYPE] * 4), generate
+
+
+@intrinsic
+def least_lane(_, a):  # type: ignore[no-untyped-def]
+    """The first lane whose number is least; none of them is NaN."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        least, half = args[0], LANES // 2
+        while half:
+            mask = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [i ^ half for i in range(LANES)])
+            other = builder.shuffle_vector(least, ir.Constant(VECTOR, ir.Undefined), mask)
+            least = builder.select(builder.fcmp_ordered("<", least, other), least, other)
+            half //= 2
+        bits = builder.bitcast(builder.fcmp_ordered("==", args[0], least), ir.IntType(LANES))
+        bits = builder.or_(bits, ir.Constant(bits.type, 1 << LANES - 1))  # whatever the numbers are, there is one
+        return builder.zext(builder.cttz(bits, ir.Constant(ir.IntType(1), 1)), ir.IntType(64))
+
+    return types.int64(LANES_TYPE), generate
 
 
 def define(operation: Any, name: str) -> None:

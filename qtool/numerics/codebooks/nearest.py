@@ -14,7 +14,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from qtool.numerics.codebooks.codebook import Tables
+from qtool.numerics.codebooks.codebook import NEIGHBORS, Tables
+from qtool.numerics.codebooks.lanes import address, least_lane, load, load_small, splat, where_less
 from qtool.numerics.scales.search import FAST
 
 NEVER = np.float32(1e30)
@@ -29,81 +30,88 @@ def workspace(tables: Tables) -> tuple[np.ndarray, np.ndarray, tuple[tuple[np.nd
     return size, pull, (tuple(np.empty(shape, np.float32) for shape in shapes), halves)
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, forceinline=True)
-def sizes(x, weight, a, scale, offset, signed, even, size, pull):  # type: ignore[no-untyped-def]
-    """Fills size [span] with what magnitudes are to meet from x[a] on, pull with weight times that.
+def barring(count: int) -> np.ndarray:
+    """float32 [NEIGHBORS], what it costs to take each neighbor: nothing for the first `count`."""
+    return np.where(np.arange(NEIGHBORS) < count, np.float32(0), NEVER)
 
-    Returns whether the number of minus signs is odd where it has to be even.
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy", forceinline=True)
+def sizes(x, weight, a, at, scale, offset, signed, lanes, size, pull):  # type: ignore[no-untyped-def]
+    """Fills size [V] from `at` on with what magnitudes are to meet from x[a] on, pull with weight times that.
+
+    Returns whether the number of minus signs is odd. Arrays are addresses.
     """
     odd = False
-    for j in range(len(size)):
+    for j in range(len(lanes)):
         d = x[a + j] - offset
         odd ^= d * scale < 0
-        size[j] = abs(d) if signed else d
-        pull[j] = weight[a + j] * size[j]
-    return odd and even
+        size[at + j] = abs(d) if signed else d
+        pull[at + j] = weight[a + j] * size[at + j]
+    return odd
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, forceinline=True)
-def close_entry(size, pull, weight, a, at, scale, middles, close, values, lanes, count, flip):  # type: ignore[no-untyped-def]
-    """The best of `count` entries that the nearest magnitudes of the vector at size[at] lead to; one sign may flip."""
-    width, base = len(lanes), len(middles) + 1
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy", forceinline=True)
+def close_entry(size, pull, weight, a, at, scale, near, lanes, flip):  # type: ignore[no-untyped-def]
+    """The best of the entries that the nearest magnitudes of the vector at size[at] lead to; one sign may flip.
+
+    Its weights begin at weight[a]; near: see `neighborhood`. Each of the entries is in a lane.
+    """
+    middles, steps, close, levels, barred = near
     inverse = np.float32(1.0) / scale if scale != 0 else np.float32(0.0)
-    key = 0
-    for j in range(width):
-        r, m = size[at + j] * inverse, 0
-        for i in range(base - 1):
+    key = np.int64(0)
+    for j in range(len(lanes)):
+        r, m = size[at + j] * inverse, np.int64(0)
+        for i in range(len(steps)):
             m += r > middles[i]
-        key = key * base + m
-    entry = np.int64(close[key, 0])
+        key = key * (len(steps) + 1) + m
+    entry = np.int64(close[key * NEIGHBORS])
     if entry >= 0 and not flip:
         return entry
-    best, found = np.float32(np.inf), max(entry, -1 - entry)
-    for k in range(count):
-        entry = found if k == 0 else np.int64(close[key, k])
-        cost = np.float32(0.0)
-        for j in range(width):
-            value = values[entry, j]
-            cost += value * (scale * weight[a + at + j] * value - 2 * pull[at + j])
+    cost, least = load(barred, 0), splat(NEVER)
+    for j in range(len(lanes)):
+        level, push = load_small(levels, key * len(lanes) + j), scale * pull[at + j]
+        cost = cost + level * (level * splat(scale * scale * weight[a + j]) - splat(np.float32(2) * push))
         if flip:
-            least = NEVER
-            for j in range(width):
-                least = min(least, pull[at + j] * values[entry, j])
-            cost += 4 * least
-        cost *= scale
-        if cost < best:
-            best, found = cost, entry
-    return found
+            change = level * splat(push)
+            least = where_less(change, least, change, least)
+    if flip:
+        cost = cost + splat(np.float32(4)) * least
+    entry = np.int64(close[key * NEIGHBORS + least_lane(cost)])
+    return max(entry, -1 - entry)
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, forceinline=True)
-def close_products(x, weight, a, scale, shift, middles, close, values, lanes, signed, even, count, size, pull):  # type: ignore[no-untyped-def]
+@njit(nogil=True, cache=True, inline="always")
+def neighborhood(tables, barred):  # type: ignore[no-untyped-def]
+    """What finds close entries, as addresses: see `Tables` and `barring`."""
+    return address(tables.middles), tables.steps, address(tables.close), address(tables.levels), address(barred)
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy", forceinline=True)
+def close_products(x, weight, a, scale, shift, lookup):  # type: ignore[no-untyped-def]
     """(sum of weight x level, sum of weight level^2) for close codes of x[a : a + span], levels being shifted ones.
 
-    scale >= 0; size, pull [span] are memory.
+    scale >= 0; x, weight and the arrays of lookup are addresses, the last two of memory for span numbers.
     """
-    width = len(lanes)
-    flip = sizes(x, weight, a, scale, scale * shift, signed, even, size, pull)
-    xl, ll, least = np.float32(0.0), np.float32(0.0), NEVER
-    for at in range(0, len(size), width):
-        entry = close_entry(
-            size, pull, weight, a, at, scale, middles, close, values, lanes, count, flip and len(size) == width
-        )
+    near, values, lanes, span, signed, even, size, pull = lookup
+    xl, ll, least, odd = np.float32(0.0), np.float32(0.0), NEVER, False
+    for at in range(0, span, len(lanes)):
+        first = a + at
+        odd ^= even & sizes(x, weight, first, at, scale, scale * shift, signed, lanes, size, pull)
+        entry = close_entry(size, pull, weight, first, at, scale, near, lanes, odd and span == len(lanes))
         if shift != 0:
-            for j in range(width):
-                value = values[entry, j] + shift
-                weighed = weight[a + at + j] * value
-                xl += weighed * x[a + at + j]
+            for j in range(len(lanes)):
+                value = values[entry * len(lanes) + j] + shift
+                weighed = weight[first + j] * value
+                xl += weighed * x[first + j]
                 ll += weighed * value
             continue
-        for j in range(width):
-            value = values[entry, j]
-            xl += pull[at + j] * value
-            ll += weight[a + at + j] * value * value
-        if flip:
-            for j in range(width):
-                least = min(least, pull[at + j] * values[entry, j])
-    return (xl - 2 * least if flip else xl), ll
+        for j in range(len(lanes)):
+            value = values[entry * len(lanes) + j]
+            push = pull[at + j] * value
+            xl += push
+            ll += weight[first + j] * value * value
+            least = min(least, push)
+    return (xl - np.float32(2) * least if odd else xl), ll
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
@@ -211,7 +219,12 @@ def nearest_span(x, weight, scale, tables, memory, codes):  # type: ignore[no-un
     size, pull, work = memory
     width, span = tables.entries.shape[1], len(x)
     positive = abs(scale) if tables.signed else scale
-    odd = sizes(x, weight, 0, scale, np.float32(0.0), tables.signed, tables.even, size, pull)
+    numbers, weights, to, pulls = address(x), address(weight), address(size), address(pull)
+    odd = False
+    for a in range(0, span, width):
+        odd ^= tables.even & sizes(
+            numbers, weights, a, a, scale, np.float32(0.0), tables.signed, tables.lanes, to, pulls
+        )
     alone = odd and span == width
     more, flip_at, flip_entry = NEVER, 0, 0
     for a in range(0, span, width):

@@ -22,14 +22,15 @@ from torch import Tensor
 
 from qtool.numerics.checks import searchable
 from qtool.numerics.codebooks.codebook import Codebook
-from qtool.numerics.codebooks.nearest import close_products
+from qtool.numerics.codebooks.lanes import address
+from qtool.numerics.codebooks.nearest import barring, close_products, neighborhood
 from qtool.numerics.codebooks.scale_rule import AGAIN, ScaleRule, VectorEffort
 from qtool.numerics.scales.search import FAST
 from qtool.numerics.scales.sweep import half
 from qtool.numerics.threads.parallel import over_rows
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def likely_sign(x, weight, a, scale, columns):  # type: ignore[no-untyped-def]
     """The shift that takes up what rounding to -1, 0, 1 leaves of x from x[a] on."""
     left, inverse = np.float32(0.0), np.float32(1.0) / scale
@@ -39,39 +40,39 @@ def likely_sign(x, weight, a, scale, columns):  # type: ignore[no-untyped-def]
     return 1 if left >= 0 else -1
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
-def group_products(x, weight, a, scale, rule, count, lookup, signs, guess):  # type: ignore[no-untyped-def]
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def group_products(x, weight, a, scale, rule, lookup, signs, guess):  # type: ignore[no-untyped-def]
     """(sum of weight x level, sum of weight level^2) of a group from x[a] on, for codes chosen at a scale.
 
     Levels are shifted ones; signs [segments] of the shifts are filled with the better ones, or `guess` with the likely.
+    x, weight: addresses; lookup: see `close_products`.
     """
-    middles, close, values, lanes, signed, even, size, pull = lookup  # once: each access to an array is counted
+    span, to, segment, delta = lookup[3], address(signs), rule.segment, np.float32(rule.delta)
     xl, ll = np.float32(0.0), np.float32(0.0)
     for i in range(len(signs)):
-        best, best_xl, best_ll = np.float32(np.inf), np.float32(0.0), np.float32(0.0)
-        first, last = a + i * rule.segment, a + (i + 1) * rule.segment
-        likely = likely_sign(x, weight, first, scale, rule.segment) if guess and rule.delta > 0 and scale > 0 else 0
-        for sign in range(1, -2 if rule.delta > 0 else 0, -2):
+        best, best_xl, best_ll, best_sign = np.float32(np.inf), np.float32(0.0), np.float32(0.0), 1
+        first, last = a + i * segment, a + (i + 1) * segment
+        likely = likely_sign(x, weight, first, scale, segment) if guess and delta > 0 and scale > 0 else 0
+        for sign in range(1, -2 if delta > 0 else 0, -2):
             if sign + likely == 0:
                 continue
-            shift = np.float32(sign * rule.delta)
+            shift = np.float32(sign) * delta
             new_xl, new_ll = np.float32(0.0), np.float32(0.0)
-            for at in range(first, last, len(size)):
-                more_xl, more_ll = close_products(
-                    x, weight, at, scale, shift, middles, close, values, lanes, signed, even, count, size, pull
-                )
+            for at in range(first, last, span):
+                more_xl, more_ll = close_products(x, weight, at, scale, shift, lookup)
                 new_xl += more_xl
                 new_ll += more_ll
-            cost = scale * (scale * new_ll - 2 * new_xl)
+            cost = scale * (scale * new_ll - np.float32(2) * new_xl)
             if cost < best:
-                best, best_xl, best_ll, signs[i] = cost, new_xl, new_ll, sign
+                best, best_xl, best_ll, best_sign = cost, new_xl, new_ll, sign
+        to[i] = np.int8(best_sign)
         xl += best_xl
         ll += best_ll
     return xl, ll
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
-def sweep(x, weight, a, rule, ratios, count, lookup, signs, guess):  # type: ignore[no-untyped-def]
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def sweep(x, weight, a, rule, ratios, lookup, signs, guess):  # type: ignore[no-untyped-def]
     """(scale, its sum of weight level^2) of the best step of a group's sweep, from x[a] on."""
     square, total = np.float32(0.0), np.float32(0.0)
     for j in range(a, a + rule.group):
@@ -81,7 +82,7 @@ def sweep(x, weight, a, rule, ratios, count, lookup, signs, guess):  # type: ign
     best, scale, best_ll = np.float32(0.0), np.float32(0.0), np.float32(0.0)
     for i in range(len(ratios) + AGAIN if rms > 0 else 0):
         tried = rms * ratios[i] if i < len(ratios) else scale
-        xl, ll = group_products(x, weight, a, tried, rule, count, lookup, signs, guess)
+        xl, ll = group_products(x, weight, a, tried, rule, lookup, signs, guess)
         if xl > 0 and xl * xl > best * ll:
             best, scale, best_ll = xl * xl / ll, xl / ll, ll
     return scale, best_ll
@@ -93,7 +94,7 @@ def nearest_step(scale, inverse, top):  # type: ignore[no-untyped-def]
     return min(max(np.rint((scale * inverse - np.float32(1.0)) * np.float32(0.5)), np.float32(0.0)), top)
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def propose(scale, ll, rule, steps, found):  # type: ignore[no-untyped-def]
     """Fills `found` with the most promising values of d, by the parabolas ll_g (d unit (2 s_g + 1) - scale_g)^2."""
     largest, top = np.float32(0.0), np.float32(rule.top)
@@ -115,9 +116,9 @@ def propose(scale, ll, rule, steps, found):  # type: ignore[no-untyped-def]
             costs[worst], found[worst] = cost, unit / np.float32(rule.unit)
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
-def improve_super_block(x, weight, a, d, rule, effort, lookup, s, signs, other):  # type: ignore[no-untyped-def]
-    """Improves d, s [groups] and signs [segments] of a super-block from x[a] on; returns (d as fp16 has it, cost).
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def improve_super_block(x, weight, d, rule, effort, lookup, s, signs, other):  # type: ignore[no-untyped-def]
+    """Improves d, s [groups] and signs [segments] of a super-block x; returns (d as fp16 has it, cost).
 
     The cost is the error less that of zeros.
     """
@@ -132,25 +133,24 @@ def improve_super_block(x, weight, a, d, rule, effort, lookup, s, signs, other):
                 tried = center + np.float32(step)
                 if tried < 0 or tried > rule.top:
                     continue
-                scale = d * np.float32(rule.unit) * (2 * tried + 1)
-                xl, ll = group_products(
-                    x, weight, a + g * rule.group, scale, rule, effort.close, lookup, other, effort.around == 0
-                )
-                cost = scale * (scale * ll - 2 * xl)
+                scale = d * np.float32(rule.unit) * (np.float32(2) * tried + np.float32(1))
+                xl, ll = group_products(x, weight, g * rule.group, scale, rule, lookup, other, effort.around == 0)
+                cost = scale * (scale * ll - np.float32(2) * xl)
                 if cost < best:
                     best, best_xl, best_ll, s[g] = cost, xl, ll, tried
                     for i in range(segments):
                         signs[g * segments + i] = other[i]
             total += best
-            top += (2 * s[g] + 1) * best_xl
-            bottom += (2 * s[g] + 1) ** 2 * best_ll
+            times = np.float32(2) * s[g] + np.float32(1)
+            top += times * best_xl
+            bottom += times * times * best_ll
         if turn < effort.rounds and bottom > 0 and top > 0:
             d = top / (bottom * np.float32(rule.unit))
     return d, total
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
-def vector_rows(x, weight, tables, rule, ratios, effort, d, s, signs, errors, start, stop):  # type: ignore[no-untyped-def]
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def vector_rows(x, weight, tables, barred, rule, ratios, effort, memory, d, s, signs, errors, start, stop):  # type: ignore[no-untyped-def]
     """Fills d, errors [N, S], s [N, G] and signs [N, segments] for rows start to stop. x [N, C]; weight [C]."""
     blocks = d.shape[1]
     groups, segments = s.shape[1] // blocks, signs.shape[1] // blocks
@@ -158,30 +158,34 @@ def vector_rows(x, weight, tables, rule, ratios, effort, d, s, signs, errors, st
     scale, ll, tried = np.empty(groups, np.float32), np.empty(groups, np.float32), np.empty(groups, np.float32)
     tried_signs, other = np.empty(segments, np.int8), np.empty(segments // groups, np.int8)
     promising, guess = np.empty(effort.starts, np.float32), effort.around == 0
-    size, pull = np.empty(tables.span, np.float32), np.empty(tables.span, np.float32)
-    lookup = (tables.middles, tables.close, tables.values, tables.lanes, tables.signed, tables.even, size, pull)
+    block, weights, to, its = memory[0], memory[1], address(memory[0]), address(memory[1])
+    near, values, size, pull = (
+        neighborhood(tables, barred),
+        address(tables.values),
+        address(memory[2]),
+        address(memory[3]),
+    )
+    lookup = (near, values, tables.lanes, tables.span, tables.signed, tables.even, size, pull)
     for n in range(start, stop):
         for b in range(blocks):
-            row, a = x[n], b * columns
+            block[:] = x[n, b * columns : (b + 1) * columns]
+            weights[:] = weight[b * columns : (b + 1) * columns]
             for g in range(groups):
-                first = a + g * rule.group
-                scale[g], ll[g] = sweep(row, weight, first, rule, ratios, effort.close, lookup, other, guess)
+                scale[g], ll[g] = sweep(to, its, g * rule.group, rule, ratios, lookup, other, guess)
             propose(scale, ll, rule, effort.multipliers, promising)
             least = np.float32(np.inf)
             for candidate in promising:
                 inverse = np.float32(1.0) / (candidate * np.float32(rule.unit)) if candidate > 0 else np.float32(0.0)
                 for g in range(groups):
                     tried[g] = nearest_step(scale[g], inverse, np.float32(rule.top))
-                found, cost = improve_super_block(
-                    row, weight, a, candidate, rule, effort, lookup, tried, tried_signs, other
-                )
+                found, cost = improve_super_block(to, its, candidate, rule, effort, lookup, tried, tried_signs, other)
                 if cost < least:
                     least, d[n, b] = cost, found
                     s[n, b * groups : (b + 1) * groups] = tried
                     signs[n, b * segments : (b + 1) * segments] = tried_signs
             energy = np.float32(0.0)
-            for j in range(a, a + columns):
-                energy += weight[j] * row[j] * row[j]
+            for j in range(columns):
+                energy += weights[j] * block[j] * block[j]
             errors[n, b] = 1 + least / energy if energy > 0 else np.float32(0.0)
 
 
@@ -211,10 +215,10 @@ def vector_scales(
     d, errors = np.zeros((2, rows, columns // block), np.float32)
     s = np.zeros((rows, columns // rule.group), np.float32)
     signs = np.ones((rows, columns // rule.segment), np.int8)
-    arrays = (searchable(x), weight.numpy(), book.tables, rule, ratios, effort)
+    arrays = (searchable(x), weight.numpy(), book.tables, barring(effort.close), rule, ratios, effort)
 
     def work(a: int, b: int) -> None:
-        vector_rows(*arrays, d, s, signs, errors, a, b)
+        vector_rows(*arrays, np.empty((4, block), np.float32), d, s, signs, errors, a, b)
 
     over_rows(work, rows)
     scale, steps, shifts, error = map(torch.from_numpy, (d, s, signs, errors))

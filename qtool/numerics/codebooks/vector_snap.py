@@ -11,22 +11,30 @@ from numba import njit
 from torch import Tensor
 
 from qtool.numerics.codebooks.codebook import Codebook
-from qtool.numerics.codebooks.nearest import close_entry, flip_cheapest, nearest_span, sizes, workspace
+from qtool.numerics.codebooks.lanes import address
+from qtool.numerics.codebooks.nearest import (
+    barring,
+    close_entry,
+    flip_cheapest,
+    nearest_span,
+    neighborhood,
+    sizes,
+    workspace,
+)
 from qtool.numerics.scales.search import FAST
 from qtool.numerics.scales.table_search import column_weights
 from qtool.numerics.threads.parallel import over_rows
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def close_codes(x, weight, a, scale, offset, lookup, entries, count, codes):  # type: ignore[no-untyped-def]
-    """Fills codes[a : a + span] with the best of `count` close entries; returns whether one sign still has to flip."""
-    middles, close, values, lanes, signed, even, size, pull = lookup
-    positive, base = abs(scale) if signed else scale, np.uint8(len(middles) + 1)
-    odd, width = sizes(x, weight, a, scale, offset, signed, even, size, pull), len(lanes)
-    for at in range(0, len(size), width):
-        entry = close_entry(
-            size, pull, weight, a, at, positive, middles, close, values, lanes, count, odd and len(size) == width
-        )
+def close_codes(x, weight, a, scale, offset, lookup, entries, codes):  # type: ignore[no-untyped-def]
+    """Fills codes[a : a + span] with the best of close entries; returns whether one sign still has to flip."""
+    near, lanes, span, signed, even, size, pull = lookup
+    positive, base, odd = abs(scale) if signed else scale, np.uint8(len(near[1]) + 1), False
+    width, there = len(lanes), address(x)
+    for at in range(0, span, width):
+        odd ^= even & sizes(there, weight, a + at, at, scale, offset, signed, lanes, size, pull)
+        entry = close_entry(size, pull, weight, a + at, at, positive, near, lanes, odd and span == width)
         for j in range(a + at, a + at + width):
             m = entries[entry, j - a - at]
             minus = (x[j] - offset) * scale < 0
@@ -48,16 +56,17 @@ def exact_rows(x, weight, scale, offset, tables, memory, codes, start, stop):  #
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def close_rows(x, weight, scale, offset, tables, count, memory, codes, start, stop):  # type: ignore[no-untyped-def]
-    """As `exact_rows`, by the best of `count` entries close by."""
+def close_rows(x, weight, scale, offset, tables, barred, memory, codes, start, stop):  # type: ignore[no-untyped-def]
+    """As `exact_rows`, by the best of the entries close by that are not barred."""
     width, size, pull = x.shape[1] // scale.shape[1], memory[0], memory[1]
-    lookup = (tables.middles, tables.close, tables.values, tables.lanes, tables.signed, tables.even, size, pull)
+    near, weights = neighborhood(tables, barred), address(weight)
+    lookup = (near, tables.lanes, tables.span, tables.signed, tables.even, address(size), address(pull))
     for n in range(start, stop):
         row, found = x[n], codes[n]
         for g in range(scale.shape[1]):
             s, o = scale[n, g], offset[n, g]
             for a in range(g * width, (g + 1) * width, tables.span):
-                if close_codes(row, weight, a, s, o, lookup, tables.entries, count, found):
+                if close_codes(row, weights, a, s, o, lookup, tables.entries, found):
                     flip_cheapest(pull, tables, found[a : a + tables.span])
 
 
@@ -84,7 +93,7 @@ def snap_vectors(
     def work(a: int, b: int) -> None:
         memory = workspace(book.tables)
         if count:
-            close_rows(*arrays, book.tables, count, memory, codes, a, b)
+            close_rows(*arrays, book.tables, barring(count), memory, codes, a, b)
         else:
             exact_rows(*arrays, book.tables, memory, codes, a, b)
 
