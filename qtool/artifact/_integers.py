@@ -43,13 +43,14 @@ def as_integers(quantized: Quantized, module: str, dtype: torch.dtype) -> Quanti
     return replace(stored, params=stored.params | {"scale": exact(stored.params["scale"], module, dtype)})
 
 
-def exact(scale: Tensor, module: str, dtype: torch.dtype) -> Tensor:
-    """Scales in another type. Raises PlanError: they change."""
+def exact(scale: Tensor, module: str, dtype: torch.dtype, blocks: bool = False) -> Tensor:
+    """Scales in another type; `blocks`: of FP8 in blocks of rows. Raises PlanError: they change."""
     cast = scale.to(dtype)
     if not torch.equal(cast.to(scale.dtype), scale):
         names = (str(dtype).removeprefix("torch.") for dtype in (scale.dtype, dtype))
         problem = "{}: scales stored as {} are not exact in {}".format(module, *names)
-        hint = "quantize with `scale_dtype` of the model's own type"
+        other = "export to fp8, whose scales are float32, or " if scale.dtype == torch.float32 and blocks else ""
+        hint = f"{other}quantize with `scale_dtype` of the model's own type"
         raise PlanError([f"{problem}; {hint}"], "runtimes load this model, and its scales, in its own type")
     return cast
 

@@ -212,6 +212,7 @@ def _family(file: GGUFFile) -> Family | Conversion:
             f"{file.path}: unknown architecture",
             wanted=f"one of {', '.join(known)}",
             found=f"{arch!r:.60}{' with experts' if mixture else ''}",
+            hint="name the language model's file beside it" if file.metadata.get("general.type") == "mmproj" else None,
         )
     marked = [family for family in fitting if _marked(file, family.gguf_marker)]
     found = (marked or [family for family in fitting if family.gguf_marker is None])[0]

@@ -262,7 +262,7 @@ def locate(folder: Path) -> dict[str, SafetensorsFile]:
     if own_file(folder / INDEX):
         return _locate_shards(folder)
     if any(folder.glob("*.safetensors")):
-        raise CheckpointError(f"{folder} holds safetensors files, but neither {WEIGHTS} nor {INDEX}")
+        raise CheckpointError(f"{folder} has safetensors, but no {WEIGHTS} or {INDEX}", hint="rename a single one")
     if any(folder.glob("*.gguf")):
         raise CheckpointError(f"{folder} holds no safetensors", found="a GGUF file", hint="name that file itself")
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):

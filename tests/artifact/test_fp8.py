@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from qtool.artifact._floats import from_bits, to_bits
+from qtool.artifact._integers import exact
+from qtool.artifact.compressed_tensors._floats import is_block
 from qtool.artifact.fp8 import FP8
 from qtool.artifact.gguf import GGUF
 from qtool.checkpoint.hf import HFCheckpoint
@@ -78,6 +80,16 @@ def test_comes_back_and_a_loop_over_blocks_decodes_it(tiny_checkpoint, tmp_path)
         "activation_scheme": "dynamic",
         "weight_block_size": [128, 128],
     }
+
+
+@pytest.mark.parametrize(("label", "said"), [("fp8-block", True), ("int4-g32", False)])
+def test_scales_that_bfloat16_does_not_hold_have_a_place_here(label, said):
+    """compressed-tensors gives scales the model's type, as its runtimes do."""
+    scale = torch.tensor([[1 + 2.0**-12]])
+    with pytest.raises(PlanError, match=r"not exact in bfloat16; .*quantize with `scale_dtype`") as refused:
+        exact(scale, "m", torch.bfloat16, blocks=is_block(parse_format(label)))
+    assert ("export to fp8, whose scales are float32" in str(refused.value)) == said
+    assert torch.equal(exact(scale, "m", torch.float32), scale)
 
 
 def test_many_blocks_and_rows_that_end_inside_of_one(tiny_checkpoint, tmp_path):

@@ -14,6 +14,7 @@ from qtool.artifact.gguf import GGUF
 from qtool.artifact.gguf._vision import TOWERS, VisionFile
 from qtool.checkpoint.hf import HFCheckpoint
 from qtool.errors import CheckpointError
+from qtool.models import open_model
 from tests.artifact.conftest import InMemory
 from tests.conftest import make_tokenizer
 from tests.mtmd import embeddings
@@ -124,3 +125,5 @@ def test_a_run_writes_both_files_and_lists_them(tmp_path):
     assert names == ["mmproj-model-test.gguf", "model-test.gguf"]
     card = " ".join((tmp_path / "out" / "README.md").read_text().split())
     assert "only the language model is in this file" not in card
+    with pytest.raises(CheckpointError, match="found 'clip'; name the language model's file beside it"):
+        open_model(tmp_path / "out" / names[0])

@@ -326,7 +326,7 @@ def test_tensor_in_two_shards(copy: Find) -> None:
 @pytest.mark.parametrize(
     ("rename", "message"),
     [
-        ("weights.safetensors", "but neither model.safetensors nor"),
+        ("weights.safetensors", "but no model.safetensors or .*; rename a single one"),
         ("model.gguf", "name that file itself"),
         ("pytorch_model.bin", r"pickled weights.*save_pretrained"),
         ("readme.txt", "holds no weights"),

@@ -103,7 +103,7 @@ class FloatQuantized(Compressor):
         """See `Compressor.encode`."""
         codes, params, fmt = quantized.codes, quantized.params, quantized.format
         assert isinstance(fmt, FP)
-        scale = exact(params["scale"], module, dtype)
+        scale = exact(params["scale"], module, dtype, blocks=is_block(fmt))
         scale = scale[0] if fmt.group == "tensor" else scale[:: fmt.rows].contiguous()
         return {"weight": to_bits(codes, fmt).view(E4M3), SCALE: scale}
 
