@@ -103,7 +103,7 @@ class Learned(BlockMethod):
             optimizer(self.optimizer, [(leaf, own if decides else self.scale_rate) for leaf, decides in leaves])
             for leaves in (several.relaxed.leaves() for several in variables)
         ]
-        some = seen[: len(unseen)]
+        some = seen[: -(-len(unseen) // 2)]  # enough to tell, at half of the time
         course = [(0, *errors.both(trained, some, unseen))]
         start = best = course[0][2]
         gradients = Gradients(errors, variables, self.penalty * start)
