@@ -84,7 +84,8 @@ def textbook(task: BlockTask, steps: int, batch: int, holdout: float) -> tuple[d
     best, kept, looks = torch.inf, {}, []
 
     def look(step, weights):
-        looks.append((step, mean_error(task, weights, train[: -(-len(unseen) // 2)]), mean_error(task, weights, unseen)))
+        some = train[: -(-len(unseen) // 2)]
+        looks.append((step, mean_error(task, weights, some), mean_error(task, weights, unseen)))
         return looks[-1][2]
 
     look(0, {name: solution.quantized.decode() for name, solution in task.found.items()})
