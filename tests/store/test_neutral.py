@@ -172,7 +172,7 @@ for i in range(100000):
         matrix = Matrix(Quantized(fmt.snap(w, params), params, fmt))
         writer.enter(f"block-{i}", writer.write_block(f"block-{i}", {f"m{i}": matrix}))
         print(i, flush=True)
-    if i == 9:
+    if i == 30:
         break
 """
 
