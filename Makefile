@@ -78,9 +78,10 @@ test-oldest: .venv-oldest/ready
 test-tasks: .venv-tasks/ready
 	OMP_WAIT_POLICY=PASSIVE .venv-tasks/bin/python -m pytest --numprocesses auto tests/evaluate/test_tasks.py $(PYTEST_ARGS)
 
-# MLX folders in mlx-lm, whose CPU build runs on Linux; without it those tests say that they are skipped.
+# MLX folders in mlx-lm, whose CPU build runs on Linux; without it those tests say that they are skipped. PYTEST_ARGS="-m slow":
+# the other types that it was tried with.
 test-mlx: .venv-mlx/ready
-	OMP_WAIT_POLICY=PASSIVE .venv-mlx/bin/python -m pytest tests/evaluate/test_mlx_lm.py $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=PASSIVE .venv-mlx/bin/python -m pytest -m "not slow" tests/evaluate/test_mlx_lm.py $(PYTEST_ARGS)
 
 # GPTQ and AWQ folders in GPTQModel; without it those tests say that they are skipped.
 test-gptqmodel: .venv-gptqmodel/ready

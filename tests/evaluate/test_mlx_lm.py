@@ -39,7 +39,13 @@ def test_mlx_lm_computes_what_we_compute(kind, fmt, tiny_checkpoint, tmp_path):
     assert found.distance < 1e-4
 
 
-@pytest.mark.parametrize("kind", sorted(_mlx_models.TRIED))
+SOME = {"cohere2", "granitemoe", "mamba", "olmo2"}
+"""Attention with windows, experts, no attention, norms behind matrices; the others are tried by `-m slow`."""
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in SOME else pytest.mark.slow) for kind in sorted(_mlx_models.TRIED)]
+)
 def test_types_without_a_family_file_run(kind, tmp_path):
     save_tiny(kind, tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
