@@ -214,20 +214,18 @@ def test_what_is_outside_the_blocks(entry, tied):
 
 
 @every
-@pytest.mark.parametrize("family", registry.names("checkpoint/families"))
-def test_no_family_needs_a_warning(entry, family):
-    if entry.name == "mxfp4-hadamard" and registry.load("checkpoint/families", family).mixture:
-        with pytest.raises(PlanError, match="its runtimes cannot be told to do hadamard-32 to inputs; qtool can"):
-            planned(entry.name, UNTIED | EXPERTS | {"model_type": family})
-        return
-    if refusal := REFUSED.get((entry.name, family)):
-        with pytest.raises(PlanError, match=refusal):
-            planned(entry.name, UNTIED | EXPERTS | {"model_type": family})
-        return
-    made = planned(entry.name, UNTIED | EXPERTS | {"model_type": family})
-    assert made.warnings == ()
-    gguf = entry.name.startswith("gguf")
-    assert made.artifacts == ("gguf" if gguf else LAYOUTS.get(entry.name, "compressed-tensors"),)
+def test_no_family_needs_a_warning(entry):
+    layout = "gguf" if entry.name.startswith("gguf") else LAYOUTS.get(entry.name, "compressed-tensors")
+    for family in registry.names("checkpoint/families"):
+        config, refusal = UNTIED | EXPERTS | {"model_type": family}, REFUSED.get((entry.name, family))
+        if entry.name == "mxfp4-hadamard" and registry.load("checkpoint/families", family).mixture:
+            refusal = "its runtimes cannot be told to do hadamard-32 to inputs; qtool can"
+        if refusal:
+            with pytest.raises(PlanError, match=refusal):
+                planned(entry.name, config)
+            continue
+        made = planned(entry.name, config)
+        assert (family, made.warnings, made.artifacts) == (family, (), (layout,))
 
 
 @every
