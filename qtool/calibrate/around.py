@@ -129,7 +129,8 @@ class Around:
                 for key, buffer in module._buffers.items():
                     if buffer is not None and not buffer.is_meta:
                         module._buffers[key] = buffer.to(self.device)
-                if getattr(module, "device", self.device) != self.device:  # a class looks at its first parameter
+                # It is that of the first parameter, to which some classes send hidden states.
+                if getattr(module, "device", None) == torch.device("meta"):
                     key, first = next(module.named_parameters())
                     set_tensor(module, key, torch.empty_like(first, device=self.device))
             tied = self.checkpoint.tied

@@ -52,9 +52,9 @@ def saved(tmp_path_factory):
     return make
 
 
-def walked(folder, tokens):
+def walked(folder, tokens, device=CPU):
     """Logits, block by block."""
-    walker = Walker(HFCheckpoint(folder), CPU, torch.float32)
+    walker = Walker(HFCheckpoint(folder), device, torch.float32)
     hidden = walker.embed(tokens)
     for i in range(len(walker.blocks)):
         walker.advance(walker.load_block(i), i, hidden)
@@ -71,6 +71,15 @@ def test_logits_are_those_of_transformers(kind, saved):
     assert HFCheckpoint(folder).family.derived
     assert distance(walked(folder, tokens), wanted) < 1e-4
     assert distance(wanted * 1.01, wanted) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["granite", "cohere2"])
+def test_a_device_whose_tensors_call_it_otherwise(kind, saved):
+    """As "cuda", whose tensors say "cuda:0"; what was read must not be taken for what is missing."""
+    folder, tokens, _ = saved(kind)
+    numbered = torch.device("cpu", 0)
+    assert torch.zeros(1, device=numbered).device != numbered
+    assert torch.equal(walked(folder, tokens, numbered), walked(folder, tokens))
 
 
 def test_layers_that_read_the_same_input_are_found(saved):
