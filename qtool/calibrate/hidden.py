@@ -23,10 +23,10 @@ DEVICE_PART = 16
 """Hidden states stay on a CUDA device if they take no larger part of its memory than one in so many."""
 
 AHEAD = 2
-"""Parts that are copied to a device before it needs them."""
+"""Parts that may be asked for before a device is done with those in front of them."""
 
 LIMITED = "get_per_process_memory_fraction"
-"""Of torch.cuda; releases before 2.8 do not tell."""
+"""Of torch.cuda; older releases do not tell."""
 
 WAITING_PART, BESIDE_PART = 4, 16
 """Batches wait on a CUDA device, instead of starting anew, if that takes no larger part of its memory: of one for

@@ -71,7 +71,7 @@ class Reference:
         return bool(self.readers) and part.start < self.compared
 
     def run(self, part: slice, wanted: Collection[str] | None = None) -> tuple[dict[str, Tensor], Tensor | None]:
-        """What `compute` finds, once per block where hidden states stay on a device."""
+        """What `compute` finds; where hidden states stay on a device, all of it, once per block."""
         if part.start in self.found:
             return self.found[part.start]
         with marked("unquantized forward passes"):

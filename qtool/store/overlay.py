@@ -164,14 +164,15 @@ def read_overlay(
     file = SafetensorsFile(path)
     try:
         header, seal = file.metadata["content"], file.metadata["seal"]
-        found, about, course = json.loads(header)
+        found, *rest = json.loads(header)
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     content = {name: file.read(name) for name in file.entries}
     if _digest(content, header) != seal:
         raise CheckpointError(f"{path} is damaged: its seal is another one")
-    if found != run:
+    if found != run or len(rest) != 2:  # an earlier release wrote no course
         return None
+    about, course = rest
     params: dict[str, dict[str, Tensor]] = {}
     for name in [name for name in content if f".{WEIGHT}" in name]:
         module, _, own = name.rpartition(f".{WEIGHT}")

@@ -22,6 +22,7 @@ from qtool.pipeline.quantize import QuantizeOptions, run
 from qtool.recipe.json_schema import json_schema
 from qtool.recipe.load import load_recipe
 from qtool.report.render import read_report
+from qtool.store import overlay
 from qtool.store.overlay import Overlaid, read_overlay, write_overlay
 from tests.test_extending import install, installed  # noqa: F401 (a fixture)
 
@@ -256,6 +257,9 @@ def test_a_file_of_replaced_numbers_is_what_was_written(tiny_checkpoint, tmp_pat
         save_file(load_file(path), path, changed)
         with pytest.raises(CheckpointError, match="is damaged"):
             read_overlay(path, "run-1")
+    header = json.dumps(json.loads(metadata["content"])[:2])  # as it was before there was a course
+    save_file(content := load_file(path), path, {"content": header, "seal": overlay._digest(content, header)})
+    assert read_overlay(path, "run-1") is None
 
 
 def test_an_overlaid_model_reads_like_one_of_its_own(tiny_checkpoint, tmp_path, stages):

@@ -140,5 +140,6 @@ def closest_entries(entries: np.ndarray, magnitudes: np.ndarray) -> np.ndarray:
 
 def neighbor_levels(entries: np.ndarray, magnitudes: np.ndarray, close: np.ndarray) -> np.ndarray:
     """See `Tables.levels`."""
-    numbers = np.maximum(close, -1 - close)
-    return np.ascontiguousarray(magnitudes.astype(np.int8)[entries][numbers].transpose(0, 2, 1))
+    numbers, small = np.maximum(close, -1 - close), magnitudes.astype(np.int8)
+    assert (small == magnitudes).all()
+    return np.ascontiguousarray(small[entries][numbers].transpose(0, 2, 1))

@@ -159,12 +159,8 @@ def vector_rows(x, weight, tables, barred, rule, ratios, effort, memory, d, s, s
     tried_signs, other = np.empty(segments, np.int8), np.empty(segments // groups, np.int8)
     promising, guess = np.empty(effort.starts, np.float32), effort.around == 0
     block, weights, to, its = memory[0], memory[1], address(memory[0]), address(memory[1])
-    near, values, size, pull = (
-        neighborhood(tables, barred),
-        address(tables.values),
-        address(memory[2]),
-        address(memory[3]),
-    )
+    near, values = neighborhood(tables, barred), address(tables.values)
+    size, pull = address(memory[2]), address(memory[3])
     lookup = (near, values, tables.lanes, tables.span, tables.signed, tables.even, size, pull)
     for n in range(start, stop):
         for b in range(blocks):
